@@ -1,0 +1,196 @@
+"""Every objective, as pure functions of tensors.
+
+Names: B rows (prompts), K responses a row (best first), T positions, V vocabulary, C width.
+`targets` is -1 where nothing is asked. From the log-sum-exp on everything is float32 (float64 if the input is).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_ELEMENTS = 1 << 22    # logits of one chunk in `linear_logprobs`: 16 MB in float32, about a last-level cache
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time; only one log-sum-exp a token is kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk):
+        # hidden (n, C), weight (V, C), targets (n,)
+        logps = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        lse = torch.empty_like(logps)
+        for i in range(0, len(targets), chunk):
+            logits, _ = _logits(hidden[i:i + chunk], weight, softcap, vocab_size)   # (chunk, V)
+            lse[i:i + chunk] = torch.logsumexp(logits, -1)
+            logps[i:i + chunk] = logits.gather(-1, targets[i:i + chunk, None]).squeeze(-1) - lse[i:i + chunk]
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.options = softcap, vocab_size, chunk
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        softcap, vocab_size, chunk = ctx.options
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
+        for i in range(0, len(targets), chunk):
+            h, g = hidden[i:i + chunk], grad[i:i + chunk, None]
+            logits, slope = _logits(h, weight, softcap, vocab_size)
+            # d logp_t / d logit_v = [v = t] - p_v
+            d = logits.sub_(lse[i:i + chunk, None]).exp_().mul_(-g)
+            d.scatter_add_(-1, targets[i:i + chunk, None], g)
+            if slope is not None:
+                d.mul_(slope)
+            d = d.to(hidden.dtype)
+            d_hidden[i:i + chunk] = d @ weight
+            d_weight += d.T @ h
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden, weight, softcap, vocab_size):
+    """Logits (n, V) in float32, and d(logit)/d(raw logit) where a soft cap bends them. Padded ids get no probability."""
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    slope = None
+    if softcap:
+        tanh = torch.tanh(logits / softcap)
+        logits, slope = softcap * tanh, 1 - tanh * tanh
+    if vocab_size < len(weight):
+        logits[:, vocab_size:] = -math.inf
+    return logits, slope
+
+
+def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk=None):
+    """Log-probability of each target under softmax(hidden @ weight.T), never holding a (tokens, V) matrix.
+
+    hidden (..., C); weight (V, C); targets (...) int64, -1 where nothing is asked.
+    softcap c > 0 bends the logits to c * tanh(logit / c) (Gemma 2); ids from `vocab_size` on are padding and take no
+    probability; `chunk` is the number of tokens a time. Returns logps (...) float32, 0 where nothing is asked.
+    Only asked-for tokens are computed; backward computes the logits again (Liger Kernel and Cut Cross-Entropy,
+    arXiv 2411.09009, do the same) and accumulates the weight's gradient in float32. Under autocast the products are
+    made in its dtype. Raises ValueError for a target outside the vocabulary.
+    """
+    vocab_size = vocab_size or len(weight)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    asked = (targets >= 0).nonzero(as_tuple=True)
+    h, t = hidden[asked].to(dtype), targets[asked]
+    if device == "cpu" and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
+        raise ValueError(f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}")
+    chunk = chunk or max(64, CHUNK_ELEMENTS // len(weight))
+    with torch.autocast(device, enabled=False):
+        logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunk)
+    return logps.new_zeros(targets.shape).index_put(asked, logps)
+
+
+def sequence_logprobs(logps, seq, n_seq):
+    """log pi(y|x) of each sequence: the sum of its tokens' log-probabilities.
+
+    logps (...) float; seq (...) int64: the sequence a token belongs to, -1 for none. Returns (n_seq,).
+    """
+    mine = seq >= 0
+    return logps.new_zeros(n_seq).index_add(0, seq[mine], logps[mine])
+
+
+def plackett_luce(scores, present=None, depth=None, ranks=None):
+    """Negative log-likelihood of a ranking, - sum_k [ s_k - logsumexp_{j >= k} s_j ] (Plackett 1975; Luce 1959).
+
+    scores (B, K), best first; present (B, K) bool: absent responses take no part, whatever their score.
+    depth d keeps the terms of the first d present responses: d = 1 is "the best against all the rest".
+    ranks (B, K) int: smaller is better, equal is a tie. Tied responses do not compete: each is drawn against itself and
+    the strictly worse, so a row of ties costs 0 and swapping them changes nothing. Without `ranks` position is rank.
+    Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
+    """
+    B, K = scores.shape
+    present = torch.ones_like(scores, dtype=torch.bool) if present is None else present
+    ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
+    scores = scores.masked_fill(~present, 0.0)
+    rivals = (ranks[:, None, :] > ranks[:, :, None]) & present[:, None, :]     # (B, k, j): j is strictly worse than k
+    rivals = rivals | torch.eye(K, dtype=torch.bool, device=scores.device)
+    # differences first: at scores of 1e4, s_k - logsumexp(s) would keep three decimals
+    lead = scores[:, None, :] - scores[:, :, None]                             # (B, k, j): s_j - s_k
+    terms = torch.logsumexp(lead.masked_fill(~rivals, -math.inf), -1)          # (B, K)
+    counted = present if depth is None else present & (present.cumsum(1) <= depth)
+    return terms.masked_fill(~counted, 0.0).sum(1)
+
+
+class TaylorNLL(torch.autograd.Function):
+    """T_n by its two series in float64; its gradient in closed form, dT_n = -(1-p)^n d(log p)."""
+
+    @staticmethod
+    def forward(ctx, logps, n):
+        ctx.save_for_backward(logps)
+        ctx.n = n
+        x = logps.double()
+        p, q = x.exp(), -torch.expm1(x)
+        # p > 1/2: sum_{j>=1} q^(n+j) / (n+j); 54 terms leave 2^-54
+        small_q = q.clamp(max=0.5)
+        near_one, power = torch.zeros_like(q), small_q ** n
+        for j in range(1, 55):
+            power = power * small_q
+            near_one += power / (n + j)
+        # p <= 1/2: -log p - (digamma(n+1) + gamma) + sum_{j>=1} (-1)^(j+1) C(n,j) p^j / j
+        small_p = p.clamp(max=0.5)
+        harmonic = torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item() + 0.57721566490153286
+        near_zero, power, binomial = -x - harmonic, torch.ones_like(p), 1.0
+        for j in range(1, 55):
+            power, binomial = power * small_p, binomial * (n - j + 1) / j
+            near_zero += (-1) ** (j + 1) * binomial / j * power
+        return torch.where(p > 0.5, near_one, near_zero).to(logps.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logps, = ctx.saved_tensors
+        return -grad * (-torch.expm1(logps)) ** ctx.n, None
+
+
+def taylor_nll(logps, order):
+    """T_n(p) = -log p - sum_{j<=n} (1-p)^j / j = integral from p to 1 of (1-u)^n / u du, for p = exp(logps).
+
+    T_0 is cross-entropy; each further order drops one Taylor term of -log p at p = 1, so the gradient is
+    cross-entropy's times (1-p)^n: focal loss's factor without its extra term (arXiv 1708.02002), PolyLoss without its
+    first n terms (arXiv 2204.12511). `order` n >= 0 may be real; values are accurate to the dtype up to n of about 20.
+    logps (...), all <= 0. Returns the same shape. Raises ValueError for a negative order.
+    """
+    if order < 0:
+        raise ValueError(f"order must be >= 0, got {order}")
+    return -logps if order == 0 else TaylorNLL.apply(logps, float(order))
+
+
+def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", *, ranks=None, depth=None,
+                    label_smoothing=0.0, taylor_order=0.0, nll_coef=0.0, lengths=None):
+    """Plackett-Luce on the implicit rewards s_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)).
+
+    policy_logps, ref_logps (B, K): sequence log-probabilities, best response first; present (B, K) bool.
+    K = 2 is DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3) and, with the previous policy as reference and its
+    samples as y_2, SPIN (arXiv 2401.01335, eq. 4.7 with the logistic loss).
+    kind: "pl". ranks and depth: as in `plackett_luce`.
+    label_smoothing eps: (1-eps) PL(ranking) + eps PL(the reverse), at K = 2 cDPO's.
+    taylor_order n: T_n of the ranking's probability instead of -log.
+    nll_coef: adds nll_coef * -log pi_theta(y_1|x) / |y_1| (RPO, arXiv 2404.19733); needs lengths (B, K) in tokens.
+    Returns the mean over rows () and metrics, detached means over rows: `nll` the ranking's own negative log-likelihood,
+    `acc` the share of ordered pairs put right, `margin` the best reward less the mean of the others'.
+    """
+    if kind != "pl":
+        raise ValueError(f"unknown kind {kind!r}: 'pl' is what there is")
+    if nll_coef and lengths is None:
+        raise ValueError("nll_coef needs the responses' lengths")
+    B, K = policy_logps.shape
+    present = torch.ones_like(policy_logps, dtype=torch.bool) if present is None else present
+    ranks = torch.arange(K, device=present.device).expand(B, K) if ranks is None else ranks
+    rewards = beta * (policy_logps - ref_logps).masked_fill(~present, 0.0)
+    nll = plackett_luce(rewards, present, depth, ranks)
+    loss = taylor_nll(-nll, taylor_order)
+    if label_smoothing:
+        reverse = plackett_luce(rewards.flip(1), present.flip(1), depth, -ranks.flip(1))
+        loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(-reverse, taylor_order)
+    if nll_coef:
+        loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
+    with torch.no_grad():
+        pairs = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
+        right = (rewards[:, :, None] > rewards[:, None, :]) & pairs
+        others = present[:, 1:].sum(1).clamp(min=1)
+        metrics = {"nll": nll.mean(),
+                   "acc": (right.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)).mean(),
+                   "margin": (rewards[:, 0] - rewards[:, 1:].sum(1) / others).mean()}
+    return loss.mean(), metrics
