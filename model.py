@@ -1,0 +1,253 @@
+"""The GPT: configuration, blocks, initialisation, KV cache. One class, two blocks by config:
+
+the classic one (GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings), which the defaults give, and the
+modern one (rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm, untied head, soft cap).
+"""
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from loss import linear_logprobs
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257         # of the tokenizer, end-of-text included; the tables are padded to a multiple of 64
+    block_size: int = 1024          # longest sequence
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0              # key/value heads of grouped-query attention (arXiv 2305.13245); 0: n_head
+    n_embd: int = 768
+    n_inner: int = 0                # width inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd to the next multiple of 64
+    position: str = "learned"       # learned | rotary (arXiv 2104.09864, half-split as in Llama)
+    rope_theta: float = 10000.0
+    norm: str = "layernorm"         # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"               # gelu (tanh form) | relu2 (arXiv 2109.08668) | swiglu (arXiv 2002.05202)
+    bias: bool = True               # in linear layers and LayerNorms
+    tie: bool = True                # one table for embedding and head
+    qk_norm: bool = False           # RMSNorm on each head's queries and keys
+    softcap: float = 0.0            # c > 0: logits become c tanh(logits / c)
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if not self.n_inner:
+            self.n_inner = -(-8 * self.n_embd // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+        for name, choices in [("position", ["learned", "rotary"]), ("norm", ["layernorm", "rmsnorm"]),
+                              ("mlp", ["gelu", "relu2", "swiglu"])]:
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ["vocab_size", "block_size", "n_layer", "n_head", "n_embd"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self):
+        return -(-self.vocab_size // 64) * 64
+
+
+def make_norm(config, width):
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions on x (B, H, T, D), half-split; cos, sin (B or 1, 1, T, D/2) float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer. Column j of a row holds position j, so a row is as long as its own text."""
+
+    def __init__(self, length, used):
+        self.length = length        # columns there are
+        self.used = used            # columns in use, the longest row's
+        self.k, self.v = {}, {}     # layer -> (B, Hkv, length, D)
+
+    def update(self, layer, pos, k, v):
+        """Store k, v (B, Hkv, T, D) at positions pos (B, T); return what the queries attend to.
+        T > 1 are prompts, which see themselves alone; T = 1 is a new token, which sees its row."""
+        B, H, T, D = k.shape
+        if layer not in self.k:
+            self.k[layer], self.v[layer] = k.new_zeros(B, H, self.length, D), v.new_zeros(B, H, self.length, D)
+        if T > 1:
+            self.k[layer][:, :, :T], self.v[layer][:, :, :T] = k, v
+            return k, v
+        rows = torch.arange(B, device=k.device)
+        self.k[layer][rows, :, pos[:, 0]], self.v[layer][rows, :, pos[:, 0]] = k[:, :, 0], v[:, :, 0]
+        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+
+    def select(self, rows):
+        """Keep these rows (n,) alone."""
+        self.k = {layer: k[rows] for layer, k in self.k.items()}
+        self.v = {layer: v[rows] for layer, v in self.v.items()}
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x, rope=None, mask=None, update=None):
+        B, T, C = x.shape
+        c = self.config
+        qkv = self.c_attn(x).view(B, T, -1, c.head_dim).transpose(1, 2)        # (B, H + 2 Hkv, T, D)
+        q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if update is not None:
+            k, v = update(k, v)                                                # (B, Hkv, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=c.dropout if self.training else 0.0,
+                                           enable_gqa=c.n_kv_head != c.n_head)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, c.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * config.n_inner, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.config.mlp == "gelu":
+            x = F.gelu(x, approximate="tanh")
+        elif self.config.mlp == "relu2":
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = make_norm(config, config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None, mask=None, update=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, update)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT(config) is initialised at once; built under `torch.device("meta")` it has shapes alone, and takes storage by
+    `to_empty` and values by `init_weights` or a checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config, config.n_embd)
+        if not config.tie:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)
+        if self.wte.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed=0, copy_=torch.Tensor.copy_):
+        """Draw every weight from (seed, its name), so that neither the order nor a sharding changes it.
+        copy_(parameter, whole tensor) may keep only a part of it."""
+        for name, p in self.named_parameters():
+            whole, std = torch.empty(p.shape), init_std(name, self.config)
+            if std is None:
+                whole.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+                whole.normal_(0.0, std, generator=torch.Generator().manual_seed(key))
+            copy_(p, whole)
+
+    def forward(self, idx, targets=None, *, pos=None, cache=None, last=None):
+        """idx (B, T) ids, right padding only. With targets (B, T), -1 where nothing is asked: logps (B, T) float32.
+        Without: logits (B, T, V) float32, V without the padding; with last (B,), at that position alone: (B, V).
+        cache: a KVCache to write and read; then pos (B, T): 0..T-1 for prompts, each row's own position for T = 1.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
+        x = self.hidden(idx, pos, cache)
+        head = self.wte.weight if self.config.tie else self.lm_head.weight
+        if targets is not None:
+            return linear_logprobs(x, head, targets, self.config.softcap, self.config.vocab_size)
+        if last is not None:
+            x = x[torch.arange(B, device=x.device), last]
+        logits = F.linear(x, head).float()[..., :self.config.vocab_size]
+        return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
+
+    def hidden(self, idx, pos=None, cache=None):
+        """The last layer's normalised output (B, T, C)."""
+        B, T = idx.shape
+        c = self.config
+        if pos is None:
+            pos = torch.arange(T, device=idx.device)[None]                     # (1, T)
+        x = self.wte(idx)
+        rope, mask = None, None
+        if c.position == "learned":
+            x = x + self.wpe(pos)
+        else:
+            freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=idx.device) / c.head_dim)
+            angle = (pos[..., None] * freq)[:, None]                           # (B or 1, 1, T, D/2)
+            rope = angle.cos(), angle.sin()
+        x = F.dropout(x, c.dropout, self.training)
+        if cache is not None and T == 1:
+            mask = (torch.arange(cache.used, device=idx.device) <= pos)[:, None, None]    # (B, 1, 1, S)
+        for layer, block in enumerate(self.h):
+            x = block(x, rope, mask, partial(cache.update, layer, pos) if cache else None)
+        return self.ln_f(x)
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, length=None):
+        """FLOPs of a training step a token: 6 a weight that is multiplied, and attention's 12 L C T
+        (PaLM, arXiv 2204.02311, appendix B), T = `length` or block_size."""
+        c = self.config
+        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + c.padded_vocab * c.n_embd
+        return 6 * weights + 12 * c.n_layer * c.n_embd * (length or c.block_size)
+
+
+def init_std(name, config):
+    """Standard deviation of a weight by its name; None for norms (1) and biases (0). GPT-2's table: what is added to
+    the residual stream is scaled down by the number of additions."""
+    if name.endswith("bias") or ".ln_" in "." + name or "_norm." in name:
+        return None
+    if name.endswith("c_proj.weight"):
+        return 0.02 / math.sqrt(2 * config.n_layer)
+    return 0.02
