@@ -1,0 +1,227 @@
+"""The settings: one dataclass, its loader, its checks.
+
+    config.load(["config/spin_k3.py", "--beta=0.5"]) -> Config
+
+A config file is Python assignments to the names below; it may start with `from config.spin_k2 import *`. Names that
+start with an underscore are the file's own. A mistake ends the program with one line.
+"""
+import ast
+import difflib
+import inspect
+import types
+import typing
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Config:
+    # the run
+    stage: str = "pretrain"             # pretrain | sft | preference | spin
+    out_dir: str = "out/run"            # everything the run writes; the same command goes on where it stopped
+    init: str = ""                      # run folder or checkpoint to start from; "": from scratch
+    seed: int = 1337
+    device: str = ""                    # cpu | cuda; "": cuda if there is one
+    dtype: str = ""                     # float32 | bfloat16, of the products; "": bfloat16 where the GPU has it. Weights are float32
+    matmul_precision: str = ""          # torch.set_float32_matmul_precision; "": medium on a CPU (true float32 by oneDNN), high on a GPU (TF32)
+    compile: bool = False               # torch.compile each block
+
+    # the model; None: the checkpoint's, or from scratch model.GPTConfig's default, where each is explained
+    block_size: int | None = None
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_kv_head: int | None = None
+    n_embd: int | None = None
+    n_inner: int | None = None
+    position: str | None = None
+    rope_theta: float | None = None
+    norm: str | None = None
+    norm_eps: float | None = None
+    mlp: str | None = None
+    bias: bool | None = None
+    tie: bool | None = None
+    qk_norm: bool | None = None
+    softcap: float | None = None
+    dropout: float | None = None        # the one that may differ from the checkpoint's
+
+    # the data
+    data: str = "data/pydocs"           # folder with {train,val}.bin for pretrain, {train,val}.jsonl for the rest
+    tokenizer: str = ""                 # gpt2 | bytes | a .tiktoken file; "": the checkpoint's, or else the data's
+    template: str = "### Instruction: {prompt}\n\n### Response: "   # for training, scoring and sampling alike
+    max_prompt: int = 0                 # tokens of a prompt, cut at its start; 0: block_size
+    max_response: int = 0               # tokens of a response with its end-of-text, cut at its end; 0: what block_size leaves
+    max_rows: int = 0                   # use this many training rows (a seeded choice); 0: all
+
+    # self-play: each round samples the policy's responses, ranks them under `players`, fits
+    rounds: int = 1
+    players: list[str] = ("data", "self")   # best first: data, teacher, self, and self-1, self-2 ... (earlier rounds' samples)
+    teacher: str = ""                   # run folder or checkpoint, a ranked .jsonl file, or "rows": each row's second response
+    mix_rounds: int = 0                 # train on the rows of this many earlier rounds too (SPIN: 1)
+    temperature: float = 1.0
+    top_k: int = 0                      # 0: all
+    top_p: float = 1.0
+    gen_batch_size: int = 128           # prompts a rank samples at a time
+
+    # the optimisation. batch_size = micro_batch_size x ranks x accumulation steps
+    batch_size: int = 32                # sequences (pretrain), or prompts with all their responses, a step over all ranks
+    micro_batch_size: int = 0           # of which one rank takes so many at a time; 0: batch_size / ranks
+    max_steps: int = 0                  # steps a round; 0: `epochs` over the rows
+    epochs: float = 1.0
+    optimizer: str = "adamw"            # adamw | rmsprop (SPIN's own) | muon (hidden matrices; adamw for the rest)
+    lr: float | list[float] = 3e-4      # a list has one value a round
+    muon_lr: float = 0.02               # of muon's matrices, on the same schedule
+    schedule: str = "cosine"            # cosine | linear | constant, after the warmup
+    warmup: float = 0.0                 # share of the steps
+    min_lr: float = 0.1                 # the schedule's end, as a share of lr
+    weight_decay: float = 0.0           # on matrices and embeddings only
+    adam_betas: list[float] = (0.9, 0.95)
+    grad_clip: float = 1.0              # 0: none
+
+    # the objective
+    beta: float | list[float] = 0.1     # temperature of the implicit rewards; a list has one value a round
+    kind: str = "pl"                    # the preference loss
+    depth: int = 0                      # terms of the ranking that count; 0: all
+    label_smoothing: float = 0.0        # weight of the reversed ranking (cDPO)
+    nll_coef: float = 0.0               # weight of next-token loss on the best response (RPO)
+    taylor_order: float = 0.0           # n of T_n, for tokens and rankings; 0: -log p
+
+    # what is watched, kept and said
+    eval_interval: int = 100            # steps; the last step is always evaluated
+    eval_batches: int = 20              # pretrain: batches of the validation stream
+    eval_rows: int = 256                # validation rows
+    save_interval: int = 200            # steps; the last step is always saved
+    log_interval: int = 1               # steps a printed line; metrics.jsonl has every step
+    wandb: str = "off"                  # off | online | offline
+    wandb_project: str = "nanospin"
+
+
+CHOICES = {
+    "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"], "kind": ["pl"],
+    "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
+    "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
+    "wandb": ["off", "online", "offline"],
+}
+AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
+            "log_interval": 1, "gen_batch_size": 1}
+NOT_NEGATIVE = ["max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_size",
+                "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order"]
+MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
+         "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "dropout"]
+
+
+def load(argv):
+    """argv: config files and --key=value overrides, later ones win. Returns a checked Config; exits on a mistake."""
+    hints = typing.get_type_hints(Config)
+    settings = {}
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print(__doc__ + "\n" + inspect.getsource(Config))
+            raise SystemExit(0)
+        elif arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            if not equals:
+                raise SystemExit(f"{arg}: an override is written --name=value")
+            known(name, hints, "command line")
+            settings[name] = convert(name, parse(text, hints[name]), hints[name], "command line")
+        else:
+            for name, value in read_file(arg).items():
+                known(name, hints, arg)
+                settings[name] = convert(name, value, hints[name], arg)
+    cfg = Config(**settings)
+    cfg.players, cfg.adam_betas = list(cfg.players), list(cfg.adam_betas)
+    check(cfg)
+    return cfg
+
+
+def read_file(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            code = compile(f.read(), path, "exec")
+        names = {}
+        exec(code, names)
+    except OSError as e:
+        raise SystemExit(f"{path}: {e.strerror}")
+    except SyntaxError as e:
+        raise SystemExit(f"{path}:{e.lineno}: {e.msg}")
+    except Exception as e:
+        raise SystemExit(f"{path}: {type(e).__name__}: {e}")
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+
+
+def known(name, hints, where):
+    if name not in hints:
+        close = difflib.get_close_matches(name, hints, n=1)
+        raise SystemExit(f"{where}: unknown setting {name!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+
+
+def parse(text, hint):
+    """The value of --name=text."""
+    if hint in (str, str | None):
+        return text
+    if hint == list[str] and not text.startswith("["):
+        return text.split(",")
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text     # `convert` says what it should have been
+
+
+def convert(name, value, hint, where):
+    """The value if it has the hinted type, an int where a float is asked made one; exits otherwise."""
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]:
+        if option is float and type(value) is int:
+            return float(value)
+        if typing.get_origin(option) is list:
+            item = typing.get_args(option)[0]
+            if isinstance(value, (list, tuple)) and all(type(v) is item or (item is float and type(v) is int) for v in value):
+                return [item(v) for v in value]
+        elif type(value) is option:
+            return value
+    expected = str(hint) if not isinstance(hint, type) or typing.get_origin(hint) else hint.__name__
+    raise SystemExit(f"{where}: {name} must be {expected.replace('NoneType', 'None')}, got {value!r}")
+
+
+def check(cfg):
+    """Ranges and combinations."""
+    def must(ok, message):
+        if not ok:
+            raise SystemExit(f"config: {message}")
+
+    for name, choices in CHOICES.items():
+        value = getattr(cfg, name)
+        must(value in choices, f"{name} must be one of {', '.join(c or repr(c) for c in choices)}, got {value!r}")
+    for name, least in AT_LEAST.items():
+        must(getattr(cfg, name) >= least, f"{name} must be at least {least}, got {getattr(cfg, name)}")
+    for name in NOT_NEGATIVE:
+        must(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
+    must(0 < cfg.top_p <= 1, f"top_p must be in (0, 1], got {cfg.top_p}")
+    must(0 <= cfg.warmup <= 1 and 0 <= cfg.min_lr <= 1, "warmup and min_lr are shares, in [0, 1]")
+    must(0 <= cfg.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {cfg.label_smoothing}")
+    must(len(cfg.adam_betas) == 2 and all(0 <= b < 1 for b in cfg.adam_betas), "adam_betas must be two numbers in [0, 1)")
+    must(cfg.template.count("{prompt}") == 1, "template must contain {prompt} once")
+    must(cfg.stage != "pretrain" or cfg.max_steps, "stage pretrain needs max_steps")
+    must(cfg.max_steps or cfg.epochs, "either max_steps or epochs must be above 0")
+    must(cfg.stage in ("pretrain", "sft") or cfg.init, f"stage {cfg.stage} needs init, the checkpoint to start from")
+    must(cfg.stage == "spin" or cfg.rounds == 1, f"stage {cfg.stage} has one round")
+    for name in ("lr", "beta"):
+        value = getattr(cfg, name)
+        values = value if isinstance(value, list) else [value]
+        must(len(values) in (1, cfg.rounds), f"{name} has {len(values)} values for {cfg.rounds} rounds")
+        must(all(v > 0 for v in values), f"{name} must be above 0")
+    if cfg.stage == "spin":
+        for p in cfg.players:
+            must(p in ("data", "teacher", "self") or (p.startswith("self-") and p[5:].isdigit() and int(p[5:]) > 0),
+                 f"players are data, teacher, self, self-1, self-2 ..., got {p!r}")
+        must(len(set(cfg.players)) == len(cfg.players) >= 2, "players must be two or more different ones")
+        must(cfg.players[0] == "data", "players must begin with data: validation loss and nll_coef are on its responses")
+        must("self" in cfg.players, "players must name self: without it nothing is played")
+        must(("teacher" in cfg.players) == bool(cfg.teacher), "players names teacher exactly when `teacher` says where it is")
+
+
+def per_round(value, round):
+    """The value of a setting that may be a list with one value a round."""
+    return (value if len(value) > 1 else value * (round + 1))[round] if isinstance(value, list) else value
+
+
+def model_settings(cfg):
+    """The model's settings that the config gives, as a dict."""
+    return {name: getattr(cfg, name) for name in MODEL if getattr(cfg, name) is not None}

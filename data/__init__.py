@@ -1,0 +1,234 @@
+"""Rows and token streams -> batches. Every batch is a pure function of (data, seed, step).
+
+A data folder holds
+    {train,val}.bin      a token stream: uint16, or uint32 above 65,535 tokens; documents end in end-of-text
+    {train,val}.jsonl    ranked rows: {"prompt": str, "responses": [best, ..., worst], "group": str?, "scores": [float]?}
+    meta.json            written last: tokenizer, vocabulary, dtype, sizes, source, sha256 of each file
+"""
+import functools
+import hashlib
+import json
+import math
+import os
+
+import numpy as np
+import torch
+
+from data import tokenizer as tokenizers
+
+# ---------------------------------------------------------------------------------------------- writing a data folder
+
+
+def split_of(group, val_share=0.1):
+    """"train" or "val" by a hash of the group: rows that share a group stand together, and adding rows moves none."""
+    return "val" if int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 < val_share else "train"
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path, value):
+    """Write beside and rename, so that the file is whole or absent."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def write_rows(path, rows):
+    """Ranked rows as JSON lines, whole or absent."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(path + ".tmp", path)
+
+
+def write_stream(path, documents, enc):
+    """Encode documents (strings) into one stream, each ended by end-of-text. Returns the number of tokens."""
+    dtype, n = np.uint16 if enc.n_vocab <= 2**16 else np.uint32, 0
+    with open(path + ".tmp", "wb") as f:
+        for text in documents:
+            ids = enc.encode_ordinary(text) + [enc.eot_token]
+            np.array(ids, dtype=dtype).tofile(f)
+            n += len(ids)
+    os.replace(path + ".tmp", path)
+    return n
+
+
+def write_meta(folder, tokenizer, source, **sizes):
+    """meta.json, last of all. tokenizer: "gpt2", "bytes", the name of a .tiktoken file in the folder; None for rows alone."""
+    enc = tokenizers.load(tokenizer_path(folder, tokenizer)) if tokenizer else None
+    of_tokenizer = {"tokenizer": tokenizer, "tokenizer_sha256": tokenizers.fingerprint(enc), "vocab_size": enc.n_vocab,
+                    "dtype": "uint16" if enc.n_vocab <= 2**16 else "uint32"} if enc else {"tokenizer": None}
+    paths = {f: os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".jsonl", ".tiktoken"))}
+    write_json(os.path.join(folder, "meta.json"), of_tokenizer | {"source": source} | sizes | {
+        "files": {f: {"sha256": sha256(path), "bytes": os.path.getsize(path)} for f, path in paths.items()}})
+
+
+def tokenizer_path(folder, name):
+    return name if name in ("gpt2", "bytes") else os.path.join(folder, name)
+
+
+# ---------------------------------------------------------------------------------------------- reading a data folder
+
+
+def prepare_command(folder):
+    """What makes this folder, as far as we know."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(folder.rstrip("/")), "prepare.py")
+    if os.path.exists(script):
+        return f"python -m data.{os.path.basename(folder.rstrip('/'))}.prepare"
+    return f"python -m data.jsonl.prepare FILE.jsonl --out={folder}"
+
+
+def read_meta(folder, need):
+    """meta.json of a data folder, checked for the files in `need`. Exits with one line and the command that makes them."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+    except FileNotFoundError:
+        raise SystemExit(f"{folder}/meta.json is missing; make it with: {prepare_command(folder)}")
+    except ValueError as e:
+        raise SystemExit(f"{folder}/meta.json is not JSON ({e}); make it again with: {prepare_command(folder)}")
+    for name in need:
+        path = os.path.join(folder, name)
+        if not os.path.exists(path) or name not in meta.get("files", {}):
+            raise SystemExit(f"{path} is missing; make it with: {prepare_command(folder)}")
+        if os.path.getsize(path) != meta["files"][name]["bytes"]:
+            raise SystemExit(f"{path} has {os.path.getsize(path)} bytes, meta.json says {meta['files'][name]['bytes']}; "
+                             f"make it again with: {prepare_command(folder)}")
+    return meta
+
+
+def read_stream(folder, split):
+    """The token stream as a read-only memory map."""
+    meta = read_meta(folder, [f"{split}.bin"])
+    return np.memmap(os.path.join(folder, f"{split}.bin"), dtype=meta["dtype"], mode="r")
+
+
+def read_rows(path):
+    """Ranked rows of a .jsonl file, each checked. Exits with file, line and what is wrong."""
+    rows = []
+    try:
+        f = open(path, encoding="utf-8")
+    except OSError as e:
+        raise SystemExit(f"{path}: {e.strerror}; make it with: {prepare_command(os.path.dirname(path))}")
+    with f:
+        try:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    rows.append(check_row(json.loads(line), f"{path}:{number}"))
+        except json.JSONDecodeError as e:
+            raise SystemExit(f"{path}:{number}: not JSON: {e}")
+        except UnicodeDecodeError as e:
+            raise SystemExit(f"{path}: not UTF-8 after line {len(rows)}: {e.reason}")
+    if not rows:
+        raise SystemExit(f"{path}: no rows")
+    return rows
+
+
+def check_row(row, where):
+    def must(ok, message):
+        if not ok:
+            raise SystemExit(f"{where}: {message}")
+    must(isinstance(row, dict), "a row must be an object with prompt and responses")
+    must(isinstance(row.get("prompt"), str) and row["prompt"].strip(), "prompt must be a string that is not empty")
+    responses = row.get("responses")
+    must(isinstance(responses, list) and responses and all(isinstance(r, str) or r is None for r in responses),
+         "responses must be a list of strings, best first (null: absent)")
+    must(responses[0] is not None, "the best response must be there")
+    scores = row.get("scores")
+    must(scores is None or (isinstance(scores, list) and len(scores) == len(responses)
+                            and all(type(s) in (int, float) and math.isfinite(s) for s in scores)),
+         "scores must be a number for each response")
+    must(scores is None or all(a >= b for a, b in zip(scores, scores[1:])), "scores must fall from best to worst")
+    return row
+
+
+# ---------------------------------------------------------------------------------------------- rows -> ids -> batches
+
+
+def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
+    """Rows to ids under one template and one set of limits, the same for every player.
+
+    A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int]}; a response is encode(text) + [eot], cut at
+    its end (then it has no eot), a prompt is cut at its start. Responses that come with "ids" were sampled: taken as
+    they are. Returns the rows, None for those whose prompt leaves no room, and counts of what was cut and dropped.
+    """
+    max_prompt, max_response = max_prompt or block_size, max_response or block_size
+    counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
+    encoded = []
+    for row in rows:
+        prompt = enc.encode_ordinary(template.replace("{prompt}", row["prompt"]))
+        counts["prompts cut"] += len(prompt) > max_prompt
+        prompt = prompt[-max_prompt:]
+        room = min(max_response, block_size - len(prompt))
+        if room < 1:
+            counts["dropped"] += 1
+            encoded.append(None)
+            continue
+        responses = []
+        for text, ids in zip(row["responses"], row.get("ids") or [None] * len(row["responses"])):
+            if ids is None and text is not None:
+                ids = enc.encode_ordinary(text) + [enc.eot_token]
+                counts["responses cut"] += len(ids) > room
+            responses.append(None if ids is None else ids[:room])
+        scores = row.get("scores") or range(len(responses), 0, -1)
+        ranks = [sum(better > s for better in scores) for s in scores]
+        encoded.append({"prompt": prompt, "responses": responses, "ranks": ranks})
+    return encoded, counts
+
+
+def pad_rows(rows):
+    """Encoded rows -> one right-padded batch. N = present responses, T = the longest sequence less one; all int64:
+
+    idx, targets (N, T): targets are the response's tokens with its eot, -1 elsewhere; seq (N, T): b K + k where a target
+    is asked, -1 elsewhere; present (B, K) bool; ranks, lengths (B, K). Masks come from lengths, never from an id.
+    """
+    B, K = len(rows), max(len(r["responses"]) for r in rows)
+    present, ranks, lengths = np.zeros((B, K), bool), np.full((B, K), K), np.zeros((B, K), int)
+    texts = []
+    for b, row in enumerate(rows):
+        for k, response in enumerate(row["responses"]):
+            if response is not None:
+                present[b, k], ranks[b, k], lengths[b, k] = True, row["ranks"][k], len(response)
+                texts.append((b * K + k, row["prompt"], response))
+    T = max(len(p) + len(r) for _, p, r in texts) - 1
+    idx, targets, seq = np.zeros((len(texts), T), int), np.full((len(texts), T), -1), np.full((len(texts), T), -1)
+    for n, (slot, prompt, response) in enumerate(texts):
+        ids, start = prompt + response, len(prompt) - 1
+        idx[n, :len(ids) - 1] = ids[:-1]
+        targets[n, start:len(ids) - 1] = response
+        seq[n, start:len(ids) - 1] = slot
+    return {name: torch.from_numpy(a) for name, a in
+            dict(idx=idx, targets=targets, seq=seq, present=present, ranks=ranks, lengths=lengths).items()}
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(n, batch_size, seed, step):
+    """Which of n samples make the global batch of a step: permutations without replacement, one after the other."""
+    where = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([permutation(n, seed, int(e))[i] for e, i in zip(where // n, where % n)])
+
+
+def stream_batch(tokens, length, batch_size, seed, step, vocab_size, part=slice(None)):
+    """{"idx", "targets"} (B, T) of a step: windows of a token stream, without replacement, T = length.
+
+    Each epoch shifts the windows by a seeded offset, so that no two cut the text at the same places. `part` takes some
+    of the global batch. Exits if a token is outside the vocabulary or the stream is shorter than two windows.
+    """
+    n = (len(tokens) - 1) // length - 1
+    if n < 1:
+        raise SystemExit(f"the token stream has {len(tokens)} tokens; block_size {length} needs {2 * length + 1}")
+    epochs = np.arange(step * batch_size, (step + 1) * batch_size) // n
+    starts = [w * length + int(np.random.default_rng([seed, int(e), 1]).integers(length))
+              for w, e in zip(batch_indices(n, batch_size, seed, step)[part], epochs[part])]
+    rows = np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64)
+    if rows.max() >= vocab_size:
+        raise SystemExit(f"token id {rows.max()} near position {starts[0]} of the stream is outside the vocabulary of {vocab_size}")
+    return {"idx": torch.from_numpy(rows[:, :-1]), "targets": torch.from_numpy(rows[:, 1:])}
