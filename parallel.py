@@ -1,0 +1,144 @@
+"""Process group, FSDP2, means over ranks: all that knows of ranks. One process needs none of it and is not wrapped.
+
+The parallel code stands beside the model: `wrap` shards the blocks of a GPT built on the meta device, `copy_` fills a
+parameter, sharded or not, from a whole tensor, and `whole` gathers a plain copy for sampling.
+"""
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(cfg):
+    """Join torchrun's process group if there is one, choose device and precision. Returns the device."""
+    if (cfg.device or "cuda") == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    elif cfg.device == "cuda":
+        raise SystemExit("device is cuda, and torch sees no GPU")
+    else:
+        device = torch.device("cpu")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision(cfg.matmul_precision or ("high" if device.type == "cuda" else "medium"))
+    return device
+
+
+def compute_dtype(cfg, device):
+    """The dtype of the products: bfloat16 where the GPU has it, unless the config says."""
+    if cfg.dtype:
+        return getattr(torch, cfg.dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def wrap(model, device, dtype, compile=False):
+    """Give a GPT of the meta device its storage, sharded if there are several ranks. Weights and reductions are float32,
+    products are `dtype`. The embedding and the head it may be tied to stand in the root unit."""
+    if compile:
+        for block in model.h:
+            block.compile()
+    if world() > 1:
+        mesh = init_device_mesh(device.type, (world(),))
+        # inputs stay as they are: the rotary angles must not become bfloat16
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.h:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return model.to_empty(device=device)
+    return cast(model.to_empty(device=device), device, dtype)
+
+
+def cast(model, device, dtype):
+    """Products of an unsharded model in `dtype`, by autocast."""
+    if dtype != torch.float32:
+        model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
+    return model
+
+
+@torch.no_grad()
+def copy_(p, tensor):
+    """Fill a parameter from the whole tensor, which every rank has; a sharded one takes its part."""
+    if isinstance(p, DTensor):
+        tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(tensor)
+
+
+def whole(model, device, dtype):
+    """A plain copy of a sharded model on every rank, which runs without the others; an unsharded model itself."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.device("meta"):
+        plain = model_class(model)(model.config)
+    plain.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()}, assign=True)
+    return cast(plain, device, dtype)
+
+
+def model_class(model):
+    """FSDP2 gives a module a class of its own, (FSDPModule, the original)."""
+    return type(model).__mro__[2]
+
+
+def sync_gradients(model, on):
+    """Whether the next backward pass reduces gradients over the ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def total(values, device):
+    """Sum a list of numbers or 0-dim tensors over the ranks, in float64, with one message. Returns floats."""
+    t = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device).detach() for v in values])
+    if world() > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+
+def clip_(parameters, max_norm):
+    """Clip by the global norm (0: do not). Returns the norm before, a 0-dim tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gather(value):
+    """[value of each rank], on every rank."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def shard(order, batch_size):
+    """This rank's batches of a sequence of indices. Every rank gets the same number, so that they may run a sharded model
+    together; where the indices run out a rank gets the first one again."""
+    for i in range(0, len(order), batch_size * world()):
+        start = i + rank() * batch_size
+        yield list(order[start:start + batch_size]) or [order[0]]
+
+
+def merge(n, results):
+    """{index: value} of each rank -> the n values, on every rank."""
+    everything = {i: v for part in gather(results) for i, v in part.items()}
+    return [everything[i] for i in range(n)]
+
+
+def finish():
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

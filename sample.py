@@ -1,0 +1,166 @@
+"""Batched generation with a KV cache; also a command line.
+
+    python sample.py out/demo/sft --prompt "what does \`os.getcwd()\` do?"
+    python sample.py out/demo/sft --chat
+    python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
+"""
+import argparse
+import sys
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import KVCache
+
+
+def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """One id a row by inverse CDF: logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,).
+
+    temperature 0 is greedy. top_k keeps the k most likely; top_p the fewest whose probability reaches p
+    (nucleus sampling, arXiv 1904.09751), after temperature and top_k.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p and top_p < 1:
+        ordered, where = probs.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p        # what the more likely ones already reach
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), 0.0)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return ids.clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, generator=None, *,
+             batch_size=128, numbers=None, progress=None):
+    """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
+
+    A continuation is at most max_new_tokens long, and prompt and continuation fit block_size. generator (torch) seeds
+    the draws: the t-th draw of a request is a function of (one number from the generator, the request's number, t), so
+    neither the batch size nor the other prompts change it; `numbers` gives the requests' numbers, else 0, 1, 2 ...
+    progress: a tqdm bar to advance. Raises ValueError for a prompt that is empty or leaves no room.
+    """
+    block_size, device = model.config.block_size, model.wte.weight.device
+    for i, p in enumerate(prompts):
+        if not 0 < len(p) < block_size:
+            raise ValueError(f"prompt {i} has {len(p)} tokens; it must have 1 to {block_size - 1}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    key = int(torch.randint(2**62, (), generator=generator))
+    numbers = range(len(prompts)) if numbers is None else numbers
+    room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
+    draws = [np.random.Generator(np.random.Philox(key=[key, n])).random(max_new_tokens) for n in numbers]
+    uniform = torch.from_numpy(np.array(draws))                                # (requests, max_new_tokens) float64
+    was_training = model.training
+    model.eval()
+    new = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]                                 # the request of each row of the batch
+        lengths = torch.tensor([len(prompts[i]) for i in rows])
+        P = int(lengths.max())
+        idx = torch.zeros(len(rows), P, dtype=torch.long)
+        for b, i in enumerate(rows):
+            idx[b, :len(prompts[i])] = torch.tensor(prompts[i])
+        cache = KVCache(min(P + max_new_tokens, block_size), used=P)
+        pos = lengths.to(device)                                               # (B,): where the next token goes
+        logits = model(idx.to(device), cache=cache, last=pos - 1)              # (B, V)
+        live = range(len(rows))                                                # rows that have not ended
+        for t in range(max_new_tokens):
+            ids = draw(logits, uniform[rows, t].to(device), temperature, top_k, top_p)
+            drawn = ids.tolist()
+            for b in live:
+                new[rows[b]].append(drawn[b])
+            live = [b for b in live if drawn[b] != eot and t + 1 < room[rows[b]]]
+            if not live:
+                break
+            if len(live) <= 0.75 * len(rows):       # copying the cache pays once a quarter has ended
+                keep = torch.tensor(live, device=device)
+                cache.select(keep)
+                ids, pos, rows, live = ids[keep], pos[keep], [rows[b] for b in live], range(len(live))
+            cache.used = min(P + t + 1, cache.length)
+            pos = pos.clamp(max=block_size - 1)     # moves only rows that have ended, which nobody reads
+            logits = model(ids[:, None], pos=pos[:, None], cache=cache, last=torch.zeros_like(pos))
+            pos = pos + 1
+        if progress is not None:
+            progress.update(min(batch_size, len(order) - start))
+    model.train(was_training)
+    return new
+
+
+def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,
+            **options):
+    """Responses to prompts (strings) under the template and limits that training and scoring use -> (texts, ids).
+    A prompt that leaves no room gets None for both."""
+    block_size = model.config.block_size
+    prompts = [enc.encode_ordinary(template.replace("{prompt}", text))[-(max_prompt or block_size):] for text in texts]
+    fits = [i for i, p in enumerate(prompts) if len(p) < block_size]
+    numbers = options.pop("numbers", range(len(texts)))
+    ids = generate(model, [prompts[i] for i in fits], max_response or block_size, temperature, top_k, top_p, enc.eot_token,
+                   torch.Generator().manual_seed(seed), numbers=[numbers[i] for i in fits], **options)
+    by_row = dict(zip(fits, ids))
+    ids = [by_row.get(i) for i in range(len(texts))]
+    return [None if r is None else text_of(enc, r) for r in ids], ids
+
+
+def text_of(enc, ids):
+    """The text of response ids, without the end-of-text that ends it."""
+    return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
+
+
+def main():
+    import checkpoint
+    from data import read_rows, write_rows
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--chat", action="store_true", help="one prompt a line")
+    what.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
+    parser.add_argument("--out", help="where the ranked file goes")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the template")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the checkpoint's max_response")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if bool(args.prompts) != bool(args.out):
+        parser.error("--prompts and --out go together")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("the prompt is empty")
+    model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
+    settings = dict(template="{prompt}" if args.raw else meta["config"]["template"],
+                    max_prompt=meta["config"]["max_prompt"],
+                    max_response=args.max_new_tokens or meta["config"]["max_response"],
+                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    if args.prompts:
+        rows = read_rows(args.prompts)
+        with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
+            texts, ids = respond(model, enc, texts=[r["prompt"] for r in rows], progress=progress, **settings)
+        kept = [(row, text, i) for row, text, i in zip(rows, texts, ids) if i is not None]
+        write_rows(args.out, [{"prompt": row["prompt"], "responses": [text], "ids": [i],
+                               **({"group": row["group"]} if "group" in row else {})} for row, text, i in kept])
+        print(f"{args.out}: {len(kept)} rows" + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else ""))
+        return
+    def answer(line, number):
+        texts, _ = respond(model, enc, texts=[line], numbers=[number], **settings)
+        print("(the prompt leaves no room for a response)" if texts[0] is None else texts[0], flush=True)
+
+    if args.prompt is not None:
+        return answer(args.prompt, 0)
+    if sys.stdin.isatty():
+        print("one prompt a line; end with control-D")
+    for number, line in enumerate(sys.stdin):
+        if line.strip():
+            answer(line.strip(), number)
+
+
+if __name__ == "__main__":
+    main()
