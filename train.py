@@ -1,0 +1,357 @@
+"""The trainer: config -> round -> collect -> fit.
+
+    python train.py config/demo_sft.py --lr=1e-3                           one process
+    torchrun --nproc_per_node=8 train.py config/spin_k3.py                 FSDP2 over eight
+
+Started again, the same command goes on where it stopped. `python train.py --help` lists the settings.
+"""
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import parallel
+from config import per_round
+from data import batch_indices, pad_rows, read_meta, stream_batch, tokenizer, tokenizer_path, write_json
+from eval import loss_metrics, ranking_metrics, score, stream_loss
+from loss import preference_loss, sequence_logprobs, taylor_nll
+from model import GPT, GPTConfig
+from rollout import collect, prepare_teacher
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}     # dense bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------ the objectives
+# logps (N, T) of a batch's targets -> the loss summed over what is counted, and metrics summed alike
+
+
+def token_objective(logps, batch, cfg, beta):
+    """Next-token loss, counted by target token."""
+    asked = batch["targets"] >= 0
+    return taylor_nll(logps[asked], cfg.taylor_order).sum(), {}
+
+
+def ranking_objective(logps, batch, cfg, beta):
+    """Preference loss, counted by prompt."""
+    B, K = batch["present"].shape
+    policy = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
+    return sum_over_rows(policy, batch, cfg, beta)
+
+
+def sum_over_rows(policy, batch, cfg, beta):
+    loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, cfg.kind, ranks=batch["ranks"],
+                                    depth=cfg.depth or None, label_smoothing=cfg.label_smoothing,
+                                    taylor_order=cfg.taylor_order, nll_coef=cfg.nll_coef, lengths=batch["lengths"])
+    B = len(policy)
+    return loss * B, {name: value * B for name, value in metrics.items()}
+
+
+OBJECTIVES = {"pretrain": token_objective, "sft": token_objective, "preference": ranking_objective, "spin": ranking_objective}
+
+
+# ----------------------------------------------------------------------------------------------------------- the batch
+
+
+def micro_batches(cfg, round, step, train, model_config):
+    """This rank's micro-batches of a step, a function of (data, seed, round, step)."""
+    world, rank = parallel.world(), parallel.rank()
+    size = cfg.micro_batch_size or cfg.batch_size // world
+    seed = cfg.seed + 1000 * round
+    for j in range(cfg.batch_size // (size * world)):
+        part = slice((j * world + rank) * size, (j * world + rank + 1) * size)
+        if cfg.stage == "pretrain":
+            yield stream_batch(train, model_config.block_size, cfg.batch_size, seed, step, model_config.vocab_size, part)
+        else:
+            rows = [train[i] for i in batch_indices(len(train), cfg.batch_size, seed, step)[part]]
+            batch = pad_rows(rows)
+            if "ref" in rows[0]:
+                K = batch["present"].shape[1]
+                batch["ref"] = torch.tensor([row["ref"] + [0.0] * (K - len(row["ref"])) for row in rows])
+            yield batch
+
+
+def steps_of_round(cfg, train):
+    return cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizer
+
+
+def make_optimizers(model, cfg, lr, device):
+    """Decay on matrices and embeddings, none on norms and biases. Muon takes the blocks' matrices alone
+    (kellerjordan.github.io/posts/muon) and AdamW the rest."""
+    params = dict(model.named_parameters())
+    matrices = {n: p for n, p in params.items() if p.dim() >= 2}
+    muon = {n: p for n, p in matrices.items() if n.startswith("h.")} if cfg.optimizer == "muon" else {}
+    groups = [{"params": [p for n, p in matrices.items() if n not in muon], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if cfg.optimizer == "rmsprop":
+        optimizers = [torch.optim.RMSprop(groups, lr=lr)]
+    else:
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=device.type in ("cpu", "cuda"))]
+    if muon:
+        if not hasattr(torch.optim, "Muon"):
+            raise SystemExit(f"optimizer muon: torch {torch.__version__} has no torch.optim.Muon; use adamw")
+        optimizers.append(torch.optim.Muon(list(muon.values()), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(cfg, step, steps):
+    """Share of the learning rate at a step: linear warmup, then the schedule down to min_lr."""
+    warmup = int(cfg.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.schedule]
+    return cfg.min_lr + (1 - cfg.min_lr) * share
+
+
+# ------------------------------------------------------------------------------------------------------------- the fit
+
+
+def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
+    """Train one round from step `start` to its last. The one loop, the one step."""
+    steps = steps_of_round(cfg, train)
+    beta, lr = per_round(cfg.beta, round), per_round(cfg.lr, round)
+    optimizers = make_optimizers(model, cfg, lr, device)
+    if start:
+        checkpoint.resume(checkpoint.latest(cfg.out_dir, round), model, optimizers)
+    params = [p for p in model.parameters()]
+    objective = OBJECTIVES[cfg.stage]
+    flops = model.flops_per_token()
+    peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
+    for step in range(start, steps + 1):
+        if (step % cfg.eval_interval == 0 or step == steps) and (step > start or not start):
+            log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, round, model, val, device))
+        if (step % cfg.save_interval == 0 or step == steps) and step > start:
+            checkpoint.save(cfg.out_dir, round, step, model, optimizers, cfg, enc, tokenizer_name)
+        if step == steps:
+            break
+
+        # ---- one training step
+        began = time.time()
+        torch.manual_seed(hash((cfg.seed, round, step, parallel.rank())) % 2**62)      # dropout is a function of the step
+        model.train()
+        batches = [{k: v.to(device) for k, v in b.items()} for b in micro_batches(cfg, round, step, train, model.config)]
+        counted = [len(b["present"]) if "ref" in b else int((b["targets"] >= 0).sum()) for b in batches]
+        tokens = sum(b["idx"].numel() for b in batches)
+        count, tokens = parallel.total([sum(counted), tokens], device)
+        sums = {}
+        for j, batch in enumerate(batches):
+            parallel.sync_gradients(model, j == len(batches) - 1)
+            loss, metrics = objective(model(batch["idx"], batch["targets"]), batch, cfg, beta)
+            (loss * parallel.world() / count).backward()        # FSDP means gradients over the ranks
+            for name, value in ({"loss": loss.detach()} | metrics).items():
+                sums[name] = sums.get(name, 0.0) + value
+        norm = parallel.clip_(params, cfg.grad_clip)
+        means = parallel.total([*sums.values(), norm / parallel.world()], device)
+        record = {name: value / count for name, value in zip(sums, means)} | {"norm": means[-1]}
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["norm"])):
+            rows = batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step).tolist() if cfg.stage != "pretrain" else "of the stream"
+            raise SystemExit(f"round {round} step {step}: loss {record['loss']}, gradient norm {record['norm']}; rows {rows}; "
+                             f"weights are as before the step, the last checkpoint is {checkpoint.latest(cfg.out_dir)}")
+        factor = lr_factor(cfg, step, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        # ----
+
+        if step == 0 and "ref" in batches[0]:
+            check_start(cfg, round, record["loss"], batches, beta, count, device, log)
+        seconds = time.time() - began
+        log({"kind": "step", "round": round, "step": step} | record |
+            {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
+             "mfu": peak and flops * tokens / seconds / peak / parallel.world()}, steps)
+
+
+def check_start(cfg, round, loss, batches, beta, count, device, log):
+    """At a round's first step the policy is its reference: every implicit reward is 0 and the loss of a full ranking is
+    ln K!. A loss that starts elsewhere was scored otherwise than it is trained."""
+    at_zero = [sum_over_rows(b["ref"], b, cfg, beta) for b in batches]
+    expected, ranking = (v / count for v in parallel.total([sum(loss for loss, _ in at_zero), sum(m["nll"] for _, m in at_zero)], device))
+    off = abs(loss - expected)
+    log({"kind": "start", "round": round, "step": 0, "loss": loss, "expected": expected, "ranking": ranking, "off": off})
+    if off > (1e-4 if parallel.compute_dtype(cfg, device) == torch.float32 else 0.05):
+        log({"kind": "warning", "round": round, "step": 0,
+             "text": f"the round starts at {loss:.5f}, not at {expected:.5f}: policy and reference are not the same"})
+
+
+def evaluate(cfg, round, model, val, device):
+    """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
+    if cfg.stage == "pretrain":
+        return {"val_loss": stream_loss(model, val, cfg, device, cfg.eval_batches)}
+    logps = score(model, val, cfg.micro_batch_size or cfg.batch_size, device)
+    if cfg.stage == "sft":
+        return loss_metrics(logps, val)
+    K = logps.shape[1]
+    refs = np.array([row["ref"] + [0.0] * (K - len(row["ref"])) for row in val], dtype=np.float32)
+    rows = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])),
+                   "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in val]
+    names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
+    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round), names)
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+def build(cfg, device, dtype):
+    """(model, tokenizer, its name) from the newest checkpoint of this run, of `init`, or from scratch. A later stage takes
+    shape and tokenizer from the checkpoint; a setting that conflicts ends the run."""
+    path = checkpoint.latest(cfg.out_dir) or (cfg.init and checkpoint.resolve(cfg.init))
+    given = config.model_settings(cfg)
+    if path:
+        meta = checkpoint.read_meta(path)
+        enc, name = checkpoint.read_tokenizer(path, meta), meta["tokenizer"]
+        for key, value in given.items():
+            if value != meta["model"][key] and key != "dropout":
+                raise SystemExit(f"config: {key} is {value!r}, but the checkpoint {path} has {meta['model'][key]!r}")
+        if cfg.tokenizer and tokenizer.fingerprint(tokenizer.load(cfg.tokenizer)) != meta["tokenizer_sha256"]:
+            raise SystemExit(f"config: tokenizer {cfg.tokenizer} is not the checkpoint's ({path})")
+        shape = meta["model"] | given
+    else:
+        name = cfg.tokenizer or read_meta(cfg.data, [])["tokenizer"]
+        if not name:
+            raise SystemExit(f"config: from scratch on {cfg.data}, which names no tokenizer: set tokenizer")
+        name = cfg.tokenizer or tokenizer_path(cfg.data, name)
+        enc = tokenizer.load(name)
+        shape = given | {"vocab_size": enc.n_vocab}
+    if cfg.stage == "pretrain":
+        data = read_meta(cfg.data, ["train.bin", "val.bin"])
+        if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
+            raise SystemExit(f"{cfg.data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
+    try:
+        shape = GPTConfig(**shape)
+    except ValueError as e:
+        raise SystemExit(f"config: {e}")
+    if cfg.stage == "spin":
+        prepare_teacher(cfg, enc, device, dtype)
+    with torch.device("meta"):
+        model = GPT(shape)
+    model = parallel.wrap(model, device, dtype, cfg.compile)
+    if path:
+        checkpoint.load_weights(path, model)
+    else:
+        model.init_weights(cfg.seed, parallel.copy_)
+    return model, enc, name
+
+
+def begin(cfg, device, dtype):
+    """Check the batch arithmetic, claim the run folder, and return where the run stands: (round, step), step -1 at
+    the very beginning."""
+    world = parallel.world()
+    size = cfg.micro_batch_size or cfg.batch_size // world
+    if size < 1 or cfg.batch_size % (size * world):
+        raise SystemExit(f"config: batch_size {cfg.batch_size} must be micro_batch_size {size} x {world} ranks x whole accumulation steps")
+    path = os.path.join(cfg.out_dir, "config.json")
+    settings = json.loads(json.dumps(asdict(cfg)))
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            before = json.load(f)["config"]
+        free = {"device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
+        for key, value in settings.items():
+            if key not in free and key in before and before[key] != value:
+                raise SystemExit(f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
+                                 "use another out_dir, or remove that one")
+    parallel.barrier()
+    if parallel.rank() == 0:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        write_json(path, {"config": settings, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+                          "git": git_hash(), "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+                          "dtype": str(dtype), "matmul_precision": torch.get_float32_matmul_precision(),
+                          "ranks": world, "threads": torch.get_num_threads()})
+    parallel.barrier()
+    newest = checkpoint.latest(cfg.out_dir)
+    meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
+    return meta["round"], meta["step"]
+
+
+def git_hash():
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def make_log(cfg, at):
+    """A function that appends a record to metrics.jsonl, prints it, and sends it to wandb if the config asks; rank 0's does.
+    What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
+    if parallel.rank():
+        return lambda record, steps=None: None
+    path, kept = os.path.join(cfg.out_dir, "metrics.jsonl"), []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for text in f:
+                record = json.loads(text) if text.endswith("\n") else {"round": math.inf}     # cut short by a kill
+                if record["round"] < at[0] or record["round"] == at[0] and record["step"] + (record["kind"] == "step") <= at[1]:
+                    kept.append(text)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+    out = open(path, "a", encoding="utf-8", buffering=1)
+    remote = None
+    if cfg.wandb != "off":
+        import wandb
+        name = cfg.out_dir.strip("/").replace("/", "-")
+        remote = wandb.init(project=cfg.wandb_project, id=name, name=name, resume="allow", mode=cfg.wandb, dir=cfg.out_dir, config=asdict(cfg))
+    last = [time.time()]
+
+    def log(record, steps=None):
+        now = time.time()
+        record = record | {"seconds": now - last[0]}
+        last[0] = now
+        out.write(json.dumps(record) + "\n")
+        if record["kind"] != "step" or (record["step"] + 1) % cfg.log_interval == 0:
+            print(line(record, steps), flush=True)
+        if remote:
+            remote.log({f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float))})
+    return log
+
+
+def line(record, steps=None):
+    """A record as one line."""
+    head = f"round {record['round']} step {record['step'] + (steps is not None)}" + (f"/{steps}" if steps else "")
+    if record["kind"] == "step":
+        acc = f" | acc {record['acc']:.2f}" if "acc" in record else ""
+        mfu = "-" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+        return (f"{head} | loss {record['loss']:.4f}{acc} | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms "
+                f"| {record['tokens_per_second'] / 1000:.1f}k tok/s | mfu {mfu}")
+    rest = {k: v for k, v in record.items() if k not in ("kind", "round", "step", "seconds")}
+    return f"{head} | {record['kind']}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
+
+
+def main(argv):
+    cfg = config.load(argv)
+    device = parallel.setup(cfg)
+    dtype = parallel.compute_dtype(cfg, device)
+    at = begin(cfg, device, dtype)
+    model, enc, tokenizer_name = build(cfg, device, dtype)
+    say = print if parallel.rank() == 0 else (lambda *args: None)
+    say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
+        f"float32 products {torch.get_float32_matmul_precision()}", flush=True)
+    log = make_log(cfg, at)
+    for round in range(at[0], cfg.rounds):
+        train, val = collect(cfg, round, model, enc, device, dtype, say)
+        start = max(0, at[1]) if round == at[0] else 0
+        if start < steps_of_round(cfg, train):
+            fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
+    say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
+    parallel.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
