@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+import config
 import parallel
 from data import sha256, tokenizer, write_json
 from model import GPT, GPTConfig
 
 
-def save(run, round, step, model, optimizers, config, enc, tokenizer_name):
+def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name):
     """Write RUN/round_R/step_S with everything a resumed run needs, then remove the round's earlier steps."""
     path = os.path.join(run, f"round_{round}", f"step_{step:06d}")
     beside = os.path.join(run, f"round_{round}", f"writing_{step:06d}")
@@ -51,7 +52,7 @@ def save(run, round, step, model, optimizers, config, enc, tokenizer_name):
             tokenizer_name = "tokenizer.tiktoken"
             tokenizer.save(enc, os.path.join(beside, tokenizer_name))
         write_json(os.path.join(beside, "meta.json"), {
-            "round": round, "step": step, "model": asdict(model.config), "config": asdict(config),
+            "round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg),
             "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.fingerprint(enc),
             "weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
         os.rename(beside, path)
@@ -98,7 +99,9 @@ def resolve(path):
     for candidate in (path, latest(path), (steps_of(path) or [None])[-1]):
         if candidate and os.path.exists(os.path.join(candidate, "meta.json")) and os.path.exists(os.path.join(candidate, "model.safetensors")):
             return candidate
-    raise SystemExit(f"{path}: no checkpoint there; it should be a run's out_dir (train one first), or a folder round_R/step_S in it")
+    command = config.maker(path)
+    raise SystemExit(f"{path}: no checkpoint there; " + (f"make it with: {command}" if command else
+                     "it should be the out_dir of a run, or a folder round_R/step_S in it"))
 
 
 def read_meta(path):

@@ -1,13 +1,15 @@
 """Validation loss, ranking accuracy, exact match, win rate; also a command line.
 
-    python eval.py loss out/demo/sft --data=data/pydocs                     # and a sample's figures
-    python eval.py winrate out/demo/spin_k2 out/demo/sft --judge=out/demo/sft_teacher --data=data/pydocs
+    python eval.py sft=out/demo/sft                                                   # validation loss, a sample's figures
+    python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
+    python eval.py sft=out/demo/sft sft_cold=out/demo/sft@0.5 --out=eval.json         # @ is the sampling temperature
 
-Figures are means over rows (or tokens), each row on its own, so that neither batch nor ranks change them.
+Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
 """
 import argparse
-import json
+import os
 import re
+from collections import Counter
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import batch_indices, encode_rows, pad_rows, permutation, read_rows, stream_batch
+from data import encode_rows, pad_rows, permutation, read_rows, row_length, stream_batch, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import respond
 
@@ -45,7 +47,7 @@ def score(model, rows, batch_size, device, desc=None):
     was_training = model.training
     model.eval()
     K = max(len(r["responses"]) for r in rows)
-    order = sorted(range(len(rows)), key=lambda i: max(len(rows[i]["prompt"]) + len(r or []) for r in rows[i]["responses"]))
+    order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
     results = {}
     for indices in tqdm(list(parallel.shard(order, batch_size)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
         batch = {k: v.to(device) for k, v in pad_rows([rows[i] for i in indices]).items()}
@@ -106,7 +108,15 @@ def sample_metrics(texts, ids, references, eot):
     """Of sampled responses: share ended by eot, mean length in tokens, exact match with the references (texts)."""
     return {"ended": float(np.mean([i[-1] == eot for i in ids])),
             "length": float(np.mean([len(i) for i in ids])),
-            "exact_match": float(np.mean([answer(t) == answer(r) for t, r in zip(texts, references)]))}
+            "exact_match": float(np.mean([answer(t) == answer(r) for t, r in zip(texts, references)])),
+            "f1": float(np.mean([f1(t, r) for t, r in zip(texts, references)]))}
+
+
+def f1(text, reference):
+    """F1 of the two bags of words, as SQuAD measures answers (arXiv 1606.05250)."""
+    a, b = Counter(text.lower().split()), Counter(reference.lower().split())
+    common = (a & b).total()
+    return 2 * common / max(1, a.total() + b.total())
 
 
 def length_accuracy(data, other):
@@ -116,11 +126,12 @@ def length_accuracy(data, other):
     return float(max(longer, 1 - longer))
 
 
-def win_rate(judge, prompts, a, b, batch_size, device):
-    """Share of prompts on which response a beats b under a judge, a language model: the higher mean log-probability a
-    token, end-of-text included, wins; equals count half. All ids (lists). Returns (share, standard error)."""
-    rows = [{"prompt": p, "responses": [x, y], "ranks": [0, 1]} for p, x, y in zip(prompts, a, b)]
-    mean = score(judge, rows, batch_size, device) / np.array([[len(x), len(y)] for x, y in zip(a, b)])
+def win_rate(judge, pairs, device, batch_size=64):
+    """Share of prompts on which the first response beats the second under a judge, a language model: the higher mean
+    log-probability a token, end-of-text included, wins; equals count half.
+    pairs: encoded rows of two responses. Returns (share, standard error)."""
+    lengths = np.array([[len(y) for y in row["responses"]] for row in pairs])
+    mean = score(judge, pairs, batch_size, device) / lengths
     wins = (mean[:, 0] > mean[:, 1]) + 0.5 * (mean[:, 0] == mean[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
@@ -129,3 +140,62 @@ def held_out(folder, n):
     """The same n validation rows for every run and seed."""
     rows = read_rows(f"{folder}/val.jsonl")
     return [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
+
+
+def measure(path, temperature, seed, texts, rows, args):
+    """(figures, sampled texts and ids) of one checkpoint on the held-out rows."""
+    model, enc, meta = checkpoint.load_model(path, args.device)
+    settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
+    encoded, _ = encode_rows([{"prompt": r["prompt"], "responses": r["responses"][:1]} for r in rows], enc,
+                             settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"])
+    there = [i for i, row in enumerate(encoded) if row is not None]
+    figures = loss_metrics(score(model, [encoded[i] for i in there], 64, args.device), [encoded[i] for i in there])
+    answers, ids = respond(model, enc, texts=texts, seed=seed, temperature=temperature, **settings)
+    kept = [i for i, y in enumerate(ids) if y is not None]
+    figures |= sample_metrics([answers[i] for i in kept], [ids[i] for i in kept], [rows[i]["responses"][0] for i in kept], enc.eot_token)
+    return figures, answers
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]")
+    parser.add_argument("--data", default="data/pydocs")
+    parser.add_argument("--rows", type=int, default=256, help="held-out rows")
+    parser.add_argument("--judge", help="checkpoint: win rate of everyone, and of the data, against the first one's samples")
+    parser.add_argument("--out", help="folder for eval.json and each one's samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling; the n-th checkpoint takes seed + n")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("medium" if args.device == "cpu" else "high")
+    rows = held_out(args.data, args.rows)
+    texts = [row["prompt"] for row in rows]
+    table, samples = {}, {"data": [row["responses"][0] for row in rows]}
+    for spec in args.checkpoints:
+        name, equals, path = spec.partition("=")
+        path, _, temperature = path.partition("@")
+        if not (name and equals and path):
+            raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE")
+        figures, samples[name] = measure(path, float(temperature or 1.0), args.seed + len(table), texts, rows, args)
+        table[name] = {"checkpoint": path, "temperature": float(temperature or 1.0)} | figures
+        print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
+    if args.judge:
+        judge, enc, meta = checkpoint.load_model(args.judge, args.device)
+        first, *others = table
+        for name in ["data", *others]:
+            there = [i for i in range(len(rows)) if samples[name][i] is not None and samples[first][i] is not None]
+            pairs, _ = encode_rows([{"prompt": texts[i], "responses": [samples[name][i], samples[first][i]]} for i in there], enc,
+                                   meta["config"]["template"], judge.config.block_size, meta["config"]["max_prompt"])
+            pairs = [p for p in pairs if p is not None]
+            share, error = win_rate(judge, pairs, args.device)
+            table.setdefault(name, {})
+            table[name] |= {"win_rate": share, "win_rate_se": error, "against": first}
+            print(f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % of {len(pairs)} prompts")
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        for name, answers in samples.items():
+            write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": t, "responses": [a]} for t, a in zip(texts, answers) if a is not None])
+        write_json(os.path.join(args.out, "eval.json"), table)
+
+
+if __name__ == "__main__":
+    main()

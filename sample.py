@@ -1,4 +1,4 @@
-"""Batched generation with a KV cache; also a command line.
+r"""Batched generation with a KV cache; also a command line.
 
     python sample.py out/demo/sft --prompt "what does \`os.getcwd()\` do?"
     python sample.py out/demo/sft --chat

@@ -21,7 +21,7 @@ import checkpoint
 import config
 import parallel
 from config import per_round
-from data import batch_indices, pad_rows, read_meta, stream_batch, tokenizer, tokenizer_path, write_json
+from data import batch_indices, pad_rows, read_meta, row_length, stream_batch, tokenizer, tokenizer_path, write_json
 from eval import loss_metrics, ranking_metrics, score, stream_loss
 from loss import preference_loss, sequence_logprobs, taylor_nll
 from model import GPT, GPTConfig
@@ -66,12 +66,14 @@ def micro_batches(cfg, round, step, train, model_config):
     world, rank = parallel.world(), parallel.rank()
     size = cfg.micro_batch_size or cfg.batch_size // world
     seed = cfg.seed + 1000 * round
+    if cfg.stage != "pretrain":      # rows of like length share a micro-batch, on all ranks
+        indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=lambda i: row_length(train[i]))
     for j in range(cfg.batch_size // (size * world)):
         part = slice((j * world + rank) * size, (j * world + rank + 1) * size)
         if cfg.stage == "pretrain":
             yield stream_batch(train, model_config.block_size, cfg.batch_size, seed, step, model_config.vocab_size, part)
         else:
-            rows = [train[i] for i in batch_indices(len(train), cfg.batch_size, seed, step)[part]]
+            rows = [train[i] for i in indices[part]]
             batch = pad_rows(rows)
             if "ref" in rows[0]:
                 K = batch["present"].shape[1]

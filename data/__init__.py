@@ -180,6 +180,11 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
     return encoded, counts
 
 
+def row_length(row):
+    """Tokens of an encoded row's longest sequence."""
+    return len(row["prompt"]) + max(len(y) for y in row["responses"] if y is not None)
+
+
 def pad_rows(rows):
     """Encoded rows -> one right-padded batch. N = present responses, T = the longest sequence less one; all int64:
 

@@ -1,0 +1,26 @@
+"""A 2.6M-parameter student from scratch on the documentation of the installed packages.
+
+    python train.py config/demo_pretrain.py         2 CPU cores, 2 minutes, validation loss 4.1
+"""
+stage = "pretrain"
+out_dir = "out/demo/pretrain"
+data = "data/pydocs"
+
+n_layer = 4
+n_head = 4
+n_embd = 192
+block_size = 256
+position = "rotary"
+norm = "rmsnorm"
+mlp = "swiglu"
+bias = False
+
+batch_size = 16             # x 256 = 4,096 tokens a step
+max_steps = 300             # 1.2M tokens of 3.1M
+optimizer = "muon"
+muon_lr = 0.05
+lr = 1e-2
+warmup = 0.05
+schedule = "linear"
+eval_interval = 50
+log_interval = 10

@@ -1,0 +1,20 @@
+"""Fine-tune the student: what does `name(signature)` do? -> the docstring's summary.
+
+    python train.py config/demo_sft.py         2 CPU cores, 1 minute, validation loss 3.6
+"""
+stage = "sft"
+out_dir = "out/demo/sft"
+init = "out/demo/pretrain"
+data = "data/pydocs"
+
+max_prompt = 64
+max_response = 48
+batch_size = 64             # rows a step
+max_steps = 150             # 9,600 rows of 15,500
+optimizer = "muon"
+muon_lr = 0.02
+lr = 3e-3
+warmup = 0.05
+schedule = "linear"
+eval_interval = 50
+log_interval = 10

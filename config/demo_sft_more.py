@@ -1,0 +1,9 @@
+
+    python train.py config/demo_sft_more.py         2 CPU cores, half a minute
+"""
+from config.demo_spin_k2 import *
+
+stage = "sft"
+out_dir = "out/demo/sft_more"
+rounds = 1
+epochs = 2.0                # 2 x 16 steps

@@ -1,0 +1,232 @@
+"""metrics.jsonl of any runs -> the figures; and the report of the demo.
+
+    python plot.py loss out.png T_0=out/a_1,out/a_2 T_1=out/b_1,out/b_2       validation loss, seeds as a band
+    python plot.py rounds out.png out/demo/spin_k3                            rewards and log-probabilities of each player
+    python plot.py report out/demo [out/demo_seeds/*]                         report.md and its plots; several: mean and spread
+"""
+import glob
+import json
+import os
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+STAGES = ["pretrain", "sft", "sft_more", "spin_k2", "spin_k3"]      # of the demo's student, in order
+COLOURS = {"data": "C0", "teacher": "C2", "self": "C3"}
+
+
+def read_metrics(run, kind=None):
+    """Records of a run's metrics.jsonl, of one kind if asked."""
+    path = os.path.join(run, "metrics.jsonl")
+    try:
+        with open(path, encoding="utf-8") as f:
+            records = [json.loads(line) for line in f]
+    except OSError as e:
+        raise SystemExit(f"{path}: {e.strerror}; train the run first")
+    except ValueError as e:
+        raise SystemExit(f"{path}: not JSON lines ({e})")
+    return [r for r in records if kind in (None, r["kind"])]
+
+
+def along(records):
+    """Steps since the run began, over its rounds."""
+    x, before = [], {}
+    for r in records:
+        before[r["round"]] = max(before.get(r["round"], 0), r["step"])
+    for r in records:
+        x.append(r["step"] + sum(steps for round, steps in before.items() if round < r["round"]))
+    return x
+
+
+def save(fig, path):
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+    print(path)
+
+
+def plot_loss(out, named):
+    """named: {label: [run of each seed]}. Raw values; the band is the seeds' least and greatest."""
+    fig, ax = plt.subplots(figsize=(7, 4.5))
+    for i, (label, runs) in enumerate(named.items()):
+        curves = [(along(records), [r["val_loss"] for r in records]) for records in (read_metrics(run, "eval") for run in runs)]
+        steps = sorted(set.intersection(*(set(x) for x, _ in curves)))
+        values = np.array([[dict(zip(x, y))[s] for s in steps] for x, y in curves])
+        ax.plot(steps, values.mean(0), "o-", ms=3, color=f"C{i}", label=label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""))
+        if len(runs) > 1:
+            ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.2, lw=0)
+    ax.set(xlabel="step", ylabel="validation cross-entropy (nats a token)")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    save(fig, out)
+
+
+def plot_stages(out, demos):
+    """Validation loss through the student's stages. demos: the demo folders, one a seed."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), gridspec_kw={"width_ratios": [1, 2]})
+    for demo in demos:
+        start = 0
+        for stage, colour in zip(STAGES, ["C7", "C0", "C1", "C2", "C3"]):
+            run = os.path.join(demo, stage)
+            if not os.path.exists(os.path.join(run, "metrics.jsonl")):
+                continue
+            records = read_metrics(run, "eval")
+            x = along(records)
+            ax = left if stage == "pretrain" else right
+            ax.plot(np.array(x) + start, [r["val_loss"] for r in records], "o-", ms=3, color=colour, label=stage if demo == demos[0] else None)
+            if stage == "sft":
+                start = x[-1]       # what follows starts from its end
+    left.set(title="pretraining: documentation stream", xlabel="step", ylabel="validation cross-entropy (nats a token)")
+    right.set(title="responses: SFT, then SFT continued or self-play from its end", xlabel="step")
+    for ax in (left, right):
+        ax.legend()
+        ax.grid(alpha=0.3)
+    save(fig, out)
+
+
+def plot_rounds(out, run):
+    """Mean implicit reward and log-probability of each player on held-out rows; dashed lines part the rounds, each of which
+    has a reference and self samples of its own."""
+    records = read_metrics(run, "eval")
+    players = [k[len("reward/"):] for k in records[0] if k.startswith("reward/")]
+    if not players:
+        raise SystemExit(f"{run}: no round with ranked responses in its metrics")
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4))
+    x = along(records)
+    borders = [a for a, r in zip(x, records) if r["step"] == 0 and r["round"] > 0]
+    for ax, prefix, title in zip(axes, ("reward/", "logp/"), ("mean implicit reward", "mean log-probability of the response (nats)")):
+        for player in players:
+            for round in sorted({r["round"] for r in records}):
+                points = [(a, r[prefix + player]) for a, r in zip(x, records) if r["round"] == round and prefix + player in r]
+                ax.plot(*zip(*points), "o-", ms=3, color=COLOURS.get(player), label=player if round == 0 else None)
+        ax.set(title=title, xlabel="step")
+        ax.legend()
+    for name, label in (("acc", "every pair"), *((f"acc/{p}", f"{p} above the worse") for p in players[:-1])):
+        points = [(a, r[name]) for a, r in zip(x, records) if name in r and r["step"] > 0]
+        axes[2].plot(*zip(*points), "o-", ms=3, label=label)
+    axes[2].set(title="held-out ranking accuracy", xlabel="step", ylim=(0, 1))
+    axes[2].legend()
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        for border in borders:
+            ax.axvline(border, color="0.5", ls="--", lw=1)
+    fig.suptitle(os.path.basename(os.path.normpath(run)))
+    save(fig, out)
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+
+
+def minutes(run):
+    return sum(r["seconds"] for r in read_metrics(run)) / 60
+
+
+def stage_rows(demo):
+    """(what, figures) of each line of the demo's table."""
+    with open(os.path.join(demo, "eval", "eval.json"), encoding="utf-8") as f:
+        table = json.load(f)
+    rows = {}
+    for name, figures in table.items():
+        stage, _, rest = name.partition(".")
+        run = os.path.join(demo, stage)
+        figures = dict(figures)
+        if os.path.isdir(run):
+            evals = [r for r in read_metrics(run, "eval") if not rest.startswith("round_") or r["round"] == int(rest[6:])]
+            if stage.startswith("spin"):
+                figures |= {"acc": evals[-1]["acc"]}
+                figures["minutes"] = sum(r["seconds"] for r in read_metrics(run) if r["round"] <= evals[-1]["round"]) / 60
+            elif not rest:
+                figures["minutes"] = minutes(run)
+        rows[name] = figures
+    return rows
+
+
+COLUMNS = [("val_loss", "validation loss", "{:.4f}", 1), ("acc", "ranking accuracy", "{:.1f} %", 100), ("win_rate", "win rate against sft", "{:.1f} %", 100),
+           ("f1", "F1 with the data", "{:.1f} %", 100), ("length", "mean length", "{:.1f}", 1), ("ended", "ended by eot", "{:.1f} %", 100), ("minutes", "minutes", "{:.1f}", 1)]
+
+
+def cell(values, form, scale):
+    values = [v * scale for v in values if v is not None]
+    if not values:
+        return "-"
+    text = form.format(np.mean(values))
+    return text + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+
+
+def verdict(tables):
+    """What the figures say of self-play against its two controls, in words that they decide."""
+    lines = []
+    for spin in ("spin_k2", "spin_k3"):
+        last = max(n for n in tables[0] if n.startswith(spin))
+        for other in ("sft_more", "sft@0.7", "sft@0.5"):
+            if other not in tables[0]:
+                continue
+            differences = np.array([t[last]["win_rate"] - t[other]["win_rate"] for t in tables])
+            # one seed: the sampling error of both shares; several: the seeds' own spread, Student's t for a mean of n
+            if len(tables) == 1:
+                error = 1.96 * np.hypot(tables[0][last]["win_rate_se"], tables[0][other]["win_rate_se"])
+            else:
+                t975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(tables), 2.57)
+                error = t975 * differences.std(ddof=1) / np.sqrt(len(tables))
+            mean = differences.mean()
+            word = "better than" if mean > error else "worse than" if mean < -error else "not told apart from"
+            lines.append(f"- In win rate **{last} is {word} {other}**: {100 * mean:+.1f} points, 95 % interval "
+                         f"{100 * (mean - error):+.1f} to {100 * (mean + error):+.1f}.")
+        loss = np.mean([t[last]["val_loss"] - t["sft_more"]["val_loss"] for t in tables])
+        lines.append(f"- Its validation loss is {abs(loss):.4f} nats a token {'above' if loss > 0 else 'below'} that of SFT continued for as many steps.")
+    return lines
+
+
+def report(demos):
+    """report.md in the first demo's folder (or, of several seeds, beside them)."""
+    tables = [stage_rows(demo) for demo in demos]
+    folder = demos[0] if len(demos) == 1 else os.path.dirname(os.path.normpath(demos[0]))
+    plot_stages(os.path.join(folder, "stages.png"), demos)
+    pictures = ["stages.png"]
+    for stage in ("spin_k2", "spin_k3"):
+        plot_rounds(os.path.join(folder, f"{stage}.png"), os.path.join(demos[0], stage))
+        pictures.append(f"{stage}.png")
+    with open(os.path.join(demos[0], "spin_k3", "config.json"), encoding="utf-8") as f:
+        setup = json.load(f)
+    starts = [r for demo in demos for stage in ("spin_k2", "spin_k3") for r in read_metrics(os.path.join(demo, stage), "start")]
+    worst = max(r["off"] for r in starts)
+    out = [f"# Self-play on the documentation of installed packages, {len(demos)} seed" + ("s, mean ± standard deviation" if len(demos) > 1 else ""), "",
+           f"Made by `{'make demo' if len(demos) == 1 else 'make demo-seeds'}`. torch {setup['torch']}, {setup['device']}, {setup['threads']} threads, "
+           f"commit {setup['git'][:10]}.", "",
+           "| stage | " + " | ".join(title for _, title, _, _ in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for name in tables[0]:
+        out.append(f"| {name} | " + " | ".join(cell([t[name].get(key) for t in tables], form, scale) for key, _, form, scale in COLUMNS) + " |")
+    out += ["", "`data` are the data's own responses, `sft_more` is SFT continued on the same rows for as many steps as both self-play rounds took, "
+            "`sft@0.5` and so on are SFT's own samples at other temperatures (`sft@1.0` with other random numbers); everyone else samples at 1.0. "
+            "Validation loss is cross-entropy a token on held-out responses. Ranking accuracy is of held-out pairs under the round's implicit rewards. "
+            "Win rate is the share of prompts on which the judge gives a response a higher mean log-probability a token than `sft`'s sample. "
+            "**The judge is the fine-tuned teacher**: K=3 has been trained on the judge's own samples and sharper samples please any such judge, "
+            "so win rate alone shows nothing that the temperatures do not show for free.", "",
+            "## What it says", "", *verdict(tables), "",
+            f"Each of the {len(starts)} rounds started at the loss of equal scores (ln 2 or ln 6, less what absent responses take, plus the `nll_coef` term); "
+            f"the largest difference was {worst:.1e}.", ""]
+    out += [line for p in pictures for line in (f"![{p}]({p})", "")]
+    path = os.path.join(folder, "report.md")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("\n".join(out))
+    print("\n".join(out[4:6 + len(tables[0])] + [""] + verdict(tables)))
+    print(path)
+
+
+def main(args):
+    if args[:1] == ["loss"] and len(args) > 2 and all("=" in a for a in args[2:]):
+        plot_loss(args[1], {name: runs.split(",") for name, _, runs in (a.partition("=") for a in args[2:])})
+    elif args[:1] == ["rounds"] and len(args) == 3:
+        plot_rounds(args[1], args[2])
+    elif args[:1] == ["report"] and len(args) > 1:
+        report(sorted(f for a in args[1:] for f in glob.glob(a)) or args[1:])
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,55 @@
+import json
+import os
+import random
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import train
+from data import tokenizer, write_meta, write_rows, write_stream
+
+SHARED = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
+WORDS = "the loss of a model falls when it reads what people write and stops at the end".split()
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--device=cpu", "--eval_rows=8", "--eval_batches=2"]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data folder with streams and ragged ranked rows of K = 3, in bytes."""
+    folder, rng = str(tmp_path_factory.mktemp("data")), random.Random(0)
+    enc = tokenizer.load("bytes")
+
+    def text(least, most):
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
+
+    for split, n in (("train", 40), ("val", 12)):
+        write_stream(f"{folder}/{split}.bin", [text(10, 60) for _ in range(n)], enc)
+        write_rows(f"{folder}/{split}.jsonl", [{"prompt": f"{i} {text(1, 3)}", "responses": [text(1, 4), text(1, 3), text(1, 5)]} for i in range(n)])
+    write_meta(folder, "bytes", "made up")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_data, tmp_path_factory):
+    """{"pretrain": run, "sft": run}: a checkpoint of each stage."""
+    root = tmp_path_factory.mktemp("runs")
+    runs = {stage: str(root / stage) for stage in ("pretrain", "sft")}
+    shape = ["--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=False"]
+    train.main(["--stage=pretrain", f"--out_dir={runs['pretrain']}", f"--data={tiny_data}", "--max_steps=8", "--batch_size=8", "--lr=3e-3", *TINY, *shape])
+    train.main(["--stage=sft", f"--out_dir={runs['sft']}", f"--data={tiny_data}", f"--init={runs['pretrain']}", "--template=Q: {prompt}\nA: ",
+                "--max_steps=8", "--batch_size=8", "--lr=3e-3", "--max_response=16", "--device=cpu", "--eval_rows=8"])
+    return runs
+
+
+def read_metrics(run, kind):
+    with open(f"{run}/metrics.jsonl", encoding="utf-8") as f:
+        return [r for r in map(json.loads, f) if r["kind"] == kind]
+
+
+def final_weights(run):
+    import checkpoint
+    from safetensors.torch import load_file
+    return load_file(os.path.join(checkpoint.latest(run), "model.safetensors"))

@@ -1,0 +1,104 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, init_std
+
+CLASSIC = dict(vocab_size=97, block_size=32, n_layer=2, n_head=4, n_embd=32)
+MODERN = dict(CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie=False, qk_norm=True, softcap=5.0)
+SQUARED = dict(CLASSIC, position="rotary", norm="rmsnorm", mlp="relu2", bias=False)
+
+
+@pytest.fixture(params=[CLASSIC, MODERN, SQUARED], ids=["classic", "modern", "squared"])
+def model(request):
+    return GPT(GPTConfig(**request.param)).eval()
+
+
+def test_logprobs_are_the_logits_log_softmax(model):
+    idx, targets = torch.randint(0, 97, (3, 20)), torch.randint(-1, 97, (3, 20))
+    slow = model(idx).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1) * (targets >= 0)
+    torch.testing.assert_close(model(idx, targets), slow, rtol=1e-5, atol=1e-5)
+    assert model(idx).shape == (3, 20, 97)      # without the padded ids
+
+
+def test_causal(model):
+    idx = torch.randint(0, 97, (1, 20))
+    other = idx.clone()
+    other[0, 12:] = (other[0, 12:] + 1) % 97
+    a, b = model(idx), model(other)
+    assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12:], b[:, 12:])
+
+
+def test_right_padding_changes_nothing(model):
+    idx = torch.randint(0, 97, (1, 10))
+    padded = F.pad(idx, (0, 7), value=3)
+    torch.testing.assert_close(model(padded)[:, :10], model(idx), rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_sees_distances_alone():
+    """Attention of one block over the same tokens, all shifted by 9 positions, is the same; learned positions differ."""
+    idx = torch.randint(0, 97, (1, 10))
+    for config, same in ((SQUARED, True), (CLASSIC, False)):
+        model = GPT(GPTConfig(**config)).eval()
+        a, b = model.hidden(idx), model.hidden(idx, pos=torch.arange(9, 19)[None])
+        assert torch.allclose(a, b, atol=1e-5) == same
+
+
+@pytest.mark.parametrize("config", [dict(CLASSIC, n_embd=256), dict(MODERN, n_embd=256)], ids=["classic", "modern"])
+def test_initialisation_has_its_tables_deviations(config):
+    """Within four standard errors, std / sqrt(2 n), of what the table says; meta and direct building agree."""
+    model = GPT(GPTConfig(**config))
+    scaled = 0
+    for name, p in model.named_parameters():
+        std = init_std(name, model.config)
+        if std is None:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            assert abs(p.std().item() - std) < 4 * std / math.sqrt(2 * p.numel()), name
+            assert abs(p.mean().item()) < 4 * std / math.sqrt(p.numel()), name
+            scaled += std == 0.02 / math.sqrt(2 * config["n_layer"])
+    assert scaled == 2 * config["n_layer"]
+    with torch.device("meta"):
+        late = GPT(model.config)
+    late.to_empty(device="cpu").init_weights()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), late.parameters()))
+
+
+def test_loss_at_initialisation_is_about_uniform(model):
+    idx = torch.randint(0, 97, (8, 32))
+    assert abs(-model(idx, idx.roll(-1, 1)).mean().item() - math.log(97)) < 0.1
+
+
+def test_gpt2_has_124m_parameters():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    padding = (model.config.padded_vocab - 50257) * 768
+    assert model.num_params() - padding == 124_439_808
+    # 6 x (85.0M in blocks + 38.6M in the head) + 12 x 12 x 768 x 1024
+    assert abs(model.flops_per_token() / 8.55e8 - 1) < 0.01
+
+
+def test_overfits_one_batch():
+    model = GPT(GPTConfig(**MODERN))
+    idx = torch.randint(0, 97, (4, 16), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = -model(idx[:, :-1], idx[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+
+
+@pytest.mark.parametrize("bad, message", [(dict(n_head=5), "multiple of n_head"), (dict(n_kv_head=3), "n_kv_head"), (dict(mlp="relu"), "mlp must be"),
+                                          (dict(n_layer=0), "n_layer"), (dict(position="rotary", n_embd=20), "even head width"), (dict(dropout=1.0), "dropout")])
+def test_impossible_shapes(bad, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**CLASSIC | bad)
+
+
+def test_too_long():
+    with pytest.raises(ValueError, match="block_size 32"):
+        GPT(GPTConfig(**CLASSIC))(torch.zeros(1, 33, dtype=torch.long))

@@ -1,0 +1,108 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import SHARED
+from model import GPT, GPTConfig
+from sample import draw, generate
+from test_model import CLASSIC, MODERN
+
+
+def slow_generate(model, prompt, n, eot):
+    """Greedy, one prompt, no cache, the whole text again for each token."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < n and len(ids) < model.config.block_size:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] == eot:
+            break
+    return ids[len(prompt):]
+
+
+@pytest.fixture(params=[CLASSIC, MODERN], ids=["classic", "modern"])
+def model(request):
+    model = GPT(GPTConfig(**request.param)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0) if p.dim() == 2 else None      # far from ties between likely tokens
+    return model
+
+
+def ragged(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 97, (int(torch.randint(1, 20, (), generator=g)),), generator=g).tolist() for _ in range(n)]
+
+
+@torch.no_grad()
+def test_cached_ragged_greedy_equals_one_at_a_time_without_cache(model):
+    prompts = ragged(13) + [[5], [1] * 31]      # one token; and room for one
+    free = generate(model, prompts, 20, temperature=0)
+    eot = free[0][3]        # a token that does come up, so that some end early and some do not
+    fast = generate(model, prompts, 20, temperature=0, eot=eot, batch_size=6)
+    assert fast == [slow_generate(model, p, 20, eot) for p in prompts]
+    assert any(y[-1] == eot and len(y) < 20 for y in fast) and any(eot not in y for y in fast)
+    assert all(eot not in y[:-1] for y in fast)
+    assert len(fast[-1]) == 1
+
+
+def test_a_seed_fixes_the_output_whatever_the_batch(model):
+    prompts = ragged(40)
+    def run(batch_size, seed=7, **options):
+        return generate(model, prompts, 12, temperature=0.9, top_k=50, top_p=0.95, eot=3, generator=torch.Generator().manual_seed(seed), batch_size=batch_size, **options)
+    together = run(32)
+    assert together == run(1) == run(40)
+    assert together != run(32, seed=8)
+    some = [5, 17, 39]      # a request's number, not its place, decides
+    alone = generate(model, [prompts[i] for i in some], 12, temperature=0.9, top_k=50, top_p=0.95, eot=3,
+                     generator=torch.Generator().manual_seed(7), numbers=some)
+    assert alone == [together[i] for i in some]
+
+
+def test_draw_has_the_distribution():
+    """Frequencies of 200,000 draws within five standard errors; top_k, top_p and padded ids leave nothing outside."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    many = logits.expand(len(uniform), -1)
+    for options, kept in ((dict(), 5), (dict(temperature=0.5), 5), (dict(top_k=2), 2), (dict(top_p=0.9), 3), (dict(top_p=0.01), 1)):
+        probs = (logits / options.get("temperature", 1.0)).softmax(-1)
+        probs[kept:] = 0
+        probs /= probs.sum()
+        found = torch.bincount(draw(many, uniform, **options), minlength=5) / len(uniform)
+        assert (found[kept:] == 0).all()
+        assert ((found - probs).abs() <= 5 * (probs * (1 - probs) / len(uniform)).sqrt()).all()
+    assert draw(many[:1], uniform[:1], temperature=0).item() == 0
+
+
+def test_no_id_from_the_padding():
+    model = GPT(GPTConfig(**CLASSIC)).eval()
+    with torch.no_grad():
+        model.wte.weight[97:] = 100 * model.wte.weight[:1].sign()     # the padding would win if it could
+    out = generate(model, [[1, 2]] * 50, 8, temperature=5.0, generator=torch.Generator().manual_seed(0))
+    assert max(max(y) for y in out) < 97
+
+
+def test_bad_requests(model):
+    with pytest.raises(ValueError, match="prompt 1"):
+        generate(model, [[1], []], 5)
+    with pytest.raises(ValueError, match="prompt 0"):
+        generate(model, [[1] * 32], 5)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(model, [[1]], 0)
+    assert generate(model, [], 5) == []
+
+
+def test_command_line(tiny_runs, tiny_data, tmp_path):
+    def run(*args, **kw):
+        return subprocess.run([sys.executable, "sample.py", tiny_runs["sft"], *args], capture_output=True, text=True, **kw)
+    one = run("--prompt", "0 the loss", "--max_new_tokens", "8")
+    assert one.returncode == 0, one.stderr
+    chat = run("--chat", "--max_new_tokens", "8", input="0 the loss\n\nmodel\n")
+    assert chat.returncode == 0 and chat.stdout.startswith(one.stdout), chat.stderr
+    out = tmp_path / "samples.jsonl"
+    many = run("--prompts", f"{tiny_data}/val.jsonl", "--out", str(out))
+    assert many.returncode == 0 and "12 rows" in many.stdout, many.stderr
+    from data import read_rows
+    assert all(len(row["ids"][0]) <= 16 for row in read_rows(str(out)))     # the checkpoint's max_response
+    for bad in (run("--prompt", " "), run("--prompts", "nothing.jsonl", "--out", str(out)), run("--prompts", str(out))):
+        assert bad.returncode != 0 and "Traceback" not in bad.stderr
