@@ -38,7 +38,7 @@ def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name):
     parallel.barrier()
     weights, states = get_state_dict(model, optimizers)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # of DCP, about having one process
+        warnings.simplefilter("ignore", UserWarning)        # DCP's, that there is one process
         dcp.save({"model": weights, "optimizers": tensors_of(states)}, checkpoint_id=os.path.join(beside, "state"),
                  no_dist=parallel.world() == 1)
     whole = {}
@@ -73,7 +73,9 @@ def resume(path, model, optimizers):
     """Put the state of a run back into a model and its optimizers, on as many ranks as there are now."""
     weights, states = get_state_dict(model, optimizers)
     tensors = tensors_of(states)
-    dcp.load({"model": weights, "optimizers": tensors}, checkpoint_id=os.path.join(path, "state"), no_dist=parallel.world() == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load({"model": weights, "optimizers": tensors}, checkpoint_id=os.path.join(path, "state"), no_dist=parallel.world() == 1)
     for name, state in states["state"].items():
         for key in state:
             if isinstance(state[key], torch.Tensor):

@@ -10,7 +10,6 @@ ids), {train,val}.ref.npy (log-probabilities under the reference), collect.json 
 written whole once, so an interrupted collect goes on where it stopped; samples are kept in parts on the way.
 """
 import hashlib
-import json
 import os
 import time
 
@@ -19,10 +18,9 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from config import per_round
-from data import encode_rows, permutation, read_meta, read_rows, read_stream, sha256, tokenizer, write_json, write_rows
+from data import encode_rows, permutation, read_rows, read_stream, sha256, tokenizer, write_json, write_rows
 from eval import held_out, length_accuracy, sample_metrics, score
-from sample import respond, text_of
+from sample import respond
 
 PART = 1024     # prompts sampled before they are written down
 
@@ -32,10 +30,7 @@ def collect(cfg, round, model, enc, device, dtype, say):
     each row has "ref", the reference's log-probability of every response. say: a function that prints a line."""
     if cfg.stage == "pretrain":
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val")
-    meta = read_meta(cfg.data, ["train.jsonl", "val.jsonl"])
-    del meta
     start, folder, result, report = time.time(), os.path.join(cfg.out_dir, f"round_{round}"), {}, {}
-    os.makedirs(folder, exist_ok=True)
     for split, rows in source(cfg).items():
         path = os.path.join(folder, f"{split}.jsonl")
         if cfg.stage == "sft":
@@ -91,6 +86,7 @@ def reference(path, model, rows, cfg, device):
         return np.load(path, allow_pickle=False)
     refs = score(model, rows, cfg.micro_batch_size or cfg.batch_size, device, desc="reference")
     if parallel.rank() == 0:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
             np.save(f, refs)
         os.replace(path + ".tmp", path)

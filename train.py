@@ -5,6 +5,7 @@
 
 Started again, the same command goes on where it stopped. `python train.py --help` lists the settings.
 """
+import glob
 import json
 import math
 import os
@@ -232,7 +233,7 @@ def build(cfg, device, dtype):
         enc = tokenizer.load(name)
         shape = given | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain":
-        data = read_meta(cfg.data, ["train.bin", "val.bin"])
+        data = read_meta(cfg.data, [])
         if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
             raise SystemExit(f"{cfg.data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
     try:
@@ -251,34 +252,44 @@ def build(cfg, device, dtype):
     return model, enc, name
 
 
-def begin(cfg, device, dtype):
-    """Check the batch arithmetic, claim the run folder, and return where the run stands: (round, step), step -1 at
-    the very beginning."""
+def begin(cfg):
+    """Check the batch arithmetic and what the run reads, and return where it stands: (round, step), step -1 at the very
+    beginning. A run that was begun keeps its settings."""
     world = parallel.world()
     size = cfg.micro_batch_size or cfg.batch_size // world
     if size < 1 or cfg.batch_size % (size * world):
         raise SystemExit(f"config: batch_size {cfg.batch_size} must be micro_batch_size {size} x {world} ranks x whole accumulation steps")
-    path = os.path.join(cfg.out_dir, "config.json")
-    settings = json.loads(json.dumps(asdict(cfg)))
-    if os.path.exists(path):
+    read_meta(cfg.data, ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"])
+    if cfg.teacher not in ("", "rows") and not os.path.isfile(cfg.teacher):
+        checkpoint.resolve(cfg.teacher)
+    newest, path = checkpoint.latest(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
+    if os.path.exists(path) and (newest or glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.jsonl*"))):
         with open(path, encoding="utf-8") as f:
             before = json.load(f)["config"]
-        free = {"device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
-        for key, value in settings.items():
-            if key not in free and key in before and before[key] != value:
+        for key, value in plain(cfg).items():
+            if key not in MAY_CHANGE and key in before and before[key] != value:
                 raise SystemExit(f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
                                  "use another out_dir, or remove that one")
-    parallel.barrier()
-    if parallel.rank() == 0:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        write_json(path, {"config": settings, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-                          "git": git_hash(), "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-                          "dtype": str(dtype), "matmul_precision": torch.get_float32_matmul_precision(),
-                          "ranks": world, "threads": torch.get_num_threads()})
-    parallel.barrier()
-    newest = checkpoint.latest(cfg.out_dir)
     meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
+    parallel.barrier()
     return meta["round"], meta["step"]
+
+
+MAY_CHANGE = {"device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
+
+
+def plain(cfg):
+    """The config as JSON has it."""
+    return json.loads(json.dumps(asdict(cfg)))
+
+
+def describe(cfg, device, dtype):
+    """out_dir/config.json: the settings, and what they ran on."""
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    write_json(os.path.join(cfg.out_dir, "config.json"), {
+        "config": plain(cfg), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_hash(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
+        "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()})
 
 
 def git_hash():
@@ -340,8 +351,10 @@ def main(argv):
     cfg = config.load(argv)
     device = parallel.setup(cfg)
     dtype = parallel.compute_dtype(cfg, device)
-    at = begin(cfg, device, dtype)
+    at = begin(cfg)
     model, enc, tokenizer_name = build(cfg, device, dtype)
+    if parallel.rank() == 0:
+        describe(cfg, device, dtype)
     say = print if parallel.rank() == 0 else (lambda *args: None)
     say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
         f"float32 products {torch.get_float32_matmul_precision()}", flush=True)

@@ -1,3 +1,4 @@
+"""The control of self-play: SFT continued on the rows of demo_spin_k2 for the steps of both its rounds.
 
     python train.py config/demo_sft_more.py         2 CPU cores, half a minute
 """
@@ -6,4 +7,4 @@ from config.demo_spin_k2 import *
 stage = "sft"
 out_dir = "out/demo/sft_more"
 rounds = 1
-epochs = 2.0                # 2 x 16 steps
+epochs = 2.0                # 2 x 16 steps; the learning rate falls once, where self-play's falls in each round

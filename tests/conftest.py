@@ -8,6 +8,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+torch.set_num_threads(1)        # the models are tiny: threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import train
 from data import tokenizer, write_meta, write_rows, write_stream
 

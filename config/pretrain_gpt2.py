@@ -1,0 +1,31 @@
+"""GPT-2 124M from scratch, 10B tokens.
+
+    torchrun --nproc_per_node=8 train.py config/pretrain_gpt2.py
+
+8 x 80 GB GPUs: on paper 8.6e8 FLOPs a token x 1e10 tokens at 40 % of 8 x 989 TFLOP/s is 45 minutes; not yet run at this
+size. nanoGPT's GPT-2 reaches about 3.1 on OpenWebText after 300B tokens; of 10B expect about 3.3.
+Data: a folder with {train,val}.bin in GPT-2's BPE, from any JSON lines of {"text"}:
+    python -m data.jsonl.prepare FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2
+"""
+stage = "pretrain"
+out_dir = "out/pretrain_gpt2"
+data = "data/pretrain"
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+
+batch_size = 512            # = 32 x 8 ranks x 2 accumulation steps; x 1,024 = 524,288 tokens a step
+micro_batch_size = 32
+max_steps = 19_073          # 10B tokens
+optimizer = "adamw"
+lr = 6e-4
+warmup = 0.035              # 700 steps, GPT-3's for this size
+schedule = "cosine"
+min_lr = 0.0
+weight_decay = 0.1
+compile = True
+eval_interval = 250         # on 20 x 512 x 1,024 = 10M tokens
+save_interval = 1000
+log_interval = 10

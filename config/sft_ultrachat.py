@@ -1,0 +1,24 @@
+"""Fine-tune it on instructions, the first turn of UltraChat or the like.
+
+    torchrun --nproc_per_node=8 train.py config/sft_ultrachat.py
+
+8 x 80 GB GPUs: on paper 50k rows x 3 epochs x up to 1,024 tokens x 8.6e8 FLOPs at 30 % of 8 x 989 TFLOP/s is 1 minute.
+Data: JSON lines of {"prompt", "response"}:
+    python -m data.jsonl.prepare FILE.jsonl.gz --out=data/instructions
+"""
+stage = "sft"
+out_dir = "out/sft_ultrachat"
+init = "out/pretrain_gpt2"
+data = "data/instructions"          # self-play uses the same rows
+
+max_prompt = 512
+max_response = 512
+batch_size = 128            # rows = 16 x 8 ranks
+epochs = 3.0
+lr = 5e-5
+warmup = 0.05
+schedule = "cosine"
+min_lr = 0.0
+eval_interval = 100
+eval_rows = 1024
+log_interval = 10

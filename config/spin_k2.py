@@ -1,0 +1,33 @@
+"""SPIN (arXiv 2401.01335): data > self, four rounds.
+
+    torchrun --nproc_per_node=8 train.py config/spin_k2.py
+
+8 x 80 GB GPUs. On paper a round is 50k samples of up to 512 tokens (minutes, by the sampler), one forward pass over them
+and the data for the reference (100k x 1,024 x 2.9e8 FLOPs, 10 seconds at 40 %), and 2 epochs of training (1 minute).
+Every round starts at ln 2 = 0.6931 + nll_coef x loss. Not yet run at this size.
+"""
+stage = "spin"
+out_dir = "out/spin_k2"
+init = "out/sft_ultrachat"
+data = "data/instructions"
+
+players = ["data", "self"]
+rounds = 4
+mix_rounds = 1              # this round's rows and the one before's, as SPIN
+max_rows = 50_000
+max_prompt = 512
+max_response = 512
+
+batch_size = 64             # prompts = 8 x 8 ranks, K responses each
+epochs = 2.0
+optimizer = "rmsprop"
+lr = [5e-7, 5e-7, 1e-7, 1e-7]
+beta = [0.1, 0.1, 0.1, 5.0]
+warmup = 0.1
+schedule = "linear"
+min_lr = 0.0
+nll_coef = 0.2              # SPIN: 0; a small model needs it
+eval_interval = 200
+eval_rows = 1024
+gen_batch_size = 256
+log_interval = 10

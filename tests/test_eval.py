@@ -1,0 +1,90 @@
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import plot
+from conftest import read_metrics
+from data import encode_rows, read_rows, tokenizer
+from eval import answer, f1, length_accuracy, ranking_metrics, sample_metrics, score, win_rate
+
+BYTES = tokenizer.load("bytes")
+
+
+def slow_logprob(model, prompt, response):
+    """One sequence, full logits, float64."""
+    ids = torch.tensor([prompt + response])
+    logps = model(ids)[0].double().log_softmax(-1)
+    return sum(logps[len(prompt) - 1 + t, y].item() for t, y in enumerate(response))
+
+
+@torch.no_grad()
+def test_score_equals_one_sequence_at_a_time(tiny_runs):
+    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    rows, _ = encode_rows([{"prompt": f"the model {i}", "responses": ["falls" * (i % 3), None if i % 2 else "reads", "a"]} for i in range(7)], enc, "Q: {prompt}\nA: ", 64)
+    fast = score(model, rows, 3, torch.device("cpu"))
+    slow = [[0.0 if y is None else slow_logprob(model, row["prompt"], y) for y in row["responses"]] for row in rows]
+    np.testing.assert_allclose(fast, slow, rtol=1e-5)
+    np.testing.assert_array_equal(fast, score(model, rows, 3, torch.device("cpu")))
+
+
+def test_ranking_metrics_by_hand():
+    rows = [{"responses": [[1], [1, 2], [3]], "ranks": [0, 1, 2]}, {"responses": [[1, 2, 3], [1], None], "ranks": [0, 1, 2]}]
+    logps, refs = np.array([[-1.0, -2.0, -9.0], [-6.0, -3.0, 0.0]]), np.array([[-2.0, -2.0, -4.0], [-5.0, -5.0, 0.0]])
+    m = ranking_metrics(logps, refs, rows, 0.5, ["data", "teacher", "self"])       # rewards [.5, 0, -2.5], [-.5, 1, -]
+    assert m["val_loss"] == 7 / 4
+    assert m["acc"] == 3 / 4 and m["acc/data"] == 1 / 2 and m["acc/teacher"] == 1.0
+    assert m["reward/data"] == 0.0 and m["reward/teacher"] == 0.5 and m["reward/self"] == -2.5
+    assert m["logp/data"] == -3.5 and m["logp/self"] == -9.0 and m["kl_from_ref"] == 5.0
+    first = math.log(1 + math.exp(-.5) + math.exp(-3)) + math.log(1 + math.exp(-2.5))
+    assert abs(m["rank_nll"] - (first + math.log(1 + math.exp(1.5))) / 2) < 1e-12
+
+
+def test_answers_and_overlap():
+    assert answer("so 3 + 4 = 7\n#### 1,234.") == "1234" and answer("#### 1\n#### -2") == "-2" and answer(" 405 ") == "405"
+    assert f1("Return the name", "return a name") == pytest.approx(2 / 3) and f1("", "x") == 0.0
+    m = sample_metrics(["#### 7", "#### 8"], [[1, 256], [1, 2, 3]], ["1 + 6\n#### 7", "#### 9"], 256)
+    assert m["exact_match"] == 0.5 and m["ended"] == 0.5 and m["length"] == 2.5
+    assert length_accuracy([5, 5, 5], [3, 3, 9]) == pytest.approx(2 / 3) and length_accuracy([1, 1], [2, 2]) == 1.0 and length_accuracy([2], [2]) == 0.5
+
+
+def test_win_rate(tiny_runs):
+    """Data-like text beats noise under a model of the data; a response against itself is a half."""
+    judge, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    def pairs(a, b):
+        return encode_rows([{"prompt": f"{i} the", "responses": [a, b]} for i in range(6)], enc, "Q: {prompt}\nA: ", 64)[0]
+    assert win_rate(judge, pairs("the end", "\x01\x02\x7f\x03"), torch.device("cpu")) == (1.0, 0.0)
+    assert win_rate(judge, pairs("the end", "the end"), torch.device("cpu"))[0] == 0.5
+
+
+def run(*args):
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
+    done = run("eval.py", f"sft={tiny_runs['sft']}", f"cold={tiny_runs['sft']}@0", f"--judge={tiny_runs['pretrain']}", f"--data={tiny_data}", "--rows=8", f"--out={tmp_path}/e", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    table = json.load(open(f"{tmp_path}/e/eval.json"))
+    assert set(table) == {"sft", "cold", "data"} and table["cold"]["against"] == "sft" and 0 <= table["cold"]["win_rate"] <= 1
+    assert table["sft"]["val_loss"] == table["cold"]["val_loss"] == pytest.approx(read_metrics(tiny_runs["sft"], "eval")[-1]["val_loss"], rel=1e-5)
+    assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
+    done = run("plot.py", "loss", f"{tmp_path}/loss.png", f"a={tiny_runs['pretrain']},{tiny_runs['pretrain']}", f"b={tiny_runs['sft']}")
+    assert done.returncode == 0 and open(f"{tmp_path}/loss.png", "rb").read(4) == b"\x89PNG", done.stderr
+    for bad in (["eval.py", "sft"], ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"], ["plot.py", "loss", "x.png", "a=nowhere"], ["plot.py", "rounds", "x.png", tiny_runs["sft"]], ["plot.py"]):
+        assert run(*bad).returncode != 0
+
+
+def test_a_verdict_follows_the_figures():
+    def table(spin, more):
+        return {"spin_k2.round_1": {"win_rate": spin, "win_rate_se": 0.01, "val_loss": 3.0}, "spin_k3.round_1": {"win_rate": spin, "win_rate_se": 0.01, "val_loss": 3.0},
+                "sft_more": {"win_rate": more, "win_rate_se": 0.01, "val_loss": 2.9}}
+    assert "better than" in plot.verdict([table(0.6, 0.5)])[0] and "worse than" in plot.verdict([table(0.4, 0.5)])[0]
+    assert "not told apart" in plot.verdict([table(0.51, 0.5)])[0] and "above" in plot.verdict([table(0.5, 0.5)])[1]
+    assert "not told apart" in plot.verdict([table(0.6, 0.5), table(0.5, 0.55), table(0.55, 0.5)])[0]

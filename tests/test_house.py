@@ -1,0 +1,45 @@
+"""The shape of the house: who may import whom, one backward pass, files that stay small."""
+import ast
+import glob
+
+OURS = {"train", "rollout", "eval", "sample", "model", "loss", "parallel", "checkpoint", "data", "config", "plot"}
+MAY_IMPORT = {
+    "loss": set(), "config": set(), "parallel": set(), "plot": set(),
+    "data": {"data"},
+    "model": {"loss"},
+    "checkpoint": {"config", "parallel", "data", "model"},
+    "sample": {"model", "data", "checkpoint"},
+    "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
+    "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
+    "train": OURS - {"train", "plot"},
+}
+
+
+def files():
+    found = [f for f in glob.glob("*.py") + glob.glob("config/__init__.py") + glob.glob("data/**/*.py", recursive=True)]
+    return {f: open(f, encoding="utf-8").read() for f in found}
+
+
+def module(path):
+    return path.split("/")[0].removesuffix(".py")
+
+
+def test_imports_point_down():
+    assert {module(f) for f in files()} == set(MAY_IMPORT)
+    for path, text in files().items():
+        for node in ast.walk(ast.parse(text)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top not in OURS or top in MAY_IMPORT[module(path)], f"{path} imports {name}"
+
+
+def test_one_backward():
+    calls = [(path, node.lineno) for path, text in files().items() for node in ast.walk(ast.parse(text))
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"]
+    assert len(calls) == 1 and calls[0][0] == "train.py"
+
+
+def test_no_module_does_two_jobs():
+    for path, text in files().items():
+        assert len(text.splitlines()) <= 420, path

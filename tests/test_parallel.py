@@ -1,0 +1,78 @@
+"""What two CPU processes do under torchrun equals what one does: the main path itself, on ragged rows."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from conftest import TINY, final_weights, read_metrics
+from test_train import assert_same_run, spin_args
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(args):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *args]
+
+
+def torchrun(args):
+    done = subprocess.run(command(args), capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_equal_up_to_rounding(a, b, tolerance):
+    for kind in ("step", "eval", "start"):
+        for x, y in zip(read_metrics(a, kind), read_metrics(b, kind), strict=True):
+            for key in ("loss", "norm", "val_loss", "acc", "rank_nll", "nll"):
+                if key in x:
+                    assert abs(x[key] - y[key]) <= tolerance * max(1.0, abs(x[key])), (kind, x["step"], key, x[key], y[key])
+    one, two = final_weights(a), final_weights(b)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_pretraining(tiny_data, tmp_path, optimizer):
+    """From scratch: initialisation, batches, gradients, clipping, logged means. Sums in another order leave some 1e-6."""
+    def args(out):
+        return ["--stage=pretrain", f"--out_dir={tmp_path}/{out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=8", "--micro_batch_size=2", "--lr=1e-3", f"--optimizer={optimizer}",
+                "--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--weight_decay=0.1", *TINY]
+    train.main(args("one"))
+    torchrun(args("two"))
+    assert_equal_up_to_rounding(f"{tmp_path}/one", f"{tmp_path}/two", 5e-5 if optimizer == "muon" else 1e-5)
+
+
+def test_spin_with_a_teacher(tiny_runs, tiny_data, tmp_path):
+    """Sampling dealt to two ranks gives the same rows, and ragged K = 3 batches the same step."""
+    def args(out):
+        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--micro_batch_size=2", "--max_steps=2", "--nll_coef=0.1")
+    train.main(args("one"))
+    torchrun(args("two"))
+    assert open(f"{tmp_path}/one/round_0/train.jsonl").read() == open(f"{tmp_path}/two/round_0/train.jsonl").read()
+    assert_equal_up_to_rounding(f"{tmp_path}/one", f"{tmp_path}/two", 2e-5)
+
+
+def test_two_killed_ranks_resume_bit_for_bit_and_one_goes_on_from_what_two_wrote(tiny_data, tmp_path):
+    def args(out):
+        return ["--stage=pretrain", f"--out_dir={tmp_path}/{out}", f"--data={tiny_data}", "--max_steps=60", "--save_interval=10", "--eval_interval=30", "--batch_size=8", "--lr=1e-3", *TINY]
+    torchrun(args("whole"))
+    killed = subprocess.Popen(command(args("killed")), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 120
+    while not (os.path.exists(f"{tmp_path}/killed/metrics.jsonl") and len(read_metrics(f"{tmp_path}/killed", "step")) > 12):
+        assert killed.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert checkpoint.read_meta(checkpoint.latest(f"{tmp_path}/killed"))["step"] < 60
+    shutil.copytree(f"{tmp_path}/killed", f"{tmp_path}/one")
+    torchrun(args("killed"))
+    assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
+    train.main(args("one"))
+    assert_equal_up_to_rounding(f"{tmp_path}/whole", f"{tmp_path}/one", 1e-4)      # 60 steps of AdamW let roundings grow

@@ -1,0 +1,283 @@
+"""The main path, in this process: stages, resuming, refusing."""
+import glob
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+import config
+import rollout
+import train
+from conftest import TINY, final_weights, read_metrics
+from data import read_rows
+
+
+def spin_args(runs, data, out, *more):
+    return ["--stage=spin", f"--out_dir={out}", f"--data={data}", f"--init={runs['sft']}", "--template=Q: {prompt}\nA: ", "--max_response=16", "--device=cpu",
+            "--eval_rows=8", "--batch_size=8", "--epochs=1", "--lr=1e-3", "--beta=0.5", "--save_interval=2", "--eval_interval=2", *more]
+
+
+def test_training_learns(tiny_runs):
+    for run in tiny_runs.values():
+        losses = [r["val_loss"] for r in read_metrics(run, "eval")]
+        assert losses[-1] < losses[0] - 0.1
+    steps = read_metrics(tiny_runs["pretrain"], "step")
+    assert [r["step"] for r in steps] == list(range(8)) and abs(steps[0]["loss"] - math.log(257)) < 0.1
+
+
+def test_the_optimizer_is_as_asked(tiny_runs):
+    model, _, _ = checkpoint.load_model(tiny_runs["sft"])
+    cfg = config.load(["--max_steps=1", "--optimizer=muon", "--weight_decay=0.1"])
+    adamw, muon = train.make_optimizers(model, cfg, 1e-3, torch.device("cpu"))
+    assert adamw.defaults["fused"] and len(muon.param_groups[0]["params"]) == sum(n.startswith("h.") and p.dim() == 2 for n, p in model.named_parameters())
+    assert all(p.dim() >= 2 for p in adamw.param_groups[0]["params"]) and all(p.dim() == 1 for p in adamw.param_groups[1]["params"])
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
+    grouped = sum(p.numel() for o in (adamw, muon) for g in o.param_groups for p in g["params"])
+    assert grouped == model.num_params()
+    assert train.make_optimizers(model, config.load(["--max_steps=1"]), 1e-3, torch.device("cuda"))[0].defaults["fused"]
+
+
+def test_schedules():
+    for name, end in (("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)):
+        cfg = config.load(["--max_steps=1", f"--schedule={name}", "--warmup=0.1", "--min_lr=0.1"])
+        shares = [train.lr_factor(cfg, s, 100) for s in range(101)]
+        assert shares[0] < shares[5] < shares[10] == 1.0 and abs(shares[100] - end) < 1e-12 and max(shares) == 1.0
+
+
+def test_spin_with_a_teacher_and_history(tiny_runs, tiny_data, tmp_path):
+    out = str(tmp_path / "spin")
+    args = spin_args(tiny_runs, tiny_data, out, "--players=data,teacher,self,self-1", f"--teacher={tiny_runs['pretrain']}", "--rounds=2", "--mix_rounds=1", "--nll_coef=0.1")
+    train.main(args)
+    for start in read_metrics(out, "start"):
+        assert start["off"] < 1e-4
+    # the first round has no earlier self: K = 3; the second has four players
+    assert abs(read_metrics(out, "eval")[0]["rank_nll"] - math.log(6)) < 1e-5
+    second = [r for r in read_metrics(out, "eval") if r["round"] == 1][0]
+    assert abs(second["rank_nll"] - math.log(24)) < 1e-5 and "reward/self-1" in second
+    rows = [read_rows(f"{out}/round_{r}/train.jsonl") for r in (0, 1)]
+    assert all(a["responses"][2] == b["responses"][3] for a, b in zip(*rows))          # round 0's self is round 1's self-1
+    assert all(row["responses"][3] is None for row in rows[0])
+    data = {r["prompt"]: r["responses"][0] for r in read_rows(f"{tiny_data}/train.jsonl")}
+    assert all(row["responses"][0] == data[row["prompt"]] for row in rows[0])
+    assert all(len(y) <= 16 for row in rows[0] for y in row["ids"] if y)               # one limit for every player
+    steps = [r for r in read_metrics(out, "step") if r["round"] == 1]
+    assert len(steps) == math.ceil(2 * 40 / 8)                                         # with the earlier round's rows
+    report = json.load(open(f"{out}/round_1/collect.json"))
+    assert report["reference"] == checkpoint.read_meta(checkpoint.latest(out, 0))["weights_sha256"]
+    assert {"tie/self", "length/data", "ended/self", "exact_match/self", "length_acc/self"} <= set(report["report"]["val"])
+    # the policy learns to tell the players apart where it is trained
+    losses = [r["nll"] for r in read_metrics(out, "step") if r["round"] == 0]
+    assert losses[-1] < losses[0]
+
+
+def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """A sample equal to the data's teaches nothing: at temperature 0 on rows whose data is the sample, nothing is left."""
+    import data
+    model, enc, meta = checkpoint.load_model(tiny_runs["sft"])
+    folder = tmp_path / "echo"
+    shutil.copytree(tiny_data, folder)
+    for split in ("train", "val"):
+        rows = read_rows(f"{folder}/{split}.jsonl")
+        for i, row in enumerate(rows):
+            texts, ids = rollout.respond(model, enc, "Q: {prompt}\nA: ", [row["prompt"]], max_response=16, temperature=0)
+            if i % 2 and ids[0][-1] == enc.eot_token:
+                row["responses"] = texts
+        data.write_rows(f"{folder}/{split}.jsonl", rows)
+    for row in read_rows(f"{folder}/train.jsonl"):
+        row["responses"] = row["responses"][:1]
+    data.write_meta(str(folder), "bytes", "made up")
+    cfg = config.load(spin_args(tiny_runs, folder, str(tmp_path / "run"), "--temperature=0"))
+    rows = read_rows(f"{folder}/train.jsonl")
+    played, _ = rollout.play(cfg, 0, "train", rows, model, enc, torch.device("cpu"), torch.float32)
+    for row in played:
+        same = row["ids"][0] == rollout.respond(model, enc, cfg.template, [row["prompt"]], max_response=16, temperature=0)[1][0]
+        assert (row["ids"][1] is None) == same
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(function, at):
+    """`function`, whose call number `at` (from 0) is a kill."""
+    calls = [0]
+    def wrapped(*args, **kw):
+        calls[0] += 1
+        if calls[0] > at:
+            raise Killed
+        return function(*args, **kw)
+    return wrapped
+
+
+LOGGED = ("kind", "round", "step", "loss", "norm", "val_loss", "rank_nll", "acc", "lr", "off")
+
+
+def assert_same_run(a, b):
+    """Bit for bit: weights and every logged number but the clock's."""
+    def numbers(run):
+        with open(f"{run}/metrics.jsonl") as f:
+            return [{k: r[k] for k in LOGGED if k in r} for r in map(json.loads, f)]
+    assert numbers(a) == numbers(b)
+    one, two = final_weights(a), final_weights(b)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "rmsprop"])
+def test_pretraining_resumes_bit_for_bit(tiny_data, tmp_path, monkeypatch, optimizer):
+    """Six steps equal three and three resumed, with dropout, accumulation and a schedule; killed two steps past its checkpoint."""
+    def args(out):
+        return ["--stage=pretrain", f"--out_dir={tmp_path}/{out}", f"--data={tiny_data}", "--max_steps=6", "--save_interval=3", "--eval_interval=2", "--batch_size=8",
+                "--micro_batch_size=4", f"--optimizer={optimizer}", "--lr=1e-3", "--warmup=0.3", "--dropout=0.1", "--weight_decay=0.1", *TINY]
+    train.main(args("whole"))
+    with monkeypatch.context() as m:
+        m.setattr(train, "lr_factor", killing(train.lr_factor, 5))
+        with pytest.raises(Killed):
+            train.main(args("killed"))
+    assert checkpoint.latest(f"{tmp_path}/killed").endswith("step_000003") and len(read_metrics(f"{tmp_path}/killed", "step")) == 5
+    with open(f"{tmp_path}/killed/metrics.jsonl", "a") as f:
+        f.write('{"kind": "st')      # a line cut short
+    train.main(args("killed"))
+    assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
+    before = open(f"{tmp_path}/whole/metrics.jsonl").read()
+    train.main(args("whole"))        # a finished run is left as it is
+    assert open(f"{tmp_path}/whole/metrics.jsonl").read() == before
+
+
+@pytest.mark.parametrize("where, at", [("sampling", 1), ("sampling", 4), ("scoring", 0), ("training", 3), ("training", 8), ("saving", 0), ("saving", 2)])
+def test_spin_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch, where, at):
+    """Killed in the middle of sampling, scoring, a round's fit, or a save, of either round."""
+    monkeypatch.setattr(rollout, "PART", 16)
+    def args(out):
+        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--rounds=2", "--nll_coef=0.1")
+    train.main(args("whole"))
+    target = {"sampling": (rollout, "respond"), "scoring": (rollout, "score"), "training": (train, "lr_factor"), "saving": (checkpoint, "save_file")}[where]
+    with monkeypatch.context() as m:
+        m.setattr(*target, killing(getattr(*target), at))
+        with pytest.raises(Killed):
+            train.main(args("killed"))
+    train.main(args("killed"))
+    assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
+    for r in (0, 1):
+        for file in ("train.jsonl", "val.jsonl", "train.ref.npy"):
+            assert open(f"{tmp_path}/whole/round_{r}/{file}", "rb").read() == open(f"{tmp_path}/killed/round_{r}/{file}", "rb").read()
+    assert not glob.glob(f"{tmp_path}/killed/**/*.part*", recursive=True) and not glob.glob(f"{tmp_path}/killed/round_*/writing_*")
+
+
+def test_preference_stage(tiny_runs, tiny_data, tmp_path):
+    out = str(tmp_path / "dpo")
+    train.main(["--stage=preference", f"--out_dir={out}", f"--data={tiny_data}", f"--init={tiny_runs['sft']}", "--template=Q: {prompt}\nA: ", "--max_response=16", "--device=cpu",
+                "--batch_size=8", "--epochs=6", "--lr=5e-4", "--beta=0.1", "--eval_rows=8"])
+    start, = read_metrics(out, "start")
+    assert start["off"] < 1e-4
+    steps = read_metrics(out, "step")
+    assert sum(r["loss"] for r in steps[-5:]) / 5 < start["loss"] - 0.05 and sum(r["acc"] for r in steps[-5:]) / 5 > 0.55
+    assert "acc/1" in read_metrics(out, "eval")[-1]
+
+
+# a later stage's inputs, for the files in config/
+CHANGES = {"pretrain": TINY + ["--batch_size=8", "--micro_batch_size=4"], "sft": ["--batch_size=8", "--micro_batch_size=4"],
+           "spin": ["--batch_size=8", "--micro_batch_size=4", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_size=4"]}
+
+
+@pytest.mark.parametrize("file", sorted(os.path.basename(f) for f in glob.glob("config/*.py") if "__init__" not in f))
+def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
+    cfg = config.load([f"config/{file}"])
+    args = [f"config/{file}", f"--data={tiny_data}", f"--out_dir={tmp_path}/run", "--max_steps=3", "--device=cpu", "--dtype=float32", "--eval_rows=8", "--eval_batches=1",
+            "--compile=False", *CHANGES[cfg.stage]]
+    if cfg.stage != "pretrain":
+        args += [f"--init={tiny_runs['pretrain' if cfg.stage == 'sft' else 'sft']}", "--max_prompt=40", "--max_response=16"]
+        args += [f"--teacher={tiny_runs['pretrain']}"] if cfg.teacher not in ("", "rows") else []
+    elif cfg.n_kv_head:
+        args += ["--n_kv_head=1"]
+    args = [a for a in args if not a.startswith("--n_layer") or cfg.stage == "pretrain"]
+    train.main(args)
+    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * cfg.rounds
+    assert all(math.isfinite(r["loss"]) for r in read_metrics(f"{tmp_path}/run", "step"))
+
+
+def refused(args):
+    with pytest.raises(SystemExit) as e:
+        train.main(args)
+    assert e.value.code and "\n" not in str(e.value), e.value
+    return str(e.value)
+
+
+def test_refusals(tiny_runs, tiny_data, tmp_path):
+    base = ["--stage=sft", f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", "--max_steps=1", "--batch_size=4", "--device=cpu", f"--out_dir={tmp_path}/r"]
+    assert "make it with: python -m data.jsonl.prepare" in refused(base + [f"--data={tmp_path}/none"])
+    assert "no checkpoint there" in refused(base + [f"--init={tmp_path}/none"])
+    assert "make it with: python train.py config/demo_sft.py" in refused(base + ["--init=out/demo/sft"]) or os.path.exists("out/demo/sft")
+    assert "n_embd is 64" in refused(base + ["--n_embd=64"])
+    assert "not the checkpoint's" in refused(base + [f"--tokenizer={other_tokenizer(tmp_path)}"])
+    assert "whole accumulation steps" in refused(base + ["--batch_size=5", "--micro_batch_size=2"])
+    assert "block_size" in refused(["--stage=pretrain", f"--data={tiny_data}", "--max_steps=1", "--block_size=100000", "--n_embd=32", "--n_head=2", "--n_layer=1", "--device=cpu", f"--out_dir={tmp_path}/q"])
+    assert "multiple of n_head" in refused(["--stage=pretrain", f"--data={tiny_data}", "--max_steps=1", "--n_embd=33", "--device=cpu", f"--out_dir={tmp_path}/p"])
+    spin = spin_args(tiny_runs, tiny_data, f"{tmp_path}/s")
+    assert "no response to" in refused(spin + ["--players=data,teacher,self", f"--teacher={tiny_data}/val.jsonl"])
+
+
+def other_tokenizer(tmp_path):
+    from data import tokenizer
+    tokenizer.save(tokenizer.train(["some text to train on"] * 5, 300), str(tmp_path / "other.tiktoken"))
+    return tmp_path / "other.tiktoken"
+
+
+def test_a_run_folder_keeps_its_config(tiny_data, tmp_path):
+    args = ["--stage=pretrain", f"--data={tiny_data}", f"--out_dir={tmp_path}/r", "--max_steps=1", "--batch_size=4", *TINY]
+    train.main(args)
+    assert "begun with lr = 0.0003, now it is 0.1" in refused(args + ["--lr=0.1"])
+
+
+def test_damaged_checkpoints(tiny_runs, tiny_data, tmp_path):
+    def start(change):
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        shutil.copytree(checkpoint.latest(tiny_runs["sft"]), tmp_path / "c")
+        change(tmp_path / "c")
+        return refused(["--stage=sft", f"--data={tiny_data}", f"--init={tmp_path}/c", "--max_steps=1", "--device=cpu", f"--out_dir={tmp_path}/{len(os.listdir(tmp_path))}"])
+    def flip(folder):
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+    assert "is damaged" in start(flip)
+    assert "cannot be read" in start(lambda folder: (folder / "meta.json").write_text("{"))
+    def other_shape(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["model"]["n_embd"] = 64
+        (folder / "meta.json").write_text(json.dumps(meta))
+    assert "has shape" in start(other_shape)
+    def other_layers(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["model"]["n_layer"] = 3
+        (folder / "meta.json").write_text(json.dumps(meta))
+    assert "other tensors" in start(other_layers)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    good = train.OBJECTIVES["sft"]
+    calls = [0]
+    def bad(logps, *rest):
+        calls[0] += 1
+        loss, metrics = good(logps, *rest)
+        return loss * (math.nan if calls[0] == 3 else 1.0), metrics
+    monkeypatch.setitem(train.OBJECTIVES, "sft", bad)
+    message = refused(["--stage=sft", f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", "--max_steps=5", "--batch_size=4", "--device=cpu", f"--out_dir={tmp_path}/r", "--eval_rows=4"])
+    assert "step 2" in message and "loss nan" in message and "rows [" in message
+
+
+def test_a_round_that_does_not_start_at_ln_k_says_so(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    score = rollout.score
+    monkeypatch.setattr(rollout, "score", lambda *args, **kw: score(*args, **kw) + [[1.0, 0.0]])
+    train.main(spin_args(tiny_runs, tiny_data, str(tmp_path / "r"), "--max_steps=1"))
+    assert "not the same" in read_metrics(str(tmp_path / "r"), "warning")[0]["text"]
+
+
+def test_wandb_offline(tiny_data, tmp_path):
+    pytest.importorskip("wandb")
+    train.main(["--stage=pretrain", f"--data={tiny_data}", f"--out_dir={tmp_path}/r", "--max_steps=2", "--batch_size=4", "--wandb=offline", *TINY])
+    assert glob.glob(f"{tmp_path}/r/wandb/offline-run-*")
+    import wandb
+    wandb.finish()
