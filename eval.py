@@ -35,6 +35,7 @@ def stream_loss(model, tokens, cfg, device, batches):
         batch = stream_batch(tokens, block, batch_size, 0, i, vocab, ours)
         logps = model(batch["idx"].to(device), batch["targets"].to(device))
         sums += [-logps.double().sum(), torch.tensor(logps.numel())]
+    parallel.reshard(model)
     nll, count = parallel.total([sum(sums[0::2]), sum(sums[1::2])], device)
     model.train(was_training)
     return nll / count
@@ -54,6 +55,7 @@ def score(model, rows, batch_size, device, desc=None):
         B, k = batch["present"].shape
         logps = sequence_logprobs(model(batch["idx"], batch["targets"]), batch["seq"], B * k).view(B, k).cpu().numpy()
         results.update({i: np.pad(row, (0, K - k)) for i, row in zip(indices, logps)})
+    parallel.reshard(model)
     model.train(was_training)
     return np.stack(parallel.merge(len(rows), results))
 

@@ -5,7 +5,6 @@ parameter, sharded or not, from a whole tensor, and `whole` gathers a plain copy
 """
 import os
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,14 +79,16 @@ def whole(model, device, dtype):
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
-        plain = model_class(model)(model.config)
+        plain = type(model).__mro__[2](model.config)        # FSDP2 makes a class of (FSDPModule, the model's own)
     plain.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()}, assign=True)
     return cast(plain, device, dtype)
 
 
-def model_class(model):
-    """FSDP2 gives a module a class of its own, (FSDPModule, the original)."""
-    return type(model).__mro__[2]
+def reshard(model):
+    """After a forward pass without a backward one: FSDP2 would leave the root unit's weights whole, as other tensors than
+    the optimizer's."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def sync_gradients(model, on):

@@ -5,6 +5,7 @@
 
 Started again, the same command goes on where it stopped. `python train.py --help` lists the settings.
 """
+import functools
 import glob
 import json
 import math
@@ -275,7 +276,7 @@ def begin(cfg):
     return meta["round"], meta["step"]
 
 
-MAY_CHANGE = {"device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
+MAY_CHANGE = {"out_dir", "device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
 
 
 def plain(cfg):
@@ -355,9 +356,9 @@ def main(argv):
     model, enc, tokenizer_name = build(cfg, device, dtype)
     if parallel.rank() == 0:
         describe(cfg, device, dtype)
-    say = print if parallel.rank() == 0 else (lambda *args: None)
+    say = functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
     say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
-        f"float32 products {torch.get_float32_matmul_precision()}", flush=True)
+        f"float32 products {torch.get_float32_matmul_precision()}")
     log = make_log(cfg, at)
     for round in range(at[0], cfg.rounds):
         train, val = collect(cfg, round, model, enc, device, dtype, say)

@@ -206,11 +206,12 @@ def refused(args):
     return str(e.value)
 
 
-def test_refusals(tiny_runs, tiny_data, tmp_path):
+def test_refusals(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     base = ["--stage=sft", f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", "--max_steps=1", "--batch_size=4", "--device=cpu", f"--out_dir={tmp_path}/r"]
     assert "make it with: python -m data.jsonl.prepare" in refused(base + [f"--data={tmp_path}/none"])
     assert "no checkpoint there" in refused(base + [f"--init={tmp_path}/none"])
-    assert "make it with: python train.py config/demo_sft.py" in refused(base + ["--init=out/demo/sft"]) or os.path.exists("out/demo/sft")
+    assert "make it with: python train.py config/demo_sft.py" in refused(base + ["--init=out/demo/sft"])
     assert "n_embd is 64" in refused(base + ["--n_embd=64"])
     assert "not the checkpoint's" in refused(base + [f"--tokenizer={other_tokenizer(tmp_path)}"])
     assert "whole accumulation steps" in refused(base + ["--batch_size=5", "--micro_batch_size=2"])
