@@ -23,21 +23,19 @@ from sample import respond
 
 
 @torch.no_grad()
-def stream_loss(model, tokens, cfg, device, batches):
-    """Mean cross-entropy a token over the first batches of a seeded order of the validation stream."""
+def stream_loss(model, tokens, cfg, device):
+    """Mean cross-entropy a token over `eval_batches` batches of the validation stream, the same ones for every run."""
     was_training = model.training
     model.eval()
-    block, vocab = model.config.block_size, model.config.vocab_size
-    ours = slice(parallel.rank(), None, parallel.world())
-    batch_size = max(parallel.world(), cfg.batch_size // parallel.world() * parallel.world())
-    sums = []
-    for i in range(batches):
-        batch = stream_batch(tokens, block, batch_size, 0, i, vocab, ours)
-        logps = model(batch["idx"].to(device), batch["targets"].to(device))
-        sums += [-logps.double().sum(), torch.tensor(logps.numel())]
+    nll, count, size = torch.zeros((), dtype=torch.float64), 0, parallel.micro_batch_size(cfg)
+    for step in range(cfg.eval_batches):
+        for start in range(parallel.rank() * size, cfg.batch_size, size * parallel.world()):
+            batch = stream_batch(tokens, model.config.block_size, cfg.batch_size, 0, step, model.config.vocab_size, slice(start, start + size))
+            nll -= model(batch["idx"].to(device), batch["targets"].to(device)).double().sum().cpu()
+            count += batch["targets"].numel()
     parallel.reshard(model)
-    nll, count = parallel.total([sum(sums[0::2]), sum(sums[1::2])], device)
     model.train(was_training)
+    nll, count = parallel.total([nll, count], device)
     return nll / count
 
 
@@ -168,7 +166,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; the n-th checkpoint takes seed + n")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    torch.set_float32_matmul_precision("medium" if args.device == "cpu" else "high")
+    parallel.tune(args.device)
     rows = held_out(args.data, args.rows)
     texts = [row["prompt"] for row in rows]
     table, samples = {}, {"data": [row["responses"][0] for row in rows]}

@@ -15,7 +15,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-STAGES = ["pretrain", "sft", "sft_more", "spin_k2", "spin_k3"]      # of the demo's student, in order
 COLOURS = {"data": "C0", "teacher": "C2", "self": "C3"}
 
 
@@ -67,24 +66,17 @@ def plot_loss(out, named):
 
 def plot_stages(out, demos):
     """Validation loss through the student's stages. demos: the demo folders, one a seed."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), gridspec_kw={"width_ratios": [1, 2]})
-    for demo in demos:
-        start = 0
-        for stage, colour in zip(STAGES, ["C7", "C0", "C1", "C2", "C3"]):
-            run = os.path.join(demo, stage)
-            if not os.path.exists(os.path.join(run, "metrics.jsonl")):
-                continue
-            records = read_metrics(run, "eval")
-            x = along(records)
-            ax = left if stage == "pretrain" else right
-            ax.plot(np.array(x) + start, [r["val_loss"] for r in records], "o-", ms=3, color=colour, label=stage if demo == demos[0] else None)
-            if stage == "sft":
-                start = x[-1]       # what follows starts from its end
-    left.set(title="pretraining: documentation stream", xlabel="step", ylabel="validation cross-entropy (nats a token)")
-    right.set(title="responses: SFT, then SFT continued or self-play from its end", xlabel="step")
-    for ax in (left, right):
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4))
+    panels = [("pretraining", ["pretrain"]), ("fine-tuning", ["sft"]), ("SFT continued, or self-play, from there", ["sft_more", "spin_k2", "spin_k3"])]
+    for ax, (title, stages) in zip(axes, panels):
+        for i, stage in enumerate(stages):
+            for n, demo in enumerate(demos):
+                records = read_metrics(os.path.join(demo, stage), "eval")
+                ax.plot(along(records), [r["val_loss"] for r in records], "o-", ms=3, lw=1, color=f"C{i}", label=None if n else stage)
+        ax.set(title=title, xlabel="step")
         ax.legend()
         ax.grid(alpha=0.3)
+    axes[0].set(ylabel="validation cross-entropy (nats a token)")
     save(fig, out)
 
 
@@ -157,12 +149,25 @@ def cell(values, form, scale):
     return text + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
 
 
+def collect_table(demos):
+    """Lines of a table of what each round's collect saw on the held-out prompts, means over seeds."""
+    columns = [("length/data", "length: data", "{:.1f}", 1), ("length/teacher", "teacher", "{:.1f}", 1), ("length/self", "self", "{:.1f}", 1),
+               ("ended/self", "self ended by eot", "{:.1f} %", 100), ("tie/self", "self equal to a better one", "{:.1f} %", 100),
+               ("length_acc/self", "length alone tells data from self", "{:.1f} %", 100)]
+    lines = ["| round | " + " | ".join(title for _, title, _, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for stage in ("spin_k2", "spin_k3"):
+        by_seed = [read_metrics(os.path.join(demo, stage), "collect") for demo in demos]
+        for records in zip(*by_seed):
+            lines.append(f"| {stage}.round_{records[0]['round']} | " + " | ".join(cell([r.get(key) for r in records], form, scale) for key, _, form, scale in columns) + " |")
+    return lines
+
+
 def verdict(tables):
     """What the figures say of self-play against its two controls, in words that they decide."""
     lines = []
     for spin in ("spin_k2", "spin_k3"):
         last = max(n for n in tables[0] if n.startswith(spin))
-        for other in ("sft_more", "sft@0.7", "sft@0.5"):
+        for other in ("sft_more", "sft@1.0", "sft@0.7", "sft@0.5"):
             if other not in tables[0]:
                 continue
             differences = np.array([t[last]["win_rate"] - t[other]["win_rate"] for t in tables])
@@ -206,6 +211,7 @@ def report(demos):
             "Win rate is the share of prompts on which the judge gives a response a higher mean log-probability a token than `sft`'s sample. "
             "**The judge is the fine-tuned teacher**: K=3 has been trained on the judge's own samples and sharper samples please any such judge, "
             "so win rate alone shows nothing that the temperatures do not show for free.", "",
+            "What each round sampled, on the held-out prompts:", "", *collect_table(demos), "",
             "## What it says", "", *verdict(tables), "",
             f"Each of the {len(starts)} rounds started at the loss of equal scores (ln 2 or ln 6, less what absent responses take, plus the `nll_coef` term); "
             f"the largest difference was {worst:.1e}.", ""]

@@ -26,10 +26,11 @@ PART = 1024     # prompts sampled before they are written down
 
 
 def collect(cfg, round, model, enc, device, dtype, say):
-    """(train, val) of a round: for pretrain two token streams, else lists of encoded rows; where responses are ranked,
-    each row has "ref", the reference's log-probability of every response. say: a function that prints a line."""
+    """(train, val, report) of a round: for pretrain two token streams, else lists of encoded rows; where responses are
+    ranked, each row has "ref", the reference's log-probability of every response. report: what is to be said of a game's
+    players, of validation rows. say: a function that prints a line."""
     if cfg.stage == "pretrain":
-        return read_stream(cfg.data, "train"), read_stream(cfg.data, "val")
+        return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
     start, folder, result, report = time.time(), os.path.join(cfg.out_dir, f"round_{round}"), {}, {}
     for split, rows in source(cfg).items():
         path = os.path.join(folder, f"{split}.jsonl")
@@ -70,7 +71,7 @@ def collect(cfg, round, model, enc, device, dtype, say):
             "files": {f: sha256(os.path.join(folder, f)) for f in sorted(os.listdir(folder)) if f.endswith((".jsonl", ".npy"))},
             "report": report, "seconds": time.time() - start})
     parallel.barrier()
-    return result["train"], result["val"]
+    return result["train"], result["val"], report.get("val", {})
 
 
 def source(cfg):
@@ -84,7 +85,7 @@ def reference(path, model, rows, cfg, device):
     """log pi_ref of every response (rows, K): computed once, by the code that computes the policy's, and kept."""
     if os.path.exists(path):
         return np.load(path, allow_pickle=False)
-    refs = score(model, rows, cfg.micro_batch_size or cfg.batch_size, device, desc="reference")
+    refs = score(model, rows, parallel.micro_batch_size(cfg), device, desc="reference")
     if parallel.rank() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:

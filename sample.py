@@ -36,6 +36,7 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")       # compiled blocks would compile again for each length
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, generator=None, *,
              batch_size=128, numbers=None, progress=None):
     """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
@@ -115,7 +116,8 @@ def text_of(enc, ids):
 
 def main():
     import checkpoint
-    from data import read_rows, write_rows
+    import parallel
+    from data import read_rows, tokenizer, write_rows
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -135,6 +137,7 @@ def main():
         parser.error("--prompts and --out go together")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
+    parallel.tune(args.device)
     model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
     settings = dict(template="{prompt}" if args.raw else meta["config"]["template"],
                     max_prompt=meta["config"]["max_prompt"],
@@ -145,8 +148,9 @@ def main():
         with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
             texts, ids = respond(model, enc, texts=[r["prompt"] for r in rows], progress=progress, **settings)
         kept = [(row, text, i) for row, text, i in zip(rows, texts, ids) if i is not None]
-        write_rows(args.out, [{"prompt": row["prompt"], "responses": [text], "ids": [i],
-                               **({"group": row["group"]} if "group" in row else {})} for row, text, i in kept])
+        made = {"tokenizer": tokenizer.fingerprint(enc)}
+        write_rows(args.out, [{"prompt": row["prompt"], "responses": [text], "ids": [i]} | made |
+                              ({"group": row["group"]} if "group" in row else {}) for row, text, i in kept])
         print(f"{args.out}: {len(kept)} rows" + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else ""))
         return
     def answer(line, number):

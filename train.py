@@ -66,7 +66,7 @@ OBJECTIVES = {"pretrain": token_objective, "sft": token_objective, "preference":
 def micro_batches(cfg, round, step, train, model_config):
     """This rank's micro-batches of a step, a function of (data, seed, round, step)."""
     world, rank = parallel.world(), parallel.rank()
-    size = cfg.micro_batch_size or cfg.batch_size // world
+    size = parallel.micro_batch_size(cfg)
     seed = cfg.seed + 1000 * round
     if cfg.stage != "pretrain":      # rows of like length share a micro-batch, on all ranks
         indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=lambda i: row_length(train[i]))
@@ -197,8 +197,8 @@ def check_start(cfg, round, loss, batches, beta, count, device, log):
 def evaluate(cfg, round, model, val, device):
     """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
     if cfg.stage == "pretrain":
-        return {"val_loss": stream_loss(model, val, cfg, device, cfg.eval_batches)}
-    logps = score(model, val, cfg.micro_batch_size or cfg.batch_size, device)
+        return {"val_loss": stream_loss(model, val, cfg, device)}
+    logps = score(model, val, parallel.micro_batch_size(cfg), device)
     if cfg.stage == "sft":
         return loss_metrics(logps, val)
     K = logps.shape[1]
@@ -257,14 +257,15 @@ def begin(cfg):
     """Check the batch arithmetic and what the run reads, and return where it stands: (round, step), step -1 at the very
     beginning. A run that was begun keeps its settings."""
     world = parallel.world()
-    size = cfg.micro_batch_size or cfg.batch_size // world
-    if size < 1 or cfg.batch_size % (size * world):
+    size = parallel.micro_batch_size(cfg)
+    if cfg.batch_size % (size * world):
         raise SystemExit(f"config: batch_size {cfg.batch_size} must be micro_batch_size {size} x {world} ranks x whole accumulation steps")
     read_meta(cfg.data, ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"])
     if cfg.teacher not in ("", "rows") and not os.path.isfile(cfg.teacher):
         checkpoint.resolve(cfg.teacher)
     newest, path = checkpoint.latest(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
-    if os.path.exists(path) and (newest or glob.glob(os.path.join(glob.escape(cfg.out_dir), "*.jsonl*"))):
+    written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
+    if os.path.exists(path) and (newest or any(os.path.getsize(f) for f in written)):
         with open(path, encoding="utf-8") as f:
             before = json.load(f)["config"]
         for key, value in plain(cfg).items():
@@ -361,8 +362,10 @@ def main(argv):
         f"float32 products {torch.get_float32_matmul_precision()}")
     log = make_log(cfg, at)
     for round in range(at[0], cfg.rounds):
-        train, val = collect(cfg, round, model, enc, device, dtype, say)
+        train, val, report = collect(cfg, round, model, enc, device, dtype, say)
         start = max(0, at[1]) if round == at[0] else 0
+        if report and not start:
+            log({"kind": "collect", "round": round, "step": 0} | report)
         if start < steps_of_round(cfg, train):
             fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
     say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")

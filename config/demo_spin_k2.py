@@ -1,6 +1,6 @@
 """SPIN: data > self, two rounds.
 
-    python train.py config/demo_spin_k2.py         2 CPU cores, 1 minute; each round starts at ln 2 = 0.6931 + nll_coef x loss
+    python train.py config/demo_spin_k2.py         2 CPU cores, 1.5 minutes; each round starts at ln 2 = 0.6931 + nll_coef x loss
 """
 stage = "spin"
 out_dir = "out/demo/spin_k2"
@@ -9,16 +9,17 @@ data = "data/pydocs"
 
 players = ["data", "self"]
 rounds = 2
-max_rows = 512              # prompts a round, the same ones each round
+max_rows = 1024             # prompts a round, the same ones each round
 max_prompt = 64
 max_response = 48
-batch_size = 32             # prompts a step: 512 / 32 = 16 steps a round
+batch_size = 32             # prompts a step: 1,024 / 32 = 32 steps a round
 epochs = 1.0
 
 beta = 0.1
 nll_coef = 0.2              # without it the data's likelihood falls with the sample's
 optimizer = "adamw"
-lr = 2e-4
+lr = 5e-4
 warmup = 0.1
 schedule = "linear"
-eval_interval = 4
+eval_interval = 16
+log_interval = 4

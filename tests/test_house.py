@@ -8,7 +8,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "model": {"loss"},
     "checkpoint": {"config", "parallel", "data", "model"},
-    "sample": {"model", "data", "checkpoint"},
+    "sample": {"model", "data", "checkpoint", "parallel"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot"},

@@ -282,3 +282,27 @@ def test_wandb_offline(tiny_data, tmp_path):
     assert glob.glob(f"{tmp_path}/r/wandb/offline-run-*")
     import wandb
     wandb.finish()
+
+
+def test_bfloat16(tiny_runs, tiny_data, tmp_path):
+    """Products in bfloat16, weights in float32; policy and reference still agree at a round's start."""
+    out = str(tmp_path / "r")
+    train.main(spin_args(tiny_runs, tiny_data, out, "--dtype=bfloat16", "--max_steps=3"))
+    assert read_metrics(out, "start")[0]["off"] < 0.02 and all(w.dtype == torch.float32 for w in final_weights(out).values())
+    assert not read_metrics(out, "warning")
+    one, = read_metrics(out, "start")
+    assert one["off"] == 0 or one["loss"] != one["expected"]
+
+
+def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
+    """Text is encoded and ends in eot; ids that this tokenizer made are kept as they are, eot or none."""
+    from data import tokenizer, write_rows
+    name = tokenizer.fingerprint(tokenizer.load("bytes"))
+    rows = read_rows(f"{tiny_data}/train.jsonl") + read_rows(f"{tiny_data}/val.jsonl")
+    kept = [i % 2 == 0 for i in range(len(rows))]
+    write_rows(str(tmp_path / "teacher.jsonl"), [{"prompt": row["prompt"], "responses": ["so it ends"]} | ({"ids": [[1, 2, 3]], "tokenizer": name} if k else {}) for row, k in zip(rows, kept)])
+    train.main(spin_args(tiny_runs, tiny_data, f"{tmp_path}/r", "--players=data,teacher,self", f"--teacher={tmp_path}/teacher.jsonl", "--max_steps=1"))
+    by_prompt = {row["prompt"]: row["ids"][1] for row in read_rows(f"{tmp_path}/r/round_0/train.jsonl")}
+    for row, k in zip(rows, kept):
+        if row["prompt"] in by_prompt:
+            assert by_prompt[row["prompt"]] == ([1, 2, 3] if k else [*b"so it ends", 256])
