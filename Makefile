@@ -26,7 +26,7 @@ pipeline: .venv/ready data/pydocs/meta.json
 	$(PY) train.py config/demo_sft_more.py --out_dir=$(OUT)/sft_more --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo_spin_k2.py --out_dir=$(OUT)/spin_k2 --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo_spin_k3.py --out_dir=$(OUT)/spin_k3 --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --seed=$(SEED)
-	test -e $(OUT)/eval/eval.json || $(PY) eval.py sft=$(OUT)/sft sft@1.0=$(OUT)/sft@1.0 sft@0.7=$(OUT)/sft@0.7 sft@0.5=$(OUT)/sft@0.5 \
+	$(PY) eval.py sft=$(OUT)/sft sft@1.0=$(OUT)/sft@1.0 sft@0.7=$(OUT)/sft@0.7 sft@0.5=$(OUT)/sft@0.5 \
 		sft_more=$(OUT)/sft_more spin_k2.round_0=$(OUT)/spin_k2/round_0 spin_k2.round_1=$(OUT)/spin_k2/round_1 \
 		spin_k3.round_0=$(OUT)/spin_k3/round_0 spin_k3.round_1=$(OUT)/spin_k3/round_1 sft_teacher=$(OUT)/sft_teacher \
 		--judge=$(OUT)/sft_teacher --data=data/pydocs --out=$(OUT)/eval

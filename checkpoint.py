@@ -152,4 +152,4 @@ def load_model(path, device="cpu", dtype=torch.float32):
         model = GPT(GPTConfig(**meta["model"]))
     model.to_empty(device=device)
     load_weights(path, model)
-    return parallel.cast(model, torch.device(device), dtype).eval(), read_tokenizer(path, meta), meta
+    return parallel.cast(model, dtype).eval(), read_tokenizer(path, meta), meta

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import encode_rows, pad_rows, permutation, read_rows, row_length, stream_batch, write_json, write_rows
+from data import encode_rows, pad_rows, permutation, read_rows, row_length, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
-from sample import respond
+from sample import device, number, respond
 
 
 @torch.no_grad()
@@ -142,58 +142,74 @@ def held_out(folder, n):
     return [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
 
 
-def measure(path, temperature, seed, texts, rows, args):
-    """(figures, sampled texts and ids) of one checkpoint on the held-out rows."""
+def measure(path, temperature, seed, rows, args):
+    """(figures, sampled rows, tokenizer) of one checkpoint on the held-out rows."""
     model, enc, meta = checkpoint.load_model(path, args.device)
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
-    encoded, _ = encode_rows([{"prompt": r["prompt"], "responses": r["responses"][:1]} for r in rows], enc,
-                             settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"])
-    there = [i for i, row in enumerate(encoded) if row is not None]
-    figures = loss_metrics(score(model, [encoded[i] for i in there], 64, args.device), [encoded[i] for i in there])
-    answers, ids = respond(model, enc, texts=texts, seed=seed, temperature=temperature, **settings)
-    kept = [i for i, y in enumerate(ids) if y is not None]
-    figures |= sample_metrics([answers[i] for i in kept], [ids[i] for i in kept], [rows[i]["responses"][0] for i in kept], enc.eot_token)
-    return figures, answers
+    limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
+    encoded = [row for row in encode_rows(rows, *limits)[0] if row is not None]
+    best = [row | {"responses": row["responses"][:1]} for row in encoded]
+    figures = loss_metrics(score(model, best, 64, args.device), best)
+    if args.reference:
+        K = max(len(row["responses"]) for row in encoded)
+        full = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])), "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in encoded]
+        ref, _, _ = checkpoint.load_model(args.reference, args.device)
+        figures |= ranking_metrics(score(model, full, 64, args.device), score(ref, full, 64, args.device), full, args.beta, [str(k + 1) for k in range(K)])
+    texts, ids = respond(model, enc, texts=[row["prompt"] for row in rows], seed=seed, temperature=temperature, **settings)
+    there = [i for i, y in enumerate(ids) if y is not None]
+    figures |= sample_metrics([texts[i] for i in there], [ids[i] for i in there], [rows[i]["responses"][0] for i in there], enc.eot_token)
+    return figures, {rows[i]["prompt"]: (texts[i], ids[i]) for i in there}, enc
+
+
+def in_tongue(judge, enc, text, ids):
+    """A response's ids for a judge: as they are if its tokenizer made them; else encoded, ended only if it had ended."""
+    if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge):
+        return ids
+    return judge.encode_ordinary(text) + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]")
     parser.add_argument("--data", default="data/pydocs")
-    parser.add_argument("--rows", type=int, default=256, help="held-out rows")
+    parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
     parser.add_argument("--judge", help="checkpoint: win rate of everyone, and of the data, against the first one's samples")
+    parser.add_argument("--reference", help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it")
+    parser.add_argument("--beta", type=number(float, 0), default=0.1, help="of those rewards")
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling; the n-th checkpoint takes seed + n")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling; the n-th checkpoint takes seed + n")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     parallel.tune(args.device)
-    rows = held_out(args.data, args.rows)
-    texts = [row["prompt"] for row in rows]
-    table, samples = {}, {"data": [row["responses"][0] for row in rows]}
+    runs = {}
     for spec in args.checkpoints:
-        name, equals, path = spec.partition("=")
-        path, _, temperature = path.partition("@")
-        if not (name and equals and path):
-            raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE")
-        figures, samples[name] = measure(path, float(temperature or 1.0), args.seed + len(table), texts, rows, args)
-        table[name] = {"checkpoint": path, "temperature": float(temperature or 1.0)} | figures
+        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
+        if not found or found[1] in runs or found[1] == "data":
+            raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
+        runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
+    rows = held_out(args.data, args.rows)
+    table, samples = {}, {"data": ({row["prompt"]: (row["responses"][0], None) for row in rows}, None)}
+    for n, (name, (path, temperature)) in enumerate(runs.items()):
+        figures, *samples[name] = measure(path, temperature, args.seed + n, rows, args)
+        table[name] = {"checkpoint": path, "temperature": temperature} | figures
         print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
     if args.judge:
         judge, enc, meta = checkpoint.load_model(args.judge, args.device)
         first, *others = table
+        settings = [meta["config"][name] for name in ("max_prompt", "max_response")]
         for name in ["data", *others]:
-            there = [i for i in range(len(rows)) if samples[name][i] is not None and samples[first][i] is not None]
-            pairs, _ = encode_rows([{"prompt": texts[i], "responses": [samples[name][i], samples[first][i]]} for i in there], enc,
-                                   meta["config"]["template"], judge.config.block_size, meta["config"]["max_prompt"])
-            pairs = [p for p in pairs if p is not None]
+            prompts = [row["prompt"] for row in rows if all(row["prompt"] in samples[who][0] for who in (name, first))]
+            answers = [[(samples[who][1], *samples[who][0][prompt]) for who in (name, first)] for prompt in prompts]
+            pairs = [{"prompt": prompt, "responses": [text for _, text, _ in both], "ids": [in_tongue(enc, *one) for one in both]} for prompt, both in zip(prompts, answers)]
+            pairs = [p for p in encode_rows(pairs, enc, meta["config"]["template"], judge.config.block_size, *settings)[0] if p is not None]
             share, error = win_rate(judge, pairs, args.device)
             table.setdefault(name, {})
             table[name] |= {"win_rate": share, "win_rate_se": error, "against": first}
             print(f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % of {len(pairs)} prompts")
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        for name, answers in samples.items():
-            write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": t, "responses": [a]} for t, a in zip(texts, answers) if a is not None])
+        for name, (answers, _) in samples.items():
+            write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
         write_json(os.path.join(args.out, "eval.json"), table)
 
 

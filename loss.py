@@ -8,7 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-CHUNK_ELEMENTS = 1 << 22    # logits of one chunk in `linear_logprobs`: 16 MB in float32, about a last-level cache
+# logits of one chunk in `linear_logprobs`: on a CPU about what its last cache holds, on a GPU enough to fill it
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -77,7 +78,7 @@ def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk
     h, t = hidden[asked].to(dtype), targets[asked]
     if device == "cpu" and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
         raise ValueError(f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}")
-    chunk = chunk or max(64, CHUNK_ELEMENTS // len(weight))
+    chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
     with torch.autocast(device, enabled=False):
         logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunk)
     return logps.new_zeros(targets.shape).index_put(asked, logps)
@@ -149,11 +150,11 @@ def taylor_nll(logps, order):
 
     T_0 is cross-entropy; each further order drops one Taylor term of -log p at p = 1, so the gradient is
     cross-entropy's times (1-p)^n: focal loss's factor without its extra term (arXiv 1708.02002), PolyLoss without its
-    first n terms (arXiv 2204.12511). `order` n >= 0 may be real; values are accurate to the dtype up to n of about 20.
-    logps (...), all <= 0. Returns the same shape. Raises ValueError for a negative order.
+    first n terms (arXiv 2204.12511). `order` n may be real, from 0 to 20, where the series still hold double precision's
+    half. logps (...), all <= 0. Returns the same shape. Raises ValueError for another order.
     """
-    if order < 0:
-        raise ValueError(f"order must be >= 0, got {order}")
+    if not 0 <= order <= 20:
+        raise ValueError(f"order must be in [0, 20], got {order}")
     return -logps if order == 0 else TaylorNLL.apply(logps, float(order))
 
 

@@ -43,7 +43,7 @@ class GPTConfig:
                               ("mlp", ["gelu", "relu2", "swiglu"])]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ["vocab_size", "block_size", "n_layer", "n_head", "n_embd"]:
+        for name in ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
@@ -171,6 +171,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.products = None        # dtype of the matrix products, by autocast; None: the weights'
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -200,16 +201,18 @@ class GPT(nn.Module):
         cache: a KVCache to write and read; then pos (B, T): 0..T-1 for prompts, each row's own position for T = 1.
         """
         B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}")
-        x = self.hidden(idx, pos, cache)
-        head = self.wte.weight if self.config.tie else self.lm_head.weight
-        if targets is not None:
-            return linear_logprobs(x, head, targets, self.config.softcap, self.config.vocab_size)
-        if last is not None:
-            x = x[torch.arange(B, device=x.device), last]
-        logits = F.linear(x, head).float()[..., :self.config.vocab_size]
-        return self.config.softcap * torch.tanh(logits / self.config.softcap) if self.config.softcap else logits
+        c = self.config
+        if T > c.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size {c.block_size}")
+        with torch.autocast(idx.device.type, self.products or torch.bfloat16, enabled=self.products is not None):
+            x = self.hidden(idx, pos, cache)
+            head = self.wte.weight if c.tie else self.lm_head.weight
+            if targets is not None:
+                return linear_logprobs(x, head, targets, c.softcap, c.vocab_size)
+            if last is not None:
+                x = x[torch.arange(B, device=x.device), last]
+            logits = F.linear(x, head).float()[..., :c.vocab_size]
+            return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
     def hidden(self, idx, pos=None, cache=None):
         """The last layer's normalised output (B, T, C)."""
@@ -235,12 +238,13 @@ class GPT(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, length=None):
+    def flops_per_token(self, length=None, asked=1.0):
         """FLOPs of a training step a token: 6 a weight that is multiplied, and attention's 12 L C T
-        (PaLM, arXiv 2204.02311, appendix B), T = `length` or block_size."""
+        (PaLM, arXiv 2204.02311, appendix B), T = `length` or block_size; `asked` is the share of tokens with a target,
+        which alone reach the head."""
         c = self.config
-        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + c.padded_vocab * c.n_embd
-        return 6 * weights + 12 * c.n_layer * c.n_embd * (length or c.block_size)
+        blocks = sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
+        return 6 * (blocks + asked * c.padded_vocab * c.n_embd) + 12 * c.n_layer * c.n_embd * (length or c.block_size)
 
 
 def init_std(name, config):

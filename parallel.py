@@ -6,6 +6,7 @@ parameter, sharded or not, from a whole tensor, and `whole` gathers a plain copy
 import ctypes
 import os
 import platform
+import sys
 
 import torch
 import torch.distributed as dist
@@ -38,15 +39,24 @@ def setup(cfg):
 
 
 def tune(device, precision=""):
-    """Process-wide settings. "medium" takes oneDNN for float32 products on a CPU, true float32 there and twice as fast as
-    the default on some; "high" is TF32 on a GPU. Where the C library is glibc, freed memory stays with the process:
-    by default each step's large buffers go back to the system and are faulted in again, a fifth of a small model's step."""
-    torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "medium"))
+    """Process-wide settings. "medium" takes oneDNN for float32 products on a CPU, twice as fast as the default on some, and
+    still float32 unless the chip has AMX, which would round to bfloat16; "high" is TF32 on a GPU. Where the C library is
+    glibc, freed memory stays with the process: by default each step's large buffers go back to the system and are faulted
+    in again, a fifth of a small model's step."""
+    torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "highest" if has_amx() else "medium"))
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def has_amx():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return "amx_bf16" in f.read()
+    except OSError:
+        return False
 
 
 def compute_dtype(cfg, device):
@@ -70,13 +80,12 @@ def wrap(model, device, dtype, compile=False):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         return model.to_empty(device=device)
-    return cast(model.to_empty(device=device), device, dtype)
+    return cast(model.to_empty(device=device), dtype)
 
 
-def cast(model, device, dtype):
+def cast(model, dtype):
     """Products of an unsharded model in `dtype`, by autocast."""
-    if dtype != torch.float32:
-        model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
+    model.products = dtype if dtype != torch.float32 else None
     return model
 
 
@@ -88,14 +97,14 @@ def copy_(p, tensor):
     p.copy_(tensor)
 
 
-def whole(model, device, dtype):
+def whole(model, dtype):
     """A plain copy of a sharded model on every rank, which runs without the others; an unsharded model itself."""
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
         plain = type(model).__mro__[2](model.config)        # FSDP2 makes a class of (FSDPModule, the model's own)
     plain.load_state_dict({k: v.full_tensor() for k, v in model.state_dict().items()}, assign=True)
-    return cast(plain, device, dtype)
+    return cast(plain, dtype)
 
 
 def reshard(model):
@@ -139,6 +148,14 @@ def gather(value):
     return values
 
 
+def agree(value):
+    """Rank 0's value, on every rank: what is on disk is asked once, or ranks that look at different instants part ways."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def barrier():
     if world() > 1:
         dist.barrier()
@@ -159,6 +176,10 @@ def merge(n, results):
 
 
 def finish():
+    """Leave the process group, and the process: gloo's threads sometimes abort an interpreter that winds down."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

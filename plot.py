@@ -4,7 +4,6 @@
     python plot.py rounds out.png out/demo/spin_k3                            rewards and log-probabilities of each player
     python plot.py report out/demo [out/demo_seeds/*]                         report.md and its plots; several: mean and spread
 """
-import glob
 import json
 import os
 import sys
@@ -15,7 +14,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = {"data": "C0", "teacher": "C2", "self": "C3"}
 
 
 def read_metrics(run, kind=None):
@@ -84,9 +82,10 @@ def plot_rounds(out, run):
     """Mean implicit reward and log-probability of each player on held-out rows; dashed lines part the rounds, each of which
     has a reference and self samples of its own."""
     records = read_metrics(run, "eval")
-    players = [k[len("reward/"):] for k in records[0] if k.startswith("reward/")]
+    players = list(dict.fromkeys(k[len("reward/"):] for r in records for k in r if k.startswith("reward/")))
     if not players:
         raise SystemExit(f"{run}: no round with ranked responses in its metrics")
+    colours = {player: f"C{i}" for i, player in enumerate(players)}
     fig, axes = plt.subplots(1, 3, figsize=(14, 4))
     x = along(records)
     borders = [a for a, r in zip(x, records) if r["step"] == 0 and r["round"] > 0]
@@ -94,12 +93,14 @@ def plot_rounds(out, run):
         for player in players:
             for round in sorted({r["round"] for r in records}):
                 points = [(a, r[prefix + player]) for a, r in zip(x, records) if r["round"] == round and prefix + player in r]
-                ax.plot(*zip(*points), "o-", ms=3, color=COLOURS.get(player), label=player if round == 0 else None)
+                if points:
+                    ax.plot(*zip(*points), "o-", ms=3, color=colours[player], label=player if player not in ax.get_legend_handles_labels()[1] else None)
         ax.set(title=title, xlabel="step")
         ax.legend()
     for name, label in (("acc", "every pair"), *((f"acc/{p}", f"{p} above the worse") for p in players[:-1])):
         points = [(a, r[name]) for a, r in zip(x, records) if name in r and r["step"] > 0]
-        axes[2].plot(*zip(*points), "o-", ms=3, label=label)
+        if points:
+            axes[2].plot(*zip(*points), "o-", ms=3, label=label)
     axes[2].set(title="held-out ranking accuracy", xlabel="step", ylim=(0, 1))
     axes[2].legend()
     for ax in axes:
@@ -119,8 +120,11 @@ def minutes(run):
 
 def stage_rows(demo):
     """(what, figures) of each line of the demo's table."""
-    with open(os.path.join(demo, "eval", "eval.json"), encoding="utf-8") as f:
-        table = json.load(f)
+    try:
+        with open(os.path.join(demo, "eval", "eval.json"), encoding="utf-8") as f:
+            table = json.load(f)
+    except OSError as e:
+        raise SystemExit(f"{demo}/eval/eval.json: {e.strerror}; `make demo` writes it")
     rows = {}
     for name, figures in table.items():
         stage, _, rest = name.partition(".")
@@ -163,27 +167,34 @@ def collect_table(demos):
 
 
 def verdict(tables):
-    """What the figures say of self-play against its two controls, in words that they decide."""
+    """What the figures say of self-play against its controls, in words that they decide."""
     lines = []
     for spin in ("spin_k2", "spin_k3"):
         last = max(n for n in tables[0] if n.startswith(spin))
-        for other in ("sft_more", "sft@1.0", "sft@0.7", "sft@0.5"):
-            if other not in tables[0]:
-                continue
-            differences = np.array([t[last]["win_rate"] - t[other]["win_rate"] for t in tables])
-            # one seed: the sampling error of both shares; several: the seeds' own spread, Student's t for a mean of n
-            if len(tables) == 1:
-                error = 1.96 * np.hypot(tables[0][last]["win_rate_se"], tables[0][other]["win_rate_se"])
-            else:
-                t975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(tables), 2.57)
-                error = t975 * differences.std(ddof=1) / np.sqrt(len(tables))
-            mean = differences.mean()
-            word = "better than" if mean > error else "worse than" if mean < -error else "not told apart from"
-            lines.append(f"- In win rate **{last} is {word} {other}**: {100 * mean:+.1f} points, 95 % interval "
-                         f"{100 * (mean - error):+.1f} to {100 * (mean + error):+.1f}.")
-        loss = np.mean([t[last]["val_loss"] - t["sft_more"]["val_loss"] for t in tables])
-        lines.append(f"- Its validation loss is {abs(loss):.4f} nats a token {'above' if loss > 0 else 'below'} that of SFT continued for as many steps.")
+        for other in ("sft", "sft_more", "sft@1.0", "sft@0.7", "sft@0.5"):
+            pairs = [(t[last], {"win_rate": 0.5, "win_rate_se": 0.0} | t[other]) for t in tables if other in t]
+            if pairs:
+                lines.append(compare(f"In win rate **{last} is %s {other}**", [100 * (a["win_rate"] - b["win_rate"]) for a, b in pairs], "{:+.1f} points",
+                                     [100 * np.hypot(a["win_rate_se"], b["win_rate_se"]) for a, b in pairs], +1))
+        for other in ("sft", "sft_more"):
+            lines.append(compare(f"In validation loss {last} is %s {other}", [t[last]["val_loss"] - t[other]["val_loss"] for t in tables], "{:+.4f} nats a token", None, -1))
     return lines
+
+
+def compare(sentence, differences, form, errors, better):
+    """One line: the mean difference over seeds, and which word it earns. Of several seeds the interval is Student's for their
+    mean; of one it is the error of the held-out prompts alone, where that is known, and says nothing of another training."""
+    mean, n = float(np.mean(differences)), len(differences)
+    if n > 1:
+        error = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.57) * float(np.std(differences, ddof=1)) / np.sqrt(n)
+        about = f"95 % interval over {n} seeds"
+    elif errors:
+        error, about = 1.96 * errors[0], "95 % interval of the prompts, one training"
+    else:
+        word = ("better than" if mean * better > 0 else "worse than") + ", in this one training,"
+        return f"- {sentence % word}: {form.format(mean)}."
+    word = "not told apart from" if abs(mean) <= error else "better than" if mean * better > 0 else "worse than"
+    return f"- {sentence % word}: {form.format(mean)}, {about} {form.format(mean - error).split()[0]} to {form.format(mean + error).split()[0]}."
 
 
 def report(demos):
@@ -196,12 +207,12 @@ def report(demos):
         plot_rounds(os.path.join(folder, f"{stage}.png"), os.path.join(demos[0], stage))
         pictures.append(f"{stage}.png")
     with open(os.path.join(demos[0], "spin_k3", "config.json"), encoding="utf-8") as f:
-        setup = json.load(f)
+        setup = json.load(f)["starts"][0]
     starts = [r for demo in demos for stage in ("spin_k2", "spin_k3") for r in read_metrics(os.path.join(demo, stage), "start")]
     worst = max(r["off"] for r in starts)
     out = [f"# Self-play on the documentation of installed packages, {len(demos)} seed" + ("s, mean ± standard deviation" if len(demos) > 1 else ""), "",
            f"Made by `{'make demo' if len(demos) == 1 else 'make demo-seeds'}`. torch {setup['torch']}, {setup['device']}, {setup['threads']} threads, "
-           f"commit {setup['git'][:10]}.", "",
+           f"commit {setup['git']}.", "",
            "| stage | " + " | ".join(title for _, title, _, _ in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for name in tables[0]:
         out.append(f"| {name} | " + " | ".join(cell([t[name].get(key) for t in tables], form, scale) for key, _, form, scale in COLUMNS) + " |")
@@ -229,7 +240,7 @@ def main(args):
     elif args[:1] == ["rounds"] and len(args) == 3:
         plot_rounds(args[1], args[2])
     elif args[:1] == ["report"] and len(args) > 1:
-        report(sorted(f for a in args[1:] for f in glob.glob(a)) or args[1:])
+        report([a for a in args[1:] if os.path.isdir(a)] or args[1:])
     else:
         raise SystemExit(__doc__)
 

@@ -109,6 +109,26 @@ def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, t
     return [None if r is None else text_of(enc, r) for r in ids], ids
 
 
+def number(kind, least):
+    """An argparse type: an int or float from `least` on."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+    return parse
+
+
+def device(text):
+    """An argparse type: a device that is there."""
+    if text not in ("cpu", "cuda") or text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"must be cpu, or cuda where torch sees a GPU, got {text!r}")
+    return text
+
+
 def text_of(enc, ids):
     """The text of response ids, without the end-of-text that ends it."""
     return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
@@ -122,16 +142,16 @@ def main():
     parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
-    what.add_argument("--chat", action="store_true", help="one prompt a line")
+    what.add_argument("--chat", action="store_true", help="a prompt a line; each sees what was said before, as far as it fits")
     what.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
     parser.add_argument("--out", help="where the ranked file goes")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the template")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int, default=0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=int, default=0, help="0: the checkpoint's max_response")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0)
+    parser.add_argument("--top_k", type=number(int, 0), default=0, help="0: all")
+    parser.add_argument("--top_p", type=number(float, 1e-9), default=1.0, help="1: all")
+    parser.add_argument("--max_new_tokens", type=number(int, 0), default=0, help="0: the checkpoint's max_response")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out go together")
@@ -148,22 +168,26 @@ def main():
         with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
             texts, ids = respond(model, enc, texts=[r["prompt"] for r in rows], progress=progress, **settings)
         kept = [(row, text, i) for row, text, i in zip(rows, texts, ids) if i is not None]
-        made = {"tokenizer": tokenizer.fingerprint(enc)}
-        write_rows(args.out, [{"prompt": row["prompt"], "responses": [text], "ids": [i]} | made |
+        made_by = tokenizer.fingerprint(enc)
+        write_rows(args.out, [{"prompt": row["prompt"], "responses": [text], "ids": [i], "tokenizer": made_by, "ended": i[-1] == enc.eot_token} |
                               ({"group": row["group"]} if "group" in row else {}) for row, text, i in kept])
         print(f"{args.out}: {len(kept)} rows" + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else ""))
         return
-    def answer(line, number):
-        texts, _ = respond(model, enc, texts=[line], numbers=[number], **settings)
-        print("(the prompt leaves no room for a response)" if texts[0] is None else texts[0], flush=True)
-
     if args.prompt is not None:
-        return answer(args.prompt, 0)
+        texts, _ = respond(model, enc, texts=[args.prompt], **settings)
+        print("(the prompt leaves no room for a response)" if texts[0] is None else texts[0])
+        return
     if sys.stdin.isatty():
-        print("one prompt a line; end with control-D")
-    for number, line in enumerate(sys.stdin):
+        print("a prompt a line; end with control-D")
+    said = []       # ids of the conversation
+    keep = min(settings["max_prompt"] or model.config.block_size, model.config.block_size - 1)
+    for turn, line in enumerate(sys.stdin):
         if line.strip():
-            answer(line.strip(), number)
+            said = (said + enc.encode_ordinary(settings["template"].replace("{prompt}", line.strip())))[-keep:]
+            new, = generate(model, [said], settings["max_response"] or model.config.block_size, args.temperature, args.top_k, args.top_p,
+                            enc.eot_token, torch.Generator().manual_seed(args.seed), numbers=[turn])
+            print(text_of(enc, new), flush=True)
+            said = said + [i for i in new if i != enc.eot_token] + enc.encode_ordinary("\n\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def ranking_objective(logps, batch, cfg, beta):
 
 
 def sum_over_rows(policy, batch, cfg, beta):
-    loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, cfg.kind, ranks=batch["ranks"],
+    loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, ranks=batch["ranks"],
                                     depth=cfg.depth or None, label_smoothing=cfg.label_smoothing,
                                     taylor_order=cfg.taylor_order, nll_coef=cfg.nll_coef, lengths=batch["lengths"])
     B = len(policy)
@@ -134,7 +134,6 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         checkpoint.resume(checkpoint.latest(cfg.out_dir, round), model, optimizers)
     params = [p for p in model.parameters()]
     objective = OBJECTIVES[cfg.stage]
-    flops = model.flops_per_token()
     peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
     for step in range(start, steps + 1):
         if (step % cfg.eval_interval == 0 or step == steps) and (step > start or not start):
@@ -149,9 +148,9 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         torch.manual_seed(hash((cfg.seed, round, step, parallel.rank())) % 2**62)      # dropout is a function of the step
         model.train()
         batches = [{k: v.to(device) for k, v in b.items()} for b in micro_batches(cfg, round, step, train, model.config)]
-        counted = [len(b["present"]) if "ref" in b else int((b["targets"] >= 0).sum()) for b in batches]
-        tokens = sum(b["idx"].numel() for b in batches)
-        count, tokens = parallel.total([sum(counted), tokens], device)
+        asked = [int((b["targets"] >= 0).sum()) for b in batches]
+        counted = [len(b["present"]) if "ref" in b else n for b, n in zip(batches, asked)]
+        count, asked, tokens = parallel.total([sum(counted), sum(asked), sum(b["tokens"] for b in batches)], device)
         sums = {}
         for j, batch in enumerate(batches):
             parallel.sync_gradients(model, j == len(batches) - 1)
@@ -163,9 +162,8 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         means = parallel.total([*sums.values(), norm / parallel.world()], device)
         record = {name: value / count for name, value in zip(sums, means)} | {"norm": means[-1]}
         if not (math.isfinite(record["loss"]) and math.isfinite(record["norm"])):
-            rows = batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step).tolist() if cfg.stage != "pretrain" else "of the stream"
-            raise SystemExit(f"round {round} step {step}: loss {record['loss']}, gradient norm {record['norm']}; rows {rows}; "
-                             f"weights are as before the step, the last checkpoint is {checkpoint.latest(cfg.out_dir)}")
+            raise SystemExit(f"round {round} step {step}: loss {record['loss']}, gradient norm {record['norm']}; last checkpoint: "
+                             f"{checkpoint.latest(cfg.out_dir)}; rows: {rows_of(cfg, round, step, train, enc)}")
         factor = lr_factor(cfg, step, steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -175,23 +173,30 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         # ----
 
         if step == 0 and "ref" in batches[0]:
-            check_start(cfg, round, record["loss"], batches, beta, count, device, log)
+            check_start(cfg, round, record, batches, beta, count, model, log)
         seconds = time.time() - began
         log({"kind": "step", "round": round, "step": step} | record |
             {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
-             "mfu": peak and flops * tokens / seconds / peak / parallel.world()}, steps)
+             "mfu": peak and model.flops_per_token(batches[0]["idx"].shape[1], asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
 
 
-def check_start(cfg, round, loss, batches, beta, count, device, log):
-    """At a round's first step the policy is its reference: every implicit reward is 0 and the loss of a full ranking is
-    ln K!. A loss that starts elsewhere was scored otherwise than it is trained."""
-    at_zero = [sum_over_rows(b["ref"], b, cfg, beta) for b in batches]
-    expected, ranking = (v / count for v in parallel.total([sum(loss for loss, _ in at_zero), sum(m["nll"] for _, m in at_zero)], device))
-    off = abs(loss - expected)
-    log({"kind": "start", "round": round, "step": 0, "loss": loss, "expected": expected, "ranking": ranking, "off": off})
-    if off > (1e-4 if parallel.compute_dtype(cfg, device) == torch.float32 else 0.05):
+def check_start(cfg, round, record, batches, beta, count, model, log):
+    """At a round's first step the policy is its reference: every implicit reward is 0 and the ranking's nll, if it is full,
+    ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is)."""
+    device = batches[0]["ref"].device
+    expected = parallel.total([sum(sum_over_rows(b["ref"], b, cfg, beta)[0] for b in batches)], device)[0] / count
+    off = abs(record["loss"] - expected)
+    log({"kind": "start", "round": round, "step": 0, "loss": record["loss"], "expected": expected, "ranking": record["nll"], "off": off})
+    if off > (1e-4 if parallel.compute_dtype(cfg, device) == torch.float32 else 0.05) and not model.config.dropout:
         log({"kind": "warning", "round": round, "step": 0,
-             "text": f"the round starts at {loss:.5f}, not at {expected:.5f}: policy and reference are not the same"})
+             "text": f"the round starts at {record['loss']:.5f}, not at {expected:.5f}: policy and reference are not the same"})
+
+
+def rows_of(cfg, round, step, train, enc):
+    """The prompts of a step's global batch, as text."""
+    if cfg.stage == "pretrain":
+        return "windows of the stream"
+    return [enc.decode(train[i]["prompt"])[-60:] for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step)]
 
 
 def evaluate(cfg, round, model, val, device):
@@ -220,9 +225,6 @@ def build(cfg, device, dtype):
     if path:
         meta = checkpoint.read_meta(path)
         enc, name = checkpoint.read_tokenizer(path, meta), meta["tokenizer"]
-        for key, value in given.items():
-            if value != meta["model"][key] and key != "dropout":
-                raise SystemExit(f"config: {key} is {value!r}, but the checkpoint {path} has {meta['model'][key]!r}")
         if cfg.tokenizer and tokenizer.fingerprint(tokenizer.load(cfg.tokenizer)) != meta["tokenizer_sha256"]:
             raise SystemExit(f"config: tokenizer {cfg.tokenizer} is not the checkpoint's ({path})")
         shape = meta["model"] | given
@@ -241,8 +243,11 @@ def build(cfg, device, dtype):
         shape = GPTConfig(**shape)
     except ValueError as e:
         raise SystemExit(f"config: {e}")
+    for key in given if path else ():
+        if getattr(shape, key) != meta["model"][key] and key != "dropout":
+            raise SystemExit(f"config: {key} is {given[key]!r}, but the checkpoint {path} has {meta['model'][key]!r}")
     if cfg.stage == "spin":
-        prepare_teacher(cfg, enc, device, dtype)
+        prepare_teacher(cfg, enc, shape.block_size, device, dtype)
     with torch.device("meta"):
         model = GPT(shape)
     model = parallel.wrap(model, device, dtype, cfg.compile)
@@ -260,15 +265,19 @@ def begin(cfg):
     size = parallel.micro_batch_size(cfg)
     if cfg.batch_size % (size * world):
         raise SystemExit(f"config: batch_size {cfg.batch_size} must be micro_batch_size {size} x {world} ranks x whole accumulation steps")
-    read_meta(cfg.data, ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"])
+    if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
+        raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
+                         "and the same for val.jsonl, appended")
     if cfg.teacher not in ("", "rows") and not os.path.isfile(cfg.teacher):
         checkpoint.resolve(cfg.teacher)
+    if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
+        raise SystemExit(f"out_dir {cfg.out_dir} is a file")
     newest, path = checkpoint.latest(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
     written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
     if os.path.exists(path) and (newest or any(os.path.getsize(f) for f in written)):
         with open(path, encoding="utf-8") as f:
             before = json.load(f)["config"]
-        for key, value in plain(cfg).items():
+        for key, value in settings(cfg).items():
             if key not in MAY_CHANGE and key in before and before[key] != value:
                 raise SystemExit(f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
                                  "use another out_dir, or remove that one")
@@ -280,29 +289,36 @@ def begin(cfg):
 MAY_CHANGE = {"out_dir", "device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
 
 
-def plain(cfg):
-    """The config as JSON has it."""
-    return json.loads(json.dumps(asdict(cfg)))
+def settings(cfg):
+    """What a run keeps from its first start to its last: the config as JSON has it, and the hashes of its data."""
+    names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
+    files = read_meta(cfg.data, names)["files"]
+    return json.loads(json.dumps(asdict(cfg))) | {"data_sha256": {name: files[name]["sha256"] for name in names}}
 
 
-def describe(cfg, device, dtype):
-    """out_dir/config.json: the settings, and what they ran on."""
+def describe(cfg, at, device, dtype):
+    """out_dir/config.json: the settings, and what each start of the run ran on."""
+    path, starts = os.path.join(cfg.out_dir, "config.json"), []
+    if at[1] >= 0 and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            starts = json.load(f)["starts"]
+    this = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_describe(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
+            "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()}
     os.makedirs(cfg.out_dir, exist_ok=True)
-    write_json(os.path.join(cfg.out_dir, "config.json"), {
-        "config": plain(cfg), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_hash(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
-        "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()})
+    write_json(path, {"config": settings(cfg), "starts": starts + [{"at": at} | this]})
 
 
-def git_hash():
+def git_describe():
+    """The commit, and "-dirty" if the files differ from it."""
     try:
         here = os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def make_log(cfg, at):
+def make_log(cfg, at, began):
     """A function that appends a record to metrics.jsonl, prints it, and sends it to wandb if the config asks; rank 0's does.
     What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
     if parallel.rank():
@@ -323,7 +339,7 @@ def make_log(cfg, at):
         import wandb
         name = cfg.out_dir.strip("/").replace("/", "-")
         remote = wandb.init(project=cfg.wandb_project, id=name, name=name, resume="allow", mode=cfg.wandb, dir=cfg.out_dir, config=asdict(cfg))
-    last = [time.time()]
+    last = [began]      # loading and a teacher's samples are part of the run's time
 
     def log(record, steps=None):
         now = time.time()
@@ -350,17 +366,18 @@ def line(record, steps=None):
 
 
 def main(argv):
+    began = time.time()
     cfg = config.load(argv)
     device = parallel.setup(cfg)
     dtype = parallel.compute_dtype(cfg, device)
     at = begin(cfg)
-    model, enc, tokenizer_name = build(cfg, device, dtype)
     if parallel.rank() == 0:
-        describe(cfg, device, dtype)
+        describe(cfg, at, device, dtype)
+    model, enc, tokenizer_name = build(cfg, device, dtype)
     say = functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
     say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
         f"float32 products {torch.get_float32_matmul_precision()}")
-    log = make_log(cfg, at)
+    log = make_log(cfg, at, began)
     for round in range(at[0], cfg.rounds):
         train, val, report = collect(cfg, round, model, enc, device, dtype, say)
         start = max(0, at[1]) if round == at[0] else 0
@@ -369,6 +386,9 @@ def main(argv):
         if start < steps_of_round(cfg, train):
             fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
     say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
+    if cfg.wandb != "off" and parallel.rank() == 0:
+        import wandb
+        wandb.finish()
     parallel.finish()
 
 

@@ -24,7 +24,7 @@ class Config:
     seed: int = 1337
     device: str = ""                    # cpu | cuda; "": cuda if there is one
     dtype: str = ""                     # float32 | bfloat16, of the products; "": bfloat16 where the GPU has it. Weights are float32
-    matmul_precision: str = ""          # torch.set_float32_matmul_precision; "": medium on a CPU (true float32 by oneDNN), high on a GPU (TF32)
+    matmul_precision: str = ""          # torch.set_float32_matmul_precision; "": as parallel.tune says
     compile: bool = False               # torch.compile each block
 
     # the model; None: the checkpoint's, or from scratch model.GPTConfig's default, where each is explained
@@ -80,7 +80,6 @@ class Config:
 
     # the objective
     beta: float | list[float] = 0.1     # temperature of the implicit rewards; a list has one value a round
-    kind: str = "pl"                    # the preference loss
     depth: int = 0                      # terms of the ranking that count; 0: all
     label_smoothing: float = 0.0        # weight of the reversed ranking (cDPO)
     nll_coef: float = 0.0               # weight of next-token loss on the best response (RPO)
@@ -97,14 +96,14 @@ class Config:
 
 
 CHOICES = {
-    "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"], "kind": ["pl"],
+    "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"],
     "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
     "wandb": ["off", "online", "offline"],
 }
 AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
             "log_interval": 1, "gen_batch_size": 1}
-NOT_NEGATIVE = ["max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_size",
+NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_size",
                 "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order"]
 MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
          "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "dropout"]
@@ -196,6 +195,7 @@ def check(cfg):
     for name in NOT_NEGATIVE:
         must(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     must(0 < cfg.top_p <= 1, f"top_p must be in (0, 1], got {cfg.top_p}")
+    must(cfg.taylor_order <= 20, f"taylor_order must be at most 20, got {cfg.taylor_order}")
     must(0 <= cfg.warmup <= 1 and 0 <= cfg.min_lr <= 1, "warmup and min_lr are shares, in [0, 1]")
     must(0 <= cfg.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {cfg.label_smoothing}")
     must(len(cfg.adam_betas) == 2 and all(0 <= b < 1 for b in cfg.adam_betas), "adam_betas must be two numbers in [0, 1)")

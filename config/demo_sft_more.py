@@ -7,4 +7,4 @@ from config.demo_spin_k2 import *
 stage = "sft"
 out_dir = "out/demo/sft_more"
 rounds = 1
-epochs = 2.0                # 2 x 32 steps; the learning rate falls once, where self-play's falls in each round
+max_steps = 64              # 2 x 32; the learning rate falls once, where self-play's falls in each round

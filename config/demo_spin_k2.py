@@ -9,16 +9,16 @@ data = "data/pydocs"
 
 players = ["data", "self"]
 rounds = 2
-max_rows = 1024             # prompts a round, the same ones each round
+max_rows = 1024             # prompts a round, the same ones each round; rows that SFT has seen, as SPIN's are
 max_prompt = 64
 max_response = 48
-batch_size = 32             # prompts a step: 1,024 / 32 = 32 steps a round
-epochs = 1.0
+batch_size = 32             # prompts a step
+max_steps = 32              # one epoch
 
 beta = 0.1
 nll_coef = 0.2              # without it the data's likelihood falls with the sample's
 optimizer = "adamw"
-lr = 5e-4
+lr = 1.5e-4                 # of four tried, where SFT continued does least harm; all three arms have it
 warmup = 0.1
 schedule = "linear"
 eval_interval = 16

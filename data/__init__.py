@@ -6,6 +6,7 @@ A data folder holds
     meta.json            written last: tokenizer, vocabulary, dtype, sizes, source, sha256 of each file
 """
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -75,10 +76,17 @@ def tokenizer_path(folder, name):
 
 
 def prepare_command(folder):
-    """What makes this folder, as far as we know."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.path.basename(folder.rstrip("/")), "prepare.py")
+    """What makes this folder: its own prepare.py, or what the header of a file in config/ says."""
+    here, name = os.path.dirname(os.path.abspath(__file__)), os.path.basename(os.path.normpath(folder))
+    script = os.path.join(here, name, "prepare.py")
     if os.path.exists(script):
-        return f"python -m data.{os.path.basename(folder.rstrip('/'))}.prepare"
+        with open(script, encoding="utf-8") as f:
+            return f"python -m data.{name}.prepare" + (" FILE" if 'add_argument("file")' in f.read() else "")
+    for file in sorted(glob.glob(os.path.join(here, "..", "config", "*.py"))):
+        with open(file, encoding="utf-8") as f:
+            for line in f:
+                if f"--out={os.path.normpath(folder)} " in line.strip() + " ":
+                    return line.strip()
     return f"python -m data.jsonl.prepare FILE.jsonl --out={folder}"
 
 
@@ -87,8 +95,8 @@ def read_meta(folder, need):
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-    except FileNotFoundError:
-        raise SystemExit(f"{folder}/meta.json is missing; make it with: {prepare_command(folder)}")
+    except OSError as e:
+        raise SystemExit(f"{folder}/meta.json: {e.strerror}; make it with: {prepare_command(folder)}")
     except ValueError as e:
         raise SystemExit(f"{folder}/meta.json is not JSON ({e}); make it again with: {prepare_command(folder)}")
     for name in need:
@@ -104,6 +112,8 @@ def read_meta(folder, need):
 def read_stream(folder, split):
     """The token stream as a read-only memory map."""
     meta = read_meta(folder, [f"{split}.bin"])
+    if not meta["files"][f"{split}.bin"]["bytes"]:
+        raise SystemExit(f"{folder}/{split}.bin is empty: no document fell to its side of the split")
     return np.memmap(os.path.join(folder, f"{split}.bin"), dtype=meta["dtype"], mode="r")
 
 
@@ -128,6 +138,11 @@ def read_rows(path):
     return rows
 
 
+def is_unicode(text):
+    """Whether UTF-8 can write it; JSON may smuggle in half a surrogate pair."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def check_row(row, where):
     def must(ok, message):
         if not ok:
@@ -138,6 +153,7 @@ def check_row(row, where):
     must(isinstance(responses, list) and responses and all(isinstance(r, str) or r is None for r in responses),
          "responses must be a list of strings, best first (null: absent)")
     must(responses[0] is not None, "the best response must be there")
+    must(all(is_unicode(text) for text in [row["prompt"], *responses] if text is not None), "text must be Unicode, without lone surrogates")
     scores = row.get("scores")
     must(scores is None or (isinstance(scores, list) and len(scores) == len(responses)
                             and all(type(s) in (int, float) and math.isfinite(s) for s in scores)),
@@ -161,13 +177,13 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
     encoded = []
     for row in rows:
         prompt = enc.encode_ordinary(template.replace("{prompt}", row["prompt"]))
-        counts["prompts cut"] += len(prompt) > max_prompt
-        prompt = prompt[-max_prompt:]
-        room = min(max_response, block_size - len(prompt))
+        room = min(max_response, block_size - min(max_prompt, len(prompt)))
         if room < 1:
             counts["dropped"] += 1
             encoded.append(None)
             continue
+        counts["prompts cut"] += len(prompt) > max_prompt
+        prompt = prompt[-max_prompt:]
         responses = []
         for text, ids in zip(row["responses"], row.get("ids") or [None] * len(row["responses"])):
             if ids is None and text is not None:
@@ -189,7 +205,8 @@ def pad_rows(rows):
     """Encoded rows -> one right-padded batch. N = present responses, T = the longest sequence less one; all int64:
 
     idx, targets (N, T): targets are the response's tokens with its eot, -1 elsewhere; seq (N, T): b K + k where a target
-    is asked, -1 elsewhere; present (B, K) bool; ranks, lengths (B, K). Masks come from lengths, never from an id.
+    is asked, -1 elsewhere; present (B, K) bool; ranks, lengths (B, K); tokens (), of idx without the padding. Masks come
+    from lengths, never from an id.
     """
     B, K = len(rows), max(len(r["responses"]) for r in rows)
     present, ranks, lengths = np.zeros((B, K), bool), np.full((B, K), K), np.zeros((B, K), int)
@@ -206,8 +223,9 @@ def pad_rows(rows):
         idx[n, :len(ids) - 1] = ids[:-1]
         targets[n, start:len(ids) - 1] = response
         seq[n, start:len(ids) - 1] = slot
-    return {name: torch.from_numpy(a) for name, a in
-            dict(idx=idx, targets=targets, seq=seq, present=present, ranks=ranks, lengths=lengths).items()}
+    tokens = np.array(sum(len(p) + len(r) - 1 for _, p, r in texts))
+    batch = dict(idx=idx, targets=targets, seq=seq, present=present, ranks=ranks, lengths=lengths, tokens=tokens)
+    return {name: torch.from_numpy(a) for name, a in batch.items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -222,7 +240,7 @@ def batch_indices(n, batch_size, seed, step):
 
 
 def stream_batch(tokens, length, batch_size, seed, step, vocab_size, part=slice(None)):
-    """{"idx", "targets"} (B, T) of a step: windows of a token stream, without replacement, T = length.
+    """{"idx", "targets"} (B, T) and {"tokens"} () of a step: windows of a token stream, without replacement, T = length.
 
     Each epoch shifts the windows by a seeded offset, so that no two cut the text at the same places. `part` takes some
     of the global batch. Exits if a token is outside the vocabulary or the stream is shorter than two windows.
@@ -236,4 +254,5 @@ def stream_batch(tokens, length, batch_size, seed, step, vocab_size, part=slice(
     rows = np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64)
     if rows.max() >= vocab_size:
         raise SystemExit(f"token id {rows.max()} near position {starts[0]} of the stream is outside the vocabulary of {vocab_size}")
-    return {"idx": torch.from_numpy(rows[:, :-1]), "targets": torch.from_numpy(rows[:, 1:])}
+    idx, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+    return {"idx": idx, "targets": targets, "tokens": torch.tensor(idx.numel())}

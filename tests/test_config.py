@@ -26,7 +26,7 @@ def test_files_overrides_and_inheritance(tmp_path):
     (["--stage=spin", "--init=x", "--rounds=3", "--lr=[1,2]"], "2 values for 3 rounds"), (["--stage=spin", "--init=x", "--players=data,teacher,self"], "teacher"),
     (["--stage=spin", "--init=x", "--teacher=y"], "teacher"), (["--stage=spin", "--init=x", "--players=self,data"], "begin with data"),
     (["--stage=spin", "--init=x", "--players=data,selfie"], "players are"), (["--stage=spin", "--init=x", "--players=data,self-1"], "must name self"),
-    (["--label_smoothing=0.5", "--max_steps=1"], "label_smoothing"), (["nothing.py"], "No such file"), (["--lr=0", "--max_steps=1"], "above 0")])
+    (["--label_smoothing=0.5", "--max_steps=1"], "label_smoothing"), (["--seed=-1"], "seed must not"), (["--taylor_order=21"], "at most 20"), (["nothing.py"], "No such file"), (["--lr=0", "--max_steps=1"], "above 0")])
 def test_mistakes_are_one_line(args, message):
     with pytest.raises(SystemExit) as e:
         load(args)

@@ -99,7 +99,7 @@ def test_split_is_by_group_and_stable():
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"prompt": "a"', "2: not JSON"), ('[1]', "must be an object"), ('{"prompt": "", "responses": ["a"]}', "prompt must be"),
+    ('{"prompt": "a\\ud800", "responses": ["b"]}', "surrogates"), ('{"prompt": "a"', "2: not JSON"), ('[1]', "must be an object"), ('{"prompt": "", "responses": ["a"]}', "prompt must be"),
     ('{"prompt": "a"}', "responses must be"), ('{"prompt": "a", "responses": []}', "responses must be"), ('{"prompt": "a", "responses": [1]}', "responses must be"),
     ('{"prompt": "a", "responses": [null, "b"]}', "best response"), ('{"prompt": "a", "responses": ["b", "c"], "scores": [1]}', "scores must be"),
     ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}', "scores must fall"), ('{"prompt": "a", "responses": ["b"], "scores": [NaN]}', "scores must be")])
@@ -122,6 +122,10 @@ def test_bad_encodings_and_missing_files(tmp_path):
         data.read_meta(str(tmp_path / "nothing"), [])
     with pytest.raises(SystemExit, match="make it with: python -m data.pydocs.prepare"):
         data.read_meta(str(tmp_path / "pydocs"), [])
+    assert data.prepare_command("data/gsm8k").endswith("--where=source=gsm8k --authors=human,175b_verification")      # from the config's header
+    assert data.prepare_command("data/shakespeare").endswith("FILE") and data.prepare_command("x/y").endswith("--out=x/y")
+    with pytest.raises(SystemExit, match="Not a directory"):
+        data.read_meta(str(tmp_path / "a.jsonl"), [])
 
 
 def test_a_stream_of_another_size_is_noticed(tiny_data, tmp_path):
@@ -205,7 +209,7 @@ def test_jsonl_takes_every_form(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [("{", "1: not JSON"), ('{"prompt": "a", "response": 3}', "must be a string"), ('{"prompt": "a", "responses": [{"text": "b"}]}', "rank or score"),
-                                           ('{"text": ""}', "not empty"), ('{"other": 1}', "must be a string"), ("3", "not an object")])
+                                           ('{"text": ""}', "not empty"), ('{"text": "\\udfff"}', "Unicode"), ('{"prompt": "a", "responses": 5}', "must be a string"), ('{"text": "alone"}', "one side of the split is empty"), ('{"other": 1}', "must be a string"), ("3", "not an object")])
 def test_jsonl_names_the_line(tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text(line + "\n")
     done = prepare("jsonl", str(tmp_path / "in.jsonl"), f"--out={tmp_path}/out")

@@ -77,14 +77,22 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
     assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
     done = run("plot.py", "loss", f"{tmp_path}/loss.png", f"a={tiny_runs['pretrain']},{tiny_runs['pretrain']}", f"b={tiny_runs['sft']}")
     assert done.returncode == 0 and open(f"{tmp_path}/loss.png", "rb").read(4) == b"\x89PNG", done.stderr
-    for bad in (["eval.py", "sft"], ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"], ["plot.py", "loss", "x.png", "a=nowhere"], ["plot.py", "rounds", "x.png", tiny_runs["sft"]], ["plot.py"]):
+    done = run("eval.py", f"a={tiny_runs['sft']}", f"--reference={tiny_runs['pretrain']}", f"--data={tiny_data}", "--rows=8", "--device=cpu")
+    assert done.returncode == 0 and "acc/2" in done.stdout and "rank_nll" in done.stdout, done.stderr
+    for bad in (["eval.py", f"a={tiny_runs['sft']}@hot", "--device=cpu", f"--data={tiny_data}"], ["eval.py", "sft"], ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"], ["plot.py", "loss", "x.png", "a=nowhere"], ["plot.py", "rounds", "x.png", tiny_runs["sft"]], ["plot.py"]):
         assert run(*bad).returncode != 0
 
 
 def test_a_verdict_follows_the_figures():
-    def table(spin, more):
-        return {"spin_k2.round_1": {"win_rate": spin, "win_rate_se": 0.01, "val_loss": 3.0}, "spin_k3.round_1": {"win_rate": spin, "win_rate_se": 0.01, "val_loss": 3.0},
-                "sft_more": {"win_rate": more, "win_rate_se": 0.01, "val_loss": 2.9}}
-    assert "better than" in plot.verdict([table(0.6, 0.5)])[0] and "worse than" in plot.verdict([table(0.4, 0.5)])[0]
-    assert "not told apart" in plot.verdict([table(0.51, 0.5)])[0] and "above" in plot.verdict([table(0.5, 0.5)])[1]
-    assert "not told apart" in plot.verdict([table(0.6, 0.5), table(0.5, 0.55), table(0.55, 0.5)])[0]
+    def table(spin, more, loss=3.0):
+        ours = {"win_rate": spin, "win_rate_se": 0.01, "val_loss": loss}
+        return {"sft": {"val_loss": 2.95}, "sft_more": {"win_rate": more, "win_rate_se": 0.01, "val_loss": 2.9}, "spin_k2.round_1": ours, "spin_k3.round_1": ours}
+    def line(what, tables):
+        found, = [text for text in plot.verdict(tables) if what in text and "spin_k2" in text]
+        return found
+    more = "sft_more**"
+    assert "is better than sft_more" in line(more, [table(0.6, 0.5)]) and "is worse than sft_more" in line(more, [table(0.4, 0.5)])
+    assert "not told apart" in line(more, [table(0.51, 0.5)]) and "worse than, in this one training, sft_more" in line("loss spin_k2.round_1 is worse than, in this one training, sft_more", [table(0.5, 0.5)])
+    assert "not told apart" in line(more, [table(0.6, 0.5), table(0.5, 0.55), table(0.55, 0.5)])
+    assert "is better than sft**" in line("sft**", [table(0.6, 0.5), table(0.61, 0.5), table(0.62, 0.5)])
+    assert "worse than sft:" in line("loss spin_k2.round_1 is worse than sft:", [table(0.6, 0.5, 3.0), table(0.6, 0.5, 3.01), table(0.6, 0.5, 2.99)])

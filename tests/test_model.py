@@ -92,7 +92,7 @@ def test_overfits_one_batch():
     assert loss.item() < 0.5
 
 
-@pytest.mark.parametrize("bad, message", [(dict(n_head=5), "multiple of n_head"), (dict(n_kv_head=3), "n_kv_head"), (dict(mlp="relu"), "mlp must be"),
+@pytest.mark.parametrize("bad, message", [(dict(n_head=5), "multiple of n_head"), (dict(n_kv_head=3), "n_kv_head"), (dict(n_kv_head=-1), "n_kv_head"), (dict(n_inner=-1), "n_inner"), (dict(mlp="relu"), "mlp must be"),
                                           (dict(n_layer=0), "n_layer"), (dict(position="rotary", n_embd=20), "even head width"), (dict(dropout=1.0), "dropout")])
 def test_impossible_shapes(bad, message):
     with pytest.raises(ValueError, match=message):

@@ -104,5 +104,6 @@ def test_command_line(tiny_runs, tiny_data, tmp_path):
     assert many.returncode == 0 and "12 rows" in many.stdout, many.stderr
     from data import read_rows
     assert all(len(row["ids"][0]) <= 16 for row in read_rows(str(out)))     # the checkpoint's max_response
-    for bad in (run("--prompt", " "), run("--prompts", "nothing.jsonl", "--out", str(out)), run("--prompts", str(out))):
+    assert len(chat.stdout) > len(one.stdout)
+    for bad in (run("--prompt", "a", "--temperature=-1"), run("--prompt", "a", "--device=tpu"), run("--prompt", " "), run("--prompts", "nothing.jsonl", "--out", str(out)), run("--prompts", str(out))):
         assert bad.returncode != 0 and "Traceback" not in bad.stderr

@@ -74,28 +74,59 @@ def test_spin_with_a_teacher_and_history(tiny_runs, tiny_data, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path, monkeypatch):
-    """A sample equal to the data's teaches nothing: at temperature 0 on rows whose data is the sample, nothing is left."""
+def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
+    """A sample equal to the data's, or to the teacher's, teaches nothing; exact match counts the first alone as right."""
     import data
-    model, enc, meta = checkpoint.load_model(tiny_runs["sft"])
-    folder = tmp_path / "echo"
+    folder, cfg_args = str(tmp_path / "echo"), ["--temperature=0", "--players=data,teacher,self", "--teacher=rows"]
+    shutil.copytree(tiny_data, folder)
+    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    for split in ("train", "val"):
+        rows = read_rows(f"{folder}/{split}.jsonl")
+        said, ids = rollout.respond(model, enc, "Q: {prompt}\nA: ", [row["prompt"] for row in rows], max_response=16, temperature=0)
+        for i, (row, text, y) in enumerate(zip(rows, said, ids)):
+            texts = [[text, "x", None], ["x", text, None], ["x", "z", None]][i % 3]       # equal to the data's, the teacher's, to none
+            row["responses"] = [t if t is not None else "unused" for t in texts]
+            row["ids"] = None
+        data.write_rows(f"{folder}/{split}.jsonl", [{k: v for k, v in row.items() if k != "ids"} for row in rows])
+    data.write_meta(folder, "bytes", "made up")
+    # greedy samples of so small a model run to the limit; a text that is cut there equals its own prefix
+    out = str(tmp_path / "run")
+    train.main(spin_args(tiny_runs, folder, out, *cfg_args, "--max_steps=1"))
+    rows, first = read_rows(f"{out}/round_0/val.jsonl"), read_rows(f"{folder}/val.jsonl")
+    for row, source in zip(rows, rollout.source(config.load(spin_args(tiny_runs, folder, out, *cfg_args)))["val"]):
+        kind = first.index(source) % 3
+        assert row["same_as"] == [None, None, [0, 1, None][kind]] and (row["ids"][2] is None) == (kind < 2)
+    report = read_metrics(out, "collect")[0]
+    right = sum(row["same_as"][2] == 0 for row in rows) / len(rows)
+    assert report["exact_match/self"] == right and 0 < right < report["tie/self"] < 1
+
+
+def test_a_prompt_without_room_is_dropped_and_reported(tiny_runs, tiny_data, tmp_path, capsys):
+    import data
+    folder = str(tmp_path / "long")
     shutil.copytree(tiny_data, folder)
     for split in ("train", "val"):
         rows = read_rows(f"{folder}/{split}.jsonl")
-        for i, row in enumerate(rows):
-            texts, ids = rollout.respond(model, enc, "Q: {prompt}\nA: ", [row["prompt"]], max_response=16, temperature=0)
-            if i % 2 and ids[0][-1] == enc.eot_token:
-                row["responses"] = texts
+        rows[1]["prompt"] = "long " * 50
         data.write_rows(f"{folder}/{split}.jsonl", rows)
-    for row in read_rows(f"{folder}/train.jsonl"):
-        row["responses"] = row["responses"][:1]
-    data.write_meta(str(folder), "bytes", "made up")
-    cfg = config.load(spin_args(tiny_runs, folder, str(tmp_path / "run"), "--temperature=0"))
-    rows = read_rows(f"{folder}/train.jsonl")
-    played, _ = rollout.play(cfg, 0, "train", rows, model, enc, torch.device("cpu"), torch.float32)
-    for row in played:
-        same = row["ids"][0] == rollout.respond(model, enc, cfg.template, [row["prompt"]], max_response=16, temperature=0)[1][0]
-        assert (row["ids"][1] is None) == same
+    data.write_meta(folder, "bytes", "made up")
+    train.main(spin_args(tiny_runs, folder, f"{tmp_path}/r", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--max_steps=1"))
+    assert len(read_rows(f"{tmp_path}/r/round_0/train.jsonl")) == 39 and "data train: 40 rows, 0 prompts cut" in (said := capsys.readouterr().out) and "1 dropped" in said
+
+
+def test_changed_data_is_noticed(tiny_runs, tiny_data, tmp_path):
+    import data
+    folder = str(tmp_path / "d")
+    shutil.copytree(tiny_data, folder)
+    args = ["--stage=preference", f"--out_dir={tmp_path}/r", f"--data={folder}", f"--init={tiny_runs['sft']}", "--max_response=16", "--device=cpu", "--batch_size=8", "--max_steps=2", "--eval_rows=8"]
+    train.main(args)
+    data.write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
+    data.write_meta(folder, "bytes", "made up")
+    assert "begun with data_sha256" in refused(args)
+    os.remove(f"{tmp_path}/r/config.json")
+    assert "other rows or another reference" in refused(args)
+    os.remove(f"{tmp_path}/r/round_0/train.ref.npz")
+    assert "no longer its reference" in refused(args)
 
 
 class Killed(Exception):
@@ -162,7 +193,7 @@ def test_spin_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch, w
     train.main(args("killed"))
     assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
     for r in (0, 1):
-        for file in ("train.jsonl", "val.jsonl", "train.ref.npy"):
+        for file in ("train.jsonl", "val.jsonl", "train.ref.npz"):
             assert open(f"{tmp_path}/whole/round_{r}/{file}", "rb").read() == open(f"{tmp_path}/killed/round_{r}/{file}", "rb").read()
     assert not glob.glob(f"{tmp_path}/killed/**/*.part*", recursive=True) and not glob.glob(f"{tmp_path}/killed/round_*/writing_*")
 
@@ -266,7 +297,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_runs, tiny_data, tmp
         return loss * (math.nan if calls[0] == 3 else 1.0), metrics
     monkeypatch.setitem(train.OBJECTIVES, "sft", bad)
     message = refused(["--stage=sft", f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", "--max_steps=5", "--batch_size=4", "--device=cpu", f"--out_dir={tmp_path}/r", "--eval_rows=4"])
-    assert "step 2" in message and "loss nan" in message and "rows [" in message
+    assert "step 2" in message and "loss nan" in message and "rows: [" in message
 
 
 def test_a_round_that_does_not_start_at_ln_k_says_so(tiny_runs, tiny_data, tmp_path, monkeypatch):

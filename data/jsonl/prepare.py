@@ -15,7 +15,7 @@ import os
 
 from tqdm import tqdm
 
-from data import check_row, split_of, tokenizer, tokenizer_path, write_meta, write_rows, write_stream
+from data import check_row, is_unicode, split_of, tokenizer, tokenizer_path, write_meta, write_rows, write_stream
 
 
 def read(path):
@@ -58,7 +58,7 @@ def ranked(value, where, authors=None):
             row["scores"] = [goodness[i] for i in order]
     elif authors:
         raise SystemExit(f"{where}: --authors needs responses that are objects with an author")
-    if any(not isinstance(r, str) for r in row["responses"] or [None]):
+    if not isinstance(row["responses"], list) or any(not isinstance(r, str) for r in row["responses"] or [None]):
         raise SystemExit(f"{where}: a response must be a string, or an object with a text")
     return check_row(row, where)
 
@@ -81,8 +81,8 @@ def main():
                 continue
             group = str(value.get("group") or value.get("url") or value.get("prompt") or value.get("text"))
             if "text" in value:
-                if not isinstance(value["text"], str) or not value["text"].strip():
-                    raise SystemExit(f"{where}: text must be a string that is not empty")
+                if not isinstance(value["text"], str) or not value["text"].strip() or not is_unicode(value["text"]):
+                    raise SystemExit(f"{where}: text must be a Unicode string that is not empty")
                 texts[split_of(group, args.val_share)].append(value["text"])
             else:
                 row = ranked(value, where, args.authors and args.authors.split(","))
@@ -91,6 +91,9 @@ def main():
                     rows[split_of(group, args.val_share)].append(row | {"group": group})
     if not any(rows.values()) and not any(texts.values()):
         raise SystemExit(f"{', '.join(args.files)}: no line is left ({dropped} without the asked-for authors)")
+    for kind in (rows, texts):
+        if any(kind.values()) and not all(kind.values()):
+            raise SystemExit(f"{', '.join(args.files)}: too few groups: one side of the split is empty; set --val_share")
     os.makedirs(args.out, exist_ok=True)
     sizes, name = {}, args.tokenizer
     if any(texts.values()):
