@@ -93,13 +93,14 @@ def sequence_logprobs(logps, seq, n_seq):
     return logps.new_zeros(n_seq).index_add(0, seq[mine], logps[mine])
 
 
-def plackett_luce(scores, present=None, depth=None, ranks=None):
+def plackett_luce(scores, present=None, depth=None, ranks=None, margin=0.0):
     """Negative log-likelihood of a ranking, - sum_k [ s_k - logsumexp_{j >= k} s_j ] (Plackett 1975; Luce 1959).
 
     scores (B, K), best first; present (B, K) bool: absent responses take no part, whatever their score.
     depth d keeps the terms of the first d present responses: d = 1 is "the best against all the rest".
     ranks (B, K) int: smaller is better, equal is a tie. Tied responses do not compete: each is drawn against itself and
     the strictly worse, so a row of ties costs 0 and swapping them changes nothing. Without `ranks` position is rank.
+    margin: what the worse ones are ahead by, in each term.
     Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
     """
     B, K = scores.shape
@@ -107,10 +108,11 @@ def plackett_luce(scores, present=None, depth=None, ranks=None):
     ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
     scores = scores.masked_fill(~present, 0.0)
     rivals = (ranks[:, None, :] > ranks[:, :, None]) & present[:, None, :]     # (B, k, j): j is strictly worse than k
-    rivals = rivals | torch.eye(K, dtype=torch.bool, device=scores.device)
+    itself = torch.eye(K, dtype=torch.bool, device=scores.device)
     # differences first: at scores of 1e4, s_k - logsumexp(s) would keep three decimals
     lead = scores[:, None, :] - scores[:, :, None]                             # (B, k, j): s_j - s_k
-    terms = torch.logsumexp(lead.masked_fill(~rivals, -math.inf), -1)          # (B, K)
+    lead = torch.where(itself, lead, lead + margin)
+    terms = torch.logsumexp(lead.masked_fill(~(rivals | itself), -math.inf), -1)    # (B, K)
     counted = present if depth is None else present & (present.cumsum(1) <= depth)
     return terms.masked_fill(~counted, 0.0).sum(1)
 
@@ -158,40 +160,68 @@ def taylor_nll(logps, order):
     return -logps if order == 0 else TaylorNLL.apply(logps, float(order))
 
 
-def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", *, ranks=None, depth=None,
-                    label_smoothing=0.0, taylor_order=0.0, nll_coef=0.0, lengths=None):
-    """Plackett-Luce on the implicit rewards s_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)).
+def log_odds(mean_logps):
+    """log( p / (1 - p) ) of p = exp(mean_logps), finite down to p = 1 - 2^-24: a response of certain tokens has a mean
+    log-probability that rounds to 0."""
+    return mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-2.0**-24)))
 
-    policy_logps, ref_logps (B, K): sequence log-probabilities, best response first; present (B, K) bool.
-    K = 2 is DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3) and, with the previous policy as reference and its
-    samples as y_2, SPIN (arXiv 2401.01335, eq. 4.7 with the logistic loss).
-    kind: "pl". ranks and depth: as in `plackett_luce`.
-    label_smoothing eps: (1-eps) PL(ranking) + eps PL(the reverse), at K = 2 cDPO's.
-    taylor_order n: T_n of the ranking's probability instead of -log.
-    nll_coef: adds nll_coef * -log pi_theta(y_1|x) / |y_1| (RPO, arXiv 2404.19733); needs lengths (B, K) in tokens.
-    Returns the mean over rows () and metrics, detached means over rows: `nll` the ranking's own negative log-likelihood,
-    `acc` the share of ordered pairs put right, `margin` the best reward less the mean of the others'.
+
+def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", *, ranks=None, depth=None,
+                    label_smoothing=0.0, taylor_order=0.0, nll_coef=0.0, margin=0.0, lengths=None):
+    """The loss of a ranking of responses, mean over rows.
+
+    policy_logps, ref_logps (B, K): sequence log-probabilities, best response first; present (B, K) bool; lengths (B, K)
+    in tokens. With implicit rewards r_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `kind` is
+
+    pl      Plackett-Luce on r. K = 2: DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3), SPIN with the previous policy
+            as reference and its samples as y_2 (2401.01335, eq. 4.7, logistic); depth 1: S-DPO (2406.09215)
+    pairs   mean over ordered pairs i above j of -log sigmoid(r_i - r_j): Bradley-Terry of each pair
+    ipo     mean over those pairs of ((r_i - r_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17)
+    simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, each worse response `margin` ahead (2405.14734, eq. 6)
+    orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|); with nll_coef 1 it is ORPO
+            (2403.07691, eq. 6), beta its lambda
+
+    The last two have no reference. ranks, depth: as in `plackett_luce`. Of the three Plackett-Luce kinds:
+    label_smoothing eps gives (1-eps) PL(ranking) + eps PL(the reverse), at K = 2 cDPO's; taylor_order n gives T_n of the
+    ranking's probability instead of -log. nll_coef adds nll_coef * -log pi_theta(y_1|x) / |y_1| (RPO, 2404.19733).
+    Returns the mean () and metrics, detached means over rows: `nll` the ranking's part of the loss, `acc` the share of
+    ordered pairs that the scores put right, `margin` the best score less the mean of the others'.
+    Raises ValueError for an unknown kind, and for options that a kind cannot have or that lack lengths.
     """
-    if kind != "pl":
-        raise ValueError(f"unknown kind {kind!r}: 'pl' is what there is")
-    if nll_coef and lengths is None:
-        raise ValueError("nll_coef needs the responses' lengths")
+    if kind not in ("pl", "pairs", "ipo", "simpo", "orpo"):
+        raise ValueError(f"unknown kind {kind!r}: pl, pairs, ipo, simpo or orpo")
+    if lengths is None and (nll_coef or kind in ("simpo", "orpo")):
+        raise ValueError("nll_coef, simpo and orpo need the responses' lengths")
+    if kind in ("pairs", "ipo") and (label_smoothing or taylor_order or depth):
+        raise ValueError(f"{kind} has no label_smoothing, taylor_order or depth")
     B, K = policy_logps.shape
     present = torch.ones_like(policy_logps, dtype=torch.bool) if present is None else present
     ranks = torch.arange(K, device=present.device).expand(B, K) if ranks is None else ranks
-    rewards = beta * (policy_logps - ref_logps).masked_fill(~present, 0.0)
-    nll = plackett_luce(rewards, present, depth, ranks)
-    loss = taylor_nll(-nll, taylor_order)
-    if label_smoothing:
-        reverse = plackett_luce(rewards.flip(1), present.flip(1), depth, -ranks.flip(1))
-        loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(-reverse, taylor_order)
+    above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]    # (B, i, j): i is better
+    pairs = above.sum((1, 2)).clamp(min=1)
+    if kind in ("simpo", "orpo"):
+        mean_logps = policy_logps.masked_fill(~present, -1.0) / lengths.clamp(min=1)
+        scores = beta * mean_logps if kind == "simpo" else log_odds(mean_logps)
+    else:
+        scores = beta * (policy_logps - ref_logps).masked_fill(~present, 0.0)
+    lead = scores[:, :, None] - scores[:, None, :]
+    if kind == "pairs":
+        nll = loss = (F.softplus(-lead) * above).sum((1, 2)) / pairs
+    elif kind == "ipo":
+        nll = loss = (((lead - 0.5) / beta).square() * above).sum((1, 2)) / pairs
+    else:
+        margin = margin if kind == "simpo" else 0.0
+        nll = plackett_luce(scores, present, depth, ranks, margin)
+        loss = taylor_nll(-nll, taylor_order)
+        if label_smoothing:
+            reverse = plackett_luce(scores.flip(1), present.flip(1), depth, -ranks.flip(1), margin)
+            loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(-reverse, taylor_order)
+        if kind == "orpo":
+            nll, loss = beta * nll, beta * loss
     if nll_coef:
         loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
     with torch.no_grad():
-        pairs = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-        right = (rewards[:, :, None] > rewards[:, None, :]) & pairs
         others = present[:, 1:].sum(1).clamp(min=1)
-        metrics = {"nll": nll.mean(),
-                   "acc": (right.sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)).mean(),
-                   "margin": (rewards[:, 0] - rewards[:, 1:].sum(1) / others).mean()}
+        metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
+                   "margin": (scores[:, 0] - scores[:, 1:].masked_fill(~present[:, 1:], 0.0).sum(1) / others).mean()}
     return loss.mean(), metrics

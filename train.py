@@ -50,9 +50,9 @@ def ranking_objective(logps, batch, cfg, beta):
 
 
 def sum_over_rows(policy, batch, cfg, beta):
-    loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, ranks=batch["ranks"],
+    loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, cfg.kind, ranks=batch["ranks"],
                                     depth=cfg.depth or None, label_smoothing=cfg.label_smoothing,
-                                    taylor_order=cfg.taylor_order, nll_coef=cfg.nll_coef, lengths=batch["lengths"])
+                                    taylor_order=cfg.taylor_order, nll_coef=cfg.nll_coef, margin=cfg.margin, lengths=batch["lengths"])
     B = len(policy)
     return loss * B, {name: value * B for name, value in metrics.items()}
 

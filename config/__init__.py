@@ -80,6 +80,8 @@ class Config:
 
     # the objective
     beta: float | list[float] = 0.1     # temperature of the implicit rewards; a list has one value a round
+    kind: str = "pl"                    # pl (DPO, SPIN) | pairs | ipo | simpo | orpo: loss.preference_loss
+    margin: float = 0.0                 # simpo's
     depth: int = 0                      # terms of the ranking that count; 0: all
     label_smoothing: float = 0.0        # weight of the reversed ranking (cDPO)
     nll_coef: float = 0.0               # weight of next-token loss on the best response (RPO)
@@ -96,7 +98,7 @@ class Config:
 
 
 CHOICES = {
-    "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"],
+    "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"], "kind": ["pl", "pairs", "ipo", "simpo", "orpo"],
     "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
     "wandb": ["off", "online", "offline"],
@@ -199,6 +201,9 @@ def check(cfg):
     must(0 <= cfg.warmup <= 1 and 0 <= cfg.min_lr <= 1, "warmup and min_lr are shares, in [0, 1]")
     must(0 <= cfg.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {cfg.label_smoothing}")
     must(len(cfg.adam_betas) == 2 and all(0 <= b < 1 for b in cfg.adam_betas), "adam_betas must be two numbers in [0, 1)")
+    must(cfg.kind not in ("pairs", "ipo") or not (cfg.depth or cfg.label_smoothing or cfg.stage in ("preference", "spin") and cfg.taylor_order),
+         f"kind {cfg.kind} has no depth, label_smoothing or taylor_order")
+    must(not cfg.margin or cfg.kind == "simpo", "margin is simpo's alone")
     must(cfg.template.count("{prompt}") == 1, "template must contain {prompt} once")
     must(cfg.stage != "pretrain" or cfg.max_steps, "stage pretrain needs max_steps")
     must(cfg.max_steps or cfg.epochs, "either max_steps or epochs must be above 0")

@@ -130,6 +130,57 @@ def test_preference_loss_accuracy_and_margin():
     assert metrics["acc"] == 0.5 and metrics["margin"] == ((3 - 1.5) + (1 - 2)) / 2
 
 
+def slow_preference(kind, policy, ref, lengths, present, ranks, beta, margin):
+    """One row in Python, from each paper's formula. policy, ref: floats."""
+    K = len(policy)
+    there = [k for k in range(K) if present[k]]
+    pairs = [(i, j) for i in there for j in there if ranks[i] < ranks[j]]
+    if kind == "pairs":
+        return sum(math.log(1 + math.exp(-beta * (policy[i] - ref[i] - policy[j] + ref[j]))) for i, j in pairs) / max(1, len(pairs))
+    if kind == "ipo":
+        return sum((policy[i] - ref[i] - policy[j] + ref[j] - 1 / (2 * beta)) ** 2 for i, j in pairs) / max(1, len(pairs))
+    if kind == "simpo":
+        s = [beta * policy[k] / lengths[k] for k in range(K)]
+        return sum(math.log(1 + sum(math.exp(s[j] + margin - s[k]) for j in there if ranks[j] > ranks[k])) for k in there)
+    p = [math.exp(policy[k] / lengths[k]) for k in range(K)]
+    odds = [x / (1 - x) for x in p]
+    return beta * sum(-math.log(odds[k] / (odds[k] + sum(odds[j] for j in there if ranks[j] > ranks[k]))) for k in there)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_other_objectives_against_their_formulas(kind, K):
+    g = torch.Generator().manual_seed(K)
+    policy, ref = (-20 * torch.rand(30, K, generator=g, dtype=torch.float64) - 0.1 for _ in range(2))
+    lengths, present = torch.randint(1, 30, (30, K), generator=g), torch.rand(30, K, generator=g) > 0.2
+    ranks = torch.randint(0, K, (30, K), generator=g).sort(1).values
+    policy.requires_grad_()
+    loss, _ = preference_loss(policy, ref, present, 0.3, kind, ranks=ranks, lengths=lengths, margin=0.7)
+    slow = sum(slow_preference(kind, *row, 0.3, 0.7) for row in zip(policy.tolist(), ref.tolist(), lengths.tolist(), present.tolist(), ranks.tolist())) / 30
+    assert abs(loss.item() - slow) < 1e-12 * max(1, abs(slow))
+    grad, = torch.autograd.grad(loss, policy)
+    assert torch.isfinite(grad).all() and (grad[~present] == 0).all()
+
+
+def test_other_objectives_at_two_responses():
+    """As their papers write them."""
+    policy, ref = -20 * torch.rand(9, 2, dtype=torch.float64) - 0.1, -20 * torch.rand(9, 2, dtype=torch.float64)
+    lengths = torch.randint(1, 30, (9, 2))
+    d = (policy - ref)[:, 0] - (policy - ref)[:, 1]
+    mean = policy / lengths
+    odds = mean - torch.log1p(-mean.exp())
+    for kind, expected in (("pairs", -F.logsigmoid(0.1 * d)), ("ipo", (d - 5) ** 2), ("simpo", -F.logsigmoid(0.1 * (mean[:, 0] - mean[:, 1]) - 0.5)),
+                           ("orpo", -mean[:, 0] - 0.1 * F.logsigmoid(odds[:, 0] - odds[:, 1]))):
+        loss, _ = preference_loss(policy, ref, kind=kind, lengths=lengths, margin=0.5, nll_coef=float(kind == "orpo"))
+        torch.testing.assert_close(loss, expected.mean(), rtol=1e-12, atol=1e-12)
+    certain = torch.zeros(1, 2, requires_grad=True)      # every token's probability rounds to 1
+    loss, _ = preference_loss(certain, certain.detach(), kind="orpo", lengths=torch.ones(1, 2, dtype=torch.long))
+    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, certain)[0]).all()
+    for kind, options, message in (("hinge", {}, "unknown kind"), ("simpo", {}, "lengths"), ("ipo", {"depth": 1}, "no label_smoothing")):
+        with pytest.raises(ValueError, match=message):
+            preference_loss(policy, ref, kind=kind, **options)
+
+
 @pytest.mark.parametrize("order", [0, 0.5, 1, 2, 5])
 def test_taylor_nll_against_its_series_and_gradient(order):
     """T_n = sum_{j>=1} (1-p)^(n+j)/(n+j) from p near 0 (where it takes many terms) to p near 1 (where it cancels)."""
