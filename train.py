@@ -147,10 +147,11 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         began = time.time()
         torch.manual_seed(hash((cfg.seed, round, step, parallel.rank())) % 2**62)      # dropout is a function of the step
         model.train()
-        batches = [{k: v.to(device) for k, v in b.items()} for b in micro_batches(cfg, round, step, train, model.config)]
+        batches = list(micro_batches(cfg, round, step, train, model.config))
         asked = [int((b["targets"] >= 0).sum()) for b in batches]
         counted = [len(b["present"]) if "ref" in b else n for b, n in zip(batches, asked)]
         count, asked, tokens = parallel.total([sum(counted), sum(asked), sum(b["tokens"] for b in batches)], device)
+        batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
         sums = {}
         for j, batch in enumerate(batches):
             parallel.sync_gradients(model, j == len(batches) - 1)

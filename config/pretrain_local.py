@@ -1,7 +1,7 @@
-"""A 3.6M-parameter model (13M with its embeddings) in GPT-2's BPE on local text, for the chain to spin_k3_gsm8k on a CPU.
+"""A model of 1.8M parameters (11.4M with its embeddings) in GPT-2's BPE on local text, for the chain to spin_k3_gsm8k on a CPU.
 
     python -m data.jsonl.prepare ../shared/data/pretrain.jsonl.gz --out=data/local --tokenizer=gpt2
-    python train.py config/pretrain_local.py         2 CPU cores, 7 minutes, validation loss 5.3
+    python train.py config/pretrain_local.py         2 CPU cores, 8 minutes (14 on one), validation loss 5.4
 """
 stage = "pretrain"
 out_dir = "out/pretrain_local"

@@ -1,7 +1,7 @@
 """Fine-tune it on grade-school mathematics, worked solutions that end in "#### number".
 
     python -m data.jsonl.prepare ../shared/data/sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train
-    python train.py config/sft_gsm8k.py         2 CPU cores, 6 minutes, validation loss 2.5
+    python train.py config/sft_gsm8k.py         2 CPU cores, 6 minutes (9 on one), validation loss 3.86
 """
 stage = "sft"
 out_dir = "out/sft_gsm8k"

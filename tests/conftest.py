@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.chdir(ROOT)
 
 torch.set_num_threads(1)        # the models are tiny: threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import train
 from data import tokenizer, write_meta, write_rows, write_stream
 
-SHARED = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
+SHARED = os.path.join(ROOT, "..", "shared", "data")      # real rows and GPT-2's vocabulary, where there are some
 WORDS = "the loss of a model falls when it reads what people write and stops at the end".split()
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--device=cpu", "--eval_rows=8", "--eval_batches=2"]
 
