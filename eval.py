@@ -19,7 +19,7 @@ import checkpoint
 import parallel
 from data import encode_rows, pad_rows, permutation, read_rows, row_length, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
-from sample import device, number, respond
+from sample import device_name, number, respond
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--beta", type=number(float, 0), default=0.1, help="of those rewards")
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling; the n-th checkpoint takes seed + n")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     parallel.tune(args.device)
     runs = {}

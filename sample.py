@@ -122,7 +122,7 @@ def number(kind, least):
     return parse
 
 
-def device(text):
+def device_name(text):
     """An argparse type: a device that is there."""
     if text not in ("cpu", "cuda") or text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"must be cpu, or cuda where torch sees a GPU, got {text!r}")
@@ -151,7 +151,7 @@ def main():
     parser.add_argument("--top_p", type=number(float, 1e-9), default=1.0, help="1: all")
     parser.add_argument("--max_new_tokens", type=number(int, 0), default=0, help="0: the checkpoint's max_response")
     parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out go together")

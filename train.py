@@ -23,7 +23,7 @@ import checkpoint
 import config
 import parallel
 from config import per_round
-from data import batch_indices, pad_rows, read_meta, row_length, stream_batch, tokenizer, tokenizer_path, write_json
+from data import batch_indices, pad_rows, read_meta, row_length, sha256, stream_batch, tokenizer, tokenizer_path, write_json
 from eval import loss_metrics, ranking_metrics, score, stream_loss
 from loss import preference_loss, sequence_logprobs, taylor_nll
 from model import GPT, GPTConfig
@@ -291,10 +291,14 @@ MAY_CHANGE = {"out_dir", "device", "compile", "log_interval", "save_interval", "
 
 
 def settings(cfg):
-    """What a run keeps from its first start to its last: the config as JSON has it, and the hashes of its data."""
+    """What a run keeps from its first start to its last: the config as JSON has it, and the hashes of its data and, where
+    they are a game's players or a reference, of init and teacher."""
     names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
     files = read_meta(cfg.data, names)["files"]
-    return json.loads(json.dumps(asdict(cfg))) | {"data_sha256": {name: files[name]["sha256"] for name in names}}
+    players = [path for path in (cfg.init, cfg.teacher) if path and cfg.stage in ("preference", "spin")]
+    hashes = {path: checkpoint.read_meta(checkpoint.resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
+              for path in players if os.path.exists(path)}
+    return json.loads(json.dumps(asdict(cfg))) | {"data_sha256": {name: files[name]["sha256"] for name in names}, "players_sha256": hashes}
 
 
 def describe(cfg, at, device, dtype):

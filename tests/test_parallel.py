@@ -75,6 +75,20 @@ def test_spin_with_a_teacher(tiny_runs, tiny_data, tmp_path):
     assert_equal_up_to_rounding(f"{tmp_path}/one", f"{tmp_path}/two", 2e-5)
 
 
+def test_two_ranks_go_on_where_sampling_was_killed(tiny_runs, tiny_data, tmp_path):
+    """Every part is there, the merged file is not: no rank may look for itself while another removes the parts."""
+    def args(out):
+        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--dtype=bfloat16", "--max_steps=2")
+    torchrun(args("whole"))
+    assert read_metrics(f"{tmp_path}/whole", "start")[0]["off"] < 0.02
+    shutil.copytree(f"{tmp_path}/whole/round_0", f"{tmp_path}/killed/round_0", ignore=shutil.ignore_patterns("step_*", "train.*", "val.*", "collect.json"))
+    for split, n in (("train", 40), ("val", 8)):
+        os.rename(f"{tmp_path}/killed/round_0/self_{split}.jsonl", f"{tmp_path}/killed/round_0/self_{split}.jsonl.part{0:09d}-{n:09d}")
+    torchrun(args("killed"))
+    assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
+    assert not [f for f in os.listdir(f"{tmp_path}/killed/round_0") if ".part" in f]
+
+
 def test_two_killed_ranks_resume_bit_for_bit_and_one_goes_on_from_what_two_wrote(tiny_data, tmp_path):
     def args(out):
         return ["--stage=pretrain", f"--out_dir={tmp_path}/{out}", f"--data={tiny_data}", "--max_steps=60", "--save_interval=10", "--eval_interval=30", "--batch_size=8", "--lr=1e-3", *TINY]
