@@ -223,9 +223,11 @@ def report(demos):
             "**The judge is the fine-tuned teacher**: K=3 has been trained on the judge's own samples and sharper samples please any such judge, "
             "so win rate alone shows nothing that the temperatures do not show for free.", "",
             "What each round sampled, on the held-out prompts:", "", *collect_table(demos), "",
-            "## What it says", "", *verdict(tables), "",
+            "## What it says", "", *verdict(tables), "", "No interval is widened for there being so many of them.", "",
             f"Each of the {len(starts)} rounds started at the loss of equal scores (ln 2 or ln 6, less what absent responses take, plus the `nll_coef` term); "
             f"the largest difference was {worst:.1e}.", ""]
+    if len(demos) > 1:
+        out += ["The plots of the rounds are the first seed's.", ""]
     out += [line for p in pictures for line in (f"![{p}]({p})", "")]
     path = os.path.join(folder, "report.md")
     with open(path, "w", encoding="utf-8") as f:
