@@ -76,7 +76,7 @@ def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     asked = (targets >= 0).nonzero(as_tuple=True)
     h, t = hidden[asked].to(dtype), targets[asked]
-    if device == "cpu" and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
+    if device == "cpu" and targets.numel() and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
         raise ValueError(f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}")
     chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
     with torch.autocast(device, enabled=False):

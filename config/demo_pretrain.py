@@ -23,4 +23,5 @@ lr = 1e-2
 warmup = 0.05
 schedule = "linear"
 eval_interval = 50
+eval_batches = 10
 log_interval = 10

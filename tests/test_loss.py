@@ -246,6 +246,7 @@ def test_linear_logprobs_with_nothing_asked():
     assert logps.tolist() == [0.0] * 4
     logps.sum().backward()
     assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+    assert linear_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
 def test_linear_logprobs_refuses_a_target_outside():
