@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py config/pretrain_gpt2.py
 
 8 x 80 GB GPUs: on paper 8.6e8 FLOPs a token x 1e10 tokens at 40 % of 8 x 989 TFLOP/s is 45 minutes; not yet run at this
-size. nanoGPT's GPT-2 reaches about 3.1 on OpenWebText after 300B tokens; of 10B expect about 3.3.
+size. The figure to expect is llm.c's for this model and 10B tokens of FineWeb, validation loss 3.28.
 Data: a folder with {train,val}.bin in GPT-2's BPE, from any JSON lines of {"text"}:
     python -m data.jsonl.prepare FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2
 """
