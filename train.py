@@ -132,7 +132,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
     optimizers = make_optimizers(model, cfg, lr, device)
     if start:
         checkpoint.resume(checkpoint.latest(cfg.out_dir, round), model, optimizers)
-    params = [p for p in model.parameters()]
+    params = list(model.parameters())
     objective = OBJECTIVES[cfg.stage]
     peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
     for step in range(start, steps + 1):

@@ -12,7 +12,7 @@ import inspect
 import os
 import types
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass

@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 
-from conftest import SHARED
 from model import GPT, GPTConfig
 from sample import draw, generate
 from test_model import CLASSIC, MODERN

@@ -329,8 +329,6 @@ def test_bfloat16(tiny_runs, tiny_data, tmp_path):
     train.main(spin_args(tiny_runs, tiny_data, out, "--dtype=bfloat16", "--max_steps=3"))
     assert read_metrics(out, "start")[0]["off"] < 0.02 and all(w.dtype == torch.float32 for w in final_weights(out).values())
     assert not read_metrics(out, "warning")
-    one, = read_metrics(out, "start")
-    assert one["off"] == 0 or one["loss"] != one["expected"]
 
 
 def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
