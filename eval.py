@@ -17,21 +17,22 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import encode_rows, pad_rows, permutation, read_rows, row_length, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, batch_rows, encode_rows, permutation, read_rows, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
 
 @torch.no_grad()
-def stream_loss(model, tokens, cfg, device):
+def stream_loss(model, tokens, cfg, device, eot=None):
     """Mean cross-entropy a token over `eval_batches` batches of the validation stream, the same ones for every run."""
     was_training = model.training
     model.eval()
-    nll, count, size = torch.zeros((), dtype=torch.float64), 0, parallel.micro_batch_size(cfg)
+    nll, count, length = torch.zeros((), dtype=torch.float64), 0, model.config.block_size
+    size = min(max(1, parallel.micro_batch_tokens(cfg, device) // length), cfg.batch_size // parallel.world())
     for step in range(cfg.eval_batches):
         for start in range(parallel.rank() * size, cfg.batch_size, size * parallel.world()):
-            batch = stream_batch(tokens, model.config.block_size, cfg.batch_size, 0, step, model.config.vocab_size, slice(start, start + size))
-            nll -= model(batch["idx"].to(device), batch["targets"].to(device)).double().sum().cpu()
+            batch = stream_batch(tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, slice(start, start + size), eot)
+            nll -= run(model, batch, device)[0].double().sum().cpu()
             count += batch["targets"].numel()
     parallel.reshard(model)
     model.train(was_training)
@@ -39,19 +40,28 @@ def stream_loss(model, tokens, cfg, device):
     return nll / count
 
 
+def run(model, batch, device):
+    """(logps of a batch's targets, the batch on the device)."""
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    return model(**{name: batch[name] for name in INPUTS if name in batch}), batch
+
+
 @torch.no_grad()
-def score(model, rows, batch_size, device, desc=None):
+def score(model, rows, tokens, device, desc=None, layout="shared"):
     """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
-    Policy and reference both go through here. Rows of like length share a batch."""
+    Policy and reference both go through here, about `tokens` tokens at a time."""
     was_training = model.training
     model.eval()
     K = max(len(r["responses"]) for r in rows)
-    order = sorted(range(len(rows)), key=lambda i: row_length(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: row_tokens(rows[i], layout))
+    sizes = [row_tokens(rows[i], layout) for i in order]
+    parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
     results = {}
-    for indices in tqdm(list(parallel.shard(order, batch_size)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
-        batch = {k: v.to(device) for k, v in pad_rows([rows[i] for i in indices]).items()}
+    for part in tqdm(list(parallel.shard(parts)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
+        indices = [order[i] for i in part]
+        logps, batch = run(model, batch_rows([rows[i] for i in indices], layout), device)
         B, k = batch["present"].shape
-        logps = sequence_logprobs(model(batch["idx"], batch["targets"]), batch["seq"], B * k).view(B, k).cpu().numpy()
+        logps = sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
         results.update({i: np.pad(row, (0, K - k)) for i, row in zip(indices, logps)})
     parallel.reshard(model)
     model.train(was_training)
@@ -126,12 +136,12 @@ def length_accuracy(data, other):
     return float(max(longer, 1 - longer))
 
 
-def win_rate(judge, pairs, device, batch_size=64):
+def win_rate(judge, pairs, device, tokens=8192):
     """Share of prompts on which the first response beats the second under a judge, a language model: the higher mean
     log-probability a token, end-of-text included, wins; equals count half.
     pairs: encoded rows of two responses. Returns (share, standard error)."""
     lengths = np.array([[len(y) for y in row["responses"]] for row in pairs])
-    mean = score(judge, pairs, batch_size, device) / lengths
+    mean = score(judge, pairs, tokens, device) / lengths
     wins = (mean[:, 0] > mean[:, 1]) + 0.5 * (mean[:, 0] == mean[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
@@ -149,7 +159,7 @@ def measure(path, temperature, seed, rows, args):
     limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
     encoded = [row for row in encode_rows(rows, *limits)[0] if row is not None]
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
-    figures = loss_metrics(score(model, best, 64, args.device), best)
+    figures = loss_metrics(score(model, best, 8192, args.device), best)
     if args.reference:
         K = max(len(row["responses"]) for row in encoded)
         full = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])), "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in encoded]

@@ -10,66 +10,73 @@ import torch.nn.functional as F
 
 # logits of one chunk in `linear_logprobs`: on a CPU about what its last cache holds, on a GPU enough to fill it
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# probabilities that it keeps for backward; what is over is computed again, a quarter of the head's work
+KEPT_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time; only one log-sum-exp a token is kept."""
+    """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk):
+    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunks, n_kept):
         # hidden (n, C), weight (V, C), targets (n,)
-        logps = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        lse = torch.empty_like(logps)
-        for i in range(0, len(targets), chunk):
-            logits, _ = _logits(hidden[i:i + chunk], weight, softcap, vocab_size)   # (chunk, V)
-            lse[i:i + chunk] = torch.logsumexp(logits, -1)
-            logps[i:i + chunk] = logits.gather(-1, targets[i:i + chunk, None]).squeeze(-1) - lse[i:i + chunk]
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.options = softcap, vocab_size, chunk
-        return logps
+        logps, kept = [], []
+        for part in chunks:
+            logp, d = _logprobs(hidden[part], weight, targets[part], softcap, vocab_size)
+            logps.append(logp)
+            if len(kept) < n_kept:
+                kept.append(d)
+        ctx.save_for_backward(hidden, weight, targets, *kept)
+        ctx.options = softcap, vocab_size, chunks
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        softcap, vocab_size, chunk = ctx.options
+        hidden, weight, targets, *kept = ctx.saved_tensors
+        softcap, vocab_size, chunks = ctx.options
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        for i in range(0, len(targets), chunk):
-            h, g = hidden[i:i + chunk], grad[i:i + chunk, None]
-            logits, slope = _logits(h, weight, softcap, vocab_size)
-            # d logp_t / d logit_v = [v = t] - p_v
-            d = logits.sub_(lse[i:i + chunk, None]).exp_().mul_(-g)
-            d.scatter_add_(-1, targets[i:i + chunk, None], g)
-            if slope is not None:
-                d.mul_(slope)
-            d = d.to(hidden.dtype)
-            d_hidden[i:i + chunk] = d @ weight
-            d_weight += d.T @ h
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
+        d_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for i, part in enumerate(chunks):
+            h, g = hidden[part], grad[part, None]
+            d = kept[i] if i < len(kept) else _logprobs(h, weight, targets[part], softcap, vocab_size)[1]
+            d_hidden[part] = (d @ weight) * g
+            if d_weight.dtype == d.dtype:
+                d_weight.addmm_(d.T, h * g)
+            else:
+                d_weight += d.T @ (h * g).to(d.dtype)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _logits(hidden, weight, softcap, vocab_size):
-    """Logits (n, V) in float32, and d(logit)/d(raw logit) where a soft cap bends them. Padded ids get no probability."""
+def _logprobs(hidden, weight, targets, softcap, vocab_size):
+    """Of a chunk: log-probabilities (n,), float32 or wider, and their gradients by the logits, [v = target] - p_v (n, V), in
+    the products' dtype. Padded ids have no probability."""
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    slope = None
     if softcap:
-        tanh = torch.tanh(logits / softcap)
-        logits, slope = softcap * tanh, 1 - tanh * tanh
+        tanh = torch.tanh(logits.div_(softcap))
+        logits = softcap * tanh
     if vocab_size < len(weight):
         logits[:, vocab_size:] = -math.inf
-    return logits, slope
+    top, at = logits.max(-1, keepdim=True)
+    asked = logits.gather(-1, targets[:, None])
+    d = torch.softmax(logits, -1)
+    # the most likely id has p >= 1 / V, so its logarithm is exact where the target's might be of 0
+    logps = (asked - top + d.gather(-1, at).log()).squeeze(-1)
+    d = d.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(asked))
+    if softcap:
+        d *= 1 - tanh * tanh
+    return logps, d.to(hidden.dtype)
 
 
-def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk=None):
+def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk=None, kept=None):
     """Log-probability of each target under softmax(hidden @ weight.T), never holding a (tokens, V) matrix.
 
     hidden (..., C); weight (V, C); targets (...) int64, -1 where nothing is asked.
     softcap c > 0 bends the logits to c * tanh(logit / c) (Gemma 2); ids from `vocab_size` on are padding and take no
     probability; `chunk` is the number of tokens a time. Returns logps (...) float32, 0 where nothing is asked.
-    Only asked-for tokens are computed; backward computes the logits again (Liger Kernel and Cut Cross-Entropy,
-    arXiv 2411.09009, do the same) and accumulates the weight's gradient in float32. Under autocast the products are
-    made in its dtype. Raises ValueError for a target outside the vocabulary.
+    Only asked-for tokens are computed, and the weight's gradient is accumulated in float32. Of the probabilities the first
+    `kept` elements stay for backward, which computes the rest again (all of them: Liger Kernel and Cut Cross-Entropy,
+    arXiv 2411.09009). Under autocast the products are made in its dtype. Raises ValueError for a target outside the vocabulary.
     """
     vocab_size = vocab_size or len(weight)
     device = hidden.device.type
@@ -79,8 +86,10 @@ def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk
     if device == "cpu" and targets.numel() and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
         raise ValueError(f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}")
     chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
+    chunks = [slice(i, min(i + chunk, len(t))) for i in range(0, max(1, len(t)), chunk)]
+    n_kept = (KEPT_ELEMENTS[device] if kept is None else kept) // (chunk * len(weight))
     with torch.autocast(device, enabled=False):
-        logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunk)
+        logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunks, n_kept)
     return logps.new_zeros(targets.shape).index_put(asked, logps)
 
 

@@ -1,4 +1,4 @@
-"""The GPT: configuration, blocks, initialisation, KV cache. One class, two blocks by config:
+"""The GPT: configuration, blocks, initialisation. One class, two blocks by config:
 
 the classic one (GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings), which the defaults give, and the
 modern one (rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm, untied head, soft cap).
@@ -6,12 +6,12 @@ modern one (rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query att
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attention import Packed
 from loss import linear_logprobs
 
 
@@ -33,7 +33,7 @@ class GPTConfig:
     tie: bool = True                # one table for embedding and head
     qk_norm: bool = False           # RMSNorm on each head's queries and keys
     softcap: float = 0.0            # c > 0: logits become c tanh(logits / c)
-    dropout: float = 0.0
+    dropout: float = 0.0            # of the embedding and of what is added to the residual stream
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -71,36 +71,9 @@ def make_norm(config, width):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on x (B, H, T, D), half-split; cos, sin (B or 1, 1, T, D/2) float32."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Rotary positions on x (n, H, D), half-split; cos, sin (n, 1, D/2) float32."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class KVCache:
-    """Keys and values of every layer. Column j of a row holds position j, so a row is as long as its own text."""
-
-    def __init__(self, length, used):
-        self.length = length        # columns there are
-        self.used = used            # columns in use, the longest row's
-        self.k, self.v = {}, {}     # layer -> (B, Hkv, length, D)
-
-    def update(self, layer, pos, k, v):
-        """Store k, v (B, Hkv, T, D) at positions pos (B, T); return what the queries attend to.
-        T > 1 are prompts, which see themselves alone; T = 1 is a new token, which sees its row."""
-        B, H, T, D = k.shape
-        if layer not in self.k:
-            self.k[layer], self.v[layer] = k.new_zeros(B, H, self.length, D), v.new_zeros(B, H, self.length, D)
-        if T > 1:
-            self.k[layer][:, :, :T], self.v[layer][:, :, :T] = k, v
-            return k, v
-        rows = torch.arange(B, device=k.device)
-        self.k[layer][rows, :, pos[:, 0]], self.v[layer][rows, :, pos[:, 0]] = k[:, :, 0], v[:, :, 0]
-        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
-
-    def select(self, rows):
-        """Keep these rows (n,) alone."""
-        self.k = {layer: k[rows] for layer, k in self.k.items()}
-        self.v = {layer: v[rows] for layer, v in self.v.items()}
 
 
 class Attention(nn.Module):
@@ -113,21 +86,15 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x, rope=None, mask=None, update=None):
-        B, T, C = x.shape
+    def forward(self, x, texts, layer, rope=None):
+        n, C = x.shape
         c = self.config
-        qkv = self.c_attn(x).view(B, T, -1, c.head_dim).transpose(1, 2)        # (B, H + 2 Hkv, T, D)
-        q, k, v = qkv.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        q, k, v = self.c_attn(x).view(n, -1, c.head_dim).split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if update is not None:
-            k, v = update(k, v)                                                # (B, Hkv, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           dropout_p=c.dropout if self.training else 0.0,
-                                           enable_gqa=c.n_kv_head != c.n_head)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.c_proj(texts.attend(layer, q, k, v).reshape(n, C))
         return F.dropout(y, c.dropout, self.training)
 
 
@@ -159,8 +126,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, mask=None, update=None):
-        x = x + self.attn(self.ln_1(x), rope, mask, update)
+    def forward(self, x, texts, layer, rope=None):
+        x = x + self.attn(self.ln_1(x), texts, layer, rope)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -195,45 +162,51 @@ class GPT(nn.Module):
                 whole.normal_(0.0, std, generator=torch.Generator().manual_seed(key))
             copy_(p, whole)
 
-    def forward(self, idx, targets=None, *, pos=None, cache=None, last=None):
-        """idx (B, T) ids, right padding only. With targets (B, T), -1 where nothing is asked: logps (B, T) float32.
-        Without: logits (B, T, V) float32, V without the padding; with last (B,), at that position alone: (B, V).
-        cache: a KVCache to write and read; then pos (B, T): 0..T-1 for prompts, each row's own position for T = 1.
+    def forward(self, idx, targets=None, *, pos=None, doc=None, branch=None, at=None, cache=None):
+        """idx (B, T): rows, right padding only; or (n,): packed texts with pos, doc, branch (n,), as `Packed` says.
+        With targets, -1 where nothing is asked: their logps, float32. Without: logits (..., V) float32, V without the padding.
+        at (m,): only of these places in the flat list of tokens, which may come more than once; targets are (m,) then.
+        cache: a KVCache to write the rows into, or, with pos (B,) and idx (B,), to go on from by one token.
         """
-        B, T = idx.shape
         c = self.config
-        if T > c.block_size:
-            raise ValueError(f"{T} tokens do not fit block_size {c.block_size}")
+        if idx.dim() == 2 and idx.shape[1] > c.block_size:
+            raise ValueError(f"{idx.shape[1]} tokens do not fit block_size {c.block_size}")
         with torch.autocast(idx.device.type, self.products or torch.bfloat16, enabled=self.products is not None):
-            x = self.hidden(idx, pos, cache)
+            x = self.hidden(idx, pos, doc, branch, cache)
+            if at is not None:
+                x = x.flatten(0, -2).index_select(0, at)
             head = self.wte.weight if c.tie else self.lm_head.weight
             if targets is not None:
                 return linear_logprobs(x, head, targets, c.softcap, c.vocab_size)
-            if last is not None:
-                x = x[torch.arange(B, device=x.device), last]
             logits = F.linear(x, head).float()[..., :c.vocab_size]
             return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
-    def hidden(self, idx, pos=None, cache=None):
-        """The last layer's normalised output (B, T, C)."""
-        B, T = idx.shape
+    def hidden(self, idx, pos=None, doc=None, branch=None, cache=None):
+        """The last layer's normalised output (..., C)."""
         c = self.config
-        if pos is None:
-            pos = torch.arange(T, device=idx.device)[None]                     # (1, T)
-        x = self.wte(idx)
-        rope, mask = None, None
+        if idx.dim() == 2:
+            B, T = idx.shape
+            pos = torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos.expand(B, T)
+            doc = torch.arange(B, device=idx.device).repeat_interleave(T)
+            texts = Packed(doc, torch.zeros_like(doc), (B, T), cache)
+        elif cache is not None:
+            texts = cache
+            cache.at(pos)
+        else:
+            texts = Packed(doc, branch)
+        pos = pos.flatten()
+        x = self.wte(idx.flatten())                                            # (n, C)
+        rope = None
         if c.position == "learned":
             x = x + self.wpe(pos)
         else:
             freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=idx.device) / c.head_dim)
-            angle = (pos[..., None] * freq)[:, None]                           # (B or 1, 1, T, D/2)
+            angle = (pos[:, None] * freq)[:, None]                             # (n, 1, D/2)
             rope = angle.cos(), angle.sin()
         x = F.dropout(x, c.dropout, self.training)
-        if cache is not None and T == 1:
-            mask = (torch.arange(cache.used, device=idx.device) <= pos)[:, None, None]    # (B, 1, 1, S)
         for layer, block in enumerate(self.h):
-            x = block(x, rope, mask, partial(cache.update, layer, pos) if cache else None)
-        return self.ln_f(x)
+            x = block(x, texts, layer, rope)
+        return self.ln_f(x).view(*idx.shape, -1)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

@@ -114,9 +114,9 @@ def reshard(model):
         model.reshard()
 
 
-def micro_batch_size(cfg):
-    """How many of a global batch one rank takes at a time."""
-    return cfg.micro_batch_size or max(1, cfg.batch_size // world())
+def micro_batch_tokens(cfg, device):
+    """How many tokens a rank takes at a time: on a CPU what stays in its caches, on a GPU what fills it."""
+    return cfg.micro_batch_tokens or {"cpu": 2048, "cuda": 32768}[torch.device(device).type]
 
 
 def sync_gradients(model, on):
@@ -161,12 +161,11 @@ def barrier():
         dist.barrier()
 
 
-def shard(order, batch_size):
-    """This rank's batches of a sequence of indices. Every rank gets the same number, so that they may run a sharded model
-    together; where the indices run out a rank gets the first one again."""
-    for i in range(0, len(order), batch_size * world()):
-        start = i + rank() * batch_size
-        yield list(order[start:start + batch_size]) or [order[0]]
+def shard(batches):
+    """This rank's part of a list of batches (lists). Every rank gets the same number, so that they may run a sharded model
+    together; where the batches run out a rank gets one of the first one's again."""
+    for i in range(0, len(batches), world()):
+        yield batches[i + rank()] if i + rank() < len(batches) else batches[0][:1]
 
 
 def merge(n, results):

@@ -102,7 +102,7 @@ def reference(cfg, round, split, model, rows, device):
             return kept["refs"]
     if parallel.agree(checkpoint.latest(cfg.out_dir, round)):
         raise SystemExit(f"{path} is missing, and the policy of round {round} is no longer its reference; remove that round's folder")
-    refs = score(model, rows, parallel.micro_batch_size(cfg), device, desc="reference")
+    refs = score(model, rows, parallel.micro_batch_tokens(cfg, device), device, "reference", cfg.layout)
     if parallel.rank() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:

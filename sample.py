@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import KVCache
+from attention import KVCache
 
 
 def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
@@ -35,15 +35,21 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     return ids.clamp(max=logits.shape[-1] - 1)
 
 
+PREFILL_TOKENS = 8192               # prompts are read about so many tokens at a time
+BURST = {"cpu": 1, "cuda": 16}      # tokens drawn between two looks at who has ended: a GPU waits for each look
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")       # compiled blocks would compile again for each length
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, generator=None, *,
              batch_size=128, numbers=None, progress=None):
     """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
 
-    A continuation is at most max_new_tokens long, and prompt and continuation fit block_size. generator (torch) seeds
-    the draws: the t-th draw of a request is a function of (one number from the generator, the request's number, t), so
-    neither the batch size nor the other prompts change it; `numbers` gives the requests' numbers, else 0, 1, 2 ...
+    A continuation is at most max_new_tokens long, and prompt and continuation fit block_size. At most batch_size requests
+    are under way; when a quarter of them has ended, they leave and the next ones come in, the shortest prompts first
+    (continuous batching; Orca, OSDI 2022). Equal prompts that come in together are read once. generator (torch) seeds the
+    draws: the t-th draw of a request is a function of (one number from the generator, the request's number, t), so neither
+    the batch size nor the other prompts change it; `numbers` gives the requests' numbers, else 0, 1, 2 ...
     progress: a tqdm bar to advance. Raises ValueError for a prompt that is empty or leaves no room.
     """
     block_size, device = model.config.block_size, model.wte.weight.device
@@ -54,44 +60,69 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     key = int(torch.randint(2**62, (), generator=generator))
     numbers = range(len(prompts)) if numbers is None else numbers
-    room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
     draws = [np.random.Generator(np.random.Philox(key=[key, n])).random(max_new_tokens) for n in numbers]
-    uniform = torch.from_numpy(np.array(draws))                                # (requests, max_new_tokens) float64
+    uniform = torch.from_numpy(np.array(draws)).to(device)                     # (requests, max_new_tokens) float64
+    room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
+    new = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    rows, cache, burst = [], KVCache(), BURST[device.type]                     # rows: the request of each row of the cache
+    ids = torch.zeros(0, dtype=torch.long, device=device)                      # (B,): each row's last token, not yet read
     was_training = model.training
     model.eval()
-    new = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]                                 # the request of each row of the batch
-        lengths = torch.tensor([len(prompts[i]) for i in rows])
-        P = int(lengths.max())
-        idx = torch.zeros(len(rows), P, dtype=torch.long)
-        for b, i in enumerate(rows):
-            idx[b, :len(prompts[i])] = torch.tensor(prompts[i])
-        cache = KVCache(min(P + max_new_tokens, block_size), used=P)
-        pos = lengths.to(device)                                               # (B,): where the next token goes
-        logits = model(idx.to(device), cache=cache, last=pos - 1)              # (B, V)
-        live = range(len(rows))                                                # rows that have not ended
-        for t in range(max_new_tokens):
-            ids = draw(logits, uniform[rows, t].to(device), temperature, top_k, top_p)
-            drawn = ids.tolist()
+    # one autocast around all steps casts the weights once
+    with torch.autocast(device.type, model.products or torch.bfloat16, enabled=model.products is not None):
+        while rows or waiting:
+            live = [b for b, i in enumerate(rows) if new[i][-1] != eot and len(new[i]) < room[i]]
+            if len(live) <= 0.75 * (batch_size if waiting else len(rows)):
+                if progress is not None:
+                    progress.update(len(rows) - len(live))
+                keep = torch.tensor(live, dtype=torch.long, device=device)
+                rows, ids, read = [rows[b] for b in live], ids[keep], []
+                coming = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(rows)))]
+                while coming:
+                    group, coming, logits, texts = prefill(model, prompts, coming)
+                    drawn = draw(logits, uniform[group, 0], temperature, top_k, top_p)
+                    for i, token in zip(group, drawn.tolist()):
+                        new[i].append(token)
+                    rows, ids, read = rows + group, torch.cat([ids, drawn]), read + [texts]
+                if rows:
+                    cache.rebuild(keep, read, max(len(prompts[i]) + len(new[i]) for i in rows) + burst)
+                continue
+            pos = torch.tensor([len(prompts[i]) + len(new[i]) - 1 for i in rows])
+            t = torch.tensor([len(new[i]) for i in rows])
+            if pos.max() + burst > cache.length:
+                cache.rebuild(slice(None), [], int(pos.max()) + burst)
+            drawn = []
+            for s in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
+                logits = model(ids, pos=(pos + s).clamp(max=block_size - 1).to(device), cache=cache)           # (B, V)
+                ids = draw(logits, uniform[rows, (t + s).clamp(max=max_new_tokens - 1)], temperature, top_k, top_p)
+                drawn.append(ids)
+            drawn = torch.stack(drawn, 1).tolist()
             for b in live:
-                new[rows[b]].append(drawn[b])
-            live = [b for b in live if drawn[b] != eot and t + 1 < room[rows[b]]]
-            if not live:
-                break
-            if len(live) <= 0.75 * len(rows):       # copying the cache pays once a quarter has ended
-                keep = torch.tensor(live, device=device)
-                cache.select(keep)
-                ids, pos, rows, live = ids[keep], pos[keep], [rows[b] for b in live], range(len(live))
-            cache.used = min(P + t + 1, cache.length)
-            pos = pos.clamp(max=block_size - 1)     # moves only rows that have ended, which nobody reads
-            logits = model(ids[:, None], pos=pos[:, None], cache=cache, last=torch.zeros_like(pos))
-            pos = pos + 1
-        if progress is not None:
-            progress.update(min(batch_size, len(order) - start))
+                said, i = drawn[b], rows[b]
+                said = said[:said.index(eot) + 1] if eot in said else said
+                new[i] += said[:room[i] - len(new[i])]
     model.train(was_training)
     return new
+
+
+def prefill(model, prompts, coming):
+    """Read the first of some requests' prompts, right-padded -> (those requests, the rest, logits (B, V) of what follows each,
+    their KVCache)."""
+    n = 1
+    while n < len(coming) and (n + 1) * len(prompts[coming[n]]) <= PREFILL_TOKENS:
+        n += 1
+    group, device = coming[:n], model.wte.weight.device
+    texts = list(dict.fromkeys(tuple(prompts[i]) for i in group))
+    where = {text: b for b, text in enumerate(texts)}
+    T = max(map(len, texts))
+    idx = torch.tensor([[*text, *[0] * (T - len(text))] for text in texts], device=device)
+    last = torch.tensor([b * T + len(text) - 1 for b, text in enumerate(texts)], device=device)
+    cache = KVCache()
+    logits = model(idx, at=last, cache=cache)
+    same = torch.tensor([where[tuple(prompts[i])] for i in group], device=device)
+    cache.rebuild(same, [], T)
+    return group, coming[n:], logits[same], cache
 
 
 def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,

@@ -23,8 +23,8 @@ import checkpoint
 import config
 import parallel
 from config import per_round
-from data import batch_indices, pad_rows, read_meta, row_length, sha256, stream_batch, tokenizer, tokenizer_path, write_json
-from eval import loss_metrics, ranking_metrics, score, stream_loss
+from data import batch_indices, batch_rows, read_meta, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path, write_json
+from eval import loss_metrics, ranking_metrics, run, score, stream_loss
 from loss import preference_loss, sequence_logprobs, taylor_nll
 from model import GPT, GPTConfig
 from rollout import collect, prepare_teacher
@@ -63,24 +63,29 @@ OBJECTIVES = {"pretrain": token_objective, "sft": token_objective, "preference":
 # ----------------------------------------------------------------------------------------------------------- the batch
 
 
-def micro_batches(cfg, round, step, train, model_config):
-    """This rank's micro-batches of a step, a function of (data, seed, round, step)."""
+def micro_batches(cfg, round, step, train, model_config, device, eot):
+    """This rank's micro-batches of a step, a function of (data, seed, round, step). Every rank has as many, of about as many
+    tokens."""
     world, rank = parallel.world(), parallel.rank()
-    size = parallel.micro_batch_size(cfg)
-    seed = cfg.seed + 1000 * round
-    if cfg.stage != "pretrain":      # rows of like length share a micro-batch, on all ranks
-        indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=lambda i: row_length(train[i]))
-    for j in range(cfg.batch_size // (size * world)):
-        part = slice((j * world + rank) * size, (j * world + rank + 1) * size)
-        if cfg.stage == "pretrain":
-            yield stream_batch(train, model_config.block_size, cfg.batch_size, seed, step, model_config.vocab_size, part)
-        else:
-            rows = [train[i] for i in indices[part]]
-            batch = pad_rows(rows)
-            if "ref" in rows[0]:
-                K = batch["present"].shape[1]
-                batch["ref"] = torch.tensor([row["ref"] + [0.0] * (K - len(row["ref"])) for row in rows])
-            yield batch
+    budget, seed = parallel.micro_batch_tokens(cfg, device), cfg.seed + 1000 * round
+    if cfg.stage == "pretrain":
+        share, length = cfg.batch_size // world, model_config.block_size
+        size = max(1, budget // length)
+        for start in range(rank * share, (rank + 1) * share, size):
+            part = slice(start, min(start + size, (rank + 1) * share))
+            yield stream_batch(train, length, cfg.batch_size, seed, step, model_config.vocab_size, part, eot if cfg.documents_apart else None)
+        return
+    tokens = {i: row_tokens(train[i], cfg.layout) for i in batch_indices(len(train), cfg.batch_size, seed, step)}
+    indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=tokens.get)
+    dealt = [indices[r::world] for r in range(world)]
+    n = min(len(indices) // world, max(math.ceil(sum(tokens[i] for i in mine) / budget) for mine in dealt))
+    for part in split_by_tokens([tokens[i] for i in dealt[rank]], n):
+        rows = [train[dealt[rank][i]] for i in part]
+        batch = batch_rows(rows, cfg.layout)
+        if "ref" in rows[0]:
+            K = batch["present"].shape[1]
+            batch["ref"] = torch.tensor([row["ref"] + [0.0] * (K - len(row["ref"])) for row in rows])
+        yield batch
 
 
 def steps_of_round(cfg, train):
@@ -137,7 +142,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
     peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
     for step in range(start, steps + 1):
         if (step % cfg.eval_interval == 0 or step == steps) and (step > start or not start):
-            log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, round, model, val, device))
+            log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, round, model, val, device, enc.eot_token))
         if (step % cfg.save_interval == 0 or step == steps) and step > start:
             checkpoint.save(cfg.out_dir, round, step, model, optimizers, cfg, enc, tokenizer_name)
         if step == steps:
@@ -147,15 +152,15 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         began = time.time()
         torch.manual_seed(hash((cfg.seed, round, step, parallel.rank())) % 2**62)      # dropout is a function of the step
         model.train()
-        batches = list(micro_batches(cfg, round, step, train, model.config))
+        batches = list(micro_batches(cfg, round, step, train, model.config, device, enc.eot_token))
         asked = [int((b["targets"] >= 0).sum()) for b in batches]
         counted = [len(b["present"]) if "ref" in b else n for b, n in zip(batches, asked)]
         count, asked, tokens = parallel.total([sum(counted), sum(asked), sum(b["tokens"] for b in batches)], device)
-        batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
         sums = {}
         for j, batch in enumerate(batches):
             parallel.sync_gradients(model, j == len(batches) - 1)
-            loss, metrics = objective(model(batch["idx"], batch["targets"]), batch, cfg, beta)
+            logps, batch = run(model, batch, device)
+            loss, metrics = objective(logps, batch, cfg, beta)
             (loss * parallel.world() / count).backward()        # FSDP means gradients over the ranks
             for name, value in ({"loss": loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -178,13 +183,18 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         seconds = time.time() - began
         log({"kind": "step", "round": round, "step": step} | record |
             {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
-             "mfu": peak and model.flops_per_token(batches[0]["idx"].shape[1], asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
+             "mfu": peak and model.flops_per_token(context(batches[0]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
+
+
+def context(batch):
+    """How many tokens a row of a batch has, for its attention: twice the mean position where rows are ragged."""
+    return 2 * float(batch["pos"].float().mean()) + 1 if "pos" in batch else batch["idx"].shape[1]
 
 
 def check_start(cfg, round, record, batches, beta, count, model, log):
     """At a round's first step the policy is its reference: every implicit reward is 0 and the ranking's nll, if it is full,
     ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is)."""
-    device = batches[0]["ref"].device
+    device = next(model.parameters()).device
     expected = parallel.total([sum(sum_over_rows(b["ref"], b, cfg, beta)[0] for b in batches)], device)[0] / count
     off = abs(record["loss"] - expected)
     log({"kind": "start", "round": round, "step": 0, "loss": record["loss"], "expected": expected, "ranking": record["nll"], "off": off})
@@ -200,11 +210,11 @@ def rows_of(cfg, round, step, train, enc):
     return [enc.decode(train[i]["prompt"])[-60:] for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step)]
 
 
-def evaluate(cfg, round, model, val, device):
+def evaluate(cfg, round, model, val, device, eot):
     """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
     if cfg.stage == "pretrain":
-        return {"val_loss": stream_loss(model, val, cfg, device)}
-    logps = score(model, val, parallel.micro_batch_size(cfg), device)
+        return {"val_loss": stream_loss(model, val, cfg, device, eot if cfg.documents_apart else None)}
+    logps = score(model, val, parallel.micro_batch_tokens(cfg, device), device, layout=cfg.layout)
     if cfg.stage == "sft":
         return loss_metrics(logps, val)
     K = logps.shape[1]
@@ -263,9 +273,8 @@ def begin(cfg):
     """Check the batch arithmetic and what the run reads, and return where it stands: (round, step), step -1 at the very
     beginning. A run that was begun keeps its settings."""
     world = parallel.world()
-    size = parallel.micro_batch_size(cfg)
-    if cfg.batch_size % (size * world):
-        raise SystemExit(f"config: batch_size {cfg.batch_size} must be micro_batch_size {size} x {world} ranks x whole accumulation steps")
+    if cfg.batch_size % world:
+        raise SystemExit(f"config: batch_size {cfg.batch_size} must be a multiple of the number of ranks, {world}")
     if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
         raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
                          "and the same for val.jsonl, appended")
@@ -287,7 +296,7 @@ def begin(cfg):
     return meta["round"], meta["step"]
 
 
-MAY_CHANGE = {"out_dir", "device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_size", "rounds"}
+MAY_CHANGE = {"out_dir", "device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
 
 
 def settings(cfg):

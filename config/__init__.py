@@ -51,6 +51,7 @@ class Config:
     template: str = "### Instruction: {prompt}\n\n### Response: "   # for training, scoring and sampling alike
     max_prompt: int = 0                 # tokens of a prompt, cut at its start; 0: block_size
     max_response: int = 0               # tokens of a response with its end-of-text, cut at its end; 0: what block_size leaves
+    documents_apart: bool = False       # pretrain: documents of a window do not see each other
     max_rows: int = 0                   # use this many training rows (a seeded choice); 0: all
 
     # self-play: each round samples the policy's responses, ranks them under `players`, fits
@@ -63,9 +64,10 @@ class Config:
     top_p: float = 1.0
     gen_batch_size: int = 128           # prompts a rank samples at a time
 
-    # the optimisation. batch_size = micro_batch_size x ranks x accumulation steps
+    # the optimisation. A step is batch_size over all ranks, each of which takes its share by micro_batch_tokens at a time
     batch_size: int = 32                # sequences (pretrain), or prompts with all their responses, a step over all ranks
-    micro_batch_size: int = 0           # of which one rank takes so many at a time; 0: batch_size / ranks
+    micro_batch_tokens: int = 0         # about so many tokens a rank takes at a time, for memory alone; 0: as parallel.py says
+    layout: str = "shared"              # shared: a prompt once, its responses after it; padded: each response a row with its prompt
     max_steps: int = 0                  # steps a round; 0: `epochs` over the rows
     epochs: float = 1.0
     optimizer: str = "adamw"            # adamw | rmsprop (SPIN's own) | muon (hidden matrices; adamw for the rest)
@@ -101,11 +103,11 @@ CHOICES = {
     "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"], "kind": ["pl", "pairs", "ipo", "simpo", "orpo"],
     "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
-    "wandb": ["off", "online", "offline"],
+    "wandb": ["off", "online", "offline"], "layout": ["shared", "padded"],
 }
 AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
             "log_interval": 1, "gen_batch_size": 1}
-NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_size",
+NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_tokens",
                 "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order"]
 MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
          "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "dropout"]

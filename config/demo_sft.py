@@ -10,7 +10,6 @@ data = "data/pydocs"
 max_prompt = 64
 max_response = 48
 batch_size = 64             # rows a step
-micro_batch_size = 16       # rows of like length together: a third less time than padding 64 to the longest
 max_steps = 100             # 6,400 rows of 15,500
 optimizer = "muon"
 muon_lr = 0.02

@@ -13,7 +13,6 @@ max_rows = 1024             # prompts a round, the same ones each round; rows th
 max_prompt = 64
 max_response = 48
 batch_size = 32             # prompts a step
-micro_batch_size = 16
 max_steps = 32              # one epoch
 
 beta = 0.1

@@ -17,7 +17,6 @@ n_embd = 768
 block_size = 1024
 
 batch_size = 512            # = 32 x 8 ranks x 2 accumulation steps; x 1,024 = 524,288 tokens a step
-micro_batch_size = 32
 max_steps = 19_073          # 10B tokens
 optimizer = "adamw"
 lr = 6e-4

@@ -18,7 +18,6 @@ max_prompt = 160
 max_response = 160
 
 batch_size = 32             # prompts, 16 steps a round
-micro_batch_size = 16
 epochs = 1.0
 beta = 0.1
 nll_coef = 0.2

@@ -10,7 +10,7 @@ import torch
 
 import data
 from conftest import SHARED
-from data import batch_indices, encode_rows, pad_rows, read_rows, read_stream, split_of, stream_batch, tokenizer
+from data import batch_indices, batch_rows, encode_rows, read_rows, read_stream, row_tokens, split_by_tokens, split_of, stream_batch, tokenizer
 
 BYTES = tokenizer.load("bytes")
 EOT = 256
@@ -23,7 +23,7 @@ def encode(rows, block_size=32, **limits):
 def test_masks_row_by_row():
     """Every response token and its eot is asked for, nothing else; what a model reads is one token behind."""
     rows, counts = encode([{"prompt": "ab", "responses": ["x", "yz"]}, {"prompt": "c", "responses": ["", None]}])
-    batch = pad_rows(rows)
+    batch = batch_rows(rows, "padded")
     lt, gt, a, b, c, x, y, z = b"<>abcxyz"
     assert batch["idx"].tolist() == [[lt, a, b, gt, x, 0], [lt, a, b, gt, y, z], [lt, c, gt, 0, 0, 0]]
     assert batch["targets"].tolist() == [[-1, -1, -1, x, EOT, -1], [-1, -1, -1, y, z, EOT], [-1, -1, EOT, -1, -1, -1]]
@@ -35,8 +35,48 @@ def test_masks_row_by_row():
 
 def test_a_pad_that_equals_a_token_hides_nothing():
     """Byte 0 is also what pads; it is asked for all the same."""
-    batch = pad_rows(encode([{"prompt": "a", "responses": ["\0\0", "b"]}])[0])
+    batch = batch_rows(encode([{"prompt": "a", "responses": ["\0\0", "b"]}])[0], "padded")
     assert batch["targets"].tolist() == [[-1, -1, 0, 0, EOT], [-1, -1, ord("b"), EOT, -1]]
+
+
+def test_shared_layout_row_by_row():
+    """Each prompt once; its last token predicts the first of every response; positions restart after it; the last token of a
+    response is not read. The rest, up to a multiple, is a row of its own that nobody asks."""
+    rows, _ = encode([{"prompt": "ab", "responses": ["x", None, "yz"]}, {"prompt": "c", "responses": [""]}])
+    batch = {name: t.tolist() for name, t in batch_rows(rows, "shared", 16).items()}
+    lt, gt, a, b, c, x, y, z = b"<>abcxyz"
+    assert batch["idx"] == [lt, a, b, gt, x, y, z, lt, c, gt] + [0] * 6
+    assert batch["pos"] == [0, 1, 2, 3, 4, 4, 5, 0, 1, 2] + [0] * 6
+    assert batch["doc"] == [0] * 7 + [1] * 3 + [2] * 6
+    assert batch["branch"] == [0, 0, 0, 0, 1, 3, 3] + [0] * 9
+    assert batch["at"] == [3, 4, 3, 5, 6, 9]
+    assert batch["targets"] == [x, EOT, y, z, EOT, EOT]
+    assert batch["seq"] == [0, 0, 2, 2, 2, 3]
+    assert batch["lengths"] == [[2, 0, 3], [1, 0, 0]] and batch["tokens"] == 10
+    assert sum(row_tokens(row) for row in rows) == 10 and row_tokens(rows[0], "padded") == 12
+
+
+def test_parts_of_about_the_same_size():
+    sizes = sorted(np.random.default_rng(0).integers(10, 300, 100))
+    for n in (1, 3, 10):
+        parts = split_by_tokens(sizes, n)
+        assert [i for part in parts for i in part] == list(range(100))
+        assert all(abs(sum(sizes[i] for i in part) - sum(sizes) / n) <= 300 for part in parts)
+    assert [len(part) for part in split_by_tokens([1, 1, 1000], 3)] == [1, 1, 1]      # none is empty
+
+
+def test_documents_apart(tiny_data):
+    """An end-of-text stands at the beginning of what follows it."""
+    tokens = np.array([5, 6, EOT, 7, 8, 9, EOT, 1, 2] * 9, dtype=np.uint16)
+    batch = stream_batch(tokens, 20, 2, 0, 0, 257, apart=EOT)
+    plain = stream_batch(tokens, 20, 2, 0, 0, 257)
+    assert torch.equal(batch["idx"], plain["idx"].flatten()) and torch.equal(batch["targets"], plain["targets"].flatten())
+    begins = (batch["idx"] == EOT).tolist()
+    for n, (doc, pos) in enumerate(zip(batch["doc"].tolist(), batch["pos"].tolist())):
+        if n % 20 == 0 or begins[n]:
+            assert pos == 0 and (n == 0 or doc == batch["doc"][n - 1] + 1)
+        else:
+            assert pos == batch["pos"][n - 1] + 1 and doc == batch["doc"][n - 1]
 
 
 def test_truncation():

@@ -2,13 +2,13 @@
 import ast
 import glob
 
-OURS = {"train", "rollout", "eval", "sample", "model", "loss", "parallel", "checkpoint", "data", "config", "plot"}
+OURS = {"train", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot"}
 MAY_IMPORT = {
-    "loss": set(), "config": set(), "parallel": set(), "plot": set(),
+    "loss": set(), "attention": set(), "config": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
-    "model": {"loss"},
+    "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
-    "sample": {"model", "data", "checkpoint", "parallel"},
+    "sample": {"attention", "data", "checkpoint", "parallel"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot"},

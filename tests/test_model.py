@@ -1,9 +1,14 @@
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import attention
+from attention import Packed, attention_tiles, sees
+from data import batch_rows
+from loss import sequence_logprobs
 from model import GPT, GPTConfig, init_std
 
 CLASSIC = dict(vocab_size=97, block_size=32, n_layer=2, n_head=4, n_embd=32)
@@ -35,6 +40,80 @@ def test_right_padding_changes_nothing(model):
     idx = torch.randint(0, 97, (1, 10))
     padded = F.pad(idx, (0, 7), value=3)
     torch.testing.assert_close(model(padded)[:, :10], model(idx), rtol=1e-5, atol=1e-5)
+
+
+def random_rows(seed, n, longest, most):
+    """Encoded rows of 1 to `most` responses, some absent, some of one token, some prompts empty."""
+    rng = random.Random(seed)
+    def ids(least):
+        return [rng.randrange(97) for _ in range(int(rng.uniform(least, longest ** rng.random() + 1)))]
+    rows = [{"prompt": ids(0), "responses": [ids(1), *(rng.choice([ids(1), ids(1), None]) for _ in range(rng.randrange(most)))]} for _ in range(n)]
+    return [row | {"ranks": list(range(len(row["responses"])))} for row in rows]
+
+
+@pytest.mark.parametrize("config", [CLASSIC, MODERN, SQUARED], ids=["classic", "modern", "squared"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("queries, longest", [(128, 20), (32, 150), (128, 300)])
+def test_shared_layout_equals_the_padded_one(config, dtype, tolerance, queries, longest, monkeypatch):
+    """Sequence log-probabilities and every gradient, relative to the largest of a tensor; rows that share a tile, and rows
+    that need several."""
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    model = GPT(GPTConfig(**config | dict(block_size=2 * longest + 2))).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():        # as drawn, attention hardly looks
+            p.mul_(3.0 if p.dim() == 2 else 1.0)
+    rows, found = random_rows(queries + longest, 9, longest, 4), {}
+    for layout in ("padded", "shared"):
+        batch = batch_rows(rows, layout)
+        B, K = batch["present"].shape
+        logps = model(**{name: batch[name] for name in ("idx", "targets", "pos", "doc", "branch", "at") if name in batch})
+        scores = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
+        weights = torch.linspace(-1, 1, B * K).view(B, K).to(scores)
+        found[layout] = [scores.detach(), *torch.autograd.grad((scores * weights).sum(), list(model.parameters()))]
+    for slow, fast in zip(found["padded"], found["shared"]):
+        assert (slow - fast).abs().max() <= tolerance * slow.abs().max()
+
+
+def test_tiles_cover_what_is_seen_once():
+    """Over random packings: every pair of tokens that see each other is in exactly one tile, and no other pair in any."""
+    for seed in range(30):
+        rows = random_rows(seed, 8, [10, 60, 300][seed % 3], 4)
+        batch = batch_rows(rows, "shared", [1, 64][seed % 2])
+        n = len(batch["idx"])
+        seen = torch.zeros(n, n)
+        for i, lo, hi, spans, mask in attention_tiles(batch["doc"], batch["branch"], torch.float32):
+            keys = torch.cat([torch.arange(a, b) for a, b in spans])
+            assert mask.shape == (mask.shape[0], len(keys)) and hi - lo <= 128
+            seen[i + lo:i + hi].index_add_(1, keys, (mask[lo:hi] == 0).float())
+        index = torch.arange(n)
+        assert torch.equal(seen, sees(batch["doc"], batch["branch"], index[:, None], index).float())
+
+
+def test_a_pack_is_no_longer_than_its_tokens():
+    rows = random_rows(0, 40, 200, 4)
+    batch = batch_rows(rows)
+    assert batch["tokens"] == sum(len(r["prompt"]) + sum(len(y) - 1 for y in r["responses"] if y) for r in rows)
+    assert batch["idx"].numel() - batch["tokens"] < 64
+
+
+def test_flex_attention_sees_the_same():
+    """What a GPU runs, forward (on a CPU it has no backward), against the tiles."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    batch = batch_rows(random_rows(3, 6, 80, 3), multiple=128)
+    n = len(batch["idx"])
+    q, k, v = torch.randn(4, n, 16), torch.randn(2, n, 16), torch.randn(2, n, 16)
+    fast = flex.flex_attention(q[None], k[None], v[None], block_mask=attention.flex_mask(batch["doc"], batch["branch"]), enable_gqa=True)[0]
+    y = Packed(batch["doc"], batch["branch"]).attend(0, *(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+    torch.testing.assert_close(fast, y, rtol=1e-5, atol=1e-5)
+
+
+def test_documents_apart_are_each_alone():
+    model = GPT(GPTConfig(**MODERN)).eval()
+    texts = [torch.randint(0, 97, (n,)) for n in (5, 11, 1, 14)]
+    pos, doc = torch.cat([torch.arange(len(t)) for t in texts]), torch.cat([torch.full((len(t),), d) for d, t in enumerate(texts)])
+    together = model(torch.cat(texts), pos=pos, doc=doc, branch=torch.zeros_like(doc))
+    alone = torch.cat([model(t[None])[0] for t in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_sees_distances_alone():

@@ -38,7 +38,7 @@ def assert_equal_up_to_rounding(a, b, tolerance):
 
 
 def pretrain_args(tiny_data, out, optimizer):
-    return ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=8", "--micro_batch_size=2", "--lr=1e-3", f"--optimizer={optimizer}",
+    return ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=8", "--micro_batch_tokens=128", "--lr=1e-3", f"--optimizer={optimizer}",
             "--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--weight_decay=0.1", *TINY]
 
 
@@ -67,7 +67,7 @@ def test_muon_orthogonalises_whole_matrices(tiny_data, tmp_path):
 def test_spin_with_a_teacher(tiny_runs, tiny_data, tmp_path):
     """Sampling dealt to two ranks gives the same rows, and ragged K = 3 batches the same step."""
     def args(out):
-        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--micro_batch_size=2", "--max_steps=2", "--nll_coef=0.1")
+        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--micro_batch_tokens=128", "--max_steps=2", "--nll_coef=0.1")
     train.main(args("one"))
     torchrun(args("two"))
     assert open(f"{tmp_path}/one/round_0/train.jsonl").read() == open(f"{tmp_path}/two/round_0/train.jsonl").read()

@@ -168,7 +168,7 @@ def test_pretraining_resumes_bit_for_bit(tiny_data, tmp_path, monkeypatch, optim
     """Six steps equal three and three resumed, with dropout, accumulation and a schedule; killed two steps past its checkpoint."""
     def args(out):
         return ["--stage=pretrain", f"--out_dir={tmp_path}/{out}", f"--data={tiny_data}", "--max_steps=6", "--save_interval=3", "--eval_interval=2", "--batch_size=8",
-                "--micro_batch_size=4", f"--optimizer={optimizer}", "--lr=1e-3", "--warmup=0.3", "--dropout=0.1", "--weight_decay=0.1", *TINY]
+                "--micro_batch_tokens=256", f"--optimizer={optimizer}", "--lr=1e-3", "--warmup=0.3", "--dropout=0.1", "--weight_decay=0.1", *TINY]
     train.main(args("whole"))
     with monkeypatch.context() as m:
         m.setattr(train, "lr_factor", killing(train.lr_factor, 5))
@@ -218,8 +218,8 @@ def test_preference_stage(tiny_runs, tiny_data, tmp_path, kind):
 
 
 # a later stage's inputs, for the files in config/
-CHANGES = {"pretrain": TINY + ["--batch_size=8", "--micro_batch_size=4"], "sft": ["--batch_size=8", "--micro_batch_size=4"],
-           "spin": ["--batch_size=8", "--micro_batch_size=4", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_size=4"]}
+CHANGES = {"pretrain": TINY + ["--batch_size=8", "--micro_batch_tokens=256"], "sft": ["--batch_size=8", "--micro_batch_tokens=256"],
+           "spin": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_tokens=256"]}
 
 
 @pytest.mark.parametrize("file", sorted(os.path.basename(f) for f in glob.glob("config/*.py") if "__init__" not in f))
@@ -253,7 +253,9 @@ def test_refusals(tiny_runs, tiny_data, tmp_path, monkeypatch):
     assert "make it with: python train.py config/demo_sft.py" in refused(base + ["--init=out/demo/sft"])
     assert "n_embd is 64" in refused(base + ["--n_embd=64"])
     assert "not the checkpoint's" in refused(base + [f"--tokenizer={other_tokenizer(tmp_path)}"])
-    assert "whole accumulation steps" in refused(base + ["--batch_size=5", "--micro_batch_size=2"])
+    with monkeypatch.context() as two:
+        two.setattr("parallel.world", lambda: 2)
+        assert "multiple of the number of ranks, 2" in refused(base + ["--batch_size=5"])
     assert "block_size" in refused(["--stage=pretrain", f"--data={tiny_data}", "--max_steps=1", "--block_size=100000", "--n_embd=32", "--n_head=2", "--n_layer=1", "--device=cpu", f"--out_dir={tmp_path}/q"])
     assert "multiple of n_head" in refused(["--stage=pretrain", f"--data={tiny_data}", "--max_steps=1", "--n_embd=33", "--device=cpu", f"--out_dir={tmp_path}/p"])
     spin = spin_args(tiny_runs, tiny_data, f"{tmp_path}/s")

@@ -1,0 +1,211 @@
+"""Who attends to whom. Everything in the model but attention works on a flat list of tokens (n, C), of texts of any lengths.
+What a token sees of the others is told by an object with one method,
+
+    attend(layer, q (n, H, D), k, v (n, Hkv, D)) -> (n, H, D)
+
+`Packed` of whole texts, `KVCache` of one more token for each.
+"""
+import functools
+import itertools
+import math
+import typing
+
+import torch
+import torch.nn.functional as F
+
+
+class Packed:
+    """Texts, one after the other. doc (n,): the row a token belongs to; branch (n,): 0 in its prompt, k >= 1 in its k-th
+    response. A token sees its row's prompt and its own branch, up to itself: K responses share one prompt
+    (arXiv 2410.20305). shape (B, T): B whole rows of T without branches; their keys and values go into `keep`, a KVCache."""
+
+    def __init__(self, doc, branch, shape=None, keep=None):
+        self.doc, self.branch, self.shape, self.keep = doc, branch, shape, keep
+        self.tiles = None
+
+    @torch.compiler.disable
+    def attend(self, layer, q, k, v):
+        if self.keep is not None:
+            self.keep.store(layer, *(x.unflatten(0, self.shape).transpose(1, 2) for x in (k, v)))
+        if self.shape and q.device.type == "cuda":
+            q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))              # (B, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return y.transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, n, D)
+        if q.device.type == "cuda":
+            self.tiles = self.tiles or flex_mask(self.doc, self.branch)
+            y = flex()(q[None], k[None], v[None], block_mask=self.tiles, enable_gqa=len(q) != len(k))[0]
+        else:
+            self.tiles = self.tiles or (rectangle(*self.shape, q.dtype) if self.shape else attention_tiles(self.doc, self.branch, q.dtype))
+            y = TiledAttention.apply(q, k, v, self.tiles)
+        return y.transpose(0, 1)
+
+
+def sees(doc, branch, i, j):
+    """Whether token i sees token j."""
+    return (doc[i] == doc[j]) & ((branch[j] == 0) | (branch[i] == branch[j])) & (i >= j)
+
+
+def flex_mask(doc, branch):
+    from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(lambda b, h, i, j: sees(doc, branch, i, j), None, None, len(doc), len(doc), device=doc.device)
+
+
+@functools.cache
+def flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=True)
+
+
+QUERIES = 128       # of a tile: enough for the products to run at their rate, few enough that the scores stay in a cache
+
+
+class Tile(typing.NamedTuple):
+    """Attention of the queries [i, i + R), of which those in [lo, hi) are meant, to the keys of one or two spans."""
+    i: int
+    lo: int
+    hi: int
+    spans: list             # [(start, stop)]: of the prompt, and of the branch up to the last query
+    mask: torch.Tensor      # (R, keys) 0 or -inf
+
+
+def attention_tiles(doc, branch, dtype):
+    """Tiles that cover every pair of tokens that see each other. Short rows share a tile, and so do a long row's short
+    responses; what is longer is cut at QUERIES, and no key behind a tile's last query is touched. Sizes are rounded up by
+    tokens that the mask hides: each new size of a product costs the library's compiler a millisecond."""
+    n = len(doc)
+    stops = torch.unique_consecutive(torch.stack([doc, branch]), dim=1, return_counts=True)[1].cumsum(0).tolist()
+    starts = [0, *stops[:-1]]
+    docs, branches = doc[starts].tolist(), branch[starts].tolist()
+    parts = []              # (i, j, prompt's span, where the keys of its own branch begin, with whom it may share a tile)
+    for row in [list(g) for _, g in itertools.groupby(range(len(starts)), key=lambda r: docs[r])]:
+        first, last = starts[row[0]], stops[row[-1]]
+        if last - first <= QUERIES:
+            parts.append((first, last, (first, first), first, "short rows"))
+            continue
+        prompt = (first, first) if branches[row[0]] else (first, stops[row[0]])
+        for r in row:
+            span, shares = (prompt, first) if branches[r] else ((first, first), None)
+            parts += [(i, min(i + QUERIES, stops[r]), span, starts[r], shares) for i in range(starts[r], stops[r], QUERIES)]
+    merged = []
+    for part in parts:
+        if merged and part[4] is not None and part[4] == merged[-1][4] and part[1] - merged[-1][0] <= QUERIES:
+            merged[-1] = (merged[-1][0], part[1], *merged[-1][2:])
+        else:
+            merged.append(part)
+    tiles, index = [], torch.arange(n)
+    for i, j, prompt, own, _ in merged:
+        R = min(round_up(j - i, 32), n)
+        shared = prompt[1] - prompt[0]
+        S = min(round_up(shared + j - own, 64) - shared, n)
+        start, own = min(i, n - R), min(own, n - S)
+        spans = [prompt] * (shared > 0) + [(own, own + S)]
+        keys, queries = torch.cat([index[a:b] for a, b in spans]), index[start:start + R, None]
+        seen = sees(doc, branch, queries, keys)
+        seen[:, shared:] &= keys[shared:] >= prompt[1]                  # the rounding may reach back into the prompt
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)
+        mask[:i - start] = mask[j - start:] = 0.0                       # no row may be empty: its softmax would be NaN
+        tiles.append(Tile(start, i - start, j - start, spans, mask))
+    return tiles
+
+
+@functools.lru_cache(maxsize=8)
+def rectangle(B, T, dtype):
+    """Tiles of B rows of T tokens."""
+    doc = torch.arange(B).repeat_interleave(T)
+    return attention_tiles(doc, torch.zeros_like(doc), dtype)
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+class TiledAttention(torch.autograd.Function):
+    """Softmax attention by tiles, whose probabilities are kept. (PyTorch's kernel for a CPU takes half as long again, and knows no
+    tiles.)"""
+
+    @staticmethod
+    def forward(ctx, q, k, v, tiles):
+        # q (H, n, D), k, v (Hkv, n, D); the queries of a group's heads stand one below the other: (Hkv, g R, D)
+        q, k, v = (q * q.shape[-1] ** -0.5).contiguous(), k.contiguous(), v.contiguous()
+        q = q.unflatten(0, (len(k), -1))                                                # (Hkv, g, n, D)
+        out, probs = torch.empty_like(q), []
+        for i, lo, hi, spans, mask in tiles:
+            R, S = mask.shape
+            scores = (q[:, :, i:i + R].flatten(1, 2) @ take(k, spans).mT).view(len(k), -1, R, S)
+            p = torch.softmax(scores.add_(mask), -1)
+            p[:, :, :lo] = p[:, :, hi:] = 0.0
+            y = (p.flatten(1, 2) @ take(v, spans)).view(len(k), -1, R, v.shape[2])
+            out[:, :, i + lo:i + hi] = y[:, :, lo:hi]
+            probs.append(p)
+        ctx.save_for_backward(q, k, v, out, *probs)
+        ctx.tiles = tiles
+        return out.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, *probs = ctx.saved_tensors
+        g = grad.contiguous().view_as(q)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dot = (g * out).sum(-1, keepdim=True)                                           # (Hkv, g, n, 1)
+        for (i, lo, hi, spans, mask), p in zip(ctx.tiles, probs):
+            R, S = mask.shape
+            d_out, p = g[:, :, i:i + R], p.flatten(1, 2)                                # p (Hkv, g R, S)
+            d_scores = d_out.flatten(1, 2) @ take(v, spans).mT
+            # dS = P (dP - rowsum(dP P)), and the sum is that of dO O
+            d_scores.sub_(dot[:, :, i:i + R].flatten(1, 2)).mul_(p)
+            dq[:, :, i + lo:i + hi] = (d_scores @ take(k, spans)).view(len(k), -1, R, k.shape[2])[:, :, lo:hi]
+            d_k, d_v, at = d_scores.mT @ q[:, :, i:i + R].flatten(1, 2), p.mT @ d_out.flatten(1, 2), 0
+            for a, b in spans:
+                dk[:, a:b] += d_k[:, at:at + b - a]
+                dv[:, a:b] += d_v[:, at:at + b - a]
+                at += b - a
+        return dq.flatten(0, 1).mul_(q.shape[-1] ** -0.5), dk, dv, None
+
+
+def take(x, spans):
+    """The tokens of some spans, x (H, n, D)."""
+    return x[:, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, a:b] for a, b in spans], 1)
+
+
+class KVCache:
+    """Keys and values of every layer, (B, Hkv, length, D): column j of a row holds position j. It is exactly as long as the
+    longest row, rounded up: products of slices of a longer one would copy it first."""
+
+    def __init__(self):
+        self.k, self.v = {}, {}
+
+    def store(self, layer, k, v):
+        self.k[layer], self.v[layer] = k, v
+
+    def at(self, pos):
+        """Before a step: the next token of each row goes to pos (B,)."""
+        self.pos, self.rows = pos, torch.arange(len(pos), device=pos.device)
+        self.hidden = (torch.arange(self.length, device=pos.device) > pos[:, None])[:, None, None]      # (B, 1, 1, length)
+
+    @torch.compiler.disable
+    def attend(self, layer, q, k, v):
+        K, V = self.k[layer], self.v[layer]
+        K[self.rows, :, self.pos], V[self.rows, :, self.pos] = k, v
+        B, H, S, D = K.shape
+        q = (q * D ** -0.5).view(B * H, -1, D)                                          # (B Hkv, g, D)
+        scores = (q @ K.view(B * H, S, D).mT).view(B, H, -1, S).masked_fill_(self.hidden, -math.inf)
+        y = torch.softmax(scores, -1).view(B * H, -1, S) @ V.view(B * H, S, D)
+        return y.view(B, -1, D)
+
+    @property
+    def length(self):
+        return next(iter(self.k.values())).shape[2]
+
+    def rebuild(self, keep, others, length):
+        """Keep the rows `keep` (n,), append those of other caches, and have room for `length` columns."""
+        length = round_up(length, 64)
+        for mine, theirs in ((self.k, [c.k for c in others]), (self.v, [c.v for c in others])):
+            for layer in list(mine) or list(theirs[0]):
+                parts = [x[layer] for x in theirs]
+                parts = [mine[layer][keep], *parts] if layer in mine else parts
+                whole = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], length, parts[0].shape[3])
+                for rows, x in zip(whole.split([len(x) for x in parts]), parts):
+                    columns = min(length, x.shape[2])
+                    rows[:, :, :columns] = x[:, :, :columns]
+                mine[layer] = whole
