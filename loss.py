@@ -37,7 +37,7 @@ class LinearLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for i, part in enumerate(chunks):
-            h, g = hidden[part], grad[part, None]
+            h, g = hidden[part], -grad[part, None]
             d = kept[i] if i < len(kept) else _logprobs(h, weight, targets[part], softcap, vocab_size)[1]
             d_hidden[part] = (d @ weight) * g
             if d_weight.dtype == d.dtype:
@@ -48,8 +48,8 @@ class LinearLogprobs(torch.autograd.Function):
 
 
 def _logprobs(hidden, weight, targets, softcap, vocab_size):
-    """Of a chunk: log-probabilities (n,), float32 or wider, and their gradients by the logits, [v = target] - p_v (n, V), in
-    the products' dtype. Padded ids have no probability."""
+    """Of a chunk: log-probabilities (n,), float32 or wider, and minus their gradients by the logits, p_v - [v = target] (n, V),
+    in the products' dtype. Padded ids have no probability."""
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
@@ -57,12 +57,11 @@ def _logprobs(hidden, weight, targets, softcap, vocab_size):
         logits = softcap * tanh
     if vocab_size < len(weight):
         logits[:, vocab_size:] = -math.inf
-    top, at = logits.max(-1, keepdim=True)
-    asked = logits.gather(-1, targets[:, None])
+    top, asked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
     d = torch.softmax(logits, -1)
-    # the most likely id has p >= 1 / V, so its logarithm is exact where the target's might be of 0
-    logps = (asked - top + d.gather(-1, at).log()).squeeze(-1)
-    d = d.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(asked))
+    # log-sum-exp by the most likely id, whose p is at least 1 / V; the target's may be 0
+    logps = (asked - top + d.amax(-1, keepdim=True).log()).squeeze(-1)
+    d.scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
     if softcap:
         d *= 1 - tanh * tanh
     return logps, d.to(hidden.dtype)

@@ -114,9 +114,12 @@ def reshard(model):
         model.reshard()
 
 
+MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}     # on a CPU about what its caches hold, on a GPU what fills it
+
+
 def micro_batch_tokens(cfg, device):
-    """How many tokens a rank takes at a time: on a CPU what stays in its caches, on a GPU what fills it."""
-    return cfg.micro_batch_tokens or {"cpu": 2048, "cuda": 32768}[torch.device(device).type]
+    """How many tokens a rank takes at a time."""
+    return cfg.micro_batch_tokens or MICRO_BATCH_TOKENS[torch.device(device).type]
 
 
 def sync_gradients(model, on):

@@ -22,7 +22,7 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / temperature if temperature != 1 else logits
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probs = logits.softmax(-1)
@@ -30,9 +30,9 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
         ordered, where = probs.sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p        # what the more likely ones already reach
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), 0.0)
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-    return ids.clamp(max=logits.shape[-1] - 1)
+    cdf = probs.cumsum(-1)
+    # the draw stays below the total after rounding, so what is found has a probability
+    return torch.searchsorted(cdf, uniform.float().clamp(max=1 - 2**-23)[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
 
 PREFILL_TOKENS = 8192               # prompts are read about so many tokens at a time
@@ -45,9 +45,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
              batch_size=128, numbers=None, progress=None):
     """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
 
-    A continuation is at most max_new_tokens long, and prompt and continuation fit block_size. At most batch_size requests
-    are under way; when a quarter of them has ended, they leave and the next ones come in, the shortest prompts first
-    (continuous batching; Orca, OSDI 2022). Equal prompts that come in together are read once. generator (torch) seeds the
+    A continuation is at most max_new_tokens long (an int, or one for each prompt), and prompt and continuation fit
+    block_size. At most batch_size requests are under way; when a quarter of them has ended, they leave and the next ones
+    come in, the shortest prompts first (continuous batching; Orca, OSDI 2022). Equal prompts that come in together are read once. generator (torch) seeds the
     draws: the t-th draw of a request is a function of (one number from the generator, the request's number, t), so neither
     the batch size nor the other prompts change it; `numbers` gives the requests' numbers, else 0, 1, 2 ...
     progress: a tqdm bar to advance. Raises ValueError for a prompt that is empty or leaves no room.
@@ -56,13 +56,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     for i, p in enumerate(prompts):
         if not 0 < len(p) < block_size:
             raise ValueError(f"prompt {i} has {len(p)} tokens; it must have 1 to {block_size - 1}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if min(limits, default=1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
     key = int(torch.randint(2**62, (), generator=generator))
     numbers = range(len(prompts)) if numbers is None else numbers
-    draws = [np.random.Generator(np.random.Philox(key=[key, n])).random(max_new_tokens) for n in numbers]
-    uniform = torch.from_numpy(np.array(draws)).to(device)                     # (requests, max_new_tokens) float64
-    room = [min(max_new_tokens, block_size - len(p)) for p in prompts]
+    longest = max(limits, default=1)
+    draws = [np.random.Generator(np.random.Philox(key=[key, n])).random(longest) for n in numbers]
+    uniform = torch.from_numpy(np.array(draws)).to(device)                     # (requests, longest) float64
+    room = [min(limit, block_size - len(p)) for limit, p in zip(limits, prompts)]
     new = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     rows, cache, burst = [], KVCache(), BURST[device.type]                     # rows: the request of each row of the cache
@@ -95,7 +97,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             drawn = []
             for s in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
                 logits = model(ids, pos=(pos + s).clamp(max=block_size - 1).to(device), cache=cache)           # (B, V)
-                ids = draw(logits, uniform[rows, (t + s).clamp(max=max_new_tokens - 1)], temperature, top_k, top_p)
+                ids = draw(logits, uniform[rows, (t + s).clamp(max=longest - 1)], temperature, top_k, top_p)
                 drawn.append(ids)
             drawn = torch.stack(drawn, 1).tolist()
             for b in live:

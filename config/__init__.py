@@ -66,7 +66,7 @@ class Config:
 
     # the optimisation. A step is batch_size over all ranks, each of which takes its share by micro_batch_tokens at a time
     batch_size: int = 32                # sequences (pretrain), or prompts with all their responses, a step over all ranks
-    micro_batch_tokens: int = 0         # about so many tokens a rank takes at a time, for memory alone; 0: as parallel.py says
+    micro_batch_tokens: int = 0         # about so many tokens a rank takes at a time, for memory alone; 0: parallel.MICRO_BATCH_TOKENS
     layout: str = "shared"              # shared: a prompt once, its responses after it; padded: each response a row with its prompt
     max_steps: int = 0                  # steps a round; 0: `epochs` over the rows
     epochs: float = 1.0

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+import sample
 from model import GPT, GPTConfig
 from sample import draw, generate
 from test_model import CLASSIC, MODERN
@@ -56,6 +57,27 @@ def test_a_seed_fixes_the_output_whatever_the_batch(model):
     alone = generate(model, [prompts[i] for i in some], 12, temperature=0.9, top_k=50, top_p=0.95, eot=3,
                      generator=torch.Generator().manual_seed(7), numbers=some)
     assert alone == [together[i] for i in some]
+
+
+@torch.no_grad()
+def test_requests_of_many_lengths_come_and_go(model):
+    """More requests than rows, each with its own limit, some prompts equal: as if each were alone."""
+    prompts = ragged(30, seed=3) * 2
+    limits = [1 + (7 * i) % 12 for i in range(60)]
+    together = generate(model, prompts, limits, temperature=0, batch_size=8)
+    assert [len(y) for y in together] == limits
+    assert together == [slow_generate(model, p, n, None) for p, n in zip(prompts, limits)]
+    drawn = generate(model, [[1, 2, 3]] * 50, 6, generator=torch.Generator().manual_seed(0))
+    assert len(set(map(tuple, drawn))) > 10      # equal prompts are read once, and drawn each for itself
+
+
+@pytest.mark.parametrize("burst", [1, 3, 16])
+def test_looking_less_often_changes_nothing(model, burst, monkeypatch):
+    """As on a GPU, where several tokens are drawn between two looks at who has ended."""
+    prompts = ragged(20, seed=4) + [[1] * 31]
+    expected = generate(model, prompts, 11, temperature=0, batch_size=8, eot=7)
+    monkeypatch.setitem(sample.BURST, "cpu", burst)
+    assert generate(model, prompts, 11, temperature=0, batch_size=8, eot=7) == expected
 
 
 def test_draw_has_the_distribution():

@@ -1,0 +1,443 @@
+"""The benchmarks, beside their peers, in one run: what | ours | peer | ratio | floor | % of floor.
+
+    python bench.py                     # against plain PyTorch: nanoGPT's model and step, one padded forward, full logits
+    python bench.py --peers             # and against transformers and TRL (bench/requirements.txt)
+    python bench.py pretrain sample     # some of them; --help names all
+
+One thread, processor time. Ours and the peer take turns; a time is the median of the repeats, the ratio that of the paired
+repeats with its range. The floor is the FLOPs that the work needs, at the rate of this run's own large product (2048^3),
+or the bytes at this run's own copying rate. Both sides have the same allocator settings; ours has oneDNN's float32
+products (parallel.tune), a peer PyTorch's default.
+"""
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import parallel
+from data import INPUTS, batch_rows, row_tokens, split_by_tokens
+from eval import score
+from loss import linear_logprobs, preference_loss, sequence_logprobs
+from model import GPT, GPTConfig
+from sample import generate
+from train import make_optimizers
+
+REPEATS = 5
+SHAPE = dict(vocab_size=8192, block_size=1024, n_layer=4, n_head=4, n_embd=256)     # GPT-2's block
+ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz")
+BUDGET = parallel.MICRO_BATCH_TOKENS["cpu"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def seconds(work):
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def take_turns(ours, peer, repeats=None):
+    """(times of ours, times of the peer), each at its own precision of float32 products."""
+    times = [], []
+    for repeat in range(-1, repeats or REPEATS):        # the first turn warms up
+        for which, work in enumerate((ours, peer)):
+            torch.set_float32_matmul_precision(OURS if which == 0 else "highest")
+            took = seconds(work)
+            if repeat >= 0:
+                times[which].append(took)
+    torch.set_float32_matmul_precision(OURS)
+    return times
+
+
+def ceiling():
+    """This machine's rates, one thread: FLOPs a second of a 2048^3 product in each dtype, and bytes a second of a copy."""
+    rates = {}
+    for name, dtype in DTYPES.items():
+        a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+        a @ b
+        rates[name] = 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(REPEATS))
+    x = torch.randn(1 << 26)
+    y = torch.empty_like(x)
+    y.copy_(x)
+    rates["bytes"] = 2 * 4 * len(x) / min(seconds(lambda: y.copy_(x)) for _ in range(REPEATS))
+    return rates
+
+
+def line(what, peer_name, times, floor, unit=None):
+    """One row of the table. unit: (tokens of the work, "tok/s")."""
+    ours, peer = (statistics.median(t) for t in times)
+    ratios = [b / a for a, b in zip(*times)]
+    speed = f"{unit / ours:8,.0f} tok/s" if unit else f"{1000 * ours:8.1f} ms"
+    other = f"{unit / peer:8,.0f} tok/s" if unit else f"{1000 * peer:8.1f} ms"
+    print(f"| {what} | {speed} | {other}, {peer_name} | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | "
+          f"{1000 * floor:.0f} ms | {100 * floor / min(times[0]):.0f} % |", flush=True)
+
+
+def flops(model, tokens, asked, pairs, backward=3):
+    """Of a pass over `tokens` of which `asked` reach the head, with `pairs` of tokens that see each other; backward 3 is a
+    training step, 1 a forward pass."""
+    c = model.config
+    blocks = sum(p.numel() for p in model.h.parameters() if p.dim() == 2)
+    return 2 * backward * (blocks * tokens + c.padded_vocab * c.n_embd * asked + 2 * c.n_layer * c.n_embd * pairs)
+
+
+# ------------------------------------------------------------------------------------------------- the plain way to do it
+
+
+class Plain(nn.Module):
+    """nanoGPT's model in plain PyTorch: rectangular batches, fused attention, the logits of every position."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
+        super().__init__()
+        self.n_head = n_head
+        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.h = nn.ModuleList(nn.ModuleDict(dict(
+            ln_1=nn.LayerNorm(n_embd), c_attn=nn.Linear(n_embd, 3 * n_embd), c_proj=nn.Linear(n_embd, n_embd),
+            ln_2=nn.LayerNorm(n_embd), c_fc=nn.Linear(n_embd, 4 * n_embd), out=nn.Linear(4 * n_embd, n_embd))) for _ in range(n_layer))
+        self.ln_f = nn.LayerNorm(n_embd)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, 0.0, 0.02)
+
+    def forward(self, idx):
+        B, T = idx.shape
+        x = self.wte(idx) + self.wpe(torch.arange(T))
+        for block in self.h:
+            q, k, v = block["c_attn"](block["ln_1"](x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + block["c_proj"](y.transpose(1, 2).reshape(B, T, -1))
+            x = x + block["out"](F.gelu(block["c_fc"](block["ln_2"](x)), approximate="tanh"))
+        return self.ln_f(x) @ self.wte.weight.T
+
+
+def plain_step(model, optimizer, loss, dtype):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        value = loss(model)
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def plain_logps(model, idx, targets):
+    logps = torch.log_softmax(model(idx).float(), -1)
+    return logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1).masked_fill(targets < 0, 0.0)
+
+
+def plain_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ours
+
+
+class Ours:
+    """A model and the trainer's own step over micro-batches."""
+
+    def __init__(self, dtype, **shape):
+        from config import Config
+        self.model = parallel.cast(GPT(GPTConfig(**SHAPE | shape)), dtype)
+        self.optimizers = make_optimizers(self.model, Config(), 1e-4, torch.device("cpu"))
+
+    def step(self, batches, loss):
+        for batch in batches:
+            loss(self.model(**{name: batch[name] for name in INPUTS if name in batch}), batch).backward()
+        parallel.clip_(list(self.model.parameters()), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def ranking_loss(rows):
+    def loss(logps, batch):
+        B, K = batch["present"].shape
+        scores = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
+        return preference_loss(scores, torch.zeros(B, K), batch["present"])[0] * B / rows
+    return loss
+
+
+def micro_batches(rows, layout="shared"):
+    """As the trainer makes them."""
+    rows = sorted(rows, key=row_tokens)
+    sizes = [row_tokens(row, layout) for row in rows]
+    return [batch_rows([rows[i] for i in part], layout) for part in split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // BUDGET)))]
+
+
+def work_of(rows):
+    """(tokens, asked, pairs that see each other) of rows with shared prompts."""
+    tokens = asked = pairs = 0
+    for row in rows:
+        P, lengths = len(row["prompt"]), [len(y) for y in row["responses"]]
+        tokens, asked = tokens + P + sum(lengths) - len(lengths), asked + sum(lengths)
+        pairs += P * (P + 1) / 2 + sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
+    return tokens, asked, pairs
+
+
+def random_row(rng, prompt, responses, vocab_size=SHAPE["vocab_size"]):
+    ids = [rng.integers(1, vocab_size, n).tolist() for n in (prompt, *responses)]
+    return {"prompt": ids[0], "responses": [y[:-1] + [0] for y in ids[1:]], "ranks": list(range(len(responses)))}
+
+
+def real_lengths():
+    """[(prompt, responses)] in tokens, of the ranked rows with at least three responses; without them a like distribution."""
+    if os.path.exists(ROWS):
+        with gzip.open(ROWS, "rt", encoding="utf-8") as f:
+            rows = [json.loads(text) for text in f]
+        # four characters a token, the usual figure for English
+        return [(max(1, len(r["prompt"]) // 4), [max(1, len(y["text"]) // 4) for y in r["responses"][:3]]) for r in rows]
+    rng = np.random.default_rng(0)
+    return [(int(np.clip(rng.lognormal(4.4, 0.6), 8, 350)), np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400).astype(int).tolist()) for _ in range(2000)]
+
+
+# ----------------------------------------------------------------------------------------------- the peers' own packages
+
+
+def transformers_model(**shape):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    s = SHAPE | shape
+    return GPT2LMHeadModel(GPT2Config(vocab_size=s["vocab_size"], n_positions=s["block_size"], n_embd=s["n_embd"], n_layer=s["n_layer"], n_head=s["n_head"],
+                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+
+
+def trl_trainer(rows):
+    """TRL's DPOTrainer over these rows with kept reference log-probabilities, and its batch of them."""
+    import tempfile
+
+    from datasets import Dataset, disable_progress_bars
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+    disable_progress_bars()
+    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {str(i): i for i in range(1, SHAPE["vocab_size"])}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    def text(ids):
+        return "".join(f" {i}" if i else " <eos>" for i in ids)
+    data = Dataset.from_list([{"prompt": text(r["prompt"]), "chosen": text(r["responses"][0]), "rejected": text(r["responses"][1])} for r in rows])
+    args = DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(rows), report_to=[], use_cpu=True, bf16=False, max_length=1024,
+                     precompute_ref_log_probs=True, gradient_checkpointing=False, disable_tqdm=True)
+    trainer = DPOTrainer(transformers_model(), args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1         # as its own loop sets it
+    trainer.batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
+    assert trainer.batch["completion_mask"].sum() == sum(len(y) for r in rows for y in r["responses"])
+    return trainer
+
+
+def trl_step(trainer):
+    optimizer = plain_optimizer(trainer.model)
+    def step():
+        trainer.training_step(trainer.model, dict(trainer.batch))
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def pretrain(rates, peers):
+    """A pretraining step of 8 x 256 tokens."""
+    idx, targets = torch.randint(1, 8192, (8, 256)), torch.randint(1, 8192, (8, 256))
+    for name, dtype in DTYPES.items():
+        ours, batches = Ours(dtype), [{"idx": idx, "targets": targets}]
+        def step():
+            ours.step(batches, lambda logps, batch: -logps.sum() / idx.numel())
+        floor = flops(ours.model, idx.numel(), idx.numel(), idx.numel() * 257 / 2) / rates[name]
+        plain = Plain(**SHAPE)
+        optimizer = plain_optimizer(plain)
+        def loss(model):
+            return F.cross_entropy(model(idx).float().view(-1, 8192), targets.view(-1))
+        line(f"pretraining step, {name}", "nanoGPT's step", take_turns(step, lambda: plain_step(plain, optimizer, loss, dtype)), floor, idx.numel())
+        if peers:
+            hf = transformers_model()
+            optimizer = plain_optimizer(hf)
+            times = take_turns(step, lambda: plain_step(hf, optimizer, lambda model: model(idx, labels=idx).loss, dtype))
+            line(f"pretraining step, {name}", "transformers", times, floor, idx.numel())
+
+
+def preference(rates, peers):
+    """A preference step of full-length rows, against a forward pass a response with full logits."""
+    for K in (2, 3, 8):
+        for P, R in ((128, 128), (256, 64)):
+            rows, times, floor = against_one_by_one(rates, K, P, R, n=max(2, 16 // K))
+            line(f"preference step, K={K}, prompt:response {P}:{R}", "a forward a response", times, floor, sum(len(y) for r in rows for y in r["responses"]))
+
+
+def against_one_by_one(rates, K, P, R, n, repeats=None, **shape):
+    """(rows, times, floor) of a float32 step over n rows of a prompt of P and K responses of R tokens."""
+    rng, V = np.random.default_rng(0), (SHAPE | shape)["vocab_size"]
+    rows = [random_row(rng, P, [R] * K, V) for _ in range(n)]
+    ours, batches, loss = Ours(torch.float32, **shape), micro_batches(rows), ranking_loss(len(rows))
+    plain, whole = Plain(**SHAPE | shape), batch_rows(rows, "padded")
+    optimizer = plain_optimizer(plain)
+    def one_by_one(model):
+        scores = torch.stack([plain_logps(model, whole["idx"][k::K], whole["targets"][k::K]).sum(1) for k in range(K)], 1)
+        return preference_loss(scores, torch.zeros_like(scores))[0]
+    times = take_turns(lambda: ours.step(batches, loss), lambda: plain_step(plain, optimizer, one_by_one, torch.float32), repeats)
+    return rows, times, flops(ours.model, *work_of(rows)) / rates["fp32"]
+
+
+def ragged(rates, peers):
+    """A preference step of rows of real lengths: K = 3 against one padded forward with full logits, K = 2 against TRL."""
+    rows = ragged_rows(8)
+    for name, dtype in DTYPES.items():
+        ours, batches, loss = Ours(dtype), micro_batches(rows), ranking_loss(len(rows))
+        plain = Plain(**SHAPE)
+        step = padded_step(plain, rows, dtype)
+        tokens, asked, pairs = work_of(rows)
+        times = take_turns(lambda: ours.step(batches, loss), step)
+        line(f"ragged rows, K=3, {name}", "one padded forward", times, flops(ours.model, tokens, asked, pairs) / rates[name], asked)
+    if peers:
+        rows = ragged_rows(8, K=2)
+        ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
+        tokens, asked, pairs = work_of(rows)
+        times = take_turns(lambda: ours.step(batches, loss), trl_step(trl_trainer(rows)))
+        line("ragged rows, K=2, fp32", "TRL's DPOTrainer", times, flops(ours.model, tokens, asked, pairs) / rates["fp32"], asked)
+
+
+def ragged_rows(n, K=3):
+    rng = np.random.default_rng(0)
+    fitting = [(P, lengths) for P, lengths in real_lengths() if P + max(lengths) < 1000]
+    return [random_row(rng, P, lengths[:K]) for P, lengths in (fitting[i] for i in rng.permutation(len(fitting))[:n])]
+
+
+def padded_step(plain, rows, dtype):
+    whole, optimizer = batch_rows(rows, "padded"), plain_optimizer(plain)
+    def together(model):
+        scores = plain_logps(model, whole["idx"], whole["targets"]).sum(1).view(len(rows), -1)
+        return preference_loss(scores, torch.zeros_like(scores))[0]
+    return lambda: plain_step(plain, optimizer, together, dtype)
+
+
+def sampling(rates, peers):
+    """128 new tokens for 32 prompts of 64 tokens; and 128 requests of real lengths. Against transformers alone."""
+    if not peers:
+        return
+    rng = np.random.default_rng(0)
+    equal = [(64, 128)] * 32
+    ragged = [(min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]]
+    for what, lengths in (("32 x 128 new tokens", equal), ("128 ragged requests", ragged)):
+        prompts, limits = [rng.integers(1, 8192, P).tolist() for P, _ in lengths], [R for _, R in lengths]
+        for name, dtype in DTYPES.items():
+            model, hf = parallel.cast(GPT(GPTConfig(**SHAPE)), dtype), transformers_model().eval().to(dtype)
+            c = model.config
+            forward = flops(model, sum(P + R for P, R in lengths), sum(limits), sum((P + R) ** 2 / 2 for P, R in lengths), backward=1)
+            read = 2 * c.n_layer * c.n_embd * dtype.itemsize * sum(P * R + R * R / 2 for P, R in lengths)
+            times = take_turns(lambda: generate(model, prompts, limits, batch_size=len(prompts) if lengths is equal else 64), lambda: hf_generate(hf, prompts, limits))
+            line(f"sampling {what}, {name}", "transformers' generate", times, forward / rates[name] + read / rates["bytes"], sum(limits))
+
+
+def hf_generate(hf, prompts, limits, batch_size=32):
+    """By batches of like prompts, left-padded, each until its longest response has ended, as its `generate` goes on."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        width, new = max(len(prompts[i]) for i in rows), max(limits[i] for i in rows)
+        idx = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows])
+        hf.generate(idx, attention_mask=(idx > 0).long(), max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
+
+
+def spin_round(rates, peers):
+    """A round of self-play on 16 prompts: sample, score under the reference, one epoch of K = 2. Against TRL alone."""
+    if not peers:
+        return
+    rng = np.random.default_rng(0)
+    rows = ragged_rows(16, K=2)
+    prompts, limits = [r["prompt"] for r in rows], [len(r["responses"][1]) for r in rows]
+    ours, hf, loss = Ours(torch.float32), transformers_model().eval(), ranking_loss(len(rows))
+    def round():
+        sampled = generate(ours.model, prompts, limits)
+        played = [row | {"responses": [row["responses"][0], y]} for row, y in zip(rows, sampled)]
+        score(ours.model, played, BUDGET, torch.device("cpu"))
+        ours.step(micro_batches(played), loss)
+    trainer = trl_trainer(rows)
+    def peer():
+        hf_generate(hf, prompts, limits)
+        with torch.no_grad():
+            trainer.compute_ref_log_probs(trainer.model, dict(trainer.batch))
+        step()
+    step = trl_step(trainer)
+    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(round, peer), flops(ours.model, *work_of(rows), backward=5) / rates["fp32"], sum(limits))
+
+
+def memory(rates, peers):
+    """Peak memory over idle, each side in a process of its own: of the head, and of a preference step of ragged rows."""
+    for V in (8192, 50304, 128256):
+        line_of_memory(f"head, 2048 tokens, V={V}", "full logits", f"head {V} ours", f"head {V} plain")
+    line_of_memory("ragged rows, K=3, fp32", "one padded forward", "ragged 3 ours", "ragged 3 plain")
+    if peers:
+        line_of_memory("ragged rows, K=2, fp32", "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
+
+
+def line_of_memory(what, peer_name, ours, peer):
+    mib = [int(subprocess.run([sys.executable, __file__, "--alone", side], capture_output=True, text=True, check=True).stdout.split()[-1]) for side in (ours, peer)]
+    print(f"| {what}: peak memory | {mib[0]:,} MiB | {mib[1]:,} MiB, {peer_name} | {mib[1] / max(1, mib[0]):.1f}x less | | |", flush=True)
+
+
+def alone(what, size, side):
+    """One side's work in this process; prints the MiB of its peak over what stood before it."""
+    size = int(size)
+    if what == "head":
+        hidden, weight, targets = torch.randn(2048, 256, requires_grad=True), torch.randn(size, 256, requires_grad=True), torch.randint(0, size, (2048,))
+        def work():
+            logps = linear_logprobs(hidden, weight, targets) if side == "ours" else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
+            logps.sum().backward()
+        hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    else:
+        rows = ragged_rows(8, K=size)
+        if side == "ours":
+            ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
+            work = lambda: ours.step(batches, loss)
+        else:
+            work = padded_step(Plain(**SHAPE), rows, torch.float32) if side == "plain" else trl_step(trl_trainer(rows))
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")        # the peak starts anew
+    before = resident("VmRSS")
+    work()
+    print((resident("VmHWM") - before) // 1024)
+
+
+def resident(name):
+    with open("/proc/self/status") as f:
+        return next(int(text.split()[1]) for text in f if text.startswith(name))
+
+
+BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS))
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    for name in args.what:
+        if name not in BENCHMARKS:
+            raise SystemExit(f"{name}: no such benchmark; there are {', '.join(BENCHMARKS)}")
+    torch.set_num_threads(1)
+    parallel.tune("cpu")
+    global OURS
+    OURS = torch.get_float32_matmul_precision()
+    if args.alone:
+        return alone(*args.alone.split())
+    rates = ceiling()
+    print(f"one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s in float32 ({OURS}), {rates['bf16'] / 1e9:.0f} in bfloat16, {rates['bytes'] / 1e9:.1f} GB/s; torch {torch.__version__}\n")
+    print("| what | ours | peer | ratio | floor | of floor |\n|---|---|---|---|---|---|")
+    for name in args.what or BENCHMARKS:
+        BENCHMARKS[name](rates, args.peers)
+
+
+if __name__ == "__main__":
+    main()
