@@ -168,47 +168,69 @@ def take(x, spans):
     return x[:, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, a:b] for a, b in spans], 1)
 
 
+GROUP = {"cpu": 16, "cuda": 4096}       # rows of a cache that share a length
+
+
 class KVCache:
-    """Keys and values of every layer, (B, Hkv, length, D): column j of a row holds position j. It is exactly as long as the
-    longest row, rounded up: products of slices of a longer one would copy it first."""
+    """Keys and values of every layer: column j of a row holds position j. Rows stand in groups of like length, so that work
+    grows with the tokens that are there; a group is no longer than its longest row, rounded up, since products of slices
+    would copy them first."""
 
     def __init__(self):
-        self.k, self.v = {}, {}
+        self.k, self.v = {}, {}         # layer -> the groups' (b, Hkv, length, D), which make up the rows (B, ...)
+        self.used = []                  # columns in use in each group
 
     def store(self, layer, k, v):
-        self.k[layer], self.v[layer] = k, v
+        """Whole rows, as one group."""
+        self.k[layer], self.v[layer], self.used = [k], [v], [k.shape[2]]
+
+    def rebuild(self, rows, lengths):
+        """Take over `rows`, [(cache, its row)], of so many columns each. They are grouped as they come, so sort them by length."""
+        size = GROUP[next(iter(rows[0][0].k.values()))[0].device.type]
+        spans = [slice(i, i + size) for i in range(0, len(rows), size)]
+        self.used = [max(lengths[span]) for span in spans]
+        caches, mine = {id(cache): cache for cache, _ in rows}, []
+        for name in ("k", "v"):
+            mine.append({})
+            for layer in getattr(rows[0][0], name):
+                theirs = {i: [row for group in getattr(cache, name)[layer] for row in group] for i, cache in caches.items()}
+                mine[-1][layer] = [grown([theirs[id(cache)][r] for cache, r in rows[span]], used) for span, used in zip(spans, self.used)]
+        self.k, self.v = mine
 
     def at(self, pos):
         """Before a step: the next token of each row goes to pos (B,)."""
-        self.pos, self.rows = pos, torch.arange(len(pos), device=pos.device)
-        self.hidden = (torch.arange(self.length, device=pos.device) > pos[:, None])[:, None, None]      # (B, 1, 1, length)
+        sizes = [len(group) for group in next(iter(self.k.values()))]
+        self.used = [used + 1 for used in self.used]
+        for cache in (self.k, self.v):
+            for groups in cache.values():
+                for g, used in enumerate(self.used):
+                    if used > groups[g].shape[2]:
+                        groups[g] = grown(list(groups[g]), used)
+        self.pos = pos.split(sizes)
+        self.rows = [torch.arange(n, device=pos.device) for n in sizes]
+        self.hidden = [(torch.arange(group.shape[2], device=pos.device) > p[:, None])[:, None, None]            # (b, 1, 1, length)
+                       for group, p in zip(next(iter(self.k.values())), self.pos)]
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
-        K, V = self.k[layer], self.v[layer]
-        K[self.rows, :, self.pos], V[self.rows, :, self.pos] = k, v
-        B, H, S, D = K.shape
-        q = (q * D ** -0.5).view(B * H, -1, D)                                          # (B Hkv, g, D)
-        keys = K.view(B * H, S, D)
-        # of one query and float32 the library's product takes twice the time that reading the keys does
-        scores = (keys * q).sum(-1) if q.shape[1] == 1 and q.dtype == torch.float32 and q.device.type == "cpu" else q @ keys.mT
-        scores = scores.view(B, H, -1, S).masked_fill_(self.hidden, -math.inf)
-        y = torch.softmax(scores, -1).view(B * H, -1, S) @ V.view(B * H, S, D)
-        return y.view(B, -1, D)
+        sizes, out = [len(rows) for rows in self.rows], []
+        parts = (x.split(sizes) for x in (q * q.shape[-1] ** -0.5, k, v))
+        for q, k, v, K, V, rows, pos, hidden in zip(*parts, self.k[layer], self.v[layer], self.rows, self.pos, self.hidden):
+            K[rows, :, pos], V[rows, :, pos] = k, v
+            b, H, S, D = K.shape
+            q, keys, values = q.reshape(b * H, -1, D), K.view(b * H, S, D), V.view(b * H, S, D)                  # q (b Hkv, g, D)
+            # of one query and float32 the library's product takes twice the time that reading the keys does
+            scores = (keys * q).sum(-1) if q.shape[1] == 1 and q.dtype == torch.float32 and q.device.type == "cpu" else q @ keys.mT
+            scores = scores.view(b, H, -1, S).masked_fill_(hidden, -math.inf)
+            out.append((torch.softmax(scores, -1).view(b * H, -1, S) @ values).view(b, -1, D))
+        return torch.cat(out)
 
-    @property
-    def length(self):
-        return next(iter(self.k.values())).shape[2]
 
-    def rebuild(self, keep, others, length):
-        """Keep the rows `keep` (n,), append those of other caches, and have room for `length` columns."""
-        length = round_up(length, 64)
-        for mine, theirs in ((self.k, [c.k for c in others]), (self.v, [c.v for c in others])):
-            for layer in list(mine) or list(theirs[0]):
-                parts = [x[layer] for x in theirs]
-                parts = [mine[layer][keep], *parts] if layer in mine else parts
-                whole = parts[0].new_zeros(sum(map(len, parts)), parts[0].shape[1], length, parts[0].shape[3])
-                for rows, x in zip(whole.split([len(x) for x in parts]), parts):
-                    columns = min(length, x.shape[2])
-                    rows[:, :, :columns] = x[:, :, :columns]
-                mine[layer] = whole
+def grown(rows, used):
+    """Rows (Hkv, length, D) as one tensor that has room for `used` columns, rounded up."""
+    H, _, D = rows[0].shape
+    whole = rows[0].new_zeros(len(rows), H, round_up(used, 64), D)
+    for new, row in zip(whole, rows):
+        n = min(row.shape[1], whole.shape[2])
+        new[:, :n] = row[:, :n]
+    return whole

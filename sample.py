@@ -78,22 +78,23 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
             if len(live) <= 0.75 * (batch_size if waiting else len(rows)):
                 if progress is not None:
                     progress.update(len(rows) - len(live))
-                keep = torch.tensor(live, dtype=torch.long, device=device)
-                rows, ids, read = [rows[b] for b in live], ids[keep], []
-                coming = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(rows)))]
+                coming = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(live)))]
+                there = [(rows[b], ids[b:b + 1], (cache, b)) for b in live]    # (request, its last token, where its row is)
                 while coming:
-                    group, coming, logits, texts = prefill(model, prompts, coming)
+                    group, coming, logits, places = prefill(model, prompts, coming)
                     drawn = draw(logits, uniform[group, 0], temperature, top_k, top_p)
                     for i, token in zip(group, drawn.tolist()):
                         new[i].append(token)
-                    rows, ids, read = rows + group, torch.cat([ids, drawn]), read + [texts]
-                if rows:
-                    cache.rebuild(keep, read, max(len(prompts[i]) + len(new[i]) for i in rows) + burst)
+                    there += zip(group, drawn.split(1), places)
+                if there:
+                    there.sort(key=lambda it: len(prompts[it[0]]) + len(new[it[0]]))
+                    ids, places = torch.cat([it[1] for it in there]), [it[2] for it in there]
+                    cache = KVCache()
+                    cache.rebuild(places, [len(prompts[it[0]]) + len(new[it[0]]) - 1 for it in there])
+                rows = [it[0] for it in there]
                 continue
             pos = torch.tensor([len(prompts[i]) + len(new[i]) - 1 for i in rows])
             t = torch.tensor([len(new[i]) for i in rows])
-            if pos.max() + burst > cache.length:
-                cache.rebuild(slice(None), [], int(pos.max()) + burst)
             drawn = []
             for s in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
                 logits = model(ids, pos=(pos + s).clamp(max=block_size - 1).to(device), cache=cache)           # (B, V)
@@ -109,22 +110,20 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
 
 def prefill(model, prompts, coming):
-    """Read the first of some requests' prompts, right-padded -> (those requests, the rest, logits (B, V) of what follows each,
-    their KVCache)."""
+    """Read the first of some requests' prompts, right-padded, equal ones once -> (those requests, the rest, logits (B, V) of
+    what follows each, [(KVCache, row)] of each)."""
     n = 1
     while n < len(coming) and (n + 1) * len(prompts[coming[n]]) <= PREFILL_TOKENS:
         n += 1
     group, device = coming[:n], model.wte.weight.device
     texts = list(dict.fromkeys(tuple(prompts[i]) for i in group))
-    where = {text: b for b, text in enumerate(texts)}
+    rows = {text: b for b, text in enumerate(texts)}
     T = max(map(len, texts))
     idx = torch.tensor([[*text, *[0] * (T - len(text))] for text in texts], device=device)
     last = torch.tensor([b * T + len(text) - 1 for b, text in enumerate(texts)], device=device)
-    cache = KVCache()
-    logits = model(idx, at=last, cache=cache)
-    same = torch.tensor([where[tuple(prompts[i])] for i in group], device=device)
-    cache.rebuild(same, [], T)
-    return group, coming[n:], logits[same], cache
+    cache, mine = KVCache(), [rows[tuple(prompts[i])] for i in group]
+    logits = model(idx, at=last, cache=cache)[mine]
+    return group, coming[n:], logits, [(cache, b) for b in mine]
 
 
 def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,
