@@ -1,8 +1,10 @@
 """The benchmarks, beside their peers, in one run: what | ours | peer | ratio | floor | % of floor.
 
-    python bench.py                     # against plain PyTorch: nanoGPT's model and step, one padded forward, full logits
-    python bench.py --peers             # and against transformers and TRL (bench/requirements.txt)
-    python bench.py pretrain sample     # some of them; --help names all
+    python bench.py                     # against plain PyTorch: nanoGPT's step, a forward a response, one padded forward, full logits
+    python bench.py --peers             # and against transformers and TRL (bench/requirements.txt), as `make bench` does
+    python bench.py pretrain sampling   # some of them; --help names all
+    python bench.py growth              # bench/growth.png: how the cost grows with K, prompt, vocabulary and model
+    python bench.py shakespeare         # time to nanoGPT's validation loss, three seeds
 
 One thread, processor time. Ours and the peer take turns; a time is the median of the repeats, the ratio that of the paired
 repeats with its range. The floor is the FLOPs that the work needs, at the rate of this run's own large product (2048^3),
@@ -16,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -212,8 +215,6 @@ def transformers_model(**shape):
 
 def trl_trainer(rows):
     """TRL's DPOTrainer over these rows with kept reference log-probabilities, and its batch of them."""
-    import tempfile
-
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -352,7 +353,6 @@ def spin_round(rates, peers):
     """A round of self-play on 16 prompts: sample, score under the reference, one epoch of K = 2. Against TRL alone."""
     if not peers:
         return
-    rng = np.random.default_rng(0)
     rows = ragged_rows(16, K=2)
     prompts, limits = [r["prompt"] for r in rows], [len(r["responses"][1]) for r in rows]
     ours, hf, loss = Ours(torch.float32), transformers_model().eval(), ranking_loss(len(rows))
@@ -413,7 +413,62 @@ def resident(name):
         return next(int(text.split()[1]) for text in f if text.startswith(name))
 
 
-BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory)}
+def growth(rates, peers):
+    """Seconds of a preference step of four rows, ours and a forward pass a response with full logits, as one size grows."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3.4))
+    start = dict(K=3, P=128, V=8192, model=(4, 256))
+    for ax, (name, sizes, label) in zip(axes, (("K", (2, 3, 5, 8), "responses K"), ("P", (32, 128, 256, 512), "prompt, tokens"),
+                                               ("V", (2048, 8192, 24576, 50304), "vocabulary"), ("model", ((2, 128), (4, 256), (4, 384), (6, 512)), "parameters in blocks, millions"))):
+        x, seconds = [], []
+        for size in sizes:
+            at = start | {name: size}
+            shape = dict(vocab_size=at["V"], n_layer=at["model"][0], n_embd=at["model"][1])
+            times, floor = against_one_by_one(rates, at["K"], at["P"], 128, 4, repeats=3, **shape)[1:]
+            x.append(size if name != "model" else 12 * size[0] * size[1] ** 2 / 1e6)
+            seconds.append([*times, [floor]])
+            print(f"| {label} {x[-1]:g} | {statistics.median(times[0]):.2f} s | {statistics.median(times[1]):.2f} s, a forward a response | "
+                  f"{statistics.median(times[1]) / statistics.median(times[0]):.2f}x | {1000 * floor:.0f} ms | {100 * floor / min(times[0]):.0f} % |", flush=True)
+        for i, (what, style) in enumerate((("shared prompt, chunked head", "C0o-"), ("a forward a response, full logits", "C1s-"), ("floor of the FLOPs", "k:"))):
+            points = [[min(s[i]), statistics.median(s[i]), max(s[i])] for s in seconds]
+            ax.plot(x, [p[1] for p in points], style, label=what)
+            ax.fill_between(x, [p[0] for p in points], [p[2] for p in points], color=style[:2] if i < 2 else "k", alpha=0.2)
+        ax.set_xlabel(label)
+        ax.set_ylim(0)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds a step, one thread")
+    axes[0].legend(fontsize=8)
+    fig.suptitle("A preference step of 4 rows; elsewhere K = 3, prompts and responses of 128 tokens, V = 8,192, 4 layers of 256; median and range of 3", fontsize=10)
+    fig.tight_layout()
+    fig.savefig(os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench", "growth.png"), dpi=110)
+
+
+def shakespeare(rates, peers):
+    """Training time to nanoGPT's validation loss by its own recipe for a CPU, and by ours; both through train.py."""
+    text = os.path.join(os.path.dirname(ROWS), "tinyshakespeare.txt")
+    if not os.path.exists(text):
+        print("| time to nanoGPT's loss | tinyshakespeare.txt is not there | | | | |")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "data.shakespeare.prepare", text, f"--out={folder}/data"], check=True, stdout=subprocess.DEVNULL)
+        times, losses = ([], []), ([], [])
+        for seed in (1, 2, 3):
+            for which, name in enumerate(("shakespeare", "shakespeare_nanogpt")):
+                out = f"{folder}/{name}_{seed}"
+                subprocess.run([sys.executable, "train.py", f"config/{name}.py", f"--data={folder}/data", f"--out_dir={out}", f"--seed={seed}", "--device=cpu"],
+                               check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                with open(f"{out}/metrics.jsonl") as f:
+                    records = [json.loads(r) for r in f]
+                times[which].append(sum(r["ms"] for r in records if r["kind"] == "step") / 1000)
+                losses[which].append([r["val_loss"] for r in records if r["kind"] == "eval"][-1])
+        ours, theirs = (f"{min(t):.0f}-{max(t):.0f} s to {min(l):.3f}-{max(l):.3f}" for t, l in zip(times, losses))
+        ratios = [b / a for a, b in zip(*times)]
+        print(f"| Shakespeare's characters, validation loss | {ours} | {theirs}, nanoGPT's recipe | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | | |", flush=True)
+
+
+BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory, growth, shakespeare)}
 
 
 def main():
@@ -435,7 +490,7 @@ def main():
     rates = ceiling()
     print(f"one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s in float32 ({OURS}), {rates['bf16'] / 1e9:.0f} in bfloat16, {rates['bytes'] / 1e9:.1f} GB/s; torch {torch.__version__}\n")
     print("| what | ours | peer | ratio | floor | of floor |\n|---|---|---|---|---|---|")
-    for name in args.what or BENCHMARKS:
+    for name in args.what or [n for n in BENCHMARKS if n not in ("growth", "shakespeare")]:
         BENCHMARKS[name](rates, args.peers)
 
 
