@@ -1,13 +1,16 @@
 # make demo         the whole pipeline on this machine, to out/demo/report.md
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
+# make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
 PY = .venv/bin/python
 OUT ?= out/demo
 SEED ?= 1337
 
-.PHONY: pipeline demo demo-seeds test
+RUN ?= log
+
+.PHONY: pipeline demo demo-seeds test bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,3 +43,12 @@ demo-seeds:
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+.venv-bench/ready: requirements.txt bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	touch $@
+
+bench: .venv-bench/ready
+	.venv-bench/bin/python bench.py --peers 2>bench/$(RUN).err | tee bench/$(RUN).txt

@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -64,8 +65,7 @@ OBJECTIVES = {"pretrain": token_objective, "sft": token_objective, "preference":
 
 
 def micro_batches(cfg, round, step, train, model_config, device, eot):
-    """This rank's micro-batches of a step, a function of (data, seed, round, step). Every rank has as many, of about as many
-    tokens."""
+    """This rank's micro-batches of a step, a function of (data, seed, round, step): as many on every rank, of like size."""
     world, rank = parallel.world(), parallel.rank()
     budget, seed = parallel.micro_batch_tokens(cfg, device), cfg.seed + 1000 * round
     if cfg.stage == "pretrain":
@@ -86,6 +86,15 @@ def micro_batches(cfg, round, step, train, model_config, device, eot):
             K = batch["present"].shape[1]
             batch["ref"] = torch.tensor([row["ref"] + [0.0] * (K - len(row["ref"])) for row in rows])
         yield batch
+
+
+def prefetch(make, steps):
+    """make(step) of each step, the next one made by another thread while this one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for step in steps:
+            now, coming = coming or thread.submit(make, step), thread.submit(make, step + 1) if step + 1 in steps else None
+            yield now.result()
 
 
 def steps_of_round(cfg, train):
@@ -140,6 +149,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
     params = list(model.parameters())
     objective = OBJECTIVES[cfg.stage]
     peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
+    loader = prefetch(lambda step: list(micro_batches(cfg, round, step, train, model.config, device, enc.eot_token)), range(start, steps))
     for step in range(start, steps + 1):
         if (step % cfg.eval_interval == 0 or step == steps) and (step > start or not start):
             log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, round, model, val, device, enc.eot_token))
@@ -152,7 +162,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         began = time.time()
         torch.manual_seed(hash((cfg.seed, round, step, parallel.rank())) % 2**62)      # dropout is a function of the step
         model.train()
-        batches = list(micro_batches(cfg, round, step, train, model.config, device, enc.eot_token))
+        batches = next(loader)
         asked = [int((b["targets"] >= 0).sum()) for b in batches]
         counted = [len(b["present"]) if "ref" in b else n for b, n in zip(batches, asked)]
         count, asked, tokens = parallel.total([sum(counted), sum(asked), sum(b["tokens"] for b in batches)], device)

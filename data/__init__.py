@@ -228,7 +228,12 @@ def batch_rows(rows, layout="shared", multiple=64):
             if y is not None:
                 present[b, k], ranks[b, k], lengths[b, k] = True, row["ranks"][k], len(y) - (not row["prompt"])
     batch = (pack_rows(rows, K, multiple) if layout == "shared" else pad_rows(rows, K)) | dict(present=present, ranks=ranks, lengths=lengths)
-    return {name: torch.from_numpy(np.asarray(a)) for name, a in batch.items()}
+    return pinned({name: torch.from_numpy(np.asarray(a)) for name, a in batch.items()})
+
+
+def pinned(batch):
+    """In memory that a GPU copies from while it computes, where there is one."""
+    return {name: t.pin_memory() for name, t in batch.items()} if torch.cuda.is_available() else batch
 
 
 def pack_rows(rows, K, multiple):
@@ -307,4 +312,4 @@ def stream_batch(tokens, length, batch_size, seed, step, vocab_size, part=slice(
         places = np.arange(idx.size)
         pos = places - np.maximum.accumulate(np.where(begins.ravel(), places, 0))
         batch |= {"idx": idx.ravel(), "targets": targets.ravel(), "pos": pos, "doc": begins.ravel().cumsum(), "branch": np.zeros_like(pos)}
-    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()} | {"tokens": torch.tensor(idx.size)}
+    return pinned({name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()} | {"tokens": torch.tensor(idx.size)})
