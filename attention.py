@@ -48,7 +48,8 @@ def sees(doc, branch, i, j):
 
 def flex_mask(doc, branch):
     from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(lambda b, h, i, j: sees(doc, branch, i, j), None, None, len(doc), len(doc), device=doc.device)
+    on_gpu = doc.device.type == "cuda"          # compiled, it never holds a mask of all pairs
+    return create_block_mask(lambda b, h, i, j: sees(doc, branch, i, j), None, None, len(doc), len(doc), device=doc.device, _compile=on_gpu)
 
 
 @functools.cache

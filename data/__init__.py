@@ -214,7 +214,7 @@ def split_by_tokens(sizes, n):
     return [np.flatnonzero(part == i) for i in range(n)]
 
 
-def batch_rows(rows, layout="shared", multiple=64):
+def batch_rows(rows, layout="shared", multiple=None):
     """Encoded rows -> one batch of int64 tensors, as `pack_rows` or `pad_rows` lays the tokens out, with
 
     seq: b K + k of what is asked, the shape of targets; present (B, K) bool; ranks (B, K); lengths (B, K) of what is asked;
@@ -222,6 +222,7 @@ def batch_rows(rows, layout="shared", multiple=64):
     not read, and what an empty prompt leaves without a predecessor is not asked.
     """
     B, K = len(rows), max(len(r["responses"]) for r in rows)
+    multiple = multiple or (128 if torch.cuda.is_available() else 64)      # a GPU's attention works on blocks of 128
     present, ranks, lengths = np.zeros((B, K), bool), np.full((B, K), K), np.zeros((B, K), int)
     for b, row in enumerate(rows):
         for k, y in enumerate(row["responses"]):
