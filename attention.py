@@ -32,11 +32,12 @@ class Packed:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             return y.transpose(1, 2).flatten(0, 1)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, n, D)
+        if self.tiles is None:          # of the first layer, for all of them
+            self.tiles = (flex_mask(self.doc, self.branch) if q.device.type == "cuda" else
+                          rectangle(*self.shape, q.dtype) if self.shape else attention_tiles(self.doc, self.branch, q.dtype))
         if q.device.type == "cuda":
-            self.tiles = self.tiles or flex_mask(self.doc, self.branch)
             y = flex()(q[None], k[None], v[None], block_mask=self.tiles, enable_gqa=len(q) != len(k))[0]
         else:
-            self.tiles = self.tiles or (rectangle(*self.shape, q.dtype) if self.shape else attention_tiles(self.doc, self.branch, q.dtype))
             y = TiledAttention.apply(q, k, v, self.tiles)
         return y.transpose(0, 1)
 
@@ -122,8 +123,8 @@ def round_up(n, multiple):
 
 
 class TiledAttention(torch.autograd.Function):
-    """Softmax attention by tiles, whose probabilities are kept. (PyTorch's kernel for a CPU takes half as long again, and knows no
-    tiles.)"""
+    """Softmax attention by tiles, whose probabilities are kept. PyTorch's kernel for a CPU takes 1.7 times as long at 256 causal
+    tokens, and knows no tiles."""
 
     @staticmethod
     def forward(ctx, q, k, v, tiles):
