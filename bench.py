@@ -291,7 +291,8 @@ def against_one_by_one(rates, K, P, R, n, repeats=None, **shape):
 
 
 def ragged(rates, peers):
-    """A preference step of rows of real lengths: K = 3 against one padded forward with full logits, K = 2 against TRL."""
+    """A preference step of rows of real lengths: K = 3 against one padded forward with full logits, K = 2 against TRL (whose default
+    batch is 8)."""
     rows = ragged_rows(8)
     for name, dtype in DTYPES.items():
         ours, batches, loss = Ours(dtype), micro_batches(rows), ranking_loss(len(rows))
@@ -299,13 +300,13 @@ def ragged(rates, peers):
         step = padded_step(plain, rows, dtype)
         tokens, asked, pairs = work_of(rows)
         times = take_turns(lambda: ours.step(batches, loss), step)
-        line(f"ragged rows, K=3, {name}", "one padded forward", times, flops(ours.model, tokens, asked, pairs) / rates[name], asked)
-    if peers:
-        rows = ragged_rows(8, K=2)
+        line(f"8 ragged rows, K=3, {name}", "one padded forward", times, flops(ours.model, tokens, asked, pairs) / rates[name], asked)
+    for n in (8, 16) if peers else ():      # the larger a batch, the more of it is padding
+        rows = ragged_rows(n, K=2)
         ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
         tokens, asked, pairs = work_of(rows)
         times = take_turns(lambda: ours.step(batches, loss), trl_step(trl_trainer(rows)))
-        line("ragged rows, K=2, fp32", "TRL's DPOTrainer", times, flops(ours.model, tokens, asked, pairs) / rates["fp32"], asked)
+        line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, flops(ours.model, tokens, asked, pairs) / rates["fp32"], asked)
 
 
 def ragged_rows(n, K=3):
@@ -336,7 +337,7 @@ def sampling(rates, peers):
             c = model.config
             forward = flops(model, sum(P + R for P, R in lengths), sum(limits), sum((P + R) ** 2 / 2 for P, R in lengths), backward=1)
             read = 2 * c.n_layer * c.n_embd * dtype.itemsize * sum(P * R + R * R / 2 for P, R in lengths)
-            times = take_turns(lambda: generate(model, prompts, limits, batch_size=len(prompts) if lengths is equal else 64), lambda: hf_generate(hf, prompts, limits))
+            times = take_turns(lambda: generate(model, prompts, limits), lambda: hf_generate(hf, prompts, limits))
             line(f"sampling {what}, {name}", "transformers' generate", times, forward / rates[name] + read / rates["bytes"], sum(limits))
 
 
@@ -375,9 +376,9 @@ def memory(rates, peers):
     """Peak memory over idle, each side in a process of its own: of the head, and of a preference step of ragged rows."""
     for V in (8192, 50304, 128256):
         line_of_memory(f"head, 2048 tokens, V={V}", "full logits", f"head {V} ours", f"head {V} plain")
-    line_of_memory("ragged rows, K=3, fp32", "one padded forward", "ragged 3 ours", "ragged 3 plain")
+    line_of_memory("8 ragged rows, K=3, fp32", "one padded forward", "ragged 3 ours", "ragged 3 plain")
     if peers:
-        line_of_memory("ragged rows, K=2, fp32", "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
+        line_of_memory("8 ragged rows, K=2, fp32", "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
 
 
 def line_of_memory(what, peer_name, ours, peer):
