@@ -28,16 +28,23 @@ def stream_loss(model, tokens, cfg, device, eot=None):
     was_training = model.training
     model.eval()
     nll, count, length = torch.zeros((), dtype=torch.float64), 0, model.config.block_size
-    size = min(max(1, parallel.micro_batch_tokens(cfg, device) // length), cfg.batch_size // parallel.world())
+    parts = stream_parts(cfg, length, device)
     for step in range(cfg.eval_batches):
-        for start in range(parallel.rank() * size, cfg.batch_size, size * parallel.world()):
-            batch = stream_batch(tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, slice(start, start + size), eot)
+        for part in parts:
+            batch = stream_batch(tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, part, eot)
             nll -= run(model, batch, device)[0].double().sum().cpu()
             count += batch["targets"].numel()
     parallel.reshard(model)
     model.train(was_training)
     nll, count = parallel.total([nll, count], device)
     return nll / count
+
+
+def stream_parts(cfg, length, device):
+    """This rank's micro-batches of a batch of windows, as slices of it; every rank has as many."""
+    share, size = cfg.batch_size // parallel.world(), max(1, parallel.micro_batch_tokens(cfg, device) // length)
+    first, end = parallel.rank() * share, (parallel.rank() + 1) * share
+    return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
 def run(model, batch, device):

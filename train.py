@@ -25,7 +25,7 @@ import config
 import parallel
 from config import per_round
 from data import batch_indices, batch_rows, read_meta, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path, write_json
-from eval import loss_metrics, ranking_metrics, run, score, stream_loss
+from eval import loss_metrics, ranking_metrics, run, score, stream_loss, stream_parts
 from loss import preference_loss, sequence_logprobs, taylor_nll
 from model import GPT, GPTConfig
 from rollout import collect, prepare_teacher
@@ -69,11 +69,8 @@ def micro_batches(cfg, round, step, train, model_config, device, eot):
     world, rank = parallel.world(), parallel.rank()
     budget, seed = parallel.micro_batch_tokens(cfg, device), cfg.seed + 1000 * round
     if cfg.stage == "pretrain":
-        share, length = cfg.batch_size // world, model_config.block_size
-        size = max(1, budget // length)
-        for start in range(rank * share, (rank + 1) * share, size):
-            part = slice(start, min(start + size, (rank + 1) * share))
-            yield stream_batch(train, length, cfg.batch_size, seed, step, model_config.vocab_size, part, eot if cfg.documents_apart else None)
+        for part in stream_parts(cfg, model_config.block_size, device):
+            yield stream_batch(train, model_config.block_size, cfg.batch_size, seed, step, model_config.vocab_size, part, eot if cfg.documents_apart else None)
         return
     tokens = {i: row_tokens(train[i], cfg.layout) for i in batch_indices(len(train), cfg.batch_size, seed, step)}
     indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=tokens.get)

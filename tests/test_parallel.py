@@ -38,7 +38,7 @@ def assert_equal_up_to_rounding(a, b, tolerance):
 
 
 def pretrain_args(tiny_data, out, optimizer):
-    return ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=8", "--micro_batch_tokens=128", "--lr=1e-3", f"--optimizer={optimizer}",
+    return ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=10", "--micro_batch_tokens=192", "--lr=1e-3", f"--optimizer={optimizer}",
             "--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--weight_decay=0.1", *TINY]
 
 
