@@ -16,7 +16,7 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-batch_size = 512            # = 32 x 8 ranks x 2 accumulation steps; x 1,024 = 524,288 tokens a step
+batch_size = 512            # x 1,024 = 524,288 tokens a step: 8 ranks x 2 micro-batches of 32,768
 max_steps = 19_073          # 10B tokens
 optimizer = "adamw"
 lr = 6e-4
