@@ -76,8 +76,8 @@ def attention_tiles(doc, branch, dtype):
     responses; what is longer is cut at QUERIES, and no key behind a tile's last query is touched. Sizes are rounded up by
     tokens that the mask hides: each new size of a product costs the library's compiler a millisecond."""
     n = len(doc)
-    stops = torch.unique_consecutive(torch.stack([doc, branch]), dim=1, return_counts=True)[1].cumsum(0).tolist()
-    starts = [0, *stops[:-1]]
+    starts = [0, *(((doc[1:] != doc[:-1]) | (branch[1:] != branch[:-1])).nonzero()[:, 0] + 1).tolist()]
+    stops = [*starts[1:], n]
     docs, branches = doc[starts].tolist(), branch[starts].tolist()
     parts = []              # (i, j, prompt's span, where the keys of its own branch begin, with whom it may share a tile)
     for row in [list(g) for _, g in itertools.groupby(range(len(starts)), key=lambda r: docs[r])]:

@@ -47,32 +47,57 @@ def stream_parts(cfg, length, device):
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
-def run(model, batch, device):
-    """(logps of a batch's targets, the batch on the device)."""
+def run(model, batch, device, whole=False):
+    """(logps of a batch's targets, the batch on the device); whole: all logits at those places, (..., V)."""
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return model(**{name: batch[name] for name in INPUTS if name in batch}), batch
+    return model(**{name: batch[name] for name in INPUTS if name in batch and not (whole and name == "targets")}), batch
 
 
 @torch.no_grad()
 def score(model, rows, tokens, device, desc=None, layout="shared"):
     """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
     Policy and reference both go through here, about `tokens` tokens at a time."""
+    K = max(len(r["responses"]) for r in rows)
+
+    def sums(some):
+        logps, batch = run(model, batch_rows(some, layout), device)
+        B, k = batch["present"].shape
+        return np.pad(sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy(), ((0, 0), (0, K - k)))
+    return np.stack(over_rows(model, rows, tokens, sums, desc, layout))
+
+
+def over_rows(model, rows, tokens, figures, desc=None, layout="shared"):
+    """figures(some rows) -> one value of each, for all of them, about `tokens` tokens at a time: a list, on every rank."""
     was_training = model.training
     model.eval()
-    K = max(len(r["responses"]) for r in rows)
     order = sorted(range(len(rows)), key=lambda i: row_tokens(rows[i], layout))
     sizes = [row_tokens(rows[i], layout) for i in order]
     parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
     results = {}
     for part in tqdm(list(parallel.shard(parts)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
         indices = [order[i] for i in part]
-        logps, batch = run(model, batch_rows([rows[i] for i in indices], layout), device)
-        B, k = batch["present"].shape
-        logps = sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
-        results.update({i: np.pad(row, (0, K - k)) for i, row in zip(indices, logps)})
+        results.update(zip(indices, figures([rows[i] for i in indices])))
     parallel.reshard(model)
     model.train(was_training)
-    return np.stack(parallel.merge(len(rows), results))
+    return parallel.merge(len(rows), results)
+
+
+def evaluate(cfg, beta, model, val, device, eot):
+    """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
+    if cfg.stage == "pretrain":
+        return {"val_loss": stream_loss(model, val, cfg, device, eot if cfg.documents_apart else None)}
+    tokens = parallel.micro_batch_tokens(cfg, device)
+    if cfg.calibration:
+        return calibration(model, val, tokens, device)
+    logps = score(model, val, tokens, device, layout=cfg.layout)
+    if cfg.stage == "sft":
+        return loss_metrics(logps, val)
+    K = logps.shape[1]
+    refs = np.array([row["ref"] + [0.0] * (K - len(row["ref"])) for row in val], dtype=np.float32)
+    rows = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])),
+                   "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in val]
+    names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
+    return ranking_metrics(logps, refs, rows, beta, names)
 
 
 def loss_metrics(logps, rows):
@@ -115,6 +140,84 @@ def ranking_metrics(logps, refs, rows, beta, names):
     return metrics
 
 
+# ----------------------------------------------------------------------------------------------------------- calibration
+
+
+@torch.no_grad()
+def distributions(model, rows, tokens, device, temperature=1.0):
+    """What a model says of each target token of encoded rows' best responses, its logits divided by `temperature`. Arrays, one
+    value a token in the rows' order: `logp` of the target; `top`, the greatest probability; `right`, whether the target has it;
+    `entropy` in nats; `slope` and `bend`, the first and second derivative of -logp by 1 / temperature."""
+    def figures(some):
+        logits, batch = run(model, batch_rows(some), device, whole=True)
+        targets = batch["targets"][:, None]
+        logps = torch.log_softmax(logits / temperature, -1)
+        p = logps.exp()
+        mean = (p * logits).sum(-1)
+        values = torch.stack([logps.gather(1, targets)[:, 0], p.amax(-1), logits.argmax(-1) == targets[:, 0], -(p * logps).sum(-1),
+                              mean - logits.gather(1, targets)[:, 0], (p * logits.square()).sum(-1) - mean.square()])
+        return [part.cpu().numpy() for part in values.split(batch["lengths"][:, 0].tolist(), dim=1)]
+    tokens = min(tokens, max(256, 2**26 // model.config.vocab_size))            # a (tokens, V) matrix
+    rows = [row | {"responses": row["responses"][:1]} for row in rows]
+    values = np.concatenate(over_rows(model, rows, tokens, figures), axis=1).astype(np.float64)
+    return dict(zip(("logp", "top", "right", "entropy", "slope", "bend"), values))
+
+
+def fit_temperature(model, rows, tokens, device):
+    """The temperature that makes rows' cross-entropy least (arXiv 1706.04599, section 4.2). It is convex in 1 / temperature, whose
+    Newton steps are held to a factor of 2."""
+    inverse = 1.0
+    for _ in range(10):
+        at = distributions(model, rows, tokens, device, 1 / inverse)
+        slope, bend = at["slope"].mean(), at["bend"].mean()
+        step = np.clip(inverse - slope / max(bend, 1e-12), inverse / 2, inverse * 2)
+        step, inverse = abs(step / inverse - 1), float(np.clip(step, 0.05, 20.0))
+        if step < 1e-3:         # what is left changes the loss by less than a millionth
+            break
+    return 1 / inverse
+
+
+def reliability(top, right, bins=15):
+    """Tokens in bins of equal width by the greatest probability: [[its mean, share right, tokens]] of those not empty."""
+    at = np.minimum((top * bins).astype(int), bins - 1)
+    return [[float(top[at == b].mean()), float(right[at == b].mean()), int((at == b).sum())] for b in range(bins) if (at == b).any()]
+
+
+def expected_calibration_error(curve):
+    """ECE: mean of |probability - share right| over tokens, by the bins of `reliability` (arXiv 1706.04599, eq. 3)."""
+    return sum(n * abs(top - right) for top, right, n in curve) / sum(n for _, _, n in curve)
+
+
+def calibration(model, rows, tokens, device):
+    """The figures of the T_n study, on plain cross-entropy a target token whatever was trained. Validation rows stand in two halves
+    by a hash of their group: the first is for choosing, the step and the temperature; the second is what a choice is measured on.
+
+    val_loss                all rows                      tune_loss, test_loss   the first half, the second
+    temperature             fitted on the first half      *_t                    after it
+    acc                     share of the second half's tokens whose most likely id is right
+    ece, reliability        expected calibration error and its curve, there
+    entropy, entropy_wrong  mean over its tokens, and over those whose most likely id is wrong
+    seen_loss, new_loss     all rows: tokens whose row, up to and with them, begins a training row too, and the others;
+    seen_share              how many are of the first kind
+    """
+    plain = distributions(model, rows, tokens, device)
+    temperature = fit_temperature(model, [row for row in rows if row["half"] == 0], tokens, device)
+    warm = distributions(model, rows, tokens, device, temperature)
+    lengths = [len(row["responses"][0]) - (not row["prompt"]) for row in rows]         # an empty prompt leaves the first token unasked
+    seen = np.concatenate([len(row["prompt"]) + (not row["prompt"]) + np.arange(n) < row["seen"] for row, n in zip(rows, lengths)])
+    tune = np.repeat([row["half"] == 0 for row in rows], lengths)
+    test, wrong = ~tune, ~tune & (plain["right"] == 0)
+    figures = {"val_loss": -plain["logp"].mean(), "temperature": temperature, "acc": plain["right"][test].mean(),
+               "entropy": plain["entropy"][test].mean(), "seen_share": seen.mean()}
+    for name, at in (("", plain), ("_t", warm)):
+        curve = reliability(at["top"][test], at["right"][test])
+        figures |= {f"tune_loss{name}": -at["logp"][tune].mean(), f"test_loss{name}": -at["logp"][test].mean(),
+                    f"ece{name}": expected_calibration_error(curve), f"reliability{name}": curve}
+    some = [("seen_loss", -plain["logp"], seen), ("new_loss", -plain["logp"], ~seen), ("entropy_wrong", plain["entropy"], wrong)]
+    figures |= {name: values[where].mean() for name, values, where in some if where.any()}
+    return {name: value if isinstance(value, list) else float(value) for name, value in figures.items()}
+
+
 def answer(text):
     """What exact match compares: the number after "####" (GSM8K), or the whole text."""
     found = re.findall(r"####\s*(-?[\d.,]+)", text)
@@ -149,7 +252,9 @@ def win_rate(judge, pairs, device, tokens=8192):
     pairs: encoded rows of two responses. Returns (share, standard error)."""
     lengths = np.array([[len(y) for y in row["responses"]] for row in pairs])
     mean = score(judge, pairs, tokens, device) / lengths
-    wins = (mean[:, 0] > mean[:, 1]) + 0.5 * (mean[:, 0] == mean[:, 1])
+    # the same response twice may differ in its last bits: the products' rounding depends on where a token stands
+    equal = (mean[:, 0] == mean[:, 1]) | np.array([a == b for a, b in (row["responses"] for row in pairs)])
+    wins = np.where(equal, 0.5, mean[:, 0] > mean[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
 
@@ -173,8 +278,8 @@ def measure(path, temperature, seed, rows, args):
         ref, _, _ = checkpoint.load_model(args.reference, args.device)
         figures |= ranking_metrics(score(model, full, 64, args.device), score(ref, full, 64, args.device), full, args.beta, [str(k + 1) for k in range(K)])
     texts, ids = respond(model, enc, texts=[row["prompt"] for row in rows], seed=seed, temperature=temperature, **settings)
-    there = [i for i, y in enumerate(ids) if y is not None]
-    figures |= sample_metrics([texts[i] for i in there], [ids[i] for i in there], [rows[i]["responses"][0] for i in there], enc.eot_token)
+    there = [i for i, y in enumerate(ids) if y is not None]         # whole texts have no prompt to answer
+    figures |= {} if not there else sample_metrics([texts[i] for i in there], [ids[i] for i in there], [rows[i]["responses"][0] for i in there], enc.eot_token)
     return figures, {rows[i]["prompt"]: (texts[i], ids[i]) for i in there}, enc
 
 
@@ -205,6 +310,8 @@ def main():
             raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
         runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
     rows = held_out(args.data, args.rows)
+    if args.judge and not all(row["prompt"] for row in rows):
+        raise SystemExit(f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge")
     table, samples = {}, {"data": ({row["prompt"]: (row["responses"][0], None) for row in rows}, None)}
     for n, (name, (path, temperature)) in enumerate(runs.items()):
         figures, *samples[name] = measure(path, temperature, args.seed + n, rows, args)

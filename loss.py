@@ -168,6 +168,23 @@ def taylor_nll(logps, order):
     return -logps if order == 0 else TaylorNLL.apply(logps, float(order))
 
 
+def focal_nll(logps, gamma):
+    """Focal loss, -(1-p)^gamma log p of p = exp(logps) (arXiv 1708.02002, eq. 4). logps (...) <= 0; gamma >= 0. Returns the same
+    shape. Its gradient is that of T_gamma and gamma (1-p)^(gamma-1) p log p beside it, so gamma < 1 has none at p = 1."""
+    q = -torch.expm1(logps.clamp(max=-2.0**-24))
+    return -(q ** gamma) * logps
+
+
+def smoothed_nll(logits, targets, label_smoothing=0.0, confidence_penalty=0.0):
+    """Cross-entropy to (1 - eps) one-hot + eps uniform (label smoothing, arXiv 1512.00567, section 7), less confidence_penalty x
+    the entropy of the prediction (arXiv 1701.06548, eq. 3). logits (n, V); targets (n,) -> (n,). Both need every logit, so
+    here alone training holds a (tokens, V) matrix: they are what T_n is compared with, not a way to train large models."""
+    logps = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
+    asked = logps.gather(-1, targets[:, None]).squeeze(-1)
+    loss = -(1 - label_smoothing) * asked - label_smoothing * logps.mean(-1)
+    return loss + confidence_penalty * (logps.exp() * logps).sum(-1) if confidence_penalty else loss
+
+
 def log_odds(mean_logps):
     """log( p / (1 - p) ) of p = exp(mean_logps), finite down to p = 1 - 2^-24: a response of certain tokens has a mean
     log-probability that rounds to 0."""

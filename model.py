@@ -24,23 +24,31 @@ class GPTConfig:
     n_kv_head: int = 0              # key/value heads of grouped-query attention (arXiv 2305.13245); 0: n_head
     n_embd: int = 768
     n_inner: int = 0                # width inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd to the next multiple of 64
-    position: str = "learned"       # learned | rotary (arXiv 2104.09864, half-split as in Llama)
+    position: str = "learned"       # learned | rotary (arXiv 2104.09864, half-split as in Llama) | sinusoidal (1706.03762)
     rope_theta: float = 10000.0
     norm: str = "layernorm"         # layernorm | rmsnorm
     norm_eps: float = 1e-5
-    mlp: str = "gelu"               # gelu (tanh form) | relu2 (arXiv 2109.08668) | swiglu (arXiv 2002.05202)
+    mlp: str = "gelu"               # gelu (tanh form) | relu | relu2 (arXiv 2109.08668) | swiglu (arXiv 2002.05202)
     bias: bool = True               # in linear layers and LayerNorms
     tie: bool = True                # one table for embedding and head
     qk_norm: bool = False           # RMSNorm on each head's queries and keys
     softcap: float = 0.0            # c > 0: logits become c tanh(logits / c)
     dropout: float = 0.0            # of the embedding and of what is added to the residual stream
 
+    # habits of the block that config/tn_shp_*.py reproduce
+    head_bias: bool = False         # a bias in the untied head
+    attn_proj: bool = True          # attention's output projection
+    attn_scale: str = "head"        # scores are divided by the square root of the width of: head | embd (all heads)
+    mlp_alone: bool = False         # the MLP takes attention's norm again, and nothing is added around it
+    init_scheme: str = "gpt2"       # gpt2 (init_mean_std's table) | glorot: N(0, 2 / (fan_in + fan_out)) for every matrix
+    init_noise: float = 0.0         # standard deviation of what is added to every parameter, norms and biases too
+
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.n_inner:
             self.n_inner = -(-8 * self.n_embd // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
-        for name, choices in [("position", ["learned", "rotary"]), ("norm", ["layernorm", "rmsnorm"]),
-                              ("mlp", ["gelu", "relu2", "swiglu"])]:
+        for name, choices in [("position", ["learned", "rotary", "sinusoidal"]), ("norm", ["layernorm", "rmsnorm"]),
+                              ("mlp", ["gelu", "relu", "relu2", "swiglu"]), ("attn_scale", ["head", "embd"]), ("init_scheme", ["gpt2", "glorot"])]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"]:
@@ -52,6 +60,12 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        if self.head_bias and self.tie:
+            raise ValueError("head_bias needs a head of its own: tie = False")
+        if self.init_noise < 0:
+            raise ValueError(f"init_noise must not be negative, got {self.init_noise}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
@@ -81,7 +95,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.attn_proj:
+            self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -94,8 +109,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        y = self.c_proj(texts.attend(layer, q, k, v).reshape(n, C))
-        return F.dropout(y, c.dropout, self.training)
+        if c.attn_scale == "embd":
+            q = q * c.n_head ** -0.5            # attend divides by the square root of the head width
+        y = texts.attend(layer, q, k, v).reshape(n, C)
+        return F.dropout(self.c_proj(y) if c.attn_proj else y, c.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -110,6 +127,8 @@ class MLP(nn.Module):
         x = self.c_fc(x)
         if self.config.mlp == "gelu":
             x = F.gelu(x, approximate="tanh")
+        elif self.config.mlp == "relu":
+            x = F.relu(x)
         elif self.config.mlp == "relu2":
             x = F.relu(x).square()
         else:
@@ -123,11 +142,14 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = make_norm(config, config.n_embd)
         self.attn = Attention(config)
-        self.ln_2 = make_norm(config, config.n_embd)
+        if not config.mlp_alone:
+            self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x, texts, layer, rope=None):
         x = x + self.attn(self.ln_1(x), texts, layer, rope)
+        if self.mlp.config.mlp_alone:
+            return self.mlp(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -145,7 +167,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
         if not config.tie:
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=config.head_bias)
         if self.wte.weight.device.type != "meta":
             self.init_weights()
 
@@ -154,13 +176,9 @@ class GPT(nn.Module):
         """Draw every weight from (seed, its name), so that neither the order nor a sharding changes it.
         copy_(parameter, whole tensor) may keep only a part of it."""
         for name, p in self.named_parameters():
-            whole, std = torch.empty(p.shape), init_std(name, self.config)
-            if std is None:
-                whole.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-                whole.normal_(0.0, std, generator=torch.Generator().manual_seed(key))
-            copy_(p, whole)
+            mean, std = init_mean_std(name, p.shape, self.config)
+            key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+            copy_(p, torch.empty(p.shape).normal_(mean, std, generator=torch.Generator().manual_seed(key)))
 
     def forward(self, idx, targets=None, *, pos=None, doc=None, branch=None, at=None, cache=None):
         """idx (B, T): rows, right padding only; or (n,): packed texts with pos, doc, branch (n,), as `Packed` says.
@@ -176,6 +194,8 @@ class GPT(nn.Module):
             if at is not None:
                 x = x.flatten(0, -2).index_select(0, at)
             head = self.wte.weight if c.tie else self.lm_head.weight
+            if c.head_bias:         # one more column of weights, whose input is 1
+                x, head = F.pad(x, (0, 1), value=1.0), torch.cat((head, self.lm_head.bias[:, None]), 1)
             if targets is not None:
                 return linear_logprobs(x, head, targets, c.softcap, c.vocab_size)
             logits = F.linear(x, head).float()[..., :c.vocab_size]
@@ -199,6 +219,9 @@ class GPT(nn.Module):
         rope = None
         if c.position == "learned":
             x = x + self.wpe(pos)
+        elif c.position == "sinusoidal":
+            angle = pos[:, None] * 10000.0 ** (-torch.arange(0, c.n_embd, 2, device=idx.device) / c.n_embd)     # (n, C/2)
+            x = x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
         else:
             freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=idx.device) / c.head_dim)
             angle = (pos[:, None] * freq)[:, None]                             # (n, 1, D/2)
@@ -220,11 +243,15 @@ class GPT(nn.Module):
         return 6 * (blocks + asked * c.padded_vocab * c.n_embd) + 12 * c.n_layer * c.n_embd * (length or c.block_size)
 
 
-def init_std(name, config):
-    """Standard deviation of a weight by its name; None for norms (1) and biases (0). GPT-2's table: what is added to
-    the residual stream is scaled down by the number of additions."""
-    if name.endswith("bias") or ".ln_" in "." + name or "_norm." in name:
-        return None
-    if name.endswith("c_proj.weight"):
-        return 0.02 / math.sqrt(2 * config.n_layer)
-    return 0.02
+def init_mean_std(name, shape, config):
+    """Mean and standard deviation of a parameter by its name: 1 for a norm's weight and 0 for biases, with no deviation but
+    `init_noise`. GPT-2's table: what is added to the residual stream is scaled down by the number of additions."""
+    if name.endswith("bias"):
+        mean, std = 0.0, 0.0
+    elif ".ln_" in "." + name or "_norm." in name:
+        mean, std = 1.0, 0.0
+    elif config.init_scheme == "glorot":
+        mean, std = 0.0, math.sqrt(2 / sum(shape))
+    else:
+        mean, std = 0.0, 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+    return mean, math.hypot(std, config.init_noise)

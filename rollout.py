@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import encode_rows, permutation, read_rows, read_stream, sha256, tokenizer, write_json, write_rows
+from data import encode_rows, longest_shared_prefix, permutation, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
 from eval import answer, held_out, length_accuracy, score
 from sample import respond
 
@@ -65,6 +65,8 @@ def collect(cfg, round, model, enc, device, dtype, say):
             for row, ref in zip(encoded, reference(cfg, round, split, model, encoded, device), strict=True):
                 row["ref"] = ref[:len(row["responses"])].tolist()
         result[split] = encoded
+    if cfg.calibration:
+        mark(result["train"], result["val"])
     done = os.path.join(folder, "collect.json")
     if cfg.stage != "sft" and parallel.rank() == 0 and not os.path.exists(done):
         write_json(done, {
@@ -77,9 +79,21 @@ def collect(cfg, round, model, enc, device, dtype, say):
     return result["train"], result["val"], report.get("val", {})
 
 
+def mark(train, val):
+    """What `eval.calibration` asks of validation rows: "seen", how many of a row's first tokens begin a training row too, and
+    "half", by a hash of its group, or else of itself."""
+    ids = [[row["prompt"] + row["responses"][0] for row in rows] for rows in (train, val)]
+    for row, whole, seen in zip(val, ids[1], longest_shared_prefix(ids[1], ids[0])):
+        row |= {"seen": seen, "half": int(split_of(f"half of {row.get('group', whole)}", 0.5) == "val")}
+    if len({row["half"] for row in val}) < 2:
+        raise SystemExit(f"calibration: all {len(val)} validation rows are of one half; it takes more groups")
+
+
 def source(cfg):
     """Rows of both splits: `max_rows` of training, a seeded choice; the same `eval_rows` of validation for everyone."""
     rows = read_rows(f"{cfg.data}/train.jsonl")
+    if cfg.stage == "spin" and not all(row["prompt"] for row in rows):
+        raise SystemExit(f"{cfg.data}/train.jsonl: rows that are whole texts have no prompt to play on")
     rows = [rows[i] for i in permutation(len(rows), cfg.seed, 0)[:cfg.max_rows or None]]
     return {"train": rows, "val": held_out(cfg.data, cfg.eval_rows)}
 

@@ -129,10 +129,10 @@ def prefill(model, prompts, coming):
 def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,
             **options):
     """Responses to prompts (strings) under the template and limits that training and scoring use -> (texts, ids).
-    A prompt that leaves no room gets None for both."""
+    A prompt that is empty or leaves no room gets None for both."""
     block_size = model.config.block_size
     prompts = [enc.encode_ordinary(template.replace("{prompt}", text))[-(max_prompt or block_size):] for text in texts]
-    fits = [i for i, p in enumerate(prompts) if len(p) < block_size]
+    fits = [i for i, p in enumerate(prompts) if texts[i] and len(p) < block_size]
     numbers = options.pop("numbers", range(len(texts)))
     ids = generate(model, [prompts[i] for i in fits], max_response or block_size, temperature, top_k, top_p, enc.eot_token,
                    torch.Generator().manual_seed(seed), numbers=[numbers[i] for i in fits], **options)

@@ -25,8 +25,8 @@ import config
 import parallel
 from config import per_round
 from data import batch_indices, batch_rows, read_meta, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path, write_json
-from eval import loss_metrics, ranking_metrics, run, score, stream_loss, stream_parts
-from loss import preference_loss, sequence_logprobs, taylor_nll
+from eval import evaluate, run, stream_parts
+from loss import focal_nll, preference_loss, sequence_logprobs, smoothed_nll, taylor_nll
 from model import GPT, GPTConfig
 from rollout import collect, prepare_teacher
 
@@ -37,23 +37,29 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "R
 # logps (N, T) of a batch's targets -> the loss summed over what is counted, and metrics summed alike
 
 
-def token_objective(logps, batch, cfg, beta):
-    """Next-token loss, counted by target token."""
+def token_objective(logps, batch, cfg, beta, order):
+    """Next-token loss, counted by target token. logps are the logits (N, T, V) where the loss needs them."""
     asked = batch["targets"] >= 0
-    return taylor_nll(logps[asked], cfg.taylor_order).sum(), {}
+    if needs_logits(cfg):
+        return smoothed_nll(logps[asked], batch["targets"][asked], cfg.label_smoothing, cfg.confidence_penalty).sum(), {}
+    return (focal_nll(logps[asked], cfg.focal) if cfg.focal else taylor_nll(logps[asked], order)).sum(), {}
 
 
-def ranking_objective(logps, batch, cfg, beta):
+def needs_logits(cfg):
+    return cfg.stage in ("pretrain", "sft") and bool(cfg.label_smoothing or cfg.confidence_penalty)
+
+
+def ranking_objective(logps, batch, cfg, beta, order):
     """Preference loss, counted by prompt."""
     B, K = batch["present"].shape
     policy = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
-    return sum_over_rows(policy, batch, cfg, beta)
+    return sum_over_rows(policy, batch, cfg, beta, order)
 
 
-def sum_over_rows(policy, batch, cfg, beta):
+def sum_over_rows(policy, batch, cfg, beta, order):
     loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, cfg.kind, ranks=batch["ranks"],
                                     depth=cfg.depth or None, label_smoothing=cfg.label_smoothing,
-                                    taylor_order=cfg.taylor_order, nll_coef=cfg.nll_coef, margin=cfg.margin, lengths=batch["lengths"])
+                                    taylor_order=order, nll_coef=cfg.nll_coef, margin=cfg.margin, lengths=batch["lengths"])
     B = len(policy)
     return loss * B, {name: value * B for name, value in metrics.items()}
 
@@ -92,6 +98,11 @@ def prefetch(make, steps):
         for step in steps:
             now, coming = coming or thread.submit(make, step), thread.submit(make, step + 1) if step + 1 in steps else None
             yield now.result()
+
+
+def taylor_order(cfg, step, steps):
+    """n of T_n at a step."""
+    return cfg.taylor_order if cfg.taylor_end is None else cfg.taylor_order + (cfg.taylor_end - cfg.taylor_order) * step / max(1, steps - 1)
 
 
 def steps_of_round(cfg, train):
@@ -149,7 +160,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
     loader = prefetch(lambda step: list(micro_batches(cfg, round, step, train, model.config, device, enc.eot_token)), range(start, steps))
     for step in range(start, steps + 1):
         if (step % cfg.eval_interval == 0 or step == steps) and (step > start or not start):
-            log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, round, model, val, device, enc.eot_token))
+            log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, beta, model, val, device, enc.eot_token))
         if (step % cfg.save_interval == 0 or step == steps) and step > start:
             checkpoint.save(cfg.out_dir, round, step, model, optimizers, cfg, enc, tokenizer_name)
         if step == steps:
@@ -166,8 +177,8 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         sums = {}
         for j, batch in enumerate(batches):
             parallel.sync_gradients(model, j == len(batches) - 1)
-            logps, batch = run(model, batch, device)
-            loss, metrics = objective(logps, batch, cfg, beta)
+            logps, batch = run(model, batch, device, needs_logits(cfg))
+            loss, metrics = objective(logps, batch, cfg, beta, taylor_order(cfg, step, steps))
             (loss * parallel.world() / count).backward()        # FSDP means gradients over the ranks
             for name, value in ({"loss": loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -202,7 +213,7 @@ def check_start(cfg, round, record, batches, beta, count, model, log):
     """At a round's first step the policy is its reference: every implicit reward is 0 and the ranking's nll, if it is full,
     ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is)."""
     device = next(model.parameters()).device
-    expected = parallel.total([sum(sum_over_rows(b["ref"], b, cfg, beta)[0] for b in batches)], device)[0] / count
+    expected = parallel.total([sum(sum_over_rows(b["ref"], b, cfg, beta, cfg.taylor_order)[0] for b in batches)], device)[0] / count
     off = abs(record["loss"] - expected)
     log({"kind": "start", "round": round, "step": 0, "loss": record["loss"], "expected": expected, "ranking": record["nll"], "off": off})
     if off > (1e-4 if parallel.compute_dtype(cfg, device) == torch.float32 else 0.05) and not model.config.dropout:
@@ -215,21 +226,6 @@ def rows_of(cfg, round, step, train, enc):
     if cfg.stage == "pretrain":
         return "windows of the stream"
     return [enc.decode(train[i]["prompt"])[-60:] for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step)]
-
-
-def evaluate(cfg, round, model, val, device, eot):
-    """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
-    if cfg.stage == "pretrain":
-        return {"val_loss": stream_loss(model, val, cfg, device, eot if cfg.documents_apart else None)}
-    logps = score(model, val, parallel.micro_batch_tokens(cfg, device), device, layout=cfg.layout)
-    if cfg.stage == "sft":
-        return loss_metrics(logps, val)
-    K = logps.shape[1]
-    refs = np.array([row["ref"] + [0.0] * (K - len(row["ref"])) for row in val], dtype=np.float32)
-    rows = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])),
-                   "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in val]
-    names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
-    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round), names)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -382,7 +378,7 @@ def line(record, steps=None):
         mfu = "-" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         return (f"{head} | loss {record['loss']:.4f}{acc} | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms "
                 f"| {record['tokens_per_second'] / 1000:.1f}k tok/s | mfu {mfu}")
-    rest = {k: v for k, v in record.items() if k not in ("kind", "round", "step", "seconds")}
+    rest = {k: v for k, v in record.items() if k not in ("kind", "round", "step", "seconds") and not isinstance(v, list)}
     return f"{head} | {record['kind']}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
 
 

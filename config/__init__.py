@@ -43,6 +43,12 @@ class Config:
     tie: bool | None = None
     qk_norm: bool | None = None
     softcap: float | None = None
+    head_bias: bool | None = None
+    attn_proj: bool | None = None
+    attn_scale: str | None = None
+    mlp_alone: bool | None = None
+    init_scheme: str | None = None
+    init_noise: float | None = None
     dropout: float | None = None        # the one that may differ from the checkpoint's
 
     # the data
@@ -85,14 +91,18 @@ class Config:
     kind: str = "pl"                    # pl (DPO, SPIN) | pairs | ipo | simpo | orpo: loss.preference_loss
     margin: float = 0.0                 # simpo's
     depth: int = 0                      # terms of the ranking that count; 0: all
-    label_smoothing: float = 0.0        # weight of the reversed ranking (cDPO)
+    label_smoothing: float = 0.0        # weight of the reversed ranking (cDPO), or of the uniform distribution over tokens
     nll_coef: float = 0.0               # weight of next-token loss on the best response (RPO)
     taylor_order: float = 0.0           # n of T_n, for tokens and rankings; 0: -log p
+    taylor_end: float | None = None     # if given, n goes there in a straight line over the round's steps
+    focal: float = 0.0                  # tokens: gamma of focal loss
+    confidence_penalty: float = 0.0     # tokens: weight of minus the entropy
 
     # what is watched, kept and said
     eval_interval: int = 100            # steps; the last step is always evaluated
     eval_batches: int = 20              # pretrain: batches of the validation stream
     eval_rows: int = 256                # validation rows
+    calibration: bool = False           # sft: also accuracy, calibration, one fitted temperature, tokens that training had: eval.calibration
     save_interval: int = 200            # steps; the last step is always saved
     log_interval: int = 1               # steps a printed line; metrics.jsonl has every step
     wandb: str = "off"                  # off | online | offline
@@ -108,9 +118,10 @@ CHOICES = {
 AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
             "log_interval": 1, "gen_batch_size": 1}
 NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_tokens",
-                "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order"]
+                "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty"]
 MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
-         "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "dropout"]
+         "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
+         "init_scheme", "init_noise", "dropout"]
 
 
 def load(argv):
@@ -199,7 +210,14 @@ def check(cfg):
     for name in NOT_NEGATIVE:
         must(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     must(0 < cfg.top_p <= 1, f"top_p must be in (0, 1], got {cfg.top_p}")
-    must(cfg.taylor_order <= 20, f"taylor_order must be at most 20, got {cfg.taylor_order}")
+    for n in (cfg.taylor_order, cfg.taylor_end or 0.0):
+        must(0 <= n <= 20, f"taylor_order and taylor_end must be in [0, 20] (at most 20), got {n}")
+    if cfg.stage in ("pretrain", "sft"):
+        used = [name for name in ("taylor_order", "focal", "label_smoothing", "confidence_penalty") if getattr(cfg, name) or name == "taylor_order" and cfg.taylor_end]
+        must(len(used) <= 1, f"{' and '.join(used)} are each a token loss of its own: set one")
+    else:
+        must(not (cfg.focal or cfg.confidence_penalty), "focal and confidence_penalty are token losses, of pretrain and sft")
+    must(not cfg.calibration or cfg.stage == "sft", "calibration is measured in stage sft alone")
     must(0 <= cfg.warmup <= 1 and 0 <= cfg.min_lr <= 1, "warmup and min_lr are shares, in [0, 1]")
     must(0 <= cfg.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {cfg.label_smoothing}")
     must(len(cfg.adam_betas) == 2 and all(0 <= b < 1 for b in cfg.adam_betas), "adam_betas must be two numbers in [0, 1)")

@@ -2,9 +2,11 @@
 
 A data folder holds
     {train,val}.bin      a token stream: uint16, or uint32 above 65,535 tokens; documents end in end-of-text
-    {train,val}.jsonl    ranked rows: {"prompt": str, "responses": [best, ..., worst], "group": str?, "scores": [float]?}
+    {train,val}.jsonl    ranked rows: {"prompt": str, "responses": [best, ..., worst], "group": str?, "scores": [float]?},
+                         or whole texts: {"text": str, "group": str?}, a response without a prompt or template
     meta.json            written last: tokenizer, vocabulary, dtype, sizes, source, sha256 of each file
 """
+import bisect
 import functools
 import glob
 import hashlib
@@ -77,7 +79,8 @@ def tokenizer_path(folder, name):
 
 def prepare_command(folder):
     """What makes this folder: its own prepare.py, or what the header of a file in config/ says."""
-    here, name = os.path.dirname(os.path.abspath(__file__)), os.path.basename(os.path.normpath(folder))
+    here = os.path.dirname(os.path.abspath(__file__))
+    name = os.path.relpath(os.path.abspath(folder), here).split(os.sep)[0]
     script = os.path.join(here, name, "prepare.py")
     if os.path.exists(script):
         with open(script, encoding="utf-8") as f:
@@ -147,7 +150,10 @@ def check_row(row, where):
     def must(ok, message):
         if not ok:
             raise SystemExit(f"{where}: {message}")
-    must(isinstance(row, dict), "a row must be an object with prompt and responses")
+    must(isinstance(row, dict), "a row must be an object with prompt and responses, or a text")
+    if "text" in row:
+        must(isinstance(row["text"], str) and row["text"].strip() and is_unicode(row["text"]), "text must be a Unicode string that is not empty")
+        return {"prompt": "", "responses": [row["text"]]} | ({"group": row["group"]} if "group" in row else {})
     must(isinstance(row.get("prompt"), str) and row["prompt"].strip(), "prompt must be a string that is not empty")
     responses = row.get("responses")
     must(isinstance(responses, list) and responses and all(isinstance(r, str) or r is None for r in responses),
@@ -168,15 +174,15 @@ def check_row(row, where):
 def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
     """Rows to ids under one template and one set of limits, the same for every player.
 
-    A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int]}; a response is encode(text) + [eot], cut at
+    A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int], "group": its group?}; a response is encode(text) + [eot], cut at
     its end (then it has no eot), a prompt is cut at its start. Responses that come with "ids" were sampled: taken as
-    they are. Returns the rows, None for those whose prompt leaves no room, and counts of what was cut and dropped.
+    they are; a whole text has no prompt and no template. Returns the rows, None for those whose prompt leaves no room, and counts of what was cut and dropped.
     """
     max_prompt, max_response = max_prompt or block_size, max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
     encoded = []
     for row in rows:
-        prompt = enc.encode_ordinary(template.replace("{prompt}", row["prompt"]))
+        prompt = enc.encode_ordinary(template.replace("{prompt}", row["prompt"])) if row["prompt"] else []
         room = min(max_response, block_size - min(max_prompt, len(prompt)))
         if room < 1:
             counts["dropped"] += 1
@@ -192,8 +198,17 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
             responses.append(None if ids is None else ids[:room])
         scores = row.get("scores") or range(len(responses), 0, -1)
         ranks = [sum(better > s for better in scores) for s in scores]
-        encoded.append({"prompt": prompt, "responses": responses, "ranks": ranks})
+        encoded.append({"prompt": prompt, "responses": responses, "ranks": ranks} | ({"group": row["group"]} if "group" in row else {}))
     return encoded, counts
+
+
+def longest_shared_prefix(texts, others):
+    """For each of some texts (lists of ids) how many of its first tokens begin one of the others too."""
+    ordered, shared = sorted(others), []
+    for ids in texts:
+        i = bisect.bisect(ordered, ids)         # of all others a neighbour in their order shares most
+        shared.append(max(len(os.path.commonprefix([ids, other])) for other in ordered[max(0, i - 1):i + 1]))
+    return shared
 
 
 INPUTS = ("idx", "targets", "pos", "doc", "branch", "at")        # what of a batch model.GPT.forward takes

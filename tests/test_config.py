@@ -26,7 +26,9 @@ def test_files_overrides_and_inheritance(tmp_path):
     (["--stage=spin", "--init=x", "--rounds=3", "--lr=[1,2]"], "2 values for 3 rounds"), (["--stage=spin", "--init=x", "--players=data,teacher,self"], "teacher"),
     (["--stage=spin", "--init=x", "--teacher=y"], "teacher"), (["--stage=spin", "--init=x", "--players=self,data"], "begin with data"),
     (["--stage=spin", "--init=x", "--players=data,selfie"], "players are"), (["--stage=spin", "--init=x", "--players=data,self-1"], "must name self"),
-    (["--label_smoothing=0.5", "--max_steps=1"], "label_smoothing"), (["--seed=-1"], "seed must not"), (["--taylor_order=21"], "at most 20"), (["nothing.py"], "No such file"), (["--lr=0", "--max_steps=1"], "above 0")])
+    (["--label_smoothing=0.5", "--max_steps=1"], "label_smoothing"), (["--seed=-1"], "seed must not"), (["--taylor_order=21"], "at most 20"), (["--taylor_end=-1"], "taylor_end"),
+    (["--max_steps=1", "--focal=1", "--taylor_order=1"], "taylor_order and focal"), (["--max_steps=1", "--label_smoothing=0.1", "--taylor_end=1"], "set one"),
+    (["--stage=spin", "--init=x", "--focal=1"], "token losses"), (["--max_steps=1", "--calibration=True"], "stage sft"), (["nothing.py"], "No such file"), (["--lr=0", "--max_steps=1"], "above 0")])
 def test_mistakes_are_one_line(args, message):
     with pytest.raises(SystemExit) as e:
         load(args)
@@ -50,7 +52,7 @@ def test_as_a_user_sees_it():
 
 def test_every_file_in_config_loads_and_says_how_it_is_run():
     files = sorted(f for f in os.listdir("config") if f.endswith(".py") and f != "__init__.py")
-    for name in ("pretrain_gpt2", "sft_ultrachat", "spin_k2", "spin_k3", "spin_k3_gsm8k"):
+    for name in ("pretrain_gpt2", "sft_ultrachat", "spin_k2", "spin_k3", "spin_k3_gsm8k", "tn_shp_first", "tn_shp_later", "tn_shp_clean"):
         assert f"{name}.py" in files
     for file in files:
         load([f"config/{file}"])

@@ -10,7 +10,7 @@ import torch
 
 import data
 from conftest import SHARED
-from data import batch_indices, batch_rows, encode_rows, read_rows, read_stream, row_tokens, split_by_tokens, split_of, stream_batch, tokenizer
+from data import batch_indices, batch_rows, encode_rows, longest_shared_prefix, read_rows, read_stream, row_tokens, split_by_tokens, split_of, stream_batch, tokenizer
 
 BYTES = tokenizer.load("bytes")
 EOT = 256
@@ -161,8 +161,9 @@ def test_bad_encodings_and_missing_files(tmp_path):
     with pytest.raises(SystemExit, match="make it with: python -m data.jsonl.prepare"):
         data.read_meta(str(tmp_path / "nothing"), [])
     with pytest.raises(SystemExit, match="make it with: python -m data.pydocs.prepare"):
-        data.read_meta(str(tmp_path / "pydocs"), [])
+        data.read_meta("data/pydocs", ["nothing.bin"])
     assert data.prepare_command("data/gsm8k").endswith("--where=source=gsm8k --authors=human,175b_verification")      # from the config's header
+    assert data.prepare_command("data/shp/group") == "python -m data.shp.prepare"
     assert data.prepare_command("data/shakespeare").endswith("FILE") and data.prepare_command("x/y").endswith("--out=x/y")
     with pytest.raises(SystemExit, match="Not a directory"):
         data.read_meta(str(tmp_path / "a.jsonl"), [])
@@ -229,6 +230,71 @@ def test_pydocs_reads_without_importing(tmp_path):
     found = dict((name, (signature, doc)) for name, signature, doc in documented("m", str(path)))
     assert found["m"] == (None, "Module text.") and found["m.A.f"][0] == "self, x: int=1, *a"
     assert summary(found["m.A.f"][1]) == "Return x, or what else." and summary("x") is None
+
+
+def test_longest_shared_prefix_against_every_pair():
+    rng = np.random.default_rng(0)
+    texts, others = ([rng.integers(0, 3, rng.integers(1, 9)).tolist() for _ in range(60)] for _ in range(2))
+    slow = [max(next((i for i, (a, b) in enumerate(zip(t, o)) if a != b), min(len(t), len(o))) for o in others) for t in texts]
+    assert longest_shared_prefix(texts, others) == slow and max(slow) > 3 and min(slow) < 3
+
+
+def test_whole_texts():
+    """Every token but the first is asked, whatever the template; a text that fits ends in end-of-text."""
+    rows, counts = encode([data.check_row({"text": "abcd", "group": "g"}, ""), data.check_row({"text": "x" * 40}, "")])
+    assert rows[0] == {"prompt": [], "responses": [[*b"abcd", EOT]], "ranks": [0], "group": "g"} and counts["responses cut"] == 1
+    batch = batch_rows(rows)
+    assert batch["targets"].tolist() == [*b"bcd", EOT] + [ord("x")] * 31 and batch["lengths"].tolist() == [[4], [31]]
+    for bad in ({"text": ""}, {"text": 3}, {"text": "\ud800"}):
+        with pytest.raises(SystemExit, match="text must be"):
+            data.check_row(bad, "")
+
+
+def shp_rows(posts=40):
+    """Rows of SHP's schema: three comments a post, the pairs A, B in the published columns."""
+    return [{"post_id": f"p{i}", "domain": "ask", "history": f"Question {i}: " + "why is that so " * 6, "human_ref_A": f"comment {a} of {i}", "human_ref_B": f"comment {b} of {i}",
+             "labels": int(a < b), "score_A": 9 - a, "score_B": 9 - b} for i in range(posts) for a, b in ((0, 1), (2, 0), (1, 2))]
+
+
+def test_shp_by_row_and_by_post(tmp_path):
+    """The hub's path on a local stand-in of its schema, local ranked rows, and docstrings: the split by post parts the posts, the
+    split by row leaks nearly every validation text, and both hold the same texts."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shp_rows()))
+    ranked = [{"prompt": f"Question {i}: " + "why is that so " * 6, "group": f"p{i}", "source": "stackexchange/ask",
+               "responses": [{"text": f"comment {k} of {i}", "score": 9 - k} for k in range(3)]} for i in range(40)] + [{"prompt": "sum", "response": "1", "source": "gsm8k"}]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    kept = {}
+    for name, args in (("hub", [f"--hub={tmp_path}/hub"]), ("local", [f"{tmp_path}/ranked.jsonl"]), ("surrogate", ["--surrogate", "--rows=300"])):
+        done = prepare("shp", *args, f"--out={tmp_path}/{name}", "--tokenizer=bytes")
+        assert done.returncode == 0, done.stderr
+        for split in ("row", "group"):
+            rows = {side: read_rows(f"{tmp_path}/{name}/{split}/{side}.jsonl") for side in ("train", "val")}
+            kept[name, split] = sorted(row["responses"][0] for side in rows.values() for row in side)
+            both = {row["group"] for row in rows["train"]} & {row["group"] for row in rows["val"]}
+            leaks = data.read_meta(f"{tmp_path}/{name}/{split}", ["train.jsonl", "val.jsonl"])["leaks"]
+            starts = {row["responses"][0].encode()[:64] for row in rows["train"]}
+            assert leaks == pytest.approx(np.mean([row["responses"][0].encode()[:64] in starts for row in rows["val"]]))
+            assert (not both and leaks < 0.05) if split == "group" else (both and leaks > 0.8), (name, split, leaks)
+    assert all(kept[name, "row"] == kept[name, "group"] for name in ("hub", "local", "surrogate"))
+    assert kept["hub", "row"] == kept["local", "row"] and len(kept["hub", "row"]) == 120
+    assert any("comment 0 of 3" in text for text in kept["hub", "row"]) and not any("comment 2 of 3" in text for text in kept["hub", "row"])
+
+
+def test_shp_refusals(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text('{"prompt": "a"}\n')
+    for args, message in (([f"--hub={tmp_path}/hub"], "its rows have no"), ([f"--hub={tmp_path}/nothing"], "could not read it"), ([f"{tmp_path}/no.jsonl"], "No such file"), (["--surrogate", "--rows=1"], "too few")):
+        done = prepare("shp", *args, f"--out={tmp_path}/out", "--tokenizer=bytes")
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists(f"{SHARED}/ranked.jsonl.gz"), reason="the shared rows are not at hand")
+def test_the_row_split_of_real_threads_leaks(tmp_path):
+    for split, least, most in (("row", 0.9, 1.0), ("group", 0.0, 0.02)):
+        done = prepare("shp", f"{SHARED}/ranked.jsonl.gz", "--rows=1000", "--tokenizer=bytes", f"--out={tmp_path}", f"--split={split}")
+        assert done.returncode == 0, done.stderr
+        assert least <= data.read_meta(f"{tmp_path}/{split}", [])["leaks"] <= most
 
 
 def test_jsonl_takes_every_form(tmp_path):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import plot
 from conftest import read_metrics
 from data import encode_rows, read_rows, tokenizer
-from eval import answer, f1, length_accuracy, ranking_metrics, sample_metrics, score, win_rate
+from eval import answer, calibration, distributions, expected_calibration_error, f1, fit_temperature, length_accuracy, ranking_metrics, reliability, sample_metrics, score, win_rate
 
 BYTES = tokenizer.load("bytes")
 
@@ -43,6 +44,55 @@ def test_ranking_metrics_by_hand():
     assert m["logp/data"] == -3.5 and m["logp/self"] == -9.0 and m["kl_from_ref"] == 5.0
     first = math.log(1 + math.exp(-.5) + math.exp(-3)) + math.log(1 + math.exp(-2.5))
     assert abs(m["rank_nll"] - (first + math.log(1 + math.exp(1.5))) / 2) < 1e-12
+
+
+def slow_distributions(model, rows, temperature):
+    """Token by token, float64: (logp of the target, greatest probability, whether right, entropy)."""
+    found = []
+    for row in rows:
+        ids = row["prompt"] + row["responses"][0]
+        logps = (model(torch.tensor([ids]))[0].double() / temperature).log_softmax(-1)
+        for t in range(max(1, len(row["prompt"])), len(ids)):
+            p = logps[t - 1].exp()
+            found.append((logps[t - 1, ids[t]].item(), p.max().item(), float(p.argmax() == ids[t]), -(p * logps[t - 1]).sum().item()))
+    return np.array(found).T
+
+
+@torch.no_grad()
+def test_calibration_token_by_token(tiny_runs):
+    """Every figure against loops over single tokens; the temperature against a grid."""
+    model, enc, _ = checkpoint.load_model(tiny_runs["pretrain"])
+    texts = [{"text": "the model reads " * 2 + f"{i} and stops"} for i in range(6)] + [{"prompt": "Q", "responses": ["the loss falls", "no"]}]
+    rows, _ = encode_rows([data.check_row(row, "") for row in texts], enc, "<{prompt}>", 64)
+    for i, row in enumerate(rows):
+        row |= {"half": i % 2, "seen": 9 * (i % 3)}
+    device = torch.device("cpu")
+    for temperature in (1.0, 2.5):
+        fast = distributions(model, rows, 50, device, temperature)
+        for name, values in zip(("logp", "top", "right", "entropy"), slow_distributions(model, rows, temperature)):
+            np.testing.assert_allclose(fast[name], values, rtol=1e-4, atol=1e-5)
+    grid = [2 ** (i / 40) for i in range(-80, 120)]
+    losses = [-slow_distributions(model, rows, t)[0].mean() for t in grid[::10]]
+    fitted = fit_temperature(model, rows, 50, device)
+    assert -slow_distributions(model, rows, fitted)[0].mean() <= min(losses) + 1e-6
+    figures = calibration(model, rows, 50, device)
+    logp, top, right, entropy = slow_distributions(model, rows, 1.0)
+    half = np.concatenate([[row["half"]] * (len(row["responses"][0]) - (not row["prompt"])) for row in rows])
+    seen = np.concatenate([[t < row["seen"] for t in range(max(1, len(row["prompt"])), len(row["prompt"] + row["responses"][0]))] for row in rows])
+    expected = {"val_loss": -logp.mean(), "tune_loss": -logp[half == 0].mean(), "test_loss": -logp[half == 1].mean(), "acc": right[half == 1].mean(),
+                "seen_loss": -logp[seen].mean(), "new_loss": -logp[~seen].mean(), "seen_share": seen.mean(), "entropy": entropy[half == 1].mean(),
+                "entropy_wrong": entropy[(half == 1) & (right == 0)].mean(),
+                "test_loss_t": -slow_distributions(model, rows, figures["temperature"])[0][half == 1].mean()}
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-4), name
+    assert figures["temperature"] == pytest.approx(fit_temperature(model, rows[::2], 50, device), rel=1e-6)
+    assert figures["tune_loss_t"] <= figures["tune_loss"]
+
+
+def test_calibration_error_by_hand():
+    curve = reliability(np.array([0.05, 0.06, 0.9, 1.0, 0.95]), np.array([0, 1, 1, 1, 0]))
+    assert [n for _, _, n in curve] == [2, 1, 2] and curve[0][:2] == [pytest.approx(0.055), 0.5] and curve[2][:2] == [pytest.approx(0.975), 0.5]
+    assert expected_calibration_error(curve) == pytest.approx((2 * 0.445 + 0.1 + 2 * 0.475) / 5)
 
 
 def test_answers_and_overlap():

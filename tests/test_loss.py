@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import linear_logprobs, plackett_luce, preference_loss, sequence_logprobs, taylor_nll
+from loss import focal_nll, linear_logprobs, plackett_luce, preference_loss, sequence_logprobs, smoothed_nll, taylor_nll
 
 torch.manual_seed(0)
 EPS32, EPS64 = 2**-23, 2**-52
@@ -204,6 +204,52 @@ def test_taylor_nll_near_zero_drops_the_first_terms(order):
     q = -torch.expm1(logps)
     direct = -logps - sum(q**j / j for j in range(1, order + 1))
     torch.testing.assert_close(taylor_nll(logps, order), direct, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [0.5, 1, 2, 4, 7.3])
+def test_taylor_nll_against_its_integral(order):
+    """The integral from p to 1 of (1-u)^n / u du in 40 digits, for p from 1e-12 to 1 - 1e-12, real n too."""
+    import mpmath
+    mpmath.mp.dps = 40
+    near_one = [-mpmath.mpf(10) ** -k for k in range(1, 13)]            # log p = log(1 - q) is about -q
+    for x in [mpmath.log(mpmath.mpf(10) ** -k) for k in range(1, 13)] + near_one + [mpmath.log(0.5) - 1e-9, mpmath.log(0.5) + 1e-9]:
+        x = mpmath.mpf(float(x))                                        # what a float64 holds
+        p, q = mpmath.exp(x), -mpmath.expm1(x)
+        exact = q ** (order + 1) / (order + 1) * mpmath.hyp2f1(1, order + 1, order + 2, q)
+        if 1e-3 < p < 0.5:
+            assert abs(mpmath.quad(lambda u: (1 - u) ** order / u, [p, 1]) / exact - 1) < 1e-12
+        value = taylor_nll(torch.tensor([float(x)], dtype=torch.float64), order).item()
+        # up to p = 1/2 the series for small p subtracts terms of the order of 1; beyond it nothing cancels
+        assert abs(value - exact) < 1e-14 * exact + (2e-15 if p <= 0.5 else 0), (order, float(x))
+
+
+@pytest.mark.parametrize("order", [0.5, 1, 2, 4])
+def test_a_tokens_gradient_is_cross_entropys_times_a_power(order):
+    """Through the whole softmax: dT_n / dlogits = (1-p)^n dT_0 / dlogits, token by token."""
+    logits = torch.randn(50, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+    logps = logits.log_softmax(-1)[:, 4]
+    plain, = torch.autograd.grad(-logps.sum(), logits, retain_graph=True)
+    bent, = torch.autograd.grad(taylor_nll(logps, order).sum(), logits)
+    torch.testing.assert_close(bent, plain * (1 - logps.exp().detach())[:, None] ** order, rtol=1e-12, atol=1e-15)
+
+
+def test_what_t_n_is_compared_with():
+    logits = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(2)
+    targets = torch.arange(40) % 7
+    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(smoothed_nll(logits, targets), plain)
+    smooth = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(smoothed_nll(logits, targets, 0.2), smooth, rtol=1e-12, atol=1e-12)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(smoothed_nll(logits, targets, 0.0, 0.3), plain - 0.3 * entropy, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(focal_nll(-plain, 2.0), (1 - torch.exp(-plain)) ** 2 * plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(focal_nll(-plain, 0.0), plain)
+    logps = (-plain).requires_grad_()         # as focal_nll says: T_gamma's gradient and its extra term
+    grad, = torch.autograd.grad(focal_nll(logps, 2.0).sum(), logps)
+    p = logps.exp().detach()
+    torch.testing.assert_close(grad, -(1 - p) ** 2 + 2 * (1 - p) * p * logps.detach(), rtol=1e-10, atol=1e-12)
+    certain = torch.zeros(3, requires_grad=True)
+    assert torch.isfinite(torch.autograd.grad(focal_nll(certain, 0.5).sum(), certain)[0]).all()
 
 
 def test_taylor_nll_edges():

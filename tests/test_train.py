@@ -12,8 +12,8 @@ import checkpoint
 import config
 import rollout
 import train
-from conftest import TINY, final_weights, read_metrics
-from data import read_rows
+from conftest import TINY, WORDS, final_weights, read_metrics
+from data import read_rows, write_meta, write_rows
 
 
 def spin_args(runs, data, out, *more):
@@ -242,12 +242,24 @@ CHANGES = {"pretrain": TINY + ["--batch_size=8", "--micro_batch_tokens=256"], "s
            "spin": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_tokens=256"]}
 
 
+def texts(folder):
+    """A data folder of whole texts, many of a group beginning alike, in bytes."""
+    rows = [{"text": f"post {i // 4} about {WORDS[i // 4 % 12]}\n\ncomment {i} {WORDS[i % 7]}", "group": f"{i // 4}"} for i in range(80)]
+    write_rows(f"{folder}/train.jsonl", rows[:48] + rows[50:64])
+    write_rows(f"{folder}/val.jsonl", rows[48:50] + rows[64:])
+    write_meta(str(folder), "bytes", "made up", train_rows=62, val_rows=18)
+    return str(folder)
+
+
 @pytest.mark.parametrize("file", sorted(os.path.basename(f) for f in glob.glob("config/*.py") if "__init__" not in f))
 def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
     cfg = config.load([f"config/{file}"])
     args = [f"config/{file}", f"--data={tiny_data}", f"--out_dir={tmp_path}/run", "--max_steps=3", "--device=cpu", "--dtype=float32", "--eval_rows=8", "--eval_batches=1",
             "--compile=False", *CHANGES[cfg.stage]]
-    if cfg.stage != "pretrain":
+    if file.startswith("tn_"):          # of whole texts, from scratch
+        args[1] = f"--data={texts(tmp_path)}"
+        args += ["--n_embd=32", "--n_head=2", "--block_size=32", "--eval_interval=2"]
+    elif cfg.stage != "pretrain":
         args += [f"--init={tiny_runs['pretrain' if cfg.stage == 'sft' else 'sft']}", "--max_prompt=40", "--max_response=16"]
         args += [f"--teacher={tiny_runs['pretrain']}"] if cfg.teacher not in ("", "rows") else []
     elif cfg.n_kv_head:
@@ -256,6 +268,32 @@ def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
     train.main(args)
     assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * cfg.rounds
     assert all(math.isfinite(r["loss"]) for r in read_metrics(f"{tmp_path}/run", "step"))
+
+
+def test_taylor_order_on_a_schedule(tmp_path):
+    cfg = config.load(["--max_steps=5", "--taylor_order=2", "--taylor_end=0"])
+    assert [train.taylor_order(cfg, step, 5) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert train.taylor_order(config.load(["--max_steps=5", "--taylor_order=0.5"]), 3, 5) == 0.5
+    args = ["config/tn_shp_clean.py", f"--data={texts(tmp_path)}", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--max_steps=4", "--device=cpu", "--batch_size=8"]
+    first = {}
+    for name, more in (("ends", ["--taylor_order=2", "--taylor_end=0"]), ("T_2", ["--taylor_order=2"]), ("T_0", [])):
+        train.main([*args, f"--out_dir={tmp_path}/{name}", *more])
+        first[name] = [r["loss"] for r in read_metrics(f"{tmp_path}/{name}", "step")]
+    assert first["ends"][0] == first["T_2"][0] < first["T_0"][0] and first["ends"][2] > first["T_2"][2]
+
+
+@pytest.mark.parametrize("loss", ["--focal=2", "--label_smoothing=0.1", "--confidence_penalty=0.2", "--taylor_order=1", "--taylor_order=0"])
+def test_each_token_loss_learns_and_says_its_calibration(loss, tmp_path):
+    """Plain cross-entropy on validation texts falls from uniform's; micro-batches do not change the loss."""
+    args = ["config/tn_shp_clean.py", f"--data={texts(tmp_path)}", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--max_steps=12", "--device=cpu", "--batch_size=8",
+            "--lr=1e-2", "--eval_interval=6", loss]
+    train.main([*args, f"--out_dir={tmp_path}/run"])
+    train.main([*args, f"--out_dir={tmp_path}/parts", "--micro_batch_tokens=64"])
+    evals = read_metrics(f"{tmp_path}/run", "eval")
+    assert [r["step"] for r in evals] == [0, 6, 12] and evals[-1]["val_loss"] < evals[0]["val_loss"] - 1
+    assert {"test_loss_t", "ece", "temperature", "seen_loss", "new_loss", "entropy_wrong", "reliability"} <= set(evals[-1])
+    a, b = ([r["loss"] for r in read_metrics(f"{tmp_path}/{name}", "step")] for name in ("run", "parts"))
+    assert a == pytest.approx(b, rel=1e-4)
 
 
 def refused(args):
