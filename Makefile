@@ -1,6 +1,7 @@
 # make demo         the whole pipeline on this machine, to out/demo/report.md
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
+# make figures-tn   the T_n study, to results/tn/report.md; RANKED=ranked.jsonl.gz of real threads, else docstrings; FULL=1 the original size
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: pipeline demo demo-seeds test bench
+.PHONY: pipeline demo demo-seeds test bench figures-tn figures-tn-runs
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +41,37 @@ demo: pipeline
 demo-seeds:
 	for seed in 1 2 3; do $(MAKE) pipeline OUT=out/demo_seeds/$$seed SEED=$$seed || exit 1; done
 	$(PY) plot.py report out/demo_seeds/1 out/demo_seeds/2 out/demo_seeds/3
+
+# The T_n study: a line of arguments a run, two runs at a time with a thread each; one that is finished says so. FULL: one at a time
+# at the sizes that the config files have, on the hub's SHP.
+TN ?= out/tn
+JOBS = $(if $(FULL),1,2)
+SMALL = $(if $(FULL),data/shp,data/shp/small)
+LARGE = $(if $(FULL),data/shp,data/shp/large)
+TN_LATER = $(if $(FULL),,--n_head=2 --block_size=64 --batch_size=10 --lr=2e-3 --eval_interval=200 --eval_rows=110 --max_steps=2400)
+TN_GROUP = $(if $(FULL),,--eval_interval=50 --max_steps=800)
+TN_CLEAN = $(if $(FULL),,--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --lr=2e-3 --eval_interval=25 --eval_rows=100 --max_steps=400)
+BASELINES = dropout=0.1 weight_decay=1.0 label_smoothing=0.1 focal=2 confidence_penalty=0.1
+
+data/shp/small/group/meta.json data/shp/large/group/meta.json: data/shp/%/group/meta.json: | .venv/ready
+	$(PY) -m data.shp.prepare $(or $(RANKED),--surrogate) --rows=$(if $(findstring small,$*),500,2400) --tokenizer=bpe --vocab_size=1024 --out=data/shp/$*
+data/shp/group/meta.json: | .venv/ready
+	$(PY) -m data.shp.prepare
+
+figures-tn-runs: $(SMALL)/group/meta.json $(LARGE)/group/meta.json
+	for seed in 1 2 3; do \
+		for n in 0 0.5 1 2 4; do \
+			echo config/tn_shp_later.py --data=$(SMALL)/row $(TN_LATER) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later/row/T_$$n/$$seed; \
+			echo config/tn_shp_later.py --data=$(SMALL)/group $(TN_LATER) $(TN_GROUP) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later/group/T_$$n/$$seed; \
+			echo config/tn_shp_clean.py --data=$(LARGE)/group $(TN_CLEAN) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/clean/group/T_$$n/$$seed; \
+		done; \
+		for baseline in $(BASELINES); do \
+			echo config/tn_shp_clean.py --data=$(LARGE)/group $(TN_CLEAN) --$$baseline --seed=$$seed --out_dir=$(TN)/clean/group/$${baseline%=*}/$$seed; \
+		done; \
+	done | $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(JOBS) -L 1 $(PY) train.py
+
+figures-tn: figures-tn-runs
+	$(PY) plot.py tn results/tn $(TN)
 
 test: .venv/ready
 	$(PY) -m pytest -q tests

@@ -220,7 +220,7 @@ def test_taylor_nll_against_its_integral(order):
             assert abs(mpmath.quad(lambda u: (1 - u) ** order / u, [p, 1]) / exact - 1) < 1e-12
         value = taylor_nll(torch.tensor([float(x)], dtype=torch.float64), order).item()
         # up to p = 1/2 the series for small p subtracts terms of the order of 1; beyond it nothing cancels
-        assert abs(value - exact) < 1e-14 * exact + (2e-15 if p <= 0.5 else 0), (order, float(x))
+        assert abs(value - exact) < 1e-13 * exact + (2e-15 if p <= 0.5 else 0), (order, float(x))
 
 
 @pytest.mark.parametrize("order", [0.5, 1, 2, 4])
