@@ -2,6 +2,7 @@
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
 # make figures-tn   the T_n study, to results/tn/report.md; RANKED=ranked.jsonl.gz of real threads, else docstrings; FULL=1 the original size
+# make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: pipeline demo demo-seeds test bench figures-tn figures-tn-runs
+.PHONY: players pipeline demo demo-seeds test bench figures-tn figures-tn-runs figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -22,11 +23,13 @@ data/pydocs/meta.json: data/pydocs/prepare.py | .venv/ready
 	$(PY) -m data.pydocs.prepare
 
 # every line may be interrupted and run again: a finished stage says so and is left as it is
-pipeline: .venv/ready data/pydocs/meta.json
+players: .venv/ready data/pydocs/meta.json
 	$(PY) train.py config/demo_pretrain.py --out_dir=$(OUT)/pretrain --seed=$(SEED)
 	$(PY) train.py config/demo_pretrain_teacher.py --out_dir=$(OUT)/pretrain_teacher --seed=$(SEED)
 	$(PY) train.py config/demo_sft.py --out_dir=$(OUT)/sft --init=$(OUT)/pretrain --seed=$(SEED)
 	$(PY) train.py config/demo_sft_teacher.py --out_dir=$(OUT)/sft_teacher --init=$(OUT)/pretrain_teacher --seed=$(SEED)
+
+pipeline: players
 	$(PY) train.py config/demo_sft_more.py --out_dir=$(OUT)/sft_more --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo_spin_k2.py --out_dir=$(OUT)/spin_k2 --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo_spin_k3.py --out_dir=$(OUT)/spin_k3 --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --seed=$(SEED)
@@ -49,7 +52,7 @@ JOBS = $(if $(FULL),1,2)
 SMALL = $(if $(FULL),data/shp,data/shp/small)
 LARGE = $(if $(FULL),data/shp,data/shp/large)
 TN_LATER = $(if $(FULL),,--n_head=2 --block_size=64 --batch_size=10 --lr=2e-3 --eval_interval=200 --eval_rows=110 --max_steps=2400)
-TN_GROUP = $(if $(FULL),,--eval_interval=50 --max_steps=800)
+TN_GROUP = $(if $(FULL),,--eval_interval=25 --max_steps=600)
 TN_CLEAN = $(if $(FULL),,--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --lr=2e-3 --eval_interval=25 --eval_rows=100 --max_steps=400)
 BASELINES = dropout=0.1 weight_decay=1.0 label_smoothing=0.1 focal=2 confidence_penalty=0.1
 
@@ -71,7 +74,16 @@ figures-tn-runs: $(SMALL)/group/meta.json $(LARGE)/group/meta.json
 	done | $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(JOBS) -L 1 $(PY) train.py
 
 figures-tn: figures-tn-runs
-	$(PY) plot.py tn results/tn $(TN)
+	$(PY) taylor.py $(TN) results/tn
+
+# T_n of the fine-tuning loss and of the ranking in self-play, from the demo's pretrained and fine-tuned models
+figures-tn-play: players
+	for seed in 1 2 3; do for n in 0 1 2; do \
+		echo config/demo_sft.py --init=$(OUT)/pretrain --calibration=True --eval_interval=20 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/sft/group/T_$$n/$$seed; \
+		echo config/demo_spin_k2.py --init=$(OUT)/sft --rounds=1 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
+		echo config/demo_spin_k3.py --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --rounds=1 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
+	done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
+	$(PY) taylor.py $(TN) results/tn
 
 test: .venv/ready
 	$(PY) -m pytest -q tests

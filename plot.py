@@ -3,9 +3,7 @@
     python plot.py loss out.png T_0=out/a_1,out/a_2 T_1=out/b_1,out/b_2       validation loss, seeds as a band
     python plot.py rounds out.png out/demo/spin_k3                            rewards and log-probabilities of each player
     python plot.py report out/demo [out/demo_seeds/*]                         report.md and its plots; several: mean and spread
-    python plot.py tn results/tn out/tn                                       the T_n study of `make figures-tn`: figures and tables
 """
-import glob
 import json
 import os
 import sys
@@ -241,151 +239,6 @@ def report(demos):
     print(path)
 
 
-# ------------------------------------------------------------------------------------------------------- the T_n study
-# runs stand in FOLDER/SETTING/SPLIT/METHOD/SEED
-
-
-def study(folder):
-    """{(setting, split): {method: [evaluations of each seed]}}, methods by name, T_n by n."""
-    found = {}
-    for run in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "metrics.jsonl"))):
-        setting, split, method, _ = os.path.relpath(os.path.dirname(run), folder).split(os.sep)
-        found.setdefault((setting, split), {}).setdefault(method, []).append(read_metrics(os.path.dirname(run), "eval"))
-    if not found:
-        raise SystemExit(f"{folder}: no runs SETTING/SPLIT/METHOD/SEED in it; `make figures-tn` makes them")
-    return {key: dict(sorted(methods.items(), key=lambda item: (not item[0].startswith("T_"), item[0]))) for key, methods in sorted(found.items())}
-
-
-def band(ax, runs, key, **look):
-    """A figure over the steps of each seed: the mean of the raw values, the band their least and greatest."""
-    steps = [r["step"] for r in runs[0] if key in r]
-    values = np.array([[r[key] for r in records if key in r] for records in runs])
-    ax.plot(steps, values.mean(0), lw=1.3, **look)
-    ax.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
-
-
-def orders(methods):
-    return {method: runs for method, runs in methods.items() if method.startswith("T_")}
-
-
-def chosen(records, after=""):
-    """The evaluation that the first half of the validation rows would have stopped at."""
-    return min(records, key=lambda r: r["tune_loss" + after])
-
-
-HOW = {"last step": lambda r: r[-1]["test_loss"], "stopped early": lambda r: chosen(r)["test_loss"],
-       "last step, one temperature": lambda r: r[-1]["test_loss_t"], "stopped early, one temperature": lambda r: chosen(r, "_t")["test_loss_t"]}
-
-
-def plot_validation(out, found, setting):
-    """The write-up's figure: validation cross-entropy of each T_n, on both splits."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for ax, split in zip(axes, ("row", "group")):
-        for i, (method, runs) in enumerate(orders(found[setting, split]).items()):
-            band(ax, runs, "val_loss", color=f"C{i}", label=f"${method.replace('_', '_{')}}}$")
-        lowest = min(r["val_loss"] for runs in orders(found[setting, split]).values() for records in runs for r in records)
-        ax.set(title=f"split by {'row' if split == 'row' else 'post'}", xlabel="step", ylim=(lowest - 0.05, 3 * lowest) if split == "row" else None)
-        ax.legend(title=f"{len(runs)} seeds")
-        ax.grid(alpha=0.3)
-    axes[0].set(ylabel="validation cross-entropy (nats a token)")
-    save(fig, out)
-
-
-def plot_stopping(out, found, setting):
-    """Cross-entropy on the second half of the validation rows: at the end and stopped early, with and without a temperature."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for ax, split in zip(axes, ("row", "group")):
-        methods = orders(found[setting, split])
-        for i, (how, figure) in enumerate(HOW.items()):
-            values = np.array([[figure(records) for records in runs] for runs in methods.values()])
-            ax.errorbar(np.arange(len(methods)) + 0.12 * (i - 1.5), values.mean(1), values.std(1, ddof=1), fmt="o" if i % 2 else "s", ms=5, capsize=2, label=how)
-        ax.set(title=f"split by {'row' if split == 'row' else 'post'}", xticks=range(len(methods)), xticklabels=[f"${m.replace('_', '_{')}}}$" for m in methods])
-        ax.grid(alpha=0.3)
-    axes[0].set(ylabel="cross-entropy on the second half (nats a token)")
-    axes[1].legend()
-    save(fig, out)
-
-
-def plot_seen(out, found, setting):
-    """The row split's validation tokens apart: those that training had, with all that stands before them, and new ones."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    methods = orders(found[setting, "row"])
-    share = next(iter(methods.values()))[0][-1]["seen_share"]
-    for i, (method, runs) in enumerate(methods.items()):
-        for ax, key in zip(axes, ("seen_loss", "new_loss")):
-            band(ax, runs, key, color=f"C{i}", label=f"${method.replace('_', '_{')}}}$")
-    axes[0].set(title=f"tokens seen in training, {100 * share:.1f} %", yscale="log", ylabel="validation cross-entropy (nats a token)")
-    axes[1].set(title=f"new tokens, {100 - 100 * share:.1f} %")
-    for ax in axes:
-        ax.set(xlabel="step")
-        ax.legend()
-        ax.grid(alpha=0.3)
-    save(fig, out)
-
-
-def plot_calibration(out, found, setting):
-    """Split by post: expected calibration error, the reliability curve at the last step, entropy where the model is wrong."""
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-    for i, (method, runs) in enumerate(orders(found[setting, "group"]).items()):
-        look = dict(color=f"C{i}", label=f"${method.replace('_', '_{')}}}$")
-        band(axes[0], runs, "ece", **look)
-        band(axes[2], runs, "entropy_wrong", **look)
-        for n, records in enumerate(runs):
-            top, right, _ = zip(*records[-1]["reliability"])
-            axes[1].plot(top, right, ".-", lw=1, ms=4, **look | {"label": None if n else look["label"]})
-    axes[1].plot([0, 1], [0, 1], "k--", lw=1)
-    axes[0].set(title="expected calibration error", xlabel="step")
-    axes[1].set(title="reliability at the last step", xlabel="probability of the most likely token", ylabel="share right")
-    axes[2].set(title="mean entropy where the most likely token is wrong (nats)", xlabel="step")
-    for ax in axes:
-        ax.legend()
-        ax.grid(alpha=0.3)
-    save(fig, out)
-
-
-def study_table(methods):
-    """Lines of a table: each method's figures on the second half, mean and standard deviation over seeds."""
-    figures = HOW | {"acc": lambda r: 100 * chosen(r)["acc"], "ECE, last step": lambda r: 100 * r[-1]["ece"], "ECE, stopped early": lambda r: 100 * chosen(r)["ece"],
-                     "ECE, one temperature": lambda r: 100 * chosen(r, "_t")["ece_t"], "temperature, last step": lambda r: r[-1]["temperature"],
-                     "best step": lambda r: chosen(r)["step"]}
-    lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
-    for method, runs in methods.items():
-        forms = ["{:.4f}"] * 4 + ["{:.2f} %"] * 4 + ["{:.2f}", "{:.0f}"]
-        lines.append(f"| {method} | " + " | ".join(cell([figure(r) for r in runs], form, 1) for figure, form in zip(figures.values(), forms)) + " |")
-    return lines
-
-
-def against_cross_entropy(methods):
-    """Lines of a table: difference to T_0 of the same seed, with Student's 95 % interval of the mean, bold where it leaves out 0."""
-    lines = ["| less T_0 of the same seed | " + " | ".join(HOW) + " |", "|---|" + "---:|" * len(HOW)]
-    for method in list(methods)[1:]:
-        cells = []
-        for figure in HOW.values():
-            d = [figure(r) - figure(base) for r, base in zip(methods[method], methods["T_0"], strict=True)]
-            error = STUDENT.get(len(d), 2.57) * np.std(d, ddof=1) / np.sqrt(len(d))
-            text = f"{np.mean(d):+.4f} ± {error:.4f}"
-            cells.append(f"**{text}**" if abs(np.mean(d)) > error else text)
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def tn_report(out, folder):
-    """Figures (a) to (e) and report.md of the runs under a folder, into another."""
-    os.makedirs(out, exist_ok=True)
-    found = study(folder)
-    for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
-        draw(os.path.join(out, f"{name}.png"), found, "later")
-    lines = ["# T_n: validation cross-entropy, whatever was trained", ""]
-    for (setting, split), methods in found.items():
-        seeds, last = {len(runs) for runs in methods.values()}, next(iter(methods.values()))[0][-1]
-        lines += [f"## {setting}, split by {split}: {last['step']} steps, {' or '.join(map(str, sorted(seeds)))} seeds, "
-                  f"{100 * last['seen_share']:.1f} % of the validation tokens seen in training", "", *study_table(methods), ""]
-        lines += [*against_cross_entropy(methods), ""] if min(seeds) > 1 else []
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(lines))
-    print(os.path.join(out, "report.md"))
-
-
 def main(args):
     if args[:1] == ["loss"] and len(args) > 2 and all("=" in a for a in args[2:]):
         plot_loss(args[1], {name: runs.split(",") for name, _, runs in (a.partition("=") for a in args[2:])})
@@ -393,8 +246,6 @@ def main(args):
         plot_rounds(args[1], args[2])
     elif args[:1] == ["report"] and len(args) > 1:
         report([a for a in args[1:] if os.path.isdir(a)] or args[1:])
-    elif args[:1] == ["tn"] and len(args) == 3:
-        tn_report(args[1], args[2])
     else:
         raise SystemExit(__doc__)
 

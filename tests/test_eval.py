@@ -133,6 +133,42 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
         assert run(*bad).returncode != 0
 
 
+def tn_runs(folder):
+    """Made-up runs of the T_n study: T_0 has its minimum in the middle, T_1 is better by 0.5 +- 0.1 at the end."""
+    import os
+    for setting, split, methods in (("later", "row", ("T_0", "T_1")), ("later", "group", ("T_0", "T_1")), ("clean", "group", ("T_0", "T_1", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
+        for method in methods:
+            for seed in (1, 2, 3):
+                os.makedirs(f"{folder}/{setting}/{split}/{method}/{seed}")
+                with open(f"{folder}/{setting}/{split}/{method}/{seed}/metrics.jsonl", "w") as f:
+                    for step, loss in ((0, 5.0), (10, 3.0), (20, 4.0 - (method == "T_1") * (0.5 + 0.04 * (seed - 2)))):
+                        figures = {name: loss for name in ("val_loss", "tune_loss", "test_loss", "tune_loss_t", "test_loss_t", "seen_loss", "new_loss", "entropy_wrong")}
+                        figures |= {"ece": 0.1, "ece_t": 0.05, "acc": 0.5, "temperature": 1.5, "seen_share": 0.9, "reliability": [[0.1, 0.2, 5], [0.9, 0.8, 5]]}
+                        played = {"val_loss": loss, "acc": 0.5, "rank_nll": 0.6, "kl_from_ref": 0.0, "reward/data": 0.1, "reward/self": -0.1}
+                        f.write(json.dumps({"kind": "eval", "round": 0, "step": step} | (played if setting == "spin_k2" else figures)) + "\n")
+
+
+def test_the_taylor_study(tmp_path):
+    """The step is chosen on the first half; differences are paired by seed, with Student's interval; bold leaves out 0."""
+    tn_runs(f"{tmp_path}/runs")
+    done = run("taylor.py", f"{tmp_path}/runs", f"{tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    text = open(f"{tmp_path}/out/report.md").read()
+    assert "| T_0 | 4.0000 ± 0 | 3.0000 ± 0 |" in text and "| 10 ± 0 |" in text
+    error = 4.30 * 0.04 / math.sqrt(3)
+    assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text and "| dropout | +0.0000 ± 0.0000 |" in text
+    assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin_k2")[1]
+    for name in ("a_b_validation", "c_stopping", "d_seen", "e_calibration"):
+        assert open(f"{tmp_path}/out/{name}.png", "rb").read(4) == b"\x89PNG"
+    with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl") as f:
+        whole = f.read().splitlines()
+    with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl", "w") as f:
+        f.write(whole[0] + "\n")
+    for args, message in (((f"{tmp_path}/runs", f"{tmp_path}/out"), "clean/group: a run is missing or unfinished"), ((f"{tmp_path}/nothing", "x"), "no runs SETTING"), (("x",), "taylor.py out/tn")):
+        done = run("taylor.py", *args)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+
+
 def test_a_verdict_follows_the_figures():
     def table(spin, more, loss=3.0):
         ours = {"win_rate": spin, "win_rate_se": 0.01, "val_loss": loss}

@@ -2,17 +2,18 @@
 import ast
 import glob
 
-OURS = {"train", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench"}
+OURS = {"train", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "taylor"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
+    "taylor": {"plot"},
     "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench"},
-    "bench": OURS - {"plot", "bench"},
+    "train": OURS - {"train", "plot", "bench", "taylor"},
+    "bench": OURS - {"plot", "bench", "taylor"},
 }
 
 

@@ -1,0 +1,195 @@
+"""The T_n study: figures and tables of the runs that `make figures-tn` and `make figures-tn-play` leave.
+
+    python taylor.py out/tn results/tn
+
+Runs stand in FOLDER/SETTING/SPLIT/METHOD/SEED; METHOD is T_0, T_0.5 ... or what T_n is compared with. Everything is read from
+metrics.jsonl, whose figures `eval.calibration` explains: plain cross-entropy, whatever was trained; what is chosen (the step, a
+temperature) is chosen on the first half of the validation rows and measured on the second.
+"""
+import glob
+import os
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from plot import STUDENT, cell, read_metrics, save
+
+
+def study(folder):
+    """{(setting, split): {method: [evaluations of each seed]}}, methods by name, T_n by n."""
+    found = {}
+    for run in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "metrics.jsonl"))):
+        setting, split, method, _ = os.path.relpath(os.path.dirname(run), folder).split(os.sep)
+        found.setdefault((setting, split), {}).setdefault(method, []).append(read_metrics(os.path.dirname(run), "eval"))
+    if not found:
+        raise SystemExit(f"{folder}: no runs SETTING/SPLIT/METHOD/SEED in it; `make figures-tn` makes them")
+    for (setting, split), methods in found.items():
+        if "T_0" not in methods or len({tuple(r["step"] for r in records) for runs in methods.values() for records in runs}) > 1 or len({*map(len, methods.values())}) > 1:
+            raise SystemExit(f"{folder}/{setting}/{split}: a run is missing or unfinished; the same `make` goes on with it")
+    return {key: dict(sorted(methods.items(), key=lambda item: (not item[0].startswith("T_"), item[0]))) for key, methods in sorted(found.items())}
+
+
+def label(method):
+    """T_0.5 as mathematics."""
+    return f"$T_{{{method[2:]}}}$" if method.startswith("T_") else method
+
+
+def band(ax, runs, key, **look):
+    """A figure over the steps of each seed: the mean of the raw values, the band their least and greatest."""
+    steps = [r["step"] for r in runs[0] if key in r]
+    values = np.array([[r[key] for r in records if key in r] for records in runs])
+    ax.plot(steps, values.mean(0), lw=1.3, **look)
+    ax.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
+
+
+def orders(methods):
+    return {method: runs for method, runs in methods.items() if method.startswith("T_")}
+
+
+def chosen(records, after=""):
+    """The evaluation that the first half of the validation rows would have stopped at."""
+    return min(records, key=lambda r: r["tune_loss" + after])
+
+
+HOW = {"last step": lambda r: r[-1]["test_loss"], "stopped early": lambda r: chosen(r)["test_loss"],
+       "last step, one temperature": lambda r: r[-1]["test_loss_t"], "stopped early, one temperature": lambda r: chosen(r, "_t")["test_loss_t"]}
+
+
+def plot_validation(out, found, setting):
+    """The write-up's figure: validation cross-entropy of each T_n, on both splits."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for ax, split in zip(axes, ("row", "group")):
+        for i, (method, runs) in enumerate(orders(found[setting, split]).items()):
+            band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
+        lowest = min(r["val_loss"] for runs in orders(found[setting, split]).values() for records in runs for r in records)
+        ax.set(title=f"split by {'row' if split == 'row' else 'post'}", xlabel="step", ylim=(lowest - 0.05, 3 * lowest) if split == "row" else None)
+        ax.legend(title=f"{len(runs)} seeds")
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel="validation cross-entropy (nats a token)")
+    save(fig, out)
+
+
+def plot_stopping(out, found, setting):
+    """Cross-entropy on the second half of the validation rows: at the end and stopped early, with and without a temperature."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for ax, split in zip(axes, ("row", "group")):
+        methods = orders(found[setting, split])
+        for i, (how, figure) in enumerate(HOW.items()):
+            values = np.array([[figure(records) for records in runs] for runs in methods.values()])
+            ax.errorbar(np.arange(len(methods)) + 0.12 * (i - 1.5), values.mean(1), values.std(1, ddof=1), fmt="o" if i % 2 else "s", ms=5, capsize=2, label=how)
+        ax.set(title=f"split by {'row' if split == 'row' else 'post'}", xticks=range(len(methods)), xticklabels=map(label, methods))
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel="cross-entropy on the second half (nats a token)")
+    axes[1].legend()
+    save(fig, out)
+
+
+def plot_seen(out, found, setting):
+    """The row split's validation tokens apart: those that training had, with all that stands before them, and new ones."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    methods = orders(found[setting, "row"])
+    share = next(iter(methods.values()))[0][-1]["seen_share"]
+    for i, (method, runs) in enumerate(methods.items()):
+        for ax, key in zip(axes, ("seen_loss", "new_loss")):
+            band(ax, runs, key, color=f"C{i}", label=label(method))
+    axes[0].set(title=f"tokens seen in training, {100 * share:.1f} %", yscale="log", ylabel="validation cross-entropy (nats a token)")
+    axes[1].set(title=f"new tokens, {100 - 100 * share:.1f} %")
+    for ax in axes:
+        ax.set(xlabel="step")
+        ax.legend()
+        ax.grid(alpha=0.3)
+    save(fig, out)
+
+
+def plot_calibration(out, found, setting):
+    """Split by post: expected calibration error, the reliability curve at the last step, entropy where the model is wrong."""
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    for i, (method, runs) in enumerate(orders(found[setting, "group"]).items()):
+        look = dict(color=f"C{i}", label=label(method))
+        band(axes[0], runs, "ece", **look)
+        band(axes[2], runs, "entropy_wrong", **look)
+        for n, records in enumerate(runs):
+            top, right, _ = zip(*records[-1]["reliability"])
+            axes[1].plot(top, right, ".-", lw=1, ms=4, **look | {"label": None if n else look["label"]})
+    axes[1].plot([0, 1], [0, 1], "k--", lw=1)
+    axes[0].set(title="expected calibration error", xlabel="step")
+    axes[1].set(title="reliability at the last step", xlabel="probability of the most likely token", ylabel="share right")
+    axes[2].set(title="mean entropy where the most likely token is wrong (nats)", xlabel="step")
+    for ax in axes:
+        ax.legend()
+        ax.grid(alpha=0.3)
+    save(fig, out)
+
+
+def study_table(methods):
+    """Lines of a table: each method's figures on the second half, mean and standard deviation over seeds."""
+    figures = HOW | {"acc": lambda r: 100 * chosen(r)["acc"], "ECE, last step": lambda r: 100 * r[-1]["ece"], "ECE, stopped early": lambda r: 100 * chosen(r)["ece"],
+                     "ECE, one temperature": lambda r: 100 * chosen(r, "_t")["ece_t"], "temperature, last step": lambda r: r[-1]["temperature"],
+                     "best step": lambda r: chosen(r)["step"]}
+    lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
+    for method, runs in methods.items():
+        forms = ["{:.4f}"] * 4 + ["{:.2f} %"] * 4 + ["{:.2f}", "{:.0f}"]
+        lines.append(f"| {method} | " + " | ".join(cell([figure(r) for r in runs], form, 1) for figure, form in zip(figures.values(), forms)) + " |")
+    return lines
+
+
+def against_cross_entropy(methods):
+    """Lines of a table: difference to T_0 of the same seed, with Student's 95 % interval of the mean, bold where it leaves out 0."""
+    lines = ["| less T_0 of the same seed | " + " | ".join(HOW) + " |", "|---|" + "---:|" * len(HOW)]
+    for method in list(methods)[1:]:
+        cells = []
+        for figure in HOW.values():
+            d = [figure(r) - figure(base) for r, base in zip(methods[method], methods["T_0"], strict=True)]
+            error = STUDENT.get(len(d), 2.57) * np.std(d, ddof=1) / np.sqrt(len(d))
+            text = f"{np.mean(d):+.4f} ± {error:.4f}"
+            cells.append(f"**{text}**" if abs(np.mean(d)) > error else text)
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def play_table(methods):
+    """Lines of a table for runs of a ranking: figures of the last step, and in brackets the difference to T_0 of the same seed
+    with its 95 % interval."""
+    figures = {"val_loss": 1, "acc": 100, "rank_nll": 1, "kl_from_ref": 1, **{k: 1 for k in methods["T_0"][0][-1] if k.startswith("reward/")}}
+    lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
+    for method, runs in methods.items():
+        cells = []
+        for name, scale in figures.items():
+            d = [scale * (r[-1][name] - base[-1][name]) for r, base in zip(runs, methods["T_0"], strict=True)]
+            text = f"{np.mean([scale * r[-1][name] for r in runs]):.4f}"
+            if method != "T_0" and len(d) > 1:
+                text += f" ({np.mean(d):+.4f} ± {STUDENT.get(len(d), 2.57) * np.std(d, ddof=1) / np.sqrt(len(d)):.4f})"
+            cells.append(text)
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def report(folder, out):
+    """Figures (a) to (e) and report.md of the runs under a folder, into another."""
+    os.makedirs(out, exist_ok=True)
+    found = study(folder)
+    for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
+        draw(os.path.join(out, f"{name}.png"), found, "later")
+    lines = ["# T_n: validation cross-entropy, whatever was trained", ""]
+    for (setting, split), methods in found.items():
+        seeds, last = {len(runs) for runs in methods.values()}, next(iter(methods.values()))[0][-1]
+        if "tune_loss" not in last:
+            lines += [f"## {setting}: round 0, {last['step']} steps, {' or '.join(map(str, sorted(seeds)))} seeds", "", *play_table(methods), ""]
+            continue
+        lines += [f"## {setting}, split by {split}: {last['step']} steps, {' or '.join(map(str, sorted(seeds)))} seeds, "
+                  f"{100 * last['seen_share']:.1f} % of the validation tokens seen in training", "", *study_table(methods), ""]
+        lines += [*against_cross_entropy(methods), ""] if min(seeds) > 1 else []
+    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(lines))
+    print(os.path.join(out, "report.md"))
+
+
+def main(args):
+    if len(args) != 2:
+        raise SystemExit(__doc__)
+    report(*args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
