@@ -2,6 +2,7 @@
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
 # make figures-tn   the T_n study, to results/tn/report.md; RANKED=ranked.jsonl.gz of real threads, else docstrings; FULL=1 the original size
+# make figures-tn-map    where the write-up's picture appears: steps, learning rate, noise, width, block; about as long again
 # make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
@@ -12,7 +13,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: players pipeline demo demo-seeds test bench figures-tn figures-tn-runs figures-tn-play
+.PHONY: players pipeline demo demo-seeds test bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -74,6 +75,21 @@ figures-tn-runs: $(SMALL)/group/meta.json $(LARGE)/group/meta.json
 	done | $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(JOBS) -L 1 $(PY) train.py
 
 figures-tn: figures-tn-runs
+	$(PY) taylor.py $(TN) results/tn
+
+# Where the picture of the row split appears, one change at a time: its name, the change, the seeds
+tn_map = for seed in $(3); do for n in 0 1 2; do \
+	echo config/tn_shp_later.py --data=$(SMALL)/row $(TN_LATER) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/map_$(1)/row/T_$$n/$$seed $(2); done; done
+
+figures-tn-map: $(SMALL)/group/meta.json
+	{ $(call tn_map,long,--max_steps=6000,1 2 3); \
+	$(call tn_map,lr_1e-3,--lr=1e-3,1); \
+	$(call tn_map,lr_4e-3,--lr=4e-3,1); \
+	$(call tn_map,no_noise,--init_noise=0,1); \
+	$(call tn_map,width_256,--n_embd=256,1); \
+	$(call tn_map,first_block,--attn_scale=embd --mlp_alone=True --schedule=cosine --min_lr=0.01,1); \
+	$(call tn_map,our_block,--position=learned --mlp=gelu --attn_proj=True --head_bias=False --tie=True --init_scheme=gpt2 --init_noise=0,1); \
+	} | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
 	$(PY) taylor.py $(TN) results/tn
 
 # T_n of the fine-tuning loss and of the ranking in self-play, from the demo's pretrained and fine-tuned models

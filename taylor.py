@@ -165,15 +165,34 @@ def play_table(methods):
     return lines
 
 
+def picture(found):
+    """Lines of a table of every setting on the row split: where the write-up's picture appears. Rises: T_0's last value less its
+    minimum; the order of the last values, best first, of each seed."""
+    lines = ["| setting, split by row | steps | T_0: minimum | at step | last | T_1: last | T_2: last | T_0 rises, then T_2 < T_1 < T_0, in seeds | order at the end |",
+             "|---|" + "---:|" * 7 + "---|"]
+    for (setting, split), methods in found.items():
+        if split == "row":
+            lowest = [min(r, key=lambda e: e["val_loss"]) for r in methods["T_0"]]
+            last = {method: [r[-1]["val_loss"] for r in methods[method]] for method in ("T_0", "T_1", "T_2")}
+            ranked = [" < ".join(sorted(last, key=lambda m: last[m][i])) for i in range(len(lowest))]
+            shown = [low["val_loss"] < end for low, end in zip(lowest, last["T_0"])]
+            right = sum(rises and order == "T_2 < T_1 < T_0" for rises, order in zip(shown, ranked))
+            lines.append(f"| {setting} | {methods['T_0'][0][-1]['step']} | {cell([low['val_loss'] for low in lowest], '{:.3f}', 1)} | {cell([low['step'] for low in lowest], '{:.0f}', 1)} | "
+                         + " | ".join(cell(values, "{:.3f}", 1) for values in last.values()) + f" | {right} of {len(lowest)} | {'; '.join(dict.fromkeys(ranked))} |")
+    return lines
+
+
 def report(folder, out):
     """Figures (a) to (e) and report.md of the runs under a folder, into another."""
-    os.makedirs(out, exist_ok=True)
     found = study(folder)
+    os.makedirs(out, exist_ok=True)
     for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
         draw(os.path.join(out, f"{name}.png"), found, "later")
-    lines = ["# T_n: validation cross-entropy, whatever was trained", ""]
+    lines = ["# T_n: validation cross-entropy, whatever was trained", "", *picture(found), ""]
     for (setting, split), methods in found.items():
         seeds, last = {len(runs) for runs in methods.values()}, next(iter(methods.values()))[0][-1]
+        if setting.startswith("map_"):
+            continue
         if "tune_loss" not in last:
             lines += [f"## {setting}: round 0, {last['step']} steps, {' or '.join(map(str, sorted(seeds)))} seeds", "", *play_table(methods), ""]
             continue

@@ -136,12 +136,12 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
 def tn_runs(folder):
     """Made-up runs of the T_n study: T_0 has its minimum in the middle, T_1 is better by 0.5 +- 0.1 at the end."""
     import os
-    for setting, split, methods in (("later", "row", ("T_0", "T_1")), ("later", "group", ("T_0", "T_1")), ("clean", "group", ("T_0", "T_1", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
+    for setting, split, methods in (("later", "row", ("T_0", "T_1", "T_2")), ("later", "group", ("T_0", "T_1")), ("map_long", "row", ("T_0", "T_1", "T_2")), ("clean", "group", ("T_0", "T_1", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
         for method in methods:
             for seed in (1, 2, 3):
                 os.makedirs(f"{folder}/{setting}/{split}/{method}/{seed}")
                 with open(f"{folder}/{setting}/{split}/{method}/{seed}/metrics.jsonl", "w") as f:
-                    for step, loss in ((0, 5.0), (10, 3.0), (20, 4.0 - (method == "T_1") * (0.5 + 0.04 * (seed - 2)))):
+                    for step, loss in ((0, 5.0), (10, 3.0), (20, 4.0 - (method == "T_1") * (0.5 + 0.04 * (seed - 2)) - (method == "T_2") * 0.52)):
                         figures = {name: loss for name in ("val_loss", "tune_loss", "test_loss", "tune_loss_t", "test_loss_t", "seen_loss", "new_loss", "entropy_wrong")}
                         figures |= {"ece": 0.1, "ece_t": 0.05, "acc": 0.5, "temperature": 1.5, "seen_share": 0.9, "reliability": [[0.1, 0.2, 5], [0.9, 0.8, 5]]}
                         played = {"val_loss": loss, "acc": 0.5, "rank_nll": 0.6, "kl_from_ref": 0.0, "reward/data": 0.1, "reward/self": -0.1}
@@ -157,6 +157,7 @@ def test_the_taylor_study(tmp_path):
     assert "| T_0 | 4.0000 ± 0 | 3.0000 ± 0 |" in text and "| 10 ± 0 |" in text
     error = 4.30 * 0.04 / math.sqrt(3)
     assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text and "| dropout | +0.0000 ± 0.0000 |" in text
+    assert "| later | 20 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 | 2 of 3 | T_2 < T_1 < T_0; T_1 < T_2 < T_0 |" in text and "## map_long" not in text
     assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin_k2")[1]
     for name in ("a_b_validation", "c_stopping", "d_seen", "e_calibration"):
         assert open(f"{tmp_path}/out/{name}.png", "rb").read(4) == b"\x89PNG"
