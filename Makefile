@@ -69,6 +69,10 @@ figures-tn-runs: $(SMALL)/group/meta.json $(LARGE)/group/meta.json
 			echo config/tn_shp_later.py --data=$(SMALL)/group $(TN_LATER) $(TN_GROUP) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later/group/T_$$n/$$seed; \
 			echo config/tn_shp_clean.py --data=$(LARGE)/group $(TN_CLEAN) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/clean/group/T_$$n/$$seed; \
 		done; \
+		for n in $(if $(FULL),0 0.5 1 2 4); do for split in row group; do \
+			echo config/tn_shp_later.py --data=data/shp/$$split --n_embd=1024 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later_1024/$$split/T_$$n/$$seed; \
+			echo config/tn_shp_first.py --data=data/shp/$$split --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/first/$$split/T_$$n/$$seed; \
+		done; done; \
 		for baseline in $(BASELINES); do \
 			echo config/tn_shp_clean.py --data=$(LARGE)/group $(TN_CLEAN) --$$baseline --seed=$$seed --out_dir=$(TN)/clean/group/$${baseline%=*}/$$seed; \
 		done; \

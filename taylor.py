@@ -5,9 +5,12 @@
 Runs stand in FOLDER/SETTING/SPLIT/METHOD/SEED; METHOD is T_0, T_0.5 ... or what T_n is compared with. Everything is read from
 metrics.jsonl, whose figures `eval.calibration` explains: plain cross-entropy, whatever was trained; what is chosen (the step, a
 temperature) is chosen on the first half of the validation rows and measured on the second.
+The evaluations are kept beside the report, so `python taylor.py results/tn/runs results/tn` makes it again.
 """
 import glob
+import json
 import os
+import shutil
 import sys
 
 import matplotlib.pyplot as plt
@@ -182,10 +185,23 @@ def picture(found):
     return lines
 
 
+def keep(folder, out):
+    """Settings and evaluations of every run, without its steps: what the report can be made from again."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
+        run = os.path.dirname(path)
+        into = os.path.join(out, os.path.relpath(run, folder))
+        if os.path.abspath(into) != os.path.abspath(run):
+            os.makedirs(into, exist_ok=True)
+            shutil.copy(path, into)
+            with open(os.path.join(into, "metrics.jsonl"), "w", encoding="utf-8") as f:
+                f.writelines(json.dumps(record) + "\n" for record in read_metrics(run, "eval"))
+
+
 def report(folder, out):
     """Figures (a) to (e) and report.md of the runs under a folder, into another."""
     found = study(folder)
     os.makedirs(out, exist_ok=True)
+    keep(folder, os.path.join(out, "runs"))
     for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
         draw(os.path.join(out, f"{name}.png"), found, "later")
     lines = ["# T_n: validation cross-entropy, whatever was trained", "", *picture(found), ""]

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -134,12 +135,13 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
 
 
 def tn_runs(folder):
-    """Made-up runs of the T_n study: T_0 has its minimum in the middle, T_1 is better by 0.5 +- 0.1 at the end."""
-    import os
+    """Made-up runs of the T_n study: T_0 has its minimum in the middle, T_1 is better by about 0.5 at the end."""
     for setting, split, methods in (("later", "row", ("T_0", "T_1", "T_2")), ("later", "group", ("T_0", "T_1")), ("map_long", "row", ("T_0", "T_1", "T_2")), ("clean", "group", ("T_0", "T_1", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
         for method in methods:
             for seed in (1, 2, 3):
                 os.makedirs(f"{folder}/{setting}/{split}/{method}/{seed}")
+                with open(f"{folder}/{setting}/{split}/{method}/{seed}/config.json", "w") as f:
+                    f.write("{}")
                 with open(f"{folder}/{setting}/{split}/{method}/{seed}/metrics.jsonl", "w") as f:
                     for step, loss in ((0, 5.0), (10, 3.0), (20, 4.0 - (method == "T_1") * (0.5 + 0.04 * (seed - 2)) - (method == "T_2") * 0.52)):
                         figures = {name: loss for name in ("val_loss", "tune_loss", "test_loss", "tune_loss_t", "test_loss_t", "seen_loss", "new_loss", "entropy_wrong")}
@@ -159,6 +161,9 @@ def test_the_taylor_study(tmp_path):
     assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text and "| dropout | +0.0000 ± 0.0000 |" in text
     assert "| later | 20 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 | 2 of 3 | T_2 < T_1 < T_0; T_1 < T_2 < T_0 |" in text and "## map_long" not in text
     assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin_k2")[1]
+    os.remove(f"{tmp_path}/out/report.md")         # and again from what was kept
+    done = run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/out")
+    assert done.returncode == 0 and open(f"{tmp_path}/out/report.md").read() == text, done.stderr
     for name in ("a_b_validation", "c_stopping", "d_seen", "e_calibration"):
         assert open(f"{tmp_path}/out/{name}.png", "rb").read(4) == b"\x89PNG"
     with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl") as f:
