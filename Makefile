@@ -48,7 +48,7 @@ demo-seeds:
 
 # The T_n study: a line of arguments a run, two runs at a time with a thread each; one that is finished says so. FULL: one at a time
 # at the sizes that the config files have, on the hub's SHP.
-TN ?= out/tn
+TN ?= out/tn$(if $(FULL),_full)
 JOBS = $(if $(FULL),1,2)
 SMALL = $(if $(FULL),data/shp,data/shp/small)
 LARGE = $(if $(FULL),data/shp,data/shp/large)
@@ -79,7 +79,7 @@ figures-tn-runs: $(SMALL)/group/meta.json $(LARGE)/group/meta.json
 	done | $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(JOBS) -L 1 $(PY) train.py
 
 figures-tn: figures-tn-runs
-	$(PY) taylor.py $(TN) results/tn
+	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
 # Where the picture of the row split appears, one change at a time: its name, the change, the seeds
 tn_map = for seed in $(3); do for n in 0 1 2; do \
@@ -94,7 +94,7 @@ figures-tn-map: $(SMALL)/group/meta.json
 	$(call tn_map,first_block,--attn_scale=embd --mlp_alone=True --schedule=cosine --min_lr=0.01,1); \
 	$(call tn_map,our_block,--position=learned --mlp=gelu --attn_proj=True --head_bias=False --tie=True --init_scheme=gpt2 --init_noise=0,1); \
 	} | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
-	$(PY) taylor.py $(TN) results/tn
+	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
 # T_n of the fine-tuning loss and of the ranking in self-play, from the demo's pretrained and fine-tuned models
 figures-tn-play: players
@@ -103,7 +103,7 @@ figures-tn-play: players
 		echo config/demo_spin_k2.py --init=$(OUT)/sft --rounds=1 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
 		echo config/demo_spin_k3.py --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --rounds=1 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
 	done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
-	$(PY) taylor.py $(TN) results/tn
+	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
 test: .venv/ready
 	$(PY) -m pytest -q tests

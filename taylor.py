@@ -46,10 +46,6 @@ def band(ax, runs, key, **look):
     ax.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
 
 
-def orders(methods):
-    return {method: runs for method, runs in methods.items() if method.startswith("T_")}
-
-
 def chosen(records, after=""):
     """The evaluation that the first half of the validation rows would have stopped at."""
     return min(records, key=lambda r: r["tune_loss" + after])
@@ -59,40 +55,48 @@ HOW = {"last step": lambda r: r[-1]["test_loss"], "stopped early": lambda r: cho
        "last step, one temperature": lambda r: r[-1]["test_loss_t"], "stopped early, one temperature": lambda r: chosen(r, "_t")["test_loss_t"]}
 
 
-def plot_validation(out, found, setting):
-    """The write-up's figure: validation cross-entropy of each T_n, on both splits."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for ax, split in zip(axes, ("row", "group")):
-        for i, (method, runs) in enumerate(orders(found[setting, split]).items()):
-            band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
-        lowest = min(r["val_loss"] for runs in orders(found[setting, split]).values() for records in runs for r in records)
-        ax.set(title=f"split by {'row' if split == 'row' else 'post'}", xlabel="step", ylim=(lowest - 0.05, 3 * lowest) if split == "row" else None)
-        ax.legend(title=f"{len(runs)} seeds")
+PANELS = {("later", "row"): "the write-up's setting, split by row", ("later", "group"): "the same, split by post", ("clean", "group"): "our block and initialisation, split by post"}
+
+
+def panels(found):
+    """A figure with an axis for each of PANELS, and its methods T_n."""
+    fig, axes = plt.subplots(1, 3, figsize=(16, 4.6))
+    for ax, (key, title) in zip(axes, PANELS.items()):
+        ax.set(title=title)
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="validation cross-entropy (nats a token)")
+    return fig, zip(axes, [{m: runs for m, runs in found[key].items() if m.startswith("T_")} for key in PANELS])
+
+
+def plot_validation(out, found):
+    """(a), (b): the write-up's figure, validation cross-entropy of each T_n, on both splits."""
+    fig, each = panels(found)
+    for n, (ax, methods) in enumerate(each):
+        for i, (method, runs) in enumerate(methods.items()):
+            band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
+        lowest = min(r["val_loss"] for runs in methods.values() for records in runs for r in records)
+        ax.set(xlabel="step", ylim=(lowest - 0.05, 3 * lowest) if n == 0 else None)
+        ax.legend(title=f"raw values, seeds: {len(runs)}")
     save(fig, out)
 
 
-def plot_stopping(out, found, setting):
-    """Cross-entropy on the second half of the validation rows: at the end and stopped early, with and without a temperature."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    for ax, split in zip(axes, ("row", "group")):
-        methods = orders(found[setting, split])
+def plot_stopping(out, found):
+    """(c): on the second half of the validation rows, at the end and stopped early, with and without a temperature."""
+    fig, each = panels(found)
+    for ax, methods in each:
         for i, (how, figure) in enumerate(HOW.items()):
             values = np.array([[figure(records) for records in runs] for runs in methods.values()])
             ax.errorbar(np.arange(len(methods)) + 0.12 * (i - 1.5), values.mean(1), values.std(1, ddof=1), fmt="o" if i % 2 else "s", ms=5, capsize=2, label=how)
-        ax.set(title=f"split by {'row' if split == 'row' else 'post'}", xticks=range(len(methods)), xticklabels=map(label, methods))
-        ax.grid(alpha=0.3)
-    axes[0].set(ylabel="cross-entropy on the second half (nats a token)")
-    axes[1].legend()
+        ax.set(xticks=range(len(methods)), xticklabels=map(label, methods))
+    ax.legend()
     save(fig, out)
 
 
-def plot_seen(out, found, setting):
-    """The row split's validation tokens apart: those that training had, with all that stands before them, and new ones."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    methods = orders(found[setting, "row"])
-    share = next(iter(methods.values()))[0][-1]["seen_share"]
+def plot_seen(out, found):
+    """(d): the row split's validation tokens apart, those that training had, with all that stands before them, and new ones."""
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.6))
+    methods = found["later", "row"]
+    share = methods["T_0"][0][-1]["seen_share"]
     for i, (method, runs) in enumerate(methods.items()):
         for ax, key in zip(axes, ("seen_loss", "new_loss")):
             band(ax, runs, key, color=f"C{i}", label=label(method))
@@ -105,24 +109,33 @@ def plot_seen(out, found, setting):
     save(fig, out)
 
 
-def plot_calibration(out, found, setting):
-    """Split by post: expected calibration error, the reliability curve at the last step, entropy where the model is wrong."""
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-    for i, (method, runs) in enumerate(orders(found[setting, "group"]).items()):
+def plot_calibration(out, found):
+    """(e): split by post, expected calibration error, the reliability curve at the last step, entropy where the model is wrong."""
+    fig, axes = plt.subplots(1, 3, figsize=(16, 4.6))
+    for i, (method, runs) in enumerate(m for m in found["clean", "group"].items() if m[0].startswith("T_")):
         look = dict(color=f"C{i}", label=label(method))
         band(axes[0], runs, "ece", **look)
         band(axes[2], runs, "entropy_wrong", **look)
-        for n, records in enumerate(runs):
-            top, right, _ = zip(*records[-1]["reliability"])
-            axes[1].plot(top, right, ".-", lw=1, ms=4, **look | {"label": None if n else look["label"]})
+        axes[1].plot(*zip(*pooled([records[-1]["reliability"] for records in runs])), ".-", lw=1, **look)
     axes[1].plot([0, 1], [0, 1], "k--", lw=1)
     axes[0].set(title="expected calibration error", xlabel="step")
     axes[1].set(title="reliability at the last step", xlabel="probability of the most likely token", ylabel="share right")
-    axes[2].set(title="mean entropy where the most likely token is wrong (nats)", xlabel="step")
+    axes[2].set(title="entropy where the most likely token is wrong", xlabel="step", ylabel="nats")
     for ax in axes:
         ax.legend()
         ax.grid(alpha=0.3)
     save(fig, out)
+
+
+def pooled(curves, bins=15, least=30):
+    """Reliability curves of some runs as one, [(probability, share right)] of the bins with at least so many tokens."""
+    points = []
+    for b in range(bins):
+        some = [point for curve in curves for point in curve if min(int(point[0] * bins), bins - 1) == b]
+        count = sum(n for _, _, n in some)
+        if count >= least:
+            points.append((sum(top * n for top, _, n in some) / count, sum(right * n for _, right, n in some) / count))
+    return points
 
 
 def study_table(methods):
@@ -203,7 +216,7 @@ def report(folder, out):
     os.makedirs(out, exist_ok=True)
     keep(folder, os.path.join(out, "runs"))
     for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
-        draw(os.path.join(out, f"{name}.png"), found, "later")
+        draw(os.path.join(out, f"{name}.png"), found)
     lines = ["# T_n: validation cross-entropy, whatever was trained", "", *picture(found), ""]
     for (setting, split), methods in found.items():
         seeds, last = {len(runs) for runs in methods.values()}, next(iter(methods.values()))[0][-1]

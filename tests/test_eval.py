@@ -11,6 +11,7 @@ import torch
 import checkpoint
 import data
 import plot
+import taylor
 from conftest import read_metrics
 from data import encode_rows, read_rows, tokenizer
 from eval import answer, calibration, distributions, expected_calibration_error, f1, fit_temperature, length_accuracy, ranking_metrics, reliability, sample_metrics, score, win_rate
@@ -145,9 +146,14 @@ def tn_runs(folder):
                 with open(f"{folder}/{setting}/{split}/{method}/{seed}/metrics.jsonl", "w") as f:
                     for step, loss in ((0, 5.0), (10, 3.0), (20, 4.0 - (method == "T_1") * (0.5 + 0.04 * (seed - 2)) - (method == "T_2") * 0.52)):
                         figures = {name: loss for name in ("val_loss", "tune_loss", "test_loss", "tune_loss_t", "test_loss_t", "seen_loss", "new_loss", "entropy_wrong")}
-                        figures |= {"ece": 0.1, "ece_t": 0.05, "acc": 0.5, "temperature": 1.5, "seen_share": 0.9, "reliability": [[0.1, 0.2, 5], [0.9, 0.8, 5]]}
+                        figures |= {"ece": 0.1, "ece_t": 0.05, "acc": 0.5, "temperature": 1.5, "seen_share": 0.9, "reliability": [[0.1, 0.2, 15], [0.9, 0.8, 5]]}
                         played = {"val_loss": loss, "acc": 0.5, "rank_nll": 0.6, "kl_from_ref": 0.0, "reward/data": 0.1, "reward/self": -0.1}
                         f.write(json.dumps({"kind": "eval", "round": 0, "step": step} | (played if setting == "spin_k2" else figures)) + "\n")
+
+
+def test_reliability_curves_are_pooled_by_their_tokens():
+    (x, y), = taylor.pooled([[[0.1, 0.2, 20], [0.9, 1.0, 9]], [[0.12, 0.5, 10], [0.95, 0.0, 20]]])
+    assert (x, y) == (pytest.approx(3.2 / 30), pytest.approx(9 / 30))
 
 
 def test_the_taylor_study(tmp_path):
