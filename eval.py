@@ -3,10 +3,12 @@
     python eval.py sft=out/demo/sft                                                   # validation loss, a sample's figures
     python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
     python eval.py sft=out/demo/sft sft_cold=out/demo/sft@0.5 --out=eval.json         # @ is the sampling temperature
+    python eval.py rm=out/reward --data=data/ranked                                   # a reward model's accuracy; as --judge it scores
 
 Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
 """
 import argparse
+import bisect
 import os
 import re
 from collections import Counter
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, batch_rows, encode_rows, permutation, read_rows, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, batch_rows, encode_rows, permutation, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -54,25 +56,44 @@ def run(model, batch, device):
 
 
 @torch.no_grad()
-def score(model, rows, tokens, device, desc=None, layout="shared"):
-    """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
-    Policy and reference both go through here, about `tokens` tokens at a time."""
+def in_batches(model, rows, tokens, device, make, pick, desc=None, layout="shared"):
+    """What `pick` takes of the model's output, [one for each row], on every rank; about `tokens` tokens at a time.
+    make(rows, layout) -> batch; pick(output, batch) -> [one for each of its rows]."""
     was_training = model.training
     model.eval()
-    K = max(len(r["responses"]) for r in rows)
     order = sorted(range(len(rows)), key=lambda i: row_tokens(rows[i], layout))
     sizes = [row_tokens(rows[i], layout) for i in order]
     parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
     results = {}
     for part in tqdm(list(parallel.shard(parts)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
         indices = [order[i] for i in part]
-        logps, batch = run(model, batch_rows([rows[i] for i in indices], layout), device)
-        B, k = batch["present"].shape
-        logps = sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
-        results.update({i: np.pad(row, (0, K - k)) for i, row in zip(indices, logps)})
+        results.update(zip(indices, pick(*run(model, make([rows[i] for i in indices], layout), device))))
     parallel.reshard(model)
     model.train(was_training)
-    return np.stack(parallel.merge(len(rows), results))
+    return parallel.merge(len(rows), results)
+
+
+def score(model, rows, tokens, device, desc=None, layout="shared"):
+    """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
+    Policy and reference both go through here."""
+    def pick(logps, batch):
+        B, k = batch["present"].shape
+        return sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
+    return wide(in_batches(model, rows, tokens, device, batch_rows, pick, desc, layout))
+
+
+def reward_scores(model, rows, tokens, device, desc=None, layout="shared"):
+    """A reward model's score of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank."""
+    def pick(scores, batch):
+        B, k = batch["present"].shape
+        return scores.new_zeros(B * k).index_put((batch["slot"],), scores).view(B, k).cpu().numpy()
+    return wide(in_batches(model, rows, tokens, device, reward_batch, pick, desc, layout))
+
+
+def wide(rows):
+    """Arrays of at most K numbers as one (rows, K), 0 where one has fewer."""
+    K = max(map(len, rows))
+    return np.stack([np.pad(row, (0, K - len(row))) for row in rows])
 
 
 def loss_metrics(logps, rows):
@@ -115,6 +136,33 @@ def ranking_metrics(logps, refs, rows, beta, names):
     return metrics
 
 
+def reward_metrics(scores, rows):
+    """A reward model's held-out figures. scores (rows, K) from `reward_scores`, 0 where absent.
+
+    pair_nll     mean over rows of its pairs' mean -log sigmoid(s_i - s_j); ln 2 = 0.6931 of equal scores
+    acc          share of ordered pairs that are right, a tie half; acc_se: standard error, with rows as the independent units
+    acc@d, pairs@d   of pairs d ranks apart (ranks count distinct places: the best and the next best are 1 apart)
+    score, score_std  of all responses
+    """
+    K = scores.shape[1]
+    present = np.array([[y is not None for y in row["responses"]] + [False] * (K - len(row["responses"])) for row in rows])
+    taken = [sorted({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) for row in rows]
+    place = np.array([[bisect.bisect_left(some, r) for r in row["ranks"]] + [K] * (K - len(row["ranks"])) for some, row in zip(taken, rows)])
+    apart = np.where(present[:, :, None] & present[:, None, :], place[:, None, :] - place[:, :, None], 0)      # (rows, i, j)
+    lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
+    right, pairs = (lead > 0) + 0.5 * (lead == 0), apart > 0
+    n = pairs.sum((1, 2))
+    nll = (np.logaddexp(0, -lead) * pairs).sum((1, 2))[n > 0] / n[n > 0]
+    acc = (right * pairs).sum() / max(1, n.sum())
+    # a ratio of sums over rows: its error is that of the rows' residuals
+    error = np.sqrt((((right * pairs).sum((1, 2)) - acc * n) ** 2).sum()) / max(1, n.sum())
+    metrics = {"pair_nll": float(nll.mean()), "acc": float(acc), "acc_se": float(error)}
+    for d in range(1, int(apart.max()) + 1):
+        if (apart == d).any():
+            metrics |= {f"acc@{d}": float(right[apart == d].mean()), f"pairs@{d}": int((apart == d).sum())}
+    return metrics | {"score": float(scores[present].mean()), "score_std": float(scores[present].std())}
+
+
 def answer(text):
     """What exact match compares: the number after "####" (GSM8K), or the whole text."""
     found = re.findall(r"####\s*(-?[\d.,]+)", text)
@@ -144,12 +192,16 @@ def length_accuracy(data, other):
 
 
 def win_rate(judge, pairs, device, tokens=8192):
-    """Share of prompts on which the first response beats the second under a judge, a language model: the higher mean
-    log-probability a token, end-of-text included, wins; equals count half.
+    """Share of prompts on which the first response beats the second under a judge; equals count half. A reward model's higher
+    score wins (its checkpoint has a scalar head), a language model's higher mean log-probability a token, end-of-text included.
     pairs: encoded rows of two responses. Returns (share, standard error)."""
-    lengths = np.array([[len(y) for y in row["responses"]] for row in pairs])
-    mean = score(judge, pairs, tokens, device) / lengths
-    wins = (mean[:, 0] > mean[:, 1]) + 0.5 * (mean[:, 0] == mean[:, 1])
+    if judge.config.scalar:
+        mean = reward_scores(judge, pairs, tokens, device)
+    else:
+        mean = score(judge, pairs, tokens, device) / np.array([[len(y) for y in row["responses"]] for row in pairs])
+    # equal responses are equal: in another place of a batch a product may round otherwise
+    equal = np.array([row["responses"][0] == row["responses"][1] for row in pairs]) | (mean[:, 0] == mean[:, 1])
+    wins = np.where(equal, 0.5, mean[:, 0] > mean[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
 
@@ -165,6 +217,8 @@ def measure(path, temperature, seed, rows, args):
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
     limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
     encoded = [row for row in encode_rows(rows, *limits)[0] if row is not None]
+    if meta["config"]["stage"] == "reward":
+        return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
     figures = loss_metrics(score(model, best, 8192, args.device), best)
     if args.reference:
@@ -204,6 +258,9 @@ def main():
         if not found or found[1] in runs or found[1] == "data":
             raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
         runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
+    no_policy = [name for name, (path, _) in runs.items() if args.judge and checkpoint.read_meta(path)["config"]["stage"] == "reward"]
+    if no_policy:
+        raise SystemExit(f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge")
     rows = held_out(args.data, args.rows)
     table, samples = {}, {"data": ({row["prompt"]: (row["responses"][0], None) for row in rows}, None)}
     for n, (name, (path, temperature)) in enumerate(runs.items()):
@@ -226,7 +283,8 @@ def main():
     if args.out:
         os.makedirs(args.out, exist_ok=True)
         for name, (answers, _) in samples.items():
-            write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
+            if answers:
+                write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
         write_json(os.path.join(args.out, "eval.json"), table)
 
 

@@ -2,7 +2,8 @@
 
     pretrain      token streams
     sft           the data's best responses
-    preference    the data's ranked responses, and the reference's log-probabilities of them
+    reward        the data's ranked responses
+    preference    the same, and the reference's log-probabilities of them
     spin          the same after a game: each prompt's responses by `players`, best first, the policy's own sampled now
 
 Everything of a round lies in RUN/round_R: self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows, text and
@@ -53,6 +54,8 @@ def collect(cfg, round, model, enc, device, dtype, say):
                 for earlier in range(max(0, round - cfg.mix_rounds), round):
                     rows = rows + read_rows(os.path.join(cfg.out_dir, f"round_{earlier}", "train.jsonl"))
         encoded, counts = encode_rows(rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response)
+        if cfg.score_margin:
+            with_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
         encoded = [row for row in encoded if row is not None]
         if cfg.stage != "sft":
             ranked = [row for row in encoded if len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) >= 2]
@@ -61,12 +64,12 @@ def collect(cfg, round, model, enc, device, dtype, say):
         if not encoded:
             raise SystemExit(f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows is left ({counts})")
         say(f"round {round} {split}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
-        if cfg.stage != "sft":
+        if cfg.stage in ("preference", "spin"):
             for row, ref in zip(encoded, reference(cfg, round, split, model, encoded, device), strict=True):
                 row["ref"] = ref[:len(row["responses"])].tolist()
         result[split] = encoded
     done = os.path.join(folder, "collect.json")
-    if cfg.stage != "sft" and parallel.rank() == 0 and not os.path.exists(done):
+    if cfg.stage in ("preference", "spin") and parallel.rank() == 0 and not os.path.exists(done):
         write_json(done, {
             "reference": reference_sha256(cfg, round), "tokenizer": tokenizer.fingerprint(enc), "players": cfg.players,
             "temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": cfg.seed,
@@ -75,6 +78,15 @@ def collect(cfg, round, model, enc, device, dtype, say):
             "report": report, "seconds": time.time() - start})
     parallel.barrier()
     return result["train"], result["val"], report.get("val", {})
+
+
+def with_scores(encoded, rows, where):
+    """Give encoded rows the data's own scores."""
+    for row, e in zip(rows, encoded):
+        if e is not None:
+            if not row.get("scores"):
+                raise SystemExit(f"{where}: score_margin needs scores, and a row has none ({row['prompt'][:60]!r})")
+            e["scores"] = row["scores"]
 
 
 def source(cfg):

@@ -2,15 +2,17 @@
 import ast
 import glob
 
-OURS = {"train", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench"}
 MAY_IMPORT = {
-    "loss": set(), "attention": set(), "config": set(), "parallel": set(), "plot": set(),
+    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
+    "log": {"parallel", "data"},
     "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
+    "ppo": {"rollout", "eval", "loss", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot", "bench"},
     "bench": OURS - {"plot", "bench"},
 }

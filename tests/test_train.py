@@ -239,7 +239,8 @@ def test_documents_apart(tiny_data, tmp_path):
 
 # a later stage's inputs, for the files in config/
 CHANGES = {"pretrain": TINY + ["--batch_size=8", "--micro_batch_tokens=256"], "sft": ["--batch_size=8", "--micro_batch_tokens=256"],
-           "spin": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_tokens=256"]}
+           "spin": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_tokens=256"], "reward": ["--batch_size=8", "--micro_batch_tokens=256"],
+           "ppo": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8", "--rounds=2", "--reward=test_ppo:letters"]}
 
 
 @pytest.mark.parametrize("file", sorted(os.path.basename(f) for f in glob.glob("config/*.py") if "__init__" not in f))
@@ -253,8 +254,9 @@ def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
     elif cfg.n_kv_head:
         args += ["--n_kv_head=1"]
     args = [a for a in args if not a.startswith("--n_layer") or cfg.stage == "pretrain"]
+    args += [f"--pretrain_data={tiny_data}"] if cfg.pretrain_coef else []
     train.main(args)
-    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * cfg.rounds
+    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * config.load(args).rounds
     assert all(math.isfinite(r["loss"]) for r in read_metrics(f"{tmp_path}/run", "step"))
 
 
