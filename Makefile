@@ -1,6 +1,7 @@
 # make demo         the whole pipeline on this machine, to out/demo/report.md
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
+# make test-peers   the objectives against TRL's, Liger's and choix's own code, in an environment of their own
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: pipeline demo demo-seeds test bench
+.PHONY: pipeline demo demo-seeds test test-peers bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -43,6 +44,15 @@ demo-seeds:
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+.venv-peers/ready: requirements.txt tests/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
+	touch $@
+
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest -q tests/peers
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -217,8 +217,10 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
 
     pl      Plackett-Luce on r. K = 2: DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3), SPIN with the previous policy
             as reference and its samples as y_2 (2401.01335, eq. 4.7, logistic); depth 1: S-DPO (2406.09215)
-    pairs   mean over ordered pairs i above j of -log sigmoid(r_i - r_j): Bradley-Terry of each pair
-    ipo     mean over those pairs of ((r_i - r_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17)
+    pairs   mean over ordered pairs i above j of -log sigmoid(r_i - r_j): Bradley-Terry of each pair (their number times it is
+            the sum over pairs)
+    ipo     mean over those pairs of ((r_i - r_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17; TRL's divides each log-ratio
+            by its length first)
     simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, each worse response `margin` ahead (2405.14734, eq. 6)
     orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|); with nll_coef 1 it is ORPO
             (2403.07691, eq. 6), beta its lambda
