@@ -4,6 +4,7 @@
 # make figures-tn   the T_n study, to results/tn/report.md; RANKED=ranked.jsonl.gz of real threads, else docstrings; FULL=1 the original size
 # make figures-tn-map    where the write-up's picture appears: steps, learning rate, noise, width, block; about as long again
 # make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
+# make test-peers   the objectives against TRL's, Liger's and choix's own code, in an environment of their own
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: players pipeline demo demo-seeds test bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
+.PHONY: players pipeline demo demo-seeds test test-peers bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -107,6 +108,15 @@ figures-tn-play: players
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+.venv-peers/ready: requirements.txt tests/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
+	touch $@
+
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest -q tests/peers
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -89,6 +89,14 @@ def steps_of(folder):
     return [os.path.join(folder, name) for name in sorted(names) if re.fullmatch(r"step_\d+", name)]
 
 
+def prune(run, first):
+    """Remove the checkpoints of the rounds before `first`; what else lies there stays."""
+    if parallel.rank() == 0:
+        for path in (path for round in range(first) for path in steps_of(os.path.join(run, f"round_{round}"))):
+            shutil.rmtree(path)
+    parallel.barrier()
+
+
 def latest(run, round=None):
     """The newest checkpoint of a run (of one round), or None."""
     rounds = sorted(int(m[1]) for m in map(re.compile(r"round_(\d+)").fullmatch, os.listdir(run)) if m) if os.path.isdir(run) else []
@@ -126,17 +134,20 @@ def read_tokenizer(path, meta):
 
 
 def load_weights(path, model):
-    """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time."""
+    """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. A scalar head that only
+    the model has starts at 0; one that only the file has is left there."""
     file = os.path.join(path, "model.safetensors")
     if sha256(file) != read_meta(path)["weights_sha256"]:
         raise SystemExit(f"{file} is damaged: its sha256 is not the one in meta.json")
     try:
         with safe_open(file, framework="pt") as f:
             params = dict(model.named_parameters())
-            if set(f.keys()) != set(params):
-                raise SystemExit(f"{file} has other tensors than the model: {sorted(set(f.keys()) ^ set(params))[:3]}")
+            there = set(f.keys())
+            other = [name for name in there ^ set(params) if not name.startswith("scalar.")]
+            if other:
+                raise SystemExit(f"{file} has other tensors than the model: {sorted(other)[:3]}")
             for name, p in params.items():
-                tensor = f.get_tensor(name)
+                tensor = f.get_tensor(name) if name in there else torch.zeros(p.shape)
                 if tensor.shape != p.shape:
                     raise SystemExit(f"{file}: {name} has shape {tuple(tensor.shape)}, the model {tuple(p.shape)}")
                 parallel.copy_(p, tensor)
@@ -145,11 +156,12 @@ def load_weights(path, model):
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
-    """(model in evaluation mode, tokenizer, meta) of a run folder or checkpoint, unsharded."""
+    """(model in evaluation mode, tokenizer, meta) of a run folder or checkpoint, unsharded; with its scalar head if it is a
+    reward model, without PPO's."""
     path = resolve(path)
     meta = read_meta(path)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**meta["model"]))
+        model = GPT(GPTConfig(**meta["model"] | {"scalar": meta["config"]["stage"] == "reward"}))
     model.to_empty(device=device)
     load_weights(path, model)
     return parallel.cast(model, dtype).eval(), read_tokenizer(path, meta), meta

@@ -3,10 +3,12 @@
     python eval.py sft=out/demo/sft                                                   # validation loss, a sample's figures
     python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
     python eval.py sft=out/demo/sft sft_cold=out/demo/sft@0.5 --out=eval.json         # @ is the sampling temperature
+    python eval.py rm=out/reward --data=data/ranked                                   # a reward model's accuracy; as --judge it scores
 
 Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
 """
 import argparse
+import bisect
 import os
 import re
 from collections import Counter
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, batch_rows, encode_rows, permutation, read_rows, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, batch_rows, encode_rows, permutation, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -54,20 +56,9 @@ def run(model, batch, device, whole=False):
 
 
 @torch.no_grad()
-def score(model, rows, tokens, device, desc=None, layout="shared"):
-    """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
-    Policy and reference both go through here, about `tokens` tokens at a time."""
-    K = max(len(r["responses"]) for r in rows)
-
-    def sums(some):
-        logps, batch = run(model, batch_rows(some, layout), device)
-        B, k = batch["present"].shape
-        return np.pad(sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy(), ((0, 0), (0, K - k)))
-    return np.stack(over_rows(model, rows, tokens, sums, desc, layout))
-
-
-def over_rows(model, rows, tokens, figures, desc=None, layout="shared"):
-    """figures(some rows) -> one value of each, for all of them, about `tokens` tokens at a time: a list, on every rank."""
+def in_batches(model, rows, tokens, device, make, pick, desc=None, layout="shared", whole=False):
+    """What `pick` takes of the model's output (whole: of all its logits), [one for each row], on every rank; about `tokens` tokens
+    at a time. make(rows, layout) -> batch; pick(output, batch) -> [one for each of its rows]."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: row_tokens(rows[i], layout))
@@ -76,28 +67,33 @@ def over_rows(model, rows, tokens, figures, desc=None, layout="shared"):
     results = {}
     for part in tqdm(list(parallel.shard(parts)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
         indices = [order[i] for i in part]
-        results.update(zip(indices, figures([rows[i] for i in indices])))
+        results.update(zip(indices, pick(*run(model, make([rows[i] for i in indices], layout), device, whole))))
     parallel.reshard(model)
     model.train(was_training)
     return parallel.merge(len(rows), results)
 
 
-def evaluate(cfg, beta, model, val, device, eot):
-    """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
-    if cfg.stage == "pretrain":
-        return {"val_loss": stream_loss(model, val, cfg, device, eot if cfg.documents_apart else None)}
-    tokens = parallel.micro_batch_tokens(cfg, device)
-    if cfg.calibration:
-        return calibration(model, val, tokens, device)
-    logps = score(model, val, tokens, device, layout=cfg.layout)
-    if cfg.stage == "sft":
-        return loss_metrics(logps, val)
-    K = logps.shape[1]
-    refs = np.array([row["ref"] + [0.0] * (K - len(row["ref"])) for row in val], dtype=np.float32)
-    rows = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])),
-                   "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in val]
-    names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
-    return ranking_metrics(logps, refs, rows, beta, names)
+def score(model, rows, tokens, device, desc=None, layout="shared"):
+    """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
+    Policy and reference both go through here."""
+    def pick(logps, batch):
+        B, k = batch["present"].shape
+        return sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
+    return wide(in_batches(model, rows, tokens, device, batch_rows, pick, desc, layout))
+
+
+def reward_scores(model, rows, tokens, device, desc=None, layout="shared"):
+    """A reward model's score of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank."""
+    def pick(scores, batch):
+        B, k = batch["present"].shape
+        return scores.new_zeros(B * k).index_put((batch["slot"],), scores).view(B, k).cpu().numpy()
+    return wide(in_batches(model, rows, tokens, device, reward_batch, pick, desc, layout))
+
+
+def wide(rows):
+    """Arrays of at most K numbers as one (rows, K), 0 where one has fewer."""
+    K = max(map(len, rows))
+    return np.stack([np.pad(row, (0, K - len(row))) for row in rows])
 
 
 def loss_metrics(logps, rows):
@@ -140,81 +136,31 @@ def ranking_metrics(logps, refs, rows, beta, names):
     return metrics
 
 
-# ----------------------------------------------------------------------------------------------------------- calibration
+def reward_metrics(scores, rows):
+    """A reward model's held-out figures. scores (rows, K) from `reward_scores`, 0 where absent.
 
-
-@torch.no_grad()
-def distributions(model, rows, tokens, device, temperature=1.0):
-    """What a model says of each target token of encoded rows' best responses, its logits divided by `temperature`. Arrays, one
-    value a token in the rows' order: `logp` of the target; `top`, the greatest probability; `right`, whether the target has it;
-    `entropy` in nats; `slope` and `bend`, the first and second derivative of -logp by 1 / temperature."""
-    def figures(some):
-        logits, batch = run(model, batch_rows(some), device, whole=True)
-        targets = batch["targets"][:, None]
-        logps = torch.log_softmax(logits / temperature, -1)
-        p = logps.exp()
-        mean = (p * logits).sum(-1)
-        values = torch.stack([logps.gather(1, targets)[:, 0], p.amax(-1), logits.argmax(-1) == targets[:, 0], -(p * logps).sum(-1),
-                              mean - logits.gather(1, targets)[:, 0], (p * logits.square()).sum(-1) - mean.square()])
-        return [part.cpu().numpy() for part in values.split(batch["lengths"][:, 0].tolist(), dim=1)]
-    tokens = min(tokens, max(256, 2**26 // model.config.vocab_size))            # a (tokens, V) matrix
-    rows = [row | {"responses": row["responses"][:1]} for row in rows]
-    values = np.concatenate(over_rows(model, rows, tokens, figures), axis=1).astype(np.float64)
-    return dict(zip(("logp", "top", "right", "entropy", "slope", "bend"), values))
-
-
-def fit_temperature(model, rows, tokens, device):
-    """The temperature that makes rows' cross-entropy least (arXiv 1706.04599, section 4.2), in [0.05, 20]. The loss is convex in
-    1 / temperature, whose Newton steps are held to a factor of 2."""
-    inverse = 1.0
-    for _ in range(10):
-        at = distributions(model, rows, tokens, device, 1 / inverse)
-        before, best = inverse, inverse - at["slope"].mean() / max(at["bend"].mean(), 1e-12)
-        inverse = float(np.clip(np.clip(best, before / 2, before * 2), 0.05, 20.0))
-        if abs(inverse / before - 1) < 0.01:        # the next step would be about its square
-            break
-    return 1 / inverse
-
-
-def reliability(top, right, bins=15):
-    """Tokens in bins of equal width by the greatest probability: [[its mean, share right, tokens]] of those not empty."""
-    at = np.minimum((top * bins).astype(int), bins - 1)
-    return [[float(top[at == b].mean()), float(right[at == b].mean()), int((at == b).sum())] for b in range(bins) if (at == b).any()]
-
-
-def expected_calibration_error(curve):
-    """ECE: mean of |probability - share right| over tokens, by the bins of `reliability` (arXiv 1706.04599, eq. 3)."""
-    return sum(n * abs(top - right) for top, right, n in curve) / sum(n for _, _, n in curve)
-
-
-def calibration(model, rows, tokens, device):
-    """The figures of the T_n study, on plain cross-entropy a target token whatever was trained. Validation rows stand in two halves
-    by a hash of their group: the first is for choosing, the step and the temperature; the second is what a choice is measured on.
-
-    val_loss                all rows                      tune_loss, test_loss   the first half, the second
-    temperature             fitted on the first half      *_t                    after it
-    acc                     share of the second half's tokens whose most likely id is right
-    ece, reliability        expected calibration error and its curve, there
-    entropy, entropy_wrong  mean over its tokens, and over those whose most likely id is wrong
-    seen_loss, new_loss     all rows: tokens whose row, up to and with them, begins a training row too, and the others;
-    seen_share              how many are of the first kind
+    pair_nll     mean over rows of its pairs' mean -log sigmoid(s_i - s_j); ln 2 = 0.6931 of equal scores
+    acc          share of ordered pairs that are right, a tie half; acc_se: standard error, with rows as the independent units
+    acc@d, pairs@d   of pairs d ranks apart (ranks count distinct places: the best and the next best are 1 apart)
+    score, score_std  of all responses
     """
-    plain = distributions(model, rows, tokens, device)
-    temperature = fit_temperature(model, [row for row in rows if row["half"] == 0], tokens, device)
-    warm = distributions(model, rows, tokens, device, temperature)
-    lengths = [len(row["responses"][0]) - (not row["prompt"]) for row in rows]         # an empty prompt leaves the first token unasked
-    seen = np.concatenate([len(row["prompt"]) + (not row["prompt"]) + np.arange(n) < row["seen"] for row, n in zip(rows, lengths)])
-    tune = np.repeat([row["half"] == 0 for row in rows], lengths)
-    test, wrong = ~tune, ~tune & (plain["right"] == 0)
-    figures = {"val_loss": -plain["logp"].mean(), "temperature": temperature, "acc": plain["right"][test].mean(),
-               "entropy": plain["entropy"][test].mean(), "seen_share": seen.mean()}
-    for name, at in (("", plain), ("_t", warm)):
-        curve = reliability(at["top"][test], at["right"][test])
-        figures |= {f"tune_loss{name}": -at["logp"][tune].mean(), f"test_loss{name}": -at["logp"][test].mean(),
-                    f"ece{name}": expected_calibration_error(curve), f"reliability{name}": curve}
-    some = [("seen_loss", -plain["logp"], seen), ("new_loss", -plain["logp"], ~seen), ("entropy_wrong", plain["entropy"], wrong)]
-    figures |= {name: values[where].mean() for name, values, where in some if where.any()}
-    return {name: value if isinstance(value, list) else float(value) for name, value in figures.items()}
+    K = scores.shape[1]
+    present = np.array([[y is not None for y in row["responses"]] + [False] * (K - len(row["responses"])) for row in rows])
+    taken = [sorted({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) for row in rows]
+    place = np.array([[bisect.bisect_left(some, r) for r in row["ranks"]] + [K] * (K - len(row["ranks"])) for some, row in zip(taken, rows)])
+    apart = np.where(present[:, :, None] & present[:, None, :], place[:, None, :] - place[:, :, None], 0)      # (rows, i, j)
+    lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
+    right, pairs = (lead > 0) + 0.5 * (lead == 0), apart > 0
+    n = pairs.sum((1, 2))
+    nll = (np.logaddexp(0, -lead) * pairs).sum((1, 2))[n > 0] / n[n > 0]
+    acc = (right * pairs).sum() / max(1, n.sum())
+    # a ratio of sums over rows: its error is that of the rows' residuals
+    error = np.sqrt((((right * pairs).sum((1, 2)) - acc * n) ** 2).sum()) / max(1, n.sum())
+    metrics = {"pair_nll": float(nll.mean()), "acc": float(acc), "acc_se": float(error)}
+    for d in range(1, int(apart.max()) + 1):
+        if (apart == d).any():
+            metrics |= {f"acc@{d}": float(right[apart == d].mean()), f"pairs@{d}": int((apart == d).sum())}
+    return metrics | {"score": float(scores[present].mean()), "score_std": float(scores[present].std())}
 
 
 def answer(text):
@@ -246,13 +192,15 @@ def length_accuracy(data, other):
 
 
 def win_rate(judge, pairs, device, tokens=8192):
-    """Share of prompts on which the first response beats the second under a judge, a language model: the higher mean
-    log-probability a token, end-of-text included, wins; equals count half.
+    """Share of prompts on which the first response beats the second under a judge; equals count half. A reward model's higher
+    score wins (its checkpoint has a scalar head), a language model's higher mean log-probability a token, end-of-text included.
     pairs: encoded rows of two responses. Returns (share, standard error)."""
-    lengths = np.array([[len(y) for y in row["responses"]] for row in pairs])
-    mean = score(judge, pairs, tokens, device) / lengths
-    # the same response twice may differ in its last bits: the products' rounding depends on where a token stands
-    equal = (mean[:, 0] == mean[:, 1]) | np.array([a == b for a, b in (row["responses"] for row in pairs)])
+    if judge.config.scalar:
+        mean = reward_scores(judge, pairs, tokens, device)
+    else:
+        mean = score(judge, pairs, tokens, device) / np.array([[len(y) for y in row["responses"]] for row in pairs])
+    # equal responses are equal: in another place of a batch a product may round otherwise
+    equal = np.array([row["responses"][0] == row["responses"][1] for row in pairs]) | (mean[:, 0] == mean[:, 1])
     wins = np.where(equal, 0.5, mean[:, 0] > mean[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
@@ -269,6 +217,8 @@ def measure(path, temperature, seed, rows, args):
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
     limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
     encoded = [row for row in encode_rows(rows, *limits)[0] if row is not None]
+    if meta["config"]["stage"] == "reward":
+        return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
     figures = loss_metrics(score(model, best, 8192, args.device), best)
     if args.reference:
@@ -308,6 +258,9 @@ def main():
         if not found or found[1] in runs or found[1] == "data":
             raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
         runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
+    no_policy = [name for name, (path, _) in runs.items() if args.judge and checkpoint.read_meta(path)["config"]["stage"] == "reward"]
+    if no_policy:
+        raise SystemExit(f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge")
     rows = held_out(args.data, args.rows)
     if args.judge and not all(row["prompt"] for row in rows):
         raise SystemExit(f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge")
@@ -332,7 +285,8 @@ def main():
     if args.out:
         os.makedirs(args.out, exist_ok=True)
         for name, (answers, _) in samples.items():
-            write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
+            if answers:
+                write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
         write_json(os.path.join(args.out, "eval.json"), table)
 
 

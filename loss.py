@@ -108,7 +108,7 @@ def plackett_luce(scores, present=None, depth=None, ranks=None, margin=0.0):
     depth d keeps the terms of the first d present responses: d = 1 is "the best against all the rest".
     ranks (B, K) int: smaller is better, equal is a tie. Tied responses do not compete: each is drawn against itself and
     the strictly worse, so a row of ties costs 0 and swapping them changes nothing. Without `ranks` position is rank.
-    margin: what the worse ones are ahead by, in each term.
+    margin: what the worse ones are ahead by, in each term; a number, or (B, k, j): j before k.
     Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
     """
     B, K = scores.shape
@@ -185,6 +185,40 @@ def smoothed_nll(logits, targets, label_smoothing=0.0, confidence_penalty=0.0):
     return loss + confidence_penalty * (logps.exp() * logps).sum(-1) if confidence_penalty else loss
 
 
+def reward_loss(scores, present=None, kind="pairs", *, ranks=None, gaps=None, score_margin=0.0, center_coef=0.0):
+    """The loss of a reward model, mean over rows: scores (B, K) of the responses, best first; present, ranks as in `plackett_luce`.
+
+    pairs   mean over a row's ordered pairs i above j of -log sigmoid(s_i - s_j): InstructGPT (arXiv 2203.02155, eq. 1), all
+            K-choose-2 pairs of a prompt at once, averaged, so that a prompt of many responses does not count for more
+    pl      Plackett-Luce of the whole ranking; at K = 2 the same
+
+    gaps (B, K): the data's own scores; a pair's margin is score_margin times their difference, s_i - s_j - m_ij (Llama 2,
+    2307.09288, eq. 2; under pl the worse response is ahead by it in each term). center_coef adds center_coef times the mean
+    over pairs of (s_i + s_j)^2 (2312.09244, eq. 2), which fixes the constant that a ranking leaves free.
+    Equal scores give ln 2, or ln K!. Returns the mean () and metrics, detached means over rows: `nll` the ranking's part, `acc`
+    share of the ordered pairs that are right, `margin` the mean of s_i - s_j. Raises ValueError for another kind.
+    """
+    if kind not in ("pairs", "pl"):
+        raise ValueError(f"unknown kind {kind!r}: a reward model has pairs or pl")
+    B, K = scores.shape
+    present = torch.ones_like(scores, dtype=torch.bool) if present is None else present
+    ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
+    scores = scores.masked_fill(~present, 0.0)
+    above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]    # (B, i, j): i is better
+    pairs = above.sum((1, 2)).clamp(min=1)
+    lead = scores[:, :, None] - scores[:, None, :]
+    margins = torch.zeros_like(lead) if gaps is None else score_margin * (gaps[:, :, None] - gaps[:, None, :])
+    if kind == "pairs":
+        nll = (F.softplus(margins - lead) * above).sum((1, 2)) / pairs
+    else:
+        nll = plackett_luce(scores, present, None, ranks, margins)
+    centre = ((scores[:, :, None] + scores[:, None, :]).square() * above).sum((1, 2)) / pairs
+    with torch.no_grad():
+        metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
+                   "margin": ((lead * above).sum((1, 2)) / pairs).mean()}
+    return (nll + center_coef * centre).mean() if center_coef else nll.mean(), metrics
+
+
 def log_odds(mean_logps):
     """log( p / (1 - p) ) of p = exp(mean_logps), finite down to p = 1 - 2^-24: a response of certain tokens has a mean
     log-probability that rounds to 0."""
@@ -200,8 +234,10 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
 
     pl      Plackett-Luce on r. K = 2: DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3), SPIN with the previous policy
             as reference and its samples as y_2 (2401.01335, eq. 4.7, logistic); depth 1: S-DPO (2406.09215)
-    pairs   mean over ordered pairs i above j of -log sigmoid(r_i - r_j): Bradley-Terry of each pair
-    ipo     mean over those pairs of ((r_i - r_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17)
+    pairs   mean over ordered pairs i above j of -log sigmoid(r_i - r_j): Bradley-Terry of each pair (their number times it is
+            the sum over pairs)
+    ipo     mean over those pairs of ((r_i - r_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17; TRL's divides each log-ratio
+            by its length first)
     simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, each worse response `margin` ahead (2405.14734, eq. 6)
     orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|); with nll_coef 1 it is ORPO
             (2403.07691, eq. 6), beta its lambda
@@ -250,3 +286,46 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
         metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
                    "margin": (scores[:, 0] - scores[:, 1:].masked_fill(~present[:, 1:], 0.0).sum(1) / others).mean()}
     return loss.mean(), metrics
+
+
+def kl_estimates(logps, refs):
+    """Estimates of KL(p || q) from samples of p: logps, refs (...) of log p and log q at them. Returns (k1, k2, k3), each (...),
+    to be averaged (J. Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html): with log r = log q - log p
+
+    k1 = -log r             without bias, of either sign
+    k2 = (log r)^2 / 2      little variance, biased where p and q are far apart
+    k3 = (r - 1) - log r    without bias, never negative
+    """
+    log_r = refs - logps
+    return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r
+
+
+def ppo_loss(logps, values, old_logps, old_values, advantages, returns, clip=0.2, value_clip=0.2, value_coef=0.1, entropy_coef=0.0):
+    """PPO's loss (arXiv 1707.06347), mean over tokens: all arguments (m,), the old ones and advantages and returns from when the
+    tokens were sampled, with r = pi(token) / pi_old(token)
+
+    policy    - min( r A, clip(r, 1 - clip, 1 + clip) A )                              (eq. 7)
+    value     max( (V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2 ) / 2
+    entropy   H = - E_old[ r log pi ], whose gradient is that of - E_old[ r stopgrad(log pi) ]: what is drawn stands for the
+              vocabulary, since the log-probabilities of all ids are never there
+
+    and policy + value_coef value - entropy_coef H is returned. A clip of 0 does not clip.
+    Returns the mean () and metrics, detached means over tokens: `policy_loss`, `value_loss`, `entropy`, `clip_fraction` of tokens
+    whose r is outside, `approx_kl` = KL(pi_old || pi), k3 of `kl_estimates`.
+    """
+    log_ratio = logps - old_logps
+    ratio = log_ratio.exp()
+    policy = -ratio * advantages
+    if clip:
+        policy = torch.maximum(policy, -ratio.clamp(1 - clip, 1 + clip) * advantages)
+    value = (values - returns).square()
+    if value_clip:
+        value = torch.maximum(value, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square())
+    value = value.mean() / 2
+    entropy = -ratio * logps.detach()
+    loss = policy.mean() + value_coef * value - entropy_coef * entropy.mean()
+    with torch.no_grad():
+        outside = ((ratio - 1).abs() > clip).float() if clip else torch.zeros_like(ratio)
+        metrics = {"policy_loss": policy.mean(), "value_loss": value, "entropy": entropy.mean(), "clip_fraction": outside.mean(),
+                   "approx_kl": kl_estimates(old_logps, logps)[2].mean()}
+    return loss, {name: v.detach() for name, v in metrics.items()}

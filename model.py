@@ -34,6 +34,7 @@ class GPTConfig:
     qk_norm: bool = False           # RMSNorm on each head's queries and keys
     softcap: float = 0.0            # c > 0: logits become c tanh(logits / c)
     dropout: float = 0.0            # of the embedding and of what is added to the residual stream
+    scalar: bool = False            # a scalar beside the head: a reward model's score, PPO's value of a state
 
     # habits of the block that config/tn_shp_*.py reproduce
     head_bias: bool = False         # a bias in the untied head
@@ -168,6 +169,8 @@ class GPT(nn.Module):
         self.ln_f = make_norm(config, config.n_embd)
         if not config.tie:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=config.head_bias)
+        if config.scalar:
+            self.scalar = nn.Linear(config.n_embd, 1)
         if self.wte.weight.device.type != "meta":
             self.init_weights()
 
@@ -180,10 +183,11 @@ class GPT(nn.Module):
             key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
             copy_(p, torch.empty(p.shape).normal_(mean, std, generator=torch.Generator().manual_seed(key)))
 
-    def forward(self, idx, targets=None, *, pos=None, doc=None, branch=None, at=None, cache=None):
+    def forward(self, idx, targets=None, *, pos=None, doc=None, branch=None, at=None, read=None, cache=None):
         """idx (B, T): rows, right padding only; or (n,): packed texts with pos, doc, branch (n,), as `Packed` says.
         With targets, -1 where nothing is asked: their logps, float32. Without: logits (..., V) float32, V without the padding.
         at (m,): only of these places in the flat list of tokens, which may come more than once; targets are (m,) then.
+        read (r,): places of that list whose scalar (r,), float32, is asked for: alone, or after the logps if there are targets.
         cache: a KVCache to write the rows into, or, with pos (B,) and idx (B,), to go on from by one token.
         """
         c = self.config
@@ -191,13 +195,17 @@ class GPT(nn.Module):
             raise ValueError(f"{idx.shape[1]} tokens do not fit block_size {c.block_size}")
         with torch.autocast(idx.device.type, self.products or torch.bfloat16, enabled=self.products is not None):
             x = self.hidden(idx, pos, doc, branch, cache)
+            scalars = None if read is None else self.scalars(x.flatten(0, -2).index_select(0, read))
+            if read is not None and targets is None:
+                return scalars
             if at is not None:
                 x = x.flatten(0, -2).index_select(0, at)
             head = self.wte.weight if c.tie else self.lm_head.weight
             if c.head_bias:         # one more column of weights, whose input is 1
                 x, head = F.pad(x, (0, 1), value=1.0), torch.cat((head, self.lm_head.bias[:, None]), 1)
             if targets is not None:
-                return linear_logprobs(x, head, targets, c.softcap, c.vocab_size)
+                logps = linear_logprobs(x, head, targets, c.softcap, c.vocab_size)
+                return logps if read is None else (logps, scalars)
             logits = F.linear(x, head).float()[..., :c.vocab_size]
             return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
@@ -230,6 +238,11 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.h):
             x = block(x, texts, layer, rope)
         return self.ln_f(x).view(*idx.shape, -1)
+
+    def scalars(self, x):
+        """The scalar head on (r, C) -> (r,), float32 or wider; no matrix product, which autocast would round."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (x * self.scalar.weight.to(x.dtype)).sum(-1) + self.scalar.bias.to(x.dtype)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

@@ -2,7 +2,8 @@
 
     pretrain      token streams
     sft           the data's best responses
-    preference    the data's ranked responses, and the reference's log-probabilities of them
+    reward        the data's ranked responses
+    preference    the same, and the reference's log-probabilities of them
     spin          the same after a game: each prompt's responses by `players`, best first, the policy's own sampled now
 
 Everything of a round lies in RUN/round_R: self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows, text and
@@ -53,6 +54,8 @@ def collect(cfg, round, model, enc, device, dtype, say):
                 for earlier in range(max(0, round - cfg.mix_rounds), round):
                     rows = rows + read_rows(os.path.join(cfg.out_dir, f"round_{earlier}", "train.jsonl"))
         encoded, counts = encode_rows(rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response)
+        if cfg.score_margin:
+            with_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
         encoded = [row for row in encoded if row is not None]
         if cfg.stage != "sft":
             ranked = [row for row in encoded if len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) >= 2]
@@ -61,14 +64,14 @@ def collect(cfg, round, model, enc, device, dtype, say):
         if not encoded:
             raise SystemExit(f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows is left ({counts})")
         say(f"round {round} {split}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
-        if cfg.stage != "sft":
+        if cfg.stage in ("preference", "spin"):
             for row, ref in zip(encoded, reference(cfg, round, split, model, encoded, device), strict=True):
                 row["ref"] = ref[:len(row["responses"])].tolist()
         result[split] = encoded
     if cfg.calibration:
         mark(result["train"], result["val"])
     done = os.path.join(folder, "collect.json")
-    if cfg.stage != "sft" and parallel.rank() == 0 and not os.path.exists(done):
+    if cfg.stage in ("preference", "spin") and parallel.rank() == 0 and not os.path.exists(done):
         write_json(done, {
             "reference": reference_sha256(cfg, round), "tokenizer": tokenizer.fingerprint(enc), "players": cfg.players,
             "temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": cfg.seed,
@@ -80,13 +83,22 @@ def collect(cfg, round, model, enc, device, dtype, say):
 
 
 def mark(train, val):
-    """What `eval.calibration` asks of validation rows: "seen", how many of a row's first tokens begin a training row too, and
+    """What `calibration.calibration` asks of validation rows: "seen", how many of a row's first tokens begin a training row too, and
     "half", by a hash of its group, or else of itself."""
     ids = [[row["prompt"] + row["responses"][0] for row in rows] for rows in (train, val)]
     for row, whole, seen in zip(val, ids[1], longest_shared_prefix(ids[1], ids[0])):
         row |= {"seen": seen, "half": int(split_of(f"half of {row.get('group', whole)}", 0.5) == "val")}
     if len({row["half"] for row in val}) < 2:
         raise SystemExit(f"calibration: all {len(val)} validation rows are of one half; it takes more groups")
+
+
+def with_scores(encoded, rows, where):
+    """Give encoded rows the data's own scores."""
+    for row, e in zip(rows, encoded):
+        if e is not None:
+            if not row.get("scores"):
+                raise SystemExit(f"{where}: score_margin needs scores, and a row has none ({row['prompt'][:60]!r})")
+            e["scores"] = row["scores"]
 
 
 def source(cfg):

@@ -3,7 +3,7 @@
     python taylor.py out/tn results/tn
 
 Runs stand in FOLDER/SETTING/SPLIT/METHOD/SEED; METHOD is T_0, T_0.5 ... or what T_n is compared with. Everything is read from
-metrics.jsonl, whose figures `eval.calibration` explains: plain cross-entropy, whatever was trained; what is chosen (the step, a
+metrics.jsonl, whose figures `calibration.calibration` explains: plain cross-entropy, whatever was trained; what is chosen (the step, a
 temperature) is chosen on the first half of the validation rows and measured on the second.
 The evaluations are kept beside the report, so `python taylor.py results/tn/runs results/tn` makes it again.
 """

@@ -10,12 +10,10 @@ import glob
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -23,48 +21,77 @@ import torch
 import checkpoint
 import config
 import parallel
+import ppo
 from config import per_round
-from data import batch_indices, batch_rows, read_meta, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path, write_json
-from eval import evaluate, run, stream_parts
-from loss import focal_nll, preference_loss, sequence_logprobs, smoothed_nll, taylor_nll
+from calibration import calibration
+from data import batch_indices, batch_rows, read_meta, reward_batch, read_stream, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path
+from eval import loss_metrics, ranking_metrics, reward_metrics, reward_scores, run, score, stream_loss, stream_parts
+from log import describe, make_log
+from loss import focal_nll, ppo_loss, preference_loss, reward_loss, sequence_logprobs, smoothed_nll, taylor_nll
 from model import GPT, GPTConfig
+from optim import lr_factor, make_optimizers
 from rollout import collect, prepare_teacher
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}     # dense bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------ the objectives
-# logps (N, T) of a batch's targets -> the loss summed over what is counted, and metrics summed alike
+# the model's output for a batch, logps of its targets -> the loss summed over what is counted, and metrics summed alike
 
 
-def token_objective(logps, batch, cfg, beta, order):
+def token_objective(logps, batch, cfg, beta):
     """Next-token loss, counted by target token. logps are the logits (N, T, V) where the loss needs them."""
     asked = batch["targets"] >= 0
     if needs_logits(cfg):
         return smoothed_nll(logps[asked], batch["targets"][asked], cfg.label_smoothing, cfg.confidence_penalty).sum(), {}
-    return (focal_nll(logps[asked], cfg.focal) if cfg.focal else taylor_nll(logps[asked], order)).sum(), {}
+    return (focal_nll(logps[asked], cfg.focal) if cfg.focal else taylor_nll(logps[asked], cfg.taylor_order)).sum(), {}
 
 
 def needs_logits(cfg):
     return cfg.stage in ("pretrain", "sft") and bool(cfg.label_smoothing or cfg.confidence_penalty)
 
 
-def ranking_objective(logps, batch, cfg, beta, order):
+def ranking_objective(logps, batch, cfg, beta):
     """Preference loss, counted by prompt."""
     B, K = batch["present"].shape
     policy = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
-    return sum_over_rows(policy, batch, cfg, beta, order)
+    return sum_over_rows(policy, batch, cfg, beta)
 
 
-def sum_over_rows(policy, batch, cfg, beta, order):
+def sum_over_rows(policy, batch, cfg, beta):
     loss, metrics = preference_loss(policy, batch["ref"], batch["present"], beta, cfg.kind, ranks=batch["ranks"],
                                     depth=cfg.depth or None, label_smoothing=cfg.label_smoothing,
-                                    taylor_order=order, nll_coef=cfg.nll_coef, margin=cfg.margin, lengths=batch["lengths"])
+                                    taylor_order=cfg.taylor_order, nll_coef=cfg.nll_coef, margin=cfg.margin, lengths=batch["lengths"])
     B = len(policy)
     return loss * B, {name: value * B for name, value in metrics.items()}
 
 
-OBJECTIVES = {"pretrain": token_objective, "sft": token_objective, "preference": ranking_objective, "spin": ranking_objective}
+def reward_objective(scores, batch, cfg, beta):
+    """A reward model's loss on the scores (r,) of the responses that are there, counted by prompt."""
+    B, K = batch["present"].shape
+    scores = scores.new_zeros(B * K).index_put((batch["slot"],), scores).view(B, K)
+    loss, metrics = reward_loss(scores, batch["present"], cfg.kind, ranks=batch["ranks"], gaps=batch.get("gaps"),
+                                score_margin=cfg.score_margin, center_coef=cfg.center_coef)
+    return loss * B, {name: value * B for name, value in metrics.items()}
+
+
+def ppo_objective(output, batch, cfg, beta):
+    """PPO's loss, counted by token."""
+    logps, values = output
+    loss, metrics = ppo_loss(logps[batch["targets"] >= 0], values, *(batch[name] for name in ("old_logps", "old_values", "advantages", "returns")),
+                             clip=cfg.clip, value_clip=cfg.value_clip, value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef)
+    return loss * len(values), {name: value * len(values) for name, value in metrics.items()}
+
+
+def stream_objective(logps, batch, cfg, beta):
+    """The pretraining loss beside another, counted by token."""
+    loss, _ = token_objective(logps, batch, cfg, beta)
+    return loss, {"pretrain_loss": loss.detach()}
+
+
+OBJECTIVES = {"pretrain": token_objective, "sft": token_objective, "reward": reward_objective, "preference": ranking_objective, "spin": ranking_objective,
+              "ppo": ppo_objective}
+PER_PROMPT = ("reward", "preference", "spin")       # whose losses are counted by prompt, the others' by token
 
 
 # ----------------------------------------------------------------------------------------------------------- the batch
@@ -84,11 +111,29 @@ def micro_batches(cfg, round, step, train, model_config, device, eot):
     n = min(len(indices) // world, max(math.ceil(sum(tokens[i] for i in mine) / budget) for mine in dealt))
     for part in split_by_tokens([tokens[i] for i in dealt[rank]], n):
         rows = [train[dealt[rank][i]] for i in part]
-        batch = batch_rows(rows, cfg.layout)
-        if "ref" in rows[0]:
-            K = batch["present"].shape[1]
-            batch["ref"] = torch.tensor([row["ref"] + [0.0] * (K - len(row["ref"])) for row in rows])
+        batch = MAKE_BATCH.get(cfg.stage, batch_rows)(rows, cfg.layout)
+        K = batch["present"].shape[1]
+        for key, name in (("ref", "ref"), ("scores", "gaps")):
+            if key in rows[0]:
+                batch[name] = torch.tensor([row[key] + [0.0] * (K - len(row[key])) for row in rows], dtype=torch.float32)
         yield batch
+
+
+MAKE_BATCH = {"reward": reward_batch, "ppo": ppo.ppo_batch}
+
+
+def parts(cfg, train):
+    """What a step is made of, [(config, data, weight, objective)]: the round's rows, and the pretraining stream beside them if
+    the config asks, as a stage of its own would take it."""
+    mine = [(cfg, train, 1.0, OBJECTIVES[cfg.stage])]
+    if cfg.pretrain_coef:
+        other = beside(cfg)
+        mine.append((other, read_stream(other.data, "train"), cfg.pretrain_coef, stream_objective))
+    return mine
+
+
+def beside(cfg):
+    return replace(cfg, stage="pretrain", data=cfg.pretrain_data or cfg.data, batch_size=cfg.pretrain_batch_size, taylor_order=0.0, taylor_end=None)
 
 
 def prefetch(make, steps):
@@ -100,48 +145,15 @@ def prefetch(make, steps):
             yield now.result()
 
 
-def taylor_order(cfg, step, steps):
-    """n of T_n at a step."""
-    return cfg.taylor_order if cfg.taylor_end is None else cfg.taylor_order + (cfg.taylor_end - cfg.taylor_order) * step / max(1, steps - 1)
+def at_step(cfg, step, steps):
+    """The config with n of T_n at a step."""
+    if cfg.taylor_end is None:
+        return cfg
+    return replace(cfg, taylor_order=cfg.taylor_order + (cfg.taylor_end - cfg.taylor_order) * step / max(1, steps - 1))
 
 
 def steps_of_round(cfg, train):
     return cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
-
-
-# ------------------------------------------------------------------------------------------------------- the optimizer
-
-
-def make_optimizers(model, cfg, lr, device):
-    """Decay on matrices and embeddings, none on norms and biases. Muon takes the blocks' matrices alone
-    (kellerjordan.github.io/posts/muon) and AdamW the rest."""
-    params = dict(model.named_parameters())
-    matrices = {n: p for n, p in params.items() if p.dim() >= 2}
-    muon = {n: p for n, p in matrices.items() if n.startswith("h.")} if cfg.optimizer == "muon" else {}
-    groups = [{"params": [p for n, p in matrices.items() if n not in muon], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
-    if cfg.optimizer == "rmsprop":
-        optimizers = [torch.optim.RMSprop(groups, lr=lr)]
-    else:
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=device.type in ("cpu", "cuda"))]
-    if muon:
-        if not hasattr(torch.optim, "Muon"):
-            raise SystemExit(f"optimizer muon: torch {torch.__version__} has no torch.optim.Muon; use adamw")
-        optimizers.append(torch.optim.Muon(list(muon.values()), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def lr_factor(cfg, step, steps):
-    """Share of the learning rate at a step: linear warmup, then the schedule down to min_lr."""
-    warmup = int(cfg.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[cfg.schedule]
-    return cfg.min_lr + (1 - cfg.min_lr) * share
 
 
 # ------------------------------------------------------------------------------------------------------------- the fit
@@ -152,15 +164,17 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
     steps = steps_of_round(cfg, train)
     beta, lr = per_round(cfg.beta, round), per_round(cfg.lr, round)
     optimizers = make_optimizers(model, cfg, lr, device)
-    if start:
-        checkpoint.resume(checkpoint.latest(cfg.out_dir, round), model, optimizers)
+    one_run = cfg.stage == "ppo"            # whose rounds are some steps each of one optimisation
+    if start or one_run and round:
+        checkpoint.resume(checkpoint.latest(cfg.out_dir), model, optimizers)
     params = list(model.parameters())
-    objective = OBJECTIVES[cfg.stage]
+    mix = parts(cfg, train)
     peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
-    loader = prefetch(lambda step: list(micro_batches(cfg, round, step, train, model.config, device, enc.eot_token)), range(start, steps))
+    loader = prefetch(lambda step: [(n, b) for n, part in enumerate(mix) for b in micro_batches(part[0], round, step, part[1], model.config, device, enc.eot_token)],
+                      range(start, steps))
     for step in range(start, steps + 1):
-        if (step % cfg.eval_interval == 0 or step == steps) and (step > start or not start):
-            log({"kind": "eval", "round": round, "step": step} | evaluate(cfg, beta, model, val, device, enc.eot_token))
+        if watched(cfg, round, step, steps) and (step > start or not start):
+            log({"kind": "eval", "round": round, "step": step} | figures(cfg, round, step, model, val, device, enc))
         if (step % cfg.save_interval == 0 or step == steps) and step > start:
             checkpoint.save(cfg.out_dir, round, step, model, optimizers, cfg, enc, tokenizer_name)
         if step == steps:
@@ -170,25 +184,25 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         began = time.time()
         torch.manual_seed(hash((cfg.seed, round, step, parallel.rank())) % 2**62)      # dropout is a function of the step
         model.train()
-        batches = next(loader)
-        asked = [int((b["targets"] >= 0).sum()) for b in batches]
-        counted = [len(b["present"]) if "ref" in b else n for b, n in zip(batches, asked)]
-        count, asked, tokens = parallel.total([sum(counted), sum(asked), sum(b["tokens"] for b in batches)], device)
+        batches = next(loader)                                                         # [(its part of the mix, batch)]
+        asked = [int((b["targets"] >= 0).sum()) if "targets" in b else 0 for _, b in batches]
+        counted = [(n, len(b["present"]) if mix[n][0].stage in PER_PROMPT else m) for (n, b), m in zip(batches, asked)]
+        *counts, asked, tokens = parallel.total([sum(m for part, m in counted if part == n) for n in range(len(mix))] + [sum(asked), sum(b["tokens"] for _, b in batches)], device)
         sums = {}
-        for j, batch in enumerate(batches):
+        for j, (n, batch) in enumerate(batches):
             parallel.sync_gradients(model, j == len(batches) - 1)
-            logps, batch = run(model, batch, device, needs_logits(cfg))
-            loss, metrics = objective(logps, batch, cfg, beta, taylor_order(cfg, step, steps))
-            (loss * parallel.world() / count).backward()        # FSDP means gradients over the ranks
-            for name, value in ({"loss": loss.detach()} | metrics).items():
-                sums[name] = sums.get(name, 0.0) + value
+            of, _, weight, objective = mix[n]
+            output, batch = run(model, batch, device, needs_logits(of))
+            loss, metrics = objective(output, batch, at_step(of, step, steps), beta)
+            (loss * (weight * parallel.world() / counts[n])).backward()       # FSDP means gradients over the ranks
+            for name, value in ({"loss": weight * loss.detach()} | metrics).items():
+                sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
         norm = parallel.clip_(params, cfg.grad_clip)
-        means = parallel.total([*sums.values(), norm / parallel.world()], device)
-        record = {name: value / count for name, value in zip(sums, means)} | {"norm": means[-1]}
+        record = dict(zip([*sums, "norm"], parallel.total([*sums.values(), norm / parallel.world()], device)))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["norm"])):
             raise SystemExit(f"round {round} step {step}: loss {record['loss']}, gradient norm {record['norm']}; last checkpoint: "
                              f"{checkpoint.latest(cfg.out_dir)}; rows: {rows_of(cfg, round, step, train, enc)}")
-        factor = lr_factor(cfg, step, steps)
+        factor = lr_factor(cfg, round * steps + step, cfg.rounds * steps) if one_run else lr_factor(cfg, step, steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -196,12 +210,12 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
             optimizer.zero_grad(set_to_none=True)
         # ----
 
-        if step == 0 and "ref" in batches[0]:
-            check_start(cfg, round, record, batches, beta, count, model, log)
+        if step == 0 and cfg.stage in STARTS:
+            check_start(cfg, round, record, [b for n, b in batches if n == 0], beta, counts[0], model, log)
         seconds = time.time() - began
         log({"kind": "step", "round": round, "step": step} | record |
             {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
-             "mfu": peak and model.flops_per_token(context(batches[0]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
+             "mfu": peak and model.flops_per_token(context(batches[0][1]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
 
 
 def context(batch):
@@ -211,14 +225,24 @@ def context(batch):
 
 def check_start(cfg, round, record, batches, beta, count, model, log):
     """At a round's first step the policy is its reference: every implicit reward is 0 and the ranking's nll, if it is full,
-    ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is)."""
+    ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is). So with a reward model,
+    whose head starts at 0, and with PPO, whose policy is the one that sampled."""
     device = next(model.parameters()).device
-    expected = parallel.total([sum(sum_over_rows(b["ref"], b, cfg, beta, cfg.taylor_order)[0] for b in batches)], device)[0] / count
-    off = abs(record["loss"] - expected)
-    log({"kind": "start", "round": round, "step": 0, "loss": record["loss"], "expected": expected, "ranking": record["nll"], "off": off})
+    expected = parallel.total([sum(STARTS[cfg.stage](b, cfg, beta)[0] for b in batches)], device)[0] / count
+    loss = record["loss"] - cfg.pretrain_coef * record.get("pretrain_loss", 0.0)
+    off = abs(loss - expected)
+    log({"kind": "start", "round": round, "step": 0, "loss": loss, "expected": expected} | ({"ranking": record["nll"]} if "nll" in record else {}) | {"off": off})
     if off > (1e-4 if parallel.compute_dtype(cfg, device) == torch.float32 else 0.05) and not model.config.dropout:
         log({"kind": "warning", "round": round, "step": 0,
-             "text": f"the round starts at {record['loss']:.5f}, not at {expected:.5f}: policy and reference are not the same"})
+             "text": f"the round starts at {loss:.5f}, not at {expected:.5f}: policy and reference are not the same"})
+
+
+STARTS = {      # the objective of what the model gives at a round's first step
+    "preference": lambda b, cfg, beta: sum_over_rows(b["ref"], b, cfg, beta),
+    "spin": lambda b, cfg, beta: sum_over_rows(b["ref"], b, cfg, beta),
+    "reward": lambda b, cfg, beta: reward_objective(torch.zeros(len(b["read"])), b, cfg, beta),
+    "ppo": lambda b, cfg, beta: ppo_objective((torch.zeros(b["targets"].shape).masked_scatter(b["targets"] >= 0, b["old_logps"]), b["old_values"]), b, cfg, beta),
+}
 
 
 def rows_of(cfg, round, step, train, enc):
@@ -226,6 +250,41 @@ def rows_of(cfg, round, step, train, enc):
     if cfg.stage == "pretrain":
         return "windows of the stream"
     return [enc.decode(train[i]["prompt"])[-60:] for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step)]
+
+
+def watched(cfg, round, step, steps):
+    """Whether the model is evaluated at a step. PPO's held-out figures are samples, taken at the beginning and at the end of rounds."""
+    if cfg.stage == "ppo":
+        return round == step == 0 or step == steps and ((round + 1) % cfg.eval_interval == 0 or round + 1 == cfg.rounds)
+    return step % cfg.eval_interval == 0 or step == steps
+
+
+def figures(cfg, round, step, model, val, device, enc):
+    """The held-out figures of a round's stage, and of the stream beside it."""
+    if cfg.pretrain_coef:
+        other = beside(cfg)
+        stream = evaluate(other, round, model, read_stream(other.data, "val"), device, enc.eot_token)
+        return figures(replace(cfg, pretrain_coef=0.0), round, step, model, val, device, enc) | {"pretrain_loss": stream["val_loss"]}
+    return ppo.evaluate(cfg, round, step, model, val, enc, device) if cfg.stage == "ppo" else evaluate(cfg, round, model, val, device, enc.eot_token)
+
+
+def evaluate(cfg, round, model, val, device, eot):
+    """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
+    if cfg.stage == "pretrain":
+        return {"val_loss": stream_loss(model, val, cfg, device, eot if cfg.documents_apart else None)}
+    if cfg.stage == "reward":
+        return reward_metrics(reward_scores(model, val, parallel.micro_batch_tokens(cfg, device), device, layout=cfg.layout), val)
+    if cfg.calibration:
+        return calibration(model, val, parallel.micro_batch_tokens(cfg, device), device)
+    logps = score(model, val, parallel.micro_batch_tokens(cfg, device), device, layout=cfg.layout)
+    if cfg.stage == "sft":
+        return loss_metrics(logps, val)
+    K = logps.shape[1]
+    refs = np.array([row["ref"] + [0.0] * (K - len(row["ref"])) for row in val], dtype=np.float32)
+    rows = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])),
+                   "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in val]
+    names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
+    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round), names)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -249,12 +308,12 @@ def build(cfg, device, dtype):
         name = cfg.tokenizer or tokenizer_path(cfg.data, name)
         enc = tokenizer.load(name)
         shape = given | {"vocab_size": enc.n_vocab}
-    if cfg.stage == "pretrain":
-        data = read_meta(cfg.data, [])
+    if cfg.stage == "pretrain" or cfg.pretrain_coef:
+        data = read_meta(beside(cfg).data, [])
         if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
-            raise SystemExit(f"{cfg.data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
+            raise SystemExit(f"{beside(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
     try:
-        shape = GPTConfig(**shape)
+        shape = GPTConfig(**shape | {"scalar": cfg.stage in ("reward", "ppo")})
     except ValueError as e:
         raise SystemExit(f"config: {e}")
     for key in given if path else ():
@@ -276,13 +335,20 @@ def begin(cfg):
     """Check the batch arithmetic and what the run reads, and return where it stands: (round, step), step -1 at the very
     beginning. A run that was begun keeps its settings."""
     world = parallel.world()
-    if cfg.batch_size % world:
-        raise SystemExit(f"config: batch_size {cfg.batch_size} must be a multiple of the number of ranks, {world}")
+    for name in ["batch_size"] + ["pretrain_batch_size"] * bool(cfg.pretrain_coef):
+        if getattr(cfg, name) % world:
+            raise SystemExit(f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}")
     if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
         raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
                          "and the same for val.jsonl, appended")
     if cfg.teacher not in ("", "rows") and not os.path.isfile(cfg.teacher):
         checkpoint.resolve(cfg.teacher)
+    if ":" in cfg.reward:
+        ppo.reward_function(cfg.reward)
+    elif cfg.reward and checkpoint.read_meta(checkpoint.resolve(cfg.reward))["config"]["stage"] != "reward":
+        raise SystemExit(f"reward {cfg.reward} is not a reward model: it was not trained by stage reward")
+    if cfg.stage == "ppo" and checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["stage"] == "reward":
+        raise SystemExit(f"init {cfg.init} is a reward model, no policy; it goes into reward")
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise SystemExit(f"out_dir {cfg.out_dir} is a file")
     newest, path = checkpoint.latest(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
@@ -307,79 +373,12 @@ def settings(cfg):
     they are a game's players or a reference, of init and teacher."""
     names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
     files = read_meta(cfg.data, names)["files"]
-    players = [path for path in (cfg.init, cfg.teacher) if path and cfg.stage in ("preference", "spin")]
+    stream = read_meta(beside(cfg).data, ["train.bin", "val.bin"])["files"] if cfg.pretrain_coef else {}
+    players = [path for path in (cfg.init, cfg.teacher, cfg.reward) if path and cfg.stage in ("preference", "spin", "ppo")]
     hashes = {path: checkpoint.read_meta(checkpoint.resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
               for path in players if os.path.exists(path)}
-    return json.loads(json.dumps(asdict(cfg))) | {"data_sha256": {name: files[name]["sha256"] for name in names}, "players_sha256": hashes}
-
-
-def describe(cfg, at, device, dtype):
-    """out_dir/config.json: the settings, and what each start of the run ran on."""
-    path, starts = os.path.join(cfg.out_dir, "config.json"), []
-    if at[1] >= 0 and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            starts = json.load(f)["starts"]
-    this = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_describe(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
-            "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()}
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    write_json(path, {"config": settings(cfg), "starts": starts + [{"at": at} | this]})
-
-
-def git_describe():
-    """The commit, and "-dirty" if the files differ from it."""
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def make_log(cfg, at, began):
-    """A function that appends a record to metrics.jsonl, prints it, and sends it to wandb if the config asks; rank 0's does.
-    What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
-    if parallel.rank():
-        return lambda record, steps=None: None
-    path, kept = os.path.join(cfg.out_dir, "metrics.jsonl"), []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            for text in f:
-                record = json.loads(text) if text.endswith("\n") else {"round": math.inf}     # cut short by a kill
-                if record["round"] < at[0] or record["round"] == at[0] and record["step"] + (record["kind"] == "step") <= at[1]:
-                    kept.append(text)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
-    out = open(path, "a", encoding="utf-8", buffering=1)
-    remote = None
-    if cfg.wandb != "off":
-        import wandb
-        name = cfg.out_dir.strip("/").replace("/", "-")
-        remote = wandb.init(project=cfg.wandb_project, id=name, name=name, resume="allow", mode=cfg.wandb, dir=cfg.out_dir, config=asdict(cfg))
-    last = [began]      # loading and a teacher's samples are part of the run's time
-
-    def log(record, steps=None):
-        now = time.time()
-        record = record | {"seconds": now - last[0]}
-        last[0] = now
-        out.write(json.dumps(record) + "\n")
-        if record["kind"] != "step" or (record["step"] + 1) % cfg.log_interval == 0:
-            print(line(record, steps), flush=True)
-        if remote:
-            remote.log({f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float))})
-    return log
-
-
-def line(record, steps=None):
-    """A record as one line."""
-    head = f"round {record['round']} step {record['step'] + (steps is not None)}" + (f"/{steps}" if steps else "")
-    if record["kind"] == "step":
-        acc = f" | acc {record['acc']:.2f}" if "acc" in record else ""
-        mfu = "-" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
-        return (f"{head} | loss {record['loss']:.4f}{acc} | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms "
-                f"| {record['tokens_per_second'] / 1000:.1f}k tok/s | mfu {mfu}")
-    rest = {k: v for k, v in record.items() if k not in ("kind", "round", "step", "seconds") and not isinstance(v, list)}
-    return f"{head} | {record['kind']}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
+    of_data = {name: files[name]["sha256"] for name in names} | {f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")}
+    return json.loads(json.dumps(asdict(cfg))) | {"data_sha256": of_data, "players_sha256": hashes}
 
 
 def main(argv):
@@ -389,19 +388,21 @@ def main(argv):
     dtype = parallel.compute_dtype(cfg, device)
     at = begin(cfg)
     if parallel.rank() == 0:
-        describe(cfg, at, device, dtype)
+        describe(cfg, settings(cfg), at, device, dtype)
     model, enc, tokenizer_name = build(cfg, device, dtype)
     say = functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
     say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
         f"float32 products {torch.get_float32_matmul_precision()}")
     log = make_log(cfg, at, began)
     for round in range(at[0], cfg.rounds):
-        train, val, report = collect(cfg, round, model, enc, device, dtype, say)
+        train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(cfg, round, model, enc, device, dtype, say)
         start = max(0, at[1]) if round == at[0] else 0
         if report and not start:
             log({"kind": "collect", "round": round, "step": 0} | report)
         if start < steps_of_round(cfg, train):
             fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
+        if cfg.keep_rounds:
+            checkpoint.prune(cfg.out_dir, round - cfg.keep_rounds)
     say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
     if cfg.wandb != "off" and parallel.rank() == 0:
         import wandb

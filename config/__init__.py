@@ -18,7 +18,7 @@ from dataclasses import dataclass
 @dataclass
 class Config:
     # the run
-    stage: str = "pretrain"             # pretrain | sft | preference | spin
+    stage: str = "pretrain"             # pretrain | sft | reward | preference | spin | ppo
     out_dir: str = "out/run"            # everything the run writes; the same command goes on where it stopped
     init: str = ""                      # run folder or checkpoint to start from; "": from scratch
     seed: int = 1337
@@ -60,8 +60,9 @@ class Config:
     documents_apart: bool = False       # pretrain: documents of a window do not see each other
     max_rows: int = 0                   # use this many training rows (a seeded choice); 0: all
 
-    # self-play: each round samples the policy's responses, ranks them under `players`, fits
+    # self-play: each round samples the policy's responses, ranks them under `players` (ppo: scores them), fits
     rounds: int = 1
+    keep_rounds: int = 0                # checkpoints of this many earlier rounds are kept; 0: all
     players: list[str] = ("data", "self")   # best first: data, teacher, self, and self-1, self-2 ... (earlier rounds' samples)
     teacher: str = ""                   # run folder or checkpoint, a ranked .jsonl file, or "rows": each row's second response
     mix_rounds: int = 0                 # train on the rows of this many earlier rounds too (SPIN: 1)
@@ -88,7 +89,7 @@ class Config:
 
     # the objective
     beta: float | list[float] = 0.1     # temperature of the implicit rewards; a list has one value a round
-    kind: str = "pl"                    # pl (DPO, SPIN) | pairs | ipo | simpo | orpo: loss.preference_loss
+    kind: str = "pl"                    # pl (DPO, SPIN) | pairs | ipo | simpo | orpo: loss.preference_loss; reward: pl | pairs
     margin: float = 0.0                 # simpo's
     depth: int = 0                      # terms of the ranking that count; 0: all
     label_smoothing: float = 0.0        # weight of the reversed ranking (cDPO), or of the uniform distribution over tokens
@@ -98,11 +99,34 @@ class Config:
     focal: float = 0.0                  # tokens: gamma of focal loss
     confidence_penalty: float = 0.0     # tokens: weight of minus the entropy
 
+    score_margin: float = 0.0           # reward: a pair's margin is this times the difference of its `scores`; 0: none
+    center_coef: float = 0.0            # reward: weight of (s_i + s_j)^2, which centres the scores
+
+    # ppo: a round is max_rows prompts, sampled and scored once, and `epochs` over them in steps of batch_size
+    reward: str = ""                    # run folder or checkpoint of a reward model, or module:function(row, text) -> float
+    kl_coef: float = 0.05               # price of log pi - log pi_ref, a token; the reference is init
+    kl_target: float = 0.0              # nats a response that kl_coef is steered to; 0: it is fixed
+    kl_adapt: float = 0.1               # how fast: K_beta of arXiv 1909.08593
+    whiten_rewards: bool = True         # rewards less their mean, by their deviation, of the first round's samples
+    whiten_advantages: bool = True      # over the round's tokens
+    eot_penalty: float = 1.0            # what a response without end-of-text loses, of the reward as it is trained on
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    clip: float = 0.2                   # of the policy's ratio; 0: none
+    value_clip: float = 0.2             # of the value's change; 0: none
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+
+    # the pretraining stream beside the rows, of sft and ppo (alpha L_GPT + L_FT; gamma of PPO-ptx, arXiv 2203.02155, eq. 2)
+    pretrain_coef: float = 0.0          # weight of its next-token loss; 0: none
+    pretrain_data: str = ""             # its folder; "": data
+    pretrain_batch_size: int = 8        # windows of block_size a step over all ranks
+
     # what is watched, kept and said
-    eval_interval: int = 100            # steps; the last step is always evaluated
+    eval_interval: int = 100            # steps (ppo: rounds); the last one is always evaluated
     eval_batches: int = 20              # pretrain: batches of the validation stream
     eval_rows: int = 256                # validation rows
-    calibration: bool = False           # sft: also accuracy, calibration, one fitted temperature, tokens that training had: eval.calibration
+    calibration: bool = False           # sft: also accuracy, calibration, one fitted temperature, tokens that training had: calibration.py
     save_interval: int = 200            # steps; the last step is always saved
     log_interval: int = 1               # steps a printed line; metrics.jsonl has every step
     wandb: str = "off"                  # off | online | offline
@@ -110,15 +134,17 @@ class Config:
 
 
 CHOICES = {
-    "stage": ["pretrain", "sft", "preference", "spin"], "device": ["", "cpu", "cuda"], "kind": ["pl", "pairs", "ipo", "simpo", "orpo"],
+    "stage": ["pretrain", "sft", "reward", "preference", "spin", "ppo"], "device": ["", "cpu", "cuda"], "kind": ["pl", "pairs", "ipo", "simpo", "orpo"],
     "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
     "wandb": ["off", "online", "offline"], "layout": ["shared", "padded"],
 }
 AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
-            "log_interval": 1, "gen_batch_size": 1}
+            "log_interval": 1, "gen_batch_size": 1, "pretrain_batch_size": 1}
 NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_tokens",
-                "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty"]
+                "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty",
+                "score_margin", "center_coef", "keep_rounds", "kl_coef", "kl_target", "kl_adapt", "eot_penalty", "clip", "value_clip", "value_coef",
+                "entropy_coef", "pretrain_coef"]
 MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
          "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
          "init_scheme", "init_noise", "dropout"]
@@ -224,11 +250,23 @@ def check(cfg):
     must(cfg.kind not in ("pairs", "ipo") or not (cfg.depth or cfg.label_smoothing or cfg.stage in ("preference", "spin") and cfg.taylor_order),
          f"kind {cfg.kind} has no depth, label_smoothing or taylor_order")
     must(not cfg.margin or cfg.kind == "simpo", "margin is simpo's alone")
+    if cfg.stage == "reward":
+        must(cfg.kind in ("pl", "pairs"), f"stage reward has kind pl or pairs, not {cfg.kind}")
+        for name in ("depth", "label_smoothing", "nll_coef", "taylor_order"):
+            must(not getattr(cfg, name), f"stage reward has no {name}")
+    else:
+        must(not cfg.score_margin and not cfg.center_coef, "score_margin and center_coef are stage reward's alone")
     must(cfg.template.count("{prompt}") == 1, "template must contain {prompt} once")
     must(cfg.stage != "pretrain" or cfg.max_steps, "stage pretrain needs max_steps")
     must(cfg.max_steps or cfg.epochs, "either max_steps or epochs must be above 0")
     must(cfg.stage in ("pretrain", "sft") or cfg.init, f"stage {cfg.stage} needs init, the checkpoint to start from")
-    must(cfg.stage == "spin" or cfg.rounds == 1, f"stage {cfg.stage} has one round")
+    must(cfg.stage in ("spin", "ppo") or cfg.rounds == 1, f"stage {cfg.stage} has one round")
+    must(not cfg.pretrain_coef or cfg.stage in ("sft", "ppo"), f"stage {cfg.stage} has no pretrain_coef")
+    must((cfg.stage == "ppo") == bool(cfg.reward), "stage ppo, and no other, has a reward: a reward model's run folder, or module:function")
+    if cfg.stage == "ppo":
+        must((cfg.temperature, cfg.top_k, cfg.top_p) == (1, 0, 1), "stage ppo samples from the policy itself: temperature 1, no top_k, no top_p")
+        must(0 <= cfg.discount <= 1 and 0 <= cfg.gae_lambda <= 1, "discount and gae_lambda must be in [0, 1]")
+        must(cfg.clip < 1, f"clip must be below 1, got {cfg.clip}")
     for name in ("lr", "beta"):
         value = getattr(cfg, name)
         values = value if isinstance(value, list) else [value]

@@ -211,7 +211,7 @@ def longest_shared_prefix(texts, others):
     return shared
 
 
-INPUTS = ("idx", "targets", "pos", "doc", "branch", "at")        # what of a batch model.GPT.forward takes
+INPUTS = ("idx", "targets", "pos", "doc", "branch", "at", "read")        # what of a batch model.GPT.forward takes
 
 
 def row_tokens(row, layout="shared"):
@@ -245,6 +245,19 @@ def batch_rows(rows, layout="shared", multiple=None):
                 present[b, k], ranks[b, k], lengths[b, k] = True, row["ranks"][k], len(y) - (not row["prompt"])
     batch = (pack_rows(rows, K, multiple) if layout == "shared" else pad_rows(rows, K)) | dict(present=present, ranks=ranks, lengths=lengths)
     return pinned({name: torch.from_numpy(np.asarray(a)) for name, a in batch.items()})
+
+
+def reward_batch(rows, layout="shared"):
+    """Encoded rows -> a batch that reads a scalar at every response's last token instead of asking for next tokens: read (r,),
+    places in the flat list of tokens; slot (r,): b K + k of each. The last token is read here, so a row has one more of
+    each response; idx, present, ranks and the rest as in `batch_rows`."""
+    longer = [row | {"responses": [y and [*y, 0] for y in row["responses"]]} for row in rows]     # what follows is never read
+    batch = batch_rows(longer, layout)
+    targets, seq = batch.pop("targets"), batch.pop("seq")
+    at = batch.pop("at") if "at" in batch else (targets >= 0).flatten().nonzero().squeeze(1)
+    seq = seq[targets >= 0]
+    last = torch.cat([seq[1:] != seq[:-1], torch.ones(1, dtype=torch.bool)])
+    return pinned(batch | {"read": at[last], "slot": seq[last], "lengths": batch["lengths"] - batch["present"].long()})
 
 
 def pinned(batch):

@@ -14,7 +14,8 @@ import plot
 import taylor
 from conftest import read_metrics
 from data import encode_rows, read_rows, tokenizer
-from eval import answer, calibration, distributions, expected_calibration_error, f1, fit_temperature, length_accuracy, ranking_metrics, reliability, sample_metrics, score, win_rate
+from calibration import calibration, distributions, expected_calibration_error, fit_temperature, reliability
+from eval import answer, f1, length_accuracy, ranking_metrics, sample_metrics, score, win_rate
 
 BYTES = tokenizer.load("bytes")
 

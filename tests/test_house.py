@@ -2,16 +2,18 @@
 import ast
 import glob
 
-OURS = {"train", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "taylor"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration"}
 MAY_IMPORT = {
-    "loss": set(), "attention": set(), "config": set(), "parallel": set(), "plot": set(),
+    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
-    "taylor": {"plot"},
+    "taylor": {"plot"}, "calibration": {"eval", "data"},
+    "log": {"parallel", "data"},
     "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
+    "ppo": {"rollout", "eval", "loss", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot", "bench", "taylor"},
     "bench": OURS - {"plot", "bench", "taylor"},
 }

@@ -239,7 +239,8 @@ def test_documents_apart(tiny_data, tmp_path):
 
 # a later stage's inputs, for the files in config/
 CHANGES = {"pretrain": TINY + ["--batch_size=8", "--micro_batch_tokens=256"], "sft": ["--batch_size=8", "--micro_batch_tokens=256"],
-           "spin": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_tokens=256"]}
+           "spin": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8"], "preference": ["--batch_size=8", "--micro_batch_tokens=256"], "reward": ["--batch_size=8", "--micro_batch_tokens=256"],
+           "ppo": ["--batch_size=8", "--micro_batch_tokens=256", "--max_rows=8", "--gen_batch_size=8", "--rounds=2", "--reward=test_ppo:letters"]}
 
 
 def texts(folder):
@@ -265,15 +266,16 @@ def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
     elif cfg.n_kv_head:
         args += ["--n_kv_head=1"]
     args = [a for a in args if not a.startswith("--n_layer") or cfg.stage == "pretrain"]
+    args += [f"--pretrain_data={tiny_data}"] if cfg.pretrain_coef else []
     train.main(args)
-    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * cfg.rounds
+    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * config.load(args).rounds
     assert all(math.isfinite(r["loss"]) for r in read_metrics(f"{tmp_path}/run", "step"))
 
 
 def test_taylor_order_on_a_schedule(tmp_path):
     cfg = config.load(["--max_steps=5", "--taylor_order=2", "--taylor_end=0"])
-    assert [train.taylor_order(cfg, step, 5) for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
-    assert train.taylor_order(config.load(["--max_steps=5", "--taylor_order=0.5"]), 3, 5) == 0.5
+    assert [train.at_step(cfg, step, 5).taylor_order for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert train.at_step(config.load(["--max_steps=5", "--taylor_order=0.5"]), 3, 5).taylor_order == 0.5
     args = ["config/tn_shp_clean.py", f"--data={texts(tmp_path)}", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--max_steps=4", "--device=cpu", "--batch_size=8"]
     first = {}
     for name, more in (("ends", ["--taylor_order=2", "--taylor_end=0"]), ("T_2", ["--taylor_order=2"]), ("T_0", [])):

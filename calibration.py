@@ -1,0 +1,80 @@
+"""How well a language model's probabilities are what they say: expected calibration error, one fitted temperature, tokens that
+training had seen. What the T_n study (taylor.py) is made of; `calibration = True` in a config of stage sft."""
+import numpy as np
+import torch
+
+from data import batch_rows
+from eval import in_batches
+
+
+@torch.no_grad()
+def distributions(model, rows, tokens, device, temperature=1.0):
+    """What a model says of each target token of encoded rows' best responses, its logits divided by `temperature`. Arrays, one
+    value a token in the rows' order: `logp` of the target; `top`, the greatest probability; `right`, whether the target has it;
+    `entropy` in nats; `slope` and `bend`, the first and second derivative of -logp by 1 / temperature."""
+    def figures(logits, batch):
+        targets = batch["targets"][:, None]
+        logps = torch.log_softmax(logits / temperature, -1)
+        p = logps.exp()
+        mean = (p * logits).sum(-1)
+        values = torch.stack([logps.gather(1, targets)[:, 0], p.amax(-1), logits.argmax(-1) == targets[:, 0], -(p * logps).sum(-1),
+                              mean - logits.gather(1, targets)[:, 0], (p * logits.square()).sum(-1) - mean.square()])
+        return [part.cpu().numpy() for part in values.split(batch["lengths"][:, 0].tolist(), dim=1)]
+    tokens = min(tokens, max(256, 2**26 // model.config.vocab_size))            # a (tokens, V) matrix
+    rows = [row | {"responses": row["responses"][:1]} for row in rows]
+    values = np.concatenate(in_batches(model, rows, tokens, device, batch_rows, figures, whole=True), axis=1).astype(np.float64)
+    return dict(zip(("logp", "top", "right", "entropy", "slope", "bend"), values))
+
+
+def fit_temperature(model, rows, tokens, device):
+    """The temperature that makes rows' cross-entropy least (arXiv 1706.04599, section 4.2), in [0.05, 20]. The loss is convex in
+    1 / temperature, whose Newton steps are held to a factor of 2."""
+    inverse = 1.0
+    for _ in range(10):
+        at = distributions(model, rows, tokens, device, 1 / inverse)
+        before, best = inverse, inverse - at["slope"].mean() / max(at["bend"].mean(), 1e-12)
+        inverse = float(np.clip(np.clip(best, before / 2, before * 2), 0.05, 20.0))
+        if abs(inverse / before - 1) < 0.01:        # the next step would be about its square
+            break
+    return 1 / inverse
+
+
+def reliability(top, right, bins=15):
+    """Tokens in bins of equal width by the greatest probability: [[its mean, share right, tokens]] of those not empty."""
+    at = np.minimum((top * bins).astype(int), bins - 1)
+    return [[float(top[at == b].mean()), float(right[at == b].mean()), int((at == b).sum())] for b in range(bins) if (at == b).any()]
+
+
+def expected_calibration_error(curve):
+    """ECE: mean of |probability - share right| over tokens, by the bins of `reliability` (arXiv 1706.04599, eq. 3)."""
+    return sum(n * abs(top - right) for top, right, n in curve) / sum(n for _, _, n in curve)
+
+
+def calibration(model, rows, tokens, device):
+    """The figures of the T_n study, on plain cross-entropy a target token whatever was trained. Validation rows stand in two halves
+    by a hash of their group: the first is for choosing, the step and the temperature; the second is what a choice is measured on.
+
+    val_loss                all rows                      tune_loss, test_loss   the first half, the second
+    temperature             fitted on the first half      *_t                    after it
+    acc                     share of the second half's tokens whose most likely id is right
+    ece, reliability        expected calibration error and its curve, there
+    entropy, entropy_wrong  mean over its tokens, and over those whose most likely id is wrong
+    seen_loss, new_loss     all rows: tokens whose row, up to and with them, begins a training row too, and the others;
+    seen_share              how many are of the first kind
+    """
+    plain = distributions(model, rows, tokens, device)
+    temperature = fit_temperature(model, [row for row in rows if row["half"] == 0], tokens, device)
+    warm = distributions(model, rows, tokens, device, temperature)
+    lengths = [len(row["responses"][0]) - (not row["prompt"]) for row in rows]         # an empty prompt leaves the first token unasked
+    seen = np.concatenate([len(row["prompt"]) + (not row["prompt"]) + np.arange(n) < row["seen"] for row, n in zip(rows, lengths)])
+    tune = np.repeat([row["half"] == 0 for row in rows], lengths)
+    test, wrong = ~tune, ~tune & (plain["right"] == 0)
+    figures = {"val_loss": -plain["logp"].mean(), "temperature": temperature, "acc": plain["right"][test].mean(),
+               "entropy": plain["entropy"][test].mean(), "seen_share": seen.mean()}
+    for name, at in (("", plain), ("_t", warm)):
+        curve = reliability(at["top"][test], at["right"][test])
+        figures |= {f"tune_loss{name}": -at["logp"][tune].mean(), f"test_loss{name}": -at["logp"][test].mean(),
+                    f"ece{name}": expected_calibration_error(curve), f"reliability{name}": curve}
+    some = [("seen_loss", -plain["logp"], seen), ("new_loss", -plain["logp"], ~seen), ("entropy_wrong", plain["entropy"], wrong)]
+    figures |= {name: values[where].mean() for name, values, where in some if where.any()}
+    return {name: value if isinstance(value, list) else float(value) for name, value in figures.items()}

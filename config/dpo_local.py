@@ -1,0 +1,13 @@
+"""DPO on the ranked rows that reward_local learns from, Bradley-Terry of every pair of a prompt.
+
+    python train.py config/dpo_local.py         2 CPU cores, 10 minutes; starts at ln 2 = 0.6931
+
+--kind=pl is Plackett-Luce on the whole ranking, --kind=simpo --beta=2 --margin=0.5, --kind=ipo, --kind=orpo --nll_coef=1 the others.
+"""
+from config.reward_local import *
+
+stage = "preference"
+out_dir = "out/dpo_local"
+center_coef = 0.0
+beta = 0.1
+lr = 1e-4

@@ -1,0 +1,29 @@
+"""PPO on the local prompts against the reward model of reward_local, the pretraining stream beside (PPO-ptx).
+
+    python train.py config/ppo_local.py         2 CPU cores, about 15 minutes
+"""
+stage = "ppo"
+out_dir = "out/ppo_local"
+init = "out/sft_local"
+reward = "out/reward_local"
+data = "data/ranked"
+
+rounds = 20
+keep_rounds = 1
+max_rows = 64               # prompts a round
+epochs = 2                  # over a round's samples
+batch_size = 32             # 4 steps a round
+max_prompt = 160
+max_response = 64
+gen_batch_size = 64
+
+kl_coef = 0.1
+pretrain_coef = 0.1         # gamma
+pretrain_data = "data/local"
+pretrain_batch_size = 2     # x 320 tokens a step
+lr = 1e-4
+schedule = "constant"
+eval_interval = 10          # rounds
+eval_batches = 10
+eval_rows = 64
+log_interval = 4

@@ -1,0 +1,10 @@
+"""Fine-tune the local model on all of the local instructions: mathematics, commands, health, and the answers that ranked rows are about.
+
+    python -m data.jsonl.prepare ../shared/data/sft.jsonl.gz --out=data/local_sft
+    python train.py config/sft_local.py         2 CPU cores, 8 minutes
+"""
+from config.sft_gsm8k import *
+
+out_dir = "out/sft_local"
+data = "data/local_sft"
+max_steps = 185             # x 32 = 5,900 of 17,700 rows

@@ -1,0 +1,86 @@
+"""What a run says of itself: config.json, metrics.jsonl, a line a step.
+
+metrics.jsonl holds a record a line: {"kind": step | eval | start | collect | warning, "round", "step", "seconds", ...}.
+"""
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+import parallel
+from data import write_json
+
+
+def describe(cfg, settings, at, device, dtype):
+    """out_dir/config.json: the settings, and what each start of the run ran on."""
+    path, starts = os.path.join(cfg.out_dir, "config.json"), []
+    if at[1] >= 0 and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            starts = json.load(f)["starts"]
+    this = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_describe(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
+            "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()}
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    write_json(path, {"config": settings, "starts": starts + [{"at": at} | this]})
+
+
+def git_describe():
+    """The commit, and "-dirty" if the files differ from it."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def make_log(cfg, at, began):
+    """A function that appends a record to metrics.jsonl, prints it, and sends it to wandb if the config asks; rank 0's does.
+    What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
+    if parallel.rank():
+        return lambda record, steps=None: None
+    path, kept = os.path.join(cfg.out_dir, "metrics.jsonl"), []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for text in f:
+                record = json.loads(text) if text.endswith("\n") else {"round": math.inf}     # cut short by a kill
+                if record["round"] < at[0] or record["round"] == at[0] and record["step"] + (record["kind"] == "step") <= at[1]:
+                    kept.append(text)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.writelines(kept)
+        os.replace(path + ".tmp", path)
+    out = open(path, "a", encoding="utf-8", buffering=1)
+    remote = None
+    if cfg.wandb != "off":
+        import wandb
+        name = cfg.out_dir.strip("/").replace("/", "-")
+        remote = wandb.init(project=cfg.wandb_project, id=name, name=name, resume="allow", mode=cfg.wandb, dir=cfg.out_dir, config=asdict(cfg))
+    last = [began]      # loading and a teacher's samples are part of the run's time
+
+    def log(record, steps=None):
+        now = time.time()
+        record = record | {"seconds": now - last[0]}
+        last[0] = now
+        out.write(json.dumps(record) + "\n")
+        if record["kind"] != "step" or (record["step"] + 1) % cfg.log_interval == 0:
+            print(line(record, steps), flush=True)
+        if remote:
+            remote.log({f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float))})
+    return log
+
+
+def line(record, steps=None):
+    """A record as one line."""
+    head = f"round {record['round']} step {record['step'] + (steps is not None)}" + (f"/{steps}" if steps else "")
+    if record["kind"] == "step":
+        acc = f" | acc {record['acc']:.2f}" if "acc" in record else ""
+        mfu = "-" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+        return (f"{head} | loss {record['loss']:.4f}{acc} | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms "
+                f"| {record['tokens_per_second'] / 1000:.1f}k tok/s | mfu {mfu}")
+    rest = {k: v for k, v in record.items() if k not in ("kind", "round", "step", "seconds") and not isinstance(v, list)}
+    return f"{head} | {record['kind']}: " + ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
