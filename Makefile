@@ -91,7 +91,7 @@ figures-tn-map: $(SMALL)/group/meta.json
 	$(call tn_map,lr_1e-3,--lr=1e-3,1); \
 	$(call tn_map,lr_4e-3,--lr=4e-3,1); \
 	$(call tn_map,no_noise,--init_noise=0,1); \
-	$(call tn_map,width_256,--n_embd=256,1); \
+	$(call tn_map,width_128,--n_embd=128,1); \
 	$(call tn_map,first_block,--attn_scale=embd --mlp_alone=True --schedule=cosine --min_lr=0.01,1); \
 	$(call tn_map,our_block,--position=learned --mlp=gelu --attn_proj=True --head_bias=False --tie=True --init_scheme=gpt2 --init_noise=0,1); \
 	} | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
@@ -100,9 +100,9 @@ figures-tn-map: $(SMALL)/group/meta.json
 # T_n of the fine-tuning loss and of the ranking in self-play, from the demo's pretrained and fine-tuned models
 figures-tn-play: players
 	for seed in 1 2 3; do for n in 0 1 2; do \
-		echo config/demo_sft.py --init=$(OUT)/pretrain --calibration=True --eval_interval=20 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/sft/group/T_$$n/$$seed; \
-		echo config/demo_spin_k2.py --init=$(OUT)/sft --rounds=1 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
-		echo config/demo_spin_k3.py --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --rounds=1 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
+		echo config/demo_sft.py --init=$(OUT)/pretrain --calibration=True --max_steps=60 --eval_interval=20 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/sft/group/T_$$n/$$seed; \
+		echo config/demo_spin_k2.py --init=$(OUT)/sft --rounds=1 --max_rows=512 --max_steps=16 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
+		echo config/demo_spin_k3.py --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --rounds=1 --max_rows=512 --max_steps=16 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
 	done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
