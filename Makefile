@@ -47,46 +47,48 @@ demo-seeds:
 	for seed in 1 2 3; do $(MAKE) pipeline OUT=out/demo_seeds/$$seed SEED=$$seed || exit 1; done
 	$(PY) plot.py report out/demo_seeds/1 out/demo_seeds/2 out/demo_seeds/3
 
-# The T_n study: a line of arguments a run, two runs at a time with a thread each; one that is finished says so. FULL: one at a time
-# at the sizes that the config files have, on the hub's SHP.
+# The T_n study: a line of arguments a run, two runs at a time with a thread each; one that is finished says so. Every seed has posts,
+# a split and a vocabulary of its own. FULL: one at a time at the sizes that the config files have, on the hub's SHP.
 TN ?= out/tn$(if $(FULL),_full)
-JOBS = $(if $(FULL),1,2)
-SMALL = $(if $(FULL),data/shp,data/shp/small)
-LARGE = $(if $(FULL),data/shp,data/shp/large)
-TN_LATER = $(if $(FULL),,--n_head=2 --block_size=64 --batch_size=10 --lr=2e-3 --eval_interval=200 --eval_rows=110 --max_steps=2400)
-TN_GROUP = $(if $(FULL),,--eval_interval=25 --max_steps=600)
-TN_CLEAN = $(if $(FULL),,--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --lr=2e-3 --eval_interval=25 --eval_rows=100 --max_steps=400)
+TN_DATA = data/shp/$(if $(FULL),hub,$(if $(RANKED),$(firstword $(subst ., ,$(notdir $(RANKED)))),docstrings))
+TN_SETS = $(TN_DATA)/small/3/group/meta.json $(TN_DATA)/large/3/group/meta.json
+TN_PREPARE = $(PY) -m data.shp.prepare $(if $(FULL),,$(if $(RANKED),'$(RANKED)',--surrogate) --tokenizer=bpe --vocab_size=1024) --sets=3
+TN_LATER = $(if $(FULL),,--n_head=2 --block_size=64 --batch_size=10 --lr=2e-3 --eval_interval=200 --eval_rows=110 --max_steps=2000)
+TN_GROUP = $(if $(FULL),,--eval_interval=20 --max_steps=400)
+TN_CLEAN = $(if $(FULL),,--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --lr=2e-3 --eval_interval=25 --eval_rows=100 --max_steps=350)
+TN_RUN = $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(if $(FULL),1,2) -L 1 $(PY) train.py
 BASELINES = dropout=0.1 weight_decay=1.0 label_smoothing=0.1 focal=2 confidence_penalty=0.1
 
-data/shp/small/group/meta.json data/shp/large/group/meta.json: data/shp/%/group/meta.json: | .venv/ready
-	$(PY) -m data.shp.prepare $(or $(RANKED),--surrogate) --rows=$(if $(findstring small,$*),500,2400) --tokenizer=bpe --vocab_size=1024 --out=data/shp/$*
-data/shp/group/meta.json: | .venv/ready
-	$(PY) -m data.shp.prepare
+$(TN_DATA)/small/3/group/meta.json: | .venv/ready
+	$(TN_PREPARE) --rows=$(if $(FULL),10000,500) --out=$(TN_DATA)/small
+$(TN_DATA)/large/3/group/meta.json: | .venv/ready
+	$(TN_PREPARE) --rows=$(if $(FULL),10000,2400) --out=$(TN_DATA)/large
 
-figures-tn-runs: $(SMALL)/group/meta.json $(LARGE)/group/meta.json
+figures-tn-runs: $(TN_SETS)
 	for seed in 1 2 3; do \
 		for n in 0 0.5 1 2 4; do \
-			echo config/tn_shp_later.py --data=$(SMALL)/row $(TN_LATER) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later/row/T_$$n/$$seed; \
-			echo config/tn_shp_later.py --data=$(SMALL)/group $(TN_LATER) $(TN_GROUP) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later/group/T_$$n/$$seed; \
-			echo config/tn_shp_clean.py --data=$(LARGE)/group $(TN_CLEAN) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/clean/group/T_$$n/$$seed; \
+			run="--taylor_order=$$n --seed=$$seed"; \
+			echo config/tn_shp_later.py --data=$(TN_DATA)/small/$$seed/row $(TN_LATER) $$run --out_dir=$(TN)/later/row/T_$$n/$$seed; \
+			echo config/tn_shp_later.py --data=$(TN_DATA)/small/$$seed/group $(TN_LATER) $(TN_GROUP) $$run --out_dir=$(TN)/later/group/T_$$n/$$seed; \
+			echo config/tn_shp_clean.py --data=$(TN_DATA)/large/$$seed/group $(TN_CLEAN) $$run --out_dir=$(TN)/clean/group/T_$$n/$$seed; \
+			for split in $(if $(FULL),row group); do \
+				echo config/tn_shp_later.py --data=$(TN_DATA)/small/$$seed/$$split --n_embd=1024 $$run --out_dir=$(TN)/later_1024/$$split/T_$$n/$$seed; \
+				echo config/tn_shp_first.py --data=$(TN_DATA)/small/$$seed/$$split $$run --out_dir=$(TN)/first/$$split/T_$$n/$$seed; \
+			done; \
 		done; \
-		for n in $(if $(FULL),0 0.5 1 2 4); do for split in row group; do \
-			echo config/tn_shp_later.py --data=data/shp/$$split --n_embd=1024 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/later_1024/$$split/T_$$n/$$seed; \
-			echo config/tn_shp_first.py --data=data/shp/$$split --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/first/$$split/T_$$n/$$seed; \
-		done; done; \
 		for baseline in $(BASELINES); do \
-			echo config/tn_shp_clean.py --data=$(LARGE)/group $(TN_CLEAN) --$$baseline --seed=$$seed --out_dir=$(TN)/clean/group/$${baseline%=*}/$$seed; \
+			echo config/tn_shp_clean.py --data=$(TN_DATA)/large/$$seed/group $(TN_CLEAN) --$$baseline --seed=$$seed --out_dir=$(TN)/clean/group/$${baseline%=*}/$$seed; \
 		done; \
-	done | $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(JOBS) -L 1 $(PY) train.py
+	done | $(TN_RUN)
 
 figures-tn: figures-tn-runs
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
-# Where the picture of the row split appears, one change at a time: its name, the change, the seeds
+# Where the picture of the row split appears: a name, what differs, the seeds. At CPU size alone
 tn_map = for seed in $(3); do for n in 0 1 2; do \
-	echo config/tn_shp_later.py --data=$(SMALL)/row $(TN_LATER) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/map_$(1)/row/T_$$n/$$seed $(2); done; done
+	echo config/tn_shp_later.py --data=$(TN_DATA)/small/$$seed/row $(TN_LATER) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/map_$(1)/row/T_$$n/$$seed $(2); done; done
 
-figures-tn-map: $(SMALL)/group/meta.json
+figures-tn-map: $(TN_SETS)
 	{ $(call tn_map,long,--max_steps=6000,1 2 3); \
 	$(call tn_map,lr_1e-3,--lr=1e-3,1); \
 	$(call tn_map,lr_4e-3,--lr=4e-3,1); \
@@ -94,16 +96,23 @@ figures-tn-map: $(SMALL)/group/meta.json
 	$(call tn_map,width_128,--n_embd=128,1); \
 	$(call tn_map,first_block,--attn_scale=embd --mlp_alone=True --schedule=cosine --min_lr=0.01,1); \
 	$(call tn_map,our_block,--position=learned --mlp=gelu --attn_proj=True --head_bias=False --tie=True --init_scheme=gpt2 --init_noise=0,1); \
-	} | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
+	} | $(TN_RUN)
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
 # T_n of the fine-tuning loss and of the ranking in self-play, from the demo's pretrained and fine-tuned models
+# (nll_coef: T_0 with nll_coef as much larger, against the ranking's gradient, as T_2 makes it at a round's start, (1 - 1/K!)^-2)
 figures-tn-play: players
-	for seed in 1 2 3; do for n in 0 1 2; do \
-		echo config/demo_sft.py --init=$(OUT)/pretrain --calibration=True --max_steps=60 --eval_interval=20 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/sft/group/T_$$n/$$seed; \
-		echo config/demo_spin_k2.py --init=$(OUT)/sft --rounds=1 --max_rows=512 --max_steps=16 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
-		echo config/demo_spin_k3.py --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --rounds=1 --max_rows=512 --max_steps=16 --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
-	done; done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
+	play="--rounds=1 --max_rows=512 --max_steps=16 --init=$(OUT)/sft"; \
+	for seed in 1 2 3; do \
+		for n in 0 1 2; do \
+			run="--taylor_order=$$n --seed=$$seed"; \
+			echo config/demo_sft.py --init=$(OUT)/pretrain --calibration=True --max_steps=60 --eval_interval=20 $$run --out_dir=$(TN)/sft/group/T_$$n/$$seed; \
+			echo config/demo_spin_k2.py $$play $$run --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
+			echo config/demo_spin_k3.py $$play $$run --teacher=$(OUT)/sft_teacher --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
+		done; \
+		echo config/demo_spin_k2.py $$play --nll_coef=0.8 --seed=$$seed --out_dir=$(TN)/spin_k2/group/nll_coef/$$seed; \
+		echo config/demo_spin_k3.py $$play --nll_coef=0.288 --seed=$$seed --teacher=$(OUT)/sft_teacher --out_dir=$(TN)/spin_k3/group/nll_coef/$$seed; \
+	done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
 test: .venv/ready

@@ -51,30 +51,33 @@ def expected_calibration_error(curve):
 
 
 def calibration(model, rows, tokens, device):
-    """The figures of the T_n study, on plain cross-entropy a target token whatever was trained. Validation rows stand in two halves
-    by a hash of their group: the first is for choosing, the step and the temperature; the second is what a choice is measured on.
+    """The figures of the T_n study, on plain cross-entropy a target token whatever was trained. Validation rows stand in two halves,
+    0 and 1; what is chosen, a step or a temperature, is chosen on one and measured on the other, and both ways are averaged.
 
-    val_loss                all rows                      tune_loss, test_loss   the first half, the second
-    temperature             fitted on the first half      *_t                    after it
-    acc                     share of the second half's tokens whose most likely id is right
-    ece, reliability        expected calibration error and its curve, there
-    entropy, entropy_wrong  mean over its tokens, and over those whose most likely id is wrong
-    seen_loss, new_loss     all rows: tokens whose row, up to and with them, begins a training row too, and the others;
-    seen_share              how many are of the first kind
+    val_loss                all rows                      loss/H          half H; tokens/H its target tokens
+    temperature/H           fitted on half H              fitted_loss/H   half H at the temperature fitted on itself: to choose by
+    loss_t/H                half H at the temperature fitted on the other half: what is measured
+    acc                     share of the tokens whose most likely id is right
+    ece, reliability        expected calibration error and its curve; ece_t at the other half's temperature
+    entropy, entropy_wrong  mean over the tokens, and over those whose most likely id is wrong
+    seen_loss, new_loss     tokens whose row, up to and with them, begins a training row too, and the others;
+    seen_share, new_tokens  the share of the first kind, the number of the others
     """
-    plain = distributions(model, rows, tokens, device)
-    temperature = fit_temperature(model, [row for row in rows if row["half"] == 0], tokens, device)
-    warm = distributions(model, rows, tokens, device, temperature)
     lengths = [len(row["responses"][0]) - (not row["prompt"]) for row in rows]         # an empty prompt leaves the first token unasked
     seen = np.concatenate([len(row["prompt"]) + (not row["prompt"]) + np.arange(n) < row["seen"] for row, n in zip(rows, lengths)])
-    tune = np.repeat([row["half"] == 0 for row in rows], lengths)
-    test, wrong = ~tune, ~tune & (plain["right"] == 0)
-    figures = {"val_loss": -plain["logp"].mean(), "temperature": temperature, "acc": plain["right"][test].mean(),
-               "entropy": plain["entropy"][test].mean(), "seen_share": seen.mean()}
-    for name, at in (("", plain), ("_t", warm)):
-        curve = reliability(at["top"][test], at["right"][test])
-        figures |= {f"tune_loss{name}": -at["logp"][tune].mean(), f"test_loss{name}": -at["logp"][test].mean(),
-                    f"ece{name}": expected_calibration_error(curve), f"reliability{name}": curve}
-    some = [("seen_loss", -plain["logp"], seen), ("new_loss", -plain["logp"], ~seen), ("entropy_wrong", plain["entropy"], wrong)]
+    half = np.repeat([row["half"] for row in rows], lengths)
+    plain = distributions(model, rows, tokens, device)
+    figures = {"val_loss": -plain["logp"].mean(), "acc": plain["right"].mean(), "entropy": plain["entropy"].mean(), "seen_share": seen.mean(), "new_tokens": (~seen).sum()}
+    warm = {name: np.empty(len(half)) for name in ("top", "right")}                 # each half at the other's temperature
+    for h in (0, 1):
+        temperature = fit_temperature(model, [row for row in rows if row["half"] == h], tokens, device)
+        at = distributions(model, rows, tokens, device, temperature)
+        figures |= {f"tokens/{h}": (half == h).sum(), f"loss/{h}": -plain["logp"][half == h].mean(), f"temperature/{h}": temperature,
+                    f"fitted_loss/{h}": -at["logp"][half == h].mean(), f"loss_t/{1 - h}": -at["logp"][half != h].mean()}
+        for name, values in warm.items():
+            values[half != h] = at[name][half != h]
+    curve = reliability(plain["top"], plain["right"])
+    figures |= {"ece": expected_calibration_error(curve), "reliability": curve, "ece_t": expected_calibration_error(reliability(warm["top"], warm["right"]))}
+    some = [("seen_loss", -plain["logp"], seen), ("new_loss", -plain["logp"], ~seen), ("entropy_wrong", plain["entropy"], plain["right"] == 0)]
     figures |= {name: values[where].mean() for name, values, where in some if where.any()}
     return {name: value if isinstance(value, list) else float(value) for name, value in figures.items()}

@@ -229,7 +229,7 @@ class GPT(nn.Module):
             x = x + self.wpe(pos)
         elif c.position == "sinusoidal":
             angle = pos[:, None] * 10000.0 ** (-torch.arange(0, c.n_embd, 2, device=idx.device) / c.n_embd)     # (n, C/2)
-            x = x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
+            x = x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1).to(x.dtype)
         else:
             freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=idx.device) / c.head_dim)
             angle = (pos[:, None] * freq)[:, None]                             # (n, 1, D/2)
@@ -264,7 +264,8 @@ def init_mean_std(name, shape, config):
     elif ".ln_" in "." + name or "_norm." in name:
         mean, std = 1.0, 0.0
     elif config.init_scheme == "glorot":
-        mean, std = 0.0, math.sqrt(2 / sum(shape))
+        fans = 2 * config.n_embd if name.endswith("c_attn.weight") else sum(shape)       # queries, keys and values are a matrix each
+        mean, std = 0.0, math.sqrt(2 / fans)
     else:
         mean, std = 0.0, 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
     return mean, math.hypot(std, config.init_noise)

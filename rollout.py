@@ -84,10 +84,16 @@ def collect(cfg, round, model, enc, device, dtype, say):
 
 def mark(train, val):
     """What `calibration.calibration` asks of validation rows: "seen", how many of a row's first tokens begin a training row too, and
-    "half", by a hash of its group, or else of itself."""
+    "half", 0 or 1. A group stands in one half, unless it stands in training too: then the split was by row, and so are the halves,
+    dealt so that both have as many rows with new tokens."""
     ids = [[row["prompt"] + row["responses"][0] for row in rows] for rows in (train, val)]
     for row, whole, seen in zip(val, ids[1], longest_shared_prefix(ids[1], ids[0])):
         row |= {"seen": seen, "half": int(split_of(f"half of {row.get('group', whole)}", 0.5) == "val")}
+    trained = {row.get("group") for row in train} - {None}
+    if any(row.get("group") in trained for row in val):
+        by_new = sorted(range(len(val)), key=lambda i: val[i]["seen"] - len(ids[1][i]))         # most new tokens first
+        for place, i in enumerate(by_new):
+            val[i]["half"] = (place + 1) // 2 % 2           # 0 1 1 0 0 1 1 0 ...: as many tokens, too
     if len({row["half"] for row in val}) < 2:
         raise SystemExit(f"calibration: all {len(val)} validation rows are of one half; it takes more groups")
 

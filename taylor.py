@@ -4,11 +4,12 @@
 
 Runs stand in FOLDER/SETTING/SPLIT/METHOD/SEED; METHOD is T_0, T_0.5 ... or what T_n is compared with. Everything is read from
 metrics.jsonl, whose figures `calibration.calibration` explains: plain cross-entropy, whatever was trained; what is chosen (the step, a
-temperature) is chosen on the first half of the validation rows and measured on the second.
+temperature) is chosen on one half of the validation rows and measured on the other.
 The evaluations are kept beside the report, so `python taylor.py results/tn/runs results/tn` makes it again.
 """
 import glob
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,14 +24,24 @@ def study(folder):
     """{(setting, split): {method: [evaluations of each seed]}}, methods by name, T_n by n."""
     found = {}
     for run in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "metrics.jsonl"))):
-        setting, split, method, _ = os.path.relpath(os.path.dirname(run), folder).split(os.sep)
-        found.setdefault((setting, split), {}).setdefault(method, []).append(read_metrics(os.path.dirname(run), "eval"))
+        setting, split, method, seed = os.path.relpath(os.path.dirname(run), folder).split(os.sep)
+        found.setdefault((setting, split), {}).setdefault(method, {})[seed] = read_metrics(os.path.dirname(run), "eval")
     if not found:
         raise SystemExit(f"{folder}: no runs SETTING/SPLIT/METHOD/SEED in it; `make figures-tn` makes them")
     for (setting, split), methods in found.items():
-        if "T_0" not in methods or len({tuple(r["step"] for r in records) for runs in methods.values() for records in runs}) > 1 or len({*map(len, methods.values())}) > 1:
+        steps = {tuple(r["step"] for r in records) for runs in methods.values() for records in runs.values()}
+        if "T_0" not in methods or len(steps) > 1 or len({tuple(runs) for runs in methods.values()}) > 1:
             raise SystemExit(f"{folder}/{setting}/{split}: a run is missing or unfinished; the same `make` goes on with it")
-    return {key: dict(sorted(methods.items(), key=lambda item: (not item[0].startswith("T_"), item[0]))) for key, methods in sorted(found.items())}
+
+    def order(method):
+        return (0, float(method[2:])) if method.startswith("T_") else (1, method)
+    return {key: {method: list(methods[method].values()) for method in sorted(methods, key=order)} for key, methods in sorted(found.items())}
+
+
+def interval(values):
+    """(mean, half of its 95 % interval by Student's t) of one value a seed; no interval of one."""
+    n = len(values)
+    return float(np.mean(values)), STUDENT.get(n, 2.57) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
 def label(method):
@@ -46,13 +57,31 @@ def band(ax, runs, key, **look):
     ax.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
 
 
-def chosen(records, after=""):
-    """The evaluation that the first half of the validation rows would have stopped at."""
-    return min(records, key=lambda r: r["tune_loss" + after])
+def chosen(records, after=False):
+    """The evaluations at which half 0 and half 1 of the validation rows would have stopped, judged by their own temperature if `after`."""
+    return [min(records, key=lambda r: r[("fitted_loss/" if after else "loss/") + str(h)]) for h in (0, 1)]
 
 
-HOW = {"last step": lambda r: r[-1]["test_loss"], "stopped early": lambda r: chosen(r)["test_loss"],
-       "last step, one temperature": lambda r: r[-1]["test_loss_t"], "stopped early, one temperature": lambda r: chosen(r, "_t")["test_loss_t"]}
+def held_out_loss(stops, after=False):
+    """Cross-entropy a token: half 1 at half 0's stop (and temperature), half 0 at half 1's."""
+    loss, tokens = zip(*((r[("loss_t/" if after else "loss/") + str(1 - h)], r[f"tokens/{1 - h}"]) for h, r in enumerate(stops)))
+    return float(np.average(loss, weights=tokens))
+
+
+def mean_of(stops, name):
+    return float(np.mean([r[name] for r in stops]))
+
+
+def last(records):
+    return [records[-1]] * 2
+
+
+HOW = {"last step": lambda r: held_out_loss(last(r)), "stopped early": lambda r: held_out_loss(chosen(r)),
+       "last step, one temperature": lambda r: held_out_loss(last(r), True), "stopped early, one temperature": lambda r: held_out_loss(chosen(r, True), True)}
+FIGURES = HOW | {"accuracy %, last step": lambda r: 100 * r[-1]["acc"], "accuracy %, stopped early": lambda r: 100 * mean_of(chosen(r), "acc"),
+                 "ECE %, last step": lambda r: 100 * r[-1]["ece"], "ECE %, stopped early": lambda r: 100 * mean_of(chosen(r), "ece"),
+                 "ECE %, last step, one temperature": lambda r: 100 * r[-1]["ece_t"], "ECE %, stopped early, one temperature": lambda r: 100 * mean_of(chosen(r, True), "ece_t")}
+FORMS = ["{:.4f}"] * len(HOW) + ["{:.2f}"] * (len(FIGURES) - len(HOW))
 
 
 PANELS = {("later", "row"): "the write-up's setting, split by row", ("later", "group"): "the same, split by post", ("clean", "group"): "our block and initialisation, split by post"}
@@ -76,19 +105,19 @@ def plot_validation(out, found):
             band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
         lowest = min(r["val_loss"] for runs in methods.values() for records in runs for r in records)
         ax.set(xlabel="step", ylim=(lowest - 0.05, 3 * lowest) if n == 0 else None)
-        ax.legend(title=f"raw values, seeds: {len(runs)}")
+        ax.legend(title=f"mean, least, greatest of {len(runs)}")
     save(fig, out)
 
 
 def plot_stopping(out, found):
-    """(c): on the second half of the validation rows, at the end and stopped early, with and without a temperature."""
+    """(c): at the end and stopped early, with and without a temperature."""
     fig, each = panels(found)
     for ax, methods in each:
         for i, (how, figure) in enumerate(HOW.items()):
             values = np.array([[figure(records) for records in runs] for runs in methods.values()])
             ax.errorbar(np.arange(len(methods)) + 0.12 * (i - 1.5), values.mean(1), values.std(1, ddof=1), fmt="o" if i % 2 else "s", ms=5, capsize=2, label=how)
         ax.set(xticks=range(len(methods)), xticklabels=map(label, methods))
-    ax.legend()
+    fig.axes[1].legend(loc="upper right", title="mean ± standard deviation of the seeds")
     save(fig, out)
 
 
@@ -96,12 +125,12 @@ def plot_seen(out, found):
     """(d): the row split's validation tokens apart, those that training had, with all that stands before them, and new ones."""
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.6))
     methods = found["later", "row"]
-    share = methods["T_0"][0][-1]["seen_share"]
+    share, new = np.mean([r[-1]["seen_share"] for r in methods["T_0"]]), np.mean([r[-1]["new_tokens"] for r in methods["T_0"]])
     for i, (method, runs) in enumerate(methods.items()):
         for ax, key in zip(axes, ("seen_loss", "new_loss")):
             band(ax, runs, key, color=f"C{i}", label=label(method))
     axes[0].set(title=f"tokens seen in training, {100 * share:.1f} %", yscale="log", ylabel="validation cross-entropy (nats a token)")
-    axes[1].set(title=f"new tokens, {100 - 100 * share:.1f} %")
+    axes[1].set(title=f"new tokens, {100 - 100 * share:.1f} %, {new:.0f} a seed")
     for ax in axes:
         ax.set(xlabel="step")
         ax.legend()
@@ -139,27 +168,23 @@ def pooled(curves, bins=15, least=30):
 
 
 def study_table(methods):
-    """Lines of a table: each method's figures on the second half, mean and standard deviation over seeds."""
-    figures = HOW | {"acc": lambda r: 100 * chosen(r)["acc"], "ECE, last step": lambda r: 100 * r[-1]["ece"], "ECE, stopped early": lambda r: 100 * chosen(r)["ece"],
-                     "ECE, one temperature": lambda r: 100 * chosen(r, "_t")["ece_t"], "temperature, last step": lambda r: r[-1]["temperature"],
-                     "best step": lambda r: chosen(r)["step"]}
+    """Lines of a table: each method's figures, mean and standard deviation over seeds."""
+    figures = FIGURES | {"step of the stop": lambda r: mean_of(chosen(r), "step"), "temperature, last step": lambda r: np.mean([r[-1]["temperature/0"], r[-1]["temperature/1"]])}
     lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
     for method, runs in methods.items():
-        forms = ["{:.4f}"] * 4 + ["{:.2f} %"] * 4 + ["{:.2f}", "{:.0f}"]
-        lines.append(f"| {method} | " + " | ".join(cell([figure(r) for r in runs], form, 1) for figure, form in zip(figures.values(), forms)) + " |")
+        lines.append(f"| {method} | " + " | ".join(cell([figure(r) for r in runs], form, 1) for figure, form in zip(figures.values(), FORMS + ["{:.0f}", "{:.2f}"])) + " |")
     return lines
 
 
 def against_cross_entropy(methods):
-    """Lines of a table: difference to T_0 of the same seed, with Student's 95 % interval of the mean, bold where it leaves out 0."""
-    lines = ["| less T_0 of the same seed | " + " | ".join(HOW) + " |", "|---|" + "---:|" * len(HOW)]
+    """Lines of a table: difference to T_0 of the same seed, with its interval, bold where that leaves out 0."""
+    lines = ["| less T_0 of the same seed | " + " | ".join(FIGURES) + " |", "|---|" + "---:|" * len(FIGURES)]
     for method in list(methods)[1:]:
         cells = []
-        for figure in HOW.values():
-            d = [figure(r) - figure(base) for r, base in zip(methods[method], methods["T_0"], strict=True)]
-            error = STUDENT.get(len(d), 2.57) * np.std(d, ddof=1) / np.sqrt(len(d))
-            text = f"{np.mean(d):+.4f} ± {error:.4f}"
-            cells.append(f"**{text}**" if abs(np.mean(d)) > error else text)
+        for figure, form in zip(FIGURES.values(), FORMS):
+            mean, error = interval([figure(r) - figure(base) for r, base in zip(methods[method], methods["T_0"], strict=True)])
+            text = f"{form.replace(':', ':+').format(mean)} ± {form.format(error)}"
+            cells.append(f"**{text}**" if abs(mean) > error else text)
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
@@ -172,29 +197,27 @@ def play_table(methods):
     for method, runs in methods.items():
         cells = []
         for name, scale in figures.items():
-            d = [scale * (r[-1][name] - base[-1][name]) for r, base in zip(runs, methods["T_0"], strict=True)]
-            text = f"{np.mean([scale * r[-1][name] for r in runs]):.4f}"
-            if method != "T_0" and len(d) > 1:
-                text += f" ({np.mean(d):+.4f} ± {STUDENT.get(len(d), 2.57) * np.std(d, ddof=1) / np.sqrt(len(d)):.4f})"
-            cells.append(text)
+            mean, error = interval([scale * (r[-1][name] - base[-1][name]) for r, base in zip(runs, methods["T_0"], strict=True)])
+            cells.append(f"{np.mean([scale * r[-1][name] for r in runs]):.4f}" + (f" ({mean:+.4f} ± {error:.4f})" if method != "T_0" else ""))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
 
+CLEAR = 0.005       # nats that the picture's rise and gaps must have
+
+
 def picture(found):
-    """Lines of a table of every setting on the row split: where the write-up's picture appears. Rises: T_0's last value less its
-    minimum; the order of the last values, best first, of each seed."""
-    lines = ["| setting, split by row | steps | T_0: minimum | at step | last | T_1: last | T_2: last | T_0 rises, then T_2 < T_1 < T_0, in seeds | order at the end |",
-             "|---|" + "---:|" * 7 + "---|"]
+    """Lines of a table of every setting on the row split: where the write-up's picture appears, T_0 rising after its minimum and
+    T_2 < T_1 < T_0 at the end, each by more than CLEAR."""
+    lines = ["| setting, split by row | steps | T_0: minimum | at step | last | T_1: last | T_2: last | T_0 rises | T_1 < T_0 | T_2 < T_0 | T_2 < T_1 | seeds |", "|---|" + "---:|" * 11]
     for (setting, split), methods in found.items():
-        if split == "row":
+        if split == "row" and {"T_0", "T_1", "T_2"} <= set(methods):
             lowest = [min(r, key=lambda e: e["val_loss"]) for r in methods["T_0"]]
-            last = {method: [r[-1]["val_loss"] for r in methods[method]] for method in ("T_0", "T_1", "T_2")}
-            ranked = [" < ".join(sorted(last, key=lambda m: last[m][i])) for i in range(len(lowest))]
-            shown = [low["val_loss"] < end for low, end in zip(lowest, last["T_0"])]
-            right = sum(rises and order == "T_2 < T_1 < T_0" for rises, order in zip(shown, ranked))
-            lines.append(f"| {setting} | {methods['T_0'][0][-1]['step']} | {cell([low['val_loss'] for low in lowest], '{:.3f}', 1)} | {cell([low['step'] for low in lowest], '{:.0f}', 1)} | "
-                         + " | ".join(cell(values, "{:.3f}", 1) for values in last.values()) + f" | {right} of {len(lowest)} | {'; '.join(dict.fromkeys(ranked))} |")
+            ends = {method: [r[-1]["val_loss"] for r in methods[method]] for method in ("T_0", "T_1", "T_2")}
+            pairs = [([low["val_loss"] for low in lowest], ends["T_0"]), (ends["T_1"], ends["T_0"]), (ends["T_2"], ends["T_0"]), (ends["T_2"], ends["T_1"])]
+            cells = [cell([low["val_loss"] for low in lowest], "{:.3f}", 1), cell([low["step"] for low in lowest], "{:.0f}", 1), *(cell(values, "{:.3f}", 1) for values in ends.values()),
+                     *(str(sum(a + CLEAR < b for a, b in zip(*pair))) for pair in pairs), str(len(lowest))]
+            lines.append(f"| {setting} | {methods['T_0'][0][-1]['step']} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -210,24 +233,40 @@ def keep(folder, out):
                 f.writelines(json.dumps(record) + "\n" for record in read_metrics(run, "eval"))
 
 
+def sources(folder):
+    """What the runs' data was made of, as their config.json says."""
+    found = set()
+    for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
+        with open(path, encoding="utf-8") as f:
+            found.add(str(json.load(f)["config"].get("data_source", "of an unknown source")))
+    return sorted(found)
+
+
 def report(folder, out):
     """Figures (a) to (e) and report.md of the runs under a folder, into another."""
     found = study(folder)
     os.makedirs(out, exist_ok=True)
     keep(folder, os.path.join(out, "runs"))
-    for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
-        draw(os.path.join(out, f"{name}.png"), found)
-    lines = ["# T_n: validation cross-entropy, whatever was trained", "", *picture(found), ""]
+    if all(key in found for key in PANELS):
+        for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
+            draw(os.path.join(out, f"{name}.png"), found)
+    lines = ["# T_n: plain cross-entropy a token on validation texts, whatever was trained", "",
+             f"Data: {' and '.join(sources(folder))}. ± in the first tables is the standard deviation over seeds; in those of differences it is half of Student's 95 % interval of the seeds' paired "
+             "differences, bold where that leaves out 0, none widened for there being many. A seed has posts, a split, a vocabulary, an initialisation and an order of its own (sft and spin: only an order and samples). "
+             "What is chosen, the step of an early stop or one temperature, is chosen on one half of the validation rows and measured on the other, both ways averaged.", "",
+             f"Where the write-up's picture appears (in how many seeds, by more than {CLEAR} nats):", "", *picture(found), ""]
     for (setting, split), methods in found.items():
-        seeds, last = {len(runs) for runs in methods.values()}, next(iter(methods.values()))[0][-1]
+        ends = [records[-1] for records in methods["T_0"]]
+        seeds = f"{len(ends)} seed" + "s" * (len(ends) > 1)
         if setting.startswith("map_"):
             continue
-        if "tune_loss" not in last:
-            lines += [f"## {setting}: round 0, {last['step']} steps, {' or '.join(map(str, sorted(seeds)))} seeds", "", *play_table(methods), ""]
+        if "loss/0" not in ends[0]:
+            lines += [f"## {setting}: round 0, {ends[0]['step']} steps, {seeds}", "", *play_table(methods), ""]
             continue
-        lines += [f"## {setting}, split by {split}: {last['step']} steps, {' or '.join(map(str, sorted(seeds)))} seeds, "
-                  f"{100 * last['seen_share']:.1f} % of the validation tokens seen in training", "", *study_table(methods), ""]
-        lines += [*against_cross_entropy(methods), ""] if min(seeds) > 1 else []
+        tokens = [int(r["tokens/0"] + r["tokens/1"]) for r in ends]
+        lines += [f"## {setting}, split by {split}: {ends[0]['step']} steps, {seeds}; of {' / '.join(f'{n:,}' for n in tokens)} validation tokens "
+                  f"{' / '.join(str(int(r['new_tokens'])) for r in ends)} are new to training", "", *study_table(methods), ""]
+        lines += [*against_cross_entropy(methods), ""]
     with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
     print(os.path.join(out, "report.md"))

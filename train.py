@@ -317,8 +317,8 @@ def build(cfg, device, dtype):
     except ValueError as e:
         raise SystemExit(f"config: {e}")
     for key in given if path else ():
-        if getattr(shape, key) != meta["model"][key] and key != "dropout":
-            raise SystemExit(f"config: {key} is {given[key]!r}, but the checkpoint {path} has {meta['model'][key]!r}")
+        if getattr(shape, key) != getattr(GPTConfig(**meta["model"]), key) and key != "dropout":
+            raise SystemExit(f"config: {key} is {given[key]!r}, but the checkpoint {path} has {getattr(GPTConfig(**meta['model']), key)!r}")
     if cfg.stage == "spin":
         prepare_teacher(cfg, enc, shape.block_size, device, dtype)
     with torch.device("meta"):
@@ -378,7 +378,7 @@ def settings(cfg):
     hashes = {path: checkpoint.read_meta(checkpoint.resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
               for path in players if os.path.exists(path)}
     of_data = {name: files[name]["sha256"] for name in names} | {f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")}
-    return json.loads(json.dumps(asdict(cfg))) | {"data_sha256": of_data, "players_sha256": hashes}
+    return json.loads(json.dumps(asdict(cfg))) | {"data_source": read_meta(cfg.data, [])["source"], "data_sha256": of_data, "players_sha256": hashes}
 
 
 def main(argv):

@@ -247,7 +247,7 @@ def check(cfg):
     must(0 <= cfg.warmup <= 1 and 0 <= cfg.min_lr <= 1, "warmup and min_lr are shares, in [0, 1]")
     must(0 <= cfg.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {cfg.label_smoothing}")
     must(len(cfg.adam_betas) == 2 and all(0 <= b < 1 for b in cfg.adam_betas), "adam_betas must be two numbers in [0, 1)")
-    must(cfg.kind not in ("pairs", "ipo") or not (cfg.depth or cfg.label_smoothing or cfg.stage in ("preference", "spin") and cfg.taylor_order),
+    must(cfg.kind not in ("pairs", "ipo") or not (cfg.depth or cfg.label_smoothing or cfg.stage in ("preference", "spin") and (cfg.taylor_order or cfg.taylor_end)),
          f"kind {cfg.kind} has no depth, label_smoothing or taylor_order")
     must(not cfg.margin or cfg.kind == "simpo", "margin is simpo's alone")
     if cfg.stage == "reward":

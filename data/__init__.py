@@ -84,7 +84,9 @@ def prepare_command(folder):
     script = os.path.join(here, name, "prepare.py")
     if os.path.exists(script):
         with open(script, encoding="utf-8") as f:
-            return f"python -m data.{name}.prepare" + (" FILE" if 'add_argument("file")' in f.read() else "")
+            command = f"python -m data.{name}.prepare" + (" FILE" if 'add_argument("file")' in f.read() else "")
+        deeper = os.path.relpath(os.path.abspath(folder), os.path.join(here, name)).count(os.sep)       # as data/shp/small/row
+        return command + (f" --out={os.path.dirname(os.path.normpath(folder))}" if deeper else "")
     for file in sorted(glob.glob(os.path.join(here, "..", "config", "*.py"))):
         with open(file, encoding="utf-8") as f:
             for line in f:
@@ -151,7 +153,7 @@ def check_row(row, where):
         if not ok:
             raise SystemExit(f"{where}: {message}")
     must(isinstance(row, dict), "a row must be an object with prompt and responses, or a text")
-    if "text" in row:
+    if "text" in row and "prompt" not in row and "responses" not in row:
         must(isinstance(row["text"], str) and row["text"].strip() and is_unicode(row["text"]), "text must be a Unicode string that is not empty")
         return {"prompt": "", "responses": [row["text"]]} | ({"group": row["group"]} if "group" in row else {})
     must(isinstance(row.get("prompt"), str) and row["prompt"].strip(), "prompt must be a string that is not empty")

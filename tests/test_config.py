@@ -28,7 +28,7 @@ def test_files_overrides_and_inheritance(tmp_path):
     (["--stage=spin", "--init=x", "--players=data,selfie"], "players are"), (["--stage=spin", "--init=x", "--players=data,self-1"], "must name self"),
     (["--label_smoothing=0.5", "--max_steps=1"], "label_smoothing"), (["--seed=-1"], "seed must not"), (["--taylor_order=21"], "at most 20"), (["--taylor_end=-1"], "taylor_end"),
     (["--max_steps=1", "--focal=1", "--taylor_order=1"], "taylor_order and focal"), (["--max_steps=1", "--label_smoothing=0.1", "--taylor_end=1"], "set one"),
-    (["--stage=spin", "--init=x", "--focal=1"], "token losses"), (["--max_steps=1", "--calibration=True"], "stage sft"), (["nothing.py"], "No such file"), (["--lr=0", "--max_steps=1"], "above 0")])
+    (["--stage=spin", "--init=x", "--focal=1"], "token losses"), (["--stage=preference", "--init=x", "--kind=ipo", "--taylor_end=1"], "no depth"), (["--max_steps=1", "--calibration=True"], "stage sft"), (["nothing.py"], "No such file"), (["--lr=0", "--max_steps=1"], "above 0")])
 def test_mistakes_are_one_line(args, message):
     with pytest.raises(SystemExit) as e:
         load(args)

@@ -163,7 +163,7 @@ def test_bad_encodings_and_missing_files(tmp_path):
     with pytest.raises(SystemExit, match="make it with: python -m data.pydocs.prepare"):
         data.read_meta("data/pydocs", ["nothing.bin"])
     assert data.prepare_command("data/gsm8k").endswith("--where=source=gsm8k --authors=human,175b_verification")      # from the config's header
-    assert data.prepare_command("data/shp/group") == "python -m data.shp.prepare"
+    assert data.prepare_command("data/shp/group") == "python -m data.shp.prepare" and data.prepare_command("data/shp/x/1/row") == "python -m data.shp.prepare --out=data/shp/x/1"
     assert data.prepare_command("data/shakespeare").endswith("FILE") and data.prepare_command("x/y").endswith("--out=x/y")
     with pytest.raises(SystemExit, match="Not a directory"):
         data.read_meta(str(tmp_path / "a.jsonl"), [])
@@ -245,6 +245,7 @@ def test_whole_texts():
     assert rows[0] == {"prompt": [], "responses": [[*b"abcd", EOT]], "ranks": [0], "group": "g"} and counts["responses cut"] == 1
     batch = batch_rows(rows)
     assert batch["targets"].tolist() == [*b"bcd", EOT] + [ord("x")] * 31 and batch["lengths"].tolist() == [[4], [31]]
+    assert data.check_row({"prompt": "a", "responses": ["b"], "text": "of another field"}, "")["prompt"] == "a"
     for bad in ({"text": ""}, {"text": 3}, {"text": "\ud800"}):
         with pytest.raises(SystemExit, match="text must be"):
             data.check_row(bad, "")
@@ -281,12 +282,22 @@ def test_shp_by_row_and_by_post(tmp_path):
     assert any("comment 0 of 3" in text for text in kept["hub", "row"]) and not any("comment 2 of 3" in text for text in kept["hub", "row"])
 
 
+def test_shp_sets_are_other_rows(tmp_path):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shp_rows()))
+    done = prepare("shp", f"--hub={tmp_path}/hub", "--rows=45", "--sets=2", "--split=group", f"--out={tmp_path}/out", "--tokenizer=bpe", "--vocab_size=300")
+    assert done.returncode == 0, done.stderr
+    first, second = ([row["group"] for side in ("train", "val") for row in read_rows(f"{tmp_path}/out/{n}/group/{side}.jsonl")] for n in (1, 2))
+    assert len(first) == 45 and len(second) == 45 and not set(first) & set(second) and sorted(os.listdir(tmp_path / "out" / "1")) == ["group"]
+
+
 def test_shp_refusals(tmp_path):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train.jsonl").write_text('{"prompt": "a"}\n')
-    for args, message in (([f"--hub={tmp_path}/hub"], "its rows have no"), ([f"--hub={tmp_path}/nothing"], "could not read it"), ([f"{tmp_path}/no.jsonl"], "No such file"), (["--surrogate", "--rows=1"], "too few")):
-        done = prepare("shp", *args, f"--out={tmp_path}/out", "--tokenizer=bytes")
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    for args, message in (([f"--hub={tmp_path}/hub"], "its rows have no"), ([f"--hub={tmp_path}/nothing"], "could not read it"), ([f"{tmp_path}/no.jsonl"], "No such file"), (["--surrogate", "--rows=1"], "too few"),
+                          (["--surrogate", "--rows=0"], "at least 1"), (["--surrogate", "--tokenizer=foo"], "tokenizer foo"), (["--surrogate", "a.jsonl"], "either files")):
+        done = prepare("shp", f"--out={tmp_path}/out", "--tokenizer=bytes", *args)
+        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists(f"{SHARED}/ranked.jsonl.gz"), reason="the shared rows are not at hand")

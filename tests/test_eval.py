@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -82,14 +83,18 @@ def test_calibration_token_by_token(tiny_runs):
     logp, top, right, entropy = slow_distributions(model, rows, 1.0)
     half = np.concatenate([[row["half"]] * (len(row["responses"][0]) - (not row["prompt"])) for row in rows])
     seen = np.concatenate([[t < row["seen"] for t in range(max(1, len(row["prompt"])), len(row["prompt"] + row["responses"][0]))] for row in rows])
-    expected = {"val_loss": -logp.mean(), "tune_loss": -logp[half == 0].mean(), "test_loss": -logp[half == 1].mean(), "acc": right[half == 1].mean(),
-                "seen_loss": -logp[seen].mean(), "new_loss": -logp[~seen].mean(), "seen_share": seen.mean(), "entropy": entropy[half == 1].mean(),
-                "entropy_wrong": entropy[(half == 1) & (right == 0)].mean(),
-                "test_loss_t": -slow_distributions(model, rows, figures["temperature"])[0][half == 1].mean()}
+    fitted = [fit_temperature(model, [row for row in rows if row["half"] == h], 50, device) for h in (0, 1)]
+    at = [slow_distributions(model, rows, t) for t in fitted]
+    expected = {"val_loss": -logp.mean(), "acc": right.mean(), "seen_loss": -logp[seen].mean(), "new_loss": -logp[~seen].mean(), "seen_share": seen.mean(), "new_tokens": (~seen).sum(),
+                "entropy": entropy.mean(), "entropy_wrong": entropy[right == 0].mean()}
+    for h in (0, 1):
+        expected |= {f"tokens/{h}": (half == h).sum(), f"loss/{h}": -logp[half == h].mean(), f"temperature/{h}": fitted[h],
+                     f"fitted_loss/{h}": -at[h][0][half == h].mean(), f"loss_t/{h}": -at[1 - h][0][half == h].mean()}
+        assert figures[f"fitted_loss/{h}"] < min(figures[f"loss/{h}"], figures[f"loss_t/{h}"])
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-4), name
-    assert figures["temperature"] == pytest.approx(fit_temperature(model, rows[::2], 50, device), rel=1e-6)
-    assert figures["tune_loss_t"] <= figures["tune_loss"]
+    crossed = [np.where(half == 0, at[1][k], at[0][k]) for k in (1, 2)]
+    assert figures["ece_t"] == pytest.approx(expected_calibration_error(reliability(*crossed)), rel=1e-3)
 
 
 def test_calibration_error_by_hand():
@@ -137,17 +142,22 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
 
 
 def tn_runs(folder):
-    """Made-up runs of the T_n study: T_0 has its minimum in the middle, T_1 is better by about 0.5 at the end."""
-    for setting, split, methods in (("later", "row", ("T_0", "T_1", "T_2")), ("later", "group", ("T_0", "T_1")), ("map_long", "row", ("T_0", "T_1", "T_2")), ("clean", "group", ("T_0", "T_1", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
+    """Made-up runs of the T_n study. The halves, of 100 and 300 tokens, are best at steps 10 and 20: what stops at one is measured
+    on the other, and at the last step T_1 is better than T_0 by 0.5 +- 0.04."""
+    for setting, split, methods in (("later", "row", ("T_0", "T_1", "T_2")), ("later", "group", ("T_0", "T_1")), ("map_long", "row", ("T_0", "T_1", "T_2")),
+                                    ("clean", "group", ("T_0", "T_1", "T_10", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
         for method in methods:
             for seed in (1, 2, 3):
                 os.makedirs(f"{folder}/{setting}/{split}/{method}/{seed}")
                 with open(f"{folder}/{setting}/{split}/{method}/{seed}/config.json", "w") as f:
-                    f.write("{}")
+                    json.dump({"config": {"data_source": "made up"}}, f)
+                gain = (method == "T_1") * (0.5 + 0.04 * (seed - 2)) + (method == "T_2") * 0.52
                 with open(f"{folder}/{setting}/{split}/{method}/{seed}/metrics.jsonl", "w") as f:
-                    for step, loss in ((0, 5.0), (10, 3.0), (20, 4.0 - (method == "T_1") * (0.5 + 0.04 * (seed - 2)) - (method == "T_2") * 0.52)):
-                        figures = {name: loss for name in ("val_loss", "tune_loss", "test_loss", "tune_loss_t", "test_loss_t", "seen_loss", "new_loss", "entropy_wrong")}
-                        figures |= {"ece": 0.1, "ece_t": 0.05, "acc": 0.5, "temperature": 1.5, "seen_share": 0.9, "reliability": [[0.1, 0.2, 15], [0.9, 0.8, 5]]}
+                    for step, loss, halves in ((0, 5.0, (5.0, 5.0)), (10, 3.0, (1.0, 4.0)), (20, 3.5, (2.0, 3.0)), (30, 4.0 - gain, (4.0 - gain, 4.0 - gain))):
+                        figures = {"val_loss": loss, "seen_loss": loss, "new_loss": loss, "entropy_wrong": 1.0, "ece": 0.1, "ece_t": 0.05, "acc": 0.5, "seen_share": 0.9, "new_tokens": 40.0,
+                                   "reliability": [[0.1, 0.2, 15], [0.9, 0.8, 5]]}
+                        for h in (0, 1):
+                            figures |= {f"loss/{h}": halves[h], f"fitted_loss/{h}": halves[1 - h], f"loss_t/{h}": halves[h] + 0.1, f"temperature/{h}": 1.5, f"tokens/{h}": (100.0, 300.0)[h]}
                         played = {"val_loss": loss, "acc": 0.5, "rank_nll": 0.6, "kl_from_ref": 0.0, "reward/data": 0.1, "reward/self": -0.1}
                         f.write(json.dumps({"kind": "eval", "round": 0, "step": step} | (played if setting == "spin_k2" else figures)) + "\n")
 
@@ -158,26 +168,32 @@ def test_reliability_curves_are_pooled_by_their_tokens():
 
 
 def test_the_taylor_study(tmp_path):
-    """The step is chosen on the first half; differences are paired by seed, with Student's interval; bold leaves out 0."""
+    """Each half is measured where the other stops; differences are paired by seed, with Student's interval; bold leaves out 0."""
     tn_runs(f"{tmp_path}/runs")
     done = run("taylor.py", f"{tmp_path}/runs", f"{tmp_path}/out")
     assert done.returncode == 0, done.stderr
     text = open(f"{tmp_path}/out/report.md").read()
-    assert "| T_0 | 4.0000 ± 0 | 3.0000 ± 0 |" in text and "| 10 ± 0 |" in text
+    early = (300 * 4.0 + 100 * 2.0) / 400           # half 0 stops at 10, where half 1 has 4; half 1 at 20, where half 0 has 2
+    warm = (300 * 3.1 + 100 * 1.1) / 400            # by their own temperatures they stop at 20 and 10
+    assert f"| T_0 | 4.0000 ± 0 | {early:.4f} ± 0 | 4.1000 ± 0 | {warm:.4f} ± 0 |" in text and "| 15 ± 0 | 1.50 ± 0 |" in text and "Data: made up." in text
     error = 4.30 * 0.04 / math.sqrt(3)
     assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text and "| dropout | +0.0000 ± 0.0000 |" in text
-    assert "| later | 20 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 | 2 of 3 | T_2 < T_1 < T_0; T_1 < T_2 < T_0 |" in text and "## map_long" not in text
+    assert text.index("| T_1 | **") < text.index("| T_10 | +0.0000")
+    assert "| later | 30 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 | 3 | 3 | 3 | 2 | 3 |" in text and "## map_long" not in text
     assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin_k2")[1]
     os.remove(f"{tmp_path}/out/report.md")         # and again from what was kept
     done = run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/out")
     assert done.returncode == 0 and open(f"{tmp_path}/out/report.md").read() == text, done.stderr
     for name in ("a_b_validation", "c_stopping", "d_seen", "e_calibration"):
         assert open(f"{tmp_path}/out/{name}.png", "rb").read(4) == b"\x89PNG"
+    for rest in ("later", "clean"):                 # figures-tn-map alone
+        shutil.rmtree(f"{tmp_path}/out/runs/{rest}")
+    assert run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/less").returncode == 0 and set(os.listdir(f"{tmp_path}/less")) == {"runs", "report.md"}
     with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl") as f:
         whole = f.read().splitlines()
     with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl", "w") as f:
         f.write(whole[0] + "\n")
-    for args, message in (((f"{tmp_path}/runs", f"{tmp_path}/out"), "clean/group: a run is missing or unfinished"), ((f"{tmp_path}/nothing", "x"), "no runs SETTING"), (("x",), "taylor.py out/tn")):
+    for args, message in (((f"{tmp_path}/runs", f"{tmp_path}/out"), "clean/group: a run is missing or unfinished"), ((f"{tmp_path}/nothing", f"{tmp_path}/x"), "no runs SETTING"), (("x",), "taylor.py out/tn")):
         done = run("taylor.py", *args)
         assert done.returncode == 1 and message in done.stderr, done.stderr
 

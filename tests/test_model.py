@@ -148,6 +148,15 @@ def test_initialisation_has_its_tables_deviations(config):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), late.parameters()))
 
 
+def test_the_write_ups_initialisation():
+    """Glorot's deviation of each matrix, queries, keys and values apart, and noise of 0.1 added to every parameter."""
+    w = dict(GPT(GPTConfig(**dict(LATER, n_embd=256))).named_parameters())
+    for name, mean, variance in (("wte.weight", 0, 2 / (128 + 256)), ("h.0.attn.c_attn.weight", 0, 2 / (256 + 256)), ("h.1.mlp.c_fc.weight", 0, 2 / (256 + 1024)),
+                                 ("lm_head.weight", 0, 2 / (128 + 256)), ("h.0.attn.c_attn.bias", 0, 0), ("h.0.ln_1.weight", 1, 0), ("ln_f.bias", 0, 0)):
+        n, std = w[name].numel(), math.sqrt(variance + 0.1**2)
+        assert abs(w[name].std().item() - std) < 4 * std / math.sqrt(2 * n) and abs(w[name].mean().item() - mean) < 4 * std / math.sqrt(n), name
+
+
 def test_loss_at_initialisation_is_about_uniform(model):
     if model.config.init_noise:
         pytest.skip("its noise makes logits of its own")

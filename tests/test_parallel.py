@@ -75,16 +75,18 @@ def test_spin_with_a_teacher(tiny_runs, tiny_data, tmp_path):
 
 
 def test_whole_texts_full_logits_and_calibration(tmp_path):
-    """The T_n study's way: the write-up's block with its head's bias, a loss that needs every logit, a fitted temperature."""
-    def args(out):
+    """The T_n study's way: the write-up's block with its head's bias, a loss that needs every logit, fitted temperatures; and in bfloat16."""
+    def args(out, *more):
         return ["config/tn_shp_first.py", f"--data={texts(tmp_path)}", f"--out_dir={tmp_path}/{out}", "--n_embd=32", "--n_head=2", "--block_size=32", "--max_steps=3", "--device=cpu",
-                "--batch_size=10", "--micro_batch_tokens=64", "--eval_interval=3", "--label_smoothing=0.1", "--confidence_penalty=0"]
+                "--batch_size=10", "--micro_batch_tokens=64", "--eval_interval=3", "--confidence_penalty=0.1", *more]
     train.main(args("one"))
     torchrun(args("two"))
     assert_equal_up_to_rounding(f"{tmp_path}/one", f"{tmp_path}/two", 1e-5)
     one, two = (read_metrics(f"{tmp_path}/{run}", "eval")[-1] for run in ("one", "two"))
-    for key in ("temperature", "tune_loss", "test_loss", "test_loss_t", "seen_loss", "new_loss", "entropy", "ece"):
+    for key in ("temperature/0", "loss/1", "loss_t/0", "seen_loss", "new_loss", "entropy", "ece"):
         assert abs(one[key] - two[key]) < 1e-4, key
+    torchrun(args("bf16", "--dtype=bfloat16"))
+    assert abs(read_metrics(f"{tmp_path}/bf16", "step")[0]["loss"] - read_metrics(f"{tmp_path}/one", "step")[0]["loss"]) < 0.02
 
 
 def test_two_ranks_go_on_where_sampling_was_killed(tiny_runs, tiny_data, tmp_path):

@@ -293,7 +293,7 @@ def test_each_token_loss_learns_and_says_its_calibration(loss, tmp_path):
     train.main([*args, f"--out_dir={tmp_path}/parts", "--micro_batch_tokens=64"])
     evals = read_metrics(f"{tmp_path}/run", "eval")
     assert [r["step"] for r in evals] == [0, 6, 12] and evals[-1]["val_loss"] < evals[0]["val_loss"] - 1
-    assert {"test_loss_t", "ece", "temperature", "seen_loss", "new_loss", "entropy_wrong", "reliability"} <= set(evals[-1])
+    assert {"loss_t/0", "ece", "temperature/1", "seen_loss", "new_loss", "entropy_wrong", "reliability"} <= set(evals[-1])
     a, b = ([r["loss"] for r in read_metrics(f"{tmp_path}/{name}", "step")] for name in ("run", "parts"))
     assert a == pytest.approx(b, rel=1e-4)
 

@@ -4,6 +4,8 @@
     python -m data.shp.prepare ranked.jsonl.gz --rows=1200 --tokenizer=bpe    # the same construction from local ranked rows
     python -m data.shp.prepare --surrogate --rows=1200 --tokenizer=bpe        # from installed packages' docstrings: needs nothing
 
+--sets=3 writes OUT/1, OUT/2, OUT/3, each of the next so many rows: other posts for other seeds.
+
 Writes OUT/row and OUT/group, the same texts split twice: by row, as the write-up did, and by post. SHP has many rows a post
 and every one of them begins with the post's `history`, so a split by row puts nearly every validation post into the training
 set; it says so when it is done. Both have the tokenizer of the group split's training texts.
@@ -18,7 +20,7 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from data import longest_shared_prefix, split_of, tokenizer, tokenizer_path, write_meta, write_rows
+from data import longest_shared_prefix, split_of, tokenizer, write_meta, write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -33,7 +35,7 @@ def hub_pairs(path, revision):
     except KeyError as e:
         raise SystemExit(f"{path}: its rows have no {e}; SHP's have history, human_ref_A, human_ref_B, labels, post_id")
     except Exception as e:      # the package raises whatever its HTTP client does
-        raise SystemExit(f"{path}: datasets could not read it ({type(e).__name__}: {str(e).splitlines()[0]}); without a network "
+        raise SystemExit(f"{path}: datasets could not read it ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); without a network "
                          "give a local ranked file, or --surrogate")
 
 
@@ -41,9 +43,9 @@ def ranked_pairs(paths):
     """The same of each pair of a ranked row's responses that differ in score, as SHP was made of threads."""
     from data.jsonl.prepare import ranked, read
     for where, value in itertools.chain.from_iterable(map(read, paths)):
-        if str(value.get("source", "stackexchange")).startswith("stackexchange"):        # the shared file's other rows are no threads
-            row = ranked(value, where)
-            scores = row.get("scores") or range(len(row["responses"]), 0, -1)
+        row = ranked(value, where)
+        scores = row.get("scores") or range(len(row["responses"]), 0, -1)
+        if not str(value.get("source", "")).startswith("gsm8k"):            # whose rows are no threads
             for i, j in itertools.combinations(range(len(scores)), 2):
                 if scores[i] > scores[j]:
                     yield row["prompt"], row["responses"][i], str(value.get("group") or row["prompt"])
@@ -57,7 +59,7 @@ def surrogate_pairs():
         for name, doc in names.items():
             methods = sorted({d for n, d in names.items() if n.rpartition(".")[0] == name and n != name and d != doc}, key=lambda d: (-len(d), d))
             if name != module:
-                for i, j in itertools.combinations(range(min(len(methods), 5)), 2):
+                for i, j in itertools.combinations(range(min(len(methods), 6)), 2):
                     yield f"{name}\n\n{doc}", methods[i], name
 
 
@@ -68,32 +70,46 @@ def main():
     parser.add_argument("--hub", default="stanfordnlp/SHP", help="a data set of SHP's schema, or a folder that holds one")
     parser.add_argument("--revision", default="main", help="of the hub's data set")
     parser.add_argument("--rows", type=int, default=10_000, help="the first so many")
+    parser.add_argument("--sets", type=int, default=0, help="so many times, in folders of their own")
     parser.add_argument("--split", choices=["row", "group", "both"], default="both")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or bpe, trained on the texts")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of bpe")
     parser.add_argument("--out", default=HERE)
     args = parser.parse_args()
+    if args.surrogate and args.files:
+        parser.error("either files or --surrogate")
+    if args.rows < 1 or args.sets < 0 or args.vocab_size < 257:
+        parser.error("--rows must be at least 1, --sets at least 0, --vocab_size at least 257: the bytes and end-of-text")
+    if args.tokenizer != "bpe":
+        tokenizer.load(args.tokenizer)
     pairs = surrogate_pairs() if args.surrogate else ranked_pairs(args.files) if args.files else hub_pairs(args.hub, args.revision)
-    pairs = list(tqdm(itertools.islice(pairs, args.rows), total=args.rows, desc="pairs", disable=None))
-    source = "docstrings" if args.surrogate else [os.path.basename(f) for f in args.files] or f"{args.hub} @ {args.revision}"
-    texts = [{"text": f"{history}\n\n{comment}", "group": post} for history, comment, post in pairs if f"{history}{comment}".strip()]
+    source = "docstrings" if args.surrogate else ", ".join(map(os.path.basename, args.files)) or f"{args.hub} @ {args.revision}"
+    pairs = iter(tqdm(pairs, total=args.rows * max(1, args.sets), desc="pairs", disable=None))
+    for out in [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]:
+        texts = [{"text": f"{history}\n\n{comment}", "group": post} for history, comment, post in itertools.islice(pairs, args.rows) if f"{history}{comment}".strip()]
+        write(out, texts, source, ("row", "group") if args.split == "both" else (args.split,), args)
+
+
+def write(out, texts, source, splits, args):
+    """The folders out/SPLIT of some texts."""
     sides = {"row": [split_of(f"row {i}", 0.2) for i in range(len(texts))], "group": [split_of(row["group"], 0.2) for row in texts]}
     if any(set(side) != {"train", "val"} for side in sides.values()):
         raise SystemExit(f"{source}: {len(texts)} texts are too few for a split")
     enc = None if args.tokenizer != "bpe" else tokenizer.train([row["text"] for row, side in zip(texts, sides["group"]) if side == "train"], args.vocab_size)
-    for split in ("row", "group") if args.split == "both" else (args.split,):
-        folder, name = os.path.join(args.out, split), "bpe.tiktoken" if enc else args.tokenizer
+    for split in splits:
+        folder, name = os.path.join(out, split), "bpe.tiktoken" if enc else args.tokenizer
         os.makedirs(folder, exist_ok=True)
         if enc:
             tokenizer.save(enc, os.path.join(folder, name))
         rows = {side: [row for row, s in zip(texts, sides[split]) if s == side] for side in ("train", "val")}
         for side in rows:
             write_rows(os.path.join(folder, f"{side}.jsonl"), rows[side])
-        ids = {side: [(enc or tokenizer.load(tokenizer_path(folder, name))).encode_ordinary(row["text"]) for row in rows[side]] for side in rows}
+        ids = {side: [(enc or tokenizer.load(name)).encode_ordinary(row["text"]) for row in rows[side]] for side in rows}
         shared = longest_shared_prefix(ids["val"], ids["train"])
         leaks = float(np.mean([s >= min(64, len(v)) for s, v in zip(shared, ids["val"])]))
-        write_meta(folder, name, source, **{f"{side}_rows": len(rows[side]) for side in rows}, posts=len({row["group"] for row in texts}), leaks=leaks)
-        print(f"{folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows of {len({row['group'] for row in texts}):,} posts; "
+        posts = len({row["group"] for row in texts})
+        write_meta(folder, name, source, **{f"{side}_rows": len(rows[side]) for side in rows}, posts=posts, leaks=leaks)
+        print(f"{folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows of {posts:,} posts; "
               f"the first 64 tokens of {100 * leaks:.1f} % of the validation rows begin a training row too")
 
 
