@@ -2,6 +2,7 @@
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
 # make test-peers   the objectives against TRL's, Liger's and choix's own code, in an environment of their own
+# make frontier     RLHF or DPO: true reward against KL, to results/frontier/report.md
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: pipeline demo demo-seeds test test-peers bench
+.PHONY: pipeline demo demo-seeds test test-peers frontier bench
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -53,6 +54,9 @@ test: .venv/ready
 
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest -q tests/peers
+
+frontier: .venv/ready data/pydocs/meta.json
+	$(PY) frontier.py
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench

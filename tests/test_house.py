@@ -2,7 +2,7 @@
 import ast
 import glob
 
-OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "frontier"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
@@ -13,8 +13,9 @@ MAY_IMPORT = {
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
     "ppo": {"rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench"},
-    "bench": OURS - {"plot", "bench"},
+    "train": OURS - {"train", "plot", "bench", "frontier"},
+    "bench": OURS - {"plot", "bench", "frontier"},
+    "frontier": {"eval", "sample", "data", "checkpoint", "parallel"},
 }
 
 
