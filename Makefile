@@ -5,6 +5,7 @@
 # make figures-tn-map    where the write-up's picture appears: steps, learning rate, noise, width, block; about as long again
 # make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
 # make test-peers   the objectives against TRL's, Liger's and choix's own code, in an environment of their own
+# make frontier     RLHF or DPO: true reward against KL, to results/frontier/report.md
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: players pipeline demo demo-seeds test test-peers bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
+.PHONY: players pipeline demo demo-seeds test test-peers frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -126,6 +127,9 @@ test: .venv/ready
 
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest -q tests/peers
+
+frontier: .venv/ready data/pydocs/meta.json
+	$(PY) frontier.py
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench

@@ -156,10 +156,10 @@ def reward_function(name):
 
 def standing(cfg, round, scores):
     """What a round takes from the one before it: {"kl_coef", "mean", "std"}. The scores' mean and deviation stay the first round's,
-    so that neither what is maximised nor its price in KL moves; the coefficient follows kl_target (1909.08593, section 2.2):
+    so that neither what is maximised nor its price in KL moves (scores that do not differ yet are not scaled); the coefficient follows kl_target (1909.08593, section 2.2):
     kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
     if round == 0:
-        return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": float(scores.std())}
+        return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": float(scores.std()) if np.ptp(scores) else 1.0}
     with open(os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), encoding="utf-8") as f:
         before = json.load(f)
     error = before["report"]["kl"] / cfg.kl_target - 1 if cfg.kl_target else 0.0
@@ -174,7 +174,7 @@ def advantages(cfg, now, t):
     rewards, values = np.zeros((n, T)), np.zeros((n, T))
     rewards[inside] = -now["kl_coef"] * (np.concatenate(t["logps"]).astype(np.float64) - np.concatenate(t["refs"]))
     values[inside] = np.concatenate(t["values"])
-    scores = (t["scores"] - now["mean"]) / (now["std"] + 1e-8) if cfg.whiten_rewards else t["scores"]
+    scores = (t["scores"] - now["mean"]) / now["std"] if cfg.whiten_rewards else t["scores"]
     rewards[np.arange(n), lengths - 1] += scores - cfg.eot_penalty * ~np.array(t["ended"])
     advantage = gae(rewards, values, lengths, cfg.discount, cfg.gae_lambda)
     returns = (advantage + values)[inside]

@@ -1,6 +1,6 @@
 """DPO on the ranked rows that reward_local learns from, Bradley-Terry of every pair of a prompt.
 
-    python train.py config/dpo_local.py         2 CPU cores, 10 minutes; starts at ln 2 = 0.6931
+    python train.py config/dpo_local.py         CPU size, not timed yet; starts at ln 2 = 0.6931
 
 --kind=pl is Plackett-Luce on the whole ranking, --kind=simpo --beta=2 --margin=0.5, --kind=ipo, --kind=orpo --nll_coef=1 the others.
 """

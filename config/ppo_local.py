@@ -1,6 +1,6 @@
 """PPO on the local prompts against the reward model of reward_local, the pretraining stream beside (PPO-ptx).
 
-    python train.py config/ppo_local.py         2 CPU cores, about 15 minutes
+    python train.py config/ppo_local.py         CPU size, not timed yet
 """
 stage = "ppo"
 out_dir = "out/ppo_local"

@@ -2,7 +2,7 @@
 import ast
 import glob
 
-OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
     "ppo": {"rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench", "taylor"},
-    "bench": OURS - {"plot", "bench", "taylor"},
+    "train": OURS - {"train", "plot", "bench", "taylor", "frontier"},
+    "bench": OURS - {"plot", "bench", "taylor", "frontier"},
+    "frontier": {"eval", "sample", "data", "checkpoint", "parallel"},
 }
 
 

@@ -156,6 +156,7 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(plain["returns"], [3, 3, 0.5, 0.5, 0.5], rtol=1e-6)
     whitened, _ = ppo.advantages(dataclasses.replace(cfg, whiten_advantages=True), {"kl_coef": 0.0, "mean": 2.0, "std": 1.0}, t)
     assert abs(whitened["advantages"].mean()) < 1e-6 and whitened["advantages"].std() == pytest.approx(1, abs=1e-6)
+    assert ppo.standing(cfg, 0, np.full(7, 0.1))["std"] == 1.0       # a reward nobody has earned yet
     s = ppo.summary(t)
     assert s["kl"] == (0.5 + 2.0) / 2 and s["reward"] == 2.0 and s["ended"] == 0.5 and s["length"] == 2.5 and s["entropy"] == pytest.approx(6 / 5)
     assert s["kl_token"] == pytest.approx((math.exp(-0.5) - 0.5 + math.exp(-2) + 1) / 5)

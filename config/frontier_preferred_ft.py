@@ -1,0 +1,8 @@
+"""The frontier's Preferred-FT: SFT on the best of the three samples.
+
+    python train.py config/frontier_preferred_ft.py         one thread
+"""
+from config.frontier_dpo import *
+
+stage = "sft"
+out_dir = "out/frontier/preferred_ft"

@@ -1,0 +1,20 @@
+"""The frontier's learnt reward: Bradley-Terry on three samples of the reference a prompt, ranked by the true one.
+
+    python train.py config/frontier_reward.py         one thread; starts at ln 2 = 0.6931. frontier.py makes its data
+"""
+stage = "reward"
+out_dir = "out/frontier/reward"
+init = "out/frontier/sft"
+data = "out/frontier/ranked"
+
+kind = "pairs"
+max_prompt = 48
+max_response = 32
+batch_size = 32             # prompts of three responses
+epochs = 2.0
+optimizer = "adamw"
+lr = 1e-3
+warmup = 0.1
+schedule = "linear"
+eval_interval = 1000
+log_interval = 20

@@ -1,0 +1,11 @@
+"""The frontier's reference: what does `name(signature)` do? -> the docstring's summary.
+
+    python train.py config/frontier_sft.py         one thread
+"""
+from config.demo_sft import *
+
+out_dir = "out/frontier/sft"
+init = "out/frontier/pretrain"
+max_prompt = 48
+max_response = 32
+max_steps = 150
