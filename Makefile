@@ -49,7 +49,8 @@ demo-seeds:
 	$(PY) plot.py report out/demo_seeds/1 out/demo_seeds/2 out/demo_seeds/3
 
 # The T_n study: a line of arguments a run, two runs at a time with a thread each; one that is finished says so. Every seed has posts,
-# a split and a vocabulary of its own. FULL: one at a time at the sizes that the config files have, on the hub's SHP.
+# a split and a vocabulary of its own. FULL: one at a time at the sizes that the config files have, on the hub's SHP: 135 runs, about
+# 40 hours on one GPU by the estimates in their headers, of which config/tn_shp_first.py takes 30.
 TN ?= out/tn$(if $(FULL),_full)
 TN_DATA = data/shp/$(if $(FULL),hub,$(if $(RANKED),$(firstword $(subst ., ,$(notdir $(RANKED)))),docstrings))
 TN_SETS = $(TN_DATA)/small/3/group/meta.json $(TN_DATA)/large/3/group/meta.json
@@ -85,7 +86,7 @@ figures-tn-runs: $(TN_SETS)
 figures-tn: figures-tn-runs
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
-# Where the picture of the row split appears: a name, what differs, the seeds. At CPU size alone
+# Where the picture of the row split appears: a name, what differs, the seeds (of one alone a lead, no result). At CPU size
 tn_map = for seed in $(3); do for n in 0 1 2; do \
 	echo config/tn_shp_later.py --data=$(TN_DATA)/small/$$seed/row $(TN_LATER) --taylor_order=$$n --seed=$$seed --out_dir=$(TN)/map_$(1)/row/T_$$n/$$seed $(2); done; done
 

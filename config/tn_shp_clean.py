@@ -1,7 +1,7 @@
 """The fair setting for T_n: our ordinary block and initialisation, AdamW, no added noise, validation posts that training never saw.
 
     python -m data.shp.prepare                                              # or from local rows: its header says how
-    python train.py config/tn_shp_clean.py --taylor_order=2                 # or --dropout=0.1, --weight_decay=0.1, --label_smoothing=0.1,
+    python train.py config/tn_shp_clean.py --taylor_order=2                 # or --dropout=0.1, --weight_decay=1.0, --label_smoothing=0.1,
                                                                             # --focal=2, --confidence_penalty=0.1
 One GPU, an estimate: 4,000 steps of 2,540 tokens, 2 minutes. Not yet run at this size.
 """

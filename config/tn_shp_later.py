@@ -8,7 +8,8 @@ One GPU, an estimate: 40,000 steps of 2,540 tokens, at 5 ms a step 4 minutes and
 On raw values the write-up's curves at width 64 have T_0's minimum 0.34 near epoch 22 and T_2's 0.33. Not yet run at this size.
 
 What differs: means are per target token (there per row, then over rows), a text shorter than the window ends in end-of-text,
-which is asked too, and there is a last LayerNorm before the head, as in every model of ours.
+which is asked too, there is a last LayerNorm before the head, as in every model of ours, the vocabulary is padded to a multiple
+of 64, and on a GPU products are bfloat16 (--dtype=float32).
 """
 stage = "sft"               # whole texts: every token is asked
 out_dir = "out/tn_shp_later"
