@@ -170,7 +170,7 @@ class GPT(nn.Module):
         if not config.tie:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=config.head_bias)
         if config.scalar:
-            self.scalar = nn.Linear(config.n_embd, 1)
+            self.scalar = nn.Linear(config.n_embd, 1, bias=False)      # a ranking leaves a bias to the gradient's rounding
         if self.wte.weight.device.type != "meta":
             self.init_weights()
 
@@ -242,7 +242,7 @@ class GPT(nn.Module):
     def scalars(self, x):
         """The scalar head on (r, C) -> (r,), float32 or wider; no matrix product, which autocast would round."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (x * self.scalar.weight.to(x.dtype)).sum(-1) + self.scalar.bias.to(x.dtype)
+        return (x * self.scalar.weight.to(x.dtype)).sum(-1)
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

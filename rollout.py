@@ -110,7 +110,7 @@ def with_scores(encoded, rows, where):
 def source(cfg):
     """Rows of both splits: `max_rows` of training, a seeded choice; the same `eval_rows` of validation for everyone."""
     rows = read_rows(f"{cfg.data}/train.jsonl")
-    if cfg.stage == "spin" and not all(row["prompt"] for row in rows):
+    if cfg.stage in ("spin", "ppo") and not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}/train.jsonl: rows that are whole texts have no prompt to play on")
     rows = [rows[i] for i in permutation(len(rows), cfg.seed, 0)[:cfg.max_rows or None]]
     return {"train": rows, "val": held_out(cfg.data, cfg.eval_rows)}

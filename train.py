@@ -133,7 +133,8 @@ def parts(cfg, train):
 
 
 def beside(cfg):
-    return replace(cfg, stage="pretrain", data=cfg.pretrain_data or cfg.data, batch_size=cfg.pretrain_batch_size, taylor_order=0.0, taylor_end=None)
+    return replace(cfg, stage="pretrain", data=cfg.pretrain_data or cfg.data, batch_size=cfg.pretrain_batch_size, taylor_order=0.0, taylor_end=None, focal=0.0,
+                   label_smoothing=0.0, confidence_penalty=0.0)
 
 
 def prefetch(make, steps):
