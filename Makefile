@@ -15,7 +15,7 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: players pipeline demo demo-seeds test test-peers frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
+.PHONY: student pipeline demo demo-seeds test test-peers frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -26,13 +26,13 @@ data/pydocs/meta.json: data/pydocs/prepare.py | .venv/ready
 	$(PY) -m data.pydocs.prepare
 
 # every line may be interrupted and run again: a finished stage says so and is left as it is
-players: .venv/ready data/pydocs/meta.json
+student: .venv/ready data/pydocs/meta.json
 	$(PY) train.py config/demo_pretrain.py --out_dir=$(OUT)/pretrain --seed=$(SEED)
-	$(PY) train.py config/demo_pretrain_teacher.py --out_dir=$(OUT)/pretrain_teacher --seed=$(SEED)
 	$(PY) train.py config/demo_sft.py --out_dir=$(OUT)/sft --init=$(OUT)/pretrain --seed=$(SEED)
-	$(PY) train.py config/demo_sft_teacher.py --out_dir=$(OUT)/sft_teacher --init=$(OUT)/pretrain_teacher --seed=$(SEED)
 
-pipeline: players
+pipeline: student
+	$(PY) train.py config/demo_pretrain_teacher.py --out_dir=$(OUT)/pretrain_teacher --seed=$(SEED)
+	$(PY) train.py config/demo_sft_teacher.py --out_dir=$(OUT)/sft_teacher --init=$(OUT)/pretrain_teacher --seed=$(SEED)
 	$(PY) train.py config/demo_sft_more.py --out_dir=$(OUT)/sft_more --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo_spin_k2.py --out_dir=$(OUT)/spin_k2 --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo_spin_k3.py --out_dir=$(OUT)/spin_k3 --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --seed=$(SEED)
@@ -101,20 +101,18 @@ figures-tn-map: $(TN_SETS)
 	} | $(TN_RUN)
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
-# T_n of the fine-tuning loss and of the ranking in self-play, from the demo's pretrained and fine-tuned models
-# (nll_coef: T_0 with nll_coef as much larger, against the ranking's gradient, as T_2 makes it at a round's start, (1 - 1/K!)^-2)
-figures-tn-play: players
-	play="--rounds=1 --max_rows=512 --max_steps=16 --init=$(OUT)/sft"; \
+# T_n of the fine-tuning loss, and of the ranking in self-play with history: K = 2 in the first round, 3 in the second.
+# (nll_coef: T_0 with nll_coef as much larger, against the ranking's gradient, as T_2 makes it when K = 2 starts, (1 - 1/2)^-2)
+figures-tn-play: student
+	spin="config/demo_spin_k2.py --players=data,self,self-1 --rounds=2 --max_rows=512 --max_steps=16 --init=$(OUT)/sft"; \
 	for seed in 1 2 3; do \
 		for n in 0 1 2; do \
 			run="--taylor_order=$$n --seed=$$seed"; \
 			echo config/demo_sft.py --init=$(OUT)/pretrain --calibration=True --max_steps=60 --eval_interval=20 $$run --out_dir=$(TN)/sft/group/T_$$n/$$seed; \
-			echo config/demo_spin_k2.py $$play $$run --out_dir=$(TN)/spin_k2/group/T_$$n/$$seed; \
-			echo config/demo_spin_k3.py $$play $$run --teacher=$(OUT)/sft_teacher --out_dir=$(TN)/spin_k3/group/T_$$n/$$seed; \
+			echo $$spin $$run --out_dir=$(TN)/spin/group/T_$$n/$$seed; \
 		done; \
-		echo config/demo_spin_k2.py $$play --nll_coef=0.8 --seed=$$seed --out_dir=$(TN)/spin_k2/group/nll_coef/$$seed; \
-		echo config/demo_spin_k3.py $$play --nll_coef=0.288 --seed=$$seed --teacher=$(OUT)/sft_teacher --out_dir=$(TN)/spin_k3/group/nll_coef/$$seed; \
-	done | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(PY) train.py
+		echo $$spin --nll_coef=0.8 --seed=$$seed --out_dir=$(TN)/spin/group/nll_coef/$$seed; \
+	done | $(TN_RUN)
 	$(PY) taylor.py $(TN) results/$(notdir $(TN))
 
 test: .venv/ready

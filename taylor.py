@@ -189,9 +189,10 @@ def against_cross_entropy(methods):
     return lines
 
 
-def play_table(methods):
-    """Lines of a table for runs of a ranking: figures of the last step, and in brackets the difference to T_0 of the same seed
+def play_table(methods, round):
+    """Lines of a table for runs of a ranking: figures of a round's last step, and in brackets the difference to T_0 of the same seed
     with its 95 % interval."""
+    methods = {method: [[r for r in records if r["round"] == round] for records in runs] for method, runs in methods.items()}
     figures = {"val_loss": 1, "acc": 100, "rank_nll": 1, "kl_from_ref": 1, **{k: 1 for k in methods["T_0"][0][-1] if k.startswith("reward/")}}
     lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
     for method, runs in methods.items():
@@ -261,7 +262,8 @@ def report(folder, out):
         if setting.startswith("map_"):
             continue
         if "loss/0" not in ends[0]:
-            lines += [f"## {setting}: round 0, {ends[0]['step']} steps, {seeds}", "", *play_table(methods), ""]
+            for round in sorted({r["round"] for r in methods["T_0"][0]}):
+                lines += [f"## {setting}: round {round}, {ends[0]['step']} steps, {seeds}", "", *play_table(methods, round), ""]
             continue
         tokens = [int(r["tokens/0"] + r["tokens/1"]) for r in ends]
         lines += [f"## {setting}, split by {split}: {ends[0]['step']} steps, {seeds}; of {' / '.join(f'{n:,}' for n in tokens)} validation tokens "

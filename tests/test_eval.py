@@ -145,7 +145,7 @@ def tn_runs(folder):
     """Made-up runs of the T_n study. The halves, of 100 and 300 tokens, are best at steps 10 and 20: what stops at one is measured
     on the other, and at the last step T_1 is better than T_0 by 0.5 +- 0.04."""
     for setting, split, methods in (("later", "row", ("T_0", "T_1", "T_2")), ("later", "group", ("T_0", "T_1")), ("map_long", "row", ("T_0", "T_1", "T_2")),
-                                    ("clean", "group", ("T_0", "T_1", "T_10", "dropout")), ("spin_k2", "group", ("T_0", "T_1"))):
+                                    ("clean", "group", ("T_0", "T_1", "T_10", "dropout")), ("spin", "group", ("T_0", "T_1"))):
         for method in methods:
             for seed in (1, 2, 3):
                 os.makedirs(f"{folder}/{setting}/{split}/{method}/{seed}")
@@ -159,7 +159,7 @@ def tn_runs(folder):
                         for h in (0, 1):
                             figures |= {f"loss/{h}": halves[h], f"fitted_loss/{h}": halves[1 - h], f"loss_t/{h}": halves[h] + 0.1, f"temperature/{h}": 1.5, f"tokens/{h}": (100.0, 300.0)[h]}
                         played = {"val_loss": loss, "acc": 0.5, "rank_nll": 0.6, "kl_from_ref": 0.0, "reward/data": 0.1, "reward/self": -0.1}
-                        f.write(json.dumps({"kind": "eval", "round": 0, "step": step} | (played if setting == "spin_k2" else figures)) + "\n")
+                        f.write(json.dumps({"kind": "eval", "round": 0, "step": step} | (played if setting == "spin" else figures)) + "\n")
 
 
 def test_reliability_curves_are_pooled_by_their_tokens():
@@ -180,7 +180,7 @@ def test_the_taylor_study(tmp_path):
     assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text and "| dropout | +0.0000 ± 0.0000 |" in text
     assert text.index("| T_1 | **") < text.index("| T_10 | +0.0000")
     assert "| later | 30 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 | 3 | 3 | 3 | 2 | 3 |" in text and "## map_long" not in text
-    assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin_k2")[1]
+    assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin: round 0")[1]
     os.remove(f"{tmp_path}/out/report.md")         # and again from what was kept
     done = run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/out")
     assert done.returncode == 0 and open(f"{tmp_path}/out/report.md").read() == text, done.stderr
