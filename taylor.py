@@ -102,10 +102,12 @@ def plot_validation(out, found):
     fig, each = panels(found)
     for n, (ax, methods) in enumerate(each):
         for i, (method, runs) in enumerate(methods.items()):
-            band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
-        lowest = min(r["val_loss"] for runs in methods.values() for records in runs for r in records)
-        ax.set(xlabel="step", ylim=(lowest - 0.05, 3 * lowest) if n == 0 else None)
-        ax.legend(title=f"mean, least, greatest of {len(runs)}")
+            if n:
+                band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
+            for seed, records in enumerate(runs if n == 0 else []):       # whose levels differ with the share of new tokens
+                ax.plot([r["step"] for r in records], [r["val_loss"] for r in records], lw=1.2, color=f"C{i}", ls=("-", "--", ":")[seed % 3], label=None if seed else label(method))
+        ax.set(xlabel="step", ylim=None if n else (0, 1))
+        ax.legend(title=f"mean, least, greatest of {len(runs)}" if n else f"{len(runs)} seeds: -, - -, ...")
     save(fig, out)
 
 
@@ -117,7 +119,8 @@ def plot_stopping(out, found):
             values = np.array([[figure(records) for records in runs] for runs in methods.values()])
             ax.errorbar(np.arange(len(methods)) + 0.12 * (i - 1.5), values.mean(1), values.std(1, ddof=1), fmt="o" if i % 2 else "s", ms=5, capsize=2, label=how)
         ax.set(xticks=range(len(methods)), xticklabels=map(label, methods))
-    fig.axes[1].legend(loc="upper right", title="mean ± standard deviation of the seeds")
+    fig.axes[0].set_ylim(top=1.5 * fig.axes[0].get_ylim()[1])
+    fig.axes[0].legend(loc="upper left", title="mean ± standard deviation of the seeds")
     save(fig, out)
 
 
@@ -237,7 +240,7 @@ def keep(folder, out):
 def sources(folder):
     """What the runs' data was made of, as their config.json says."""
     found = set()
-    for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
+    for path in glob.glob(os.path.join(glob.escape(folder), "[!m]*", "*", "*", "*", "config.json")):       # map_ runs have the others' data
         with open(path, encoding="utf-8") as f:
             found.add(str(json.load(f)["config"].get("data_source", "of an unknown source")))
     return sorted(found)
