@@ -186,7 +186,7 @@ def against_cross_entropy(methods):
         cells = []
         for figure, form in zip(FIGURES.values(), FORMS):
             mean, error = interval([figure(r) - figure(base) for r, base in zip(methods[method], methods["T_0"], strict=True)])
-            text = f"{form.replace(':', ':+').format(mean)} ± {form.format(error)}"
+            text = form.replace(":", ":+").format(mean) + (f" ± {form.format(error)}" if len(methods["T_0"]) > 1 else "")
             cells.append(f"**{text}**" if abs(mean) > error else text)
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
@@ -202,7 +202,7 @@ def play_table(methods, round):
         cells = []
         for name, scale in figures.items():
             mean, error = interval([scale * (r[-1][name] - base[-1][name]) for r, base in zip(runs, methods["T_0"], strict=True)])
-            cells.append(f"{np.mean([scale * r[-1][name] for r in runs]):.4f}" + (f" ({mean:+.4f} ± {error:.4f})" if method != "T_0" else ""))
+            cells.append(f"{np.mean([scale * r[-1][name] for r in runs]):.4f}" + (f" ({mean:+.4f} ± {error:.4f})" if method != "T_0" and len(runs) > 1 else ""))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines
 
