@@ -26,12 +26,12 @@ def distributions(model, rows, tokens, device, temperature=1.0):
     return dict(zip(("logp", "top", "right", "entropy", "slope", "bend"), values))
 
 
-def fit_temperature(model, rows, tokens, device):
+def fit_temperature(model, rows, tokens, device, plain=None):
     """The temperature that makes rows' cross-entropy least (arXiv 1706.04599, section 4.2), in [0.05, 20]. The loss is convex in
-    1 / temperature, whose Newton steps are held to a factor of 2."""
+    1 / temperature, whose Newton steps are held to a factor of 2. plain: the rows' `distributions` at temperature 1, if at hand."""
     inverse = 1.0
-    for _ in range(10):
-        at = distributions(model, rows, tokens, device, 1 / inverse)
+    for n in range(10):
+        at = plain if plain and n == 0 else distributions(model, rows, tokens, device, 1 / inverse)
         before, best = inverse, inverse - at["slope"].mean() / max(at["bend"].mean(), 1e-12)
         inverse = float(np.clip(np.clip(best, before / 2, before * 2), 0.05, 20.0))
         if abs(inverse / before - 1) < 0.01:        # the next step would be about its square
@@ -70,7 +70,8 @@ def calibration(model, rows, tokens, device):
     figures = {"val_loss": -plain["logp"].mean(), "acc": plain["right"].mean(), "entropy": plain["entropy"].mean(), "seen_share": seen.mean(), "new_tokens": (~seen).sum()}
     warm = {name: np.empty(len(half)) for name in ("top", "right")}                 # each half at the other's temperature
     for h in (0, 1):
-        temperature = fit_temperature(model, [row for row in rows if row["half"] == h], tokens, device)
+        mine = {name: values[half == h] for name, values in plain.items()}
+        temperature = fit_temperature(model, [row for row in rows if row["half"] == h], tokens, device, mine)
         at = distributions(model, rows, tokens, device, temperature)
         figures |= {f"tokens/{h}": (half == h).sum(), f"loss/{h}": -plain["logp"][half == h].mean(), f"temperature/{h}": temperature,
                     f"fitted_loss/{h}": -at["logp"][half == h].mean(), f"loss_t/{1 - h}": -at["logp"][half != h].mean()}

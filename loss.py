@@ -101,6 +101,16 @@ def sequence_logprobs(logps, seq, n_seq):
     return logps.new_zeros(n_seq).index_add(0, seq[mine], logps[mine])
 
 
+def ordered_pairs(scores, present, ranks):
+    """(present, ranks (B, K), above (B, i, j): both are there and i is better, their number (B,), at least 1) of scores (B, K);
+    without `present` all are there, without `ranks` position is rank."""
+    B, K = scores.shape
+    present = torch.ones_like(scores, dtype=torch.bool) if present is None else present
+    ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
+    above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
+    return present, ranks, above, above.sum((1, 2)).clamp(min=1)
+
+
 def plackett_luce(scores, present=None, depth=None, ranks=None, margin=0.0):
     """Negative log-likelihood of a ranking, - sum_k [ s_k - logsumexp_{j >= k} s_j ] (Plackett 1975; Luce 1959).
 
@@ -111,12 +121,9 @@ def plackett_luce(scores, present=None, depth=None, ranks=None, margin=0.0):
     margin: what the worse ones are ahead by, in each term; a number, or (B, k, j): j before k.
     Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
     """
-    B, K = scores.shape
-    present = torch.ones_like(scores, dtype=torch.bool) if present is None else present
-    ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
+    present, ranks, rivals, _ = ordered_pairs(scores, present, ranks)          # (B, k, j): j is strictly worse than k
     scores = scores.masked_fill(~present, 0.0)
-    rivals = (ranks[:, None, :] > ranks[:, :, None]) & present[:, None, :]     # (B, k, j): j is strictly worse than k
-    itself = torch.eye(K, dtype=torch.bool, device=scores.device)
+    itself = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     # differences first: at scores of 1e4, s_k - logsumexp(s) would keep three decimals
     lead = scores[:, None, :] - scores[:, :, None]                             # (B, k, j): s_j - s_k
     lead = torch.where(itself, lead, lead + margin)
@@ -200,12 +207,8 @@ def reward_loss(scores, present=None, kind="pairs", *, ranks=None, gaps=None, sc
     """
     if kind not in ("pairs", "pl"):
         raise ValueError(f"unknown kind {kind!r}: a reward model has pairs or pl")
-    B, K = scores.shape
-    present = torch.ones_like(scores, dtype=torch.bool) if present is None else present
-    ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
+    present, ranks, above, pairs = ordered_pairs(scores, present, ranks)
     scores = scores.masked_fill(~present, 0.0)
-    above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]    # (B, i, j): i is better
-    pairs = above.sum((1, 2)).clamp(min=1)
     lead = scores[:, :, None] - scores[:, None, :]
     margins = torch.zeros_like(lead) if gaps is None else score_margin * (gaps[:, :, None] - gaps[:, None, :])
     if kind == "pairs":
@@ -255,11 +258,7 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
         raise ValueError("nll_coef, simpo and orpo need the responses' lengths")
     if kind in ("pairs", "ipo") and (label_smoothing or taylor_order or depth):
         raise ValueError(f"{kind} has no label_smoothing, taylor_order or depth")
-    B, K = policy_logps.shape
-    present = torch.ones_like(policy_logps, dtype=torch.bool) if present is None else present
-    ranks = torch.arange(K, device=present.device).expand(B, K) if ranks is None else ranks
-    above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]    # (B, i, j): i is better
-    pairs = above.sum((1, 2)).clamp(min=1)
+    present, ranks, above, pairs = ordered_pairs(policy_logps, present, ranks)
     if kind in ("simpo", "orpo"):
         mean_logps = policy_logps.masked_fill(~present, -1.0) / lengths.clamp(min=1)
         scores = beta * mean_logps if kind == "simpo" else log_odds(mean_logps)

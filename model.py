@@ -141,6 +141,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.ln_1 = make_norm(config, config.n_embd)
         self.attn = Attention(config)
         if not config.mlp_alone:
@@ -149,7 +150,7 @@ class Block(nn.Module):
 
     def forward(self, x, texts, layer, rope=None):
         x = x + self.attn(self.ln_1(x), texts, layer, rope)
-        if self.mlp.config.mlp_alone:
+        if self.config.mlp_alone:
             return self.mlp(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 

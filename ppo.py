@@ -156,8 +156,8 @@ def reward_function(name):
 
 def standing(cfg, round, scores):
     """What a round takes from the one before it: {"kl_coef", "mean", "std"}. The scores' mean and deviation stay the first round's,
-    so that neither what is maximised nor its price in KL moves (scores that do not differ yet are not scaled); the coefficient follows kl_target (1909.08593, section 2.2):
-    kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
+    so that neither what is maximised nor its price in KL moves (scores that do not differ yet are not scaled); the coefficient
+    follows kl_target (1909.08593, section 2.2): kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
     if round == 0:
         return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": float(scores.std()) if np.ptp(scores) else 1.0}
     with open(os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), encoding="utf-8") as f:

@@ -240,9 +240,10 @@ def keep(folder, out):
 def sources(folder):
     """What the runs' data was made of, as their config.json says."""
     found = set()
-    for path in glob.glob(os.path.join(glob.escape(folder), "[!m]*", "*", "*", "*", "config.json")):       # map_ runs have the others' data
+    for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
         with open(path, encoding="utf-8") as f:
-            found.add(str(json.load(f)["config"].get("data_source", "of an unknown source")))
+            source = json.load(f)["config"].get("data_source")
+        found |= {str(source)} if source else set()
     return sorted(found)
 
 

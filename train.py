@@ -373,13 +373,14 @@ def settings(cfg):
     """What a run keeps from its first start to its last: the config as JSON has it, and the hashes of its data and, where
     they are a game's players or a reference, of init and teacher."""
     names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
-    files = read_meta(cfg.data, names)["files"]
+    meta = read_meta(cfg.data, names)
+    files = meta["files"]
     stream = read_meta(beside(cfg).data, ["train.bin", "val.bin"])["files"] if cfg.pretrain_coef else {}
     players = [path for path in (cfg.init, cfg.teacher, cfg.reward) if path and cfg.stage in ("preference", "spin", "ppo")]
     hashes = {path: checkpoint.read_meta(checkpoint.resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
               for path in players if os.path.exists(path)}
     of_data = {name: files[name]["sha256"] for name in names} | {f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")}
-    return json.loads(json.dumps(asdict(cfg))) | {"data_source": read_meta(cfg.data, [])["source"], "data_sha256": of_data, "players_sha256": hashes}
+    return json.loads(json.dumps(asdict(cfg))) | {"data_source": meta["source"], "data_sha256": of_data, "players_sha256": hashes}
 
 
 def main(argv):

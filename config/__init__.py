@@ -237,7 +237,7 @@ def check(cfg):
         must(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
     must(0 < cfg.top_p <= 1, f"top_p must be in (0, 1], got {cfg.top_p}")
     for n in (cfg.taylor_order, cfg.taylor_end or 0.0):
-        must(0 <= n <= 20, f"taylor_order and taylor_end must be in [0, 20] (at most 20), got {n}")
+        must(0 <= n <= 20, f"taylor_order and taylor_end must be at least 0 and at most 20, got {n}")
     if cfg.stage in ("pretrain", "sft"):
         used = [name for name in ("taylor_order", "focal", "label_smoothing", "confidence_penalty") if getattr(cfg, name) or name == "taylor_order" and cfg.taylor_end]
         must(len(used) <= 1, f"{' and '.join(used)} are each a token loss of its own: set one")

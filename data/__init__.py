@@ -176,9 +176,10 @@ def check_row(row, where):
 def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
     """Rows to ids under one template and one set of limits, the same for every player.
 
-    A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int], "group": its group?}; a response is encode(text) + [eot], cut at
-    its end (then it has no eot), a prompt is cut at its start. Responses that come with "ids" were sampled: taken as
-    they are; a whole text has no prompt and no template. Returns the rows, None for those whose prompt leaves no room, and counts of what was cut and dropped.
+    A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int], "group": its group?}; a response is
+    encode(text) + [eot], cut at its end (then it has no eot), a prompt is cut at its start. Responses that come with "ids"
+    were sampled: taken as they are; a whole text has no prompt and no template. Returns the rows, None for those whose prompt
+    leaves no room, and counts of what was cut and dropped.
     """
     max_prompt, max_response = max_prompt or block_size, max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
