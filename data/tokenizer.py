@@ -1,6 +1,7 @@
 """Tokenizers, each a `tiktoken.Encoding`: "gpt2", "bytes", or a byte-level BPE that `train` left in a .tiktoken file
 (tiktoken's own format: base64 of a token's bytes, a space, its rank). End-of-text is the last id."""
 import base64
+import functools
 import hashlib
 import os
 
@@ -45,6 +46,7 @@ def save(enc, path):
             f.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
 
 
+@functools.cache
 def fingerprint(enc):
     """sha256 of every (token, id) pair: equal for equal tokenizers, whatever their file."""
     h = hashlib.sha256()
