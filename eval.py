@@ -105,7 +105,8 @@ def loss_metrics(logps, rows):
 def ranking_metrics(logps, refs, rows, beta, names):
     """What a round reports of its held-out rows. logps, refs (rows, K) from `score`; names: the K players.
 
-    rank_nll       Plackett-Luce on the implicit rewards; acc: every ordered pair; acc/NAME: that response above all worse
+    rank_nll       Plackett-Luce on the implicit rewards; acc, acc_se: every ordered pair, see `pair_accuracy`
+    acc/NAME       share of rows in which that response is above all worse ones
     reward/NAME    mean implicit reward; logp/NAME mean log-probability of the response under the policy
     kl_from_ref    KL(pi_ref || pi_theta) a token, the Monte-Carlo mean of log pi_ref - log pi_theta over what the
                    reference sampled (player "self"); without such a player it is left out
@@ -119,12 +120,12 @@ def ranking_metrics(logps, refs, rows, beta, names):
     if ranked.any():
         nll = plackett_luce(*(torch.from_numpy(a[ranked]) for a in (rewards, present)), ranks=torch.from_numpy(ranks[ranked]))
         above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]   # k should beat j
-        right = above & (rewards[:, :, None] > rewards[:, None, :])
-        metrics |= {"rank_nll": float(nll.mean()), "acc": float(right.sum() / max(1, above.sum()))}
+        right, acc, error = pair_accuracy(rewards, above)
+        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error}
         for k, name in enumerate(names[:-1]):
             asked = above[:, k].any(-1)
             if asked.any():
-                metrics[f"acc/{name}"] = float((right[:, k] == above[:, k]).all(-1)[asked].mean())
+                metrics[f"acc/{name}"] = float((right[:, k] == above[:, k]).all(-1)[asked].mean())      # a tie is not above
     for k, name in enumerate(names):
         if present[:, k].any():
             metrics[f"reward/{name}"] = float(rewards[:, k][present[:, k]].mean())
@@ -134,6 +135,17 @@ def ranking_metrics(logps, refs, rows, beta, names):
         if present[:, k].any():
             metrics["kl_from_ref"] = float((refs - logps)[:, k][present[:, k]].sum() / lengths[:, k][present[:, k]].sum())
     return metrics
+
+
+def pair_accuracy(scores, pairs):
+    """How often the first of a pair has the higher score, a tie half. scores (rows, K); pairs (rows, K, K), which (i, j) are asked
+    -> (right (rows, K, K), the share over all pairs, its standard error with rows as the independent units)."""
+    lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
+    right = pairs * ((lead > 0) + 0.5 * (lead == 0))
+    wins, n = right.sum((1, 2)), pairs.sum((1, 2))
+    share = wins.sum() / max(1, n.sum())
+    # a ratio of sums over rows: its error is that of the rows' residuals
+    return right, float(share), float(np.sqrt(((wins - share * n) ** 2).sum()) / max(1, n.sum()))
 
 
 def reward_metrics(scores, rows):
@@ -150,13 +162,11 @@ def reward_metrics(scores, rows):
     place = np.array([[bisect.bisect_left(some, r) for r in row["ranks"]] + [K] * (K - len(row["ranks"])) for some, row in zip(taken, rows)])
     apart = np.where(present[:, :, None] & present[:, None, :], place[:, None, :] - place[:, :, None], 0)      # (rows, i, j)
     lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
-    right, pairs = (lead > 0) + 0.5 * (lead == 0), apart > 0
+    pairs = apart > 0
     n = pairs.sum((1, 2))
     nll = (np.logaddexp(0, -lead) * pairs).sum((1, 2))[n > 0] / n[n > 0]
-    acc = (right * pairs).sum() / max(1, n.sum())
-    # a ratio of sums over rows: its error is that of the rows' residuals
-    error = np.sqrt((((right * pairs).sum((1, 2)) - acc * n) ** 2).sum()) / max(1, n.sum())
-    metrics = {"pair_nll": float(nll.mean()), "acc": float(acc), "acc_se": float(error)}
+    right, acc, error = pair_accuracy(scores, pairs)
+    metrics = {"pair_nll": float(nll.mean()), "acc": acc, "acc_se": error}
     for d in range(1, int(apart.max()) + 1):
         if (apart == d).any():
             metrics |= {f"acc@{d}": float(right[apart == d].mean()), f"pairs@{d}": int((apart == d).sum())}

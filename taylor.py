@@ -111,6 +111,21 @@ def plot_validation(out, found):
     save(fig, out)
 
 
+def plot_long(out, found):
+    """(f): the write-up's figure where it appears, after three times as many steps, a panel for each seed."""
+    methods = found["map_long", "row"]
+    fig, axes = plt.subplots(1, len(methods["T_0"]), figsize=(16, 4.6), squeeze=False)
+    for n, ax in enumerate(axes[0]):
+        for i, (method, runs) in enumerate(methods.items()):
+            ax.plot([r["step"] for r in runs[n]], [r["val_loss"] for r in runs[n]], lw=1.2, color=f"C{i}", label=label(method))
+        lowest = min(r["val_loss"] for runs in methods.values() for r in runs[n])
+        ax.set(title=f"split by row, {100 - 100 * methods['T_0'][n][-1]['seen_share']:.1f} % new tokens", xlabel="step", ylim=(lowest - 0.05, lowest + 0.25))
+        ax.legend()
+        ax.grid(alpha=0.3)
+    axes[0, 0].set(ylabel="validation cross-entropy (nats a token)")
+    save(fig, out)
+
+
 def plot_stopping(out, found):
     """(c): at the end and stopped early, with and without a temperature."""
     fig, each = panels(found)
@@ -225,6 +240,19 @@ def picture(found):
     return lines
 
 
+def shares(found):
+    """Lines of a table of every run on the row split: at the last step T_2 costs more than T_0 on each token that training had, and less
+    on each new one, so it ends lower where the share of new tokens is above the share at which the two would be equal."""
+    lines = ["| setting, split by row | seed's place | new tokens % | seen: T_0 | T_2 | new: T_0 | T_2 | equal at % | all, T_2 less T_0 |", "|---|" + "---:|" * 8]
+    for (setting, split), methods in found.items():
+        for n, (zero, two) in enumerate(zip(methods["T_0"], methods.get("T_2", [])) if split == "row" else ()):
+            zero, two = zero[-1], two[-1]
+            dearer, cheaper = two["seen_loss"] - zero["seen_loss"], zero["new_loss"] - two["new_loss"]
+            cells = [100 - 100 * zero["seen_share"], *(r[key] for key in ("seen_loss", "new_loss") for r in (zero, two)), 100 * dearer / (dearer + cheaper)]
+            lines.append(f"| {setting} | {n + 1} | " + " | ".join(f"{c:.2f}" for c in cells) + f" | {two['val_loss'] - zero['val_loss']:+.3f} |")
+    return lines
+
+
 def keep(folder, out):
     """Settings and evaluations of every run, without its steps: what the report can be made from again."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
@@ -248,18 +276,21 @@ def sources(folder):
 
 
 def report(folder, out):
-    """Figures (a) to (e) and report.md of the runs under a folder, into another."""
+    """Figures (a) to (f) and report.md of the runs under a folder, into another."""
     found = study(folder)
     os.makedirs(out, exist_ok=True)
     keep(folder, os.path.join(out, "runs"))
     if all(key in found for key in PANELS):
         for name, draw in (("a_b_validation", plot_validation), ("c_stopping", plot_stopping), ("d_seen", plot_seen), ("e_calibration", plot_calibration)):
             draw(os.path.join(out, f"{name}.png"), found)
+    if ("map_long", "row") in found:
+        plot_long(os.path.join(out, "f_long.png"), found)
     lines = ["# T_n: plain cross-entropy a token on validation texts, whatever was trained", "",
              f"Data: {' and '.join(sources(folder))}. ± in the first tables is the standard deviation over seeds; in those of differences it is half of Student's 95 % interval of the seeds' paired "
              "differences, bold where that leaves out 0, none widened for there being many. A seed has posts, a split, a vocabulary, an initialisation and an order of its own (sft and spin: only an order and samples). "
              "What is chosen, the step of an early stop or one temperature, is chosen on one half of the validation rows and measured on the other, both ways averaged.", "",
-             f"Where the write-up's picture appears (in how many seeds, by more than {CLEAR} nats):", "", *picture(found), ""]
+             f"Where the write-up's picture appears (in how many seeds, by more than {CLEAR} nats):", "", *picture(found), "",
+             "Why there: the share of new tokens among the validation tokens, what seen and new tokens cost at the last step, and the share at which T_0 and T_2 would cost the same:", "", *shares(found), ""]
     for (setting, split), methods in found.items():
         ends = [records[-1] for records in methods["T_0"]]
         seeds = f"{len(ends)} seed" + "s" * (len(ends) > 1)

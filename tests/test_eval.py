@@ -43,6 +43,7 @@ def test_ranking_metrics_by_hand():
     logps, refs = np.array([[-1.0, -2.0, -9.0], [-6.0, -3.0, 0.0]]), np.array([[-2.0, -2.0, -4.0], [-5.0, -5.0, 0.0]])
     m = ranking_metrics(logps, refs, rows, 0.5, ["data", "teacher", "self"])       # rewards [.5, 0, -2.5], [-.5, 1, -]
     assert m["val_loss"] == 7 / 4
+    assert m["acc_se"] == pytest.approx(math.hypot(3 - 3 * m["acc"], 0 - m["acc"]) / 4)
     assert m["acc"] == 3 / 4 and m["acc/data"] == 1 / 2 and m["acc/teacher"] == 1.0
     assert m["reward/data"] == 0.0 and m["reward/teacher"] == 0.5 and m["reward/self"] == -2.5
     assert m["logp/data"] == -3.5 and m["logp/self"] == -9.0 and m["kl_from_ref"] == 5.0
@@ -154,7 +155,7 @@ def tn_runs(folder):
                 gain = (method == "T_1") * (0.5 + 0.04 * (seed - 2)) + (method == "T_2") * 0.52
                 with open(f"{folder}/{setting}/{split}/{method}/{seed}/metrics.jsonl", "w") as f:
                     for step, loss, halves in ((0, 5.0, (5.0, 5.0)), (10, 3.0, (1.0, 4.0)), (20, 3.5, (2.0, 3.0)), (30, 4.0 - gain, (4.0 - gain, 4.0 - gain))):
-                        figures = {"val_loss": loss, "seen_loss": loss, "new_loss": loss, "entropy_wrong": 1.0, "ece": 0.1, "ece_t": 0.05, "acc": 0.5, "seen_share": 0.9, "new_tokens": 40.0,
+                        figures = {"val_loss": loss, "seen_loss": 1.0 + 0.1 * (method == "T_2"), "new_loss": 5.0 - 0.7 * (method == "T_2"), "entropy_wrong": 1.0, "ece": 0.1, "ece_t": 0.05, "acc": 0.5, "seen_share": 0.75, "new_tokens": 40.0,
                                    "reliability": [[0.1, 0.2, 15], [0.9, 0.8, 5]]}
                         for h in (0, 1):
                             figures |= {f"loss/{h}": halves[h], f"fitted_loss/{h}": halves[1 - h], f"loss_t/{h}": halves[h] + 0.1, f"temperature/{h}": 1.5, f"tokens/{h}": (100.0, 300.0)[h]}
@@ -180,15 +181,16 @@ def test_the_taylor_study(tmp_path):
     assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text and "| dropout | +0.0000 ± 0.0000 |" in text
     assert text.index("| T_1 | **") < text.index("| T_10 | +0.0000")
     assert "| later | 30 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 | 3 | 3 | 3 | 2 | 3 |" in text and "## map_long" not in text
+    assert "| map_long | 2 | 25.00 | 1.00 | 1.10 | 5.00 | 4.30 | 12.50 | -0.520 |" in text         # 0.1 dearer, 0.7 cheaper: equal at 0.1 / 0.8
     assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin: round 0")[1]
     os.remove(f"{tmp_path}/out/report.md")         # and again from what was kept
     done = run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/out")
     assert done.returncode == 0 and open(f"{tmp_path}/out/report.md").read() == text, done.stderr
-    for name in ("a_b_validation", "c_stopping", "d_seen", "e_calibration"):
+    for name in ("a_b_validation", "c_stopping", "d_seen", "e_calibration", "f_long"):
         assert open(f"{tmp_path}/out/{name}.png", "rb").read(4) == b"\x89PNG"
     for rest in ("later", "clean"):                 # figures-tn-map alone
         shutil.rmtree(f"{tmp_path}/out/runs/{rest}")
-    assert run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/less").returncode == 0 and set(os.listdir(f"{tmp_path}/less")) == {"runs", "report.md"}
+    assert run("taylor.py", f"{tmp_path}/out/runs", f"{tmp_path}/less").returncode == 0 and set(os.listdir(f"{tmp_path}/less")) == {"runs", "report.md", "f_long.png"}
     with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl") as f:
         whole = f.read().splitlines()
     with open(f"{tmp_path}/runs/clean/group/dropout/2/metrics.jsonl", "w") as f:
