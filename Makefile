@@ -4,6 +4,7 @@
 # make figures-tn   the T_n study, to results/tn/report.md; RANKED=ranked.jsonl.gz of real threads, else docstrings; FULL=1 the original size
 # make figures-tn-map    where the write-up's picture appears: steps, learning rate, noise, width, block; about as long again
 # make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
+# make rlhf         reward model, PPO and every preference objective on real ranked rows (LOCAL=folder of them), to results/rlhf/report.md
 # make test-peers   the objectives against TRL's, Liger's and choix's own code, in an environment of their own
 # make frontier     RLHF or DPO: true reward against KL, to results/frontier/report.md
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
@@ -15,7 +16,11 @@ SEED ?= 1337
 
 RUN ?= log
 
-.PHONY: student pipeline demo demo-seeds test test-peers frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
+# lines of arguments -> runs, JOBS at a time with a thread each
+JOBS ?= 2
+AT_ONCE = OMP_NUM_THREADS=1 xargs -P $(JOBS) -L 1 $(PY) train.py
+
+.PHONY: student pipeline demo demo-seeds test test-peers rlhf frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -48,7 +53,7 @@ demo-seeds:
 	for seed in 1 2 3; do $(MAKE) pipeline OUT=out/demo_seeds/$$seed SEED=$$seed || exit 1; done
 	$(PY) plot.py report out/demo_seeds/1 out/demo_seeds/2 out/demo_seeds/3
 
-# The T_n study: a line of arguments a run, two runs at a time with a thread each; one that is finished says so. Every seed has posts,
+# The T_n study: a line of arguments a run; one that is finished says so. Every seed has posts,
 # a split and a vocabulary of its own. FULL: one at a time at the sizes that the config files have, on the hub's SHP: 135 runs, about
 # 40 hours on one GPU by the estimates in their headers, of which config/tn_shp_first.py takes 30.
 TN ?= out/tn$(if $(FULL),_full)
@@ -58,7 +63,7 @@ TN_PREPARE = $(PY) -m data.shp.prepare $(if $(FULL),,$(if $(RANKED),'$(RANKED)',
 TN_LATER = $(if $(FULL),,--n_head=2 --block_size=64 --batch_size=10 --lr=2e-3 --eval_interval=200 --eval_rows=110 --max_steps=2000)
 TN_GROUP = $(if $(FULL),,--eval_interval=20 --max_steps=400)
 TN_CLEAN = $(if $(FULL),,--n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --lr=2e-3 --eval_interval=25 --eval_rows=100 --max_steps=350)
-TN_RUN = $(if $(FULL),,OMP_NUM_THREADS=1) xargs -P $(if $(FULL),1,2) -L 1 $(PY) train.py
+TN_RUN = $(if $(FULL),xargs -L 1 $(PY) train.py,$(AT_ONCE))
 BASELINES = dropout=0.1 weight_decay=1.0 label_smoothing=0.1 focal=2 confidence_penalty=0.1
 
 $(TN_DATA)/small/3/group/meta.json: | .venv/ready
@@ -126,6 +131,32 @@ test: .venv/ready
 
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest -q tests/peers
+
+# The stages of "RLHF or DPO?" at CPU size on rows ranked by votes and by correctness
+LOCAL ?= ../shared/data
+RLHF ?= out/rlhf
+OBJECTIVES = kind=pairs kind=pl kind=pl,depth=1 kind=pl,taylor_order=1 kind=ipo,beta=0.05 kind=simpo,beta=2,margin=0.5,lr=1e-4 kind=orpo,beta=0.5,nll_coef=1
+comma = ,
+
+data/local_bpe/meta.json: | .venv/ready
+	$(PY) -m data.jsonl.prepare $(LOCAL)/pretrain.jsonl.gz --out=data/local_bpe --tokenizer=bpe
+data/local_sft/meta.json: | .venv/ready
+	$(PY) -m data.jsonl.prepare $(LOCAL)/sft.jsonl.gz --out=data/local_sft
+data/ranked/meta.json: | .venv/ready
+	$(PY) -m data.jsonl.prepare $(LOCAL)/ranked.jsonl.gz --out=data/ranked
+
+rlhf: data/local_bpe/meta.json data/local_sft/meta.json data/ranked/meta.json
+	$(PY) train.py config/pretrain_local.py --data=data/local_bpe --out_dir=$(RLHF)/pretrain
+	$(PY) train.py config/sft_local.py --init=$(RLHF)/pretrain --out_dir=$(RLHF)/sft
+	{ echo config/reward_local.py --init=$(RLHF)/sft --out_dir=$(RLHF)/reward; \
+	  echo config/preferred_ft_local.py --init=$(RLHF)/pretrain --out_dir=$(RLHF)/preferred_ft; \
+	$(foreach o,$(OBJECTIVES),echo config/dpo_local.py --init=$(RLHF)/sft --$(subst $(comma), --,$(o)) --out_dir=$(RLHF)/$(subst $(comma),_,$(subst =,_,$(o)));) \
+	} | $(AT_ONCE)
+	{ echo config/ppo_local.py --init=$(RLHF)/sft --reward=$(RLHF)/reward --pretrain_data=data/local_bpe --out_dir=$(RLHF)/ppo; \
+	  echo config/dpo_local.py --init=$(RLHF)/preferred_ft --out_dir=$(RLHF)/dpo_of_preferred_ft; \
+	} | $(AT_ONCE)
+	$(PY) eval.py reward=$(RLHF)/reward --data=data/ranked --rows=1000 --out=results/rlhf
+	$(PY) plot.py table results/rlhf $(RLHF)/*
 
 frontier: .venv/ready data/pydocs/meta.json
 	$(PY) frontier.py

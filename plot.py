@@ -3,9 +3,11 @@
     python plot.py loss out.png T_0=out/a_1,out/a_2 T_1=out/b_1,out/b_2       validation loss, seeds as a band
     python plot.py rounds out.png out/demo/spin_k3                            rewards and log-probabilities of each player
     python plot.py report out/demo [out/demo_seeds/*]                         report.md and its plots; several: mean and spread
+    python plot.py table results/rlhf out/rlhf/*                              report.md: held-out figures, first and last; and the runs' logs
 """
 import json
 import os
+import shutil
 import sys
 
 import matplotlib
@@ -239,11 +241,36 @@ def report(demos):
     print(path)
 
 
+FIGURES = {"reward": ["acc", "pair_nll"], "preference": ["acc", "rank_nll", "val_loss"], "spin": ["acc", "rank_nll", "val_loss"],
+           "ppo": ["reward", "kl", "length", "ended", "pretrain_loss"]}
+
+
+def table(out, runs):
+    """report.md: each run's held-out figures at its first evaluation and at its last, and how long it took; its metrics.jsonl beside."""
+    lines = ["| run | stage | steps | minutes | figure | first | last | standard error |", "|---|---|---:|---:|---|---:|---:|---:|"]
+    for run in runs:
+        with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
+            stage = json.load(f)["config"]["stage"]
+        evals, name = read_metrics(run, "eval"), os.path.basename(os.path.normpath(run))
+        for figure in FIGURES.get(stage, ["val_loss"]):
+            if figure in evals[-1]:
+                cells = ([name, stage, str(len(read_metrics(run, "step"))), f"{minutes(run):.1f}"] if figure == FIGURES.get(stage, ["val_loss"])[0] else [""] * 4)
+                error = f"{evals[-1][figure + '_se']:.4f}" if figure + "_se" in evals[-1] else ""
+                lines.append("| " + " | ".join([*cells, figure, f"{evals[0][figure]:.4f}", f"{evals[-1][figure]:.4f}", error]) + " |")
+        os.makedirs(os.path.join(out, name), exist_ok=True)
+        shutil.copy(os.path.join(run, "metrics.jsonl"), os.path.join(out, name))
+    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(["# Held-out figures at each run's first and last evaluation", "", *lines, ""]))
+    print("\n".join(lines))
+
+
 def main(args):
     if args[:1] == ["loss"] and len(args) > 2 and all("=" in a for a in args[2:]):
         plot_loss(args[1], {name: runs.split(",") for name, _, runs in (a.partition("=") for a in args[2:])})
     elif args[:1] == ["rounds"] and len(args) == 3:
         plot_rounds(args[1], args[2])
+    elif args[:1] == ["table"] and len(args) > 2:
+        table(args[1], args[2:])
     elif args[:1] == ["report"] and len(args) > 1:
         report([a for a in args[1:] if os.path.isdir(a)] or args[1:])
     else:

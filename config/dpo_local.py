@@ -10,4 +10,5 @@ stage = "preference"
 out_dir = "out/dpo_local"
 center_coef = 0.0
 beta = 0.1
-lr = 1e-4
+max_rows = 768              # of 3,038 prompts: 48 steps
+lr = 3e-4

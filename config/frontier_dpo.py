@@ -6,5 +6,6 @@ from config.frontier_reward import *
 
 stage = "preference"
 out_dir = "out/frontier/dpo"
-beta = 0.1
-lr = 3e-4
+beta = 0.5
+epochs = 1.0
+lr = 5e-4

@@ -8,7 +8,7 @@ init = "out/frontier/sft"
 reward = "out/frontier/reward"
 data = "out/frontier/ranked"
 
-rounds = 24
+rounds = 16
 keep_rounds = 1
 max_rows = 128              # prompts a round
 epochs = 2
@@ -18,6 +18,7 @@ max_response = 32
 gen_batch_size = 128
 
 kl_coef = 0.1               # of rewards of deviation 1
+eot_penalty = 0.0           # the true reward has none
 lr = 5e-4
 schedule = "constant"
 eval_interval = 1000        # the last round alone

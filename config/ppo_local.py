@@ -13,7 +13,7 @@ keep_rounds = 1
 max_rows = 64               # prompts a round
 epochs = 2                  # over a round's samples
 batch_size = 32             # 4 steps a round
-max_prompt = 160
+max_prompt = 128
 max_response = 64
 gen_batch_size = 64
 

@@ -11,14 +11,14 @@ data = "data/ranked"
 
 kind = "pairs"              # "pl": Plackett-Luce on the same scores
 center_coef = 0.01          # scores about 0
-max_prompt = 160
-max_response = 160
+max_prompt = 128
+max_response = 96
 batch_size = 16             # prompts, 190 steps
 epochs = 1.0
 optimizer = "adamw"
 lr = 3e-4
 warmup = 0.1
 schedule = "linear"
-eval_interval = 50
+eval_interval = 95
 eval_rows = 329             # all of them
 log_interval = 10
