@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -29,23 +30,25 @@ from sample import number, respond
 ROWS, VAL_ROWS, K = 1536, 256, 3
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 METHODS = {     # name -> (config, its further settings, the swept setting, its values from cautious to greedy)
-    "PPO, learnt reward": ("ppo", ["--reward={reward}"], "kl_coef", (1.0, 0.3, 0.1, 0.02)),
-    "PPO, true reward": ("ppo", ["--reward=data.pydocs.scorer:concrete"], "kl_coef", (1.0, 0.3, 0.1, 0.02)),
-    "DPO": ("dpo", [], "beta", (1.0, 0.3, 0.1, 0.03)),
-    "Plackett-Luce, K = 3": ("dpo", ["--kind=pl"], "beta", (1.0, 0.3, 0.1, 0.03)),
-    "SimPO": ("dpo", ["--kind=simpo", "--margin=0.5"], "beta", (0.5, 2.0, 5.0, 10.0)),
+    "PPO, learnt reward": ("ppo", ["--reward={reward}"], "kl_coef", (0.5, 0.15, 0.03)),
+    "PPO, true reward": ("ppo", ["--reward=data.pydocs.scorer:concrete"], "kl_coef", (0.5, 0.15, 0.03)),
+    "DPO": ("dpo", [], "beta", (2.0, 0.7, 0.2)),
+    "Plackett-Luce, K = 3": ("dpo", ["--kind=pl"], "beta", (2.0, 0.7, 0.2)),
+    "SimPO": ("dpo", ["--kind=simpo", "--beta=2", "--margin=0.5"], "lr", (4e-5, 8e-5, 1.6e-4)),     # it has no price of KL
     "Preferred-FT": ("preferred_ft", [], None, (None,)),
 }
 
 
-def train(args):
+def train(args, threads=1):
     """One run of the trainer in a process of its own; its output goes beside its folder."""
     out = next(a[len("--out_dir="):] for a in args if a.startswith("--out_dir="))
     os.makedirs(os.path.dirname(out), exist_ok=True)
+    began = time.time()
     with open(out + ".log", "a", encoding="utf-8") as f:
-        done = subprocess.run([sys.executable, "train.py", *args], stdout=f, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run([sys.executable, "train.py", *args], stdout=f, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         raise SystemExit(f"train.py {' '.join(args)} failed: see {out}.log")
+    print(f"{time.time() - began:4.0f} s  train.py {' '.join(args)}", flush=True)
 
 
 def rank(folder, reference, source="data/pydocs"):
@@ -90,6 +93,7 @@ def measure(run, reference, judge, folder):
     figures |= {"true": float(np.mean(true)), "kl": float(kl.mean()), "kl_se": float(kl.std() / len(kl) ** 0.5), "learnt": float(reward_scores(judge, encoded, 4096, "cpu").mean()),
                 "length": float(np.mean([len(y) for y in ids])), "ended": float(np.mean([y[-1] == enc.eot_token for y in ids])), "example": texts[0]}
     write_json(path, figures)
+    print(f"{run}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)), flush=True)
     return figures
 
 
@@ -101,7 +105,7 @@ def spread(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=number(int, 1), default=3)
-    parser.add_argument("--values", type=number(int, 1), default=4, help="of each sweep, the first ones")
+    parser.add_argument("--values", type=number(int, 1), default=3, help="of each sweep, the first ones")
     parser.add_argument("--workers", type=number(int, 1), default=2, help="runs at a time, one thread each")
     parser.add_argument("--runs", default="out/frontier")
     parser.add_argument("--out", default="results/frontier")
@@ -109,8 +113,8 @@ def main():
     args = parser.parse_args()
     parallel.tune("cpu")
     at, less = (lambda name: f"{args.runs}/{name}"), (["--max_steps=2", "--eval_batches=1"] if args.small else [])
-    train(["config/frontier_pretrain.py", f"--out_dir={at('pretrain')}", *less])
-    train(["config/frontier_sft.py", f"--out_dir={at('sft')}", f"--init={at('pretrain')}", *less])
+    train(["config/frontier_pretrain.py", f"--out_dir={at('pretrain')}", *less], args.workers)
+    train(["config/frontier_sft.py", f"--out_dir={at('sft')}", f"--init={at('pretrain')}", *less], args.workers)
     rank(at("ranked"), at("sft"))
     inputs = [f"--init={at('sft')}", f"--data={at('ranked')}", *less]
     rewards = [f"{at('reward')}_{seed}" for seed in range(args.seeds)]
