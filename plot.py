@@ -249,14 +249,15 @@ def table(out, runs):
     """report.md: each run's held-out figures at its first evaluation and at its last, and how long it took; its metrics.jsonl beside."""
     lines = ["| run | stage | steps | minutes | figure | first | last | standard error |", "|---|---|---:|---:|---|---:|---:|---:|"]
     for run in runs:
+        evals, name = read_metrics(run, "eval"), os.path.basename(os.path.normpath(run))
         with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
             stage = json.load(f)["config"]["stage"]
-        evals, name = read_metrics(run, "eval"), os.path.basename(os.path.normpath(run))
+        cells = [name, stage, str(len(read_metrics(run, "step"))), f"{minutes(run):.1f}"]
         for figure in FIGURES.get(stage, ["val_loss"]):
             if figure in evals[-1]:
-                cells = ([name, stage, str(len(read_metrics(run, "step"))), f"{minutes(run):.1f}"] if figure == FIGURES.get(stage, ["val_loss"])[0] else [""] * 4)
                 error = f"{evals[-1][figure + '_se']:.4f}" if figure + "_se" in evals[-1] else ""
                 lines.append("| " + " | ".join([*cells, figure, f"{evals[0][figure]:.4f}", f"{evals[-1][figure]:.4f}", error]) + " |")
+                cells = [""] * 4
         os.makedirs(os.path.join(out, name), exist_ok=True)
         shutil.copy(os.path.join(run, "metrics.jsonl"), os.path.join(out, name))
     with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:

@@ -136,9 +136,12 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
     assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
     done = run("plot.py", "loss", f"{tmp_path}/loss.png", f"a={tiny_runs['pretrain']},{tiny_runs['pretrain']}", f"b={tiny_runs['sft']}")
     assert done.returncode == 0 and open(f"{tmp_path}/loss.png", "rb").read(4) == b"\x89PNG", done.stderr
+    done = run("plot.py", "table", f"{tmp_path}/table", tiny_runs["sft"])
+    first, *_, last = read_metrics(tiny_runs["sft"], "eval")
+    assert f"| val_loss | {first['val_loss']:.4f} | {last['val_loss']:.4f} |  |" in done.stdout and "report.md" in os.listdir(f"{tmp_path}/table"), done.stderr
     done = run("eval.py", f"a={tiny_runs['sft']}", f"--reference={tiny_runs['pretrain']}", f"--data={tiny_data}", "--rows=8", "--device=cpu")
     assert done.returncode == 0 and "acc/2" in done.stdout and "rank_nll" in done.stdout, done.stderr
-    for bad in (["eval.py", f"a={tiny_runs['sft']}@hot", "--device=cpu", f"--data={tiny_data}"], ["eval.py", "sft"], ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"], ["plot.py", "loss", "x.png", "a=nowhere"], ["plot.py", "rounds", "x.png", tiny_runs["sft"]], ["plot.py"]):
+    for bad in (["eval.py", f"a={tiny_runs['sft']}@hot", "--device=cpu", f"--data={tiny_data}"], ["eval.py", "sft"], ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"], ["plot.py", "loss", "x.png", "a=nowhere"], ["plot.py", "rounds", "x.png", tiny_runs["sft"]], ["plot.py", "table", "x", "nowhere"], ["plot.py"]):
         assert run(*bad).returncode != 0
 
 
