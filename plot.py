@@ -152,7 +152,8 @@ def cell(values, form, scale):
     if not values:
         return "-"
     text = form.format(np.mean(values))
-    return text + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+    spread = np.std(values, ddof=1) if len(values) > 1 else None
+    return text if spread is None else text + (f" ± {spread:.2g}" if spread < 100 else f" ± {spread:.0f}")
 
 
 def collect_table(demos):
