@@ -1,6 +1,6 @@
 """RLHF or DPO: true reward against KL to the reference, on a task whose reward is known.
 
-    python frontier.py                       everything, to results/frontier; made for two cores, not timed yet
+    python frontier.py                       everything, to results/frontier; 40 minutes on two cores
     python frontier.py --seeds=1 --values=1  one point a method
 
 The reference samples three responses to each prompt, the true reward (data/pydocs/scorer.py) ranks them, and every method
@@ -9,22 +9,23 @@ K = 3 Plackett-Luce, SimPO and Preferred-FT straight from the ranking. Each is s
 everyone answers the same held-out prompts. Interrupted, it goes on where it stopped.
 """
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 
 import checkpoint
 import parallel
+import train
 from data import encode_rows, permutation, read_rows, write_json, write_meta, write_rows
 from data.pydocs.scorer import concrete
 from eval import held_out, reward_scores, score
+from plot import minutes
 from sample import number, respond
 
 ROWS, VAL_ROWS, K = 1536, 256, 3
@@ -39,15 +40,13 @@ METHODS = {     # name -> (config, its further settings, the swept setting, its 
 }
 
 
-def train(args, threads=1):
-    """One run of the trainer in a process of its own; its output goes beside its folder."""
+def fit(args):
+    """One run of the trainer in this process; what it says goes beside its folder."""
     out = next(a[len("--out_dir="):] for a in args if a.startswith("--out_dir="))
     os.makedirs(os.path.dirname(out), exist_ok=True)
     began = time.time()
-    with open(out + ".log", "a", encoding="utf-8") as f:
-        done = subprocess.run([sys.executable, "train.py", *args], stdout=f, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        raise SystemExit(f"train.py {' '.join(args)} failed: see {out}.log")
+    with open(out + ".log", "a", encoding="utf-8") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        train.main(args)
     print(f"{time.time() - began:4.0f} s  train.py {' '.join(args)}", flush=True)
 
 
@@ -91,7 +90,7 @@ def measure(run, reference, judge, folder):
     encoded, _ = encode_rows(said, enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"])
     kl = (score(model, encoded, 4096, "cpu") - score(ref, encoded, 4096, "cpu"))[:, 0]
     figures |= {"true": float(np.mean(true)), "kl": float(kl.mean()), "kl_se": float(kl.std() / len(kl) ** 0.5), "learnt": float(reward_scores(judge, encoded, 4096, "cpu").mean()),
-                "length": float(np.mean([len(y) for y in ids])), "ended": float(np.mean([y[-1] == enc.eot_token for y in ids])), "example": texts[0]}
+                "length": float(np.mean([len(y) for y in ids])), "ended": float(np.mean([y[-1] == enc.eot_token for y in ids])), "minutes": minutes(run), "example": texts[0]}
     write_json(path, figures)
     print(f"{run}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)), flush=True)
     return figures
@@ -113,24 +112,25 @@ def main():
     args = parser.parse_args()
     parallel.tune("cpu")
     at, less = (lambda name: f"{args.runs}/{name}"), (["--max_steps=2", "--eval_batches=1"] if args.small else [])
-    train(["config/frontier_pretrain.py", f"--out_dir={at('pretrain')}", *less], args.workers)
-    train(["config/frontier_sft.py", f"--out_dir={at('sft')}", f"--init={at('pretrain')}", *less], args.workers)
+    fit(["config/frontier_pretrain.py", f"--out_dir={at('pretrain')}", *less])
+    fit(["config/frontier_sft.py", f"--out_dir={at('sft')}", f"--init={at('pretrain')}", *less])
     rank(at("ranked"), at("sft"))
     inputs = [f"--init={at('sft')}", f"--data={at('ranked')}", *less]
     rewards = [f"{at('reward')}_{seed}" for seed in range(args.seeds)]
     jobs = [["config/frontier_reward.py", f"--out_dir={rewards[seed]}", f"--seed={seed}", *inputs] for seed in range(args.seeds)]
-    with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(train, jobs))
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), one_thread) as pool:
+        list(pool.map(fit, jobs))
         jobs, runs = [], {}
         for seed in range(args.seeds):
             for name, (file, more, swept, values) in METHODS.items():
                 for value in values[:args.values]:
                     out = at(f"{''.join(c if c.isalnum() else '_' for c in name)}_{value}_{seed}")
                     runs.setdefault((name, value), []).append((out, rewards[seed]))
+                    if os.path.exists(out + ".json"):       # trained and measured
+                        continue
                     jobs.append([f"config/frontier_{file}.py", f"--out_dir={out}", f"--seed={seed}", *inputs, *(a.format(reward=rewards[seed]) for a in more)]
                                 + [f"--{swept}={value}"] * bool(swept) + ["--rounds=2", "--max_rows=16", "--batch_size=8"] * (args.small and file == "ppo"))
-        list(pool.map(train, jobs))
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), one_thread) as pool:
+        list(pool.map(fit, jobs))
         of_base = pool.submit(measure, at("sft"), at("sft"), rewards[0], at("ranked"))
         measured = {key: [pool.submit(measure, run, at("sft"), judge, at("ranked")) for run, judge in some] for key, some in runs.items()}
         measured = {key: [f.result() for f in some] for key, some in measured.items()}
@@ -169,24 +169,26 @@ def verdict(found, base, rates):
     said = ["DPO's paper (arXiv 2305.18290, section 6.1 and figure 2) found on controlled sentiment that DPO has the highest reward at every KL, above PPO even with "
             "the true reward, and in summarisation that DPO keeps its win rate over temperatures where PPO falls to the base model's. Here:", ""]
     largest = max(p[1][0] for some in found.values() for p in some)
-    budgets, led = [x for x in (1, 2, 5, 10, 20, 40) if x <= largest * 1.5], {}
-    for x in budgets:
-        best = {name: max((p[2] for p in some if p[1][0] <= x), default=(base["true"], 0.0)) for name, some in found.items()}
-        first = max(best, key=lambda name: best[name][0])
-        led.setdefault(first, []).append(x)
-        said.append(f"- KL of at most {x} nats: " + ", ".join(f"{name} {mean:.3f} +- {error:.3f}" for name, (mean, error) in sorted(best.items(), key=lambda kv: -kv[1][0])))
-    said += ["", "**" + "; ".join(f"{name} has the highest true reward at KL budgets {', '.join(map(str, xs))}" for name, xs in led.items()) + ".** "
-             + ("This agrees with the paper's figure." if set(led) == {"DPO"} else "The paper's ordering, DPO above all at every KL, is " + ("found at some of them." if "DPO" in led else "not found here."))]
-    learnt = found.get("PPO, learnt reward", [])
-    if len(learnt) > 1:
-        best, last = max(learnt, key=lambda p: p[2][0]), max(learnt, key=lambda p: p[1][0])
-        fell, rose = best[2][0] - last[2][0], last[3][0] - best[3][0]
-        if last is best:
-            said.append("PPO on the learnt reward is not over-optimised in this sweep: its greediest setting has the highest true reward too.")
-        else:
+    led = {}            # budget -> the methods that have the highest true reward within it, or are not told apart from that one
+    for x in [x for x in (1, 2, 5, 10, 20, 40) if x <= largest * 1.5]:
+        best = {name: max(p[2] for p in some if p[1][0] <= x) for name, some in found.items() if any(p[1][0] <= x for p in some)}
+        if best:
+            ranked = sorted(best.items(), key=lambda kv: -kv[1][0])
+            top, error = ranked[0][1]
+            led[x] = [name for name, (m, e) in ranked if top - m <= 2 * (error ** 2 + e ** 2) ** 0.5]
+            said.append(f"- KL of at most {x} nats: " + ", ".join(f"{name} {m:.3f} +- {e:.3f}" for name, (m, e) in ranked)
+                        + "".join(f"; no setting of {name} is so near" for name in found if name not in best))
+    said += ["", "**Highest true reward within " + "; within ".join(f"{x}: {' and '.join(names)}" for x, names in led.items()) + " (those within two standard errors of the first).** "
+             + ("This agrees with the paper's figure." if all(names == ["DPO"] for names in led.values()) else "The paper's ordering, DPO alone above all at every KL, is not found here.")]
+    said += ["", "Over-optimisation, from each method's best setting to its greediest:", ""]
+    for name, some in found.items():
+        best, last = max(some, key=lambda p: p[2][0]), some[-1]
+        if len(some) > 1:
+            fell, rose = best[2][0] - last[2][0], last[3][0] - best[3][0]
             clear = fell > 2 * (best[2][1] ** 2 + last[2][1] ** 2) ** 0.5
-            said.append(f"From its best setting (kl_coef {best[0]}) to its greediest ({last[0]}) PPO's learnt reward changes by {rose:+.2f} and the true one by {-fell:+.3f}: "
-                        + ("the learnt reward is over-optimised." if clear and rose > 0 else "no over-optimisation beyond two standard errors."))
+            said.append(f"- {name}: " + ("none in this sweep, the greediest is the best." if last is best else f"from {best[0]} to {last[0]} the learnt reward changes by {rose:+.2f}, the true one by {-fell:+.3f}: "
+                        + ("over-optimised." if clear and rose > 0 else "not clear, within two standard errors." if rose > 0 else "worse by both.")))
+    said.append("")
     for name in ("DPO", "PPO, learnt reward"):
         if name in rates:
             said.append(f"Win rate of {name} against the reference's sample from temperature 0 to 1: " + ", ".join(f"{100 * m:.0f} %" for m, _ in rates[name]) + ".")
@@ -202,15 +204,16 @@ def report(args, measured, base):
     said = verdict(found, base, rates)
     os.makedirs(args.out, exist_ok=True)
     lines = ["# True reward against KL to the reference", "", *said, "",
-             f"The reference's true reward is {base['true']:.3f}. {args.seeds} seeds, mean +- standard error over them; KL in nats a response, of the policy's own samples; {VAL_ROWS} held-out prompts. "
+             f"The reference's true reward is {base['true']:.3f} +- {np.std(base['true_at']['1.0']) / len(base['true_at']['1.0']) ** 0.5:.3f}, the error that of one sample a prompt, as every "
+             f"single policy's has. {args.seeds} seeds, mean +- standard error over them; KL in nats a response, of the policy's own samples; {VAL_ROWS} held-out prompts. "
              f"Made by `python frontier.py --seeds={args.seeds} --values={args.values}{' --small' * args.small}`.", "",
-             "| method | setting | KL | true reward | learnt reward | length | ended by eot |", "|---|---|---:|---:|---:|---:|---:|"]
+             "| method | setting | KL | true reward | learnt reward | length | ended by eot | minutes a run |", "|---|---|---:|---:|---:|---:|---:|---:|"]
     for name, some in found.items():
         for value, kl, true, learnt in some:
             runs = measured[name, value]
             setting = f"{METHODS[name][2]} {value}" if METHODS[name][2] else "-"
             lines.append(f"| {name} | {setting} | {kl[0]:.2f} +- {kl[1]:.2f} | {true[0]:.3f} +- {true[1]:.3f} | {learnt[0]:.2f} +- {learnt[1]:.2f} "
-                         f"| {np.mean([f['length'] for f in runs]):.1f} | {100 * np.mean([f['ended'] for f in runs]):.0f} % |")
+                         f"| {np.mean([f['length'] for f in runs]):.1f} | {100 * np.mean([f['ended'] for f in runs]):.0f} % | {np.mean([f['minutes'] for f in runs]):.1f} |")
     lines += ["", "Win rate against the reference's sample at temperature 1, by the true reward, of each method's best setting (chosen on these same prompts):", "",
               "| method | setting | " + " | ".join(f"T = {t}" for t in TEMPERATURES) + " |", "|---|---|" + "---:|" * len(TEMPERATURES)]
     for name, row in rates.items():
@@ -232,7 +235,7 @@ def draw(path, found, rates, base):
         some = sorted(some, key=lambda p: p[1][0])
         left.errorbar([p[1][0] for p in some], [p[2][0] for p in some], xerr=[p[1][1] for p in some], yerr=[p[2][1] for p in some], marker="o", capsize=2, label=name)
     left.plot([0], [base["true"]], "k*", markersize=10, label="reference")
-    left.set(xscale="symlog", xlabel="KL to the reference, nats a response", ylabel="true reward")
+    left.set(xlabel="KL to the reference, nats a response", ylabel="true reward")
     for name, row in rates.items():
         right.errorbar(TEMPERATURES, [m for m, _ in row], yerr=[e for _, e in row], marker="o", capsize=2, label=name, color="k" if name == "reference" else None)
     right.axhline(0.5, color="grey", linewidth=0.5)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "ppo": {"rollout", "eval", "loss", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot", "bench", "taylor", "frontier"},
     "bench": OURS - {"plot", "bench", "taylor", "frontier"},
-    "frontier": {"eval", "sample", "data", "checkpoint", "parallel"},
+    "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},
 }
 
 
