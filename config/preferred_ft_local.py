@@ -6,6 +6,7 @@ from config.dpo_local import *
 
 stage = "sft"
 out_dir = "out/preferred_ft_local"
+init = "out/pretrain_local"
 max_rows = 0
 batch_size = 32             # rows, 95 steps
 lr = 1e-3

@@ -31,9 +31,9 @@ def test_rows_are_ranked_by_the_true_reward_and_a_policy_is_measured_on_them(tin
     rows = read_rows(f"{ranked}/train.jsonl")
     assert len(rows) == 40 and all(len(row["responses"]) == 3 and row["scores"] == [scored(None, y) for y in row["responses"]] for row in rows)
     train.main(reward_args(tiny_runs, ranked, judge, 2))
-    same = frontier.measure(checkpoint.latest(tiny_runs["sft"]), tiny_runs["sft"], judge, ranked)
+    same = frontier.measure(tiny_runs["sft"], tiny_runs["sft"], judge, ranked)
     assert same["kl"] == 0 and set(same["true_at"]) == {"0.0", "0.25", "0.5", "0.75", "1.0"} and len(same["true_at"]["0.0"]) == 12
-    other = frontier.measure(checkpoint.latest(tiny_runs["pretrain"]), tiny_runs["sft"], judge, ranked)
+    other = frontier.measure(tiny_runs["pretrain"], tiny_runs["sft"], judge, ranked)
     assert other["true"] == np.mean(other["true_at"]["1.0"])
     # KL of its samples by one sequence at a time
     said, model, ref = [], checkpoint.load_model(tiny_runs["pretrain"])[0], checkpoint.load_model(tiny_runs["sft"])[0]
@@ -49,7 +49,7 @@ def test_rows_are_ranked_by_the_true_reward_and_a_policy_is_measured_on_them(tin
 
 
 def figures(true, kl, learnt):
-    return {"true": true, "kl": kl, "kl_se": 0.0, "learnt": learnt, "length": 9.0, "ended": 1.0, "example": "x",
+    return {"true": true, "kl": kl, "kl_se": 0.0, "learnt": learnt, "length": 9.0, "ended": 1.0, "minutes": 0.5, "example": "x",
             "true_at": {str(t): [true + 0.1 * t, true, 0.5] for t in frontier.TEMPERATURES}}
 
 
@@ -65,10 +65,12 @@ def test_the_verdict_follows_the_figures(tmp_path):
         measured, base = made_up(*args)
         found = frontier.points(measured)
         return "\n".join(frontier.verdict(found, base, {"DPO": frontier.win_rates(measured["DPO", 0.1], base)}))
-    assert "agrees with the paper" in words() and "the learnt reward is over-optimised" in words()
-    assert "not found here" in words(0.95, 0.4) and "is not over-optimised in this sweep" in words(0.95)
-    assert "found at some of them" in words(0.95, 0.7)
-    assert "no over-optimisation beyond two standard errors" in words(0.595)
+    assert "agrees with the paper" in words() and "- PPO, learnt reward: from 1.0 to 0.02 the learnt reward changes by +2.05, the true one by -0.300: over-optimised." in words()
+    assert "not found here" in words(0.95, 0.4) and "- PPO, learnt reward: none in this sweep" in words(0.95)
+    assert "within 1: DPO; within 2: DPO; within 5: DPO; within 10: PPO, learnt reward (" in words(0.95, 0.7)
+    assert "within 10: DPO and PPO, learnt reward (" in words(0.895) and "not found here" in words(0.895)       # 0.91 +- 0.01 and 0.905 +- 0.01
+    assert "PPO, learnt reward 0.610 +- 0.010; no setting" not in words() and "nats: DPO 0.910 +- 0.010, Preferred-FT 0.550 +- 0.000; no setting of PPO, learnt reward is so near" in words()
+    assert "not clear, within two standard errors" in words(0.595)
 
 
 def test_the_report(tmp_path):

@@ -55,10 +55,10 @@ def test_its_data_must_fit(tiny_runs, tiny_data, tmp_path):
     assert "make it with" in refused(args(tiny_runs, tiny_data, f"{tmp_path}/r", "--pretrain_coef=0.3", f"--pretrain_data={tmp_path}/none"))
 
 
-def test_preferred_ft_is_one_line(tiny_runs, tiny_data, tmp_path):
-    """DPO's config but for the stage: SFT on the best response, then the reference of DPO, which starts at its ln 2."""
+def test_preferred_ft_is_sft_on_the_rows_of_dpo(tiny_runs, tiny_data, tmp_path):
+    """DPO's config but for the stage, its start and its steps: SFT on the best response, then the reference of DPO, which starts at its ln 2."""
     dpo, ft = (config.load([f"config/{name}_local.py"]) for name in ("dpo", "preferred_ft"))
-    assert {n for n in vars(dpo) if getattr(dpo, n) != getattr(ft, n)} == {"stage", "out_dir"}
+    assert {n for n in vars(dpo) if getattr(dpo, n) != getattr(ft, n)} == {"stage", "out_dir", "init", "max_rows", "batch_size", "lr"}
     small = [f"--data={tiny_data}", "--device=cpu", "--max_steps=2", "--batch_size=8", "--eval_rows=8", "--max_prompt=40", "--max_response=16"]
     train.main(["config/preferred_ft_local.py", f"--init={tiny_runs['pretrain']}", f"--out_dir={tmp_path}/ft", *small])
     train.main(["config/dpo_local.py", f"--init={tmp_path}/ft", f"--out_dir={tmp_path}/dpo", *small])
