@@ -126,8 +126,6 @@ def main():
                 for value in values[:args.values]:
                     out = at(f"{''.join(c if c.isalnum() else '_' for c in name)}_{value}_{seed}")
                     runs.setdefault((name, value), []).append((out, rewards[seed]))
-                    if os.path.exists(out + ".json"):       # trained and measured
-                        continue
                     jobs.append([f"config/frontier_{file}.py", f"--out_dir={out}", f"--seed={seed}", *inputs, *(a.format(reward=rewards[seed]) for a in more)]
                                 + [f"--{swept}={value}"] * bool(swept) + ["--rounds=2", "--max_rows=16", "--batch_size=8"] * (args.small and file == "ppo"))
         list(pool.map(fit, jobs))

@@ -22,5 +22,5 @@ eot_penalty = 0.0           # the true reward has none
 lr = 5e-4
 schedule = "constant"
 eval_interval = 1000        # the last round alone
-eval_rows = 64
+eval_rows = 128
 log_interval = 4
