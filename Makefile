@@ -135,7 +135,7 @@ test-peers: .venv-peers/ready
 # The stages of "RLHF or DPO?" at CPU size on rows ranked by votes and by correctness
 LOCAL ?= ../shared/data
 RLHF ?= out/rlhf
-OBJECTIVES = kind=pairs kind=pl kind=pl,depth=1 kind=pl,taylor_order=1 kind=ipo,beta=0.05 kind=simpo,beta=2,margin=0.5,lr=1e-4 kind=orpo,beta=0.5,nll_coef=1
+OBJECTIVES = kind=pairs kind=pl kind=pl,depth=1 kind=pl,taylor_order=1 kind=ipo,beta=0.05 kind=simpo,beta=2,margin=0.5,lr=5e-5 kind=orpo,beta=0.5,nll_coef=1
 comma = ,
 
 data/local_bpe/meta.json: | .venv/ready

@@ -251,6 +251,8 @@ def table(out, runs):
     lines = ["| run | stage | steps | minutes | figure | first | last | standard error |", "|---|---|---:|---:|---|---:|---:|---:|"]
     for run in runs:
         evals, name = read_metrics(run, "eval"), os.path.basename(os.path.normpath(run))
+        if not evals:
+            raise SystemExit(f"{run}: no evaluation yet; train the run first")
         with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
             stage = json.load(f)["config"]["stage"]
         cells = [name, stage, str(len(read_metrics(run, "step"))), f"{minutes(run):.1f}"]
