@@ -155,8 +155,8 @@ rlhf: data/local_bpe/meta.json data/local_sft/meta.json data/ranked/meta.json
 	{ echo config/ppo_local.py --init=$(RLHF)/sft --reward=$(RLHF)/reward --pretrain_data=data/local_bpe --out_dir=$(RLHF)/ppo; \
 	  echo config/dpo_local.py --init=$(RLHF)/preferred_ft --out_dir=$(RLHF)/dpo_of_preferred_ft; \
 	} | $(AT_ONCE)
-	$(PY) eval.py reward=$(RLHF)/reward --data=data/ranked --rows=1000 --out=results/rlhf
 	$(PY) plot.py table results/rlhf $(RLHF)/*
+	$(PY) eval.py reward=$(RLHF)/reward --data=data/ranked --rows=1000 | tee results/rlhf/reward.txt
 
 frontier: .venv/ready data/pydocs/meta.json
 	$(PY) frontier.py
