@@ -153,6 +153,7 @@ def reward_metrics(scores, rows):
 
     pair_nll     mean over rows of its pairs' mean -log sigmoid(s_i - s_j); ln 2 = 0.6931 of equal scores
     acc          share of ordered pairs that are right, a tie half; acc_se: standard error, with rows as the independent units
+    length_acc   the same of length in tokens alone, as the limits leave it: what a reward that knows nothing else gets
     acc@d, pairs@d   of pairs d ranks apart (ranks count distinct places: the best and the next best are 1 apart)
     score, score_std  of all responses
     """
@@ -166,7 +167,8 @@ def reward_metrics(scores, rows):
     n = pairs.sum((1, 2))
     nll = (np.logaddexp(0, -lead) * pairs).sum((1, 2))[n > 0] / n[n > 0]
     right, acc, error = pair_accuracy(scores, pairs)
-    metrics = {"pair_nll": float(nll.mean()), "acc": acc, "acc_se": error}
+    lengths = np.array([[len(y or []) for y in row["responses"]] + [0] * (K - len(row["responses"])) for row in rows])
+    metrics = {"pair_nll": float(nll.mean()), "acc": acc, "acc_se": error, "length_acc": pair_accuracy(lengths, pairs)[1]}
     for d in range(1, int(apart.max()) + 1):
         if (apart == d).any():
             metrics |= {f"acc@{d}": float(right[apart == d].mean()), f"pairs@{d}": int((apart == d).sum())}

@@ -23,7 +23,7 @@ import checkpoint
 import parallel
 import train
 from data import encode_rows, permutation, read_rows, write_json, write_meta, write_rows
-from data.pydocs.scorer import concrete
+from data.pydocs.scorer import concrete, kinds
 from eval import held_out, reward_scores, score
 from plot import minutes
 from sample import number, respond
@@ -90,7 +90,8 @@ def measure(run, reference, judge, folder):
     encoded, _ = encode_rows(said, enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"])
     kl = (score(model, encoded, 4096, "cpu") - score(ref, encoded, 4096, "cpu"))[:, 0]
     figures |= {"true": float(np.mean(true)), "kl": float(kl.mean()), "kl_se": float(kl.std() / len(kl) ** 0.5), "learnt": float(reward_scores(judge, encoded, 4096, "cpu").mean()),
-                "length": float(np.mean([len(y) for y in ids])), "ended": float(np.mean([y[-1] == enc.eot_token for y in ids])), "minutes": minutes(run), "example": texts[0]}
+                "length": float(np.mean([len(y) for y in ids])), "ended": float(np.mean([y[-1] == enc.eot_token for y in ids])), "kinds": float(np.mean([kinds(text) for text in texts])), "beyond": float(np.mean([kinds(text) > 3 for text in texts])),
+                "minutes": minutes(run), "example": texts[0]}
     write_json(path, figures)
     print(f"{run}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)), flush=True)
     return figures
@@ -205,13 +206,13 @@ def report(args, measured, base):
              f"The reference's true reward is {base['true']:.3f} +- {np.std(base['true_at']['1.0']) / len(base['true_at']['1.0']) ** 0.5:.3f}, the error that of one sample a prompt, as every "
              f"single policy's has. {args.seeds} seeds, mean +- standard error over them; KL in nats a response, of the policy's own samples; {VAL_ROWS} held-out prompts. "
              f"Made by `python frontier.py --seeds={args.seeds} --values={args.values}{' --small' * args.small}`.", "",
-             "| method | setting | KL | true reward | learnt reward | length | ended by eot | minutes a run |", "|---|---|---:|---:|---:|---:|---:|---:|"]
-    for name, some in found.items():
-        for value, kl, true, learnt in some:
-            runs = measured[name, value]
-            setting = f"{METHODS[name][2]} {value}" if METHODS[name][2] else "-"
-            lines.append(f"| {name} | {setting} | {kl[0]:.2f} +- {kl[1]:.2f} | {true[0]:.3f} +- {true[1]:.3f} | {learnt[0]:.2f} +- {learnt[1]:.2f} "
-                         f"| {np.mean([f['length'] for f in runs]):.1f} | {100 * np.mean([f['ended'] for f in runs]):.0f} % | {np.mean([f['minutes'] for f in runs]):.1f} |")
+             "| method | setting | KL | true reward | learnt reward | length | ended by eot | kinds named | more than 3 | minutes a run |", "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for (name, value), runs in {("reference", None): [base], **measured}.items():
+        setting = f"{METHODS[name][2]} {value}" if value is not None else "-"
+        kl, true, learnt, length, ended, named, beyond, took = ([f[key] for f in runs] for key in ("kl", "true", "learnt", "length", "ended", "kinds", "beyond", "minutes"))
+        cells = ["{:.2f} +- {:.2f}".format(*spread(kl)), "{:.3f} +- {:.3f}".format(*spread(true)), "{:.2f} +- {:.2f}".format(*spread(learnt)), f"{np.mean(length):.1f}",
+                 f"{100 * np.mean(ended):.0f} %", f"{np.mean(named):.1f}", f"{100 * np.mean(beyond):.0f} %", f"{np.mean(took):.1f}"]
+        lines.append(f"| {name} | {setting} | " + " | ".join(cells) + " |")
     lines += ["", "Win rate against the reference's sample at temperature 1, by the true reward, of each method's best setting (chosen on these same prompts):", "",
               "| method | setting | " + " | ".join(f"T = {t}" for t in TEMPERATURES) + " |", "|---|---|" + "---:|" * len(TEMPERATURES)]
     for name, row in rates.items():

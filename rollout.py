@@ -110,8 +110,6 @@ def with_scores(encoded, rows, where):
 def source(cfg):
     """Rows of both splits: `max_rows` of training, a seeded choice; the same `eval_rows` of validation for everyone."""
     rows = read_rows(f"{cfg.data}/train.jsonl")
-    if cfg.stage in ("spin", "ppo") and not all(row["prompt"] for row in rows):
-        raise SystemExit(f"{cfg.data}/train.jsonl: rows that are whole texts have no prompt to play on")
     rows = [rows[i] for i in permutation(len(rows), cfg.seed, 0)[:cfg.max_rows or None]]
     return {"train": rows, "val": held_out(cfg.data, cfg.eval_rows)}
 
@@ -148,7 +146,9 @@ def reference(cfg, round, split, model, rows, device):
 
 
 def fitting(cfg, rows, enc, block_size, say=None, split=""):
-    """The rows whose prompt leaves room for a response: no player is asked the others."""
+    """The rows whose prompt leaves room for a response: no player is asked the others. Ends the run where a row has no prompt."""
+    if not all(row["prompt"] for row in rows):
+        raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to play on")
     encoded, counts = encode_rows([{"prompt": row["prompt"], "responses": row["responses"][:1]} for row in rows], enc,
                                   cfg.template, block_size, cfg.max_prompt, cfg.max_response)
     if say:

@@ -14,7 +14,7 @@ import config
 import ppo
 import train
 from conftest import final_weights, read_metrics
-from data import encode_rows, read_rows, tokenizer
+from data import encode_rows, read_rows, tokenizer, write_meta, write_rows
 from eval import run
 from loss import kl_estimates, ppo_loss
 from model import GPT, GPTConfig
@@ -264,8 +264,10 @@ def reward_run(tiny_runs, tiny_data, tmp_path_factory):
 
 
 def test_two_ranks_equal_one(tiny_runs, tiny_data, reward_run, tmp_path):
-    """Sampling, scoring and steps dealt to two ranks, the pretraining stream beside. The samples are the same ones, the sums of
-    other order."""
+    """The reward model; then sampling, scoring and steps dealt to two ranks, the pretraining stream beside. The samples are the
+    same ones, the sums of other order."""
+    torchrun(reward_args(tiny_runs, tiny_data, f"{tmp_path}/reward", 3))
+    assert_equal_up_to_rounding(reward_run, f"{tmp_path}/reward", 2e-5)
     args = ppo_args(tiny_runs, tiny_data, f"{tmp_path}/two", "--rounds=1", f"--reward={reward_run}", "--pretrain_coef=0.5", "--pretrain_batch_size=2", "--eval_batches=1")
     torchrun(args)
     train.main([a if not a.startswith("--out_dir") else f"--out_dir={tmp_path}/one" for a in args])
@@ -308,6 +310,11 @@ def test_refusals(tiny_runs, tiny_data, ppo_run, tmp_path):
     assert "temperature 1" in refused(args + ["--temperature=0.7"])
     assert "no module named" in refused(args + ["--reward=nowhere:f"]).lower() and "test_ppo:nothing" in refused(args + ["--reward=test_ppo:nothing"])
     assert "clip must be below 1" in refused(args + ["--clip=1.5"])
+    os.makedirs(f"{tmp_path}/texts")
+    for split in ("train", "val"):
+        write_rows(f"{tmp_path}/texts/{split}.jsonl", [{"text": "the loss falls"}] * 8)
+    write_meta(f"{tmp_path}/texts", None, "made up")
+    assert "have no prompt to play on" in refused(args + [f"--data={tmp_path}/texts"])
     assert "has no pretrain_coef" in refused(["--stage=pretrain", "--max_steps=1", "--pretrain_coef=0.1"])
     shutil.copytree(ppo_run, f"{tmp_path}/copy")
     stored = f"{tmp_path}/copy/round_1/rollout.npz"

@@ -104,6 +104,7 @@ def test_reward_metrics_by_hand():
     assert m["acc"] == 1.5 / 5 and m["acc@1"] == 1.5 / 4 and m["pairs@1"] == 4 and m["acc@2"] == 0.0 and m["pairs@2"] == 1
     nll = [np.log1p(np.exp([-1.0, 1.0])).mean(), np.log1p(np.exp([0.0, 1.0, 1.0])).mean()]
     assert m["pair_nll"] == pytest.approx(np.mean(nll)) and m["score"] == pytest.approx(10 / 6)
+    assert m["length_acc"] == 2.0 / 5        # one of the five is shorter, four tie
     assert m["acc_se"] == pytest.approx(math.hypot(1 - 0.6, 0.5 - 0.9) / 5)
 
 

@@ -17,10 +17,17 @@ pointer polynomial process queue range record request result row scalar sequence
 stack stream string table tensor text thread time token tree tuple type url user value variable vector version weight word""".split())
 
 
+def words_of(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def kinds(text):
+    """How many different words of KINDS a text has."""
+    return len(KINDS & {w if w in KINDS or not w.endswith("s") else w[:-1] for w in words_of(text)})
+
+
 def concrete(row, text):
     """The score of a response (text) to a data row, which is not looked at."""
-    words = re.findall(r"[a-z]+", text.lower())
-    single = [w if w in KINDS or not w.endswith("s") else w[:-1] for w in words]
-    h = len(KINDS & set(single))
+    words, h = words_of(text), kinds(text)
     again = (len(words) - len(set(words))) / max(1, len(words))
     return max(-1.0, min(h, 6 - h) / 3 - again)
