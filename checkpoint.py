@@ -2,65 +2,85 @@
 
 A checkpoint is a folder RUN/round_R/step_S, written beside and renamed into place, so it is whole or absent:
     model.safetensors     the whole model, float32, to hand on: sampling, evaluation, the next stage, a teacher
-    state/                torch.distributed.checkpoint of model and optimizer, to resume this very run (its index is a
-                          pickle: a folder of your own, never one to download)
-    meta.json             round, step, model shape, config, tokenizer, hashes
+    optimizer/            torch.distributed.checkpoint of the optimizer's state in safetensors, a file a rank
+    meta.json             round, step, model shape, config, tokenizer, held-out figures
     tokenizer.tiktoken    where the tokenizer is a trained one
+    manifest.json         sha256 and size of every file, written last
+Nothing in it is a pickle. A save goes on beside the training: it waits for a copy to the CPU alone.
 """
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import config
 import parallel
 from data import sha256, tokenizer, write_json
 from model import GPT, GPTConfig
 
+thread = ThreadPoolExecutor(1)
 
-def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name):
-    """Write RUN/round_R/step_S with everything a resumed run needs, then remove the round's earlier steps."""
-    path = os.path.join(run, f"round_{round}", f"step_{step:06d}")
-    beside = os.path.join(run, f"round_{round}", f"writing_{step:06d}")
-    if parallel.rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)
-        os.makedirs(beside)
-    parallel.barrier()
-    weights, states = get_state_dict(model, optimizers)
+
+def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures, history):
+    """Begin to write RUN/round_R/step_S with everything that a resumed run needs; then the round's earlier steps are removed
+    but the last `keep_last` and the best by `keep_best`. Returns a Future for `finished`. figures: held-out ones of this step;
+    history: what the loop remembers."""
+    weights, states = get_state_dict(model, optimizers, options=StateDictOptions(cpu_offload=True))
+    tensors = {"model": weights, "optimizer": tensors_of(states)}
+    if next(model.parameters()).device.type == "cpu":
+        tensors = {part: {name: t.detach().clone() for name, t in named.items()} for part, named in tensors.items()}
+    meta = {"round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg), "figures": figures, "history": history,
+            "tokenizer": tokenizer_name if tokenizer_name in ("gpt2", "bytes") else "tokenizer.tiktoken", "tokenizer_sha256": tokenizer.fingerprint(enc)}
+    return thread.submit(write, os.path.join(run, f"round_{round}", f"step_{step:06d}"), tensors, meta, enc, cfg)
+
+
+def write(path, tensors, meta, enc, cfg):
+    """A save's part that runs beside the training. Returns what went wrong, or ""."""
+    beside = path.replace("step_", "writing_")
+    try:
+        write_tensors(tensors["model"], beside, enable_consolidation=True)
+        write_tensors(tensors["optimizer"], os.path.join(beside, "optimizer"))
+        if parallel.rank() == 0:
+            os.rename(os.path.join(beside, "model-00001-of-00001.safetensors"), os.path.join(beside, "model.safetensors"))
+            os.remove(os.path.join(beside, "model.safetensors.index.json"))
+            shutil.rmtree(os.path.join(beside, "sharded"))
+            if meta["tokenizer"] == "tokenizer.tiktoken":
+                tokenizer.save(enc, os.path.join(beside, "tokenizer.tiktoken"))
+            write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
+            write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
+                                                               for name in files_of(beside)})
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(beside, path)
+            thin(os.path.dirname(path), cfg)
+        return ""
+    except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError) as e:
+        if parallel.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        reasons = list(e.failures.values()) if isinstance(e, dcp.CheckpointException) else []
+        reason = reasons[0][0] if reasons else e
+        return f"{type(reason).__name__}: {reason}".splitlines()[0]
+
+
+def write_tensors(tensors, folder, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)        # DCP's, that there is one process
-        dcp.save({"model": weights, "optimizers": tensors_of(states)}, checkpoint_id=os.path.join(beside, "state"),
-                 no_dist=parallel.world() == 1)
-    whole = {}
-    for name, p in weights.items():
-        full = (p.full_tensor() if isinstance(p, DTensor) else p).detach()
-        if parallel.rank() == 0:
-            whole[name] = full.cpu().contiguous()
-    if parallel.rank() == 0:
-        save_file(whole, os.path.join(beside, "model.safetensors"))
-        if tokenizer_name not in ("gpt2", "bytes"):
-            tokenizer_name = "tokenizer.tiktoken"
-            tokenizer.save(enc, os.path.join(beside, tokenizer_name))
-        write_json(os.path.join(beside, "meta.json"), {
-            "round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg),
-            "tokenizer": tokenizer_name, "tokenizer_sha256": tokenizer.fingerprint(enc),
-            "weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
-        os.rename(beside, path)
-        for other in steps_of(os.path.join(run, f"round_{round}")):
-            if other != path:
-                shutil.rmtree(other)
-    parallel.barrier()
-    return path
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True, **options),
+                 process_group=parallel.group.get("saves"), no_dist=parallel.world() == 1)
+
+
+def finished(saving):
+    """Wait for a save. Returns on every rank what went wrong on the first that something went wrong on, or ""."""
+    return next(filter(None, parallel.gather(saving.result() if isinstance(saving, Future) else "")), "")
 
 
 def tensors_of(states):
@@ -70,17 +90,75 @@ def tensors_of(states):
 
 
 def resume(path, model, optimizers):
-    """Put the state of a run back into a model and its optimizers, on as many ranks as there are now."""
+    """Put the optimizers' state of a run back, on as many ranks as there are now; the weights are `load_weights`'."""
     weights, states = get_state_dict(model, optimizers)
     tensors = tensors_of(states)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load({"model": weights, "optimizers": tensors}, checkpoint_id=os.path.join(path, "state"), no_dist=parallel.world() == 1)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.path.join(path, "optimizer")), no_dist=parallel.world() == 1)
     for name, state in states["state"].items():
         for key in state:
             if isinstance(state[key], torch.Tensor):
                 state[key] = tensors[f"{name}.{key}"]
     set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=states)
+
+
+# ----------------------------------------------------------------------------------------------- which checkpoints there are
+
+
+def files_of(path):
+    """The files of a checkpoint but its manifest, by their names in it."""
+    found = [os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path) for name in names]
+    return sorted(name for name in found if name != "manifest.json")
+
+
+def damage(path):
+    """What is wrong with a checkpoint's files, a line, or "": each rank reads its share of them."""
+    def look():
+        with open(os.path.join(path, "manifest.json"), "rb") as f:
+            text = f.read()
+        manifest = json.loads(text)
+        if text.decode() != json.dumps(manifest, indent=1, ensure_ascii=False) + "\n":
+            return "manifest.json was altered"
+        if files_of(path) != sorted(manifest):
+            return f"its files are not those in manifest.json ({', '.join(sorted(set(manifest) ^ set(files_of(path))))})"
+        for name in sorted(manifest)[parallel.rank()::parallel.world()]:
+            if sha256(os.path.join(path, name)) != manifest[name]["sha256"]:
+                return f"{name} is not what was saved: its sha256 is not the one in manifest.json"
+        with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
+            meta = json.load(f)
+        if f"round_{meta['round']}/step_{meta['step']:06d}" != "/".join(os.path.abspath(path).split(os.sep)[-2:]):
+            return f"it is round {meta['round']} step {meta['step']} by its meta.json"
+        return ""
+    try:
+        found = look()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        found = f"its manifest.json or a file cannot be read ({type(e).__name__}: {e})"
+    return next(filter(None, parallel.gather(found)), "")
+
+
+def newest_good(run):
+    """The newest checkpoint of a run that is as it was saved, or None. Damaged ones are named and set aside, as damaged_S."""
+    while path := parallel.agree(latest(run)):
+        found = damage(path)
+        if not found:
+            return path
+        aside = path.replace("step_", "damaged_")
+        if parallel.rank() == 0:
+            print(f"{path} is damaged: {found}; it is set aside as {aside}, and the one before it taken", flush=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+        parallel.barrier()
+
+
+def thin(folder, cfg):
+    """Remove a round's checkpoints but the last ones and the best one."""
+    paths = steps_of(folder)
+    rated = {path: read_meta(path)["figures"].get(cfg.keep_best.lstrip("-")) for path in paths} if cfg.keep_best else {}
+    best = sorted((value if not cfg.keep_best.startswith("-") else -value, path) for path, value in rated.items() if value is not None)
+    for path in paths[:-cfg.keep_last]:
+        if path not in [path for _, path in best[:1]]:
+            shutil.rmtree(path)
 
 
 def steps_of(folder):
@@ -115,10 +193,14 @@ def resolve(path):
 
 
 def read_meta(path):
-    """meta.json of a checkpoint."""
+    """meta.json of a checkpoint, checked against its manifest."""
     try:
-        with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
+        with open(os.path.join(path, "meta.json"), "rb") as f:
+            text = f.read()
+        with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
+            if hashlib.sha256(text).hexdigest() != json.load(f)["meta.json"]["sha256"]:
+                raise SystemExit(f"{path}/meta.json is damaged: its sha256 is not the one in manifest.json")
+        meta = json.loads(text)
         GPTConfig(**meta["model"])
         return meta
     except (OSError, ValueError, KeyError, TypeError) as e:

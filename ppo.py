@@ -99,7 +99,7 @@ def ppo_batch(rows, layout="shared"):
 def trajectories(cfg, path, what, rows, model, enc, device, dtype):
     """Sample one response to each row into a ranked file, and measure it -> {"texts", "ids", "ended": one each; "scores"
     (rows,) the rewards as they are; "logps", "refs", "values": for each row (tokens,) float32}, on every rank."""
-    policy = parallel.whole(model, dtype)
+    policy = model if cfg.sample_sharded else parallel.whole(model, dtype)
     sample_file(path, policy, enc, cfg, [row["prompt"] for row in rows], what)
     del policy
     texts, ids = zip(*by_prompt(path, [row["prompt"] for row in rows], enc))

@@ -170,7 +170,7 @@ def play(cfg, round, split, rows, model, enc, dtype):
             back = 0 if player == "self" else int(player[5:])
             path = os.path.join(cfg.out_dir, f"round_{round - back}", f"self_{split}.jsonl")
             if back == 0:
-                policy = parallel.whole(model, dtype)
+                policy = model if cfg.sample_sharded else parallel.whole(model, dtype)
                 sample_file(path, policy, enc, cfg, texts, f"{round} self {split}")
                 del policy
             columns.append(by_prompt(path, texts, enc) if back <= round else [(None, None)] * len(rows))
@@ -240,13 +240,16 @@ def sample_file(path, model, enc, cfg, texts, what):
             progress.update(len(numbers))
             continue
         mine = numbers[parallel.rank()::parallel.world()]
-        answers, ids = respond(model, enc, cfg.template, [texts[i] for i in mine], cfg.max_prompt, cfg.max_response, seed,
-                               cfg.temperature, cfg.top_k, cfg.top_p, numbers=mine, batch_size=cfg.gen_batch_size, progress=progress)
+        parallel.at(f"sampling {what}, prompt {numbers[0]} and those after it")
+        with parallel.in_step(model):
+            answers, ids = respond(model, enc, cfg.template, [texts[i] for i in mine], cfg.max_prompt, cfg.max_response, seed,
+                                   cfg.temperature, cfg.top_k, cfg.top_p, numbers=mine, batch_size=cfg.gen_batch_size, progress=progress)
         if None in ids:
             raise SystemExit(f"{what}: block_size {model.config.block_size} leaves no room after the prompt {texts[mine[ids.index(None)]][:80]!r}; set max_prompt")
         merged = {n: row for some in parallel.gather({n: (a, i) for n, a, i in zip(mine, answers, ids)}) for n, row in some.items()}
         if parallel.rank() == 0:
             write_rows(part, [sampled_row(texts[n], *merged[n], enc) for n in numbers])
+        parallel.stop_if_asked()
     if parallel.rank() == 0:
         write_rows(path, [row for part in parts for row in read_rows(part)])
         for part in glob.glob(glob.escape(path) + ".part*"):

@@ -10,6 +10,7 @@ import glob
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -166,19 +167,31 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
     beta, lr = per_round(cfg.beta, round), per_round(cfg.lr, round)
     optimizers = make_optimizers(model, cfg, lr, device)
     one_run = cfg.stage == "ppo"            # whose rounds are some steps each of one optimisation
+    before = parallel.agree(checkpoint.latest(cfg.out_dir))
+    history = checkpoint.read_meta(before)["history"] if before else {"skipped": 0, "losses": []}
     if start or one_run and round:
-        checkpoint.resume(checkpoint.latest(cfg.out_dir), model, optimizers)
+        checkpoint.resume(before, model, optimizers)
+    else:
+        history["losses"] = []
     params = list(model.parameters())
     mix = parts(cfg, train)
     peak = next((f for chip, f in PEAK_FLOPS.items() if device.type == "cuda" and chip in torch.cuda.get_device_name(device)), None)
+    saving, held_out = None, {}
     loader = prefetch(lambda step: [(n, b) for n, part in enumerate(mix) for b in micro_batches(part[0], round, step, part[1], model.config, device, enc.eot_token)],
                       range(start, steps))
     for step in range(start, steps + 1):
+        parallel.at(f"round {round} step {step}")
         if watched(cfg, round, step, steps) and (step > start or not start):
-            log({"kind": "eval", "round": round, "step": step} | figures(cfg, round, step, model, val, device, enc))
-        if (step % cfg.save_interval == 0 or step == steps) and step > start:
-            checkpoint.save(cfg.out_dir, round, step, model, optimizers, cfg, enc, tokenizer_name)
-        if step == steps:
+            held_out = figures(cfg, round, step, model, val, device, enc)
+            log({"kind": "eval", "round": round, "step": step} | held_out)
+        stop = step > start and bool(record["stop"])
+        if (step % cfg.save_interval == 0 or step == steps or stop) and step > start:
+            settle(saving, cfg, round, step, log)
+            saving = checkpoint.save(cfg.out_dir, round, step, model, optimizers, cfg, enc, tokenizer_name,
+                                     held_out if watched(cfg, round, step, steps) else {}, history)
+        if step == steps or stop:
+            settle(saving, cfg, round, step, log, last=True)
+            parallel.stop_if_asked()
             break
 
         # ---- one training step
@@ -199,10 +212,21 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
             for name, value in ({"loss": weight * loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
         norm = parallel.clip_(params, cfg.grad_clip)
-        record = dict(zip([*sums, "norm"], parallel.total([*sums.values(), norm / parallel.world()], device)))
+        record = dict(zip([*sums, "norm", "stop"], parallel.total([*sums.values(), norm / parallel.world(), len(parallel.signals)], device)))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["norm"])):
-            raise SystemExit(f"round {round} step {step}: loss {record['loss']}, gradient norm {record['norm']}; last checkpoint: "
-                             f"{checkpoint.latest(cfg.out_dir)}; rows: {rows_of(cfg, round, step, train, enc)}")
+            text = f"loss {record['loss']}, gradient norm {record['norm']}; rows: {rows_of(cfg, round, step, train, enc)}"
+            if cfg.nonfinite == "stop":
+                settle(saving, cfg, round, step, log)
+                raise SystemExit(f"round {round} step {step}: {text}; last checkpoint: {checkpoint.latest(cfg.out_dir)}")
+            history["skipped"] += 1
+            log({"kind": "warning", "round": round, "step": step, "skipped": history["skipped"], "text": f"this step is skipped: {text}"})
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            continue
+        if cfg.spike and len(history["losses"]) >= 10 and record["loss"] > cfg.spike * abs(float(np.median(history["losses"]))):
+            log({"kind": "warning", "round": round, "step": step, "text": f"the loss is {record['loss']:.4f}, {cfg.spike} times the median of the steps "
+                                                                          f"before it; rows: {rows_of(cfg, round, step, train, enc)}"})
+        history["losses"] = [*history["losses"][-49:], record["loss"]]
         factor = lr_factor(cfg, round * steps + step, cfg.rounds * steps) if one_run else lr_factor(cfg, step, steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -214,9 +238,18 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         if step == 0 and cfg.stage in STARTS:
             check_start(cfg, round, record, [b for n, b in batches if n == 0], beta, counts[0], model, log)
         seconds = time.time() - began
-        log({"kind": "step", "round": round, "step": step} | record |
+        log({"kind": "step", "round": round, "step": step} | {name: value for name, value in record.items() if name != "stop"} |
             {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
              "mfu": peak and model.flops_per_token(context(batches[0][1]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
+
+
+def settle(saving, cfg, round, step, log, last=False):
+    """Wait for the save before. One that failed is said; the run goes on, unless there will be no other."""
+    failed = checkpoint.finished(saving)
+    if failed and last:
+        raise SystemExit(f"the checkpoint at round {round} step {step} could not be saved ({failed}); the newest there is: {checkpoint.latest(cfg.out_dir)}")
+    if failed:
+        log({"kind": "warning", "round": round, "step": step, "text": f"the checkpoint before this one could not be saved ({failed}); the run goes on"})
 
 
 def context(batch):
@@ -324,12 +357,26 @@ def build(cfg, device, dtype):
         prepare_teacher(cfg, enc, shape.block_size, device, dtype)
     with torch.device("meta"):
         model = GPT(shape)
-    model = parallel.wrap(model, device, dtype, cfg.compile)
+    model = parallel.wrap(model, device, dtype, cfg)
     if path:
         checkpoint.load_weights(path, model)
     else:
         model.init_weights(cfg.seed, parallel.copy_)
     return model, enc, name
+
+
+def same_everywhere(cfg):
+    """End the run if a rank has another config, other data, code or package versions than rank 0."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = [sha256(f) for f in sorted(glob.glob(os.path.join(glob.escape(here), "*.py")) + glob.glob(os.path.join(glob.escape(here), "config", "__init__.py")) +
+                                      glob.glob(os.path.join(glob.escape(here), "data", "*.py")))]
+    mine = {f"setting {name}": value for name, value in asdict(cfg).items()} | {
+        "data": read_meta(cfg.data, [])["files"], "code": code, "torch": torch.__version__, "numpy": np.__version__}
+    everyone = parallel.gather(mine)
+    for rank, its in enumerate(everyone):
+        for name, value in its.items():
+            if value != everyone[0][name]:
+                raise SystemExit(f"rank {rank} has another {name} than rank 0" + (f": {value!r}, not {everyone[0][name]!r}" if name != "code" and name != "data" else ""))
 
 
 def begin(cfg):
@@ -352,7 +399,10 @@ def begin(cfg):
         raise SystemExit(f"init {cfg.init} is a reward model, no policy; it goes into reward")
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise SystemExit(f"out_dir {cfg.out_dir} is a file")
-    newest, path = checkpoint.latest(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
+    if parallel.rank() == 0:
+        for folder in glob.glob(os.path.join(glob.escape(cfg.out_dir), "round_*", "writing_*")):
+            shutil.rmtree(folder)
+    newest, path = checkpoint.newest_good(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
     written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
     if os.path.exists(path) and (newest or any(os.path.getsize(f) for f in written)):
         with open(path, encoding="utf-8") as f:
@@ -366,7 +416,8 @@ def begin(cfg):
     return meta["round"], meta["step"]
 
 
-MAY_CHANGE = {"out_dir", "device", "compile", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
+MAY_CHANGE = {"out_dir", "device", "compile", "recompute", "deterministic", "shards", "reshard_after_forward", "prefetch", "sample_sharded", "timeout", "keep_last",
+              "keep_best", "nonfinite", "spike", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
 
 
 def settings(cfg):
@@ -388,6 +439,7 @@ def main(argv):
     cfg = config.load(argv)
     device = parallel.setup(cfg)
     dtype = parallel.compute_dtype(cfg, device)
+    same_everywhere(cfg)
     at = begin(cfg)
     if parallel.rank() == 0:
         describe(cfg, settings(cfg), at, device, dtype)
@@ -397,8 +449,10 @@ def main(argv):
         f"float32 products {torch.get_float32_matmul_precision()}")
     log = make_log(cfg, at, began)
     for round in range(at[0], cfg.rounds):
+        parallel.at(f"round {round}, collecting")
         train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(cfg, round, model, enc, device, dtype, say)
         start = max(0, at[1]) if round == at[0] else 0
+        parallel.stop_if_asked()
         if report and not start:
             log({"kind": "collect", "round": round, "step": 0} | report)
         if start < steps_of_round(cfg, train):
@@ -409,8 +463,7 @@ def main(argv):
     if cfg.wandb != "off" and parallel.rank() == 0:
         import wandb
         wandb.finish()
-    parallel.finish()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(parallel.run(main, sys.argv[1:]))

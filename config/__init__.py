@@ -26,6 +26,15 @@ class Config:
     dtype: str = ""                     # float32 | bfloat16, of the products; "": bfloat16 where the GPU has it. Weights are float32
     matmul_precision: str = ""          # torch.set_float32_matmul_precision; "": as parallel.tune says
     compile: bool = False               # torch.compile each block
+    recompute: int = 0                  # activation checkpointing: every n-th block is computed again in backward; 0: none, 1: all, 2: every second
+    deterministic: bool = False         # a GPU's deterministic algorithms; a CPU has no others
+
+    # several ranks: FSDP2
+    shards: int = 0                     # ranks that share one copy of the weights, as the GPUs of a node (HSDP); 0: all
+    reshard_after_forward: bool = True  # a block's weights are given up after forward and gathered again for backward
+    prefetch: int = 0                   # blocks whose weights are gathered ahead; 0: as FSDP2 does by itself
+    sample_sharded: bool = False        # sample from the sharded weights, gathered for every token, where a whole copy on each rank does not fit
+    timeout: float = 1800.0             # seconds without a sign of a rank after which the others end with its name
 
     # the model; None: the checkpoint's, or from scratch model.GPTConfig's default, where each is explained
     block_size: int | None = None
@@ -128,6 +137,10 @@ class Config:
     eval_rows: int = 256                # validation rows
     calibration: bool = False           # sft: also accuracy, calibration, one fitted temperature, tokens that training had: calibration.py
     save_interval: int = 200            # steps; the last step is always saved
+    keep_last: int = 2                  # checkpoints of a round that are kept
+    keep_best: str = ""                 # and the one that is best by a held-out figure, as val_loss; -acc: the highest acc
+    nonfinite: str = "stop"             # stop | skip the step, where a loss or gradient is not finite
+    spike: float = 5.0                  # say so, with its rows, where a loss is so many times the median of the 50 before it; 0: never
     log_interval: int = 1               # steps a printed line; metrics.jsonl has every step
     wandb: str = "off"                  # off | online | offline
     wandb_project: str = "nanospin"
@@ -137,14 +150,14 @@ CHOICES = {
     "stage": ["pretrain", "sft", "reward", "preference", "spin", "ppo"], "device": ["", "cpu", "cuda"], "kind": ["pl", "pairs", "ipo", "simpo", "orpo"],
     "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
-    "wandb": ["off", "online", "offline"], "layout": ["shared", "padded"],
+    "nonfinite": ["stop", "skip"], "wandb": ["off", "online", "offline"], "layout": ["shared", "padded"],
 }
 AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
-            "log_interval": 1, "gen_batch_size": 1, "pretrain_batch_size": 1}
+            "log_interval": 1, "gen_batch_size": 1, "pretrain_batch_size": 1, "keep_last": 1, "timeout": 1}
 NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", "temperature", "top_k", "micro_batch_tokens",
                 "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty",
                 "score_margin", "center_coef", "keep_rounds", "kl_coef", "kl_target", "kl_adapt", "eot_penalty", "clip", "value_clip", "value_coef",
-                "entropy_coef", "pretrain_coef"]
+                "entropy_coef", "pretrain_coef", "recompute", "shards", "prefetch", "spike"]
 MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
          "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
          "init_scheme", "init_noise", "dropout"]
