@@ -6,6 +6,7 @@ parameter, sharded or not, from a whole tensor, and `whole` gathers a plain copy
 """
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import json
@@ -298,6 +299,11 @@ def run(main, argv):
             say_once(e.code)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            traceback.print_exc()
+        else:
+            say_once(f"{e.filename or 'a file'}: {e.strerror}; what was saved before is there")
     except Exception as e:
         if world() > 1 and isinstance(e, RuntimeError) and any(word in str(e) for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")):
             say_once(lost())
@@ -336,10 +342,12 @@ def stop_if_asked():
 def say_once(text):
     """An error's line, on standard error, from the first rank that comes with it."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with contextlib.suppress(dist.DistError):
-        if group:
+    if group:
+        try:
             me = f"{rank()}"
             first = group["store"].compare_set(hashlib.sha256(text.encode()).hexdigest(), "", me).decode() == me
+        except dist.DistError:      # rank 0 is gone, and its store with it
+            first = True
     if first:
         print(text, file=sys.stderr, flush=True)
 

@@ -386,6 +386,7 @@ def begin(cfg):
     for name in ["batch_size"] + ["pretrain_batch_size"] * bool(cfg.pretrain_coef):
         if getattr(cfg, name) % world:
             raise SystemExit(f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}")
+    same_everywhere(cfg)
     if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
         raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
                          "and the same for val.jsonl, appended")
@@ -439,7 +440,6 @@ def main(argv):
     cfg = config.load(argv)
     device = parallel.setup(cfg)
     dtype = parallel.compute_dtype(cfg, device)
-    same_everywhere(cfg)
     at = begin(cfg)
     if parallel.rank() == 0:
         describe(cfg, settings(cfg), at, device, dtype)

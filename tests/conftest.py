@@ -21,11 +21,10 @@ WORDS = "the loss of a model falls when it reads what people write and stops at 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--device=cpu", "--eval_rows=8", "--eval_batches=2"]
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
+def make_data(folder):
     """A data folder with streams and ragged ranked rows of K = 3, in bytes."""
-    folder, rng = str(tmp_path_factory.mktemp("data")), random.Random(0)
-    enc = tokenizer.load("bytes")
+    os.makedirs(folder, exist_ok=True)
+    enc, rng = tokenizer.load("bytes"), random.Random(0)
 
     def text(least, most):
         return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
@@ -37,16 +36,24 @@ def tiny_data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_runs(tiny_data, tmp_path_factory):
+def make_runs(root, data):
     """{"pretrain": run, "sft": run}: a checkpoint of each stage."""
-    root = tmp_path_factory.mktemp("runs")
-    runs = {stage: str(root / stage) for stage in ("pretrain", "sft")}
+    runs = {stage: os.path.join(root, stage) for stage in ("pretrain", "sft")}
     shape = ["--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=False"]
-    train.main(["--stage=pretrain", f"--out_dir={runs['pretrain']}", f"--data={tiny_data}", "--max_steps=8", "--batch_size=8", "--lr=3e-3", *TINY, *shape])
-    train.main(["--stage=sft", f"--out_dir={runs['sft']}", f"--data={tiny_data}", f"--init={runs['pretrain']}", "--template=Q: {prompt}\nA: ",
+    train.main(["--stage=pretrain", f"--out_dir={runs['pretrain']}", f"--data={data}", "--max_steps=8", "--batch_size=8", "--lr=3e-3", *TINY, *shape])
+    train.main(["--stage=sft", f"--out_dir={runs['sft']}", f"--data={data}", f"--init={runs['pretrain']}", "--template=Q: {prompt}\nA: ",
                 "--max_steps=8", "--batch_size=8", "--lr=3e-3", "--max_response=16", "--device=cpu", "--eval_rows=8"])
     return runs
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    return make_data(str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_data, tmp_path_factory):
+    return make_runs(str(tmp_path_factory.mktemp("runs")), tiny_data)
 
 
 def read_metrics(run, kind):

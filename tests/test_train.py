@@ -13,7 +13,7 @@ import config
 import rollout
 import train
 from conftest import TINY, WORDS, final_weights, read_metrics
-from data import read_rows, write_meta, write_rows
+from data import read_rows, sha256, write_meta, write_rows
 
 
 def spin_args(runs, data, out, *more):
@@ -191,7 +191,7 @@ def test_spin_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch, w
     def args(out):
         return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--rounds=2", "--nll_coef=0.1")
     train.main(args("whole"))
-    target = {"sampling": (rollout, "respond"), "scoring": (rollout, "score"), "training": (train, "lr_factor"), "saving": (checkpoint, "save_file")}[where]
+    target = {"sampling": (rollout, "respond"), "scoring": (rollout, "score"), "training": (train, "lr_factor"), "saving": (checkpoint, "write_json")}[where]
     with monkeypatch.context() as m:
         m.setattr(*target, killing(getattr(*target), at))
         with pytest.raises(Killed):
@@ -345,17 +345,16 @@ def test_damaged_checkpoints(tiny_runs, tiny_data, tmp_path):
         weights[-1] ^= 1
         (folder / "model.safetensors").write_bytes(weights)
     assert "is damaged" in start(flip)
-    assert "cannot be read" in start(lambda folder: (folder / "meta.json").write_text("{"))
-    def other_shape(folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        meta["model"]["n_embd"] = 64
+    assert "meta.json is damaged" in start(lambda folder: (folder / "meta.json").write_text("{"))
+    assert "cannot be read" in start(lambda folder: os.remove(folder / "manifest.json"))
+    def change_model(folder, **changes):
+        meta, manifest = (json.loads((folder / name).read_text()) for name in ("meta.json", "manifest.json"))
+        meta["model"] |= changes
         (folder / "meta.json").write_text(json.dumps(meta))
-    assert "has shape" in start(other_shape)
-    def other_layers(folder):
-        meta = json.loads((folder / "meta.json").read_text())
-        meta["model"]["n_layer"] = 3
-        (folder / "meta.json").write_text(json.dumps(meta))
-    assert "other tensors" in start(other_layers)
+        manifest["meta.json"]["sha256"] = sha256(folder / "meta.json")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "has shape" in start(lambda folder: change_model(folder, n_embd=64))
+    assert "other tensors" in start(lambda folder: change_model(folder, n_layer=3))
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_runs, tiny_data, tmp_path, monkeypatch):
