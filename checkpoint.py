@@ -28,7 +28,7 @@ import parallel
 from data import sha256, tokenizer, write_json
 from model import GPT, GPTConfig
 
-thread = ThreadPoolExecutor(1)
+thread = ThreadPoolExecutor(1, thread_name_prefix="save")
 
 
 def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures, history):

@@ -209,9 +209,10 @@ def in_step(model):
 
 def reshard(model):
     """After a forward pass without a backward one: FSDP2 would leave the root unit's weights whole, as other tensors than
-    the optimizer's."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    the optimizer's, and the blocks' if they are not resharded after forward."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}     # on a CPU about what its caches hold, on a GPU what fills it
@@ -289,7 +290,7 @@ def run(main, argv):
     by one rank; so is the loss of another rank."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, heed)
-    status = 1
+    status, alone = 1, False
     try:
         main(argv)
         status = 0
@@ -307,6 +308,7 @@ def run(main, argv):
     except Exception as e:
         if world() > 1 and isinstance(e, RuntimeError) and any(word in str(e) for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")):
             say_once(lost())
+            alone = True
         else:
             traceback.print_exc()
     if dist.is_initialized():       # gloo's threads sometimes abort an interpreter that winds down
@@ -314,10 +316,21 @@ def run(main, argv):
         if status == 0:
             dist.barrier()
             dist.destroy_process_group()
+        elif not alone:
+            go_last()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def go_last():
+    """Rank 0, which holds the store, stays some seconds for the others to leave."""
+    with contextlib.suppress(dist.DistError):
+        group["store"].set(f"left/{rank()}", "")
+        deadline = time.monotonic() + 5 * (rank() == 0)
+        while time.monotonic() < deadline and not group["store"].check([f"left/{r}" for r in range(world())]):
+            time.sleep(0.02)
 
 
 signals = []            # what asked this process to leave
@@ -352,7 +365,7 @@ def say_once(text):
         print(text, file=sys.stderr, flush=True)
 
 
-place = {"meetings": 0, "at": "the start", "since": time.monotonic(), "leaving": False}
+place = {"at": "the start", "since": time.monotonic(), "leaving": False}
 
 
 def at(text):
@@ -361,19 +374,21 @@ def at(text):
 
 
 def meet():
-    """Note that this rank has come to the next collective call; all ranks count alike."""
-    place.update(meetings=place["meetings"] + 1, since=time.monotonic())
+    """Note that this rank has come as far as the next collective call."""
+    place["since"] = time.monotonic()
 
 
 def pulse(store, timeout):
     """A thread's work: leave a sign of life in the store every second, and end this process with the name of the rank that is
     waited for when nothing has moved for `timeout` seconds."""
+    def beat():
+        store.set(f"pulse/{rank()}", json.dumps([time.monotonic(), *standing()]))
+        time.sleep(1)
     try:
-        for beat in range(2**62):
-            store.set(f"pulse/{rank()}", json.dumps([beat, place["meetings"], place["at"]]))
-            time.sleep(1)
+        while True:
+            beat()
             if time.monotonic() - place["since"] > timeout:
-                end(lost(f"nothing has moved for {timeout:.0f} seconds", store))
+                end(lost(f"nothing has moved for {timeout:.0f} seconds", store, beat))
     except dist.DistError:
         time.sleep(5)
         end("rank 0 is gone, and its store with it")
@@ -386,18 +401,30 @@ def end(text):
         os._exit(1)
 
 
-def lost(why="the connection broke", store=None):
+def lost(why="the connection broke", store=None, wait=lambda: time.sleep(1)):
     """A line that names the ranks that are gone, stand still or are behind."""
     def look():
         return {r: json.loads(store.get(f"pulse/{r}")) for r in range(world()) if store.check([f"pulse/{r}"])}
     try:
         store = store or group["store"].clone()
         before = look()
-        time.sleep(3)
+        for _ in range(3):
+            wait()
         now = look()
     except dist.DistError:
         return f"{why}: rank 0 is gone, and its store with it"
     still = [r for r in now if r != rank() and now[r][0] == before.get(r, [None])[0]]
-    behind = [r for r in now if now[r][1] < max(n for _, n, _ in now.values())]
-    names = ", ".join(f"rank {r} ({now[r][2]})" for r in still or behind)
+    busy = [r for r in now if not now[r][1]]
+    names = ", ".join(f"rank {r} ({now[r][2]})" for r in still or busy)
     return f"{why}: " + (f"{names} {'is gone or stands still' if still else 'does not come'}" if names else f"all ranks wait at {place['at']}")
+
+
+def standing():
+    """(whether this rank waits for others, where it is): of the main thread or, while that waits for a save, of the save's."""
+    frames, mine = sys._current_frames(), threading.main_thread()
+    if frames[mine.ident].f_code.co_filename == threading.__file__:
+        mine = next((t for t in threading.enumerate() if t.name.startswith("save") and t.ident in frames), mine)
+    waits = frames[mine.ident].f_code.co_filename == dist.distributed_c10d.__file__
+    ours = (f for f, _ in traceback.walk_stack(frames[mine.ident]) if os.path.dirname(f.f_code.co_filename) == os.path.dirname(__file__) and f.f_code.co_filename != __file__)
+    at = next((f"{os.path.basename(f.f_code.co_filename)}:{f.f_lineno}" for f in ours), "")
+    return waits, f"{place['at']}{', ' * bool(at)}{at}"

@@ -199,6 +199,10 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
                 ids = enc.encode_ordinary(text) + [enc.eot_token]
                 counts["responses cut"] += len(ids) > room
             responses.append(None if ids is None else ids[:room])
+        if not prompt and max(len(y or []) for y in responses) < 2:        # a first token is not asked
+            counts["dropped"] += 1
+            encoded.append(None)
+            continue
         scores = row.get("scores") or range(len(responses), 0, -1)
         ranks = [sum(better > s for better in scores) for s in scores]
         encoded.append({"prompt": prompt, "responses": responses, "ranks": ranks} | ({"group": row["group"]} if "group" in row else {}))

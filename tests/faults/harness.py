@@ -7,21 +7,31 @@ run nothing, so a run of two ranks starts in a twentieth of a second instead of 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
+import json
 import os
+import random
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+
+from safetensors import safe_open
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import parallel     # noqa: E402
-import train        # noqa: E402
+import checkpoint               # noqa: E402
+import conftest                 # noqa: E402
+import parallel                 # noqa: E402
+import rollout                  # noqa: E402
+import train                    # noqa: E402
+from data import sha256         # noqa: E402
 
 LIMIT = 120         # seconds after which a run counts as hanging
 
@@ -150,3 +160,120 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
 
 def forget(run):
     shutil.rmtree(run.folder, ignore_errors=True)
+
+
+class Left(BaseException):
+    pass
+
+
+def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
+    """A main for `start`: torchrun's own agent with its part of two workers, which are forked too."""
+    def worker(argv):
+        import parallel
+        leave = os._exit
+
+        def left(status):       # multiprocessing's workers return to the agent
+            if threading.current_thread() is not threading.main_thread() or status:
+                leave(status)
+            raise Left
+        os._exit = left
+        if before:
+            before(int(os.environ["RANK"]))
+        try:
+            sys.exit(parallel.run(train.main, argv))
+        except Left:
+            os._exit = leave
+
+    def main(argv):
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        elastic_launch(LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=2 // nodes, run_id="x", max_restarts=restarts, start_method="fork", rdzv_backend="c10d",
+                                    rdzv_endpoint=endpoint, monitor_interval=0.05), worker)(argv)
+    return main
+
+
+# ----------------------------------------------------------------------------------------------- small runs, and whether two are the same
+
+
+TINY, TEMPLATE = conftest.TINY, "--template=Q: {prompt}\nA: "
+
+
+class Place:
+    """The scratch folder with data, base runs and undisturbed runs to compare with."""
+    def __init__(self, folder, seed):
+        self.folder, self.rng, self.n, self.whole = folder, random.Random(seed), 0, {}
+        self.data, self.runs = f"{folder}/data", {stage: f"{folder}/runs/{stage}" for stage in ("pretrain", "sft")}
+        made = start([], main=lambda argv: conftest.make_runs(f"{folder}/runs", conftest.make_data(self.data)))
+        assert made.wait() == [0], made.said
+
+    def new(self):
+        self.n += 1
+        return f"{self.folder}/out/{self.n}"
+
+    def args(self, stage, out, *more):
+        """A small run of a stage: two to four saves, evaluations between them."""
+        common = [f"--out_dir={out}", f"--data={self.data}", "--device=cpu", "--eval_rows=8", "--save_interval=2", "--eval_interval=2", "--batch_size=8", "--lr=1e-3"]
+        if stage == "pretrain":
+            return ["--stage=pretrain", "--max_steps=6", "--dropout=0.1", *common, *TINY, *more]
+        common += [f"--init={self.runs['sft' if stage != 'sft' else 'pretrain']}", TEMPLATE, "--max_response=16"]
+        if stage in ("sft", "preference"):
+            return [f"--stage={stage}", "--max_steps=6", *common, *more]
+        if stage == "ppo":
+            return ["--stage=ppo", "--rounds=2", "--reward=data.pydocs.scorer:concrete", "--max_rows=16", *common, *more]
+        teacher = ["--players=data,teacher,self", f"--teacher={self.runs['pretrain']}"] if stage == "spin3" else []
+        return ["--stage=spin", "--rounds=2", "--max_steps=3", *common, *teacher, *more]
+
+    def undisturbed(self, stage, ranks, *more):
+        """Such a run that nothing happened to."""
+        key = stage, ranks, more
+        if key not in self.whole:
+            run = go(self.args(stage, self.new(), *more), ranks)
+            assert run.status == [0] * ranks, run.said
+            self.whole[key] = f"{self.folder}/out/{self.n}"
+            forget(run)
+        return self.whole[key]
+
+
+def small_parts(rank):
+    rollout.PART = 16       # prompts: several parts a round
+
+
+def go(argv, ranks=1, fault=None, before=lambda rank: None, **options):
+    """A run to its end."""
+    def first(rank):
+        small_parts(rank)
+        before(rank)
+    run = start(argv, ranks, fault, before=first, **options)
+    run.wait()
+    return run
+
+
+TIMES = ("seconds", "ms", "tokens_per_second", "mfu")
+
+
+def numbers(out):
+    with open(f"{out}/metrics.jsonl", encoding="utf-8") as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in f]
+
+
+def difference(a, b):
+    """What of two runs is not bit for bit the same: every logged number but the clock's, weights, optimizer, samples, rows; or ""."""
+    if numbers(a) != numbers(b):
+        return "logged numbers differ"
+    one, two = checkpoint.latest(a), checkpoint.latest(b)
+    if not two or os.path.relpath(one, a) != os.path.relpath(two, b):
+        return f"newest checkpoints are {one} and {two}"
+    if tensors_of(one) != tensors_of(two):
+        return "weights or optimizer states differ"
+    names = [f"{r}/{f}" for r in sorted(os.listdir(a)) if r.startswith("round_") for f in sorted(os.listdir(f"{a}/{r}")) if f.endswith((".jsonl", ".npz"))]
+    other = [name for name in names if not os.path.exists(f"{b}/{name}") or sha256(f"{a}/{name}") != sha256(f"{b}/{name}")]
+    return f"files differ: {other}" if other else ""
+
+
+def tensors_of(path):
+    """{tensor's name and place: sha256} of a checkpoint."""
+    found = {}
+    for name in checkpoint.files_of(path):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(path, name), framework="np") as f:
+                found |= {(name, key): hashlib.sha256(f.get_tensor(key).tobytes()).hexdigest() for key in f.keys()}
+    return found
