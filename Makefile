@@ -1,6 +1,7 @@
 # make demo         the whole pipeline on this machine, to out/demo/report.md
 # make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the tests
+# make test-faults  the fault harness: kills, full disks, damaged files, hanging ranks; FAULT_SEED=2 for other places; 20 minutes
 # make figures-tn   the T_n study, to results/tn/report.md; RANKED=ranked.jsonl.gz of real threads, else docstrings; FULL=1 the original size
 # make figures-tn-map    where the write-up's picture appears: steps, learning rate, noise, width, block; about as long again
 # make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
@@ -20,7 +21,7 @@ RUN ?= log
 JOBS ?= 2
 AT_ONCE = OMP_NUM_THREADS=1 xargs -P $(JOBS) -L 1 $(PY) train.py
 
-.PHONY: student pipeline demo demo-seeds test test-peers rlhf frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
+.PHONY: student pipeline demo demo-seeds test test-faults test-peers rlhf frontier bench figures-tn figures-tn-runs figures-tn-map figures-tn-play
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -122,6 +123,9 @@ figures-tn-play: student
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+test-faults: .venv/ready
+	$(PY) -m tests.faults --seed=$(or $(FAULT_SEED),1)
 
 .venv-peers/ready: requirements.txt tests/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers

@@ -424,7 +424,7 @@ def standing():
     frames, mine = sys._current_frames(), threading.main_thread()
     if frames[mine.ident].f_code.co_filename == threading.__file__:
         mine = next((t for t in threading.enumerate() if t.name.startswith("save") and t.ident in frames), mine)
-    waits = frames[mine.ident].f_code.co_filename == dist.distributed_c10d.__file__
+    waits = frames[mine.ident].f_code.co_filename in (dist.distributed_c10d.__file__, __file__)
     ours = (f for f, _ in traceback.walk_stack(frames[mine.ident]) if os.path.dirname(f.f_code.co_filename) == os.path.dirname(__file__) and f.f_code.co_filename != __file__)
     at = next((f"{os.path.basename(f.f_code.co_filename)}:{f.f_lineno}" for f in ours), "")
     return waits, f"{place['at']}{', ' * bool(at)}{at}"

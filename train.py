@@ -183,6 +183,8 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         parallel.at(f"round {round} step {step}")
         if watched(cfg, round, step, steps) and (step > start or not start):
             held_out = figures(cfg, round, step, model, val, device, enc)
+            if cfg.keep_best and cfg.keep_best.lstrip("-") not in held_out:
+                raise SystemExit(f"config: keep_best {cfg.keep_best!r} is no held-out figure; there are {', '.join(held_out)}")
             log({"kind": "eval", "round": round, "step": step} | held_out)
         stop = step > start and bool(record["stop"])
         if (step % cfg.save_interval == 0 or step == steps or stop) and step > start:

@@ -334,6 +334,16 @@ def test_a_run_folder_keeps_its_config(tiny_data, tmp_path):
     assert "begun with lr = 0.0003, now it is 0.1" in refused(args + ["--lr=0.1"])
 
 
+def test_the_last_checkpoints_and_the_best_are_kept(tiny_runs, tiny_data, tmp_path):
+    def run(out, *more):
+        train.main(["--stage=sft", f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", f"--out_dir={tmp_path}/{out}", "--max_steps=6", "--save_interval=1", "--eval_interval=2",
+                    "--batch_size=4", "--device=cpu", "--eval_rows=4", "--lr=1e-3", *more])
+        return [os.path.basename(path) for path in checkpoint.steps_of(f"{tmp_path}/{out}/round_0")]
+    assert run("last", "--keep_last=3") == ["step_000004", "step_000005", "step_000006"]
+    assert run("best", "--keep_best=-val_loss", "--keep_last=1") == ["step_000002", "step_000006"]     # the highest: the loss falls
+    assert "there are val_loss" in refused(["--stage=sft", f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", f"--out_dir={tmp_path}/no", "--max_steps=1", "--device=cpu", "--keep_best=los"])
+
+
 def test_damaged_checkpoints(tiny_runs, tiny_data, tmp_path):
     def start(change):
         shutil.rmtree(tmp_path / "c", ignore_errors=True)

@@ -141,7 +141,7 @@ def ranks(place, short):
 def ways(place, short):
     """HSDP, activation checkpointing, prefetch, weights kept after forward, compiled blocks, sharded sampling: the same losses"""
     failed, offs = [], {}
-    cases = [(4, ["--shards=2"]), (2, ["--shards=1"]), (2, ["--recompute=1"]), (2, ["--recompute=2"]), (2, ["--prefetch=1"]), (2, ["--reshard_after_forward=False"]), (2, ["--sample_sharded=True"])]
+    cases = [(4, ["--shards=2"]), (2, ["--shards=1"]), (2, ["--recompute=1"]), (2, ["--recompute=2"]), (2, ["--prefetch=1"]), (2, ["--reshard_after_forward=False"]), (2, ["--sample_sharded=True"]), (2, ["--sample_sharded=True", "--eval_rows=1"])]
     cases += [] if short else [(1, ["--recompute=1"]), (2, ["--compile=True", "--recompute=1"])]
     for n, more in cases[:3] if short else cases:
         out = place.new()
