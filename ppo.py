@@ -13,7 +13,6 @@ RUN/round_R lie self_train.jsonl (samples), train.jsonl (with their scores), rol
 advantages, returns of every token), collect.json (report and provenance), made once, by the policy that sampled.
 """
 import importlib
-import json
 import os
 import time
 

@@ -418,7 +418,7 @@ def begin(cfg):
             shutil.rmtree(folder)
     newest, path = checkpoint.newest_good(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
     written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
-    before = read_json(path, ("config",), "; it is of no run: use another out_dir")["config"] if os.path.exists(path) else {}
+    before = read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"] if os.path.exists(path) else {}
     if newest or any(os.path.getsize(f) for f in written):
         for key, value in now.items():
             if key not in MAY_CHANGE and key in before and before[key] != value:

@@ -11,7 +11,6 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 

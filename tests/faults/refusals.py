@@ -356,6 +356,7 @@ INPUTS = {
     "begun with init since changed": ("was begun with players_sha256", lambda at: (begun(at, "spin"), in_place(at, "spin", at.data, init=other_init(at)), spin(at, f"--init={at.folder}/pretrain"))[-1]),
     "config.json damaged": ("config.json", lambda at: pretrain(begun(at, "pretrain", ("config.json", b"{")))),
     "config.json of something else": ("config.json", lambda at: (write(at, "run/config.json", '{"architectures": ["LlamaForCausalLM"]}'), pretrain(at))[-1]),
+    "config.json of something like it": ("config.json", lambda at: (write(at, "run/config.json", '{"config": 5}'), pretrain(at))[-1]),
     "metrics.jsonl damaged": ("metrics.jsonl:1", lambda at: pretrain(begun(at, "pretrain", ("metrics.jsonl", b"{}\n")))),
     "collected rows damaged": ("train.jsonl:1: not JSON", lambda at: spin(begun(at, "spin", ("round_0/train.jsonl", b"{\n")), "--max_steps=2")),
     "reference damaged": ("train.ref.npz", lambda at: spin(begun(at, "spin", ("round_0/train.ref.npz", b"PK")))),
