@@ -352,8 +352,8 @@ INPUTS = {
     "begun with another lr": ("was begun with lr", lambda at: pretrain(begun(at, "pretrain"), "--lr=0.1")),
     "begun with other data": ("was begun with data", lambda at: pretrain(begun(at, "pretrain"), data(at))),
     "begun with data since changed": ("was begun with data_sha256", lambda at: (begun(at, "sft"), data(at, {"train.jsonl": row()}), os.rename(f"{at.folder}/data", f"{at.folder}/d"),
-                                                                              in_place(at, "sft", f"{at.folder}/d"), sft(at, f"--data={at.folder}/d"))[-1]),
-    "begun with init since changed": ("was begun with players_sha256", lambda at: (begun(at, "spin"), in_place(at, "spin", at.data, init=other_init(at)), spin(at, f"--init={at.folder}/pretrain"))[-1]),
+                                                                              in_place(at, data=f"{at.folder}/d"), sft(at, f"--data={at.folder}/d"))[-1]),
+    "begun with init since changed": ("was begun with players_sha256", lambda at: (begun(at, "spin"), in_place(at, init=other_init(at)), spin(at, f"--init={at.folder}/pretrain"))[-1]),
     "config.json damaged": ("config.json", lambda at: pretrain(begun(at, "pretrain", ("config.json", b"{")))),
     "config.json of something else": ("config.json", lambda at: (write(at, "run/config.json", '{"architectures": ["LlamaForCausalLM"]}'), pretrain(at))[-1]),
     "config.json of something like it": ("config.json", lambda at: (write(at, "run/config.json", '{"config": 5}'), pretrain(at))[-1]),
@@ -396,12 +396,12 @@ INPUTS = {
 }
 
 
-def in_place(at, kind, folder, init=None):
-    """Let a begun run's config.json name another place of its data or init, which has the same settings otherwise."""
+def in_place(at, **changes):
+    """Let a begun run's config.json have other settings."""
     path = f"{at.out}/config.json"
     with open(path, encoding="utf-8") as f:
         said = json.load(f)
-    said["config"] |= {"data": folder} | ({"init": init} if init else {})
+    said["config"] |= changes
     write_json(path, said)
 
 
