@@ -11,6 +11,7 @@ import argparse
 import bisect
 import os
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, batch_rows, encode_rows, permutation, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, batch_rows, encode_rows, permutation, printable, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -229,7 +230,11 @@ def measure(path, temperature, seed, rows, args):
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
     limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
     encoded = [row for row in encode_rows(rows, *limits)[0] if row is not None]
+    if not encoded:
+        raise SystemExit(f"{path}: its block_size {model.config.block_size} leaves no room after any of {len(rows)} prompts")
     if meta["config"]["stage"] == "reward":
+        if all(len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) < 2 for row in encoded):
+            raise SystemExit(f"{path} is a reward model, and no row has two responses for it to rank")
         return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
     figures = loss_metrics(score(model, best, 8192, args.device), best)
@@ -251,8 +256,9 @@ def in_tongue(judge, enc, text, ids):
     return judge.encode_ordinary(text) + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]")
     parser.add_argument("--data", default="data/pydocs")
     parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
@@ -262,14 +268,20 @@ def main():
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling; the n-th checkpoint takes seed + n")
     parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parallel.tune(args.device)
     runs = {}
     for spec in args.checkpoints:
         found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
         if not found or found[1] in runs or found[1] == "data":
-            raise SystemExit(f"{spec}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
+            raise SystemExit(f"{spec!r}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
         runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
+    for other in filter(None, (args.judge, args.reference)):
+        checkpoint.resolve(other)
+    try:
+        os.makedirs(args.out or ".", exist_ok=True)
+    except OSError as e:
+        parser.error(f"--out {args.out}: {e.strerror}")
     no_policy = [name for name, (path, _) in runs.items() if args.judge and checkpoint.read_meta(path)["config"]["stage"] == "reward"]
     if no_policy:
         raise SystemExit(f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge")
@@ -290,12 +302,13 @@ def main():
             answers = [[(samples[who][1], *samples[who][0][prompt]) for who in (name, first)] for prompt in prompts]
             pairs = [{"prompt": prompt, "responses": [text for _, text, _ in both], "ids": [in_tongue(enc, *one) for one in both]} for prompt, both in zip(prompts, answers)]
             pairs = [p for p in encode_rows(pairs, enc, meta["config"]["template"], judge.config.block_size, *settings)[0] if p is not None]
+            if not pairs:
+                raise SystemExit(f"{args.judge}: there is no prompt that {name} and {first} both answered and that leaves the judge room")
             share, error = win_rate(judge, pairs, args.device)
             table.setdefault(name, {})
             table[name] |= {"win_rate": share, "win_rate_se": error, "against": first}
             print(f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % of {len(pairs)} prompts")
     if args.out:
-        os.makedirs(args.out, exist_ok=True)
         for name, (answers, _) in samples.items():
             if answers:
                 write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])

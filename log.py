@@ -14,15 +14,14 @@ import numpy as np
 import torch
 
 import parallel
-from data import write_json
+from data import read_json, write_json
 
 
 def describe(cfg, settings, at, device, dtype):
     """out_dir/config.json: the settings, and what each start of the run ran on."""
     path, starts = os.path.join(cfg.out_dir, "config.json"), []
     if at[1] >= 0 and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            starts = json.load(f)["starts"]
+        starts = read_json(path, ("starts",))["starts"]
     this = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_describe(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
             "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()}
@@ -47,10 +46,13 @@ def make_log(cfg, at, began):
     path, kept = os.path.join(cfg.out_dir, "metrics.jsonl"), []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            for text in f:
-                record = json.loads(text) if text.endswith("\n") else {"round": math.inf}     # cut short by a kill
-                if record["round"] < at[0] or record["round"] == at[0] and record["step"] + (record["kind"] == "step") <= at[1]:
-                    kept.append(text)
+            try:
+                for number, text in enumerate(f, 1):
+                    record = json.loads(text) if text.endswith("\n") else {"round": math.inf}     # cut short by a kill
+                    if record["round"] < at[0] or record["round"] == at[0] and record["step"] + (record["kind"] == "step") <= at[1]:
+                        kept.append(text)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise SystemExit(f"{path}:{number}: not a record of a run; mend or remove this line")
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)

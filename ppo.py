@@ -13,7 +13,6 @@ RUN/round_R lie self_train.jsonl (samples), train.jsonl (with their scores), rol
 advantages, returns of every token), collect.json (report and provenance), made once, by the policy that sampled.
 """
 import importlib
-import json
 import os
 import time
 
@@ -22,7 +21,7 @@ import torch
 
 import checkpoint
 import parallel
-from data import batch_indices, batch_rows, encode_rows, pinned, read_rows, sha256, tokenizer, write_json, write_rows
+from data import batch_indices, batch_rows, encode_rows, pinned, read_arrays, read_json, read_rows, sha256, tokenizer, write_json, write_rows
 from eval import held_out, in_batches, in_tongue, reward_scores
 from loss import kl_estimates
 from rollout import by_prompt, fitting, sample_file
@@ -55,17 +54,18 @@ def collect(cfg, round, model, enc, device, dtype, say):
                 "files": {os.path.basename(path): sha256(path) for path in (kept, arrays)},
                 "now": now, "report": report, "seconds": time.time() - start})
         parallel.barrier()
-    with open(done, encoding="utf-8") as f:
-        written = json.load(f)
+    written = read_json(done, ("files", "now", "report"))
     for path in (kept, arrays):
-        if sha256(path) != written["files"][os.path.basename(path)]:
+        if not os.path.exists(path) or sha256(path) != written["files"].get(os.path.basename(path)):
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
     train, _ = encode_rows(read_rows(kept), enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response)
-    with np.load(arrays, allow_pickle=False) as tokens:
-        ends = np.cumsum([len(row["responses"][0]) for row in train])[:-1]
-        for name in ("logps", "values", "advantages", "returns"):
-            for row, part in zip(train, np.split(tokens[name], ends), strict=True):
-                row[name] = part
+    tokens = read_arrays(arrays)
+    ends = np.cumsum([len(row["responses"][0]) for row in train])
+    for name in ("logps", "values", "advantages", "returns"):
+        if name not in tokens or tokens[name].shape != (ends[-1],):
+            raise SystemExit(f"{arrays} is damaged: its {name} are not those of {ends[-1]} tokens")
+        for row, part in zip(train, np.split(tokens[name], ends[:-1]), strict=True):
+            row[name] = part
     say(f"round {round}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens")
     return train, val, written["report"]
 
@@ -146,9 +146,12 @@ def reward_function(name):
     """The function that module:function names."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise SystemExit(f"reward {name}: {e}; it is a reward model's run folder, or module:function")
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError("it is no function")
+        return found
+    except Exception as e:      # whatever the module raises
+        raise SystemExit(f"reward {name}: {' '.join(str(e).split())}; it is a reward model's run folder, or module:function")
 
 
 # --------------------------------------------------------------------------------------------------------- the arithmetic
@@ -160,8 +163,7 @@ def standing(cfg, round, scores):
     follows kl_target (1909.08593, section 2.2): kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
     if round == 0:
         return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": float(scores.std()) if np.ptp(scores) else 1.0}
-    with open(os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), encoding="utf-8") as f:
-        before = json.load(f)
+    before = read_json(os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), ("now", "report"))
     error = before["report"]["kl"] / cfg.kl_target - 1 if cfg.kl_target else 0.0
     return before["now"] | {"kl_coef": before["now"]["kl_coef"] * (1 + cfg.kl_adapt * min(0.2, max(-0.2, error)))}
 

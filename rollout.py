@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import encode_rows, longest_shared_prefix, permutation, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
+from data import encode_rows, longest_shared_prefix, permutation, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
 from eval import answer, held_out, length_accuracy, score
 from sample import respond
 
@@ -60,7 +60,7 @@ def collect(cfg, round, model, enc, device, dtype, say):
         if cfg.stage != "sft":
             ranked = [row for row in encoded if len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) >= 2]
             counts["with nothing ranked"] = len(encoded) - len(ranked)
-            encoded = ranked if split == "train" else encoded
+            encoded = ranked if split == "train" or cfg.stage != "spin" and not ranked else encoded
         if not encoded:
             raise SystemExit(f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows is left ({counts})")
         say(f"round {round} {split}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
@@ -126,10 +126,12 @@ def reference(cfg, round, split, model, rows, device):
     path = os.path.join(cfg.out_dir, f"round_{round}", f"{split}.ref.npz")
     of = hashlib.sha256((reference_sha256(cfg, round) + json.dumps(rows)).encode()).hexdigest()
     if parallel.agree(os.path.exists(path)):
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["of"]) != of:
-                raise SystemExit(f"{path} is of other rows or another reference: the data has changed since; use another out_dir")
-            return kept["refs"]
+        kept = read_arrays(path)
+        if str(kept.get("of")) != of:
+            raise SystemExit(f"{path} is of other rows or another reference: the data has changed since; use another out_dir")
+        if "refs" not in kept or kept["refs"].shape != (len(rows), max(len(row["responses"]) for row in rows)) or not np.isfinite(kept["refs"]).all():
+            raise SystemExit(f"{path} is damaged: its refs are not the log-probabilities of {len(rows)} rows")
+        return kept["refs"]
     if parallel.agree(checkpoint.latest(cfg.out_dir, round)):
         raise SystemExit(f"{path} is missing, and the policy of round {round} is no longer its reference; remove that round's folder")
     refs = score(model, rows, parallel.micro_batch_tokens(cfg, device), device, "reference", cfg.layout)
@@ -187,7 +189,10 @@ def play(cfg, round, split, rows, model, enc, dtype):
 
 def prepare_teacher(cfg, enc, block_size, device, dtype):
     """A teacher that is a checkpoint writes its responses to RUN/teacher_{train,val}.jsonl before the student is built:
-    the two never share memory."""
+    the two never share memory. Another is looked through: it may lack a response that is asked for late."""
+    if cfg.teacher and not os.path.isdir(cfg.teacher):
+        for split, rows in source(cfg).items():
+            teacher_responses(cfg, split, fitting(cfg, rows, enc, block_size), enc)
     paths = {split: os.path.join(cfg.out_dir, f"teacher_{split}.jsonl") for split in ("train", "val")}
     if not os.path.isdir(cfg.teacher) or parallel.agree(all(os.path.exists(p) for p in paths.values())):
         return
@@ -213,6 +218,10 @@ def by_prompt(path, texts, enc):
     for row in read_rows(path):
         text, ids = row["responses"][0], None
         if row.get("tokenizer") == name:
+            if not (row.get("ids") or [None])[0]:
+                raise SystemExit(f"{path}: the row with the prompt {row['prompt'][:60]!r} names its tokenizer and has no ids")
+            if max(row["ids"][0]) >= enc.n_vocab:
+                raise SystemExit(f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(row['ids'][0])}, outside the vocabulary of {enc.n_vocab}")
             ids = row["ids"][0]
         elif row.get("ended") is False:
             ids = enc.encode_ordinary(text)

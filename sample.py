@@ -5,6 +5,7 @@ r"""Batched generation with a KV cache; also a command line.
     python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
 """
 import argparse
+import os
 import sys
 
 import numpy as np
@@ -141,8 +142,8 @@ def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, t
     return [None if r is None else text_of(enc, r) for r in ids], ids
 
 
-def number(kind, least):
-    """An argparse type: an int or float from `least` on."""
+def number(kind, least, most=float("inf")):
+    """An argparse type: an int or float from `least` to `most`."""
     def parse(text):
         try:
             value = kind(text)
@@ -150,6 +151,8 @@ def number(kind, least):
             raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
         if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
     return parse
 
@@ -166,11 +169,12 @@ def text_of(enc, ids):
     return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
 
 
-def main():
+def main(argv=None):
     import checkpoint
     import parallel
-    from data import read_rows, tokenizer, write_rows
+    from data import printable, read_rows, tokenizer, write_rows
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
     parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
@@ -180,17 +184,21 @@ def main():
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the template")
     parser.add_argument("--temperature", type=number(float, 0), default=1.0)
     parser.add_argument("--top_k", type=number(int, 0), default=0, help="0: all")
-    parser.add_argument("--top_p", type=number(float, 1e-9), default=1.0, help="1: all")
+    parser.add_argument("--top_p", type=number(float, 1e-9, 1), default=1.0, help="1: all")
     parser.add_argument("--max_new_tokens", type=number(int, 0), default=0, help="0: the checkpoint's max_response")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out go together")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out}: No such folder")
     parallel.tune(args.device)
     model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
+    if model.config.scalar:
+        parser.error(f"{args.checkpoint} is a reward model, no policy: it scores responses (eval.py)")
     settings = dict(template="{prompt}" if args.raw else meta["config"]["template"],
                     max_prompt=meta["config"]["max_prompt"],
                     max_response=args.max_new_tokens or meta["config"]["max_response"],
@@ -207,7 +215,7 @@ def main():
         return
     if args.prompt is not None:
         texts, _ = respond(model, enc, texts=[args.prompt], **settings)
-        print("(the prompt leaves no room for a response)" if texts[0] is None else texts[0])
+        print("(the prompt leaves no room for a response)" if texts[0] is None else printable(texts[0]))
         return
     if sys.stdin.isatty():
         print("a prompt a line; end with control-D")
@@ -218,7 +226,7 @@ def main():
             said = (said + enc.encode_ordinary(settings["template"].replace("{prompt}", line.strip())))[-keep:]
             new, = generate(model, [said], settings["max_response"] or model.config.block_size, args.temperature, args.top_k, args.top_p,
                             enc.eot_token, torch.Generator().manual_seed(args.seed), numbers=[turn])
-            print(text_of(enc, new), flush=True)
+            print(printable(text_of(enc, new)), flush=True)
             said = said + [i for i in new if i != enc.eot_token] + enc.encode_ordinary("\n\n")
 
 

@@ -25,7 +25,7 @@ import parallel
 import ppo
 from config import per_round
 from calibration import calibration
-from data import batch_indices, batch_rows, read_meta, reward_batch, read_stream, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path
+from data import batch_indices, batch_rows, first_outside, read_json, read_meta, reward_batch, read_stream, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path
 from eval import loss_metrics, ranking_metrics, reward_metrics, reward_scores, run, score, stream_loss, stream_parts
 from log import describe, make_log
 from loss import focal_nll, ppo_loss, preference_loss, reward_loss, sequence_logprobs, smoothed_nll, taylor_nll
@@ -348,6 +348,11 @@ def build(cfg, device, dtype):
         data = read_meta(beside(cfg).data, [])
         if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
             raise SystemExit(f"{beside(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
+        for split in ("train", "val"):
+            tokens = read_stream(beside(cfg).data, split)
+            first = min(parallel.gather(first_outside(tokens, enc.n_vocab, parallel.rank(), parallel.world())))
+            if first < len(tokens):
+                raise SystemExit(f"{beside(cfg).data}/{split}.bin: token id {tokens[first]} at position {first} is outside the vocabulary of {enc.n_vocab}")
     try:
         shape = GPTConfig(**shape | {"scalar": cfg.stage in ("reward", "ppo")})
     except ValueError as e:
@@ -389,28 +394,36 @@ def begin(cfg):
         if getattr(cfg, name) % world:
             raise SystemExit(f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}")
     same_everywhere(cfg)
+    now = settings(cfg)
     if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
         raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
                          "and the same for val.jsonl, appended")
-    if cfg.teacher not in ("", "rows") and not os.path.isfile(cfg.teacher):
-        checkpoint.resolve(cfg.teacher)
+    sampled = cfg.stage in ("preference", "spin", "ppo")        # whose init is the reference too, as long as the run goes on
+    policies = {"init": cfg.init} if sampled or not checkpoint.latest(cfg.out_dir) else {}
+    policies |= {"teacher": cfg.teacher} if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher) else {}
+    for name, path in policies.items():
+        if path and checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward" and sampled:
+            raise SystemExit(f"{name} {path} is a reward model, no policy; it goes into reward")
     if ":" in cfg.reward:
         ppo.reward_function(cfg.reward)
     elif cfg.reward and checkpoint.read_meta(checkpoint.resolve(cfg.reward))["config"]["stage"] != "reward":
         raise SystemExit(f"reward {cfg.reward} is not a reward model: it was not trained by stage reward")
-    if cfg.stage == "ppo" and checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["stage"] == "reward":
-        raise SystemExit(f"init {cfg.init} is a reward model, no policy; it goes into reward")
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise SystemExit(f"out_dir {cfg.out_dir} is a file")
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"out_dir {cfg.out_dir}: {e.strerror}")
+    if not os.access(cfg.out_dir, os.W_OK):
+        raise SystemExit(f"out_dir {cfg.out_dir}: it cannot be written to")
     if parallel.rank() == 0:
         for folder in glob.glob(os.path.join(glob.escape(cfg.out_dir), "round_*", "writing_*")):
             shutil.rmtree(folder)
     newest, path = checkpoint.newest_good(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
     written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
-    if os.path.exists(path) and (newest or any(os.path.getsize(f) for f in written)):
-        with open(path, encoding="utf-8") as f:
-            before = json.load(f)["config"]
-        for key, value in settings(cfg).items():
+    before = read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"] if os.path.exists(path) else {}
+    if newest or any(os.path.getsize(f) for f in written):
+        for key, value in now.items():
             if key not in MAY_CHANGE and key in before and before[key] != value:
                 raise SystemExit(f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
                                  "use another out_dir, or remove that one")

@@ -10,6 +10,7 @@ import difflib
 import glob
 import inspect
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def read_file(path):
     except SyntaxError as e:
         raise SystemExit(f"{path}:{e.lineno}: {e.msg}")
     except Exception as e:
-        raise SystemExit(f"{path}: {type(e).__name__}: {e}")
+        raise SystemExit(f"{path}: {type(e).__name__}: {' '.join(str(e).split())}")
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 
@@ -216,21 +217,22 @@ def parse(text, hint):
         return text.split(",")
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text     # `convert` says what it should have been
 
 
 def convert(name, value, hint, where):
     """The value if it has the hinted type, an int where a float is asked made one; exits otherwise."""
+    def fits(v, kind):
+        return abs(v) < 1e300 if kind is float and type(v) in (int, float) else type(v) is kind     # neither infinite nor NaN
+
     for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint]:
-        if option is float and type(value) is int:
-            return float(value)
         if typing.get_origin(option) is list:
             item = typing.get_args(option)[0]
-            if isinstance(value, (list, tuple)) and all(type(v) is item or (item is float and type(v) is int) for v in value):
+            if isinstance(value, (list, tuple)) and all(fits(v, item) for v in value):
                 return [item(v) for v in value]
-        elif type(value) is option:
-            return value
+        elif fits(value, option):
+            return option(value) if option is float else value
     expected = str(hint) if not isinstance(hint, type) or typing.get_origin(hint) else hint.__name__
     raise SystemExit(f"{where}: {name} must be {expected.replace('NoneType', 'None')}, got {value!r}")
 
@@ -241,6 +243,10 @@ def check(cfg):
         if not ok:
             raise SystemExit(f"config: {message}")
 
+    for name, value in vars(cfg).items():
+        must(type(value) is not int or value < 2**48, f"{name} must be below 2**48, got {value}")
+        odd = type(value) is str and re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", re.sub("[\n\t]", "", value) if name == "template" else value)
+        must(not odd, f"{name} must be Unicode without control characters, got {value!r}")
     for name, choices in CHOICES.items():
         value = getattr(cfg, name)
         must(value in choices, f"{name} must be one of {', '.join(c or repr(c) for c in choices)}, got {value!r}")
@@ -248,6 +254,9 @@ def check(cfg):
         must(getattr(cfg, name) >= least, f"{name} must be at least {least}, got {getattr(cfg, name)}")
     for name in NOT_NEGATIVE:
         must(getattr(cfg, name) >= 0, f"{name} must not be negative, got {getattr(cfg, name)}")
+    must((cfg.softcap or 0) >= 0, f"softcap must not be negative, got {cfg.softcap}")
+    for name in ("norm_eps", "rope_theta"):
+        must(getattr(cfg, name) is None or getattr(cfg, name) > 0, f"{name} must be above 0, got {getattr(cfg, name)}")
     must(0 < cfg.top_p <= 1, f"top_p must be in (0, 1], got {cfg.top_p}")
     for n in (cfg.taylor_order, cfg.taylor_end or 0.0):
         must(0 <= n <= 20, f"taylor_order and taylor_end must be at least 0 and at most 20, got {n}")

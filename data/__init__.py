@@ -11,8 +11,8 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -95,22 +95,52 @@ def prepare_command(folder):
     return f"python -m data.jsonl.prepare FILE.jsonl --out={folder}"
 
 
+def read_json(path, need=(), advice=""):
+    """The object in a JSON file, with the names in `need`. Exits with one line if it is not there."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except OSError as e:
+        raise SystemExit(f"{path}: {e.strerror}{advice}")
+    except (ValueError, RecursionError) as e:
+        raise SystemExit(f"{path} is not JSON ({e}){advice}")
+    missing = [name for name in need if name not in value] if isinstance(value, dict) else need
+    if missing or not isinstance(value, dict):
+        raise SystemExit(f"{path} is not what it should be: it has no {', '.join(missing)}{advice}")
+    return value
+
+
+def read_arrays(path):
+    """The arrays of an .npz file, by name; none of objects, which would be pickles. Exits with one line if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return {name: f[name] for name in f.files}
+    except Exception as e:      # numpy and zipfile raise many kinds
+        raise SystemExit(f"{path} is damaged: it is no .npz file of numbers ({type(e).__name__})")
+
+
 def read_meta(folder, need):
     """meta.json of a data folder, checked for the files in `need`. Exits with one line and the command that makes them."""
-    try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
-    except OSError as e:
-        raise SystemExit(f"{folder}/meta.json: {e.strerror}; make it with: {prepare_command(folder)}")
-    except ValueError as e:
-        raise SystemExit(f"{folder}/meta.json is not JSON ({e}); make it again with: {prepare_command(folder)}")
-    for name in need:
-        path = os.path.join(folder, name)
-        if not os.path.exists(path) or name not in meta.get("files", {}):
-            raise SystemExit(f"{path} is missing; make it with: {prepare_command(folder)}")
-        if os.path.getsize(path) != meta["files"][name]["bytes"]:
-            raise SystemExit(f"{path} has {os.path.getsize(path)} bytes, meta.json says {meta['files'][name]['bytes']}; "
-                             f"make it again with: {prepare_command(folder)}")
+    advice = f"; make it with: {prepare_command(folder)}"
+    meta = read_json(f"{folder}/meta.json", ("tokenizer", "source", "files"), advice)
+
+    def must(ok, message):
+        if not ok:
+            raise SystemExit(message + advice)
+    name, files = meta["tokenizer"], meta["files"]
+    must(isinstance(files, dict) and all(isinstance(f, dict) and type(f.get("bytes")) is int and type(f.get("sha256")) is str for f in files.values()),
+         f"{folder}/meta.json: files must say the bytes and the sha256 of each")
+    must(name is None or type(name) is str and name.isprintable() and name == os.path.basename(name) not in ("", ".", ".."),
+         f"{folder}/meta.json: tokenizer must be gpt2, bytes or the name of a file in the folder, got {name!r}")
+    must(name is None or meta.get("dtype") in ("uint16", "uint32") and type(meta.get("tokenizer_sha256")) is str,
+         f"{folder}/meta.json: with a tokenizer go its tokenizer_sha256 and a dtype, uint16 or uint32, got {meta.get('dtype')!r}")
+    for file in need:
+        path = os.path.join(folder, file)
+        must(os.path.exists(path) and file in files, f"{path} is missing")
+        size = os.path.getsize(path)
+        must(size == files[file]["bytes"], f"{path} has {size} bytes, meta.json says {files[file]['bytes']}")
+        must(file.endswith(".bin") or sha256(path) == files[file]["sha256"], f"{path} was changed: its sha256 is not the one in meta.json")
+        must(name or not file.endswith(".bin"), f"{folder}/meta.json names no tokenizer that {file} was written with")
     return meta
 
 
@@ -119,7 +149,19 @@ def read_stream(folder, split):
     meta = read_meta(folder, [f"{split}.bin"])
     if not meta["files"][f"{split}.bin"]["bytes"]:
         raise SystemExit(f"{folder}/{split}.bin is empty: no document fell to its side of the split")
+    if meta["files"][f"{split}.bin"]["bytes"] % np.dtype(meta["dtype"]).itemsize:
+        raise SystemExit(f"{folder}/{split}.bin: its {meta['files'][f'{split}.bin']['bytes']} bytes are no multiple of a token's, of {meta['dtype']}")
     return np.memmap(os.path.join(folder, f"{split}.bin"), dtype=meta["dtype"], mode="r")
+
+
+def first_outside(tokens, vocab_size, part=0, of=1, length=2**24):
+    """Where the first id outside the vocabulary stands in a stream, len(tokens) if there is none; a `part` of some looks at every so
+    many pieces of it."""
+    for start in range(part * length, len(tokens), of * length):
+        piece = tokens[start:start + length]
+        if piece.max() >= vocab_size:
+            return start + int((piece >= vocab_size).argmax())
+    return len(tokens)
 
 
 def read_rows(path):
@@ -134,10 +176,10 @@ def read_rows(path):
             for number, line in enumerate(f, 1):
                 if line.strip():
                     rows.append(check_row(json.loads(line), f"{path}:{number}"))
-        except json.JSONDecodeError as e:
-            raise SystemExit(f"{path}:{number}: not JSON: {e}")
         except UnicodeDecodeError as e:
             raise SystemExit(f"{path}: not UTF-8 after line {len(rows)}: {e.reason}")
+        except (ValueError, RecursionError) as e:
+            raise SystemExit(f"{path}:{number}: not JSON: {e}")
     if not rows:
         raise SystemExit(f"{path}: no rows")
     return rows
@@ -148,11 +190,17 @@ def is_unicode(text):
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def printable(text):
+    """A text for a terminal, which must not obey it: control characters but newline and tab are escaped."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def check_row(row, where):
     def must(ok, message):
         if not ok:
             raise SystemExit(f"{where}: {message}")
     must(isinstance(row, dict), "a row must be an object with prompt and responses, or a text")
+    must(row.get("group") is None or isinstance(row["group"], str) and is_unicode(row["group"]), "group must be a string")
     if "text" in row and "prompt" not in row and "responses" not in row:
         must(isinstance(row["text"], str) and row["text"].strip() and is_unicode(row["text"]), "text must be a Unicode string that is not empty")
         return {"prompt": "", "responses": [row["text"]]} | ({"group": row["group"]} if "group" in row else {})
@@ -164,9 +212,12 @@ def check_row(row, where):
     must(all(is_unicode(text) for text in [row["prompt"], *responses] if text is not None), "text must be Unicode, without lone surrogates")
     scores = row.get("scores")
     must(scores is None or (isinstance(scores, list) and len(scores) == len(responses)
-                            and all(type(s) in (int, float) and math.isfinite(s) for s in scores)),
+                            and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)),
          "scores must be a number for each response")
     must(scores is None or all(a >= b for a, b in zip(scores, scores[1:])), "scores must fall from best to worst")
+    ids = row.get("ids")
+    must(ids is None or isinstance(ids, list) and len(ids) == len(responses) and all(y is None or isinstance(y, list) and set(map(type, y)) == {int} and min(y) >= 0 for y in ids),
+         "ids must be a list of token ids, or null, for each response")
     return row
 
 
@@ -178,12 +229,12 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
 
     A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int], "group": its group?}; a response is
     encode(text) + [eot], cut at its end (then it has no eot), a prompt is cut at its start. Responses that come with "ids"
-    were sampled: taken as they are; a whole text has no prompt and no template. Returns the rows, None for those whose prompt
+    were sampled: taken as they are, unless another "tokenizer" made them; a whole text has no prompt and no template. Returns the rows, None for those whose prompt
     leaves no room, and counts of what was cut and dropped.
     """
     max_prompt, max_response = max_prompt or block_size, max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
-    encoded = []
+    encoded, mine = [], tokenizers.fingerprint(enc)
     for row in rows:
         prompt = enc.encode_ordinary(template.replace("{prompt}", row["prompt"])) if row["prompt"] else []
         room = min(max_response, block_size - min(max_prompt, len(prompt)))
@@ -194,7 +245,9 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
         counts["prompts cut"] += len(prompt) > max_prompt
         prompt = prompt[-max_prompt:]
         responses = []
-        for text, ids in zip(row["responses"], row.get("ids") or [None] * len(row["responses"])):
+        for text, ids in zip(row["responses"], (row.get("tokenizer") or mine) == mine and row.get("ids") or [None] * len(row["responses"])):
+            if ids is not None and max(ids) >= enc.n_vocab:
+                raise SystemExit(f"the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}")
             if ids is None and text is not None:
                 ids = enc.encode_ordinary(text) + [enc.eot_token]
                 counts["responses cut"] += len(ids) > room

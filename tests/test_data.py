@@ -343,3 +343,29 @@ def test_jsonl_takes_the_shared_rows_as_they_are(tmp_path):
     assert done.returncode == 0
     rows = read_rows(f"{tmp_path}/all/train.jsonl")
     assert {len(row["responses"]) for row in rows} == {3, 4, 5, 6} and any(len(set(row["scores"])) < len(row["scores"]) for row in rows)
+
+
+def test_an_id_outside_the_vocabulary_is_found_anywhere():
+    tokens = np.array([1, 2, 3, 9, 4, 9, 1], dtype=np.uint16)
+    assert data.first_outside(tokens, 10) == 7 and data.first_outside(tokens, 9) == 3
+    for length in (1, 2, 3, 7):
+        assert min(data.first_outside(tokens, 9, part, 2, length) for part in range(2)) == 3
+        assert min(data.first_outside(tokens[4:], 9, part, 3, length) for part in range(3)) == 1
+
+
+def test_what_is_read_is_data(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(SystemExit, match="no .npz file of numbers"):
+        data.read_arrays(str(tmp_path / "a.npz"))
+    for text, message in (("{", "not JSON"), ("[" * 100000, "not JSON"), ("[]", "has no x"), ('{"y": 1}', "has no x")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            data.read_json(str(tmp_path / "a.json"), ("x",))
+    assert data.printable("a\tb\n\x1b[2J\r\x9b\ud800é") == "a\tb\n\\x1b[2J\\r\\x9b\\ud800é"
+
+
+def test_ids_of_another_tokenizer_are_not_taken():
+    row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
+    assert encode([row | {"tokenizer": "another"}])[0][0]["responses"] == [[ord("b"), EOT]] and encode([row])[0][0]["responses"] == [[7]]
+    with pytest.raises(SystemExit, match="outside the vocabulary"):
+        encode([row | {"ids": [[257]]}])
