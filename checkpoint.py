@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import typing
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,10 +26,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import config
 import parallel
-from data import sha256, tokenizer, write_json
+from data import printable, sha256, tokenizer, write_json
 from model import GPT, GPTConfig
 
 thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+META = {"round": int, "step": int, "model": dict, "config": dict, "figures": dict, "history": dict, "tokenizer": str, "tokenizer_sha256": str, "weights_sha256": str}
 
 
 def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures, history):
@@ -95,7 +97,13 @@ def resume(path, model, optimizers):
     tensors = tensors_of(states)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.path.join(path, "optimizer")), no_dist=parallel.world() == 1)
+        try:
+            for name in os.listdir(os.path.join(path, "optimizer")):       # DCP would print a traceback of its own
+                if name.endswith(".safetensors"):
+                    safe_open(os.path.join(path, "optimizer", name), framework="pt").__exit__(None, None, None)
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.path.join(path, "optimizer")), no_dist=parallel.world() == 1)
+        except (dcp.CheckpointException, SafetensorError, OSError) as e:     # the first is no Exception
+            raise SystemExit(f"{path}/optimizer cannot be read ({type(e).__name__}); remove {path}, and the checkpoint before it is taken")
     for name, state in states["state"].items():
         for key in state:
             if isinstance(state[key], torch.Tensor):
@@ -121,19 +129,19 @@ def damage(path):
         if text.decode() != json.dumps(manifest, indent=1, ensure_ascii=False) + "\n":
             return "manifest.json was altered"
         if files_of(path) != sorted(manifest):
-            return f"its files are not those in manifest.json ({', '.join(sorted(set(manifest) ^ set(files_of(path))))})"
+            return f"its files are not those in manifest.json ({printable(', '.join(sorted(set(manifest) ^ set(files_of(path)))))})"
         for name in sorted(manifest)[parallel.rank()::parallel.world()]:
             if sha256(os.path.join(path, name)) != manifest[name]["sha256"]:
                 return f"{name} is not what was saved: its sha256 is not the one in manifest.json"
         with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
         if f"round_{meta['round']}/step_{meta['step']:06d}" != "/".join(os.path.abspath(path).split(os.sep)[-2:]):
-            return f"it is round {meta['round']} step {meta['step']} by its meta.json"
+            return f"it is round {meta['round']!r} step {meta['step']!r} by its meta.json"
         return ""
     try:
         found = look()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        found = f"its manifest.json or a file cannot be read ({type(e).__name__}: {e})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        found = printable(f"its manifest.json or a file cannot be read ({type(e).__name__}: {e})")
     return next(filter(None, parallel.gather(found)), "")
 
 
@@ -201,10 +209,16 @@ def read_meta(path):
             if hashlib.sha256(text).hexdigest() != json.load(f)["meta.json"]["sha256"]:
                 raise SystemExit(f"{path}/meta.json is damaged: its sha256 is not the one in manifest.json")
         meta = json.loads(text)
+        hints, settings = typing.get_type_hints(GPTConfig), typing.get_type_hints(config.Config)
+        for name, value, hint in [(name, meta[name], kind) for name, kind in META.items()] + [(name, value, hints[name]) for name, value in meta["model"].items()] + \
+                [(name, meta["config"][name], settings[name]) for name in ("stage", "template", "max_prompt", "max_response")]:
+            config.convert(name, value, hint, f"{path}/meta.json")
+        if meta["tokenizer"] not in ("gpt2", "bytes", "tokenizer.tiktoken"):
+            raise ValueError(f"tokenizer {meta['tokenizer']!r}")
         GPTConfig(**meta["model"])
         return meta
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise SystemExit(f"{path}/meta.json cannot be read ({type(e).__name__}: {e})")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise SystemExit(printable(f"{path}/meta.json cannot be read ({type(e).__name__}: {e})"))
 
 
 def read_tokenizer(path, meta):

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
+import launch
 import parallel
 from data import encode_rows, longest_shared_prefix, permutation, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
 from eval import answer, held_out, length_accuracy, score
@@ -258,7 +259,7 @@ def sample_file(path, model, enc, cfg, texts, what):
         merged = {n: row for some in parallel.gather({n: (a, i) for n, a, i in zip(mine, answers, ids)}) for n, row in some.items()}
         if parallel.rank() == 0:
             write_rows(part, [sampled_row(texts[n], *merged[n], enc) for n in numbers])
-        parallel.stop_if_asked()
+        launch.stop_if_asked()
     if parallel.rank() == 0:
         write_rows(path, [row for part in parts for row in read_rows(part)])
         for part in glob.glob(glob.escape(path) + ".part*"):

@@ -6,26 +6,27 @@
 Started again, the same command goes on where it stopped. `python train.py --help` lists the settings.
 """
 import functools
-import glob
-import json
 import math
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")      # before torch is loaded: of a rank that leaves it says a page
 
 import numpy as np
 import torch
 
 import checkpoint
 import config
+import launch
 import parallel
 import ppo
+from begin import begin, settings
 from config import per_round
 from calibration import calibration
-from data import batch_indices, batch_rows, first_outside, read_json, read_meta, reward_batch, read_stream, row_tokens, sha256, split_by_tokens, stream_batch, tokenizer, tokenizer_path
+from data import batch_indices, batch_rows, first_outside, read_meta, reward_batch, read_stream, row_tokens, split_by_tokens, stream_batch, tokenizer, tokenizer_path
 from eval import loss_metrics, ranking_metrics, reward_metrics, reward_scores, run, score, stream_loss, stream_parts
 from log import describe, make_log
 from loss import focal_nll, ppo_loss, preference_loss, reward_loss, sequence_logprobs, smoothed_nll, taylor_nll
@@ -128,14 +129,9 @@ def parts(cfg, train):
     the config asks, as a stage of its own would take it."""
     mine = [(cfg, train, 1.0, OBJECTIVES[cfg.stage])]
     if cfg.pretrain_coef:
-        other = beside(cfg)
+        other = config.beside(cfg)
         mine.append((other, read_stream(other.data, "train"), cfg.pretrain_coef, stream_objective))
     return mine
-
-
-def beside(cfg):
-    return replace(cfg, stage="pretrain", data=cfg.pretrain_data or cfg.data, batch_size=cfg.pretrain_batch_size, taylor_order=0.0, taylor_end=None, focal=0.0,
-                   label_smoothing=0.0, confidence_penalty=0.0)
 
 
 def prefetch(make, steps):
@@ -193,7 +189,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
                                      held_out if watched(cfg, round, step, steps) else {}, history)
         if step == steps or stop:
             settle(saving, cfg, round, step, log, last=True)
-            parallel.stop_if_asked()
+            launch.stop_if_asked()
             break
 
         # ---- one training step
@@ -214,7 +210,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
             for name, value in ({"loss": weight * loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
         norm = parallel.clip_(params, cfg.grad_clip)
-        record = dict(zip([*sums, "norm", "stop"], parallel.total([*sums.values(), norm / parallel.world(), len(parallel.signals)], device)))
+        record = dict(zip([*sums, "norm", "stop"], parallel.total([*sums.values(), norm / parallel.world(), len(launch.signals)], device)))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["norm"])):
             text = f"loss {record['loss']}, gradient norm {record['norm']}; rows: {rows_of(cfg, round, step, train, enc)}"
             if cfg.nonfinite == "stop":
@@ -298,7 +294,7 @@ def watched(cfg, round, step, steps):
 def figures(cfg, round, step, model, val, device, enc):
     """The held-out figures of a round's stage, and of the stream beside it."""
     if cfg.pretrain_coef:
-        other = beside(cfg)
+        other = config.beside(cfg)
         stream = evaluate(other, round, model, read_stream(other.data, "val"), device, enc.eot_token)
         return figures(replace(cfg, pretrain_coef=0.0), round, step, model, val, device, enc) | {"pretrain_loss": stream["val_loss"]}
     return ppo.evaluate(cfg, round, step, model, val, enc, device) if cfg.stage == "ppo" else evaluate(cfg, round, model, val, device, enc.eot_token)
@@ -345,14 +341,14 @@ def build(cfg, device, dtype):
         enc = tokenizer.load(name)
         shape = given | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
-        data = read_meta(beside(cfg).data, [])
+        data = read_meta(config.beside(cfg).data, [])
         if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
-            raise SystemExit(f"{beside(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
+            raise SystemExit(f"{config.beside(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})")
         for split in ("train", "val"):
-            tokens = read_stream(beside(cfg).data, split)
+            tokens = read_stream(config.beside(cfg).data, split)
             first = min(parallel.gather(first_outside(tokens, enc.n_vocab, parallel.rank(), parallel.world())))
             if first < len(tokens):
-                raise SystemExit(f"{beside(cfg).data}/{split}.bin: token id {tokens[first]} at position {first} is outside the vocabulary of {enc.n_vocab}")
+                raise SystemExit(f"{config.beside(cfg).data}/{split}.bin: token id {tokens[first]} at position {first} is outside the vocabulary of {enc.n_vocab}")
     try:
         shape = GPTConfig(**shape | {"scalar": cfg.stage in ("reward", "ppo")})
     except ValueError as e:
@@ -372,88 +368,11 @@ def build(cfg, device, dtype):
     return model, enc, name
 
 
-def same_everywhere(cfg):
-    """End the run if a rank has another config, other data, code or package versions than rank 0."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = [sha256(f) for f in sorted(glob.glob(os.path.join(glob.escape(here), "*.py")) + glob.glob(os.path.join(glob.escape(here), "config", "__init__.py")) +
-                                      glob.glob(os.path.join(glob.escape(here), "data", "*.py")))]
-    mine = {f"setting {name}": value for name, value in asdict(cfg).items()} | {
-        "data": read_meta(cfg.data, [])["files"], "code": code, "torch": torch.__version__, "numpy": np.__version__}
-    everyone = parallel.gather(mine)
-    for rank, its in enumerate(everyone):
-        for name, value in its.items():
-            if value != everyone[0][name]:
-                raise SystemExit(f"rank {rank} has another {name} than rank 0" + (f": {value!r}, not {everyone[0][name]!r}" if name != "code" and name != "data" else ""))
-
-
-def begin(cfg):
-    """Check the batch arithmetic and what the run reads, and return where it stands: (round, step), step -1 at the very
-    beginning. A run that was begun keeps its settings."""
-    world = parallel.world()
-    for name in ["batch_size"] + ["pretrain_batch_size"] * bool(cfg.pretrain_coef):
-        if getattr(cfg, name) % world:
-            raise SystemExit(f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}")
-    same_everywhere(cfg)
-    now = settings(cfg)
-    if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
-        raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
-                         "and the same for val.jsonl, appended")
-    sampled = cfg.stage in ("preference", "spin", "ppo")        # whose init is the reference too, as long as the run goes on
-    policies = {"init": cfg.init} if sampled or not checkpoint.latest(cfg.out_dir) else {}
-    policies |= {"teacher": cfg.teacher} if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher) else {}
-    for name, path in policies.items():
-        if path and checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward" and sampled:
-            raise SystemExit(f"{name} {path} is a reward model, no policy; it goes into reward")
-    if ":" in cfg.reward:
-        ppo.reward_function(cfg.reward)
-    elif cfg.reward and checkpoint.read_meta(checkpoint.resolve(cfg.reward))["config"]["stage"] != "reward":
-        raise SystemExit(f"reward {cfg.reward} is not a reward model: it was not trained by stage reward")
-    if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
-        raise SystemExit(f"out_dir {cfg.out_dir} is a file")
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f"out_dir {cfg.out_dir}: {e.strerror}")
-    if not os.access(cfg.out_dir, os.W_OK):
-        raise SystemExit(f"out_dir {cfg.out_dir}: it cannot be written to")
-    if parallel.rank() == 0:
-        for folder in glob.glob(os.path.join(glob.escape(cfg.out_dir), "round_*", "writing_*")):
-            shutil.rmtree(folder)
-    newest, path = checkpoint.newest_good(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
-    written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
-    before = read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"] if os.path.exists(path) else {}
-    if newest or any(os.path.getsize(f) for f in written):
-        for key, value in now.items():
-            if key not in MAY_CHANGE and key in before and before[key] != value:
-                raise SystemExit(f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
-                                 "use another out_dir, or remove that one")
-    meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
-    parallel.barrier()
-    return meta["round"], meta["step"]
-
-
-MAY_CHANGE = {"out_dir", "device", "compile", "recompute", "deterministic", "shards", "reshard_after_forward", "prefetch", "sample_sharded", "timeout", "keep_last",
-              "keep_best", "nonfinite", "spike", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
-
-
-def settings(cfg):
-    """What a run keeps from its first start to its last: the config as JSON has it, and the hashes of its data and, where
-    they are a game's players or a reference, of init and teacher."""
-    names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
-    meta = read_meta(cfg.data, names)
-    files = meta["files"]
-    stream = read_meta(beside(cfg).data, ["train.bin", "val.bin"])["files"] if cfg.pretrain_coef else {}
-    players = [path for path in (cfg.init, cfg.teacher, cfg.reward) if path and cfg.stage in ("preference", "spin", "ppo")]
-    hashes = {path: checkpoint.read_meta(checkpoint.resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
-              for path in players if os.path.exists(path)}
-    of_data = {name: files[name]["sha256"] for name in names} | {f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")}
-    return json.loads(json.dumps(asdict(cfg))) | {"data_source": meta["source"], "data_sha256": of_data, "players_sha256": hashes}
-
-
 def main(argv):
     began = time.time()
     cfg = config.load(argv)
     device = parallel.setup(cfg)
+    launch.join(device, cfg.timeout)
     dtype = parallel.compute_dtype(cfg, device)
     at = begin(cfg)
     if parallel.rank() == 0:
@@ -467,7 +386,7 @@ def main(argv):
         parallel.at(f"round {round}, collecting")
         train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(cfg, round, model, enc, device, dtype, say)
         start = max(0, at[1]) if round == at[0] else 0
-        parallel.stop_if_asked()
+        launch.stop_if_asked()
         if report and not start:
             log({"kind": "collect", "round": round, "step": 0} | report)
         if start < steps_of_round(cfg, train):
@@ -481,4 +400,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(parallel.run(main, sys.argv[1:]))
+    sys.exit(launch.run(main, sys.argv[1:]))

@@ -13,7 +13,7 @@ import os
 import re
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass
@@ -321,3 +321,9 @@ def per_round(value, round):
 def model_settings(cfg):
     """The model's settings that the config gives, as a dict."""
     return {name: getattr(cfg, name) for name in MODEL if getattr(cfg, name) is not None}
+
+
+def beside(cfg):
+    """The config of the pretraining stream beside a run's rows, as a stage of its own would have it."""
+    return replace(cfg, stage="pretrain", data=cfg.pretrain_data or cfg.data, batch_size=cfg.pretrain_batch_size, taylor_order=0.0, taylor_end=None, focal=0.0,
+                   label_smoothing=0.0, confidence_penalty=0.0)

@@ -2,18 +2,18 @@
 import ast
 import glob
 
-OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
     "taylor": {"plot"}, "calibration": {"eval", "data"},
-    "log": {"parallel", "data"},
+    "log": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
     "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
-    "rollout": {"eval", "sample", "data", "checkpoint", "parallel"},
-    "ppo": {"rollout", "eval", "loss", "data", "checkpoint", "parallel"},
+    "rollout": {"launch", "eval", "sample", "data", "checkpoint", "parallel"},
+    "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot", "bench", "taylor", "frontier"},
     "bench": OURS - {"plot", "bench", "taylor", "frontier"},
     "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},

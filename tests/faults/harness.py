@@ -24,11 +24,11 @@ from safetensors import safe_open
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import checkpoint               # noqa: E402
 import conftest                 # noqa: E402
-import parallel                 # noqa: E402
+import launch                   # noqa: E402
 import rollout                  # noqa: E402
 import train                    # noqa: E402
 from data import sha256         # noqa: E402
@@ -150,7 +150,7 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
                 before(rank)
             if fault and fault.rank == rank:
                 fault.arm()
-            code = parallel.run(main or train.main, argv)
+            code = launch.run(main or train.main, argv)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -169,7 +169,6 @@ class Left(BaseException):
 def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
     """A main for `start`: torchrun's own agent with its part of two workers, which are forked too."""
     def worker(argv):
-        import parallel
         leave = os._exit
 
         def left(status):       # multiprocessing's workers return to the agent
@@ -180,7 +179,7 @@ def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
         if before:
             before(int(os.environ["RANK"]))
         try:
-            sys.exit(parallel.run(train.main, argv))
+            sys.exit(launch.run(train.main, argv))
         except Left:
             os._exit = leave
 

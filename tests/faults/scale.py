@@ -6,6 +6,8 @@ import time
 
 import torch
 
+import begin
+import launch
 import parallel
 import train
 from data import write_meta, write_rows
@@ -75,12 +77,12 @@ def differing(place, short):
         train.config.load = lambda argv: load(argv + ["--lr=0.5"] * rank)
 
     def data(rank):
-        read = train.read_meta
-        train.read_meta = lambda *args: (meta := read(*args)) | {"files": {**meta["files"], "other": rank}}
+        read = begin.read_meta
+        begin.read_meta = lambda *args: (meta := read(*args)) | {"files": {**meta["files"], "other": rank}}
 
     def code(rank):
-        sha256 = train.sha256
-        train.sha256 = lambda path: sha256(path) + "x" * rank
+        sha256 = begin.sha256
+        begin.sha256 = lambda path: sha256(path) + "x" * rank
 
     def version(rank):
         torch.__version__ += "x" * rank
@@ -129,7 +131,7 @@ def ranks(place, short):
             good = train.checkpoint.save
 
             def save(run, round, step, *rest):
-                parallel.signals += [15] * (step == until)
+                launch.signals += [15] * (step == until)
                 return good(run, round, step, *rest)
             train.checkpoint.save = save
         run = go(place.args("pretrain", many, *steps), n, before=stop_at)
