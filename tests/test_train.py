@@ -184,7 +184,7 @@ def test_pretraining_resumes_bit_for_bit(tiny_data, tmp_path, monkeypatch, optim
     assert open(f"{tmp_path}/whole/metrics.jsonl").read() == before
 
 
-@pytest.mark.parametrize("where, at", [("sampling", 1), ("sampling", 4), ("scoring", 0), ("training", 3), ("training", 8), ("saving", 0), ("saving", 2)])
+@pytest.mark.parametrize("where, at", [("sampling", 4), ("scoring", 0), ("training", 8), ("saving", 2)])
 def test_spin_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch, where, at):
     """Killed in the middle of sampling, scoring, a round's fit, or a save, of either round."""
     monkeypatch.setattr(rollout, "PART", 16)

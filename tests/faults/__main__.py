@@ -18,6 +18,8 @@ from tests.faults.harness import ROOT, Place
 SECTIONS = [kills.bitwise, kills.faults, kills.soak, kills.saves, kills.restarts, scale.nodes, kills.exits, kills.corruption, kills.disks,
             refusals.inputs, refusals.payloads, scale.differing, scale.figures, scale.golden, scale.ranks, scale.ways, scale.memory, scale.pause]
 
+LONG = [kills.restarts, scale.ranks, scale.pause]      # not in a short run: test_parallel.py has a restart
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +36,7 @@ def main():
         if args.write_golden:
             return print(scale.golden(place, False, write=True)[3])
         for section in SECTIONS:
-            if args.sections and section.__name__ not in args.sections:
+            if args.sections and section.__name__ not in args.sections or args.short and not args.sections and section in LONG:
                 continue
             start_of = time.time()
             held, tried, failed, note = section(place, args.short)

@@ -1,10 +1,5 @@
 """What a user gets wrong, and what somebody else would like: each mistake must end a run at once with one line that says what it
-is, and no file that a run reads may be more than data.
-
-    python -m tests.faults.refusals         both, in a temporary folder
-
-    inputs(work, seed, short) and payloads(work, seed, short) -> (passed, of how many, [a line for each failure])
-"""
+is, and no file that a run reads may be more than data."""
 import base64
 import contextlib
 import hashlib
@@ -15,8 +10,6 @@ import pickle
 import random
 import re
 import shutil
-import sys
-import tempfile
 import time
 import types
 import zipfile
@@ -433,8 +426,9 @@ def refused(run, seconds, says):
     return f"{seconds:.1f} s" if seconds > SECONDS else ""
 
 
-def inputs(work, seed=0, short=False):
-    return tally(work, seed, short, INPUTS, mistake)
+def inputs(place, short):
+    """mistakes of a user: each ends the run with one line, non-zero status and no traceback, in 5 seconds and before the first step"""
+    return tally(place, short, INPUTS, mistake)
 
 
 def mistake(at, case):
@@ -455,24 +449,21 @@ def mistake(at, case):
     return wrong, seconds
 
 
-def tally(work, seed, short, cases, check):
-    """Go through cases -> (passed, of how many, failures); the slowest one's seconds are left in SLOWEST."""
-    made = good(os.path.join(work, check.__name__))
-    names = sorted(random.Random(seed).sample(sorted(cases), SHORT)) if short else list(cases)
-    failures = []
+def tally(place, short, cases, check):
+    """Go through cases, a section's way."""
+    made = good(os.path.join(place.folder, check.__name__))
+    names = sorted(place.rng.sample(sorted(cases), SHORT)) if short else list(cases)
+    failures, slowest = [], 0.0
     for name in names:
         folder = os.path.join(made.work, "case")
         os.makedirs(folder)
         at = types.SimpleNamespace(**made.__dict__, folder=folder, out=os.path.join(folder, "run"), marker=os.path.join(folder, "executed"))
         wrong, seconds = check(at, cases[name])
-        SLOWEST[check.__name__] = max(SLOWEST.get(check.__name__, 0), seconds)
+        slowest = max(slowest, seconds)
         failures += [f"{name}: {wrong}"] * bool(wrong)
         shutil.rmtree(folder)
     shutil.rmtree(made.work)
-    return len(names) - len(failures), len(names), failures
-
-
-SLOWEST = {}
+    return len(names) - len(failures), len(names), failures, f"slowest {slowest:.1f} s"
 
 
 # --------------------------------------------------------------------------------------------------------- the payloads
@@ -611,8 +602,9 @@ def spelled_config(at):
     return said | {"template": spells(at)[0].replace("{{prompt}}", "") + spells(at)[2], "reward": "os:system", "out_dir": f"../../{at.marker}", "device": f"$(touch {at.marker})"}
 
 
-def payloads(work, seed=0, short=False):
-    return tally(work, seed, short, PAYLOADS, harmless)
+def payloads(place, short):
+    """malicious files through every path a user may point at: nothing is executed, nothing reaches the terminal raw"""
+    return tally(place, short, PAYLOADS, harmless)
 
 
 def harmless(at, case):
@@ -629,12 +621,3 @@ def harmless(at, case):
         "the file outside was changed" if os.path.exists(f"{at.folder}/victim") and open(f"{at.folder}/victim").read() != "mine" else ""
     forget(run)
     return wrong, time.time() - began
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as work:
-        seed, short = random.randrange(10 ** 6), "--short" in sys.argv
-        passed, n, failures = inputs(work, seed, short)
-        print(f"bad inputs {passed} of {n}, slowest {SLOWEST['mistake']:.1f} s", *failures, sep="\n  ", flush=True)
-        passed, n, failures = payloads(work, seed, short)
-        print(f"payloads executed or obeyed {n - passed} of {n}", *failures, sep="\n  ")
