@@ -61,8 +61,9 @@ def begin(cfg):
     if not os.access(cfg.out_dir, os.W_OK):
         raise SystemExit(f"out_dir {cfg.out_dir}: it cannot be written to")
     if parallel.rank() == 0:
-        for folder in glob.glob(os.path.join(glob.escape(cfg.out_dir), "round_*", "writing_*")):
-            shutil.rmtree(folder)
+        for name in ("writing_*", "removing_*"):
+            for folder in glob.glob(os.path.join(glob.escape(cfg.out_dir), "round_*", name)):
+                shutil.rmtree(folder)
     newest, path = checkpoint.newest_good(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
     written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
     before = read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"] if os.path.exists(path) else {}

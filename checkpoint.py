@@ -37,9 +37,10 @@ def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures,
     """Begin to write RUN/round_R/step_S with everything that a resumed run needs; then the round's earlier steps are removed
     but the last `keep_last` and the best by `keep_best`. Returns a Future for `finished`. figures: held-out ones of this step;
     history: what the loop remembers."""
-    weights, states = get_state_dict(model, optimizers, options=StateDictOptions(cpu_offload=True))
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    weights, states = get_state_dict(model, optimizers, options=StateDictOptions(cpu_offload=not on_cpu))
     tensors = {"model": weights, "optimizer": tensors_of(states)}
-    if next(model.parameters()).device.type == "cpu":
+    if on_cpu:
         tensors = {part: {name: t.detach().clone() for name, t in named.items()} for part, named in tensors.items()}
     meta = {"round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg), "figures": figures, "history": history,
             "tokenizer": tokenizer_name if tokenizer_name in ("gpt2", "bytes") else "tokenizer.tiktoken", "tokenizer_sha256": tokenizer.fingerprint(enc)}
@@ -48,7 +49,7 @@ def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures,
 
 def write(path, tensors, meta, enc, cfg):
     """A save's part that runs beside the training. Returns what went wrong, or ""."""
-    beside = path.replace("step_", "writing_")
+    beside = renamed(path, "writing")
     try:
         write_tensors(tensors["model"], beside, enable_consolidation=True)
         write_tensors(tensors["optimizer"], os.path.join(beside, "optimizer"))
@@ -61,7 +62,8 @@ def write(path, tensors, meta, enc, cfg):
             write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
             write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
                                                                for name in files_of(beside)})
-            shutil.rmtree(path, ignore_errors=True)
+            if os.path.exists(path):
+                remove(path)
             os.rename(beside, path)
             thin(os.path.dirname(path), cfg)
         return ""
@@ -131,8 +133,8 @@ def damage(path):
         if files_of(path) != sorted(manifest):
             return f"its files are not those in manifest.json ({printable(', '.join(sorted(set(manifest) ^ set(files_of(path)))))})"
         for name in sorted(manifest)[parallel.rank()::parallel.world()]:
-            if sha256(os.path.join(path, name)) != manifest[name]["sha256"]:
-                return f"{name} is not what was saved: its sha256 is not the one in manifest.json"
+            if os.path.getsize(os.path.join(path, name)) != manifest[name]["bytes"] or sha256(os.path.join(path, name)) != manifest[name]["sha256"]:
+                return f"{name} is not what was saved: its size and sha256 are not those in manifest.json"
         with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
         if f"round_{meta['round']}/step_{meta['step']:06d}" != "/".join(os.path.abspath(path).split(os.sep)[-2:]):
@@ -151,7 +153,7 @@ def newest_good(run):
         found = damage(path)
         if not found:
             return path
-        aside = path.replace("step_", "damaged_")
+        aside = renamed(path, "damaged")
         if parallel.rank() == 0:
             print(f"{path} is damaged: {found}; it is set aside as {aside}, and the one before it taken", flush=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -166,7 +168,18 @@ def thin(folder, cfg):
     best = sorted((value if not cfg.keep_best.startswith("-") else -value, path) for path, value in rated.items() if value is not None)
     for path in paths[:-cfg.keep_last]:
         if path not in [path for _, path in best[:1]]:
-            shutil.rmtree(path)
+            remove(path)
+
+
+def renamed(path, what):
+    """step_000012 as writing_000012, removing_000012 or damaged_000012: what is no checkpoint."""
+    return os.path.join(os.path.dirname(path), os.path.basename(path).replace("step", what))
+
+
+def remove(path):
+    """Rename first: a checkpoint is whole or absent."""
+    os.rename(path, renamed(path, "removing"))
+    shutil.rmtree(renamed(path, "removing"))
 
 
 def steps_of(folder):
@@ -179,7 +192,7 @@ def prune(run, first):
     """Remove the checkpoints of the rounds before `first`; what else lies there stays."""
     if parallel.rank() == 0:
         for path in (path for round in range(first) for path in steps_of(os.path.join(run, f"round_{round}"))):
-            shutil.rmtree(path)
+            remove(path)
     parallel.barrier()
 
 

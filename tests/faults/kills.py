@@ -3,6 +3,7 @@
 A section is called with (place, short) -> (how many held, of how many, [a line for each that did not], what was measured).
 """
 import contextlib
+import glob
 import io
 import os
 import shutil
@@ -24,7 +25,7 @@ def bitwise(place, short):
         of = "spin3" if stage == "sampling" else stage
         more = [f"--dtype={dtype}"]
         out, whole = place.new(), place.undisturbed(of, ranks, *more)
-        where, call = ("rollout.respond", place.rng.randint(2, 8)) if stage == "sampling" else ("train.lr_factor", place.rng.randint(2, 6 if of not in ("ppo", "spin2", "spin3") else 5))
+        where, call = ("rollout.respond", place.rng.randint(2, 8)) if stage == "sampling" else ("train.lr_factor", place.rng.randint(2, 4))
         faults = [Fault(where, "kill", rank, call) for rank in range(ranks)]
         run = start(place.args(of, out, *more), ranks, before=lambda rank: (small_parts(rank), faults[rank].arm()))
         killed = run.wait()
@@ -36,7 +37,7 @@ def bitwise(place, short):
 
 
 PHASES = [("data.batch_rows", 3), ("model.GPT.forward", 9), ("parallel.whole", 1), ("checkpoint.write", 2), ("checkpoint.thin", 2), ("rollout.respond", 3), ("eval.score", 2), ("train.evaluate", 2),
-          ("checkpoint.save", 3), ("rollout.write_rows", 2)]
+          ("checkpoint.save", 3), ("rollout.write_rows", 2), ("parallel.total", 8), ("checkpoint.load_weights", 1)]
 FAULTS = [Fault(where, "kill", rank, call) for where, call in PHASES for rank in (0, 1) if (where, rank) not in {("checkpoint.thin", 1), ("rollout.write_rows", 1)}] + [
     Fault("model.GPT.forward", "hang", 1, 9), Fault("rollout.respond", "hang", 0, 2), Fault("checkpoint.write", "hang", 1, 1), Fault("eval.score", "hang", 1, 3),
     Fault("data.batch_rows", "raise", 1, 3), Fault("model.GPT.forward", "raise", 0, 9), Fault("rollout.respond", "raise", 1, 2), Fault("checkpoint.save", "raise", 0, 2),
@@ -72,8 +73,8 @@ def faults(place, short):
                     "hang": status[1 - fault.rank] == 1 and f"rank {fault.rank} " in said,
                     "raise": 1 in status and "an injected error" in said,
                     "full": "No space left" in run.said}.get(fault.what, status == [128 + getattr(signal, fault.what, 0)] * 2 and said == "")
-        if fault.what.startswith("SIG") and not lost_nothing(out):
-            failed.append(f"{fault}: steps are lost")
+        if fault.what.startswith("SIG") and not lost_nothing(out) or "respond" in fault.where and fault.what.startswith("SIG") and sampled(out) < 16 * fault.call - 8:
+            failed.append(f"{fault}: steps or samples are lost")
         again = go(argv, 2)
         what = difference(whole, out) if again.status == [0, 0] else again.said[-1500:]
         if fault.what == "full" and "warning" in what or "logged numbers" in what and fault.what == "full":
@@ -94,6 +95,12 @@ def lost_nothing(out):
     return (meta["round"], meta["step"]) == (steps[-1]["round"], steps[-1]["step"] + 1)
 
 
+def sampled(out):
+    """How many responses are written down; a part is 16 of them, the last of a file 8."""
+    files = [path for name in ("teacher_*", "round_*/self_*") for path in glob.glob(f"{out}/{name}")]
+    return sum(len(open(path, encoding="utf-8").readlines()) for path in files)
+
+
 def weights_differ(a, b):
     return "" if sha256(checkpoint.latest(a) + "/model.safetensors") == sha256(checkpoint.latest(b) + "/model.safetensors") else "weights differ"
 
@@ -104,7 +111,7 @@ def soak(place, short):
     out = place.new()
     while kills < n:
         run = start(place.args("spin3", out), 2, before=small_parts)
-        until = time.time() + place.rng.uniform(0.3, 4.5)
+        until = time.time() + place.rng.uniform(0.2, 3.0)
         while None in run.poll() and time.time() < until:
             time.sleep(0.005)
         if None in run.poll():
@@ -147,8 +154,8 @@ def saves(place, short):
 
 def restarts(place, short):
     """torchrun --max-restarts: workers killed again and again, one agent; the run ends by itself, equal to the last bit"""
-    n, out, pids = 2 if short else 20, place.new(), f"{place.folder}/pids"
-    whole = place.undisturbed("spin3", 2)
+    n, pids, long = 20, f"{place.folder}/pids", ["--max_steps=250", "--save_interval=5", "--eval_interval=50"]
+    whole, out = place.undisturbed("pretrain", 2, *long), place.new()
     os.makedirs(pids, exist_ok=True)
 
     def note(rank):
@@ -156,13 +163,13 @@ def restarts(place, short):
         with open(f"{pids}/{rank}.tmp", "w") as f:
             f.write(str(os.getpid()))
         os.replace(f"{pids}/{rank}.tmp", f"{pids}/{rank}")
-    run = start(place.args("spin3", out), main=elastic(n, note))
+    run = start(place.args("pretrain", out, *long), main=elastic(n, note))
     kills, last = 0, None
     while run.poll() == [None] and time.time() - run.began < 20 * n + 60:
         time.sleep(0.02)
         if kills == n or not os.path.exists(f"{pids}/1") or (pid := int(open(f"{pids}/1").read())) == last:
             continue
-        time.sleep(place.rng.uniform(0.2, 3.0))
+        time.sleep(place.rng.uniform(0.1, 2.0))
         if run.poll() == [None]:
             victim = int(open(f"{pids}/{place.rng.randint(0, 1)}").read())
             try:
