@@ -42,7 +42,7 @@ def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures,
     tensors = {"model": weights, "optimizer": tensors_of(states)}
     if on_cpu:
         tensors = {part: {name: t.detach().clone() for name, t in named.items()} for part, named in tensors.items()}
-    meta = {"round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg), "figures": figures, "history": history,
+    meta = {"round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg), "figures": figures, "history": dict(history),
             "tokenizer": tokenizer_name if tokenizer_name in ("gpt2", "bytes") else "tokenizer.tiktoken", "tokenizer_sha256": tokenizer.fingerprint(enc)}
     return thread.submit(write, os.path.join(run, f"round_{round}", f"step_{step:06d}"), tensors, meta, enc, cfg)
 

@@ -211,20 +211,10 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
                 sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
         norm = parallel.clip_(params, cfg.grad_clip)
         record = dict(zip([*sums, "norm", "stop"], parallel.total([*sums.values(), norm / parallel.world(), len(launch.signals)], device)))
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["norm"])):
-            text = f"loss {record['loss']}, gradient norm {record['norm']}; rows: {rows_of(cfg, round, step, train, enc)}"
-            if cfg.nonfinite == "stop":
-                settle(saving, cfg, round, step, log)
-                raise SystemExit(f"round {round} step {step}: {text}; last checkpoint: {checkpoint.latest(cfg.out_dir)}")
-            history["skipped"] += 1
-            log({"kind": "warning", "round": round, "step": step, "skipped": history["skipped"], "text": f"this step is skipped: {text}"})
+        if not sound(cfg, round, step, record, history, train, enc, saving, log):
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             continue
-        if cfg.spike and len(history["losses"]) >= 10 and record["loss"] > cfg.spike * abs(float(np.median(history["losses"]))):
-            log({"kind": "warning", "round": round, "step": step, "text": f"the loss is {record['loss']:.4f}, {cfg.spike} times the median of the steps "
-                                                                          f"before it; rows: {rows_of(cfg, round, step, train, enc)}"})
-        history["losses"] = [*history["losses"][-49:], record["loss"]]
         factor = lr_factor(cfg, round * steps + step, cfg.rounds * steps) if one_run else lr_factor(cfg, step, steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -239,6 +229,26 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         log({"kind": "step", "round": round, "step": step} | {name: value for name, value in record.items() if name != "stop"} |
             {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
              "mfu": peak and model.flops_per_token(context(batches[0][1]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
+
+
+def sound(cfg, round, step, record, history, train, enc, saving, log):
+    """Whether a step may be taken. A loss or gradient that is not finite ends the run, or is skipped and counted; a spike is said."""
+    loss, usual = record["loss"], abs(float(np.median(history["losses"]))) if len(history["losses"]) >= 10 else math.inf
+    finite = math.isfinite(loss) and math.isfinite(record["norm"])
+    if finite:
+        history["losses"] = [*history["losses"][-49:], loss]
+        if not cfg.spike or loss <= cfg.spike * usual:
+            return True
+    text = f"loss {loss}, gradient norm {record['norm']}; rows: {rows_of(cfg, round, step, train, enc)}"
+    if finite:
+        log({"kind": "warning", "round": round, "step": step, "text": f"more than {cfg.spike} times the median loss of the steps before: {text}"})
+        return True
+    if cfg.nonfinite == "stop":
+        settle(saving, cfg, round, step, log)
+        raise SystemExit(f"round {round} step {step}: {text}; last checkpoint: {checkpoint.latest(cfg.out_dir)}")
+    history["skipped"] += 1
+    log({"kind": "warning", "round": round, "step": step, "skipped": history["skipped"], "text": f"this step is skipped: {text}"})
+    return False
 
 
 def settle(saving, cfg, round, step, log, last=False):

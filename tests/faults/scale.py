@@ -65,7 +65,7 @@ def figures(place, short):
     check("nothing asked", run, lambda: run.status == [1, 1] and "is left" in run.err and run.err.count("\n") == 1)
     out = place.new()
     run = go(place.args("sft", out, "--max_steps=16", "--spike=3"), 2, before=on_call("sft", 14, lambda loss, logps: 20 * loss))
-    check("spike", run, lambda: run.status == [0, 0] and ["times the median" in text and "rows: [" in text for text in logged(out, "warning", "text")] == [True])
+    check("spike", run, lambda: run.status == [0, 0] and ["times the median loss" in text and "rows: [" in text for text in logged(out, "warning", "text")] == [True])
     n = 5 if short else 8
     return n - len(failed), n, failed, ""
 
