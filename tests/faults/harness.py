@@ -210,7 +210,7 @@ class Place:
 
     def args(self, stage, out, *more):
         """A small run of a stage: two to four saves, evaluations between them."""
-        common = [f"--out_dir={out}", f"--data={self.data}", "--device=cpu", "--eval_rows=8", "--save_interval=2", "--eval_interval=2", "--batch_size=8", "--lr=1e-3"]
+        common = [f"--out_dir={out}", f"--data={self.data}", "--device=cpu", "--eval_rows=8", "--save_interval=2", "--eval_interval=2", "--batch_size=8", "--gen_batch_size=8", "--lr=1e-3"]
         if stage == "pretrain":
             return ["--stage=pretrain", "--max_steps=6", "--dropout=0.1", *common, *TINY, *more]
         common += [f"--init={self.runs['sft' if stage != 'sft' else 'pretrain']}", TEMPLATE, "--max_response=16"]

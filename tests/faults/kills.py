@@ -52,7 +52,7 @@ def faults(place, short):
     chosen = [FAULTS[0], next(f for f in FAULTS if f.what == "SIGTERM"), next(f for f in FAULTS if f.what == "full")] if short else FAULTS
     for fault in chosen:
         out = place.new()
-        argv = place.args("spin3", out, "--timeout=6")
+        argv = place.args("spin3", out, f"--timeout={8 if fault.what == 'hang' else 100}")
         run = start(argv, 2, fault, before=small_parts)
         began = None
         while None in run.poll():
@@ -61,10 +61,10 @@ def faults(place, short):
                 run.kill()          # as torchrun does once a rank has failed
             if began is None and any(s is not None for s in run.status):
                 began = time.time()
-            if time.time() - run.began > 60:
+            if time.time() - run.began > 90:
                 run.kill()
                 run.poll_all()
-                failed.append(f"{fault}: still there after a minute: {run.said[-1000:]}")
+                failed.append(f"{fault}: still there after 90 seconds: {run.said[-1000:]}")
                 break
             time.sleep(0.01)
         slowest = max(slowest, time.time() - (began or time.time()))
