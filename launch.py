@@ -129,6 +129,8 @@ def heed(number, frame):
     if number == signal.SIGINT and signal.SIGINT in signals:
         raise KeyboardInterrupt
     signals.append(number)
+    if parallel.rank() == 0:        # not by print, which the signal may have interrupted
+        os.write(1, f"{signal.Signals(number).name}: leaving after this step{'; once more to leave at once' if number == signal.SIGINT else ''}\n".encode())
 
 
 def stop_if_asked():
