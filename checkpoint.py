@@ -59,12 +59,7 @@ def write(path, tensors, meta, enc, cfg):
             shutil.rmtree(os.path.join(beside, "sharded"))
             if meta["tokenizer"] == "tokenizer.tiktoken":
                 tokenizer.save(enc, os.path.join(beside, "tokenizer.tiktoken"))
-            write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
-            write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
-                                                               for name in files_of(beside)})
-            if os.path.exists(path):
-                remove(path)
-            os.rename(beside, path)
+            seal(beside, path, meta)
             thin(os.path.dirname(path), cfg)
         return ""
     except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError) as e:
@@ -73,6 +68,16 @@ def write(path, tensors, meta, enc, cfg):
         reasons = list(e.failures.values()) if isinstance(e, dcp.CheckpointException) else []
         reason = reasons[0][0] if reasons else e
         return f"{type(reason).__name__}: {reason}".splitlines()[0]
+
+
+def seal(beside, path, meta):
+    """Write meta.json and manifest.json, with the hashes of what lies `beside`, and rename it into place."""
+    write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
+    write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
+                                                       for name in files_of(beside)})
+    if os.path.exists(path):
+        remove(path)
+    os.rename(beside, path)
 
 
 def write_tensors(tensors, folder, **options):
