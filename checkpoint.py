@@ -10,6 +10,7 @@ Nothing in it is a pickle. A save goes on beside the training: it waits for a co
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -85,6 +86,22 @@ def write_tensors(tensors, folder, **options):
         warnings.simplefilter("ignore", UserWarning)        # DCP's, that there is one process
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True, **options),
                  process_group=parallel.group.get("saves"), no_dist=parallel.world() == 1)
+
+
+def write_safetensors(path, tensors):
+    """A file of {name: (shape, function that makes the float32 tensor)}; one of them is in memory at a time."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, _) in tensors.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for shape, make in tensors.values():
+            tensor = make().contiguous()
+            assert tensor.shape == tuple(shape) and tensor.dtype == torch.float32
+            f.write(tensor.numpy().data)
 
 
 def finished(saving):

@@ -10,7 +10,6 @@ tokenizer that has no counterpart here ends the program with its name.
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -38,9 +37,9 @@ DEFAULTS = {"gpt2": {"n_inner": 0, "tie": True}, "llama": {"n_kv_head": 0, "tie"
 ACTIVATIONS = {"gpt2": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "relu2": "relu2"}, "llama": {"silu": "swiglu"}}
 SHAPE = {"gpt2": {"position": "learned", "norm": "layernorm"}, "llama": {"position": "rotary", "norm": "rmsnorm"}}
 ROPE = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]       # of model.py's rope_scaling
-# what does not change the function, or is looked at elsewhere; dropout is the training run's own
+# what does not change the function, nor does what is null or false; dropout is the training run's own
 IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop eos_token_id gradient_checkpointing initializer_range
-    is_llama_config max_window_layers model_type n_ctx n_special output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop
+    is_llama_config max_window_layers n_ctx n_special output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop
     task_specific_params torch_dtype transformers_version use_cache""".split()
 
 # modules by their names in Llama; GPT-2's are ours
@@ -65,7 +64,7 @@ def shape_of(theirs, where):
             refuse(f"{name} is missing")
         return default[0] if value is None else config.convert(name, value, kind, where)
 
-    model_type = theirs.get("model_type")
+    model_type = take("model_type", str)
     if model_type not in DEFAULTS:
         refuse(f"model_type {model_type!r} is not supported; {', '.join(DEFAULTS)} are")
     family = "gpt2" if model_type == "gpt2" else "llama"
@@ -79,7 +78,6 @@ def shape_of(theirs, where):
     if family == "gpt2":
         if not take("scale_attn_weights", bool, True):
             refuse("scale_attn_weights = false is not supported")
-        left = {name: value for name, value in left.items() if not name.startswith("summary_")}
     else:
         shape["bias"], shape["qkv_bias"] = take("attention_bias", bool, False), model_type == "qwen2"
         if take("mlp_bias", bool, False) != shape["bias"]:
@@ -91,14 +89,12 @@ def shape_of(theirs, where):
             shape["rope_scaling"] = config.convert("rope_scaling", [rope.pop(name, None) for name in ROPE], list[float], where)
         if kind not in ("default", "llama3") or set(rope) != {"rope_type"}:
             refuse(f"rotary positions {rope} are not supported")
-        # a text no longer than the window is seen whole by every layer
-        span = take("sliding_window", int, 0)
-        window = span if take("use_sliding_window", bool, True) else 0
+        window = take("sliding_window", int, 4096 if model_type == "mistral" and "sliding_window" not in theirs else 0) * take("use_sliding_window", bool, True)
         if not set(take("layer_types", list[str], [])) <= {"full_attention", "sliding_attention"}:
             refuse(f"layer_types {theirs['layer_types']} are not supported")
         if take("head_dim", int, shape["n_embd"] // max(shape["n_head"], 1)) * shape["n_head"] != shape["n_embd"]:
             refuse(f"head_dim {theirs.get('head_dim')} is not supported: {shape['n_head']} heads are not as wide as the model")
-    odd = {name: value for name, value in left.items() if name not in IGNORED and value is not None and value is not False}
+    odd = {name: value for name, value in left.items() if name not in IGNORED and not name.startswith("summary_") and value not in (None, False)}
     if odd:
         refuse(f"the setting {', '.join(f'{name} = {value!r}' for name, value in odd.items())} is not supported")
     return family, shape, rows, window
@@ -108,38 +104,19 @@ def table(model, family, rows, positions):
     """{parameter: ([(their tensor, its shape)], whether it is transposed)}. Theirs stand one below the other in ours; GPT-2 keeps the
     matrices of a block as (in, out). rows: of their embedding and head; positions: of their position table."""
     c, found = model.config, {}
-    heights = {"attn.c_attn": [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim], "mlp.c_fc": [c.n_inner] * 2}
+    heights = {"wte": [rows], "lm_head": [rows], "wpe": [positions]}
+    if family == "llama":
+        heights |= {"attn.c_attn": [c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_kv_head * c.head_dim], "mlp.c_fc": [c.n_inner] * 2}
     for name, p in model.named_parameters():
         module, kind = name.rsplit(".", 1)
         if module == "scalar":      # of a reward model
             continue
-        inner = module.split(".", 2)[2] if module.startswith("h.") else module
-        outer = f"model.layers.{module.split('.')[1]}." if module.startswith("h.") else ""
-        height = {"wte": rows, "lm_head": rows, "wpe": positions}.get(module, p.shape[0])
-        if family == "gpt2":
-            names, high = ["transformer." * (module != "lm_head") + module], [height]
-        else:
-            names, high = [outer + theirs for theirs in LLAMA[inner]], heights.get(inner, [height])
-        transposed = family == "gpt2" and p.dim() == 2 and module.startswith("h.")
-        shapes = [(h, *p.shape[1:]) for h in high]
-        found[name] = [(f"{theirs}.{kind}", s[::-1] if transposed else s) for theirs, s in zip(names, shapes)], transposed
+        _, layer, inner = module.split(".", 2) if module.startswith("h.") else ("", "", module)
+        names = ["transformer." * (module != "lm_head") + module] if family == "gpt2" else [f"model.layers.{layer}." * bool(layer) + theirs for theirs in LLAMA[inner]]
+        transposed = family == "gpt2" and p.dim() == 2 and bool(layer)
+        shapes = [(height, *p.shape[1:]) for height in heights.get(inner, [p.shape[0]])]
+        found[name] = [(f"{theirs}.{kind}", shape[::-1] if transposed else shape) for theirs, shape in zip(names, shapes)], transposed
     return found
-
-
-def write_safetensors(path, tensors):
-    """tensors: {name: (shape, function that makes it, float32)}; one of them is in memory at a time."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, _) in tensors.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for shape, make in tensors.values():
-            tensor = make().contiguous()
-            assert tensor.shape == tuple(shape) and tensor.dtype == torch.float32
-            f.write(tensor.numpy().data)
 
 
 # -------------------------------------------------------------------------------------------------------------------- in
@@ -151,12 +128,12 @@ def local(source):
         return source
     if source.endswith(PICKLES):
         raise SystemExit(f"{source} is a pickle, which can run code when it is read; safetensors alone are read")
-    name, _, revision = source.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+    name = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
+    if not name:
         raise SystemExit(printable(f"{source}: neither a folder here nor org/name@COMMIT of the hub, 40 hexadecimal digits"))
     from huggingface_hub import snapshot_download
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "merges.txt"])
+        return snapshot_download(name[1], revision=name[2], allow_patterns=["*.json", "*.safetensors", "merges.txt"])
     except Exception as e:      # the package raises whatever its HTTP client does
         raise SystemExit(f"{source} could not be fetched ({type(e).__name__}); fetch its folder where there is a network and give that")
 
@@ -180,6 +157,8 @@ def open_tensors(folder, family, stack):
             if index and index.get(name) != file:
                 raise SystemExit(f"{folder}/{file}: {name} is not there by the index")
             bare = family == "gpt2" and not name.startswith(("transformer.", "lm_head."))       # the hub's gpt2 is saved without its head
+            if "transformer." * bare + name in found:
+                raise SystemExit(f"{folder}/{file}: {name} is there twice")
             found["transformer." * bare + name] = f, name
     if index and len(index) != len(found):
         raise SystemExit(f"{path}.index.json names tensors that no file holds")
@@ -220,11 +199,8 @@ def import_(source, out, block_size=0, template=config.Config.template):
         raise SystemExit(f"{where}: vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
     if rows > enc.n_vocab:
         print(f"{rows - enc.n_vocab} of {rows} rows of the embedding are left out: the tokenizer has {enc.n_vocab} ids")
-    try:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**shape | {"block_size": block_size or limit, "vocab_size": enc.n_vocab}))
-    except ValueError as e:
-        raise SystemExit(f"{where}: {e}")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape | {"block_size": block_size or limit, "vocab_size": enc.n_vocab}))
     wanted, beside = table(model, family, rows, positions), checkpoint.renamed(path, "writing")
     with contextlib.ExitStack() as stack:
         found = open_tensors(folder, family, stack)
@@ -237,7 +213,7 @@ def import_(source, out, block_size=0, template=config.Config.template):
             return F.pad(tensor, (0, 0, 0, p.shape[0] - len(tensor))) if parameter in TABLES else tensor
 
         os.makedirs(beside)
-        write_safetensors(os.path.join(beside, "model.safetensors"), {n: (p.shape, lambda n=n, p=p: make(n, p)) for n, p in model.named_parameters()})
+        checkpoint.write_safetensors(os.path.join(beside, "model.safetensors"), {n: (p.shape, lambda n=n, p=p: make(n, p)) for n, p in model.named_parameters()})
     if name == "tokenizer.tiktoken":
         tokenizer.save(enc, os.path.join(beside, name))
     checkpoint.seal(beside, path, {"round": 0, "step": 0, "model": asdict(model.config), "config": asdict(config.Config(out_dir=out, template=template)),
@@ -307,12 +283,11 @@ def export(run, out):
         ours = params[name].detach()[:c.vocab_size if name in TABLES else None]
         for (their, shape), part in zip(parts, [ours.T] if transposed else ours.split([shape[0] for _, shape in parts])):
             tensors[their] = shape, lambda part=part: part
-    write_safetensors(os.path.join(out, "model.safetensors"), tensors)
+    checkpoint.write_safetensors(os.path.join(out, "model.safetensors"), tensors)
     tokenizer.to_json(enc, os.path.join(out, "tokenizer.json"))
     ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
-    sampling = {"do_sample": True, "temperature": cfg["temperature"], "top_k": cfg["top_k"], "top_p": cfg["top_p"]} if cfg["temperature"] else {"do_sample": False}
-    longest = {"max_new_tokens": cfg["max_response"]} if cfg["max_response"] else {}
-    write_json(os.path.join(out, "generation_config.json"), ends | sampling | longest)
+    sampling = {"do_sample": cfg["temperature"] > 0, "temperature": cfg["temperature"] or 1.0, "top_k": cfg["top_k"], "top_p": cfg["top_p"]}
+    write_json(os.path.join(out, "generation_config.json"), ends | sampling | ({"max_new_tokens": cfg["max_response"]} if cfg["max_response"] else {}))
     write_json(os.path.join(out, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT, "pad_token": tokenizer.EOT,
         "clean_up_tokenization_spaces": False, "model_max_length": c.block_size, "chat_template": chat_template(cfg["template"])})
@@ -326,21 +301,11 @@ def card(name, model_type, model, meta):
     """README.md of an export, by what its checkpoint says of itself."""
     c, cfg = model.config, meta["config"]
     figures = "".join(f"| {key} | {value:.4g} |\n" for key, value in meta["figures"].items() if isinstance(value, (int, float)))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-Trained with nanoSPIN, stage `{cfg["stage"]}`, to round {meta["round"]}, step {meta["step"]}, and exported as `{model_type}`: {model.num_params() / 1e6:.2f}M parameters,
-{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}. Weights are float32.
-
-""" + (f"| held out, at that step | |\n|---|---:|\n{figures}\n" if figures else "") + f"""A prompt is put as below, which is the tokenizer's chat template too. A response ends with `{tokenizer.EOT}`.
-
-```
-{cfg["template"]}
-```
-"""
+    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {name}\n\n"
+            f"Trained with nanoSPIN (stage `{cfg['stage']}`, round {meta['round']}, step {meta['step']}) and exported as `{model_type}`: {model.num_params() / 1e6:.2f}M float32 parameters,\n"
+            f"{c.n_layer} layers of width {c.n_embd}, {c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}.\n\n" +
+            (f"| held out, at that step | |\n|---|---:|\n{figures}\n" if figures else "") +
+            f"A prompt is put like this, the tokenizer's chat template; a response ends with `{tokenizer.EOT}`.\n\n```\n{cfg['template']}\n```\n")
 
 
 @contextlib.contextmanager
@@ -360,8 +325,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     into, outof = commands.add_parser("import"), commands.add_parser("export")
-    for each in (parser, into, outof):
-        each.error = lambda message: sys.exit(printable(message))       # one line, without the usage
+    parser.error = into.error = outof.error = lambda message: sys.exit(printable(message))      # one line, without the usage
     into.add_argument("source", help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub")
     into.add_argument("--block_size", type=int, default=0, help="longest sequence; 0: the model's, or its sliding window")
     into.add_argument("--template", default=config.Config.template, help="how a prompt is put to the model")
@@ -376,8 +340,8 @@ def main(argv=None):
             else:
                 config.check(config.Config(max_steps=1, template=args.template))
                 import_(args.source, args.out, args.block_size, args.template)
-    except (OSError, SafetensorError) as e:
-        raise SystemExit(printable(f"{type(e).__name__}: {e}"))
+    except (OSError, SafetensorError, ValueError) as e:     # the last of GPTConfig
+        raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))
 
 
 if __name__ == "__main__":

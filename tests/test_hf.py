@@ -118,6 +118,8 @@ def retensor(folder, change):
 K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight"
 DAMAGE = [
     ("modern", "config.json", lambda d: d.update(model_type="bloom"), "model_type 'bloom' is not supported"),
+    ("modern", "config.json", lambda d: d.update(model_type=["llama"]), "model_type must be str"),
+    ("modern", "config.json", lambda d: d.update(layer_types=["chunked_attention"] * 2), "layer_types"),
     ("modern", "config.json", lambda d: d.pop("rms_norm_eps"), "rms_norm_eps is missing"),
     ("modern", "config.json", lambda d: d.update(hidden_size="32"), "hidden_size must be int"),
     ("modern", "config.json", lambda d: d.update(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
@@ -139,6 +141,7 @@ DAMAGE = [
     ("classic", "config.json", lambda d: d.update(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
     ("classic", "config.json", lambda d: d.update(activation_function="gelu"), "activation_function 'gelu' is not supported; gelu_new"),
     ("modern", "model.safetensors", lambda t: t.pop(K), f"the tensor {K} is missing"),
+    ("classic", "model.safetensors", lambda t: t.update({"wte.weight": t["transformer.wte.weight"].clone()}), "wte.weight is there twice"),
     ("modern", "model.safetensors", lambda t: t.update(extra=torch.zeros(2)), "no use for 1 tensors: extra"),
     ("modern", "model.safetensors", lambda t: t.update({K: t[K].T}), f"{K} has shape (32, 16)"),
     ("modern", "model.safetensors", lambda t: t.update({NORM: t[NORM].long()}), f"{NORM} has shape (32,) and dtype I64"),
