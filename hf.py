@@ -131,7 +131,8 @@ def local(source):
     name = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
     if not name:
         raise SystemExit(printable(f"{source}: neither a folder here nor org/name@COMMIT of the hub, 40 hexadecimal digits"))
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import logging, snapshot_download
+    logging.set_verbosity(logging.CRITICAL)     # it says each of its tries
     try:
         return snapshot_download(name[1], revision=name[2], allow_patterns=["*.json", "*.safetensors", "merges.txt"])
     except Exception as e:      # the package raises whatever its HTTP client does
@@ -152,10 +153,10 @@ def open_tensors(folder, family, stack):
         try:
             f = stack.enter_context(safe_open(os.path.join(folder, file), framework="pt"))
         except (SafetensorError, OSError) as e:
-            raise SystemExit(f"{folder}/{file} cannot be read ({' '.join(str(e).split())})")
+            raise SystemExit(printable(f"{folder}/{file} cannot be read ({' '.join(str(e).split())})"))
         for name in f.keys():
             if index and index.get(name) != file:
-                raise SystemExit(f"{folder}/{file}: {name} is not there by the index")
+                raise SystemExit(printable(f"{folder}/{file}: {name} is not there by the index"))
             bare = family == "gpt2" and not name.startswith(("transformer.", "lm_head."))       # the hub's gpt2 is saved without its head
             if "transformer." * bare + name in found:
                 raise SystemExit(f"{folder}/{file}: {name} is there twice")
@@ -245,8 +246,7 @@ def equivalent(c):
     """(family, config.json's settings) of a GPTConfig. Exits with the setting that has no equivalent."""
     family = "gpt2" if c.position == "learned" else "llama"
     usual = {"qk_norm": False, "softcap": 0.0, "head_bias": False, "attn_proj": True, "attn_scale": "head", "mlp_alone": False} | SHAPE[family]
-    if family == "gpt2":
-        usual |= {"bias": True, "n_kv_head": c.n_head}
+    usual |= {"bias": True, "n_kv_head": c.n_head} if family == "gpt2" else {}
     for name, value in usual.items():
         if getattr(c, name) != value:
             raise SystemExit(f"no Hugging Face equivalent: {name} is {getattr(c, name)!r}; {family} has {value!r}")
@@ -302,8 +302,9 @@ def card(name, model_type, model, meta):
     c, cfg = model.config, meta["config"]
     figures = "".join(f"| {key} | {value:.4g} |\n" for key, value in meta["figures"].items() if isinstance(value, (int, float)))
     return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {name}\n\n"
-            f"Trained with nanoSPIN (stage `{cfg['stage']}`, round {meta['round']}, step {meta['step']}) and exported as `{model_type}`: {model.num_params() / 1e6:.2f}M float32 parameters,\n"
-            f"{c.n_layer} layers of width {c.n_embd}, {c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}.\n\n" +
+            f"Trained with nanoSPIN (stage `{cfg['stage']}`, round {meta['round']}, step {meta['step']}) and exported as `{model_type}`:\n"
+            f"{model.num_params() / 1e6:.2f}M float32 parameters, {c.n_layer} layers of width {c.n_embd},\n"
+            f"{c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}.\n\n" +
             (f"| held out, at that step | |\n|---|---:|\n{figures}\n" if figures else "") +
             f"A prompt is put like this, the tokenizer's chat template; a response ends with `{tokenizer.EOT}`.\n\n```\n{cfg['template']}\n```\n")
 

@@ -114,7 +114,7 @@ def from_json(parts, path):
 
     try:
         bpe, before, to_byte = parts["model"], parts["pre_tokenizer"] or {}, byte_of_char()
-        must(bpe["type"] == "BPE" and not bpe.get("byte_fallback"), f"the model {bpe['type']}{' with byte_fallback' * bool(bpe.get('byte_fallback'))}")
+        must(bpe["type"] == "BPE" and not bpe.get("byte_fallback"), f"the model {bpe['type']!r}{' with byte_fallback' * bool(bpe.get('byte_fallback'))}")
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             must(not bpe.get(name), f"the model's {name}")
         must(not parts.get("normalizer"), "a normalizer")
@@ -127,7 +127,7 @@ def from_json(parts, path):
         must((parts.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel", "a post-processor that adds tokens")
         vocab = {token: i for token, i in bpe["vocab"].items() if token != EOT}
         specials = {EOT: bpe["vocab"].get(EOT, len(vocab))} | {token["content"]: token["id"] for token in parts.get("added_tokens", [])}
-        must(specials == {EOT: len(vocab)}, f"a tokenizer with the special tokens {', '.join(specials)}")
+        must(specials == {EOT: len(vocab)}, f"a tokenizer with the special tokens {', '.join(map(repr, specials))}")
         must(sorted(vocab.values()) == list(range(len(vocab))) and set("".join(vocab)) <= set(to_byte) <= set(vocab), "a vocabulary that is not of bytes")
         ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
         merges = [tuple(bytes(to_byte[c] for c in half) for half in (pair.split(" ") if isinstance(pair, str) else pair)) for pair in bpe["merges"]]

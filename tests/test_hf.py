@@ -28,7 +28,8 @@ def make_run(run, shape, enc=None, name="bytes", **settings):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    saving = checkpoint.save(run, 0, 7, model, [torch.optim.SGD(model.parameters())], config.Config(out_dir=run, **settings), enc or tokenizer.load("bytes"), name, {"val_loss": 4.25}, {})
+    optimizers, cfg = [torch.optim.SGD(model.parameters())], config.Config(out_dir=run, **settings)
+    saving = checkpoint.save(run, 0, 7, model, optimizers, cfg, enc or tokenizer.load("bytes"), name, {"val_loss": 4.25}, {})
     assert checkpoint.finished(saving) == ""
     return model
 
@@ -146,7 +147,7 @@ DAMAGE = [
     ("modern", "model.safetensors", lambda t: t.update({K: t[K].T}), f"{K} has shape (32, 16)"),
     ("modern", "model.safetensors", lambda t: t.update({NORM: t[NORM].long()}), f"{NORM} has shape (32,) and dtype I64"),
     ("modern", "tokenizer.json", lambda d: d.update(normalizer={"type": "NFC"}), "a normalizer is not supported yet"),
-    ("modern", "tokenizer.json", lambda d: d["model"].update(type="Unigram"), "the model Unigram"),
+    ("modern", "tokenizer.json", lambda d: d["model"].update(type="Unigram"), "the model 'Unigram'"),
     ("modern", "tokenizer.json", lambda d: d["model"].update(byte_fallback=True), "byte_fallback"),
     ("modern", "tokenizer.json", lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "the pre-tokenizer"),
     ("modern", "tokenizer.json", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]}), "Digits"),
@@ -225,8 +226,9 @@ def test_old_names_shards_and_other_dtypes(exported, tmp_path):
     mine, its = checkpoint.load_model(str(exported / "classic_run"))[0], checkpoint.load_model(str(tmp_path / "out"))[0]
     for (name, a), b in zip(mine.named_parameters(), its.parameters()):
         assert torch.equal(a.bfloat16().float()[:257] if name == "wte.weight" else a.bfloat16().float(), b[:257] if name == "wte.weight" else b)
-    for change, message in ((lambda w: w.update(more="model-00001-of-00002.safetensors"), "names tensors that no file holds"), (lambda w: w.update({"wpe.weight": "../x"}), "same folder"),
-                            (lambda w: w.update(dict.fromkeys(w, "y.safetensors")), "y.safetensors"), (lambda w: w.update({"ln_f.weight": index["ln_f.bias"]}), "not there by the index")):
+    for change, message in ((lambda w: w.update(more="model-00001-of-00002.safetensors"), "names tensors that no file holds"),
+                            (lambda w: w.update({"wpe.weight": "../x"}), "same folder"), (lambda w: w.update(dict.fromkeys(w, "y.safetensors")), "y.safetensors"),
+                            (lambda w: w.update({"ln_f.weight": index["ln_f.bias"]}), "not there by the index")):
         edit(tmp_path / "in" / "model.safetensors.index.json", lambda d: (d.update(weight_map=dict(index)), change(d["weight_map"])))
         assert message in refused("import", tmp_path / "in", f"--out={tmp_path / 'other'}")
 
@@ -237,8 +239,9 @@ def test_old_names_shards_and_other_dtypes(exported, tmp_path):
 def fuzzed(n):
     """Texts of words, other scripts, control characters, whole ranges of Unicode, white space of every kind, end-of-text's own spelling."""
     rng = random.Random(0)
-    pieces = ["the", " loss", "It's", "we'LL", "'ve", "  ", "\n\n", "\t", " \n ", "\r\n", "naïve", "e\u0301", "日本語", "русский", "ß", "½", "٣", "१२", "123456", " 7", "🙂", "👩‍👩‍👧",
-              "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff", "\u0085", "\u2028", "\x1c", "\x00", "\x7f", "<|endoftext|>", "<|", "!?...", "__init__", "ÄÖ", "ﬁ", "\U0001d54f", "\u0e33"]
+    pieces = ["the", " loss", "It's", "we'LL", "'ve", "  ", "\n\n", "\t", " \n ", "\r\n", "naïve", "e\u0301", "日本語", "русский",
+              "ß", "½", "٣", "१२", "123456", " 7", "🙂", "👩‍👩‍👧", "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff", "\u0085", "\u2028", "\x1c", "\x00", "\x7f",
+              "<|endoftext|>", "<|", "!?...", "__init__", "ÄÖ", "ﬁ", "\U0001d54f", "\u0e33"]
     texts = ["", " ", "\n"] + ["".join(rng.choice(pieces) for _ in range(rng.randint(1, 30))) for _ in range(n // 2)]
     while len(texts) < n:
         text = "".join(chr(rng.choice([rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0x11000)])) for _ in range(rng.randint(1, 40)))
