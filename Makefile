@@ -6,7 +6,7 @@
 # make figures-tn-map    where the write-up's picture appears: steps, learning rate, noise, width, block; about as long again
 # make figures-tn-play   the same of T_n in fine-tuning and self-play, from the demo's models, into the same report
 # make rlhf         reward model, PPO and every preference objective on real ranked rows (LOCAL=folder of them), to results/rlhf/report.md
-# make test-peers   the objectives against TRL's, Liger's and choix's own code, in an environment of their own
+# make test-peers   the objectives against TRL's, Liger's and choix's own code, hf.py against transformers, in an environment of their own
 # make frontier     RLHF or DPO: true reward against KL, to results/frontier/report.md
 # make bench        the benchmarks beside transformers and TRL, in an environment of their own, to bench/log.txt
 

@@ -10,6 +10,7 @@ Nothing in it is a pickle. A save goes on beside the training: it waits for a co
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -59,12 +60,7 @@ def write(path, tensors, meta, enc, cfg):
             shutil.rmtree(os.path.join(beside, "sharded"))
             if meta["tokenizer"] == "tokenizer.tiktoken":
                 tokenizer.save(enc, os.path.join(beside, "tokenizer.tiktoken"))
-            write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
-            write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
-                                                               for name in files_of(beside)})
-            if os.path.exists(path):
-                remove(path)
-            os.rename(beside, path)
+            seal(beside, path, meta)
             thin(os.path.dirname(path), cfg)
         return ""
     except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError) as e:
@@ -75,11 +71,37 @@ def write(path, tensors, meta, enc, cfg):
         return f"{type(reason).__name__}: {reason}".splitlines()[0]
 
 
+def seal(beside, path, meta):
+    """Write meta.json and manifest.json, with the hashes of what lies `beside`, and rename it into place."""
+    write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
+    write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
+                                                       for name in files_of(beside)})
+    if os.path.exists(path):
+        remove(path)
+    os.rename(beside, path)
+
+
 def write_tensors(tensors, folder, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)        # DCP's, that there is one process
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True, **options),
                  process_group=parallel.group.get("saves"), no_dist=parallel.world() == 1)
+
+
+def write_safetensors(path, tensors):
+    """A file of {name: (shape, function that makes the float32 tensor)}; one of them is in memory at a time."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, _) in tensors.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for shape, make in tensors.values():
+            tensor = make().contiguous()
+            assert tensor.shape == tuple(shape) and tensor.dtype == torch.float32
+            f.write(tensor.numpy().data)
 
 
 def finished(saving):

@@ -26,10 +26,12 @@ class GPTConfig:
     n_inner: int = 0                # width inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd to the next multiple of 64
     position: str = "learned"       # learned | rotary (arXiv 2104.09864, half-split as in Llama) | sinusoidal (1706.03762)
     rope_theta: float = 10000.0
+    rope_scaling: list[float] = ()  # Llama 3's: factor, low and high turns, length; a frequency of few turns in that length is divided by factor
     norm: str = "layernorm"         # layernorm | rmsnorm
     norm_eps: float = 1e-5
     mlp: str = "gelu"               # gelu (tanh form) | relu | relu2 (arXiv 2109.08668) | swiglu (arXiv 2002.05202)
     bias: bool = True               # in linear layers and LayerNorms
+    qkv_bias: bool = False          # in queries, keys and values, where bias is False (Qwen 2)
     tie: bool = True                # one table for embedding and head
     qk_norm: bool = False           # RMSNorm on each head's queries and keys
     softcap: float = 0.0            # c > 0: logits become c tanh(logits / c)
@@ -46,6 +48,7 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
+        self.rope_scaling = list(self.rope_scaling)
         if not self.n_inner:
             self.n_inner = -(-8 * self.n_embd // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
         for name, choices in [("position", ["learned", "rotary", "sinusoidal"]), ("norm", ["layernorm", "rmsnorm"]),
@@ -61,6 +64,8 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        if self.rope_scaling and not (len(self.rope_scaling) == 4 and min(self.rope_scaling) > 0 and self.rope_scaling[1] < self.rope_scaling[2]):
+            raise ValueError(f"rope_scaling must be empty or factor, low < high turns, length, all above 0, not {self.rope_scaling}")
         if self.position == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
         if self.head_bias and self.tie:
@@ -95,7 +100,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias or config.qkv_bias)
         if config.attn_proj:
             self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.qk_norm:
@@ -233,6 +238,10 @@ class GPT(nn.Module):
             x = x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1).to(x.dtype)
         else:
             freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=idx.device) / c.head_dim)
+            if c.rope_scaling:
+                factor, low, high, length = c.rope_scaling
+                kept = ((length * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+                freq = freq * (kept + (1 - kept) / factor)
             angle = (pos[:, None] * freq)[:, None]                             # (n, 1, D/2)
             rope = angle.cos(), angle.sin()
         x = F.dropout(x, c.dropout, self.training)

@@ -46,10 +46,12 @@ class Config:
     n_inner: int | None = None
     position: str | None = None
     rope_theta: float | None = None
+    rope_scaling: list[float] | None = None
     norm: str | None = None
     norm_eps: float | None = None
     mlp: str | None = None
     bias: bool | None = None
+    qkv_bias: bool | None = None
     tie: bool | None = None
     qk_norm: bool | None = None
     softcap: float | None = None
@@ -159,8 +161,8 @@ NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", 
                 "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty",
                 "score_margin", "center_coef", "keep_rounds", "kl_coef", "kl_target", "kl_adapt", "eot_penalty", "clip", "value_clip", "value_coef",
                 "entropy_coef", "pretrain_coef", "recompute", "shards", "prefetch", "spike"]
-MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "norm",
-         "norm_eps", "mlp", "bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
+MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "rope_scaling", "norm",
+         "norm_eps", "mlp", "bias", "qkv_bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
          "init_scheme", "init_noise", "dropout"]
 
 

@@ -2,7 +2,7 @@
 import ast
 import glob
 
-OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(),
     "data": {"data"},
@@ -11,11 +11,12 @@ MAY_IMPORT = {
     "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
+    "hf": {"model", "checkpoint", "config", "data"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"launch", "eval", "sample", "data", "checkpoint", "parallel"},
     "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench", "taylor", "frontier"},
-    "bench": OURS - {"plot", "bench", "taylor", "frontier"},
+    "train": OURS - {"train", "plot", "bench", "taylor", "frontier", "hf"},
+    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf"},
     "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},
 }
 

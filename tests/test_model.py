@@ -186,7 +186,7 @@ def test_overfits_one_batch():
 
 
 @pytest.mark.parametrize("bad, message", [(dict(n_head=5), "multiple of n_head"), (dict(n_kv_head=3), "n_kv_head"), (dict(n_kv_head=-1), "n_kv_head"), (dict(n_inner=-1), "n_inner"), (dict(mlp="swish"), "mlp must be"), (dict(head_bias=True), "a head of its own"), (dict(position="sinusoidal", n_embd=33, n_head=3), "even n_embd"),
-                                          (dict(n_layer=0), "n_layer"), (dict(position="rotary", n_embd=20), "even head width"), (dict(dropout=1.0), "dropout")])
+                                          (dict(n_layer=0), "n_layer"), (dict(rope_scaling=[8.0, 4.0, 1.0, 64.0]), "low < high"), (dict(position="rotary", n_embd=20), "even head width"), (dict(dropout=1.0), "dropout")])
 def test_impossible_shapes(bad, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**CLASSIC | bad)
