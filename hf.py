@@ -218,7 +218,7 @@ def import_(source, out, block_size=0, template=config.Config.template):
     if name == "tokenizer.tiktoken":
         tokenizer.save(enc, os.path.join(beside, name))
     checkpoint.seal(beside, path, {"round": 0, "step": 0, "model": asdict(model.config), "config": asdict(config.Config(out_dir=out, template=template)),
-                                   "figures": {}, "history": {}, "tokenizer": name, "tokenizer_sha256": tokenizer.fingerprint(enc), "source": source})
+                                   "figures": {}, "history": {"skipped": 0, "losses": []}, "tokenizer": name, "tokenizer_sha256": tokenizer.fingerprint(enc), "source": source})
     print(f"{path}: {family} with {model.num_params() / 1e6:.2f}M parameters, tokenizer {name}, block_size {model.config.block_size}")
 
 
