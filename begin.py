@@ -1,5 +1,4 @@
-"""What must hold before a run's first step: ranks that are alike, inputs that are there, a folder of this very run.
-"""
+"""What must hold before a run's first step: ranks that are alike, inputs that are there, a folder of this very run."""
 import glob
 import json
 import os
@@ -31,8 +30,8 @@ def same_everywhere(cfg):
 
 
 def begin(cfg):
-    """Check the batch arithmetic and what the run reads, and return where it stands: (round, step), step -1 at the very
-    beginning. A run that was begun keeps its settings."""
+    """Check the batch arithmetic and what the run reads, and return where it stands, (round, step), step -1 at the very
+    beginning, and its `settings`, which a run that was begun keeps."""
     world = parallel.world()
     for name in ["batch_size"] + ["pretrain_batch_size"] * bool(cfg.pretrain_coef):
         if getattr(cfg, name) % world:
@@ -74,7 +73,7 @@ def begin(cfg):
                                  "use another out_dir, or remove that one")
     meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
     parallel.barrier()
-    return meta["round"], meta["step"]
+    return (meta["round"], meta["step"]), now
 
 
 MAY_CHANGE = {"out_dir", "device", "compile", "recompute", "deterministic", "shards", "reshard_after_forward", "prefetch", "sample_sharded", "timeout", "keep_last",

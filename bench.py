@@ -124,13 +124,21 @@ class Plain(nn.Module):
         return self.ln_f(x) @ self.wte.weight.T
 
 
+def update(losses, parameters=(), optimizers=()):
+    """The backward pass of each loss, one after the other, and a step of the optimizers."""
+    for loss in losses:
+        loss.backward()
+    if optimizers:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def plain_step(model, optimizer, loss, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         value = loss(model)
-    value.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    update([value], model.parameters(), [optimizer])
 
 
 def plain_logps(model, idx, targets):
@@ -154,12 +162,8 @@ class Ours:
         self.optimizers = make_optimizers(self.model, Config(), 1e-4, torch.device("cpu"))
 
     def step(self, batches, loss):
-        for batch in batches:
-            loss(self.model(**{name: batch[name] for name in INPUTS if name in batch}), batch).backward()
-        parallel.clip_(list(self.model.parameters()), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        losses = (loss(self.model(**{name: batch[name] for name in INPUTS if name in batch}), batch) for batch in batches)     # each made when it is its turn
+        update(losses, self.model.parameters(), self.optimizers)
 
 
 def ranking_loss(rows):
@@ -393,7 +397,7 @@ def alone(what, size, side):
         hidden, weight, targets = torch.randn(2048, 256, requires_grad=True), torch.randn(size, 256, requires_grad=True), torch.randint(0, size, (2048,))
         def work():
             logps = linear_logprobs(hidden, weight, targets) if side == "ours" else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
-            logps.sum().backward()
+            update([logps.sum()])
         hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     else:
         rows = ragged_rows(8, K=size)

@@ -143,10 +143,10 @@ def in_step(model):
         yield model
         return
     along = [False]
-    def meet(*_):
+    def go_on(*_):
         if not along[0]:
             total([1], model.wte.weight.device)
-    hook = model.register_forward_pre_hook(meet, prepend=True)
+    hook = model.register_forward_pre_hook(go_on, prepend=True)
     try:
         yield model
         along[0] = True

@@ -23,7 +23,7 @@ import config
 import launch
 import parallel
 import ppo
-from begin import begin, settings
+from begin import begin
 from config import per_round
 from calibration import calibration
 from data import batch_indices, batch_rows, first_outside, read_meta, reward_batch, read_stream, row_tokens, split_by_tokens, stream_batch, tokenizer, tokenizer_path
@@ -384,9 +384,9 @@ def main(argv):
     device = parallel.setup(cfg)
     launch.join(device, cfg.timeout)
     dtype = parallel.compute_dtype(cfg, device)
-    at = begin(cfg)
+    at, settings = begin(cfg)
     if parallel.rank() == 0:
-        describe(cfg, settings(cfg), at, device, dtype)
+        describe(cfg, settings, at, device, dtype)
     model, enc, tokenizer_name = build(cfg, device, dtype)
     say = functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
     say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
