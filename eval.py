@@ -1,4 +1,4 @@
-"""Validation loss, ranking accuracy, exact match, win rate; also a command line.
+"""Validation loss, ranking accuracy, bits per byte, multiple choice, exact match, win rate; also a command line.
 
     python eval.py sft=out/demo/sft                                                   # validation loss, a sample's figures
     python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
@@ -9,6 +9,7 @@ Everything is measured on the same held-out rows, sampled under the checkpoint's
 """
 import argparse
 import bisect
+import math
 import os
 import re
 import sys
@@ -204,6 +205,46 @@ def length_accuracy(data, other):
     return float(max(longer, 1 - longer))
 
 
+def windows(ids, first, length):
+    """A whole text's ids as rows that ask for each of them once and read at most `length`: `first` stands before the first of them,
+    one id before a next row's, before the last row's as many as fit. So lm-evaluation-harness cuts it (rolling)."""
+    ids, n = [first, *ids], len(ids)
+    return [{"prompt": ids[max(0, min(s + length, n) - length):s + 1], "responses": [ids[s + 1:s + length + 1]], "ranks": [0]} for s in range(0, n, length)]
+
+
+def harness_metrics(model, enc, rows, encoded, device):
+    """What lm-evaluation-harness says of an export, on the same rows: the policy alone, no reference, and of each response what follows
+    the prompt *without* end-of-text. encoded: from `encode_rows`, None where dropped. Rows with an empty response are left out.
+
+    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes. A whole text is asked for whole, its first token after an
+                      end-of-text, in `windows` of block_size; a response is asked for as far as the limits leave it
+    choice_acc        of rows with several responses: how often the best has the highest log-probability; of equal ones the first counts (acc)
+    choice_acc_bytes  the same a UTF-8 byte (acc_bytes; acc_norm is a character)
+    """
+    asked, sizes = [], []
+    for row, ids in zip(rows, encoded):
+        if not row["prompt"]:
+            parts = windows(enc.encode_ordinary(row["responses"][0]), enc.eot_token, model.config.block_size)
+            asked += parts
+            sizes += [[len(row["responses"][0].encode())]] + [[0]] * (len(parts) - 1)
+        elif ids is not None:
+            ended = [y is not None and y[-1] == enc.eot_token for y in ids["responses"]]
+            bare = [y[:-1] if end else y for y, end in zip(ids["responses"], ended)]
+            if [] not in bare:
+                asked.append(ids | {"responses": bare})
+                sizes.append([0 if y is None else len((text if end else enc.decode(y)).encode()) for text, y, end in zip(row["responses"], bare, ended)])
+    if not asked:
+        return {}
+    logps, sizes = score(model, asked, 8192, device), wide(sizes)
+    metrics = {"bits_per_byte": float(-logps[:, 0].sum(dtype=np.float64) / math.log(2) / sizes[:, 0].sum())}
+    several = [i for i, row in enumerate(asked) if sum(y is not None for y in row["responses"]) > 1]
+    for name, each in (("choice_acc", logps), ("choice_acc_bytes", logps / np.maximum(sizes, 1))):
+        if several:
+            chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
+            metrics[name] = float(np.mean([asked[i]["ranks"][chosen[i]] == 0 for i in several]))
+    return metrics
+
+
 def win_rate(judge, pairs, device, tokens=8192):
     """Share of prompts on which the first response beats the second under a judge; equals count half. A reward model's higher
     score wins (its checkpoint has a scalar head), a language model's higher mean log-probability a token, end-of-text included.
@@ -229,7 +270,8 @@ def measure(path, temperature, seed, rows, args):
     model, enc, meta = checkpoint.load_model(path, args.device)
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
     limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
-    encoded = [row for row in encode_rows(rows, *limits)[0] if row is not None]
+    found = encode_rows(rows, *limits)[0]
+    encoded = [row for row in found if row is not None]
     if not encoded:
         raise SystemExit(f"{path}: its block_size {model.config.block_size} leaves no room after any of {len(rows)} prompts")
     if meta["config"]["stage"] == "reward":
@@ -237,7 +279,7 @@ def measure(path, temperature, seed, rows, args):
             raise SystemExit(f"{path} is a reward model, and no row has two responses for it to rank")
         return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
-    figures = loss_metrics(score(model, best, 8192, args.device), best)
+    figures = loss_metrics(score(model, best, 8192, args.device), best) | harness_metrics(model, enc, rows, found, args.device)
     if args.reference:
         K = max(len(row["responses"]) for row in encoded)
         full = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])), "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in encoded]

@@ -16,14 +16,14 @@ import taylor
 from conftest import read_metrics
 from data import encode_rows, read_rows, tokenizer
 from calibration import calibration, distributions, expected_calibration_error, fit_temperature, reliability
-from eval import answer, f1, length_accuracy, ranking_metrics, sample_metrics, score, win_rate
+from eval import answer, f1, harness_metrics, length_accuracy, ranking_metrics, sample_metrics, score, win_rate, windows
 
 BYTES = tokenizer.load("bytes")
 
 
 def slow_logprob(model, prompt, response):
     """One sequence, full logits, float64."""
-    ids = torch.tensor([prompt + response])
+    ids = torch.tensor([(prompt + response)[:-1]])
     logps = model(ids)[0].double().log_softmax(-1)
     return sum(logps[len(prompt) - 1 + t, y].item() for t, y in enumerate(response))
 
@@ -102,6 +102,47 @@ def test_calibration_error_by_hand():
     curve = reliability(np.array([0.05, 0.06, 0.9, 1.0, 0.95]), np.array([0, 1, 1, 1, 0]))
     assert [n for _, _, n in curve] == [2, 1, 2] and curve[0][:2] == [pytest.approx(0.055), 0.5] and curve[2][:2] == [pytest.approx(0.975), 0.5]
     assert expected_calibration_error(curve) == pytest.approx((2 * 0.445 + 0.1 + 2 * 0.475) / 5)
+
+
+def test_a_long_text_is_asked_for_once():
+    """The windows of lm-evaluation-harness's own example, a text of ten ids read by four."""
+    assert [(row["prompt"], row["responses"]) for row in windows(list(range(10)), 99, 4)] == [([99], [[0, 1, 2, 3]]), ([3], [[4, 5, 6, 7]]), ([5, 6, 7], [[8, 9]])]
+    assert [(row["prompt"], row["responses"]) for row in windows([7], 99, 4)] == [([99], [[7]])] and [len(row["responses"][0]) for row in windows([1] * 8, 0, 4)] == [4, 4]
+
+
+@torch.no_grad()
+def test_bits_and_choices_one_sequence_at_a_time(tiny_runs):
+    """Against loops over single responses and single ids: without end-of-text, by UTF-8 bytes, cut where the limits cut, long texts in windows."""
+    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": f"{i} the", "responses": [" ".join(rng.choice("the loss of a model fällt ☃ x".split(), rng.integers(1, 6))) for _ in range(3)]} for i in range(24)]
+    rows[0]["responses"][1] = None
+    rows[1] |= {"responses": ["a", "b" * 90, "reads"], "scores": [1.0, 1.0, 0.0]}        # a tie, and one that is cut
+    rows[2]["responses"] = ["the end"]
+    rows[3]["responses"][2] = ""
+    long = "the loss of a model falls when it reads what people write and stops at the end ☃ " * 2
+    rows += [data.check_row({"text": text}, "") for text in (long, "what", "ä")]
+    length, nats, size, right, right_bytes, n = 64, 0.0, 0, 0, 0, 0
+    for row in rows:
+        if not row["prompt"]:
+            ids = list(row["responses"][0].encode())
+            for t in range(len(ids)):
+                first = max(0, t // length * length - 1) if t // length < (len(ids) - 1) // length else max(0, len(ids) - length - 1)
+                nats -= slow_logprob(model, ([256] if t < length else []) + ids[first:t], [ids[t]])
+            size += len(ids)
+        elif "" not in row["responses"]:
+            prompt = list(f"Q: {row['prompt']}\nA: ".encode())
+            said = [None if y is None else list(y.encode())[:length - len(prompt)] for y in row["responses"]]
+            logps = [-1e9 if y is None else slow_logprob(model, prompt, y) for y in said]
+            nats, size = nats - logps[0], size + len(said[0])
+            if len(said) > 1:
+                best = (0, 1) if "scores" in row else (0,)
+                n, right = n + 1, right + (np.argmax(logps) in best)
+                right_bytes += np.argmax([logp / len(y or [1]) for logp, y in zip(logps, said)]) in best
+    m = harness_metrics(model, enc, rows, encode_rows(rows, enc, "Q: {prompt}\nA: ", length)[0], torch.device("cpu"))
+    assert m["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert m["choice_acc"] == right / n and m["choice_acc_bytes"] == right_bytes / n and n == 22
+    assert 0 < right < right_bytes < n
 
 
 def test_answers_and_overlap():
