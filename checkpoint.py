@@ -88,20 +88,20 @@ def write_tensors(tensors, folder, **options):
                  process_group=parallel.group.get("saves"), no_dist=parallel.world() == 1)
 
 
-def write_safetensors(path, tensors):
-    """A file of {name: (shape, function that makes the float32 tensor)}; one of them is in memory at a time."""
+def write_safetensors(path, tensors, dtype=torch.float32):
+    """A file of {name: (shape, function that makes the float32 tensor)}, rounded to dtype; one of them is in memory at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, _) in tensors.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for shape, make in tensors.values():
-            tensor = make().contiguous()
+            tensor = make()
             assert tensor.shape == tuple(shape) and tensor.dtype == torch.float32
-            f.write(tensor.numpy().data)
+            f.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
 
 
 def finished(saving):

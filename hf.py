@@ -2,6 +2,7 @@
 
     python hf.py import FOLDER --out=out/gpt2           # FOLDER: local, or org/name@COMMIT of the hub
     python hf.py export out/demo/sft --out=out/export   # for transformers.AutoModelForCausalLM
+    python hf.py export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
 
 What is imported is a run with one checkpoint: an `init`, a `teacher`, for sample.py and eval.py. `table` says of which tensors
 of theirs a parameter of ours is made; both ways are read off it. Nothing is guessed: a setting, a tensor or a rule of the
@@ -10,6 +11,7 @@ tokenizer that has no counterpart here ends the program with its name.
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -271,8 +273,29 @@ def chat_template(template):
             "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}{% endfor %}")
 
 
-def export(run, out):
-    """A run's checkpoint -> a folder of Hugging Face's. config.json comes last: without it a folder is no model."""
+def write_shards(folder, tensors, dtype, limit):
+    """model.safetensors; or, where that has more than `limit` bytes, several files and the index that says which tensor is where."""
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (shape, _) in tensors.items()}
+    files, filled = [[]], 0
+    for name, size in sizes.items():
+        if files[-1] and filled + size > limit:
+            files, filled = [*files, []], 0
+        files[-1].append(name)
+        filled += size
+    index = {}
+    for n, names in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{n:05d}-of-{len(files):05d}.safetensors"
+        checkpoint.write_safetensors(os.path.join(folder, file), {name: tensors[name] for name in names}, dtype)
+        index |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        write_json(os.path.join(folder, "model.safetensors.index.json"), {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
+
+
+def export(run, out, dtype="float32", shard_gb=math.inf):
+    """A run's checkpoint -> a folder of Hugging Face's, its files of at most shard_gb 10^9 bytes unless one tensor has more.
+    config.json comes last: without it a folder is no model."""
+    if not shard_gb > 0:
+        raise SystemExit(f"--shard_gb must be above 0, got {shard_gb}")
     path = checkpoint.resolve(run)
     family, theirs = equivalent(GPTConfig(**checkpoint.read_meta(path)["model"]))
     model, enc, meta = checkpoint.load_model(path)
@@ -283,7 +306,7 @@ def export(run, out):
         ours = params[name].detach()[:c.vocab_size if name in TABLES else None]
         for (their, shape), part in zip(parts, [ours.T] if transposed else ours.split([shape[0] for _, shape in parts])):
             tensors[their] = shape, lambda part=part: part
-    checkpoint.write_safetensors(os.path.join(out, "model.safetensors"), tensors)
+    write_shards(out, tensors, getattr(torch, dtype), 1e9 * shard_gb)
     tokenizer.to_json(enc, os.path.join(out, "tokenizer.json"))
     ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
     sampling = {"do_sample": cfg["temperature"] > 0, "temperature": cfg["temperature"] or 1.0, "top_k": cfg["top_k"], "top_p": cfg["top_p"]}
@@ -292,18 +315,18 @@ def export(run, out):
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT, "pad_token": tokenizer.EOT,
         "clean_up_tokenization_spaces": False, "model_max_length": c.block_size, "chat_template": chat_template(cfg["template"])})
     with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as f:
-        f.write(card(os.path.basename(os.path.normpath(run)), theirs["model_type"], model, meta))
-    write_json(os.path.join(out, "config.json"), theirs | ends | {"dtype": "float32"})
+        f.write(card(os.path.basename(os.path.normpath(run)), theirs["model_type"], model, meta, dtype))
+    write_json(os.path.join(out, "config.json"), theirs | ends | {"dtype": dtype})
     print(f"{out}: {theirs['model_type']} with {model.num_params() / 1e6:.2f}M parameters, of {path}")
 
 
-def card(name, model_type, model, meta):
+def card(name, model_type, model, meta, dtype):
     """README.md of an export, by what its checkpoint says of itself."""
     c, cfg = model.config, meta["config"]
     figures = "".join(f"| {key} | {value:.4g} |\n" for key, value in meta["figures"].items() if isinstance(value, (int, float)))
     return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {name}\n\n"
             f"Trained with nanoSPIN (stage `{cfg['stage']}`, round {meta['round']}, step {meta['step']}) and exported as `{model_type}`:\n"
-            f"{model.num_params() / 1e6:.2f}M float32 parameters, {c.n_layer} layers of width {c.n_embd},\n"
+            f"{model.num_params() / 1e6:.2f}M {dtype} parameters, {c.n_layer} layers of width {c.n_embd},\n"
             f"{c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}.\n\n" +
             (f"| held out, at that step | |\n|---|---:|\n{figures}\n" if figures else "") +
             f"A prompt is put like this, the tokenizer's chat template; a response ends with `{tokenizer.EOT}`.\n\n```\n{cfg['template']}\n```\n")
@@ -331,13 +354,15 @@ def main(argv=None):
     into.add_argument("--block_size", type=int, default=0, help="longest sequence; 0: the model's, or its sliding window")
     into.add_argument("--template", default=config.Config.template, help="how a prompt is put to the model")
     outof.add_argument("run", help="a run folder or a checkpoint in it")
+    outof.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: half the bytes, rounded")
+    outof.add_argument("--shard_gb", type=float, default=math.inf, help="several files of at most so many 10^9 bytes, and their index")
     for each in (into, outof):
         each.add_argument("--out", required=True)
     args = parser.parse_args(argv)
     try:
         with new_folder(args.out):
             if args.command == "export":
-                export(args.run, args.out)
+                export(args.run, args.out, args.dtype, args.shard_gb)
             else:
                 config.check(config.Config(max_steps=1, template=args.template))
                 import_(args.source, args.out, args.block_size, args.template)

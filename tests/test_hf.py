@@ -69,6 +69,30 @@ def test_out_and_in_again_is_the_identity(name, tmp_path):
     assert "| val_loss | 4.25 |" in card and "### Instruction: {prompt}" in card
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_and_bfloat16(dtype, tmp_path):
+    """Every file keeps the limit, the index names each tensor's, and what comes in again is what went out, rounded once."""
+    model = make_run(str(tmp_path / "run"), MODERN)
+    hf.main(["export", str(tmp_path / "run"), f"--out={tmp_path / 'out'}", f"--dtype={dtype}", "--shard_gb=2.5e-5"])
+    shards = {name: load_file(tmp_path / "out" / name) for name in os.listdir(tmp_path / "out") if name.endswith(".safetensors")}
+    sizes = {name: [t.nbytes for t in tensors.values()] for name, tensors in shards.items()}
+    assert len(shards) > 2 and set(shards) == {f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)}
+    assert all(sum(size) <= 25000 or len(size) == 1 for size in sizes.values()) and max(map(len, sizes.values())) > 1
+    with open(tmp_path / "out" / "model.safetensors.index.json") as f:
+        index = json.load(f)
+    assert index == {"metadata": {"total_size": sum(map(sum, sizes.values()))}, "weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}}
+    hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])
+    back = checkpoint.load_model(str(tmp_path / "back"))[0]
+    for (name, mine), its in zip(model.named_parameters(), back.parameters()):
+        rows = 257 if name in ("wte.weight", "lm_head.weight") else None
+        assert torch.equal(mine[:rows].to(getattr(torch, dtype)).float(), its[:rows]), name
+    hf.main(["export", str(tmp_path / "back"), f"--out={tmp_path / 'whole'}", f"--dtype={dtype}"])
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert whole.keys() == index["weight_map"].keys() and all(torch.equal(whole[name], shards[file][name]) for name, file in index["weight_map"].items())
+    assert "--shard_gb must be above 0, got 0.0" in refused("export", tmp_path / "run", f"--out={tmp_path / 'no'}", "--shard_gb=0")
+    assert "invalid choice: 'float16'" in refused("export", tmp_path / "run", f"--out={tmp_path / 'no'}", "--dtype=float16") and not os.path.exists(tmp_path / "no")
+
+
 @pytest.mark.parametrize("setting, value", [("position", "sinusoidal"), ("qk_norm", True), ("softcap", 5.0), ("mlp", "relu2"), ("attn_scale", "embd"), ("attn_proj", False)])
 def test_what_has_no_equivalent_is_named(setting, value, tmp_path):
     make_run(str(tmp_path / "run"), MODERN | {setting: value})
