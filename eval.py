@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, batch_rows, encode_rows, permutation, printable, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, asked, batch_rows, encode_rows, permutation, printable, question, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -243,17 +243,17 @@ def measure(path, temperature, seed, rows, args):
         full = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])), "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in encoded]
         ref, _, _ = checkpoint.load_model(args.reference, args.device)
         figures |= ranking_metrics(score(model, full, 64, args.device), score(ref, full, 64, args.device), full, args.beta, [str(k + 1) for k in range(K)])
-    texts, ids = respond(model, enc, texts=[row["prompt"] for row in rows], seed=seed, temperature=temperature, **settings)
+    texts, ids = respond(model, enc, rows=rows, seed=seed, temperature=temperature, **settings)
     there = [i for i, y in enumerate(ids) if y is not None]         # whole texts have no prompt to answer
     figures |= {} if not there else sample_metrics([texts[i] for i in there], [ids[i] for i in there], [rows[i]["responses"][0] for i in there], enc.eot_token)
-    return figures, {rows[i]["prompt"]: (texts[i], ids[i]) for i in there}, enc
+    return figures, {asked(rows[i]): (texts[i], ids[i]) for i in there}, enc
 
 
 def in_tongue(judge, enc, text, ids):
     """A response's ids for a judge: as they are if its tokenizer made them; else encoded, ended only if it had ended."""
     if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge):
         return ids
-    return judge.encode_ordinary(text) + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
+    return tokenizer.encode(judge, text, "within") + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
 
 
 def main(argv=None):
@@ -288,7 +288,7 @@ def main(argv=None):
     rows = held_out(args.data, args.rows)
     if args.judge and not all(row["prompt"] for row in rows):
         raise SystemExit(f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge")
-    table, samples = {}, {"data": ({row["prompt"]: (row["responses"][0], None) for row in rows}, None)}
+    table, samples = {}, {"data": ({asked(row): (row["responses"][0], None) for row in rows}, None)}
     for n, (name, (path, temperature)) in enumerate(runs.items()):
         figures, *samples[name] = measure(path, temperature, args.seed + n, rows, args)
         table[name] = {"checkpoint": path, "temperature": temperature} | figures
@@ -298,9 +298,9 @@ def main(argv=None):
         first, *others = table
         settings = [meta["config"][name] for name in ("max_prompt", "max_response")]
         for name in ["data", *others]:
-            prompts = [row["prompt"] for row in rows if all(row["prompt"] in samples[who][0] for who in (name, first))]
-            answers = [[(samples[who][1], *samples[who][0][prompt]) for who in (name, first)] for prompt in prompts]
-            pairs = [{"prompt": prompt, "responses": [text for _, text, _ in both], "ids": [in_tongue(enc, *one) for one in both]} for prompt, both in zip(prompts, answers)]
+            both = [row for row in rows if all(asked(row) in samples[who][0] for who in (name, first))]
+            answers = [[(samples[who][1], *samples[who][0][asked(row)]) for who in (name, first)] for row in both]
+            pairs = [question(row) | {"responses": [text for _, text, _ in two], "ids": [in_tongue(enc, *one) for one in two]} for row, two in zip(both, answers)]
             pairs = [p for p in encode_rows(pairs, enc, meta["config"]["template"], judge.config.block_size, *settings)[0] if p is not None]
             if not pairs:
                 raise SystemExit(f"{args.judge}: there is no prompt that {name} and {first} both answered and that leaves the judge room")
@@ -311,7 +311,7 @@ def main(argv=None):
     if args.out:
         for name, (answers, _) in samples.items():
             if answers:
-                write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
+                write_rows(os.path.join(args.out, f"{name}.jsonl"), [question(row) | {"responses": [answers[asked(row)][0]]} for row in rows if asked(row) in answers])
         write_json(os.path.join(args.out, "eval.json"), table)
 
 
