@@ -230,16 +230,15 @@ def read_tokenizer(folder):
     """(tokenizer, its name in a checkpoint) by tokenizer.json, or by vocab.json and merges.txt: tiktoken's where it has GPT-2's ways."""
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path) or not os.path.exists(os.path.join(folder, "merges.txt")):
-        parts = read_json(path, ["model", "pre_tokenizer"])
+        parts = read_json(path, ["model"])
     else:
         with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
             merges = [line.rstrip("\n") for line in f if not line.startswith("#version")]
         parts = {"model": {"type": "BPE", "vocab": read_json(os.path.join(folder, "vocab.json")), "merges": merges}, "pre_tokenizer": {"type": "ByteLevel"}}
-    try:
-        enc = tokenizer.from_json(parts, path)
-    except SystemExit:
-        if not os.path.exists(path):
-            raise
+    enc = tokenizer.from_json(parts)
+    if enc is None and not os.path.exists(path):
+        raise SystemExit(f"{folder}: vocab.json and merges.txt are not GPT-2's kind of tokenizer, and there is no tokenizer.json")
+    if enc is None:
         return tokenizer.load(path), "tokenizer.json"
     for name in ["bytes"] * (enc.n_vocab == 257) + ["gpt2"] * (enc.n_vocab == 50257):
         with contextlib.suppress(SystemExit):       # tiktoken may have no vocabulary and no network: then it is a file

@@ -212,32 +212,25 @@ def to_json(enc, path):
     bpe.save(path)
 
 
-def from_json(parts, path):
-    """A parsed tokenizer.json -> tiktoken.Encoding. Exits with one line if it is not byte-level BPE that cuts text as PATTERN does."""
-    def must(ok, what):
-        if not ok:
-            raise SystemExit(f"{path}: {what} is not supported yet; byte-level BPE that cuts text as GPT-2 does is, with {EOT} as the last id")
-
+def from_json(parts):
+    """A parsed tokenizer.json -> tiktoken.Encoding with the same ids, or None if it is not byte-level BPE that cuts text as PATTERN does,
+    with EOT as its last id and only special token."""
+    to_byte = byte_of_char()
     try:
-        bpe, before, to_byte = parts["model"], parts["pre_tokenizer"] or {}, byte_of_char()
-        must(bpe["type"] == "BPE" and not bpe.get("byte_fallback"), f"the model {bpe['type']!r}{' with byte_fallback' * bool(bpe.get('byte_fallback'))}")
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            must(not bpe.get(name), f"the model's {name}")
-        must(not parts.get("normalizer"), "a normalizer")
-        for piece in before.get("pretokenizers", [before]):         # one, or Split and ByteLevel without a pattern of its own
-            pattern = (piece.get("pattern") or {}).get("Regex")
-            must(piece.get("type") in ("Split", "ByteLevel") and pattern in (None, PATTERN), f"the pre-tokenizer {json.dumps(piece)}")
-            must(not piece.get("add_prefix_space") and not piece.get("invert") and piece.get("behavior", "Isolated") == "Isolated", f"the pre-tokenizer {json.dumps(piece)}")
-        kinds = [(piece["type"], piece.get("use_regex", True)) for piece in before.get("pretokenizers", [before])]
-        must(kinds in ([("ByteLevel", True)], [("Split", True), ("ByteLevel", False)]), f"the pre-tokenizer {json.dumps(before)}")
-        must((parts.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel", "a post-processor that adds tokens")
+        bpe, before = parts["model"], parts["pre_tokenizer"]
+        pieces = before.get("pretokenizers", [before])          # one, or Split and a ByteLevel without a pattern of its own
+        kinds = [(piece["type"], piece.get("use_regex", True)) for piece in pieces]
+        plain = not any(piece.get("add_prefix_space") or piece.get("invert") or piece.get("behavior", "Isolated") != "Isolated" or
+                        "pattern" in piece and piece["pattern"] != {"Regex": PATTERN} for piece in pieces)
+        odd = [bpe.get(name) for name in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")] + [parts.get("normalizer")]
         vocab = {token: i for token, i in bpe["vocab"].items() if token != EOT}
         specials = {EOT: bpe["vocab"].get(EOT, len(vocab))} | {token["content"]: token["id"] for token in parts.get("added_tokens", [])}
-        must(specials == {EOT: len(vocab)}, f"a tokenizer with the special tokens {', '.join(map(repr, specials))}")
-        must(sorted(vocab.values()) == list(range(len(vocab))) and set("".join(vocab)) <= set(to_byte) <= set(vocab), "a vocabulary that is not of bytes")
+        if bpe["type"] != "BPE" or kinds not in ([("ByteLevel", True)], [("Split", True), ("ByteLevel", False)]) or not plain or any(odd) or \
+                (parts.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel" or specials != {EOT: len(vocab)} or \
+                sorted(vocab.values()) != list(range(len(vocab))) or not set("".join(vocab)) <= set(to_byte) <= set(vocab):
+            return None
         ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
         merges = [tuple(bytes(to_byte[c] for c in half) for half in (pair.split(" ") if isinstance(pair, str) else pair)) for pair in bpe["merges"]]
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise SystemExit(f"{path} is no tokenizer.json ({type(e).__name__}: {e})")
-    must(merges == merges_of(ranks), "merges in another order than their ids")
-    return encoding("bpe", ranks)
+        return encoding("bpe", ranks) if merges == merges_of(ranks) else None
+    except (KeyError, TypeError, AttributeError, ValueError, SystemExit):
+        return None
