@@ -4,7 +4,7 @@ A checkpoint is a folder RUN/round_R/step_S, written beside and renamed into pla
     model.safetensors     the whole model, float32, to hand on: sampling, evaluation, the next stage, a teacher
     optimizer/            torch.distributed.checkpoint of the optimizer's state in safetensors, a file a rank
     meta.json             round, step, model shape, config, tokenizer, held-out figures
-    tokenizer.tiktoken    where the tokenizer is a trained one
+    tokenizer.tiktoken    where the tokenizer is a trained one; tokenizer.json and tokenizer_config.json where it is another model's
     manifest.json         sha256 and size of every file, written last
 Nothing in it is a pickle. A save goes on beside the training: it waits for a copy to the CPU alone.
 """
@@ -44,7 +44,7 @@ def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures,
     if on_cpu:
         tensors = {part: {name: t.detach().clone() for name, t in named.items()} for part, named in tensors.items()}
     meta = {"round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg), "figures": figures, "history": dict(history),
-            "tokenizer": tokenizer_name if tokenizer_name in ("gpt2", "bytes") else "tokenizer.tiktoken", "tokenizer_sha256": tokenizer.fingerprint(enc)}
+            "tokenizer": tokenizer.file_of(enc, tokenizer_name), "tokenizer_sha256": tokenizer.fingerprint(enc)}
     return thread.submit(write, os.path.join(run, f"round_{round}", f"step_{step:06d}"), tensors, meta, enc, cfg)
 
 
@@ -58,8 +58,8 @@ def write(path, tensors, meta, enc, cfg):
             os.rename(os.path.join(beside, "model-00001-of-00001.safetensors"), os.path.join(beside, "model.safetensors"))
             os.remove(os.path.join(beside, "model.safetensors.index.json"))
             shutil.rmtree(os.path.join(beside, "sharded"))
-            if meta["tokenizer"] == "tokenizer.tiktoken":
-                tokenizer.save(enc, os.path.join(beside, "tokenizer.tiktoken"))
+            if meta["tokenizer"] not in ("gpt2", "bytes"):
+                tokenizer.save(enc, os.path.join(beside, meta["tokenizer"]))
             seal(beside, path, meta)
             thin(os.path.dirname(path), cfg)
         return ""
@@ -248,7 +248,7 @@ def read_meta(path):
         for name, value, hint in [(name, meta[name], kind) for name, kind in META.items()] + [(name, value, hints[name]) for name, value in meta["model"].items()] + \
                 [(name, meta["config"][name], settings[name]) for name in ("stage", "template", "max_prompt", "max_response")]:
             config.convert(name, value, hint, f"{path}/meta.json")
-        if meta["tokenizer"] not in ("gpt2", "bytes", "tokenizer.tiktoken"):
+        if meta["tokenizer"] not in ("gpt2", "bytes", "tokenizer.tiktoken", "tokenizer.json"):
             raise ValueError(f"tokenizer {meta['tokenizer']!r}")
         GPTConfig(**meta["model"])
         return meta

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, batch_rows, encode_rows, permutation, printable, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, asked, batch_rows, encode_rows, permutation, printable, question, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
 from loss import plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -216,32 +216,36 @@ def harness_metrics(model, enc, rows, encoded, device):
     """What lm-evaluation-harness says of an export, on the same rows: the policy alone, no reference, and of each response what follows
     the prompt *without* end-of-text. encoded: from `encode_rows`, None where dropped. Rows with an empty response are left out.
 
-    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes. A whole text is asked for whole, its first token after an
-                      end-of-text, in `windows` of block_size; a response is asked for as far as the limits leave it
+    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes, as far as the limits leave them; a whole text is asked for whole,
+                      in `windows` of block_size, its first token after an end-of-text (or the tokenizer's own beginning of a text)
     choice_acc        of rows with several responses: how often the best has the highest log-probability; of equal ones the first counts (acc)
-    choice_acc_bytes  the same a UTF-8 byte (acc_bytes; acc_norm is a character)
+    choice_acc_bytes  the same of log-probabilities a UTF-8 byte (acc_bytes; acc_norm takes them a character)
+
+    The harness encodes prompt and response as one text and moves the prompt's last spaces to the response: the ids are the same where the
+    template ends in no space and the response begins as a word of the tokenizer does, with a space.
     """
-    asked, sizes = [], []
+    scored, sizes = [], []
     for row, ids in zip(rows, encoded):
         if not row["prompt"]:
-            parts = windows(enc.encode_ordinary(row["responses"][0]), enc.eot_token, model.config.block_size)
-            asked += parts
+            first = tokenizer.specials(enc).get(tokenizer.begin(enc), enc.eot_token)        # an export's bos_token
+            parts = windows(tokenizer.encode(enc, row["responses"][0]), first, model.config.block_size)
+            scored += parts
             sizes += [[len(row["responses"][0].encode())]] + [[0]] * (len(parts) - 1)
         elif ids is not None:
             ended = [y is not None and y[-1] == enc.eot_token for y in ids["responses"]]
             bare = [y[:-1] if end else y for y, end in zip(ids["responses"], ended)]
             if [] not in bare:
-                asked.append(ids | {"responses": bare})
+                scored.append(ids | {"responses": bare})
                 sizes.append([0 if y is None else len((text if end else enc.decode(y)).encode()) for text, y, end in zip(row["responses"], bare, ended)])
-    if not asked:
+    if not scored:
         return {}
-    logps, sizes = score(model, asked, 8192, device), wide(sizes)
+    logps, sizes = score(model, scored, 8192, device), wide(sizes)
     metrics = {"bits_per_byte": float(-logps[:, 0].sum(dtype=np.float64) / math.log(2) / sizes[:, 0].sum())}
-    several = [i for i, row in enumerate(asked) if sum(y is not None for y in row["responses"]) > 1]
+    several = [i for i, row in enumerate(scored) if sum(y is not None for y in row["responses"]) > 1]
     for name, each in (("choice_acc", logps), ("choice_acc_bytes", logps / np.maximum(sizes, 1))):
         if several:
             chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
-            metrics[name] = float(np.mean([asked[i]["ranks"][chosen[i]] == 0 for i in several]))
+            metrics[name] = float(np.mean([scored[i]["ranks"][chosen[i]] == 0 for i in several]))
     return metrics
 
 
@@ -285,17 +289,17 @@ def measure(path, temperature, seed, rows, args):
         full = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])), "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in encoded]
         ref, _, _ = checkpoint.load_model(args.reference, args.device)
         figures |= ranking_metrics(score(model, full, 64, args.device), score(ref, full, 64, args.device), full, args.beta, [str(k + 1) for k in range(K)])
-    texts, ids = respond(model, enc, texts=[row["prompt"] for row in rows], seed=seed, temperature=temperature, **settings)
+    texts, ids = respond(model, enc, rows=rows, seed=seed, temperature=temperature, **settings)
     there = [i for i, y in enumerate(ids) if y is not None]         # whole texts have no prompt to answer
     figures |= {} if not there else sample_metrics([texts[i] for i in there], [ids[i] for i in there], [rows[i]["responses"][0] for i in there], enc.eot_token)
-    return figures, {rows[i]["prompt"]: (texts[i], ids[i]) for i in there}, enc
+    return figures, {asked(rows[i]): (texts[i], ids[i]) for i in there}, enc
 
 
 def in_tongue(judge, enc, text, ids):
     """A response's ids for a judge: as they are if its tokenizer made them; else encoded, ended only if it had ended."""
     if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge):
         return ids
-    return judge.encode_ordinary(text) + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
+    return tokenizer.encode(judge, text, "within") + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
 
 
 def main(argv=None):
@@ -330,7 +334,7 @@ def main(argv=None):
     rows = held_out(args.data, args.rows)
     if args.judge and not all(row["prompt"] for row in rows):
         raise SystemExit(f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge")
-    table, samples = {}, {"data": ({row["prompt"]: (row["responses"][0], None) for row in rows}, None)}
+    table, samples = {}, {"data": ({asked(row): (row["responses"][0], None) for row in rows}, None)}
     for n, (name, (path, temperature)) in enumerate(runs.items()):
         figures, *samples[name] = measure(path, temperature, args.seed + n, rows, args)
         table[name] = {"checkpoint": path, "temperature": temperature} | figures
@@ -340,9 +344,9 @@ def main(argv=None):
         first, *others = table
         settings = [meta["config"][name] for name in ("max_prompt", "max_response")]
         for name in ["data", *others]:
-            prompts = [row["prompt"] for row in rows if all(row["prompt"] in samples[who][0] for who in (name, first))]
-            answers = [[(samples[who][1], *samples[who][0][prompt]) for who in (name, first)] for prompt in prompts]
-            pairs = [{"prompt": prompt, "responses": [text for _, text, _ in both], "ids": [in_tongue(enc, *one) for one in both]} for prompt, both in zip(prompts, answers)]
+            both = [row for row in rows if all(asked(row) in samples[who][0] for who in (name, first))]
+            answers = [[(samples[who][1], *samples[who][0][asked(row)]) for who in (name, first)] for row in both]
+            pairs = [question(row) | {"responses": [text for _, text, _ in two], "ids": [in_tongue(enc, *one) for one in two]} for row, two in zip(both, answers)]
             pairs = [p for p in encode_rows(pairs, enc, meta["config"]["template"], judge.config.block_size, *settings)[0] if p is not None]
             if not pairs:
                 raise SystemExit(f"{args.judge}: there is no prompt that {name} and {first} both answered and that leaves the judge room")
@@ -353,7 +357,7 @@ def main(argv=None):
     if args.out:
         for name, (answers, _) in samples.items():
             if answers:
-                write_rows(os.path.join(args.out, f"{name}.jsonl"), [{"prompt": prompt, "responses": [text]} for prompt, (text, _) in answers.items()])
+                write_rows(os.path.join(args.out, f"{name}.jsonl"), [question(row) | {"responses": [answers[asked(row)][0]]} for row in rows if asked(row) in answers])
         write_json(os.path.join(args.out, "eval.json"), table)
 
 

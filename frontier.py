@@ -61,7 +61,7 @@ def rank(folder, reference, source="data/pydocs"):
         rows = held_out(source, n) if split == "val" else read_rows(f"{source}/train.jsonl")
         rows = list({row["prompt"]: row for row in rows}.values())
         rows = [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
-        drawn = [respond(model, enc, texts=[row["prompt"] for row in rows], seed=k + K * (split == "val"), **settings) for k in range(K)]
+        drawn = [respond(model, enc, rows=rows, seed=k + K * (split == "val"), **settings) for k in range(K)]
         ranked = []
         for i, row in enumerate(rows):
             answers = sorted([(concrete(row, texts[i]), texts[i], ids[i]) for texts, ids in drawn if ids[i] is not None], key=lambda a: -a[0])
@@ -83,7 +83,7 @@ def measure(run, reference, judge, folder):
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
     figures = {"true_at": {}}
     for temperature in TEMPERATURES:
-        texts, ids = respond(model, enc, texts=[row["prompt"] for row in rows], seed=7, temperature=temperature, **settings)
+        texts, ids = respond(model, enc, rows=rows, seed=7, temperature=temperature, **settings)
         true = [concrete(row, text) for row, text in zip(rows, texts)]
         figures["true_at"][str(temperature)] = true
     said = [{"prompt": row["prompt"], "responses": [text], "ids": [y]} for row, text, y in zip(rows, texts, ids)]      # at temperature 1, the last

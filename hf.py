@@ -1,12 +1,12 @@
-"""Checkpoints from and to Hugging Face: GPT-2, Llama, Mistral and Qwen 2 come in; GPT-2, Llama and Qwen 2 go out.
+"""Checkpoints from and to Hugging Face: GPT-2, Llama, Mistral, Qwen 2 and 3 come in; GPT-2, Llama, Qwen 2 and 3 go out.
 
     python hf.py import FOLDER --out=out/gpt2           # FOLDER: local, or org/name@COMMIT of the hub
     python hf.py export out/demo/sft --out=out/export   # for transformers.AutoModelForCausalLM
     python hf.py export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
 
 What is imported is a run with one checkpoint: an `init`, a `teacher`, for sample.py and eval.py. `table` says of which tensors
-of theirs a parameter of ours is made; both ways are read off it. Nothing is guessed: a setting, a tensor or a rule of the
-tokenizer that has no counterpart here ends the program with its name.
+of theirs a parameter of ours is made; both ways are read off it. Nothing is guessed: a setting or a tensor that has no
+counterpart here ends the program with its name.
 """
 import argparse
 import contextlib
@@ -26,16 +26,18 @@ from safetensors import SafetensorError, safe_open
 import checkpoint
 import config
 from data import printable, read_json, tokenizer, write_json
+from data.template import frame, from_jinja, prompt_ids, to_jinja
 from model import GPT, GPTConfig
 
-# our settings by the names in config.json; Mistral's and Qwen 2's are Llama's
+# our settings by the names in config.json; Mistral's and Qwen's are Llama's
 SETTINGS = {
     "gpt2": {"block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner",
              "norm_eps": "layer_norm_epsilon", "mlp": "activation_function", "tie": "tie_word_embeddings"},
     "llama": {"block_size": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-              "n_embd": "hidden_size", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "mlp": "hidden_act", "tie": "tie_word_embeddings"},
+              "head_dim": "head_dim", "n_embd": "hidden_size", "n_inner": "intermediate_size", "norm_eps": "rms_norm_eps", "mlp": "hidden_act", "tie": "tie_word_embeddings"},
 }
-DEFAULTS = {"gpt2": {"n_inner": 0, "tie": True}, "llama": {"n_kv_head": 0, "tie": False}, "mistral": {"tie": False}, "qwen2": {"tie": False}}
+DEFAULTS = {"gpt2": {"n_inner": 0, "tie": True}, "llama": {"n_kv_head": 0, "head_dim": 0, "tie": False}, "mistral": {"head_dim": 0, "tie": False},
+            "qwen2": {"head_dim": 0, "tie": False}, "qwen3": {"head_dim": 128, "tie": False}}
 ACTIVATIONS = {"gpt2": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "relu2": "relu2"}, "llama": {"silu": "swiglu"}}
 SHAPE = {"gpt2": {"position": "learned", "norm": "layernorm"}, "llama": {"position": "rotary", "norm": "rmsnorm"}}
 ROPE = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]       # of model.py's rope_scaling
@@ -46,6 +48,7 @@ IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_
 
 # modules by their names in Llama; GPT-2's are ours
 LLAMA = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"], "lm_head": ["lm_head"],
+         "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
          "ln_1": ["input_layernorm"], "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.c_proj": ["self_attn.o_proj"],
          "ln_2": ["post_attention_layernorm"], "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.c_proj": ["mlp.down_proj"]}
 TABLES = ("wte.weight", "lm_head.weight")      # a row a token
@@ -81,7 +84,7 @@ def shape_of(theirs, where):
         if not take("scale_attn_weights", bool, True):
             refuse("scale_attn_weights = false is not supported")
     else:
-        shape["bias"], shape["qkv_bias"] = take("attention_bias", bool, False), model_type == "qwen2"
+        shape["bias"], shape["qkv_bias"], shape["qk_norm"] = take("attention_bias", bool, False), model_type == "qwen2", model_type == "qwen3"
         if take("mlp_bias", bool, False) != shape["bias"]:
             refuse("attention_bias and mlp_bias are supported only together")
         rope = {"rope_type": "default"} | take("rope_scaling", dict, {}) | take("rope_parameters", dict, {})
@@ -94,8 +97,6 @@ def shape_of(theirs, where):
         window = take("sliding_window", int, 4096 if model_type == "mistral" and "sliding_window" not in theirs else 0) * take("use_sliding_window", bool, True)
         if not set(take("layer_types", list[str], [])) <= {"full_attention", "sliding_attention"}:
             refuse(f"layer_types {theirs['layer_types']} are not supported")
-        if take("head_dim", int, shape["n_embd"] // max(shape["n_head"], 1)) * shape["n_head"] != shape["n_embd"]:
-            refuse(f"head_dim {theirs.get('head_dim')} is not supported: {shape['n_head']} heads are not as wide as the model")
     odd = {name: value for name, value in left.items() if name not in IGNORED and not name.startswith("summary_") and value not in (None, False)}
     if odd:
         refuse(f"the setting {', '.join(f'{name} = {value!r}' for name, value in odd.items())} is not supported")
@@ -187,12 +188,15 @@ def check_tensors(found, wanted, tied, folder):
         raise SystemExit(printable(f"{folder}: no use for {len(left)} tensors: {', '.join(sorted(left)[:3])}"))
 
 
-def import_(source, out, block_size=0, template=config.Config.template):
+def import_(source, out, block_size=0, template=""):
     """A folder of Hugging Face's -> out/round_0/step_000000."""
     folder = local(source)
     where, path = os.path.join(folder, "config.json"), os.path.join(out, "round_0", "step_000000")
     family, shape, rows, window = shape_of(read_json(where), where)
     enc, name = read_tokenizer(folder)
+    template = template or read_template(folder, enc)
+    config.check(config.Config(max_steps=1, template=template))
+    check_template(enc, template, folder)
     positions, limit = shape["block_size"], min(shape["block_size"], window or shape["block_size"])
     if not 0 <= block_size <= limit:
         raise SystemExit(f"block_size {block_size} is not within the model's {limit}" + ", its sliding window" * (limit < positions))
@@ -217,28 +221,58 @@ def import_(source, out, block_size=0, template=config.Config.template):
 
         os.makedirs(beside)
         checkpoint.write_safetensors(os.path.join(beside, "model.safetensors"), {n: (p.shape, lambda n=n, p=p: make(n, p)) for n, p in model.named_parameters()})
-    if name == "tokenizer.tiktoken":
+    if name not in ("gpt2", "bytes"):
         tokenizer.save(enc, os.path.join(beside, name))
     checkpoint.seal(beside, path, {"round": 0, "step": 0, "model": asdict(model.config), "config": asdict(config.Config(out_dir=out, template=template)),
                                    "figures": {}, "history": {"skipped": 0, "losses": []}, "tokenizer": name, "tokenizer_sha256": tokenizer.fingerprint(enc), "source": source})
-    print(f"{path}: {family} with {model.num_params() / 1e6:.2f}M parameters, tokenizer {name}, block_size {model.config.block_size}")
+    print(f"{path}: {family} with {model.num_params() / 1e6:.2f}M parameters, tokenizer {name}, block_size {model.config.block_size}, template {template!r}")
 
 
 def read_tokenizer(folder):
-    """(Encoding, its name in a checkpoint) by tokenizer.json, or by vocab.json and merges.txt."""
+    """(tokenizer, its name in a checkpoint) by tokenizer.json, or by vocab.json and merges.txt: tiktoken's where it has GPT-2's ways."""
     path = os.path.join(folder, "tokenizer.json")
     if os.path.exists(path) or not os.path.exists(os.path.join(folder, "merges.txt")):
-        parts = read_json(path, ["model", "pre_tokenizer"])
+        parts = read_json(path, ["model"])
     else:
         with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
             merges = [line.rstrip("\n") for line in f if not line.startswith("#version")]
         parts = {"model": {"type": "BPE", "vocab": read_json(os.path.join(folder, "vocab.json")), "merges": merges}, "pre_tokenizer": {"type": "ByteLevel"}}
-    enc = tokenizer.from_json(parts, path)
+    enc = tokenizer.from_json(parts)
+    if enc is None and not os.path.exists(path):
+        raise SystemExit(f"{folder}: vocab.json and merges.txt are not GPT-2's kind of tokenizer, and there is no tokenizer.json")
+    if enc is None:
+        return tokenizer.load(path), "tokenizer.json"
     for name in ["bytes"] * (enc.n_vocab == 257) + ["gpt2"] * (enc.n_vocab == 50257):
         with contextlib.suppress(SystemExit):       # tiktoken may have no vocabulary and no network: then it is a file
             if tokenizer.fingerprint(tokenizer.load(name)) == tokenizer.fingerprint(enc):
                 return tokenizer.load(name), name
     return enc, "tokenizer.tiktoken"
+
+
+def read_template(folder, enc):
+    """How a prompt is put to the model, by its chat template; without one our own, after the beginning-of-text that its tokenizer sets."""
+    path, settings = os.path.join(folder, "chat_template.jinja"), os.path.join(folder, "tokenizer_config.json")
+    theirs = read_json(settings) if os.path.exists(settings) else {}
+    chat = theirs.get("chat_template")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            chat = f.read()
+    first = tokenizer.begin(enc)
+    usual = first + "{turn}" * bool(first) + config.Config.template
+    if not chat:
+        return usual
+    text = {name: token["content"] if isinstance(token, dict) else token for name, token in theirs.items() if name.endswith("_token") and token}
+    found = from_jinja(chat, **text | {"eos_token": tokenizer.eos(enc)}) if isinstance(chat, str) else None
+    if not found:
+        print(f"the chat template is no text around what is said; {usual!r} is taken, unless --template says another")
+    return found or usual
+
+
+def check_template(enc, template, folder):
+    """That what we make of a prompt is what the tokenizer itself makes of the whole text."""
+    begin, before, after, _ = frame(template)
+    if isinstance(enc, tokenizer.Json) and prompt_ids(enc, template, "What is 12 + 30?") != enc.with_specials(begin + before + "What is 12 + 30?" + after):
+        raise SystemExit(printable(f"{folder}: its tokenizer makes other ids of the template {template!r} than its parts have (its special tokens may take the spaces beside them)"))
 
 
 # ------------------------------------------------------------------------------------------------------------------- out
@@ -247,8 +281,8 @@ def read_tokenizer(folder):
 def equivalent(c):
     """(family, config.json's settings) of a GPTConfig. Exits with the setting that has no equivalent."""
     family = "gpt2" if c.position == "learned" else "llama"
-    usual = {"qk_norm": False, "softcap": 0.0, "head_bias": False, "attn_proj": True, "attn_scale": "head", "mlp_alone": False} | SHAPE[family]
-    usual |= {"bias": True, "n_kv_head": c.n_head} if family == "gpt2" else {}
+    usual = {"softcap": 0.0, "head_bias": False, "attn_proj": True, "attn_scale": "head", "mlp_alone": False} | SHAPE[family]
+    usual |= {"bias": True, "n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head, "qk_norm": False} if family == "gpt2" else {"bias": False, "qkv_bias": False} if c.qk_norm else {}
     for name, value in usual.items():
         if getattr(c, name) != value:
             raise SystemExit(f"no Hugging Face equivalent: {name} is {getattr(c, name)!r}; {family} has {value!r}")
@@ -260,17 +294,11 @@ def equivalent(c):
         return family, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} | theirs
     scaling = {"rope_type": "llama3"} | dict(zip(ROPE, [*c.rope_scaling[:-1], *map(int, c.rope_scaling[-1:])]))
     theirs |= {"rope_theta": c.rope_theta, "rope_scaling": scaling if c.rope_scaling else None}
+    if c.qk_norm:
+        return family, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False, "attention_bias": False} | theirs
     if c.qkv_bias and not c.bias:
         return family, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False} | theirs
     return family, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": c.bias, "mlp_bias": c.bias} | theirs
-
-
-def chat_template(template):
-    """The template as transformers wants it, in Jinja: as sample.py --chat joins what was said."""
-    before, after = (json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}"))
-    return ("{% for m in messages %}{% if m['role'] == 'user' %}{{ " + before + " + m['content'] + " + after + " }}"
-            "{% elif m['role'] == 'assistant' %}{{ m['content'] + (eos_token if loop.last else '\\n\\n') }}"
-            "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}{% endfor %}")
 
 
 def write_shards(folder, tensors, dtype, limit):
@@ -308,19 +336,20 @@ def export(run, out, dtype="float32", shard_gb=math.inf):
             tensors[their] = shape, lambda part=part: part
     write_shards(out, tensors, getattr(torch, dtype), 1e9 * shard_gb)
     tokenizer.to_json(enc, os.path.join(out, "tokenizer.json"))
-    ends = {"bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
+    eos, bos = tokenizer.eos(enc), tokenizer.begin(enc) or tokenizer.eos(enc)
+    ends = {"bos_token_id": tokenizer.specials(enc)[bos], "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
     sampling = {"do_sample": cfg["temperature"] > 0, "temperature": cfg["temperature"] or 1.0, "top_k": cfg["top_k"], "top_p": cfg["top_p"]}
     write_json(os.path.join(out, "generation_config.json"), ends | sampling | ({"max_new_tokens": cfg["max_response"]} if cfg["max_response"] else {}))
     write_json(os.path.join(out, "tokenizer_config.json"), {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokenizer.EOT, "eos_token": tokenizer.EOT, "pad_token": tokenizer.EOT,
-        "clean_up_tokenization_spaces": False, "model_max_length": c.block_size, "chat_template": chat_template(cfg["template"])})
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos,
+        "clean_up_tokenization_spaces": False, "model_max_length": c.block_size, "chat_template": to_jinja(cfg["template"])})
     with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as f:
-        f.write(card(os.path.basename(os.path.normpath(run)), theirs["model_type"], model, meta, dtype))
+        f.write(card(os.path.basename(os.path.normpath(run)), theirs["model_type"], model, meta, eos, dtype))
     write_json(os.path.join(out, "config.json"), theirs | ends | {"dtype": dtype})
     print(f"{out}: {theirs['model_type']} with {model.num_params() / 1e6:.2f}M parameters, of {path}")
 
 
-def card(name, model_type, model, meta, dtype):
+def card(name, model_type, model, meta, eos, dtype):
     """README.md of an export, by what its checkpoint says of itself."""
     c, cfg = model.config, meta["config"]
     figures = "".join(f"| {key} | {value:.4g} |\n" for key, value in meta["figures"].items() if isinstance(value, (int, float)))
@@ -329,7 +358,7 @@ def card(name, model_type, model, meta, dtype):
             f"{model.num_params() / 1e6:.2f}M {dtype} parameters, {c.n_layer} layers of width {c.n_embd},\n"
             f"{c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}.\n\n" +
             (f"| held out, at that step | |\n|---|---:|\n{figures}\n" if figures else "") +
-            f"A prompt is put like this, the tokenizer's chat template; a response ends with `{tokenizer.EOT}`.\n\n```\n{cfg['template']}\n```\n")
+            f"A prompt is put like this, the tokenizer's chat template; a response ends with `{eos}`.\n\n```\n{cfg['template']}\n```\n")
 
 
 @contextlib.contextmanager
@@ -352,7 +381,7 @@ def main(argv=None):
     parser.error = into.error = outof.error = lambda message: sys.exit(printable(message))      # one line, without the usage
     into.add_argument("source", help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub")
     into.add_argument("--block_size", type=int, default=0, help="longest sequence; 0: the model's, or its sliding window")
-    into.add_argument("--template", default=config.Config.template, help="how a prompt is put to the model")
+    into.add_argument("--template", default="", help="how a prompt is put to the model, as data/template.py says; default: by its chat template, or else our own")
     outof.add_argument("run", help="a run folder or a checkpoint in it")
     outof.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: half the bytes, rounded")
     outof.add_argument("--shard_gb", type=float, default=math.inf, help="several files of at most so many 10^9 bytes, and their index")
@@ -364,7 +393,6 @@ def main(argv=None):
             if args.command == "export":
                 export(args.run, args.out, args.dtype, args.shard_gb)
             else:
-                config.check(config.Config(max_steps=1, template=args.template))
                 import_(args.source, args.out, args.block_size, args.template)
     except (OSError, SafetensorError, ValueError) as e:     # the last of GPTConfig
         raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))

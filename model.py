@@ -23,6 +23,7 @@ class GPTConfig:
     n_head: int = 12
     n_kv_head: int = 0              # key/value heads of grouped-query attention (arXiv 2305.13245); 0: n_head
     n_embd: int = 768
+    head_dim: int = 0               # width of a head; 0: n_embd / n_head
     n_inner: int = 0                # width inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd to the next multiple of 64
     position: str = "learned"       # learned | rotary (arXiv 2104.09864, half-split as in Llama) | sinusoidal (1706.03762)
     rope_theta: float = 10000.0
@@ -49,35 +50,35 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.rope_scaling = list(self.rope_scaling)
+        if not self.head_dim and min(self.n_embd, self.n_head) > 0:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, or head_dim be given")
+            self.head_dim = self.n_embd // self.n_head
         if not self.n_inner:
             self.n_inner = -(-8 * self.n_embd // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
         for name, choices in [("position", ["learned", "rotary", "sinusoidal"]), ("norm", ["layernorm", "rmsnorm"]),
                               ("mlp", ["gelu", "relu", "relu2", "swiglu"]), ("attn_scale", ["head", "embd"]), ("init_scheme", ["gpt2", "glorot"])]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"]:
+        for name in ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "head_dim"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-        if self.position == "rotary" and (self.n_embd // self.n_head) % 2:
-            raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.rope_scaling and not (len(self.rope_scaling) == 4 and min(self.rope_scaling) > 0 and self.rope_scaling[1] < self.rope_scaling[2]):
             raise ValueError(f"rope_scaling must be empty or factor, low < high turns, length, all above 0, not {self.rope_scaling}")
         if self.position == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        if not self.attn_proj and self.n_head * self.head_dim != self.n_embd:
+            raise ValueError("attn_proj = False needs heads that are together as wide as the model")
         if self.head_bias and self.tie:
             raise ValueError("head_bias needs a head of its own: tie = False")
         if self.init_noise < 0:
             raise ValueError(f"init_noise must not be negative, got {self.init_noise}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
 
     @property
     def padded_vocab(self):
@@ -102,22 +103,21 @@ class Attention(nn.Module):
         self.config = config
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias or config.qkv_bias)
         if config.attn_proj:
-            self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+            self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x, texts, layer, rope=None):
-        n, C = x.shape
         c = self.config
-        q, k, v = self.c_attn(x).view(n, -1, c.head_dim).split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
+        q, k, v = self.c_attn(x).view(len(x), -1, c.head_dim).split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if c.attn_scale == "embd":
             q = q * c.n_head ** -0.5            # attend divides by the square root of the head width
-        y = texts.attend(layer, q, k, v).reshape(n, C)
+        y = texts.attend(layer, q, k, v).flatten(1)
         return F.dropout(self.c_proj(y) if c.attn_proj else y, c.dropout, self.training)
 
 
@@ -263,7 +263,7 @@ class GPT(nn.Module):
         which alone reach the head."""
         c = self.config
         blocks = sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
-        return 6 * (blocks + asked * c.padded_vocab * c.n_embd) + 12 * c.n_layer * c.n_embd * (length or c.block_size)
+        return 6 * (blocks + asked * c.padded_vocab * c.n_embd) + 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
 
 
 def init_mean_std(name, shape, config):

@@ -21,7 +21,7 @@ import torch
 
 import checkpoint
 import parallel
-from data import batch_indices, batch_rows, encode_rows, pinned, read_arrays, read_json, read_rows, sha256, tokenizer, write_json, write_rows
+from data import asked, batch_indices, batch_rows, encode_rows, pinned, question, read_arrays, read_json, read_rows, sha256, tokenizer, write_json, write_rows
 from eval import held_out, in_batches, in_tongue, reward_scores
 from loss import kl_estimates
 from rollout import by_prompt, fitting, sample_file
@@ -43,7 +43,7 @@ def collect(cfg, round, model, enc, device, dtype, say):
         tokens, report = advantages(cfg, now, t)
         report = summary(t) | report
         if parallel.rank() == 0:
-            write_rows(kept, [{"prompt": row["prompt"], "responses": [text], "ids": [y], "scores": [s], "kl": float(np.sum(p - r)), "ended": ended}
+            write_rows(kept, [question(row) | {"responses": [text], "ids": [y], "scores": [s], "kl": float(np.sum(p - r)), "ended": ended}
                               for row, text, y, s, p, r, ended in zip(rows, t["texts"], t["ids"], t["scores"].tolist(), t["logps"], t["refs"], t["ended"])])
             with open(arrays + ".tmp", "wb") as f:
                 np.savez(f, **tokens)
@@ -72,7 +72,7 @@ def collect(cfg, round, model, enc, device, dtype, say):
 
 def once(rows):
     """Rows of different prompts: a prompt has one sample a round."""
-    return list({row["prompt"]: row for row in rows}.values())
+    return list({asked(row): row for row in rows}.values())
 
 
 def evaluate(cfg, round, step, model, rows, enc, device):
@@ -100,10 +100,10 @@ def trajectories(cfg, path, what, rows, model, enc, device, dtype):
     """Sample one response to each row into a ranked file, and measure it -> {"texts", "ids", "ended": one each; "scores"
     (rows,) the rewards as they are; "logps", "refs", "values": for each row (tokens,) float32}, on every rank."""
     policy = model if cfg.sample_sharded else parallel.whole(model, dtype)
-    sample_file(path, policy, enc, cfg, [row["prompt"] for row in rows], what)
+    sample_file(path, policy, enc, cfg, rows, what)
     del policy
-    texts, ids = zip(*by_prompt(path, [row["prompt"] for row in rows], enc))
-    played = [{"prompt": row["prompt"], "responses": [text], "ids": [y]} for row, text, y in zip(rows, texts, ids)]
+    texts, ids = zip(*by_prompt(path, rows, enc))
+    played = [question(row) | {"responses": [text], "ids": [y]} for row, text, y in zip(rows, texts, ids)]
     encoded, _ = encode_rows(played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response)
     logps, values = token_scores(model, encoded, cfg, device)
     reference, _, _ = checkpoint.load_model(cfg.init, device, dtype)
@@ -135,7 +135,7 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype):
         return np.array([float(function(row, text)) for row, text in zip(rows, texts)])
     judge, its_enc, meta = checkpoint.load_model(cfg.reward, device, dtype)
     limits = [meta["config"][name] for name in ("max_prompt", "max_response")]
-    played = [{"prompt": row["prompt"], "responses": [text], "ids": [in_tongue(its_enc, enc, text, y)]} for row, text, y in zip(rows, texts, ids)]
+    played = [question(row) | {"responses": [text], "ids": [in_tongue(its_enc, enc, text, y)]} for row, text, y in zip(rows, texts, ids)]
     encoded, counts = encode_rows(played, its_enc, meta["config"]["template"], judge.config.block_size, *limits)
     if None in encoded:
         raise SystemExit(f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after {counts['dropped']} prompts; set max_prompt of that run")

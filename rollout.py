@@ -23,7 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import launch
 import parallel
-from data import encode_rows, longest_shared_prefix, permutation, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
+from data import asked, encode_rows, longest_shared_prefix, permutation, question, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
 from eval import answer, held_out, length_accuracy, score
 from sample import respond
 
@@ -152,7 +152,7 @@ def fitting(cfg, rows, enc, block_size, say=None, split=""):
     """The rows whose prompt leaves room for a response: no player is asked the others. Ends the run where a row has no prompt."""
     if not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to play on")
-    encoded, counts = encode_rows([{"prompt": row["prompt"], "responses": row["responses"][:1]} for row in rows], enc,
+    encoded, counts = encode_rows([question(row) | {"responses": row["responses"][:1]} for row in rows], enc,
                                   cfg.template, block_size, cfg.max_prompt, cfg.max_response)
     if say:
         say(f"data {split}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
@@ -162,7 +162,6 @@ def fitting(cfg, rows, enc, block_size, say=None, split=""):
 def play(cfg, round, split, rows, model, enc, dtype):
     """Every prompt's responses in the order of `players` -> ranked rows with ids. A response that equals a better one
     teaches nothing and is absent ("same_as" says which one it equals); so are an earlier self's before there was one."""
-    texts = [row["prompt"] for row in rows]
     columns = []        # of each player: (text, ids) a prompt, ids None where the text is still to be encoded
     for player in cfg.players:
         if player == "data":
@@ -174,11 +173,10 @@ def play(cfg, round, split, rows, model, enc, dtype):
             path = os.path.join(cfg.out_dir, f"round_{round - back}", f"self_{split}.jsonl")
             if back == 0:
                 policy = model if cfg.sample_sharded else parallel.whole(model, dtype)
-                sample_file(path, policy, enc, cfg, texts, f"{round} self {split}")
+                sample_file(path, policy, enc, cfg, rows, f"{round} self {split}")
                 del policy
-            columns.append(by_prompt(path, texts, enc) if back <= round else [(None, None)] * len(rows))
-    played = [{"prompt": row["prompt"], "responses": [c[i][0] for c in columns], "ids": [c[i][1] for c in columns]} |
-              ({"group": row["group"]} if "group" in row else {}) for i, row in enumerate(rows)]
+            columns.append(by_prompt(path, rows, enc) if back <= round else [(None, None)] * len(rows))
+    played = [question(row) | {"responses": [c[i][0] for c in columns], "ids": [c[i][1] for c in columns]} for i, row in enumerate(rows)]
     encoded, _ = encode_rows(played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response)
     for row, e in zip(played, encoded):
         ids = e["responses"]
@@ -199,7 +197,7 @@ def prepare_teacher(cfg, enc, block_size, device, dtype):
         return
     teacher, its_enc, _ = checkpoint.load_model(cfg.teacher, device, dtype)
     for split, rows in source(cfg).items():
-        sample_file(paths[split], teacher, its_enc, cfg, [r["prompt"] for r in fitting(cfg, rows, enc, block_size)], f"teacher {split}")
+        sample_file(paths[split], teacher, its_enc, cfg, fitting(cfg, rows, enc, block_size), f"teacher {split}")
 
 
 def teacher_responses(cfg, split, rows, enc):
@@ -209,11 +207,11 @@ def teacher_responses(cfg, split, rows, enc):
             raise SystemExit(f"teacher is 'rows', but rows of {cfg.data}/{split}.jsonl have one response")
         return [(row["responses"][1], None) for row in rows]
     path = os.path.join(cfg.out_dir, f"teacher_{split}.jsonl") if os.path.isdir(cfg.teacher) else cfg.teacher
-    return by_prompt(path, [row["prompt"] for row in rows], enc)
+    return by_prompt(path, rows, enc)
 
 
-def by_prompt(path, texts, enc):
-    """The best response to each prompt in a ranked file: (text, ids). Ids where this tokenizer made them; of another
+def by_prompt(path, rows, enc):
+    """The best response in a ranked file to what each row asks: (text, ids). Ids where this tokenizer made them; of another
     tokenizer's sample that did not end, ids without end-of-text; else None, a text to be encoded with one."""
     name, answers = tokenizer.fingerprint(enc), {}
     for row in read_rows(path):
@@ -225,26 +223,26 @@ def by_prompt(path, texts, enc):
                 raise SystemExit(f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(row['ids'][0])}, outside the vocabulary of {enc.n_vocab}")
             ids = row["ids"][0]
         elif row.get("ended") is False:
-            ids = enc.encode_ordinary(text)
-        answers[row["prompt"]] = text, ids
-    missing = [t for t in texts if t not in answers]
+            ids = tokenizer.encode(enc, text, "within")
+        answers[asked(row)] = text, ids
+    missing = [row["prompt"] for row in rows if asked(row) not in answers]
     if missing:
-        raise SystemExit(f"{path}: no response to {len(missing)} of {len(texts)} prompts, the first: {missing[0][:80]!r}")
-    return [answers[t] for t in texts]
+        raise SystemExit(f"{path}: no response to {len(missing)} of {len(rows)} prompts, the first: {missing[0][:80]!r}")
+    return [answers[asked(row)] for row in rows]
 
 
-def sample_file(path, model, enc, cfg, texts, what):
+def sample_file(path, model, enc, cfg, rows, what):
     """Write one sampled response a prompt to a ranked file. Prompts are dealt to the ranks; every finished part is kept,
     and a sample is a function of (weights, seed, what, its prompt's number), so a resumed file is the same file."""
     if parallel.agree(os.path.exists(path)):
         return
-    texts = list(dict.fromkeys(texts))      # one response a prompt, however often it stands in the data
+    rows = list({asked(row): row for row in rows}.values())       # one response a prompt, however often it stands in the data
     seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {what}".encode()).digest()[:7], "big")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     size = max(PART, cfg.gen_batch_size * parallel.world())
-    parts = {f"{path}.part{i:09d}-{min(i + size, len(texts)):09d}": range(i, min(i + size, len(texts))) for i in range(0, len(texts), size)}
+    parts = {f"{path}.part{i:09d}-{min(i + size, len(rows)):09d}": range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)}
     there = parallel.agree([part for part in parts if os.path.exists(part)])
-    progress = tqdm(total=len(texts), desc=f"sampling {what}", disable=None if parallel.rank() == 0 else True)
+    progress = tqdm(total=len(rows), desc=f"sampling {what}", disable=None if parallel.rank() == 0 else True)
     for part, numbers in parts.items():
         if part in there:
             progress.update(len(numbers))
@@ -252,13 +250,14 @@ def sample_file(path, model, enc, cfg, texts, what):
         mine = numbers[parallel.rank()::parallel.world()]
         parallel.at(f"sampling {what}, prompt {numbers[0]} and those after it")
         with parallel.in_step(model):
-            answers, ids = respond(model, enc, cfg.template, [texts[i] for i in mine], cfg.max_prompt, cfg.max_response, seed,
+            answers, ids = respond(model, enc, cfg.template, [rows[i] for i in mine], cfg.max_prompt, cfg.max_response, seed,
                                    cfg.temperature, cfg.top_k, cfg.top_p, numbers=mine, batch_size=cfg.gen_batch_size, progress=progress)
         if None in ids:
-            raise SystemExit(f"{what}: block_size {model.config.block_size} leaves no room after the prompt {texts[mine[ids.index(None)]][:80]!r}; set max_prompt")
+            prompt = rows[mine[ids.index(None)]]["prompt"]
+            raise SystemExit(f"{what}: block_size {model.config.block_size} leaves no room after the prompt {prompt[:80]!r}; set max_prompt")
         merged = {n: row for some in parallel.gather({n: (a, i) for n, a, i in zip(mine, answers, ids)}) for n, row in some.items()}
         if parallel.rank() == 0:
-            write_rows(part, [sampled_row(texts[n], *merged[n], enc) for n in numbers])
+            write_rows(part, [sampled_row(rows[n], *merged[n], enc) for n in numbers])
         launch.stop_if_asked()
     if parallel.rank() == 0:
         write_rows(path, [row for part in parts for row in read_rows(part)])
@@ -267,9 +266,9 @@ def sample_file(path, model, enc, cfg, texts, what):
     parallel.barrier()
 
 
-def sampled_row(prompt, text, ids, enc):
+def sampled_row(row, text, ids, enc):
     """A sampled response as a ranked row that says which tokenizer its ids are of, and whether it ended."""
-    return {"prompt": prompt, "responses": [text], "ids": [ids], "tokenizer": tokenizer.fingerprint(enc), "ended": ids[-1] == enc.eot_token}
+    return question(row) | {"responses": [text], "ids": [ids], "tokenizer": tokenizer.fingerprint(enc), "ended": ids[-1] == enc.eot_token}
 
 
 def game_report(cfg, rows, enc):

@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 
 from attention import KVCache
+from data import printable, question, read_rows, tokenizer, write_rows
+from data.template import prompt_ids
 
 
 def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
@@ -43,7 +45,7 @@ BURST = {"cpu": 1, "cuda": 16}      # tokens drawn between two looks at who has 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")       # compiled blocks would compile again for each length
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, generator=None, *,
-             batch_size=128, numbers=None, progress=None):
+             batch_size=128, numbers=None, progress=None, heard=None):
     """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
 
     A continuation is at most max_new_tokens long (an int, or one for each prompt), and prompt and continuation fit
@@ -51,7 +53,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     come in, the shortest prompts first (continuous batching; Orca, OSDI 2022). Equal prompts that come in together are read once. generator (torch) seeds the
     draws: the t-th draw of a request is a function of (one number from the generator, the request's number, t), so neither
     the batch size nor the other prompts change it; `numbers` gives the requests' numbers, else 0, 1, 2 ...
-    progress: a tqdm bar to advance. Raises ValueError for a prompt that is empty or leaves no room.
+    progress: a tqdm bar to advance. heard(i, ids): called with what request i has said so far, as it grows. Raises ValueError for a prompt that is empty or leaves no room.
     """
     block_size, device = model.config.block_size, model.wte.weight.device
     for i, p in enumerate(prompts):
@@ -86,6 +88,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                     drawn = draw(logits, uniform[group, 0], temperature, top_k, top_p)
                     for i, token in zip(group, drawn.tolist()):
                         new[i].append(token)
+                        if heard is not None:
+                            heard(i, new[i])
                     there += zip(group, drawn.split(1), places)
                 if there:
                     there.sort(key=lambda it: len(prompts[it[0]]) + len(new[it[0]]))
@@ -106,6 +110,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                 said, i = drawn[b], rows[b]
                 said = said[:said.index(eot) + 1] if eot in said else said
                 new[i] += said[:room[i] - len(new[i])]
+                if heard is not None:
+                    heard(i, new[i])
     model.train(was_training)
     return new
 
@@ -127,18 +133,18 @@ def prefill(model, prompts, coming):
     return group, coming[n:], logits, [(cache, b) for b in mine]
 
 
-def respond(model, enc, template, texts, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,
+def respond(model, enc, template, rows, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,
             **options):
-    """Responses to prompts (strings) under the template and limits that training and scoring use -> (texts, ids).
+    """Responses to the prompts of rows under the template and limits that training and scoring use -> (texts, ids).
     A prompt that is empty or leaves no room gets None for both."""
     block_size = model.config.block_size
-    prompts = [enc.encode_ordinary(template.replace("{prompt}", text))[-(max_prompt or block_size):] for text in texts]
-    fits = [i for i, p in enumerate(prompts) if texts[i] and len(p) < block_size]
-    numbers = options.pop("numbers", range(len(texts)))
+    prompts = [prompt_ids(enc, template, row["prompt"], row.get("history", ()))[-(max_prompt or block_size):] for row in rows]
+    fits = [i for i, p in enumerate(prompts) if rows[i]["prompt"] and len(p) < block_size]
+    numbers = options.pop("numbers", range(len(rows)))
     ids = generate(model, [prompts[i] for i in fits], max_response or block_size, temperature, top_k, top_p, enc.eot_token,
                    torch.Generator().manual_seed(seed), numbers=[numbers[i] for i in fits], **options)
     by_row = dict(zip(fits, ids))
-    ids = [by_row.get(i) for i in range(len(texts))]
+    ids = [by_row.get(i) for i in range(len(rows))]
     return [None if r is None else text_of(enc, r) for r in ids], ids
 
 
@@ -169,10 +175,29 @@ def text_of(enc, ids):
     return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
 
 
+def converse(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
+    """Answer a line after the other, each in the light of those before as far as they fit; what is said is printed as it grows."""
+    block_size, history = model.config.block_size, []
+    for turn, line in enumerate(lines):
+        if not line.strip():
+            continue
+        prompt = prompt_ids(enc, template, line.strip(), history)[-min(max_prompt or block_size, block_size - 1):]
+        printed = [0]
+
+        def heard(_, ids):
+            text = text_of(enc, ids)
+            whole = text.rstrip("\ufffd")           # a character of several tokens is not there yet
+            print(printable(whole[printed[0]:]), end="", flush=True)
+            printed[0] = max(printed[0], len(whole))
+
+        new, = generate(model, [prompt], max_response or block_size, eot=enc.eot_token, generator=torch.Generator().manual_seed(seed), numbers=[turn], heard=heard, **sampling)
+        print(printable(text_of(enc, new)[printed[0]:]), flush=True)
+        history.append((line.strip(), [i for i in new if i != enc.eot_token]))
+
+
 def main(argv=None):
     import checkpoint
     import parallel
-    from data import printable, read_rows, tokenizer, write_rows
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
     parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
@@ -206,28 +231,19 @@ def main(argv=None):
     if args.prompts:
         rows = read_rows(args.prompts)
         with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
-            texts, ids = respond(model, enc, texts=[r["prompt"] for r in rows], progress=progress, **settings)
+            texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
         kept = [(row, text, i) for row, text, i in zip(rows, texts, ids) if i is not None]
         made_by = tokenizer.fingerprint(enc)
-        write_rows(args.out, [{"prompt": row["prompt"], "responses": [text], "ids": [i], "tokenizer": made_by, "ended": i[-1] == enc.eot_token} |
-                              ({"group": row["group"]} if "group" in row else {}) for row, text, i in kept])
+        write_rows(args.out, [question(row) | {"responses": [text], "ids": [i], "tokenizer": made_by, "ended": i[-1] == enc.eot_token} for row, text, i in kept])
         print(f"{args.out}: {len(kept)} rows" + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else ""))
         return
     if args.prompt is not None:
-        texts, _ = respond(model, enc, texts=[args.prompt], **settings)
+        texts, _ = respond(model, enc, rows=[{"prompt": args.prompt}], **settings)
         print("(the prompt leaves no room for a response)" if texts[0] is None else printable(texts[0]))
         return
     if sys.stdin.isatty():
         print("a prompt a line; end with control-D")
-    said = []       # ids of the conversation
-    keep = min(settings["max_prompt"] or model.config.block_size, model.config.block_size - 1)
-    for turn, line in enumerate(sys.stdin):
-        if line.strip():
-            said = (said + enc.encode_ordinary(settings["template"].replace("{prompt}", line.strip())))[-keep:]
-            new, = generate(model, [said], settings["max_response"] or model.config.block_size, args.temperature, args.top_k, args.top_p,
-                            enc.eot_token, torch.Generator().manual_seed(args.seed), numbers=[turn])
-            print(printable(text_of(enc, new)), flush=True)
-            said = said + [i for i in new if i != enc.eot_token] + enc.encode_ordinary("\n\n")
+    converse(model, enc, lines=sys.stdin, **settings)
 
 
 if __name__ == "__main__":

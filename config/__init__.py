@@ -43,6 +43,7 @@ class Config:
     n_head: int | None = None
     n_kv_head: int | None = None
     n_embd: int | None = None
+    head_dim: int | None = None
     n_inner: int | None = None
     position: str | None = None
     rope_theta: float | None = None
@@ -65,8 +66,8 @@ class Config:
 
     # the data
     data: str = "data/pydocs"           # folder with {train,val}.bin for pretrain, {train,val}.jsonl for the rest
-    tokenizer: str = ""                 # gpt2 | bytes | a .tiktoken file; "": the checkpoint's, or else the data's
-    template: str = "### Instruction: {prompt}\n\n### Response: "   # for training, scoring and sampling alike
+    tokenizer: str = ""                 # gpt2 | bytes | a .tiktoken file | a tokenizer.json; "": the checkpoint's, or else the data's
+    template: str = "### Instruction: {prompt}\n\n### Response: "   # for training, scoring and sampling alike: data/template.py
     max_prompt: int = 0                 # tokens of a prompt, cut at its start; 0: block_size
     max_response: int = 0               # tokens of a response with its end-of-text, cut at its end; 0: what block_size leaves
     documents_apart: bool = False       # pretrain: documents of a window do not see each other
@@ -161,7 +162,7 @@ NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", 
                 "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty",
                 "score_margin", "center_coef", "keep_rounds", "kl_coef", "kl_target", "kl_adapt", "eot_penalty", "clip", "value_clip", "value_coef",
                 "entropy_coef", "pretrain_coef", "recompute", "shards", "prefetch", "spike"]
-MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner", "position", "rope_theta", "rope_scaling", "norm",
+MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner", "position", "rope_theta", "rope_scaling", "norm",
          "norm_eps", "mlp", "bias", "qkv_bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
          "init_scheme", "init_noise", "dropout"]
 
@@ -280,7 +281,9 @@ def check(cfg):
             must(not getattr(cfg, name), f"stage reward has no {name}")
     else:
         must(not cfg.score_margin and not cfg.center_coef, "score_margin and center_coef are stage reward's alone")
-    must(cfg.template.count("{prompt}") == 1, "template must contain {prompt} once")
+    marks = re.findall(r"\{(?:turn|prompt|response)\}", cfg.template)
+    must(marks.count("{prompt}") == 1 and marks == [m for m in ("{turn}", "{prompt}", "{response}") if m in marks],
+         "template must contain {prompt} once, and at most once {turn} before it and {response} after it")
     must(cfg.stage != "pretrain" or cfg.max_steps, "stage pretrain needs max_steps")
     must(cfg.max_steps or cfg.epochs, "either max_steps or epochs must be above 0")
     must(cfg.stage in ("pretrain", "sft") or cfg.init, f"stage {cfg.stage} needs init, the checkpoint to start from")

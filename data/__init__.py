@@ -2,7 +2,8 @@
 
 A data folder holds
     {train,val}.bin      a token stream: uint16, or uint32 above 65,535 tokens; documents end in end-of-text
-    {train,val}.jsonl    ranked rows: {"prompt": str, "responses": [best, ..., worst], "group": str?, "scores": [float]?},
+    {train,val}.jsonl    ranked rows: {"prompt": str, "responses": [best, ..., worst], "group": str?, "scores": [float]?,
+                         "history": [[prompt, response], ...]?}, the earlier turns of a conversation, which are not asked for;
                          or whole texts: {"text": str, "group": str?}, a response without a prompt or template
     meta.json            written last: tokenizer, vocabulary, dtype, sizes, source, sha256 of each file
 """
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from data import tokenizer as tokenizers
+from data.template import prompt_ids
 
 # ---------------------------------------------------------------------------------------------- writing a data folder
 
@@ -61,11 +63,11 @@ def write_stream(path, documents, enc):
 
 
 def write_meta(folder, tokenizer, source, **sizes):
-    """meta.json, last of all. tokenizer: "gpt2", "bytes", the name of a .tiktoken file in the folder; None for rows alone."""
+    """meta.json, last of all. tokenizer: "gpt2", "bytes", the name of a .tiktoken or .json file in the folder; None for rows alone."""
     enc = tokenizers.load(tokenizer_path(folder, tokenizer)) if tokenizer else None
     of_tokenizer = {"tokenizer": tokenizer, "tokenizer_sha256": tokenizers.fingerprint(enc), "vocab_size": enc.n_vocab,
                     "dtype": "uint16" if enc.n_vocab <= 2**16 else "uint32"} if enc else {"tokenizer": None}
-    paths = {f: os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".jsonl", ".tiktoken"))}
+    paths = {f: os.path.join(folder, f) for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".jsonl", ".tiktoken")) or f.startswith("tokenizer")}
     write_json(os.path.join(folder, "meta.json"), of_tokenizer | {"source": source} | sizes | {
         "files": {f: {"sha256": sha256(path), "bytes": os.path.getsize(path)} for f, path in paths.items()}})
 
@@ -215,6 +217,9 @@ def check_row(row, where):
                             and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)),
          "scores must be a number for each response")
     must(scores is None or all(a >= b for a, b in zip(scores, scores[1:])), "scores must fall from best to worst")
+    history = row.get("history", [])
+    must(isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() and is_unicode(text) for text in turn) for turn in history),
+         "history must be a list of [prompt, response], Unicode strings that are not empty")
     ids = row.get("ids")
     must(ids is None or isinstance(ids, list) and len(ids) == len(responses) and all(y is None or isinstance(y, list) and set(map(type, y)) == {int} and min(y) >= 0 for y in ids),
          "ids must be a list of token ids, or null, for each response")
@@ -222,6 +227,16 @@ def check_row(row, where):
 
 
 # ---------------------------------------------------------------------------------------------- rows -> ids -> batches
+
+
+def asked(row):
+    """What of a row a response answers, to look it up by."""
+    return tuple(map(tuple, row.get("history", []))) + (row["prompt"],)
+
+
+def question(row):
+    """The part of a row that asks: prompt, history and group, where it has them."""
+    return {name: row[name] for name in ("prompt", "history", "group") if name in row}
 
 
 def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
@@ -236,7 +251,7 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
     encoded, mine = [], tokenizers.fingerprint(enc)
     for row in rows:
-        prompt = enc.encode_ordinary(template.replace("{prompt}", row["prompt"])) if row["prompt"] else []
+        prompt = prompt_ids(enc, template, row["prompt"], row.get("history", ())) if row["prompt"] else []
         room = min(max_response, block_size - min(max_prompt, len(prompt)))
         if room < 1:
             counts["dropped"] += 1
@@ -249,7 +264,7 @@ def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
             if ids is not None and max(ids) >= enc.n_vocab:
                 raise SystemExit(f"the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}")
             if ids is None and text is not None:
-                ids = enc.encode_ordinary(text) + [enc.eot_token]
+                ids = tokenizers.encode(enc, text, "within" if prompt else "start") + [enc.eot_token]
                 counts["responses cut"] += len(ids) > room
             responses.append(None if ids is None else ids[:room])
         if not prompt and max(len(y or []) for y in responses) < 2:        # a first token is not asked

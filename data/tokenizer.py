@@ -1,5 +1,6 @@
-"""Tokenizers, each a `tiktoken.Encoding`: "gpt2", "bytes", or a byte-level BPE that `train` left in a .tiktoken file
-(tiktoken's own format: base64 of a token's bytes, a space, its rank). End-of-text is the last id."""
+"""Tokenizers, each with encode_ordinary, decode, n_vocab and eot_token: a `tiktoken.Encoding`, which is "gpt2", "bytes", or a
+byte-level BPE that `train` left in a .tiktoken file (tiktoken's own format: base64 of a token's bytes, a space, its rank), with
+end-of-text as the last id; or a `Json`, any other model's tokenizer.json."""
 import base64
 import functools
 import hashlib
@@ -14,7 +15,7 @@ EOT = "<|endoftext|>"
 
 
 def load(name):
-    """"gpt2", "bytes" or the path of a .tiktoken file -> tiktoken.Encoding. Exits with one line if it cannot."""
+    """"gpt2", "bytes", the path of a .tiktoken file or of a tokenizer.json -> a tokenizer. Exits with one line if it cannot."""
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -23,12 +24,14 @@ def load(name):
                              "network set TIKTOKEN_CACHE_DIR to a folder that holds it")
     if name == "bytes":
         return encoding("bytes", {bytes([i]): i for i in range(256)})
+    if name.endswith(".json"):
+        return load_json(name)
     try:
         with open(name, "rb") as f:
             lines = [line.split() for line in f]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except OSError as e:
-        raise SystemExit(f"tokenizer {name}: {e.strerror}; it is gpt2, bytes or a .tiktoken file")
+        raise SystemExit(f"tokenizer {name}: {e.strerror}; it is gpt2, bytes, a .tiktoken file or a tokenizer.json")
     except ValueError:
         raise SystemExit(f"tokenizer {name}: not a .tiktoken file (lines of base64 token and rank)")
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
@@ -40,8 +43,18 @@ def encoding(name, ranks):
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
+def file_of(enc, name):
+    """What a tokenizer is called in a checkpoint: "gpt2", "bytes" or the file that `save` writes."""
+    return name if name in ("gpt2", "bytes") else "tokenizer.json" if isinstance(enc, Json) else "tokenizer.tiktoken"
+
+
 def save(enc, path):
-    """Write the ranks of an Encoding as a .tiktoken file."""
+    """Write an Encoding's ranks as a .tiktoken file, or a tokenizer.json and the tokenizer_config.json beside it."""
+    if isinstance(enc, Json):
+        to_json(enc, path)
+        with open(os.path.join(os.path.dirname(path), "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            json.dump({"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}, f)
+        return
     with open(path, "wb") as f:
         for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]):
             f.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
@@ -49,7 +62,9 @@ def save(enc, path):
 
 @functools.cache
 def fingerprint(enc):
-    """sha256 of every (token, id) pair: equal for equal tokenizers, whatever their file."""
+    """sha256 of every (token, id) pair: equal for equal tokenizers, whatever their file; of a `Json` of its text."""
+    if isinstance(enc, Json):
+        return hashlib.sha256(f"{enc.eos}\n{enc.text}".encode()).hexdigest()
     h = hashlib.sha256()
     for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]):
         h.update(len(token).to_bytes(4, "big") + token + rank.to_bytes(4, "big"))
@@ -75,7 +90,94 @@ def byte_of_char():
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
 
 
+def specials(enc):
+    """{text: id} of the special tokens."""
+    return enc.specials if isinstance(enc, Json) else {name: enc.encode_single_token(name) for name in enc.special_tokens_set}
+
+
+def eos(enc):
+    """The text of end-of-text."""
+    return enc.eos if isinstance(enc, Json) else EOT
+
+
+def begin(enc):
+    """The special tokens that the tokenizer itself puts before a text, as text."""
+    if not isinstance(enc, Json):
+        return ""
+    ids, plain = (enc.whole.encode("a", add_special_tokens=added).ids for added in (True, False))
+    return "".join(enc.whole.id_to_token(i) for i in ids[:ids.index(plain[0])])
+
+
+def encode(enc, text, where="start"):
+    """Ids of a text that is the start of what a model reads, or comes after a "special" token, or goes on "within" a text: some
+    tokenizers put a space before what they take for a beginning. What spells a special token is plain text."""
+    return enc.encode_ordinary(text, where) if isinstance(enc, Json) else enc.encode_ordinary(text)
+
+
 # ------------------------------------------------------------------------------- tokenizer.json, of the `tokenizers` package
+
+
+class Json:
+    """A tokenizer.json with the methods of an Encoding. eos: the text of the token that ends a response."""
+
+    def __init__(self, text, eos):
+        from tokenizers import Tokenizer
+        self.text, self.eos, parts = text, eos, json.loads(text)
+        self.whole, self.bare = Tokenizer.from_str(text), Tokenizer.from_str(json.dumps(without_prefix(parts)))
+        for each in (self.whole, self.bare):
+            each.no_truncation()
+            each.no_padding()
+            each.encode_special_tokens = True
+        first = '"prepend_scheme": "first"' in json.dumps(parts)         # the prefix stands before the whole text alone
+        self.by_place = {"start": self.whole, "special": self.bare if first else self.whole, "within": self.bare}
+        self.specials = {token.content: i for i, token in self.whole.get_added_tokens_decoder().items() if token.special}
+        self.n_vocab = 1 + max(self.whole.get_vocab(with_added_tokens=True).values())
+        self.eot_token = self.whole.token_to_id(eos)
+
+    def encode_ordinary(self, text, where="start"):
+        return self.by_place[where].encode(text, add_special_tokens=False).ids
+
+    def with_specials(self, text):
+        """As the package does it by default: what spells a special token is that token."""
+        self.whole.encode_special_tokens = False
+        ids = self.whole.encode(text, add_special_tokens=False).ids
+        self.whole.encode_special_tokens = True
+        return ids
+
+    def decode(self, ids):
+        """The text of ids that go on from another text."""
+        return self.bare.decode(ids, skip_special_tokens=False)
+
+
+def without_prefix(parts):
+    """A parsed tokenizer.json that neither puts a space before a text nor, when decoding, takes one away."""
+    def strip(part):
+        if not isinstance(part, dict):
+            return part
+        for inside in ("normalizers", "pretokenizers", "decoders"):
+            if inside in part:
+                return part | {inside: [strip(p) for p in part[inside] if p["type"] not in ("Prepend", "Strip")]}
+        if part.get("type") in ("Prepend", "Strip"):
+            return None
+        return part | {name: off for name, off in (("prepend_scheme", "never"), ("add_prefix_space", False)) if name in part}
+    return parts | {name: strip(parts.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")}
+
+
+def load_json(path):
+    """The `Json` of a tokenizer.json; its end-of-text is the eos_token of the tokenizer_config.json beside it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        with open(os.path.join(os.path.dirname(path), "tokenizer_config.json"), encoding="utf-8") as f:
+            eos = json.load(f)["eos_token"]
+        enc = Json(text, eos["content"] if isinstance(eos, dict) else eos)
+    except OSError as e:
+        raise SystemExit(f"tokenizer {e.filename}: {e.strerror}")
+    except Exception as e:      # the package raises plain ones
+        raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {' '.join(str(e).split())})")
+    if enc.eot_token is None:
+        raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is none of its tokens")
+    return enc
 
 
 def merges_of(ranks):
@@ -95,8 +197,12 @@ def merges_of(ranks):
 
 
 def to_json(enc, path):
-    """Write an Encoding as a tokenizer.json that gives the ids of `encode_ordinary`, end-of-text a special token."""
+    """Write a tokenizer as a tokenizer.json; an Encoding's gives the ids of `encode_ordinary`, end-of-text a special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    if isinstance(enc, Json):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(enc.text)
+        return
     to_char = {b: c for c, b in byte_of_char().items()}
     spelt = {token: "".join(to_char[b] for b in token) for token in enc._mergeable_ranks}
     bpe = Tokenizer(models.BPE(vocab={spelt[token]: rank for token, rank in enc._mergeable_ranks.items()},
@@ -106,32 +212,25 @@ def to_json(enc, path):
     bpe.save(path)
 
 
-def from_json(parts, path):
-    """A parsed tokenizer.json -> tiktoken.Encoding. Exits with one line if it is not byte-level BPE that cuts text as PATTERN does."""
-    def must(ok, what):
-        if not ok:
-            raise SystemExit(f"{path}: {what} is not supported yet; byte-level BPE that cuts text as GPT-2 does is, with {EOT} as the last id")
-
+def from_json(parts):
+    """A parsed tokenizer.json -> tiktoken.Encoding with the same ids, or None if it is not byte-level BPE that cuts text as PATTERN does,
+    with EOT as its last id and only special token."""
+    to_byte = byte_of_char()
     try:
-        bpe, before, to_byte = parts["model"], parts["pre_tokenizer"] or {}, byte_of_char()
-        must(bpe["type"] == "BPE" and not bpe.get("byte_fallback"), f"the model {bpe['type']!r}{' with byte_fallback' * bool(bpe.get('byte_fallback'))}")
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            must(not bpe.get(name), f"the model's {name}")
-        must(not parts.get("normalizer"), "a normalizer")
-        for piece in before.get("pretokenizers", [before]):         # one, or Split and ByteLevel without a pattern of its own
-            pattern = (piece.get("pattern") or {}).get("Regex")
-            must(piece.get("type") in ("Split", "ByteLevel") and pattern in (None, PATTERN), f"the pre-tokenizer {json.dumps(piece)}")
-            must(not piece.get("add_prefix_space") and not piece.get("invert") and piece.get("behavior", "Isolated") == "Isolated", f"the pre-tokenizer {json.dumps(piece)}")
-        kinds = [(piece["type"], piece.get("use_regex", True)) for piece in before.get("pretokenizers", [before])]
-        must(kinds in ([("ByteLevel", True)], [("Split", True), ("ByteLevel", False)]), f"the pre-tokenizer {json.dumps(before)}")
-        must((parts.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel", "a post-processor that adds tokens")
+        bpe, before = parts["model"], parts["pre_tokenizer"]
+        pieces = before.get("pretokenizers", [before])          # one, or Split and a ByteLevel without a pattern of its own
+        kinds = [(piece["type"], piece.get("use_regex", True)) for piece in pieces]
+        plain = not any(piece.get("add_prefix_space") or piece.get("invert") or piece.get("behavior", "Isolated") != "Isolated" or
+                        "pattern" in piece and piece["pattern"] != {"Regex": PATTERN} for piece in pieces)
+        odd = [bpe.get(name) for name in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")] + [parts.get("normalizer")]
         vocab = {token: i for token, i in bpe["vocab"].items() if token != EOT}
         specials = {EOT: bpe["vocab"].get(EOT, len(vocab))} | {token["content"]: token["id"] for token in parts.get("added_tokens", [])}
-        must(specials == {EOT: len(vocab)}, f"a tokenizer with the special tokens {', '.join(map(repr, specials))}")
-        must(sorted(vocab.values()) == list(range(len(vocab))) and set("".join(vocab)) <= set(to_byte) <= set(vocab), "a vocabulary that is not of bytes")
+        if bpe["type"] != "BPE" or kinds not in ([("ByteLevel", True)], [("Split", True), ("ByteLevel", False)]) or not plain or any(odd) or \
+                (parts.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel" or specials != {EOT: len(vocab)} or \
+                sorted(vocab.values()) != list(range(len(vocab))) or not set("".join(vocab)) <= set(to_byte) <= set(vocab):
+            return None
         ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
         merges = [tuple(bytes(to_byte[c] for c in half) for half in (pair.split(" ") if isinstance(pair, str) else pair)) for pair in bpe["merges"]]
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise SystemExit(f"{path} is no tokenizer.json ({type(e).__name__}: {e})")
-    must(merges == merges_of(ranks), "merges in another order than their ids")
-    return encoding("bpe", ranks)
+        return encoding("bpe", ranks) if merges == merges_of(ranks) else None
+    except (KeyError, TypeError, AttributeError, ValueError, SystemExit):
+        return None

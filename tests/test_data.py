@@ -194,7 +194,7 @@ def test_trained_bpe_round_trip(tmp_path):
 def test_bad_tokenizers(tmp_path):
     (tmp_path / "a.tiktoken").write_text("hello\n")
     (tmp_path / "b.tiktoken").write_text("YQ== 0\n")
-    for name, message in (("nothing.tiktoken", "gpt2, bytes or"), (str(tmp_path / "a.tiktoken"), "not a .tiktoken file"), (str(tmp_path / "b.tiktoken"), "every byte")):
+    for name, message in (("nothing.tiktoken", "gpt2, bytes, a"), (str(tmp_path / "a.tiktoken"), "not a .tiktoken file"), (str(tmp_path / "b.tiktoken"), "every byte")):
         with pytest.raises(SystemExit, match=message):
             tokenizer.load(name)
 

@@ -38,10 +38,10 @@ def test_rows_are_ranked_by_the_true_reward_and_a_policy_is_measured_on_them(tin
     # KL of its samples by one sequence at a time
     said, model, ref = [], checkpoint.load_model(tiny_runs["pretrain"])[0], checkpoint.load_model(tiny_runs["sft"])[0]
     enc, meta = checkpoint.load_model(tiny_runs["pretrain"])[1:]
-    prompts = [row["prompt"] for row in read_rows(f"{ranked}/val.jsonl")]
-    _, ids = frontier.respond(model, enc, meta["config"]["template"], prompts, 0, meta["config"]["max_response"], 7)
-    for prompt, y in zip(prompts, ids):
-        x = enc.encode_ordinary(meta["config"]["template"].replace("{prompt}", prompt))
+    rows = read_rows(f"{ranked}/val.jsonl")
+    _, ids = frontier.respond(model, enc, meta["config"]["template"], rows, 0, meta["config"]["max_response"], 7)
+    for row, y in zip(rows, ids):
+        x = enc.encode_ordinary(meta["config"]["template"].replace("{prompt}", row["prompt"]))
         with torch.no_grad():
             p, q = (m(torch.tensor([x + y]))[0].double().log_softmax(-1) for m in (model, ref))
         said.append(sum((p - q)[len(x) - 1 + t, i].item() for t, i in enumerate(y)))

@@ -17,8 +17,9 @@ from tests.conftest import SHARED
 
 CLASSIC = dict(vocab_size=257, block_size=48, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie=False)
+QWEN3 = dict(MODERN, qk_norm=True, head_dim=16)
 OURS = {"classic": CLASSIC, "untied": dict(CLASSIC, tie=False, mlp="relu", n_inner=40), "modern": MODERN, "tied": dict(MODERN, tie=True, norm_eps=1e-6),
-        "qkv_bias": dict(MODERN, qkv_bias=True), "bias": dict(MODERN, bias=True), "scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 32.0], rope_theta=5e5)}
+        "qkv_bias": dict(MODERN, qkv_bias=True), "bias": dict(MODERN, bias=True), "scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 32.0], rope_theta=5e5), "qk_norm and wide heads": QWEN3}
 
 
 def make_run(run, shape, enc=None, name="bytes", **settings):
@@ -93,7 +94,7 @@ def test_shards_and_bfloat16(dtype, tmp_path):
     assert "invalid choice: 'float16'" in refused("export", tmp_path / "run", f"--out={tmp_path / 'no'}", "--dtype=float16") and not os.path.exists(tmp_path / "no")
 
 
-@pytest.mark.parametrize("setting, value", [("position", "sinusoidal"), ("qk_norm", True), ("softcap", 5.0), ("mlp", "relu2"), ("attn_scale", "embd"), ("attn_proj", False)])
+@pytest.mark.parametrize("setting, value", [("position", "sinusoidal"), ("softcap", 5.0), ("mlp", "relu2"), ("attn_scale", "embd"), ("attn_proj", False)])
 def test_what_has_no_equivalent_is_named(setting, value, tmp_path):
     make_run(str(tmp_path / "run"), MODERN | {setting: value})
     assert f"{setting} is {value!r}" in refused("export", tmp_path / "run", f"--out={tmp_path / 'out'}") and not os.path.exists(tmp_path / "out")
@@ -153,8 +154,8 @@ DAMAGE = [
     ("modern", "config.json", lambda d: d.update(quantization_config={"bits": 4}), "quantization_config"),
     ("modern", "config.json", lambda d: d.update(rope_scaling={"type": "linear", "factor": 2.0}), "rotary positions"),
     ("modern", "config.json", lambda d: d.update(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-    ("modern", "config.json", lambda d: d.update(head_dim=16), "head_dim 16 is not supported"),
-    ("modern", "config.json", lambda d: d.update(num_attention_heads=5), "head_dim"),
+    ("modern", "config.json", lambda d: d.update(head_dim=16), "q_proj.weight has shape (32, 32)"),
+    ("modern", "config.json", lambda d: d.update(num_attention_heads=6), "q_proj.weight has shape"),
     ("modern", "config.json", lambda d: d.update(num_key_value_heads=3), "n_head 4 must be a multiple of n_kv_head 3"),
     ("modern", "config.json", lambda d: d.update(num_key_value_heads=1), "k_proj.weight has shape (16, 32)"),
     ("modern", "config.json", lambda d: d.update(num_hidden_layers=3), "the tensor model.layers.2.input_layernorm.weight is missing"),
@@ -170,16 +171,8 @@ DAMAGE = [
     ("modern", "model.safetensors", lambda t: t.update(extra=torch.zeros(2)), "no use for 1 tensors: extra"),
     ("modern", "model.safetensors", lambda t: t.update({K: t[K].T}), f"{K} has shape (32, 16)"),
     ("modern", "model.safetensors", lambda t: t.update({NORM: t[NORM].long()}), f"{NORM} has shape (32,) and dtype I64"),
-    ("modern", "tokenizer.json", lambda d: d.update(normalizer={"type": "NFC"}), "a normalizer is not supported yet"),
-    ("modern", "tokenizer.json", lambda d: d["model"].update(type="Unigram"), "the model 'Unigram'"),
-    ("modern", "tokenizer.json", lambda d: d["model"].update(byte_fallback=True), "byte_fallback"),
-    ("modern", "tokenizer.json", lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "the pre-tokenizer"),
-    ("modern", "tokenizer.json", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits"}, d["pre_tokenizer"]]}), "Digits"),
-    ("modern", "tokenizer.json", lambda d: d.update(post_processor={"type": "TemplateProcessing"}), "a post-processor"),
-    ("modern", "tokenizer.json", lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"id": 257, "content": "<|im_start|>"}), "<|im_start|>"),
-    ("modern", "tokenizer.json", lambda d: d["model"]["vocab"].pop("a"), "special tokens"),
     ("modern", "tokenizer.json", lambda d: d.pop("model"), "has no model"),
-    ("modern", "tokenizer.json", lambda d: d.update(model=[]), "is no tokenizer.json"),
+    ("modern", "tokenizer.json", lambda d: d.update(model=[]), "cannot be read"),
 ]
 
 
@@ -300,14 +293,45 @@ def test_tokenizer_out_and_in(kind, tmp_path, monkeypatch):
         assert name == "tokenizer.tiktoken" and tokenizer.fingerprint(back) == tokenizer.fingerprint(enc)
 
 
-def test_merges_in_another_order_are_refused(tmp_path):
+def with_config(folder, **settings):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.EOT} | settings))
+
+
+OTHERS = {      # what makes of a byte-level BPE a tokenizer that tiktoken does not have
+    "merges in another order": lambda d: d["model"]["merges"].reverse(),
+    "digits": lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, d["pre_tokenizer"]]}),
+    "a space before": lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
+    "normalised": lambda d: d.update(normalizer={"type": "NFC"}),
+    "more special tokens": lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"id": d["added_tokens"][0]["id"] + 1, "content": "<|im_start|>"}),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_tokenizers_are_taken_as_they_are(what, tmp_path):
+    from tokenizers import Tokenizer
+    trained = tokenizer.train(["the loss of a model falls when it reads what people write"] * 3, 300)
+    write_tokenizer(tmp_path, trained)
+    edit(tmp_path / "tokenizer.json", OTHERS[what])
+    with pytest.raises(SystemExit, match="tokenizer_config.json: No such file"):
+        hf.read_tokenizer(tmp_path)
+    with_config(tmp_path, eos_token="</s>")
+    with pytest.raises(SystemExit, match="its eos_token '</s>' is none of its tokens"):
+        hf.read_tokenizer(tmp_path)
+    with_config(tmp_path, eos_token={"content": tokenizer.EOT})
+    enc, name = hf.read_tokenizer(tmp_path)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    assert name == "tokenizer.json" and enc.eot_token == trained.eot_token and enc.n_vocab == theirs.get_vocab_size() == trained.n_vocab + (what == "more special tokens")
+    for text in fuzzed(60):
+        assert enc.encode_ordinary(text) == theirs.encode(text).ids
+        assert what == "normalised" or enc.decode(tokenizer.encode(enc, text, "within")) == text
+
+
+def test_gpt2s_ways_in_two_pieces_are_tiktokens(tmp_path):
     enc = tokenizer.train(["the loss of a model falls when it reads what people write"] * 3, 300)
     write_tokenizer(tmp_path, enc)
-    edit(tmp_path / "tokenizer.json", lambda d: d["model"]["merges"].reverse())
-    with pytest.raises(SystemExit, match="merges in another order"):
-        hf.read_tokenizer(tmp_path)
-    edit(tmp_path / "tokenizer.json", lambda d: (d["model"]["merges"].reverse(), d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": tokenizer.PATTERN}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]})))
+    edit(tmp_path / "tokenizer.json", lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": tokenizer.PATTERN}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}))
     assert tokenizer.fingerprint(hf.read_tokenizer(tmp_path)[0]) == tokenizer.fingerprint(enc)
     with pytest.raises(SystemExit, match="is no merge of two tokens"):
         tokenizer.to_json(tokenizer.encoding("odd", {bytes([i]): i for i in range(256)} | {b"abc": 256}), str(tmp_path / "odd.json"))

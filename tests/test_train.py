@@ -82,7 +82,7 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
     model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
     for split in ("train", "val"):
         rows = read_rows(f"{folder}/{split}.jsonl")
-        said, ids = rollout.respond(model, enc, "Q: {prompt}\nA: ", [row["prompt"] for row in rows], max_response=16, temperature=0)
+        said, ids = rollout.respond(model, enc, "Q: {prompt}\nA: ", rows, max_response=16, temperature=0)
         for i, (row, text, y) in enumerate(zip(rows, said, ids)):
             texts = [[text, "x", None], ["x", text, None], ["x", "z", None]][i % 3]       # equal to the data's, the teacher's, to none
             row["responses"] = [t if t is not None else "unused" for t in texts]

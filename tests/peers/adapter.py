@@ -20,7 +20,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 import checkpoint
 import eval
-from data import batch_rows
+from data import batch_rows, tokenizer
+from data.template import frame, framed
 from loss import sequence_logprobs
 from sample import generate, text_of
 
@@ -35,20 +36,23 @@ class Run(TemplateLM):
         self.template, self.tokens, self._device = meta["config"]["template"], int(tokens), torch.device(device)
 
     eot_token_id = property(lambda self: self.enc.eot_token)
+    prefix_token_id = property(lambda self: tokenizer.specials(self.enc).get(tokenizer.begin(self.enc), self.enc.eot_token))
     max_length = property(lambda self: self.model.config.block_size)
     tokenizer_name = property(lambda self: "")      # of the harness's cache of requests
 
     def tok_encode(self, string, add_special_tokens=None, **ignored):
-        return self.enc.encode_ordinary(string)
+        """As an export's tokenizer: special tokens are tokens, and its own beginning of a text stands before it once."""
+        begin = "" if add_special_tokens is False or string.startswith(tokenizer.begin(self.enc)) else tokenizer.begin(self.enc)
+        return framed(self.enc, begin + string, "", "", "start")
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """What was said as one text, as hf.py's chat template has it."""
-        said = ""
+        """What was said as one text, as the chat template of an export has it."""
+        begin, before, after, end = frame(self.template)
         for m in chat_history:
             if m["role"] not in ("user", "assistant"):
                 raise SystemExit(f"roles are user and assistant, not {m['role']}")
-            said += self.template.replace("{prompt}", m["content"]) if m["role"] == "user" else m["content"] + "\n\n"
-        return said if add_generation_prompt else said.removesuffix("\n\n")
+        said = begin + "".join(before + m["content"] + after if m["role"] == "user" else m["content"] + end for m in chat_history)
+        return said if add_generation_prompt else said.removesuffix(end)
 
     def _loglikelihood_tokens(self, requests, **ignored):
         """[(the texts, ids of a context, of a continuation)] -> [(log-probability, whether greedy sampling says just that)]"""

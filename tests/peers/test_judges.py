@@ -118,7 +118,7 @@ def test_three_judges_agree(judged):
 def test_of_shards_in_bfloat16_too(judged):
     """The export in bfloat16 and shards, read by the harness, and imported by us: the same weights, computed with in float32."""
     hf.main(["export", f"{judged}/run", f"--out={judged}/small", "--dtype=bfloat16", "--shard_gb=1e-4"])
-    hf.main(["import", f"{judged}/small", f"--out={judged}/back", f"--template={TEMPLATE}"])
+    hf.main(["import", f"{judged}/small", f"--out={judged}/back"])
     assert len([name for name in os.listdir(f"{judged}/small") if name.endswith(".safetensors")]) > 2
     theirs, adapted = judge("hf", judged, f"pretrained={judged}/small,dtype=float32"), judge(Run(f"{judged}/back"), judged)
     assert theirs[1]["whole"] == adapted[1]["whole"] and theirs[0]["choice"]["acc"] == adapted[0]["choice"]["acc"]

@@ -1,0 +1,83 @@
+"""How a prompt is put to a model, for all who do it: sampling, scoring, fine-tuning, chat, the exported chat template.
+
+A template is a text around {prompt}. For conversations, and for models that are used to something else, it may have all of
+
+    BEGIN{turn}BEFORE{prompt}AFTER{response}END
+
+BEGIN stands once, before the first turn (a beginning-of-text token, a system message); END between a response and the next turn,
+in place of the end-of-text that a response has in training: two line breaks if there is no {response}. A special token of the
+tokenizer is that token where the template spells it, and plain text where a prompt does.
+"""
+import json
+import re
+
+from data import tokenizer
+
+MARKS = re.compile(r"(?s)(?:(?P<begin>.*)\{turn\})?(?P<before>.*)\{prompt\}(?P<after>.*?)(?:\{response\}(?P<end>.*))?")
+
+
+def frame(template):
+    """(BEGIN, BEFORE, AFTER, END) of a template, which config.check has looked at."""
+    found = MARKS.fullmatch(template)
+    return found["begin"] or "", found["before"], found["after"], "\n\n" if found["end"] is None else found["end"]
+
+
+def prompt_ids(enc, template, prompt, history=()):
+    """The ids of a prompt under a template, after a conversation's earlier turns: history is [(prompt, response)], a response a text
+    or the ids of one, without its end-of-text. What stands between two responses is encoded as one text, each response on its own."""
+    begin, before, after, end = frame(template)
+    ids, lead, where = [], begin + before, "start"
+    for said, answered in history:
+        ids += framed(enc, lead, said, after, where) + (tokenizer.encode(enc, answered, "within") if isinstance(answered, str) else list(answered))
+        lead, where = end + before, "within"
+    return ids + framed(enc, lead, prompt, after, where)
+
+
+def framed(enc, before, text, after, where):
+    """before + text + after -> ids; the special tokens that are named in before and after are tokens."""
+    specials = tokenizer.specials(enc)
+    cut = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+    *heads, left = cut.split(before)            # text, special, text, special ... text
+    right, *tails = cut.split(after)
+    ids = []
+    for piece, special in [(piece, n % 2) for n, piece in enumerate(heads)] + [(left + text + right, 0)] + [(piece, 1 - n % 2) for n, piece in enumerate(tails)]:
+        ids += [specials[piece]] if special else tokenizer.encode(enc, piece, where) if piece else []
+        where = "special" if special else where
+    return ids
+
+
+def to_jinja(template):
+    """The template as transformers wants it, in Jinja. A last response gets the end-of-text."""
+    begin, before, after, end = (json.dumps(part, ensure_ascii=False) for part in frame(template))
+    return ("{{ " + begin + " }}{% for m in messages %}{% if m['role'] == 'user' %}{{ " + before + " + m['content'] + " + after + " }}"
+            "{% elif m['role'] == 'assistant' %}{{ m['content'] + (eos_token if loop.last else " + end + ") }}"
+            "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}{% endfor %}")
+
+
+def from_jinja(source, **tokens):
+    """The template of a chat template in Jinja, or None where it is no text around what is said: found by two turns whose texts are
+    marks. It runs in Jinja's sandbox, as in transformers; tokens: eos_token and the like, by their names."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    marks = ["{prompt}", "{response}", "{second prompt}", "{second response}"]
+    try:
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: ""}
+        chat = env.from_string(source)
+        said = [{"role": "user" if n % 2 == 0 else "assistant", "content": mark} for n, mark in enumerate(marks)]
+        one = chat.render(messages=said[:1], add_generation_prompt=True, **tokens)
+        two = chat.render(messages=said[:3], add_generation_prompt=True, **tokens)
+        end = re.fullmatch(r"(?s)(.*)\{prompt\}(.*)\{response\}(.*)\{second prompt\}(.*)", two)
+        head, after = one.split("{prompt}")
+        assert end[1] == head and end[2] == end[4] == after
+        # the second turn begins where the first one did, as far as they end alike, at a token or a line
+        borders = ("\n", *tokens.values())
+        before = next(head[i:] for i in range(len(head) + 1) if end[3].endswith(head[i:]) and (i in (0, len(head)) or head[:i].endswith(borders)))
+        template = head[:len(head) - len(before)] + "{turn}" + before + "{prompt}" + after + "{response}" + end[3][:len(end[3]) - len(before)]
+    except (TemplateError, AssertionError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return None
+    return template.removeprefix("{turn}").removesuffix("{response}\n\n")
