@@ -70,9 +70,9 @@ def tasks(folder):
             task("whole", "generate_until", "sums", doc_to_target="{{responses[0]}}", generation_kwargs={"until": [], "max_gen_toks": 24, "do_sample": False}, **greedy)]
 
 
-def judge(model, folder, args=None):
+def judge(model, folder, args=None, which=("choice", "rolling", "word", "whole")):
     """({task: figures}, {task: {document: answers}}) of the harness."""
-    found = simple_evaluate(model=model, model_args=args, tasks=tasks(folder), task_manager=TaskManager(include_defaults=False), apply_chat_template=True,
+    found = simple_evaluate(model=model, model_args=args, tasks=[task for task in tasks(folder) if task["task"] in which], task_manager=TaskManager(include_defaults=False), apply_chat_template=True,
                             bootstrap_iters=0, batch_size=8, device="cpu", verbosity="ERROR")
     figures = {name: {key.removesuffix(",none"): value for key, value in of.items() if key.endswith(",none")} for name, of in found["results"].items()}
     return figures, {name: {one["doc"].get("prompt") or one["doc"]["text"]: one["filtered_resps"] for one in said} for name, said in found["samples"].items()}
