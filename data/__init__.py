@@ -91,7 +91,7 @@ def prepare_command(folder):
         with open(file, encoding="utf-8") as f:
             for line in f:
                 if f"--out={os.path.normpath(folder)} " in line.strip() + " ":
-                    return line.strip()
+                    return line.partition(" #")[0].strip()
     return f"python -m data.jsonl.prepare FILE.jsonl --out={folder}"
 
 

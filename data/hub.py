@@ -180,9 +180,12 @@ def finish(args, state, choose=None, tokenizer=None, itemsize=1):
     of streams the tokenizer, and the bytes of a token."""
     out, dropped, sizes, groups = args.out, dict(state["dropped"]), {"train": 0, "val": 0}, set()
     kind = next(iter(state["bytes"]), "train.jsonl").rpartition(".")[2]
-    if not all(state["bytes"].get(f"{side}.{kind}") for side in sizes):
-        os.remove(os.path.join(out, "state.json"))
-        raise SystemExit(f"{name_of(args.hub, state['commit'])}: too few rows, one side of the split is empty; {said(dropped)}")
+
+    def must(sides):
+        if not all(sides):
+            os.remove(os.path.join(out, "state.json"))
+            raise SystemExit(f"{name_of(args.hub, state['commit'])}: too few rows, one side of the split is empty; {said(dropped)}")
+    must(state["bytes"].get(f"{side}.{kind}") for side in sizes)
     if os.path.exists(os.path.join(out, "meta.json")):
         os.remove(os.path.join(out, "meta.json"))           # it speaks of what stood here before
     for side in sizes:
@@ -194,6 +197,7 @@ def finish(args, state, choose=None, tokenizer=None, itemsize=1):
             os.replace(path + ".partial", path)
         if kind == "bin":
             sizes[side] = os.path.getsize(path) // itemsize
+    must(sizes.values())
     unit = "rows" if kind == "jsonl" else "tokens"
     write_meta(out, tokenizer, name_of(args.hub, state["commit"]), **{f"{side}_{unit}": n for side, n in sizes.items()}, dropped=dropped)
     os.remove(os.path.join(out, "state.json"))

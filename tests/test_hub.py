@@ -304,6 +304,7 @@ def test_the_commit_is_found_once_and_kept(tmp_path, monkeypatch):
     ("fineweb", [{"content": "a"}], "its rows have no text; they have content, and text are needed"), ("nectar", [{"prompt": "a"}], "no answers;"),
     ("nectar", [{"prompt": "\n\nHuman: a\n\nAssistant: ", "answers": [{"text": "a", "rank": 1.0}]}], "its rows have no 'answer' inside"),
     ("hh_rlhf", [{"chosen": "a", "rejected": "b"}], "too few rows, one side of the split is empty; dropped: 2 rows whose turns do not"),
+    ("hh_rlhf", [{"chosen": f"\n\nHuman: a\n\nAssistant: {c}", "rejected": "\n\nHuman: a\n\nAssistant: d"} for c in "bc"], "is empty; dropped: 2 validation rows whose group"),
     ("ultrachat", [{"prompt": "a"}], "Bad split: train_sft")])
 def test_another_schema_is_one_line(tmp_path, name, rows, message):
     folder = parquet(tmp_path / "set", train=rows, test=rows)
@@ -330,5 +331,5 @@ def test_every_set_states_its_command():
     for name in ("fineweb", "ultrachat", "shp_ranked", "hh_rlhf", "ultrafeedback", "nectar", "tldr"):
         assert f"    python -m data.{name}.prepare" in importlib.import_module(f"data.{name}.prepare").__doc__
         assert data.prepare_command(f"data/{name}") == f"python -m data.{name}.prepare"
-    assert data.prepare_command("data/openwebtext").startswith("python -m data.fineweb.prepare --hub=Skylion007/openwebtext --out=data/openwebtext")
+    assert data.prepare_command("data/openwebtext") == "python -m data.fineweb.prepare --hub=Skylion007/openwebtext --out=data/openwebtext"
     assert data.prepare_command("data/tldr_sft") == "python -m data.tldr.prepare --sft --out=data/tldr_sft"
