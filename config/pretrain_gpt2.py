@@ -3,13 +3,15 @@
     torchrun --nproc_per_node=8 train.py config/pretrain_gpt2.py
 
 8 x 80 GB GPUs: on paper 8.6e8 FLOPs a token x 1e10 tokens at 40 % of 8 x 989 TFLOP/s is 45 minutes; not yet run at this
-size. The figure to expect is llm.c's for this model and 10B tokens of FineWeb, validation loss 3.28.
-Data: a folder with {train,val}.bin in GPT-2's BPE, from any JSON lines of {"text"}:
+size. The figure to expect is llm.c's for this model and 10B tokens of FineWeb, validation loss 3.28; FineWeb-Edu's is its own.
+Data, a stream in GPT-2's BPE (20 GB; the header of data/fineweb/prepare.py names FineWeb and OpenWebText too):
+    python -m data.fineweb.prepare
+or any JSON lines of {"text"}, with --data=data/pretrain:
     python -m data.jsonl.prepare FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2
 """
 stage = "pretrain"
 out_dir = "out/pretrain_gpt2"
-data = "data/pretrain"
+data = "data/fineweb"
 
 n_layer = 12
 n_head = 12

@@ -1,15 +1,15 @@
-"""Fine-tune it on instructions, the first turn of UltraChat or the like.
+"""Fine-tune it on instructions, the first turn of UltraChat's conversations.
 
     torchrun --nproc_per_node=8 train.py config/sft_ultrachat.py
 
 8 x 80 GB GPUs: on paper 50k rows x 3 epochs x up to 1,024 tokens x 8.6e8 FLOPs at 30 % of 8 x 989 TFLOP/s is 1 minute.
-Data: JSON lines of {"prompt", "response"}:
-    python -m data.jsonl.prepare FILE.jsonl.gz --out=data/instructions
+Data, 50,000 of them as SPIN takes them:
+    python -m data.ultrachat.prepare
 """
 stage = "sft"
 out_dir = "out/sft_ultrachat"
 init = "out/pretrain_gpt2"
-data = "data/instructions"          # self-play uses the same rows
+data = "data/ultrachat"     # self-play uses the same rows
 
 max_prompt = 512
 max_response = 512

@@ -80,7 +80,7 @@ def tokenizer_path(folder, name):
 
 
 def prepare_command(folder):
-    """What makes this folder: its own prepare.py, or what the header of a file in config/ says."""
+    """What makes this folder: its own prepare.py, or what a header in config/ or data/ says."""
     here = os.path.dirname(os.path.abspath(__file__))
     name = os.path.relpath(os.path.abspath(folder), here).split(os.sep)[0]
     script = os.path.join(here, name, "prepare.py")
@@ -89,11 +89,11 @@ def prepare_command(folder):
             command = f"python -m data.{name}.prepare" + (" FILE" if 'add_argument("file")' in f.read() else "")
         deeper = os.path.relpath(os.path.abspath(folder), os.path.join(here, name)).count(os.sep)       # as data/shp/small/row
         return command + (f" --out={os.path.dirname(os.path.normpath(folder))}" if deeper else "")
-    for file in sorted(glob.glob(os.path.join(here, "..", "config", "*.py"))):
+    for file in sorted(glob.glob(os.path.join(here, "..", "config", "*.py"))) + sorted(glob.glob(os.path.join(here, "*", "prepare.py"))):
         with open(file, encoding="utf-8") as f:
             for line in f:
                 if f"--out={os.path.normpath(folder)} " in line.strip() + " ":
-                    return line.strip()
+                    return line.partition(" #")[0].strip()
     return f"python -m data.jsonl.prepare FILE.jsonl --out={folder}"
 
 

@@ -20,23 +20,15 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from data import longest_shared_prefix, split_of, tokenizer, write_meta, write_rows
+from data import hub, longest_shared_prefix, split_of, tokenizer, write_meta, write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def hub_pairs(path, revision):
+def hub_pairs(path, commit):
     """(history, preferred comment, post) of each row of SHP's train split, in its order. path: a hub id, or a folder with its files."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import datasets
-    try:
-        for row in datasets.load_dataset(path, split="train", streaming=True, revision=revision if not os.path.isdir(path) else None):
-            yield row["history"], row["human_ref_A"] if row["labels"] == 1 else row["human_ref_B"], row["post_id"]
-    except KeyError as e:
-        raise SystemExit(f"{path}: its rows have no {e}; SHP's have history, human_ref_A, human_ref_B, labels, post_id")
-    except Exception as e:      # the package raises whatever its HTTP client does
-        raise SystemExit(f"{path}: datasets could not read it ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); without a network "
-                         "give a local ranked file, or --surrogate")
+    for row in hub.stream(path, "train", commit, ("history", "human_ref_A", "human_ref_B", "labels", "post_id"))[1]:
+        yield row["history"], row["human_ref_A"] if row["labels"] == 1 else row["human_ref_B"], row["post_id"]
 
 
 def ranked_pairs(paths):
@@ -68,7 +60,7 @@ def main():
     parser.add_argument("files", nargs="*", help="local ranked rows, .jsonl or .jsonl.gz; none: the hub's")
     parser.add_argument("--surrogate", action="store_true", help="docstrings of the installed packages")
     parser.add_argument("--hub", default="stanfordnlp/SHP", help="a data set of SHP's schema, or a folder that holds one")
-    parser.add_argument("--revision", default="main", help="of the hub's data set")
+    parser.add_argument("--revision", help="of the hub's data set (default: the commit in data/hub.py)")
     parser.add_argument("--rows", type=int, default=10_000, help="the first so many")
     parser.add_argument("--sets", type=int, default=0, help="so many times, in folders of their own")
     parser.add_argument("--split", choices=["row", "group", "both"], default="both")
@@ -82,8 +74,9 @@ def main():
         parser.error("--rows must be at least 1, --sets at least 0, --vocab_size at least 257: the bytes and end-of-text")
     if args.tokenizer != "bpe":
         tokenizer.load(args.tokenizer)
-    pairs = surrogate_pairs() if args.surrogate else ranked_pairs(args.files) if args.files else hub_pairs(args.hub, args.revision)
-    source = "docstrings" if args.surrogate else ", ".join(map(os.path.basename, args.files)) or f"{args.hub} @ {args.revision}"
+    commit = None if args.surrogate or args.files else hub.commit_of(args.hub, args.revision)
+    pairs = surrogate_pairs() if args.surrogate else ranked_pairs(args.files) if args.files else hub_pairs(args.hub, commit)
+    source = "docstrings" if args.surrogate else ", ".join(map(os.path.basename, args.files)) or hub.name_of(args.hub, commit)
     pairs = iter(tqdm(pairs, total=args.rows * max(1, args.sets), desc="pairs", disable=None))
     for out in [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]:
         texts = [{"text": f"{history}\n\n{comment}", "group": post} for history, comment, post in itertools.islice(pairs, args.rows) if f"{history}{comment}".strip()]

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 import checkpoint
 import hf
 from data import tokenizer
+from data.template import prompt_ids
 from model import GPTConfig
-from tests.test_hf import MODERN, CLASSIC, make_run, write_tokenizer
+from tests.test_hf import MODERN, CLASSIC, fuzzed, make_run, write_tokenizer
+from tests.tokenizers_like import chatml, sentencepiece
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; make test-peers installs it")
 transformers.logging.set_verbosity_error()
@@ -39,6 +41,10 @@ LAYOUTS = {
     "llama, padded": dict(LLAMA, vocab_size=320),
     "mistral": MISTRAL,
     "mistral, window": dict(MISTRAL, sliding_window=16),
+    "llama, wide heads": dict(LLAMA, head_dim=16, num_key_value_heads=2),
+    "mistral, wide heads": dict(MISTRAL, head_dim=12),
+    "qwen3": dict(QWEN2, model_type="qwen3", head_dim=16),
+    "qwen3, tied, padded": dict(QWEN2, model_type="qwen3", head_dim=8, tie_word_embeddings=True, vocab_size=320),
     "qwen2, untied": QWEN2,
     "qwen2, tied": dict(QWEN2, tie_word_embeddings=True),
     "qwen2, window, padded": dict(QWEN2, use_sliding_window=True, sliding_window=16, max_window_layers=1, vocab_size=272),
@@ -201,3 +207,22 @@ def test_transformers_loads_an_export(name, tmp_path):
     new = theirs.generate(torch.tensor([[72, 105]]), do_sample=False, max_new_tokens=8)[0, 2:].tolist()
     from sample import generate
     assert new == generate(ours, [[72, 105]], 8, temperature=0, eot=enc.eot_token)[0]
+
+
+@pytest.mark.parametrize("kind", ["chatml", "legacy", "first", "never"])
+def test_a_chat_template_goes_out_and_in(kind, tmp_path):
+    """Of other models' tokenizers: transformers' ids of a conversation, by the folder that was imported and by our export of it, are ours."""
+    theirs = make_theirs(tmp_path / "theirs", dict(LLAMA, vocab_size=700))
+    os.remove(tmp_path / "theirs" / "tokenizer.json")
+    folder = str(tmp_path / "theirs")
+    chatml(folder) if kind == "chatml" else sentencepiece(folder, kind)
+    hf.main(["import", folder, f"--out={tmp_path / 'ours'}"])
+    ours, enc, meta = checkpoint.load_model(str(tmp_path / "ours"))
+    hf.main(["export", str(tmp_path / "ours"), f"--out={tmp_path / 'out'}"])
+    for where in (folder, str(tmp_path / "out")):
+        tok = transformers.AutoTokenizer.from_pretrained(where)
+        for text in fuzzed(100) + ["</s>", "<|im_end|>"]:
+            if text.strip() and not any(special in text for special in enc.specials):
+                ids = tok.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+                assert ids == prompt_ids(enc, meta["config"]["template"], text), (where, text)
+                assert theirs.config.vocab_size >= max(ids)
