@@ -117,7 +117,8 @@ def test_bits_and_choices_one_sequence_at_a_time(tiny_runs):
     rng = np.random.default_rng(0)
     rows = [{"prompt": f"{i} the", "responses": [" ".join(rng.choice("the loss of a model fällt ☃ x".split(), rng.integers(1, 6))) for _ in range(3)]} for i in range(24)]
     rows[0]["responses"][1] = None
-    rows[1] |= {"responses": ["a", "b" * 90, "reads"], "scores": [1.0, 1.0, 0.0]}        # a tie, and one that is cut
+    rows[1] |= {"responses": ["\x01\x02", "the", "\x03"], "scores": [1.0, 1.0, 0.0]}     # a tie of a poor and a good one
+    rows[4]["responses"][0] = "the loss of a model " * 5      # is cut
     rows[2]["responses"] = ["the end"]
     rows[3]["responses"][2] = ""
     long = "the loss of a model falls when it reads what people write and stops at the end ☃ " * 2
