@@ -44,7 +44,7 @@ ROPE = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_
 # what does not change the function, nor does what is null or false; dropout is the training run's own
 IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop eos_token_id gradient_checkpointing initializer_range
     is_llama_config max_window_layers n_ctx n_special output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop
-    task_specific_params torch_dtype transformers_version use_cache""".split()
+    task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split()
 
 # modules by their names in Llama; GPT-2's are ours
 LLAMA = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"], "lm_head": ["lm_head"],
@@ -339,7 +339,7 @@ def export(run, out, dtype="float32", shard_gb=math.inf):
     eos, bos = tokenizer.eos(enc), tokenizer.begin(enc) or tokenizer.eos(enc)
     ends = {"bos_token_id": tokenizer.specials(enc)[bos], "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
     sampling = {"do_sample": cfg["temperature"] > 0, "temperature": cfg["temperature"] or 1.0, "top_k": cfg["top_k"], "top_p": cfg["top_p"]}
-    write_json(os.path.join(out, "generation_config.json"), ends | sampling | ({"max_new_tokens": cfg["max_response"]} if cfg["max_response"] else {}))
+    write_json(os.path.join(out, "generation_config.json"), ends | sampling)
     write_json(os.path.join(out, "tokenizer_config.json"), {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos,
         "clean_up_tokenization_spaces": False, "model_max_length": c.block_size, "chat_template": to_jinja(cfg["template"])})
