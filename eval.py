@@ -21,7 +21,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 from data import INPUTS, batch_rows, encode_rows, permutation, printable, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
-from loss import plackett_luce, sequence_logprobs
+from loss import best_and_others, plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
 
@@ -109,6 +109,7 @@ def ranking_metrics(logps, refs, rows, beta, names):
     rank_nll       Plackett-Luce on the implicit rewards; acc, acc_se: every ordered pair, see `pair_accuracy`
     acc/NAME       share of rows in which that response is above all worse ones
     reward/NAME    mean implicit reward; logp/NAME mean log-probability of the response under the policy
+    margin, reward_chosen ...   of the rows in which something is ranked: loss.best_and_others
     kl_from_ref    KL(pi_ref || pi_theta) a token, the Monte-Carlo mean of log pi_ref - log pi_theta over what the
                    reference sampled (player "self"); without such a player it is left out
     """
@@ -119,10 +120,11 @@ def ranking_metrics(logps, refs, rows, beta, names):
     metrics = loss_metrics(logps, rows)
     ranked = present.sum(1) >= 2
     if ranked.any():
-        nll = plackett_luce(*(torch.from_numpy(a[ranked]) for a in (rewards, present)), ranks=torch.from_numpy(ranks[ranked]))
+        scores, policy, there = (torch.from_numpy(a[ranked]) for a in (rewards, logps, present))
+        nll = plackett_luce(scores, there, ranks=torch.from_numpy(ranks[ranked]))
         above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]   # k should beat j
         right, acc, error = pair_accuracy(rewards, above)
-        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error}
+        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error} | {name: float(value) for name, value in best_and_others(scores, policy, there).items()}
         for k, name in enumerate(names[:-1]):
             asked = above[:, k].any(-1)
             if asked.any():

@@ -2,12 +2,12 @@
 import ast
 import glob
 
-OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers"}
+OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(),
     "data": {"data"},
     "taylor": {"plot"}, "calibration": {"eval", "data"},
-    "log": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
+    "log": {"parallel", "data"}, "board": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
     "model": {"loss", "attention"},
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
