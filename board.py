@@ -1,12 +1,13 @@
 """What a run sends to Weights & Biases, if its config asks: the records of metrics.jsonl, and tables of sampled responses.
 
 A record's names are those of TRL's trainers there, as Hugging Face's callback writes them, so that curves lie on one another:
-train/ and eval/ before NAMES, over train/global_step, the optimisation steps before it, of all rounds. Its step is its number among
-the records. A start tells the records from the first on, those that metrics.jsonl has kept too, and leaves out what the server has:
-what a kill had sent past the checkpoint is not said twice, what it had not sent is not lost, and a run that was offline is sent whole
-when it is started online.
+train/ and eval/ before NAMES, over train/global_step, the optimisation steps before it, of all rounds. Its step there is its number
+among the records. A start goes through all that metrics.jsonl has kept, and leaves out what was sent: online what the server has,
+offline what RUN/wandb.json says, for `wandb sync` appends a start's part to those before it. So what a kill had sent past the
+checkpoint is not said twice, and a run that was offline, or had none of this, is sent whole when it is started online.
 """
 import contextlib
+import glob
 import netrc
 import os
 import secrets
@@ -33,15 +34,16 @@ def sending(cfg, at):
     if cfg.wandb == "off" or parallel.rank():
         yield lambda record: None
         return
-    mode, run, lost, number, before, round, last = cfg.wandb, None, False, -1, 0, 0, 0
-    of_rounds = cfg.wandb_runs == "rounds"
+    kept = os.path.join(cfg.out_dir, "wandb.json")
+    state = read_json(kept, ("id", "told")) if os.path.exists(kept) else {"id": secrets.token_hex(4), "told": -1}
     folders = {f"WANDB_{name}_DIR": os.path.join(os.path.abspath(cfg.out_dir), "wandb", name.lower()) for name in ("DATA", "CACHE")}
     folders = {name: path for name, path in folders.items() if name not in os.environ}
     os.environ.update(folders)
+    mode, run, first, number, before, round, last, of_rounds = cfg.wandb, None, 0, -1, 0, 0, 0, cfg.wandb_runs == "rounds"
 
     def send(record):
-        nonlocal mode, run, lost, number, before, round, last
-        if lost or record["kind"] == "warning":
+        nonlocal mode, run, first, number, before, round, last
+        if mode == "lost" or record["kind"] == "warning":
             return
         number += 1
         try:
@@ -53,11 +55,14 @@ def sending(cfg, at):
             if of_rounds and round < at[0]:
                 return              # that round's run is complete
             if not run:
-                run, mode = start(cfg, f"-round-{round}" * of_rounds, mode)
-            if number >= run.starting_step:
+                run, mode = start(cfg, state["id"] + f"-round-{round}" * of_rounds, f" round {round}" * of_rounds, mode)
+                first = run.starting_step if mode == "online" else state["told"] + 1
+            if number >= first:
                 run.log(named(record, cfg.stage) | table(cfg, record) | {"round": round, "train/global_step": before + last}, step=number, commit=True)
+                state["told"] = number
+                write_json(kept, state)
         except Exception as e:      # whatever the package raises
-            lost = True
+            mode = "lost"
             say(f"{reason(e)}; the run goes on without it, and the same command sends what is missing")
 
     try:
@@ -72,23 +77,23 @@ def sending(cfg, at):
             os.environ.pop(name, None)
 
 
-def start(cfg, suffix, mode):
-    """(the wandb run, its mode): online if asked and possible, else offline. Its id is made once, and kept in RUN/wandb.json."""
+def start(cfg, id, suffix, mode):
+    """(a wandb run, its mode): online if asked and possible, else offline."""
     import wandb
-    kept = os.path.join(cfg.out_dir, "wandb.json")
-    if not os.path.exists(kept):
-        write_json(kept, {"id": secrets.token_hex(4)})
     name = cfg.out_dir.strip("/").replace("/", "-")[-100:]
-    what = dict(project=cfg.wandb_project, group=name, name=name + suffix, id=read_json(kept, ("id",))["id"] + suffix, job_type=cfg.stage, dir=cfg.out_dir,
-                config=asdict(cfg), allow_val_change=True, settings=wandb.Settings(silent=True, init_timeout=30, finish_timeout=60))
+    what = dict(project=cfg.wandb_project, group=name, name=name + suffix, id=id, job_type=cfg.stage, dir=cfg.out_dir, config=asdict(cfg), allow_val_change=True,
+                settings=wandb.Settings(silent=True, init_timeout=30, finish_timeout=60, x_transaction_log_flush_interval=1))
     run = None
     if mode == "online":
         try:
             if not has_key(wandb.setup().settings):
                 raise LookupError("no API key (WANDB_API_KEY, or wandb login)")
             run = wandb.init(mode="online", resume="allow", **what)
-        except Exception as e:
-            say(f"{reason(e)}; offline from here, in {cfg.out_dir}/wandb: send it with wandb sync, or the same command")
+            for path in glob.glob(os.path.join(glob.escape(cfg.out_dir), "wandb", f"offline-run-*-{id}", "*.wandb")):
+                open(path + ".synced", "a").close()         # all of it is sent now: wandb sync is not to append it again
+        except Exception as e:      # whatever the package raises
+            say(f"{reason(e)}; offline in {cfg.out_dir}/wandb: send it with wandb sync, or with this command")
+            wandb.teardown()            # it holds on to the id
     run, mode = (run, mode) if run else (wandb.init(mode="offline", **what), "offline")
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step")
