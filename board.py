@@ -25,6 +25,7 @@ NAMES = {"pretrain": {"val_loss": "loss"}, "sft": {"val_loss": "loss"}, "prefere
          "reward": {"pair_nll": "loss", "acc": "accuracy", "score": "mean_reward"}, "ppo": {}}
 ALL = {"lr": "learning_rate", "norm": "grad_norm"}
 ROWS = 16           # of a table
+PATIENCE = {"init_timeout": 30, "finish_timeout": 60}       # seconds for a network that is not there
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def sending(cfg, at):
                 write_json(kept, state)
         except Exception as e:      # whatever the package raises
             mode = "lost"
-            say(f"{reason(e)}; the run goes on without it, and the same command sends what is missing")
+            say(f"{reason(e)}; the run goes on without it, and this command sends what is missing")
 
     try:
         yield send
@@ -82,7 +83,7 @@ def start(cfg, id, suffix, mode):
     import wandb
     name = cfg.out_dir.strip("/").replace("/", "-")[-100:]
     what = dict(project=cfg.wandb_project, group=name, name=name + suffix, id=id, job_type=cfg.stage, dir=cfg.out_dir, config=asdict(cfg), allow_val_change=True,
-                settings=wandb.Settings(silent=True, init_timeout=30, finish_timeout=60, x_transaction_log_flush_interval=1))
+                settings=wandb.Settings(silent=True, x_transaction_log_flush_interval=1, **PATIENCE))
     run = None
     if mode == "online":
         try:
@@ -112,11 +113,14 @@ def has_key(settings):
 
 
 def finish(run, status):
+    """End the run, and wandb's own process, which may still be writing."""
     try:
         if run:
+            import wandb
             run.finish(exit_code=status)
+            wandb.teardown()
     except Exception as e:      # whatever the package raises
-        say(f"{reason(e)}; send the rest with wandb sync, or the same command")
+        say(f"{reason(e)}; send the rest with wandb sync, or with this command")
 
 
 def say(text):
