@@ -261,15 +261,15 @@ def in_tongue(judge, enc, text, ids):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]")
-    parser.add_argument("--data", default="data/pydocs")
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]", help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1")
+    parser.add_argument("--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on")
     parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
     parser.add_argument("--judge", help="checkpoint: win rate of everyone, and of the data, against the first one's samples")
     parser.add_argument("--reference", help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it")
     parser.add_argument("--beta", type=number(float, 0), default=0.1, help="of those rewards")
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling; the n-th checkpoint takes seed + n")
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; else cuda if there is one")
     args = parser.parse_args(argv)
     parallel.tune(args.device)
     runs = {}
