@@ -77,7 +77,7 @@ def begin(cfg):
 
 
 MAY_CHANGE = {"out_dir", "device", "compile", "recompute", "deterministic", "shards", "reshard_after_forward", "prefetch", "sample_sharded", "timeout", "keep_last",
-              "keep_best", "nonfinite", "spike", "log_interval", "save_interval", "wandb", "wandb_project", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
+              "keep_best", "nonfinite", "spike", "log_interval", "save_interval", "wandb", "wandb_project", "wandb_runs", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
 
 
 def settings(cfg):

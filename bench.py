@@ -369,12 +369,12 @@ def shakespeare(rates, peers):
 BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory, growth, shakespeare)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS))
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS) + "; none: all but growth and shakespeare")
+    parser.add_argument("--peers", action="store_true", help="and what they are measured against, which bench/requirements.txt installs")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     for name in args.what:
         if name not in BENCHMARKS:

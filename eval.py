@@ -22,7 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 from data import INPUTS, asked, batch_rows, encode_rows, permutation, printable, question, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
-from loss import plackett_luce, sequence_logprobs
+from loss import best_and_others, plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
 
@@ -110,6 +110,7 @@ def ranking_metrics(logps, refs, rows, beta, names):
     rank_nll       Plackett-Luce on the implicit rewards; acc, acc_se: every ordered pair, see `pair_accuracy`
     acc/NAME       share of rows in which that response is above all worse ones
     reward/NAME    mean implicit reward; logp/NAME mean log-probability of the response under the policy
+    margin, reward_chosen ...   of the rows in which something is ranked: loss.best_and_others
     kl_from_ref    KL(pi_ref || pi_theta) a token, the Monte-Carlo mean of log pi_ref - log pi_theta over what the
                    reference sampled (player "self"); without such a player it is left out
     """
@@ -120,10 +121,11 @@ def ranking_metrics(logps, refs, rows, beta, names):
     metrics = loss_metrics(logps, rows)
     ranked = present.sum(1) >= 2
     if ranked.any():
-        nll = plackett_luce(*(torch.from_numpy(a[ranked]) for a in (rewards, present)), ranks=torch.from_numpy(ranks[ranked]))
+        scores, policy, there = (torch.from_numpy(a[ranked]) for a in (rewards, logps, present))
+        nll = plackett_luce(scores, there, ranks=torch.from_numpy(ranks[ranked]))
         above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]   # k should beat j
         right, acc, error = pair_accuracy(rewards, above)
-        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error}
+        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error} | {name: float(value) for name, value in best_and_others(scores, policy, there).items()}
         for k, name in enumerate(names[:-1]):
             asked = above[:, k].any(-1)
             if asked.any():
@@ -305,15 +307,15 @@ def in_tongue(judge, enc, text, ids):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]")
-    parser.add_argument("--data", default="data/pydocs")
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]", help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1")
+    parser.add_argument("--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on")
     parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
     parser.add_argument("--judge", help="checkpoint: win rate of everyone, and of the data, against the first one's samples")
     parser.add_argument("--reference", help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it")
     parser.add_argument("--beta", type=number(float, 0), default=0.1, help="of those rewards")
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling; the n-th checkpoint takes seed + n")
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; else cuda if there is one")
     args = parser.parse_args(argv)
     parallel.tune(args.device)
     runs = {}

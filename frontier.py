@@ -102,15 +102,15 @@ def spread(values):
     return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=number(int, 1), default=3)
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="of each method, from 0 on")
     parser.add_argument("--values", type=number(int, 1), default=3, help="of each sweep, the first ones")
     parser.add_argument("--workers", type=number(int, 1), default=2, help="runs at a time, one thread each")
-    parser.add_argument("--runs", default="out/frontier")
-    parser.add_argument("--out", default="results/frontier")
+    parser.add_argument("--runs", default="out/frontier", help="the folder of the runs; those that are finished stay")
+    parser.add_argument("--out", default="results/frontier", help="the folder of the report, the figure and the figures' JSON")
     parser.add_argument("--small", action="store_true", help="two steps a run, to try the machinery: its figures say nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parallel.tune("cpu")
     at, less = (lambda name: f"{args.runs}/{name}"), (["--max_steps=2", "--eval_batches=1"] if args.small else [])
     fit(["config/frontier_pretrain.py", f"--out_dir={at('pretrain')}", *less])

@@ -377,7 +377,7 @@ def new_folder(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    into, outof = commands.add_parser("import"), commands.add_parser("export")
+    into, outof = (commands.add_parser(name, help=what, description=what) for name, what in (("import", "a folder of Hugging Face's, or of the hub, as a run"), ("export", "a run as a folder that transformers loads")))
     parser.error = into.error = outof.error = lambda message: sys.exit(printable(message))      # one line, without the usage
     into.add_argument("source", help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub")
     into.add_argument("--block_size", type=int, default=0, help="longest sequence; 0: the model's, or its sliding window")
@@ -386,7 +386,7 @@ def main(argv=None):
     outof.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: half the bytes, rounded")
     outof.add_argument("--shard_gb", type=float, default=math.inf, help="several files of at most so many 10^9 bytes, and their index")
     for each in (into, outof):
-        each.add_argument("--out", required=True)
+        each.add_argument("--out", required=True, help="the folder to write, which is not there yet")
     args = parser.parse_args(argv)
     try:
         with new_folder(args.out):

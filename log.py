@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -38,9 +37,9 @@ def git_describe():
         return "unknown"
 
 
-def make_log(cfg, at, began):
-    """A function that appends a record to metrics.jsonl, prints it, and sends it to wandb if the config asks; rank 0's does.
-    What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
+def make_log(cfg, at, began, send):
+    """A function that appends a record to metrics.jsonl, prints it, and hands it to `send`, which is handed the kept ones first; rank
+    0's does. What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
     if parallel.rank():
         return lambda record, steps=None: None
     path, kept = os.path.join(cfg.out_dir, "metrics.jsonl"), []
@@ -57,11 +56,8 @@ def make_log(cfg, at, began):
             f.writelines(kept)
         os.replace(path + ".tmp", path)
     out = open(path, "a", encoding="utf-8", buffering=1)
-    remote = None
-    if cfg.wandb != "off":
-        import wandb
-        name = cfg.out_dir.strip("/").replace("/", "-")
-        remote = wandb.init(project=cfg.wandb_project, id=name, name=name, resume="allow", mode=cfg.wandb, dir=cfg.out_dir, config=asdict(cfg))
+    for text in kept:
+        send(json.loads(text))
     last = [began]      # loading and a teacher's samples are part of the run's time
 
     def log(record, steps=None):
@@ -71,8 +67,7 @@ def make_log(cfg, at, began):
         out.write(json.dumps(record) + "\n")
         if record["kind"] != "step" or (record["step"] + 1) % cfg.log_interval == 0:
             print(line(record, steps), flush=True)
-        if remote:
-            remote.log({f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, (int, float))})
+        send(record)
     return log
 
 

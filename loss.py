@@ -249,7 +249,7 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
     label_smoothing eps gives (1-eps) PL(ranking) + eps PL(the reverse), at K = 2 cDPO's; taylor_order n gives T_n of the
     ranking's probability instead of -log. nll_coef adds nll_coef * -log pi_theta(y_1|x) / |y_1| (RPO, 2404.19733).
     Returns the mean () and metrics, detached means over rows: `nll` the ranking's part of the loss, `acc` the share of
-    ordered pairs that the scores put right, `margin` the best score less the mean of the others'.
+    ordered pairs that the scores put right, and `best_and_others` of scores and log-probabilities.
     Raises ValueError for an unknown kind, and for options that a kind cannot have or that lack lengths.
     """
     if kind not in ("pl", "pairs", "ipo", "simpo", "orpo"):
@@ -281,10 +281,16 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
     if nll_coef:
         loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
     with torch.no_grad():
-        others = present[:, 1:].sum(1).clamp(min=1)
-        metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
-                   "margin": (scores[:, 0] - scores[:, 1:].masked_fill(~present[:, 1:], 0.0).sum(1) / others).mean()}
+        metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(), **best_and_others(scores, policy_logps, present)}
     return loss.mean(), metrics
+
+
+def best_and_others(scores, logps, present):
+    """Means over rows of (B, K): `reward_chosen` of the best response's score, `reward_rejected` of the mean of the others that are
+    there, `margin` of the difference; `logp_chosen`, `logp_rejected` the same of log-probabilities. At K = 2 they are those of DPO's pair."""
+    there = present[:, 1:]
+    (score, others), (logp, others_logp) = ((x[:, 0].mean(), (x[:, 1:].masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)).mean()) for x in (scores, logps))
+    return {"margin": score - others, "reward_chosen": score, "reward_rejected": others, "logp_chosen": logp, "logp_rejected": others_logp}
 
 
 def kl_estimates(logps, refs):

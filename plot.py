@@ -269,7 +269,9 @@ def table(out, runs):
 
 
 def main(args):
-    if args[:1] == ["loss"] and len(args) > 2 and all("=" in a for a in args[2:]):
+    if args in (["-h"], ["--help"]):
+        print(__doc__)
+    elif args[:1] == ["loss"] and len(args) > 2 and all("=" in a for a in args[2:]):
         plot_loss(args[1], {name: runs.split(",") for name, _, runs in (a.partition("=") for a in args[2:])})
     elif args[:1] == ["rounds"] and len(args) == 3:
         plot_rounds(args[1], args[2])

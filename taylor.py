@@ -310,6 +310,8 @@ def report(folder, out):
 
 
 def main(args):
+    if args in (["-h"], ["--help"]):
+        return print(__doc__)
     if len(args) != 2:
         raise SystemExit(__doc__)
     report(*args)

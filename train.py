@@ -24,6 +24,7 @@ import launch
 import parallel
 import ppo
 from begin import begin
+from board import sending
 from config import per_round
 from calibration import calibration
 from data import batch_indices, batch_rows, first_outside, read_meta, reward_batch, read_stream, row_tokens, split_by_tokens, stream_batch, tokenizer, tokenizer_path
@@ -391,22 +392,20 @@ def main(argv):
     say = functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
     say(f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
         f"float32 products {torch.get_float32_matmul_precision()}")
-    log = make_log(cfg, at, began)
-    for round in range(at[0], cfg.rounds):
-        parallel.at(f"round {round}, collecting")
-        train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(cfg, round, model, enc, device, dtype, say)
-        start = max(0, at[1]) if round == at[0] else 0
-        launch.stop_if_asked()
-        if report and not start:
-            log({"kind": "collect", "round": round, "step": 0} | report)
-        if start < steps_of_round(cfg, train):
-            fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
-        if cfg.keep_rounds:
-            checkpoint.prune(cfg.out_dir, round - cfg.keep_rounds)
-    say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
-    if cfg.wandb != "off" and parallel.rank() == 0:
-        import wandb
-        wandb.finish()
+    with sending(cfg, at) as send:
+        log = make_log(cfg, at, began, send)
+        for round in range(at[0], cfg.rounds):
+            parallel.at(f"round {round}, collecting")
+            train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(cfg, round, model, enc, device, dtype, say)
+            start = max(0, at[1]) if round == at[0] else 0
+            launch.stop_if_asked()
+            if report and not start:
+                log({"kind": "collect", "round": round, "step": 0} | report)
+            if start < steps_of_round(cfg, train):
+                fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
+            if cfg.keep_rounds:
+                checkpoint.prune(cfg.out_dir, round - cfg.keep_rounds)
+        say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
 
 
 if __name__ == "__main__":

@@ -146,15 +146,16 @@ class Config:
     nonfinite: str = "stop"             # stop | skip the step, where a loss or gradient is not finite
     spike: float = 5.0                  # say so, with its rows, where a loss is so many times the median of the 50 before it; 0: never
     log_interval: int = 1               # steps a printed line; metrics.jsonl has every step
-    wandb: str = "off"                  # off | online | offline
+    wandb: str = "off"                  # off | online | offline, Weights & Biases: board.py. Without a key or a network online is offline
     wandb_project: str = "nanospin"
+    wandb_runs: str = "one"             # one for all rounds | rounds: one for each, in a group
 
 
 CHOICES = {
     "stage": ["pretrain", "sft", "reward", "preference", "spin", "ppo"], "device": ["", "cpu", "cuda"], "kind": ["pl", "pairs", "ipo", "simpo", "orpo"],
     "dtype": ["", "float32", "bfloat16"], "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"], "schedule": ["cosine", "linear", "constant"],
-    "nonfinite": ["stop", "skip"], "wandb": ["off", "online", "offline"], "layout": ["shared", "padded"],
+    "nonfinite": ["stop", "skip"], "wandb": ["off", "online", "offline"], "wandb_runs": ["one", "rounds"], "layout": ["shared", "padded"],
 }
 AT_LEAST = {"rounds": 1, "batch_size": 1, "eval_interval": 1, "eval_batches": 1, "eval_rows": 1, "save_interval": 1,
             "log_interval": 1, "gen_batch_size": 1, "pretrain_batch_size": 1, "keep_last": 1, "timeout": 1}

@@ -86,7 +86,7 @@ def prepare_command(folder):
     script = os.path.join(here, name, "prepare.py")
     if os.path.exists(script):
         with open(script, encoding="utf-8") as f:
-            command = f"python -m data.{name}.prepare" + (" FILE" if 'add_argument("file")' in f.read() else "")
+            command = f"python -m data.{name}.prepare" + (" FILE" if 'add_argument("file",' in f.read() else "")
         deeper = os.path.relpath(os.path.abspath(folder), os.path.join(here, name)).count(os.sep)       # as data/shp/small/row
         return command + (f" --out={os.path.dirname(os.path.normpath(folder))}" if deeper else "")
     for file in sorted(glob.glob(os.path.join(here, "..", "config", "*.py"))) + sorted(glob.glob(os.path.join(here, "*", "prepare.py"))):

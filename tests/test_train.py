@@ -386,14 +386,6 @@ def test_a_round_that_does_not_start_at_ln_k_says_so(tiny_runs, tiny_data, tmp_p
     assert "not the same" in read_metrics(str(tmp_path / "r"), "warning")[0]["text"]
 
 
-def test_wandb_offline(tiny_data, tmp_path):
-    pytest.importorskip("wandb")
-    train.main(["--stage=pretrain", f"--data={tiny_data}", f"--out_dir={tmp_path}/r", "--max_steps=2", "--batch_size=4", "--wandb=offline", *TINY])
-    assert glob.glob(f"{tmp_path}/r/wandb/offline-run-*")
-    import wandb
-    wandb.finish()
-
-
 def test_bfloat16(tiny_runs, tiny_data, tmp_path):
     """Products in bfloat16, weights in float32; policy and reference still agree at a round's start."""
     out = str(tmp_path / "r")

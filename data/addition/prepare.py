@@ -14,12 +14,12 @@ from data import split_of, write_meta, write_rows
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20000)
-    parser.add_argument("--below", type=int, default=1000)
-    parser.add_argument("--out", default=HERE)
-    args = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=20000, help="problems drawn; the same one counts once")
+    parser.add_argument("--below", type=int, default=1000, help="both numbers are")
+    parser.add_argument("--out", default=HERE, help="the data folder to write")
+    args = parser.parse_args(argv)
     rng, rows = np.random.default_rng(0), {"train": {}, "val": {}}
     for a, b in rng.integers(args.below, size=(args.rows, 2)).tolist():
         group = f"{min(a, b)}+{max(a, b)}"

@@ -63,16 +63,16 @@ def ranked(value, where, authors=None):
     return check_row(row, where)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+")
+    parser.add_argument("files", nargs="+", help=".jsonl or .jsonl.gz")
     parser.add_argument("--out", required=True, help="the data folder to write")
     parser.add_argument("--where", help="KEY=PREFIX: only lines whose KEY begins so")
-    parser.add_argument("--authors", help="comma-separated, best first")
+    parser.add_argument("--authors", help="comma-separated, best first: a response of each, and no row that lacks one")
     parser.add_argument("--tokenizer", help="of a stream: gpt2 (default), bytes, or bpe, trained on it")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
-    parser.add_argument("--val_share", type=float, default=0.1)
-    args = parser.parse_args()
+    parser.add_argument("--val_share", type=float, default=0.1, help="of the groups, for validation")
+    args = parser.parse_args(argv)
     key, _, prefix = (args.where or "=").partition("=")
     rows, texts, dropped = {"train": [], "val": []}, {"train": [], "val": []}, 0
     for path in args.files:

@@ -8,6 +8,7 @@ bpe.tiktoken       a byte-level BPE of 4,096 ids trained on train.bin's text
 
 Split by module: no docstring of a validation module is in the training stream or rows. Counts change with versions.
 """
+import argparse
 import ast
 import importlib.metadata
 import importlib.util
@@ -61,7 +62,8 @@ def summary(doc):
     return text if 15 <= len(text) <= 300 and len(text.split()) >= 3 else None
 
 
-def main():
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     texts, rows, seen_docs, seen_rows = {"train": [], "val": []}, {"train": [], "val": []}, set(), set()
     for module, path in tqdm(list(sources()), desc="reading docstrings", disable=None):
         split = split_of(module, 0.08)

@@ -10,13 +10,13 @@ from data import tokenizer, tokenizer_path, write_meta, write_stream
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
+    parser.add_argument("file", help="plain text in UTF-8")
     parser.add_argument("--tokenizer", default="bytes", help="gpt2, bytes, or bpe: trained on this text")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
-    parser.add_argument("--out", default=HERE)
-    args = parser.parse_args()
+    parser.add_argument("--out", default=HERE, help="the data folder to write")
+    args = parser.parse_args(argv)
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()

@@ -55,7 +55,7 @@ def surrogate_pairs():
                     yield f"{name}\n\n{doc}", methods[i], name
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="local ranked rows, .jsonl or .jsonl.gz; none: the hub's")
     parser.add_argument("--surrogate", action="store_true", help="docstrings of the installed packages")
@@ -63,11 +63,11 @@ def main():
     parser.add_argument("--revision", help="of the hub's data set (default: the commit in data/hub.py)")
     parser.add_argument("--rows", type=int, default=10_000, help="the first so many")
     parser.add_argument("--sets", type=int, default=0, help="so many times, in folders of their own")
-    parser.add_argument("--split", choices=["row", "group", "both"], default="both")
+    parser.add_argument("--split", choices=["row", "group", "both"], default="both", help="by row, by post, or a folder of each")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or bpe, trained on the texts")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of bpe")
-    parser.add_argument("--out", default=HERE)
-    args = parser.parse_args()
+    parser.add_argument("--out", default=HERE, help="the data folder to write, or the one that they stand in")
+    args = parser.parse_args(argv)
     if args.surrogate and args.files:
         parser.error("either files or --surrogate")
     if args.rows < 1 or args.sets < 0 or args.vocab_size < 257:

@@ -21,13 +21,13 @@ SECTIONS = [kills.bitwise, kills.faults, kills.soak, kills.saves, kills.restarts
 LONG = [kills.restarts, scale.ranks, scale.pause]      # not in a short run: test_parallel.py has a restart
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[[], *(s.__name__ for s in SECTIONS)])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("sections", nargs="*", choices=[[], *(s.__name__ for s in SECTIONS)], metavar="section", help=", ".join(s.__name__ for s in SECTIONS) + "; none: all")
+    parser.add_argument("--seed", type=int, default=1, help="of the places where runs are killed and files damaged")
+    parser.add_argument("--short", action="store_true", help="a sample of each section")
     parser.add_argument("--write-golden", action="store_true", help="keep the losses as they are now in golden.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.chdir(ROOT)
     wrong, began = 0, time.time()
     with tempfile.TemporaryDirectory() as folder:

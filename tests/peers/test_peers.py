@@ -11,6 +11,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from board import named
 from loss import linear_logprobs, plackett_luce, preference_loss, reward_loss, sequence_logprobs
 
 B, T, BETA = 6, 11, 0.3
@@ -32,8 +33,8 @@ def ours(policy, ref, mask, **options):
     return preference_loss(policy, ref, None, BETA, lengths=lengths, **options)[0]
 
 
-def trl_dpo(loss_type, policy, ref, mask):
-    """DPOTrainer's loss, computed by its own method on given log-probabilities."""
+def trl_dpo(loss_type, policy, ref, mask, metrics=None):
+    """DPOTrainer's loss, computed by its own method on given log-probabilities; what it logs goes into `metrics`."""
     trl = pytest.importorskip("trl", reason="TRL is not installed; make test-peers installs it")
     from trl.trainer.dpo_trainer import DPOTrainer
     assert trl.__version__.startswith("1.16")
@@ -42,7 +43,7 @@ def trl_dpo(loss_type, policy, ref, mask):
     same = types.SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = types.SimpleNamespace(model=types.SimpleNamespace(training=False), accelerator=same, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
                                     f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0], beta=BETA, use_weighting=False,
-                                    _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0)
+                                    _metrics={"eval": defaultdict(list) if metrics is None else metrics}, _total_train_tokens=0)
     with_prompt = torch.cat([torch.zeros(2 * B, 1, dtype=torch.long), mask.long()], 1)
     chosen, rejected = ref.sum(1).chunk(2)
     inputs = {"completion_mask": with_prompt, "input_ids": with_prompt, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
@@ -51,6 +52,16 @@ def trl_dpo(loss_type, policy, ref, mask):
 
 def test_dpo_is_trls(pairs):
     torch.testing.assert_close(ours(*pairs), trl_dpo("sigmoid", *pairs), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_sent_to_wandb_is_trls(pairs):
+    """The names and the values that DPOTrainer logs."""
+    theirs, (policy, ref, _) = defaultdict(list), pairs
+    loss = trl_dpo("sigmoid", *pairs, metrics=theirs)
+    _, mine = preference_loss(*(x.sum(1).view(2, B).T for x in (policy, ref)), None, BETA)
+    mine = named({"kind": "eval", "rank_nll": mine["nll"].item()} | {name: value.item() for name, value in mine.items() if name != "nll"}, "spin")
+    theirs = {f"eval/{name}": value for name, (value,) in theirs.items() if name.startswith(("rewards/", "logps/"))} | {"eval/loss": loss.item()}
+    assert len(theirs) == 7 and mine == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}     # their accuracy is float32
 
 
 def test_ipo_is_trls_given_means(pairs):
