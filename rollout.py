@@ -7,24 +7,38 @@
     spin          the same after a game: each prompt's responses by `players`, best first, the policy's own sampled now
 
 Everything of a round lies in RUN/round_R: self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows, text and
-ids), {train,val}.ref.npz (log-probabilities under the reference), collect.json (provenance and report). Each file is
-written whole once, so an interrupted collect goes on where it stopped; samples are kept in parts on the way. Rank 0
-looks what is there, for all.
+ids), {train,val}.ref.npz (log-probabilities under the reference), collect.json (the manifest: report, settings, hashes).
+Each file is written whole once, so an interrupted collect goes on where it stopped; samples are kept in parts on the
+way. Rank 0 looks what is there, for all.
+
+The manifest alone, with what it names by hash, makes the round again, of preference and spin:
+
+    python rollout.py rebuild out/demo/spin_k3/round_1 --out=out/again
 """
+import argparse
+import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
+import shutil
+import sys
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import checkpoint
+import config
 import launch
+import log
 import parallel
-from data import encode_rows, longest_shared_prefix, permutation, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
+from data import encode_rows, longest_shared_prefix, permutation, printable, read_arrays, read_json, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
 from eval import answer, held_out, length_accuracy, score
+from model import GPT, GPTConfig
 from sample import respond
 
 PART = 1024     # prompts sampled before they are written down
@@ -73,12 +87,12 @@ def collect(cfg, round, model, enc, device, dtype, say):
         mark(result["train"], result["val"])
     done = os.path.join(folder, "collect.json")
     if cfg.stage in ("preference", "spin") and parallel.rank() == 0 and not os.path.exists(done):
-        write_json(done, {
-            "reference": reference_sha256(cfg, round), "tokenizer": tokenizer.fingerprint(enc), "players": cfg.players,
-            "temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": cfg.seed,
-            "template": cfg.template, "max_prompt": cfg.max_prompt, "max_response": cfg.max_response,
+        write_json(done, sealed({
+            "round": round, "config": asdict(cfg), "tokenizer": tokenizer.fingerprint(enc),
+            "made_of": {name: checkpoint.digest(path) for name, path in made_of(cfg, round, reference_path(cfg, round)).items()},
+            "made_by": log.versions(device, dtype), "rows": {split: len(encoded) for split, encoded in result.items()},
             "files": {f: sha256(os.path.join(folder, f)) for f in sorted(os.listdir(folder)) if f.endswith((".jsonl", ".npz"))},
-            "report": report, "seconds": time.time() - start})
+            "report": report, "seconds": time.time() - start}))
     parallel.barrier()
     return result["train"], result["val"], report.get("val", {})
 
@@ -115,17 +129,16 @@ def source(cfg):
     return {"train": rows, "val": held_out(cfg.data, cfg.eval_rows)}
 
 
-def reference_sha256(cfg, round):
-    """Of the weights that are this round's reference: the round before's last, or `init`'s."""
-    before = checkpoint.latest(cfg.out_dir, round - 1) if round else checkpoint.resolve(cfg.init)
-    return checkpoint.read_meta(before)["weights_sha256"]
+def reference_path(cfg, round):
+    """The checkpoint that is this round's reference, and the policy that samples: the round before's last, or `init`."""
+    return round and checkpoint.latest(cfg.out_dir, round - 1) or checkpoint.resolve(cfg.init)
 
 
 def reference(cfg, round, split, model, rows, device):
     """log pi_ref of every response (rows, K): computed once, by the code that computes the policy's, and kept under a hash
     of the reference's weights and the rows' ids."""
     path = os.path.join(cfg.out_dir, f"round_{round}", f"{split}.ref.npz")
-    of = hashlib.sha256((reference_sha256(cfg, round) + json.dumps(rows)).encode()).hexdigest()
+    of = hashlib.sha256((checkpoint.digest(reference_path(cfg, round)) + json.dumps(rows)).encode()).hexdigest()
     if parallel.agree(os.path.exists(path)):
         kept = read_arrays(path)
         if str(kept.get("of")) != of:
@@ -290,3 +303,109 @@ def game_report(cfg, rows, enc):
             report[f"exact_match/{name}"] = float(np.mean([answer(text) == answer(row["responses"][0]) for text, row in zip(said, asked)]))
             report[f"length_acc/{name}"] = length_accuracy([len(row["ids"][0]) for row in there], lengths)
     return report
+
+
+# --------------------------------------------------------------------------------------------- a round from its manifest
+
+
+def made_of(cfg, round, reference):
+    """{name: path} of all that a round's files are made of. An earlier round's file goes by its place in the run."""
+    paths = {"reference": reference} | {f"{split}.jsonl": f"{cfg.data}/{split}.jsonl" for split in ("train", "val")}
+    if cfg.stage == "spin":
+        paths |= {"teacher": cfg.teacher} if cfg.teacher not in ("", "rows") else {}
+        earlier = [f"round_{round - int(p[5:])}/self_{split}.jsonl" for p in cfg.players if p.startswith("self-") and int(p[5:]) <= round for split in ("train", "val")]
+        earlier += [f"round_{r}/train.jsonl" for r in range(max(0, round - cfg.mix_rounds), round)]
+        paths |= {name: os.path.join(cfg.out_dir, name) for name in earlier}
+    return paths
+
+
+def sealed(manifest):
+    """The manifest with the sha256 of what it says, so that an edit is seen."""
+    return manifest | {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+
+
+MANIFEST = {"round": int, "config": dict, "tokenizer": str, "made_of": dict, "made_by": dict, "files": dict, "sha256": str}
+
+
+def rebuild(folder, out, given):
+    """Make the round of RUN/round_R again in `out`, from its manifest and what that names, and compare. given: {setting: value},
+    where that lies now. Ends with a line that names what is not as it was."""
+    path, run = os.path.join(folder, "collect.json"), os.path.dirname(os.path.abspath(folder))
+    manifest = read_json(path, MANIFEST, "; it is no manifest of a round of preference or spin")
+    for name, kind in MANIFEST.items():
+        config.convert(name, manifest[name], kind, path)
+    if sealed({name: value for name, value in manifest.items() if name != "sha256"}) != manifest:
+        raise SystemExit(f"{path} was edited: its sha256 is not that of what it says")
+    round, by = manifest["round"], manifest["made_by"]
+    settings = manifest["config"] | {"dtype": str(by.get("dtype")).removeprefix("torch."), "out_dir": run} | given
+    cfg = config.load([f"--{name}={value}" for name, value in settings.items() if value is not None])
+    device = parallel.setup(cfg)
+    launch.join(device, cfg.timeout)
+    dtype, say = parallel.compute_dtype(cfg, device), functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
+    if parallel.agree(os.path.exists(out) and (not os.path.isdir(out) or bool(os.listdir(out)))):
+        raise SystemExit(f"--out {out} is there already, and no empty folder")
+
+    reference = given.get("init") or reference_path(cfg, round)
+    for name, at in made_of(cfg, round, reference).items():
+        if not os.path.exists(at):
+            raise SystemExit(f"{at}, the round's {name}, is not there; --init, --data and --teacher say where they lie now")
+        if (now := checkpoint.digest(at)) != manifest["made_of"].get(name):
+            raise SystemExit(f"{at} is not the {name} that the round was made of: its sha256 is {now[:16]}..., in the manifest {manifest['made_of'].get(name, '')[:16]}...")
+        if name.startswith("round_") and parallel.rank() == 0:
+            os.makedirs(os.path.join(out, os.path.dirname(name)), exist_ok=True)
+            shutil.copy(at, os.path.join(out, name))
+    others = [f"{name} {by.get(name)!r}, here {value!r}" for name, value in log.versions(device, dtype).items() if by.get(name) != value]
+    if others:
+        say(f"warning: it was made by {'; '.join(others)}: last digits may differ, and samples after them")
+
+    cfg, reference = replace(cfg, init=reference, out_dir=out), checkpoint.resolve(reference)
+    meta = checkpoint.read_meta(reference)
+    enc, shape = checkpoint.read_tokenizer(reference, meta), GPTConfig(**meta["model"] | {"scalar": False})
+    if tokenizer.fingerprint(enc) != manifest["tokenizer"]:
+        raise SystemExit(f"{reference} has another tokenizer than the round")
+    if cfg.stage == "spin":
+        prepare_teacher(cfg, enc, shape.block_size, device, dtype)
+    with torch.device("meta"):
+        model = GPT(shape)
+    model = parallel.wrap(model, device, dtype, cfg)
+    checkpoint.load_weights(reference, model)
+    collect(cfg, round, model, enc, device, dtype, say)
+
+    again = os.path.join(out, f"round_{round}")
+    made = read_json(os.path.join(again, "collect.json"), ("files",))["files"]
+    names = sorted(manifest["files"], key=lambda name: ("val" in name, "ref" in name, "self" not in name))      # as they are made
+    for name in names:
+        if made.get(name) != manifest["files"][name]:
+            old, new = (os.path.join(at, name) for at in (folder, again))
+            there = os.path.exists(new) and os.path.exists(old) and sha256(old) == manifest["files"][name]
+            raise SystemExit(f"{new} is the first file that differs" + (first_difference(old, new) if there else f" ({old} is not there as it was, to say where)"))
+    say(f"bit for bit the same: {', '.join(names)}")
+
+
+def first_difference(old, new):
+    """Where a round's own file and the one made again part."""
+    if old.endswith(".npz"):
+        a, b = read_arrays(old)["refs"], read_arrays(new)["refs"]
+        apart = np.argwhere(a != b).tolist() if a.shape == b.shape else []
+        return f": row {apart[0][0]}, response {apart[0][1]}: {b[*apart[0]]} for {a[*apart[0]]}, and {len(apart) - 1} more" if apart else ": it is of other rows"
+    with open(old, encoding="utf-8") as f, open(new, encoding="utf-8") as g:
+        number, a, b = next((number, a, b) for number, (a, b) in enumerate(itertools.zip_longest(f, g, fillvalue=""), 1) if a != b)
+    at = max(0, len(os.path.commonprefix([a, b])) - 20)
+    return f": line {number}, {b[at:at + 60]!r} for {a[at:at + 60]!r}"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
+    parser.add_argument("what", choices=["rebuild"])
+    parser.add_argument("round", metavar="RUN/round_R", help="a round's folder; only its collect.json is read, and of RUN what that names")
+    parser.add_argument("--out", required=True, help="the folder for the round made again: new, or empty")
+    moved = {"init": "the policy that the round began with, if it has moved", "data": "the data, if it has moved", "teacher": "the teacher", "device": "cpu or cuda"}
+    for name, what in moved.items():
+        parser.add_argument(f"--{name}", help=what)
+    args = parser.parse_args(argv)
+    rebuild(args.round, args.out, {name: getattr(args, name) for name in moved if getattr(args, name)})
+
+
+if __name__ == "__main__":
+    sys.exit(launch.run(main, sys.argv[1:]))

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "hf": {"model", "checkpoint", "config", "data"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
-    "rollout": {"launch", "eval", "sample", "data", "checkpoint", "parallel"},
+    "rollout": {"launch", "log", "eval", "sample", "model", "data", "checkpoint", "config", "parallel"},
     "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
     "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf"},
     "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf"},
