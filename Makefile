@@ -25,7 +25,7 @@ AT_ONCE = OMP_NUM_THREADS=1 xargs -P $(JOBS) -L 1 $(PY) train.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 data/pydocs/meta.json: data/pydocs/prepare.py | .venv/ready
@@ -129,8 +129,8 @@ test-faults: .venv/ready
 
 .venv-peers/ready: requirements.txt tests/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
 	touch $@
 
 test-peers: .venv-peers/ready
@@ -167,8 +167,8 @@ frontier: .venv/ready data/pydocs/meta.json
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	touch $@
 
 bench: .venv-bench/ready

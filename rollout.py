@@ -331,7 +331,7 @@ def rebuild(folder, out, given):
     """Make the round of RUN/round_R again in `out`, from its manifest and what that names, and compare. given: {setting: value},
     where that lies now. Ends with a line that names what is not as it was."""
     path, run = os.path.join(folder, "collect.json"), os.path.dirname(os.path.abspath(folder))
-    manifest = read_json(path, MANIFEST, "; it is no manifest of a round of preference or spin")
+    manifest = read_json(path, MANIFEST, "; rebuild takes the folder of a round of preference or spin")
     for name, kind in MANIFEST.items():
         config.convert(name, manifest[name], kind, path)
     if sealed({name: value for name, value in manifest.items() if name != "sha256"}) != manifest:

@@ -85,7 +85,7 @@ def test_what_is_not_as_it_was_is_named(played, tiny_runs, tmp_path, capsys):
     assert "collect.json was edited" in refused(f"{run}/round_1", again, *where)
     assert "No such file" in refused(f"{run}/round_2", again)
     write_json(manifest, {"policy": "ppo's", "files": {}})
-    assert "no manifest of a round of preference or spin" in refused(f"{run}/round_1", again)
+    assert "takes the folder of a round of preference or spin" in refused(f"{run}/round_1", again)
     write_json(manifest, json.loads(text) | {"round": "1"})
     assert "round must be int" in refused(f"{run}/round_1", again)
 
