@@ -5,6 +5,7 @@ that write down how they were called. Each call is then made in this process, wi
 A call that SMALL or OTHERWISE does not know is an error: a new script has its line there, a new input in `world`.
 """
 import argparse
+import functools
 import glob
 import gzip
 import importlib
@@ -14,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import stat
 import subprocess
 import sys
@@ -33,7 +33,7 @@ from data import tokenizer
 
 SMALL = {           # a script or module: what makes it small
     "eval": ["--rows=4"], "sample": ["--max_new_tokens=4"], "plot": [], "taylor": [], "hf": [], "rollout": [],
-    "data.pydocs.prepare": [], "data.jsonl.prepare": [], "data.shp.prepare": ["--rows=120", "--vocab_size=300"], "frontier": ["--seeds=1", "--values=1"]}
+    "data.pydocs.prepare": [], "data.jsonl.prepare": [], "data.shp.prepare": ["--rows=240", "--vocab_size=300"], "frontier": ["--seeds=1", "--values=1"]}
 OTHERWISE = {       # what is done instead, of what cannot be small
     "train": lambda args: fit(args),
     "pytest": lambda args: [must(os.path.exists(a), f"{a}: no such tests") for a in args if not a.startswith("-")],
@@ -55,7 +55,7 @@ def commands(text):
     for kind, block, inline in re.findall(r"^```(\w*)\n(.*?)^```|`(make [a-z][^`\n]*|(?:python3?|torchrun|srun) [^`\n]*(?:\.py|-m )[^`\n]*)`", text, flags=re.M | re.S):
         lines = block.replace("\\\n", " ").splitlines() if kind == "sh" else [inline]
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return list(dict.fromkeys(found))
+    return list({tuple(shlex.split(line, comments=True)): line for line in reversed(found)}.values())[::-1]      # each once
 
 
 def must(ok, message):
@@ -94,7 +94,7 @@ def world(tmp_path_factory):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     threads = [{"prompt": f"{i} {WORDS[i % 12]} {WORDS[i % 7]}?", "group": f"{i}", "source": "forum", "responses": [{"text": f"{WORDS[(i + k) % 11]} {k}", "rank": k + 1} for k in range(3)]}
-               for i in range(120)]
+               for i in range(240)]
     sums = [{"prompt": f"{i} and {i + 1}?", "source": "gsm8k/test", "responses": [{"text": f"{2 * i + 1} #### {2 * i + 1}", "rank": 1, "author": "human"},
                                                                                  {"text": f"it is {i} #### {i}", "rank": 2, "author": "175b_verification"}]} for i in range(60)]
     chats = [{"prompt": f"{i} plus 1?", "response": f"{i + 1} #### {i + 1}", "source": "gsm8k/train"} for i in range(80)]
@@ -112,15 +112,16 @@ def world(tmp_path_factory):
         m.chdir(here)
         pydocs, shp = (importlib.import_module(f"data.{name}.prepare") for name in ("pydocs", "shp"))
         stdlib = os.path.dirname(os.__file__)
-        m.setattr(pydocs, "sources", lambda: [(name, os.path.join(stdlib, f"{name}.py")) for name in ("calendar", "heapq", "textwrap", "gzip", "stat", "queue", "cmd", "cgitb")])
+        m.setattr(pydocs, "sources", lambda: [(name, os.path.join(stdlib, f"{name}.py")) for name in ("heapq", "textwrap", "stat", "queue", "cgitb")])
         m.setattr(pydocs, "HERE", str(here / "data" / "pydocs"))
         m.setattr(shp, "HERE", str(here / "data" / "shp"))
         m.setattr(shp, "hub_pairs", lambda path, revision: shp.ranked_pairs(["ranked.jsonl.gz"]))
-        m.setattr(tiktoken, "get_encoding", lambda name: tokenizer.encoding(name, {bytes([i]): i for i in range(256)}))
+        m.setattr(tiktoken, "get_encoding", functools.cache(lambda name: tokenizer.encoding(name, {bytes([i]): i for i in range(256)})))
         frontier = importlib.import_module("frontier")
         m.setattr(frontier, "fit", lambda args: fit(args))
         m.setattr(frontier, "ROWS", 16)
         m.setattr(frontier, "VAL_ROWS", 8)
+        m.setattr(frontier, "TEMPERATURES", frontier.TEMPERATURES[-2:])
         m.setattr(frontier, "ProcessPoolExecutor", InThisProcess)
         m.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **options: open(path, "wb").close())     # drawing is tested where the figures are
         m.setattr(matplotlib.figure.Figure, "tight_layout", lambda self: None)
@@ -190,7 +191,7 @@ def call(program, args):
     if name in OTHERWISE:
         return OTHERWISE[name](args)
     for a in args:
-        for path in re.findall(r"(?:^|[=,])((?:out|data)/[\w./]+|FOLDER)", "" if a.startswith("--out") else a):
+        for path in re.findall(r"(?:^|[=,])((?:out|data)/[\w./-]+|FOLDER)", "" if a.startswith("--out") else a):
             need(path)
     program = importlib.import_module(name).main
     with pytest.MonkeyPatch.context() as m:
@@ -217,29 +218,34 @@ def parsed(name, args):
 
 
 fitted = {}         # (config file, names of the settings given beside it) -> the run
+STEPS = ["--device=cpu", "--dtype=float32", "--compile=False", "--max_steps=2", "--batch_size=4", "--pretrain_batch_size=2", "--eval_batches=1", "--eval_interval=1",
+         "--max_prompt=48", "--max_response=12"]
+SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=96"]
+ELSE = ["--data", "--init", "--teacher", "--reward", "--pretrain_data", "--out_dir", "--seed", "--lr", "--rounds", "--max_rows", "--eval_rows"]       # places and sizes
 
 
 def fit(args):
-    """Train a step or two. Of lines that differ in values alone the first is trained, and the others' runs are its copies."""
+    """Train two steps. Of lines that differ in places, sizes and values alone the first is trained, and the others are links to it."""
     if "--help" in args:
         with pytest.raises(SystemExit) as e:
             config.load(args)
         return must(not e.value.code, str(e.value.code))
     cfg = config.load(args)
-    kind = tuple(a.partition("=")[0] for a in args)
-    if kind in fitted and fitted[kind] != cfg.out_dir:
-        shutil.copytree(fitted[kind], cfg.out_dir, dirs_exist_ok=True)
+    kind = {a if a == "--taylor_order=0" else a.partition("=")[0] for a in args}        # tables ask what T_n differs from T_0
+    kind = frozenset(kind - {a.partition("=")[0] for a in ELSE + STEPS + SHAPE})
     if os.path.exists(cfg.out_dir):
         return
+    if kind in fitted:
+        os.makedirs(os.path.dirname(cfg.out_dir), exist_ok=True)
+        return os.symlink(os.path.abspath(fitted[kind]), cfg.out_dir)
     for path in (cfg.init, cfg.teacher, cfg.reward):
         need(path)
     need(cfg.data)
     need(cfg.pretrain_data if cfg.pretrain_coef else "")
-    small = ["--device=cpu", "--dtype=float32", "--compile=False", "--max_steps=2", "--batch_size=4", "--pretrain_batch_size=2", "--eval_batches=1", "--eval_interval=1",
-             f"--eval_rows={24 if cfg.calibration else 8}", f"--rounds={min(2, cfg.rounds)}", "--max_rows=8", "--max_prompt=48", "--max_response=12"]
-    small += [f"--{name}={value[:2]}" for name, value in (("lr", cfg.lr), ("beta", cfg.beta)) if isinstance(value, list)]
-    small += [] if cfg.init else ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=96"] + ["--n_kv_head=1"] * bool(cfg.n_kv_head)
-    train.main([*args, *small])
+    rows = ["--eval_rows=100", "--max_rows=0"] if cfg.calibration else ["--eval_rows=8", "--max_rows=8"]       # of all posts: it halves them
+    lists = [f"--{name}={value[:2]}" for name, value in (("lr", cfg.lr), ("beta", cfg.beta)) if isinstance(value, list)]
+    shape = SHAPE + ["--n_kv_head=1"] * bool(cfg.n_kv_head)
+    train.main([*args, *STEPS, *rows, *lists, f"--rounds={min(2, cfg.rounds)}", *([] if cfg.init else shape)])
     fitted[kind] = cfg.out_dir
 
 
@@ -295,4 +301,4 @@ def test_a_command_that_does_not_work_is_noticed(command, message, world, capsys
 def test_commands_are_found():
     text = "See `make x`.\n\n```sh\npython a.py \\\n   --b     # c\n\n# d\nmake e\n```\n\n```\nmake f\n```\n\n| `torchrun g.py h` | `python` |\n"
     assert commands(text) == ["make x", "python a.py     --b     # c", "make e", "torchrun g.py h"]
-    assert len(readme()) > 40
+    assert len(readme()) > 20
