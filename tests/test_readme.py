@@ -41,7 +41,8 @@ OTHERWISE = {       # what is done instead, of what cannot be small
     "venv": lambda args: None,
     "bench": lambda args: [must(name in importlib.import_module("bench").BENCHMARKS, f"{name}: no such benchmark") for name in parsed("bench", args).what],
     "tests.faults": lambda args: parsed("tests.faults.__main__", args)}
-MADE_BY = {"data/pydocs": "python -m data.pydocs.prepare", "FOLDER": "python hf.py export out/demo/sft --out=FOLDER"}
+MADE_BY = {"data/pydocs": "python -m data.pydocs.prepare", "FOLDER": "python hf.py export out/demo/sft --out=FOLDER"} | \
+    {f"out/demo_seeds/{seed}/sft": "make demo-seeds" for seed in (1, 2, 3)}
 
 
 def readme():
@@ -182,6 +183,7 @@ def call(program, args):
     if program == "scontrol":
         return
     args = [path for a in args for path in (sorted(glob.glob(a)) if "*" in a else [a])]      # of what is there by now
+    args = ["FOLDER" if re.fullmatch(r"[\w-]+/[\w.-]+@\w+", a) else a for a in args]          # a model of the hub
     if args[0] == "-m":
         name, args = args[1], args[2:]
     else:
@@ -255,8 +257,7 @@ def need(path):
         return
     command = MADE_BY.get(path) or config.maker(path) or (data.prepare_command(path) if path.startswith("data/") else "")
     must(command, f"{path}: no such file or folder, and nothing says how it is made")
-    program, *args = shlex.split(command.partition("    ")[0])
-    call(program, args)
+    check(command.partition("    ")[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- the tests
