@@ -143,11 +143,11 @@ OBJECTIVES = kind=pairs kind=pl kind=pl,depth=1 kind=pl,taylor_order=1 kind=ipo,
 comma = ,
 
 data/local_bpe/meta.json: | .venv/ready
-	$(PY) -m data.jsonl.prepare $(LOCAL)/pretrain.jsonl.gz --out=data/local_bpe --tokenizer=bpe
+	$(PY) -m data.jsonl.prepare '$(LOCAL)/pretrain.jsonl.gz' --out=data/local_bpe --tokenizer=bpe
 data/local_sft/meta.json: | .venv/ready
-	$(PY) -m data.jsonl.prepare $(LOCAL)/sft.jsonl.gz --out=data/local_sft
+	$(PY) -m data.jsonl.prepare '$(LOCAL)/sft.jsonl.gz' --out=data/local_sft
 data/ranked/meta.json: | .venv/ready
-	$(PY) -m data.jsonl.prepare $(LOCAL)/ranked.jsonl.gz --out=data/ranked
+	$(PY) -m data.jsonl.prepare '$(LOCAL)/ranked.jsonl.gz' --out=data/ranked
 
 rlhf: data/local_bpe/meta.json data/local_sft/meta.json data/ranked/meta.json
 	$(PY) train.py config/pretrain_local.py --data=data/local_bpe --out_dir=$(RLHF)/pretrain

@@ -330,7 +330,7 @@ MANIFEST = {"round": int, "config": dict, "tokenizer": str, "made_of": dict, "ma
 def rebuild(folder, out, given):
     """Make the round of RUN/round_R again in `out`, from its manifest and what that names, and compare. given: {setting: value},
     where that lies now. Ends with a line that names what is not as it was."""
-    path, run = os.path.join(folder, "collect.json"), os.path.dirname(os.path.abspath(folder))
+    path, run = os.path.join(folder, "collect.json"), os.path.normpath(os.path.join(folder, ".."))
     manifest = read_json(path, MANIFEST, "; rebuild takes the folder of a round of preference or spin")
     for name, kind in MANIFEST.items():
         config.convert(name, manifest[name], kind, path)
