@@ -255,6 +255,7 @@ def need(path):
     """Make an input that no command before has made, as the repository says that it is made."""
     if path in ("", "rows") or ":" in path or os.path.exists(f"{path}/meta.json" if path.startswith("data/") and not path.endswith(".jsonl") else path):
         return
+    path = re.sub(r"/round_\d+.*", "", path)
     command = MADE_BY.get(path) or config.maker(path) or (data.prepare_command(path) if path.startswith("data/") else "")
     must(command, f"{path}: no such file or folder, and nothing says how it is made")
     check(command.partition("    ")[0])
