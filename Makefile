@@ -25,7 +25,7 @@ AT_ONCE = OMP_NUM_THREADS=1 xargs -P $(JOBS) -L 1 $(PY) train.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 data/pydocs/meta.json: data/pydocs/prepare.py | .venv/ready
@@ -129,8 +129,8 @@ test-faults: .venv/ready
 
 .venv-peers/ready: requirements.txt tests/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r tests/peers/requirements.txt
 	touch $@
 
 test-peers: .venv-peers/ready
@@ -143,11 +143,11 @@ OBJECTIVES = kind=pairs kind=pl kind=pl,depth=1 kind=pl,taylor_order=1 kind=ipo,
 comma = ,
 
 data/local_bpe/meta.json: | .venv/ready
-	$(PY) -m data.jsonl.prepare $(LOCAL)/pretrain.jsonl.gz --out=data/local_bpe --tokenizer=bpe
+	$(PY) -m data.jsonl.prepare '$(LOCAL)/pretrain.jsonl.gz' --out=data/local_bpe --tokenizer=bpe
 data/local_sft/meta.json: | .venv/ready
-	$(PY) -m data.jsonl.prepare $(LOCAL)/sft.jsonl.gz --out=data/local_sft
+	$(PY) -m data.jsonl.prepare '$(LOCAL)/sft.jsonl.gz' --out=data/local_sft
 data/ranked/meta.json: | .venv/ready
-	$(PY) -m data.jsonl.prepare $(LOCAL)/ranked.jsonl.gz --out=data/ranked
+	$(PY) -m data.jsonl.prepare '$(LOCAL)/ranked.jsonl.gz' --out=data/ranked
 
 rlhf: data/local_bpe/meta.json data/local_sft/meta.json data/ranked/meta.json
 	$(PY) train.py config/pretrain_local.py --data=data/local_bpe --out_dir=$(RLHF)/pretrain
@@ -167,8 +167,8 @@ frontier: .venv/ready data/pydocs/meta.json
 
 .venv-bench/ready: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	touch $@
 
 bench: .venv-bench/ready

@@ -88,7 +88,6 @@ def settings(cfg):
     files = meta["files"]
     stream = read_meta(config.beside(cfg).data, ["train.bin", "val.bin"])["files"] if cfg.pretrain_coef else {}
     players = [path for path in (cfg.init, cfg.teacher, cfg.reward) if path and cfg.stage in ("preference", "spin", "ppo")]
-    hashes = {path: checkpoint.read_meta(checkpoint.resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
-              for path in players if os.path.exists(path)}
+    hashes = {path: checkpoint.digest(path) for path in players if os.path.exists(path)}
     of_data = {name: files[name]["sha256"] for name in names} | {f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")}
     return json.loads(json.dumps(asdict(cfg))) | {"data_source": meta["source"], "data_sha256": of_data, "players_sha256": hashes}

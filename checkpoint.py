@@ -256,6 +256,11 @@ def read_meta(path):
         raise SystemExit(printable(f"{path}/meta.json cannot be read ({type(e).__name__}: {e})"))
 
 
+def digest(path):
+    """sha256 of a file, or of a run's or checkpoint's weights."""
+    return read_meta(resolve(path))["weights_sha256"] if os.path.isdir(path) else sha256(path)
+
+
 def read_tokenizer(path, meta):
     name = meta["tokenizer"]
     enc = tokenizer.load(name if name in ("gpt2", "bytes") else os.path.join(path, name))

@@ -2,6 +2,7 @@
 
 metrics.jsonl holds a record a line: {"kind": step | eval | start | collect | warning, "round", "step", "seconds", ...}.
 """
+import importlib.metadata
 import json
 import math
 import os
@@ -21,11 +22,16 @@ def describe(cfg, settings, at, device, dtype):
     path, starts = os.path.join(cfg.out_dir, "config.json"), []
     if at[1] >= 0 and os.path.exists(path):
         starts = read_json(path, ("starts",))["starts"]
-    this = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "git": git_describe(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "dtype": str(dtype),
-            "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()}
     os.makedirs(cfg.out_dir, exist_ok=True)
-    write_json(path, {"config": settings, "starts": starts + [{"at": at} | this]})
+    write_json(path, {"config": settings, "starts": starts + [{"at": at} | versions(device, dtype)]})
+
+
+def versions(device, dtype):
+    """What a number's last digits depend on, beside the settings."""
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(), "tiktoken": importlib.metadata.version("tiktoken"),
+            "tokenizers": importlib.metadata.version("tokenizers"), "git": git_describe(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "cpu": torch.backends.cpu.get_cpu_capability(), "dtype": str(dtype),
+            "matmul_precision": torch.get_float32_matmul_precision(), "ranks": parallel.world(), "threads": torch.get_num_threads()}
 
 
 def git_describe():

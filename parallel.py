@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import platform
+import sys
 import time
 
 import torch
@@ -59,7 +60,9 @@ def tune(device, precision=""):
     """Process-wide settings. "medium" takes oneDNN for float32 products on a CPU, twice as fast as the default on some, and
     still float32 unless the chip has AMX, which would round to bfloat16; "high" is TF32 on a GPU. Where the C library is
     glibc, freed memory stays with the process: by default each step's large buffers go back to the system and are faulted
-    in again, a fifth of a small model's step."""
+    in again, a fifth of a small model's step. What standard output cannot encode is escaped: a row's text must not end a run."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "highest" if has_amx() else "medium"))
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

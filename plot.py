@@ -6,16 +6,18 @@
     python plot.py table results/rlhf out/rlhf/*                              report.md: held-out figures, first and last; and the runs' logs
 """
 import json
+import logging
 import os
 import shutil
 import sys
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)     # it warns at length where the home folder cannot be written to
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-
 
 
 def read_metrics(run, kind=None):

@@ -7,21 +7,25 @@
     spin          the same after a game: each prompt's responses by `players`, best first, the policy's own sampled now
 
 Everything of a round lies in RUN/round_R: self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows, text and
-ids), {train,val}.ref.npz (log-probabilities under the reference), collect.json (provenance and report). Each file is
-written whole once, so an interrupted collect goes on where it stopped; samples are kept in parts on the way. Rank 0
-looks what is there, for all.
+ids), {train,val}.ref.npz (log-probabilities under the reference), collect.json (the manifest: report, settings, hashes).
+Each file is written whole once, so an interrupted collect goes on where it stopped; samples are kept in parts on the
+way. Rank 0 looks what is there, for all.
+
+rebuild.py makes a round again from its manifest and what that names by hash.
 """
 import glob
 import hashlib
 import json
 import os
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 from tqdm import tqdm
 
 import checkpoint
 import launch
+import log
 import parallel
 from data import asked, encode_rows, longest_shared_prefix, permutation, question, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
 from eval import answer, held_out, length_accuracy, score
@@ -73,12 +77,12 @@ def collect(cfg, round, model, enc, device, dtype, say):
         mark(result["train"], result["val"])
     done = os.path.join(folder, "collect.json")
     if cfg.stage in ("preference", "spin") and parallel.rank() == 0 and not os.path.exists(done):
-        write_json(done, {
-            "reference": reference_sha256(cfg, round), "tokenizer": tokenizer.fingerprint(enc), "players": cfg.players,
-            "temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": cfg.seed,
-            "template": cfg.template, "max_prompt": cfg.max_prompt, "max_response": cfg.max_response,
+        write_json(done, sealed({
+            "round": round, "config": asdict(cfg), "tokenizer": tokenizer.fingerprint(enc),
+            "made_of": {name: checkpoint.digest(path) for name, path in made_of(cfg, round, reference_path(cfg, round)).items()},
+            "made_by": log.versions(device, dtype), "rows": {split: len(encoded) for split, encoded in result.items()},
             "files": {f: sha256(os.path.join(folder, f)) for f in sorted(os.listdir(folder)) if f.endswith((".jsonl", ".npz"))},
-            "report": report, "seconds": time.time() - start})
+            "report": report, "seconds": time.time() - start}))
     parallel.barrier()
     return result["train"], result["val"], report.get("val", {})
 
@@ -115,17 +119,16 @@ def source(cfg):
     return {"train": rows, "val": held_out(cfg.data, cfg.eval_rows)}
 
 
-def reference_sha256(cfg, round):
-    """Of the weights that are this round's reference: the round before's last, or `init`'s."""
-    before = checkpoint.latest(cfg.out_dir, round - 1) if round else checkpoint.resolve(cfg.init)
-    return checkpoint.read_meta(before)["weights_sha256"]
+def reference_path(cfg, round):
+    """The checkpoint that is this round's reference, and the policy that samples: the round before's last, or `init`."""
+    return round and checkpoint.latest(cfg.out_dir, round - 1) or checkpoint.resolve(cfg.init)
 
 
 def reference(cfg, round, split, model, rows, device):
     """log pi_ref of every response (rows, K): computed once, by the code that computes the policy's, and kept under a hash
     of the reference's weights and the rows' ids."""
     path = os.path.join(cfg.out_dir, f"round_{round}", f"{split}.ref.npz")
-    of = hashlib.sha256((reference_sha256(cfg, round) + json.dumps(rows)).encode()).hexdigest()
+    of = hashlib.sha256((checkpoint.digest(reference_path(cfg, round)) + json.dumps(rows)).encode()).hexdigest()
     if parallel.agree(os.path.exists(path)):
         kept = read_arrays(path)
         if str(kept.get("of")) != of:
@@ -187,17 +190,18 @@ def play(cfg, round, split, rows, model, enc, dtype):
 
 
 def prepare_teacher(cfg, enc, block_size, device, dtype):
-    """A teacher that is a checkpoint writes its responses to RUN/teacher_{train,val}.jsonl before the student is built:
-    the two never share memory. Another is looked through: it may lack a response that is asked for late."""
+    """A teacher that is a checkpoint writes its responses to RUN/teacher_{train,val}.jsonl, under its own template, before the student
+    is built: the two never share memory. Another is looked through: it may lack a response that is asked for late."""
     if cfg.teacher and not os.path.isdir(cfg.teacher):
         for split, rows in source(cfg).items():
             teacher_responses(cfg, split, fitting(cfg, rows, enc, block_size), enc)
     paths = {split: os.path.join(cfg.out_dir, f"teacher_{split}.jsonl") for split in ("train", "val")}
     if not os.path.isdir(cfg.teacher) or parallel.agree(all(os.path.exists(p) for p in paths.values())):
         return
-    teacher, its_enc, _ = checkpoint.load_model(cfg.teacher, device, dtype)
+    teacher, its_enc, meta = checkpoint.load_model(cfg.teacher, device, dtype)
+    its_cfg = replace(cfg, template=meta["config"]["template"])       # each is asked as it is used to
     for split, rows in source(cfg).items():
-        sample_file(paths[split], teacher, its_enc, cfg, fitting(cfg, rows, enc, block_size), f"teacher {split}")
+        sample_file(paths[split], teacher, its_enc, its_cfg, fitting(cfg, rows, enc, block_size), f"teacher {split}")
 
 
 def teacher_responses(cfg, split, rows, enc):
@@ -289,3 +293,22 @@ def game_report(cfg, rows, enc):
             report[f"exact_match/{name}"] = float(np.mean([answer(text) == answer(row["responses"][0]) for text, row in zip(said, asked)]))
             report[f"length_acc/{name}"] = length_accuracy([len(row["ids"][0]) for row in there], lengths)
     return report
+
+
+# ----------------------------------------------------------------------------------------------------------- the manifest
+
+
+def made_of(cfg, round, reference):
+    """{name: path} of all that a round's files are made of. An earlier round's file goes by its place in the run."""
+    paths = {"reference": reference} | {f"{split}.jsonl": f"{cfg.data}/{split}.jsonl" for split in ("train", "val")}
+    if cfg.stage == "spin":
+        paths |= {"teacher": cfg.teacher} if cfg.teacher not in ("", "rows") else {}
+        earlier = [f"round_{round - int(p[5:])}/self_{split}.jsonl" for p in cfg.players if p.startswith("self-") and int(p[5:]) <= round for split in ("train", "val")]
+        earlier += [f"round_{r}/train.jsonl" for r in range(max(0, round - cfg.mix_rounds), round)]
+        paths |= {name: os.path.join(cfg.out_dir, name) for name in earlier}
+    return paths
+
+
+def sealed(manifest):
+    """The manifest with the sha256 of what it says, so that an edit is seen."""
+    return manifest | {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}

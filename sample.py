@@ -216,6 +216,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out go together")
+    if args.chat and sys.stdin is None:
+        parser.error("--chat reads from standard input, and that is closed")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):

@@ -14,10 +14,9 @@ import os
 import shutil
 import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from plot import STUDENT, cell, read_metrics, save
+from plot import STUDENT, cell, plt, read_metrics, save
 
 
 def study(folder):

@@ -2,7 +2,7 @@
 import ast
 import glob
 
-OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers"}
+OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "rebuild"}
 MAY_IMPORT = {
     "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(),
     "data": {"data"}, "data/show.py": {"data", "checkpoint", "config"},
@@ -13,10 +13,11 @@ MAY_IMPORT = {
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "hf": {"model", "checkpoint", "config", "data"},
     "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
-    "rollout": {"launch", "eval", "sample", "data", "checkpoint", "parallel"},
+    "rollout": {"launch", "log", "eval", "sample", "data", "checkpoint", "parallel"},
+    "rebuild": {"rollout", "launch", "log", "model", "data", "checkpoint", "config", "parallel"},
     "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf"},
-    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf"},
+    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf", "rebuild"},
+    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf", "rebuild"},
     "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},
 }
 

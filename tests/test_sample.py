@@ -128,3 +128,10 @@ def test_command_line(tiny_runs, tiny_data, tmp_path):
     assert len(chat.stdout) > len(one.stdout)
     for bad in (run("--prompt", "a", "--temperature=-1"), run("--prompt", "a", "--device=tpu"), run("--prompt", " "), run("--prompts", "nothing.jsonl", "--out", str(out)), run("--prompts", str(out))):
         assert bad.returncode != 0 and "Traceback" not in bad.stderr
+
+
+def test_a_chat_without_standard_input_is_one_line(tiny_runs, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as e:
+        sample.main([tiny_runs["sft"], "--chat"])
+    assert e.value.code == "--chat reads from standard input, and that is closed"

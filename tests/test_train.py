@@ -67,7 +67,7 @@ def test_spin_with_a_teacher_and_history(tiny_runs, tiny_data, tmp_path):
     steps = [r for r in read_metrics(out, "step") if r["round"] == 1]
     assert len(steps) == math.ceil(2 * 40 / 8)                                         # with the earlier round's rows
     report = json.load(open(f"{out}/round_1/collect.json"))
-    assert report["reference"] == checkpoint.read_meta(checkpoint.latest(out, 0))["weights_sha256"]
+    assert report["made_of"]["reference"] == checkpoint.read_meta(checkpoint.latest(out, 0))["weights_sha256"]
     assert {"tie/self", "length/data", "ended/self", "exact_match/self", "length_acc/self"} <= set(report["report"]["val"])
     # the policy learns to tell the players apart where it is trained
     losses = [r["nll"] for r in read_metrics(out, "step") if r["round"] == 0]
