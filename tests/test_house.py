@@ -2,9 +2,9 @@
 import ast
 import glob
 
-OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers"}
+OURS = {"train", "log", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "report", "runs", "page"}
 MAY_IMPORT = {
-    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(),
+    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(), "page": set(),
     "data": {"data"},
     "taylor": {"plot"}, "calibration": {"eval", "data"},
     "log": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
@@ -12,11 +12,13 @@ MAY_IMPORT = {
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "hf": {"model", "checkpoint", "config", "data"},
-    "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
+    "runs": {"plot", "config", "data", "checkpoint"},
+    "report": {"runs", "page", "plot", "config", "data"},
+    "eval": {"report", "loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"launch", "eval", "sample", "data", "checkpoint", "parallel"},
     "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf"},
-    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf"},
+    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf", "report", "runs", "page"},
+    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf", "report", "runs", "page"},
     "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},
 }
 
