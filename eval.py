@@ -4,6 +4,7 @@
     python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
     python eval.py sft=out/demo/sft sft_cold=out/demo/sft@0.5 --out=eval.json         # @ is the sampling temperature
     python eval.py rm=out/reward --data=data/ranked                                   # a reward model's accuracy; as --judge it scores
+    python eval.py report out/demo/spin_k2 --out=report.html                          # a page of a run: see report.py
 
 Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
 """
@@ -305,6 +306,10 @@ def in_tongue(judge, enc, text, ids):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        import report
+        return report.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]", help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1")

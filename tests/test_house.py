@@ -2,9 +2,9 @@
 import ast
 import glob
 
-OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "rebuild"}
+OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "rebuild", "report", "runs", "page"}
 MAY_IMPORT = {
-    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(),
+    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(), "page": set(),
     "data": {"data"}, "data/show.py": {"data", "checkpoint", "config"},
     "taylor": {"plot"}, "calibration": {"eval", "data"},
     "log": {"parallel", "data"}, "board": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
@@ -12,12 +12,14 @@ MAY_IMPORT = {
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "hf": {"model", "checkpoint", "config", "data"},
-    "eval": {"loss", "sample", "data", "checkpoint", "parallel"},
+    "runs": {"plot", "config", "data", "checkpoint"},
+    "report": {"runs", "page", "plot", "config", "data"},
+    "eval": {"report", "loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"launch", "log", "eval", "sample", "data", "checkpoint", "parallel"},
     "rebuild": {"rollout", "launch", "log", "model", "data", "checkpoint", "config", "parallel"},
     "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf", "rebuild"},
-    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf", "rebuild"},
+    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf", "rebuild", "report", "runs", "page"},
+    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf", "rebuild", "report", "runs", "page"},
     "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},
 }
 
