@@ -27,12 +27,14 @@ import torch.distributed.run
 
 import config
 import data
+import test_hub
 import train
 from conftest import ROOT, WORDS
 from data import tokenizer
 
-SMALL = {           # a script or module: what makes it small
-    "eval": ["--rows=4"], "sample": ["--max_new_tokens=4"], "plot": [], "taylor": [], "hf": [], "rollout": [],
+HUB = ("fineweb", "ultrachat", "hh_rlhf", "ultrafeedback", "nectar", "shp_ranked", "tldr")
+SMALL = {f"data.{name}.prepare": [f"--hub=hub/{name}"] for name in HUB} | {           # a script or module: what makes it small
+    "eval": ["--rows=4"], "sample": ["--max_new_tokens=4"], "plot": [], "taylor": [], "hf": [], "rebuild": [], "data.show": [],
     "data.pydocs.prepare": [], "data.jsonl.prepare": [], "data.shp.prepare": ["--rows=240", "--vocab_size=300"], "frontier": ["--seeds=1", "--values=1"]}
 OTHERWISE = {       # what is done instead, of what cannot be small
     "train": lambda args: fit(args),
@@ -105,9 +107,17 @@ def world(tmp_path_factory):
             os.makedirs(folder, exist_ok=True)
             with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as f:
                 f.writelines(json.dumps(line) + "\n" for line in lines)
-    # the teacher's responses to data/instructions, which any model may have written
-    os.makedirs(here / "data" / "instructions")
-    data.write_rows(str(here / "data" / "instructions" / "teacher.jsonl"), [{"prompt": row["prompt"], "responses": ["no idea"]} for row in chats])
+    sets = {"fineweb": {"train": [{"text": line["text"]} for line in texts]}, "hh_rlhf": {}, "shp_ranked": {"train": [test_hub.shp(f"p{i}", "a", "b", (9, 3), 1) for i in range(9)]},
+            "ultrachat": {"train_sft": [test_hub.chat(f"c{i}", f"{i} plus 1?", f"{i + 1}") for i in range(40)]}, "tldr": {"train": [{"prompt": f"{i}. TL;DR:", "chosen": " a", "rejected": " b"} for i in range(9)]},
+            "nectar": {"train": [{"prompt": f"\n\nHuman: {i}\n\nAssistant: ", "answers": [{"answer": t, "rank": r} for r, t in ((2.0, "b"), (1.0, "a"))]} for i in range(300)]},
+            "ultrafeedback": {"train": [test_hub.feedback(i, ["1", "2", "3", "4"], [1.0] * 4) for i in range(300)]}}
+    sets["hh_rlhf"]["train"] = [{side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(9)]
+    others = {"hh_rlhf": {"test": [{side: f"\n\nHuman: v\n\nAssistant: {side}" for side in ("chosen", "rejected")}]}, "ultrachat": {"test_sft": [test_hub.chat(f"v{i}", f"{i} plus 2?", f"{i + 2}") for i in range(9)]},
+              "shp_ranked": {"validation": [test_hub.shp("v", "a", "b", (9, 3), 1)]}, "tldr": {"validation": [{"prompt": "v. TL;DR:", "chosen": " a", "rejected": " b"}]}}
+    for name in HUB:
+        test_hub.parquet(here / "hub" / name, **sets[name] | others.get(name, {}))
+    # the teacher's responses, which any model may have written
+    data.write_rows(str(here / "data" / "ultrachat" / "teacher.jsonl"), [{"prompt": row["prompt"], "responses": ["no idea"]} for some in (sets, others) for side in some["ultrachat"].values() for row in side])
 
     with pytest.MonkeyPatch.context() as m:
         m.chdir(here)
@@ -115,6 +125,8 @@ def world(tmp_path_factory):
         stdlib = os.path.dirname(os.__file__)
         m.setattr(pydocs, "sources", lambda: [(name, os.path.join(stdlib, f"{name}.py")) for name in ("heapq", "textwrap", "stat", "queue", "cgitb")])
         m.setattr(pydocs, "HERE", str(here / "data" / "pydocs"))
+        for name in HUB:            # where they write
+            m.setattr(importlib.import_module(f"data.{name}.prepare"), "__file__", str(here / "data" / name / "prepare.py"))
         m.setattr(shp, "HERE", str(here / "data" / "shp"))
         m.setattr(shp, "hub_pairs", lambda path, revision: shp.ranked_pairs(["ranked.jsonl.gz"]))
         m.setattr(tiktoken, "get_encoding", functools.cache(lambda name: tokenizer.encoding(name, {bytes([i]): i for i in range(256)})))
