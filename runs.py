@@ -45,7 +45,8 @@ def read_run(folder):
     run["span"] = min((r["x"] for r in run["records"]), default=0), max((r["x"] for r in run["records"]), default=0)
     if run["config"] and not at_its_end(run):
         last = [f"its last record is of round {r['round']}, step {r['step']}" for r in run["records"]][-1:] or ["nothing is logged"]
-        run["notes"].append(f"The run is not at its end: {last[0]}; asked for were {setting(run, 'rounds')} rounds of {setting(run, 'max_steps') or 'some'} steps. The same command goes on.")
+        wanted = f"asked for were {setting(run, 'rounds')} rounds of {setting(run, 'max_steps') or 'some'} steps"
+        run["notes"].append(f"The run is not at its end (it may be under way): {last[0]}; {wanted}. The same command goes on.")
     return run
 
 
