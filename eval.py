@@ -4,7 +4,7 @@
     python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
     python eval.py sft=out/demo/sft sft_cold=out/demo/sft@0.5 --out=eval.json         # @ is the sampling temperature
     python eval.py rm=out/reward --data=data/ranked                                   # a reward model's accuracy; as --judge it scores
-    python eval.py report out/demo/spin_k2 --out=report.html                          # a page of a run: see report.py
+    python eval.py report out/demo/spin_k2 --out=report.html                          # a page of a run
 
 Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
 """

@@ -2,9 +2,9 @@
 import ast
 import glob
 
-OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "rebuild", "report", "runs", "page"}
+OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "rebuild", "report"}
 MAY_IMPORT = {
-    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(), "page": set(),
+    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": set(),
     "data": {"data"}, "data/show.py": {"data", "checkpoint", "config"},
     "taylor": {"plot"}, "calibration": {"eval", "data"},
     "log": {"parallel", "data"}, "board": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
@@ -12,20 +12,19 @@ MAY_IMPORT = {
     "checkpoint": {"config", "parallel", "data", "model"},
     "sample": {"attention", "data", "checkpoint", "parallel"},
     "hf": {"model", "checkpoint", "config", "data"},
-    "runs": {"plot", "config", "data", "checkpoint"},
-    "report": {"runs", "page", "plot", "config", "data"},
+    "report": {"report", "plot", "config", "data", "checkpoint"},
     "eval": {"report", "loss", "sample", "data", "checkpoint", "parallel"},
     "rollout": {"launch", "log", "eval", "sample", "data", "checkpoint", "parallel"},
     "rebuild": {"rollout", "launch", "log", "model", "data", "checkpoint", "config", "parallel"},
     "ppo": {"launch", "rollout", "eval", "loss", "data", "checkpoint", "parallel"},
-    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf", "rebuild", "report", "runs", "page"},
-    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf", "rebuild", "report", "runs", "page"},
+    "train": OURS - {"train", "plot", "bench", "peers", "taylor", "frontier", "hf", "rebuild", "report"},
+    "bench": OURS - {"plot", "bench", "taylor", "frontier", "hf", "rebuild", "report"},
     "frontier": {"train", "eval", "plot", "sample", "data", "checkpoint", "parallel"},
 }
 
 
 def files():
-    found = [f for f in glob.glob("*.py") + glob.glob("config/__init__.py") + glob.glob("data/**/*.py", recursive=True)]
+    found = [f for f in glob.glob("*.py") + glob.glob("config/__init__.py") + glob.glob("report/*.py") + glob.glob("data/**/*.py", recursive=True)]
     return {f: open(f, encoding="utf-8").read() for f in found}
 
 

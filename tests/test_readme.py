@@ -83,7 +83,7 @@ def world(tmp_path_factory):
     for folder in ("data", "results", "bench", "folder"):
         os.makedirs(here / folder)
     for name in os.listdir(ROOT):
-        if name.endswith(".py") or name in ("config", "tests", "Makefile", "requirements.txt"):
+        if name.endswith(".py") or name in ("config", "report", "tests", "Makefile", "requirements.txt"):
             os.symlink(os.path.join(ROOT, name), here / name)
     os.symlink(os.path.join(ROOT, "bench", "requirements.txt"), here / "bench" / "requirements.txt")
     for name in os.listdir(os.path.join(ROOT, "results")):

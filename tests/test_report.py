@@ -17,8 +17,8 @@ import report
 import train
 from conftest import TINY, make_data
 from data import batch_rows, encode_rows, read_rows, reward_batch, tokenizer
-from page import curve, ticks, visible
-from runs import asked, batch_of, kind, read_run
+from report.page import curve, ticks, visible
+from report.runs import asked, batch_of, kind, read_run
 
 EVIL = "<script>alert(1)</script> \x1b[31m & \u202eabc \"'"
 SMALL = ["--batch_size=8", "--device=cpu", "--eval_rows=8", "--max_response=16", "--template=Q: {prompt}\nA: "]

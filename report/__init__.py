@@ -15,9 +15,9 @@ from dataclasses import asdict
 
 from config import Config
 from data import printable, read_json
-from page import colour, curve, figure, more, table, visible, whole
+from report.page import colour, curve, figure, more, table, visible, whole
 from plot import FIGURES
-from runs import asked, batch_of, held_out_files, kind, minutes, of, read_run, round_rows, setting, told, trained_rows
+from report.runs import asked, batch_of, held_out_files, kind, minutes, of, read_run, round_rows, setting, told, trained_rows
 
 NAMES = {       # of figures, what and unit; with a slash, of a player's
     "val_loss": ("cross-entropy", "nats a token"), "pretrain_loss": ("cross-entropy of the pretraining stream", "nats a token"),
