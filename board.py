@@ -3,7 +3,7 @@
 A record's names are those of TRL's trainers there, as Hugging Face's callback writes them, so that curves lie on one another:
 train/ and eval/ before NAMES, over train/global_step, the optimisation steps before it, of all rounds. Its step there is its number
 among the records. A start goes through all that metrics.jsonl has kept, and leaves out what was sent: online what the server has,
-offline what RUN/wandb.json says, for `wandb sync` appends a start's part to those before it. So what a kill had sent past the
+offline what RUN/wandb.txt says, for `wandb sync` appends a start's part to those before it. So what a kill had sent past the
 checkpoint is not said twice, and a run that was offline, or had none of this, is sent whole when it is started online.
 """
 import contextlib
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from urllib.parse import urlsplit
 
 import parallel
-from data import printable, read_json, read_rows, write_json
+from data import printable, read_rows
 
 # ours -> theirs, by stage; a name that ends in / is a beginning. Their rewards are beta (log pi - log pi_ref), their logps sums over a
 # response, as ours (DPOTrainer of TRL 1.16). At K > 2 rejected is the mean of the others, and rewards/PLAYER stands beside it
@@ -35,15 +35,22 @@ def sending(cfg, at):
     if cfg.wandb == "off" or parallel.rank():
         yield lambda record: None
         return
-    kept = os.path.join(cfg.out_dir, "wandb.json")
-    state = read_json(kept, ("id", "told")) if os.path.exists(kept) else {"id": secrets.token_hex(4), "told": -1}
+    path = os.path.join(cfg.out_dir, "wandb.txt")       # the run's id there, then the number of each record that was sent, a line each
+    if not os.path.exists(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(secrets.token_hex(4) + "\n")
+    with open(path, encoding="utf-8") as f:
+        id, *told = f.read().split() or [""]
+    if not id.isalnum() or not all(map(str.isdecimal, told)):
+        raise SystemExit(printable(f"{path} is damaged; without it the run would be another one at Weights & Biases"))
+    told, sent = max(map(int, told), default=-1), open(path, "a", encoding="utf-8", buffering=1)
     folders = {f"WANDB_{name}_DIR": os.path.join(os.path.abspath(cfg.out_dir), "wandb", name.lower()) for name in ("DATA", "CACHE")}
     folders = {name: path for name, path in folders.items() if name not in os.environ}
     os.environ.update(folders)
     mode, run, first, number, before, round, last, of_rounds = cfg.wandb, None, 0, -1, 0, 0, 0, cfg.wandb_runs == "rounds"
 
     def send(record):
-        nonlocal mode, run, first, number, before, round, last
+        nonlocal mode, run, first, told, number, before, round, last
         if mode == "lost" or record["kind"] == "warning":
             return
         number += 1
@@ -53,16 +60,16 @@ def sending(cfg, at):
                 if of_rounds and run:
                     run = run.finish()
             last = record["step"] + (record["kind"] == "step")
-            if of_rounds and round < at[0]:
-                return              # that round's run is complete
+            if of_rounds and round < at[0] or mode == "offline" and number <= told:
+                return              # that round's run is complete; that record was told
             if not run:
-                run, mode = start(cfg, state["id"] + f"-round-{round}" * of_rounds, f" round {round}" * of_rounds, mode)
-                first = run.starting_step if mode == "online" else state["told"] + 1
+                run, mode = start(cfg, id + f"-round-{round}" * of_rounds, f" round {round}" * of_rounds, mode)
+                first = run.starting_step if mode == "online" else told + 1
             if number >= first:
                 run.log(named(record, cfg.stage) | table(cfg, record) | {"round": round, "train/global_step": before + last}, step=number, commit=True)
-                state["told"] = number
-                write_json(kept, state)
-        except Exception as e:      # whatever the package raises
+                told = max(told, number)
+                sent.write(f"{number}\n")
+        except (Exception, SystemExit) as e:        # whatever the package raises; a table's file that is gone
             mode = "lost"
             say(f"{reason(e)}; the run goes on without it, and this command sends what is missing")
 

@@ -63,26 +63,27 @@ def parts(out):
     return found
 
 
+def id_of(out):
+    with open(f"{out}/wandb.txt", encoding="utf-8") as f:
+        return f.readline().strip()
+
+
 def records_of(out):
     with open(f"{out}/metrics.jsonl", encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
 
-def killed_and_resumed(args, monkeypatch):
-    """Two rounds of four steps, killed in the second one's last, one past its checkpoint."""
-    with monkeypatch.context() as m:
+def test_a_game_killed_and_resumed_offline(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    out = str(tmp_path / "spin")
+    args = spin_args(tiny_runs, tiny_data, out, "--rounds=2", "--max_steps=4", "--players=data,teacher,self", "--teacher=rows", "--wandb=offline")
+    with monkeypatch.context() as m:        # in the second round's last step, one past its checkpoint
         m.setattr(train, "lr_factor", killing(train.lr_factor, 7))
         with pytest.raises(Killed):
             train.main(args)
     train.main(args)
-
-
-def test_a_game_killed_and_resumed_offline(tiny_runs, tiny_data, tmp_path, monkeypatch):
-    out = str(tmp_path / "spin")
-    killed_and_resumed(spin_args(tiny_runs, tiny_data, out, "--rounds=2", "--max_steps=4", "--players=data,teacher,self", "--teacher=rows", "--wandb=offline"), monkeypatch)
     (one, first), (two, second) = parts(out)
     name = out.strip("/").replace("/", "-")[-100:]
-    assert one.run_id == two.run_id == json.load(open(f"{out}/wandb.json"))["id"]
+    assert one.run_id == two.run_id == id_of(out)
     assert {(run.run_group, run.display_name, run.job_type, run.project) for run in (one, two)} == {(name, name, "spin", "nanospin")}
     assert {item.key: json.loads(item.value_json) for item in one.config.update}["players"] == ["data", "teacher", "self"]
     records, sent = records_of(out), first | second
@@ -100,6 +101,8 @@ def test_a_game_killed_and_resumed_offline(tiny_runs, tiny_data, tmp_path, monke
             assert (values["train/rewards/chosen"], values["train/logps/rejected"], values["train/grad_norm"]) == (record["reward_chosen"], record["logp_rejected"], record["norm"])
         if record["kind"] == "eval":
             assert (values["eval/rewards/teacher"], values["eval/loss"]) == (record["reward/teacher"], record["rank_nll"])
+    train.main(args)        # a finished run has nothing more to say
+    assert len(parts(out)) == 2
     tables = [values for values in sent.values() if "samples/path" in values]
     assert [values["round"] for values in tables] == [0, 1]
     for values in tables:
@@ -107,7 +110,7 @@ def test_a_game_killed_and_resumed_offline(tiny_runs, tiny_data, tmp_path, monke
         table = json.load(open(path))
         with open(f"{out}/round_{values['round']}/val.jsonl", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]
-        assert table["columns"] == ["prompt", "data", "teacher", "self"]
+        assert table["columns"] == ["prompt", "data", "teacher", "self"] and len(rows) == 8
         assert table["data"] == [[row["prompt"], *(t if t is not None else f"(as {table['columns'][1 + s]})" for t, s in zip(row["responses"], row["same_as"]))] for row in rows]
 
 
@@ -117,7 +120,7 @@ def test_without_a_key_online_is_a_line_and_offline(tiny_runs, tiny_data, tmp_pa
     said = capsys.readouterr()
     assert [line for line in (said.out + said.err).splitlines() if "wandb" in line] == [
         f"wandb: no API key (WANDB_API_KEY, or wandb login); offline in {out}/wandb: send it with wandb sync, or with this command"]
-    runs, id = parts(out), json.load(open(f"{out}/wandb.json"))["id"]
+    runs, id = parts(out), id_of(out)
     assert [run.run_id for run, _ in runs] == [f"{id}-round-0", f"{id}-round-1"] and len({run.run_group for run, _ in runs}) == 1
     for round, (_, values) in enumerate(runs):
         assert {v["round"] for v in values.values()} == {round} and {v["train/global_step"] for v in values.values()} == {0, 1}
@@ -182,7 +185,7 @@ def test_online_goes_on_where_the_server_is(tiny_data, tmp_path, monkeypatch):
             with pytest.raises(Killed):
                 train.main([*args, f"--wandb={mode}"])
             offline = offline or len(parts(out)[0][1])
-    history = Server.runs[json.load(open(f"{out}/wandb.json"))["id"]]
+    history = Server.runs[id_of(out)]
     before = [history[i]["_step"] for i in range(len(history))]
     assert before == list(range(len(records_of(out)))) and len(before) > offline and glob.glob(f"{out}/wandb/offline-run-*/*.synced")
     train.main([*args, "--wandb=online"])
@@ -201,9 +204,17 @@ def test_a_package_that_fails_costs_a_line(tiny_data, tmp_path, monkeypatch, cap
 def test_wandb_is_imported_where_it_is_asked_for(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)         # an import of it fails
     train.main(["--stage=pretrain", f"--data={tiny_data}", f"--out_dir={tmp_path}/r", "--max_steps=1", "--batch_size=4", *TINY])
-    assert not os.path.exists(f"{tmp_path}/r/wandb.json")
+    assert not os.path.exists(f"{tmp_path}/r/wandb.txt")
     for path, text in files().items():          # nor when ours are
         assert not [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom)) and "wandb" in ast.unparse(node)], path
+
+
+def test_a_damaged_id_is_a_line(tmp_path):
+    cfg = config.load(["--max_steps=1", f"--out_dir={tmp_path}", "--wandb=offline"])
+    for text in ("", "ab12\n0\nx\n", "a/b\n"):
+        (tmp_path / "wandb.txt").write_text(text)
+        with pytest.raises(SystemExit, match="wandb.txt is damaged"), board.sending(cfg, (0, -1)):
+            pass
 
 
 def test_a_key_is_found(tmp_path, monkeypatch):

@@ -27,14 +27,15 @@ import torch.distributed.run
 
 import config
 import data
+import test_hub
 import train
 from conftest import ROOT, WORDS
 from data import tokenizer
 
-SMALL = {           # a script or module: what makes it small
-    "eval": ["--rows=4"], "sample": ["--max_new_tokens=4"], "plot": [], "taylor": [], "hf": [], "rebuild": [], "frontier": ["--seeds=1", "--values=1"],
-    "data.pydocs.prepare": [], "data.jsonl.prepare": [], "data.shp.prepare": ["--rows=240", "--vocab_size=300"], "data.fineweb.prepare": ["--val_share=0.1"],
-    **{f"data.{name}.prepare": [] for name in ("ultrachat", "ultrafeedback", "nectar", "hh_rlhf", "shp_ranked", "tldr")}}
+HUB = ("fineweb", "ultrachat", "hh_rlhf", "ultrafeedback", "nectar", "shp_ranked", "tldr")
+SMALL = {f"data.{name}.prepare": [f"--hub=hub/{name}"] for name in HUB} | {           # a script or module: what makes it small
+    "eval": ["--rows=4"], "sample": ["--max_new_tokens=4"], "plot": [], "taylor": [], "hf": [], "rebuild": [], "data.show": [],
+    "data.pydocs.prepare": [], "data.jsonl.prepare": [], "data.shp.prepare": ["--rows=240", "--vocab_size=300"], "frontier": ["--seeds=1", "--values=1"]}
 OTHERWISE = {       # what is done instead, of what cannot be small
     "train": lambda args: fit(args),
     "pytest": lambda args: [must(os.path.exists(a), f"{a}: no such tests") for a in args if not a.startswith("-")],
@@ -42,7 +43,7 @@ OTHERWISE = {       # what is done instead, of what cannot be small
     "venv": lambda args: None,
     "bench": lambda args: [must(name in importlib.import_module("bench").BENCHMARKS, f"{name}: no such benchmark") for name in parsed("bench", args).what],
     "tests.faults": lambda args: parsed("tests.faults.__main__", args)}
-MADE_BY = {"FOLDER": "python hf.py export out/demo/sft --out=FOLDER", "out/zephyr-7b-sft-full": "python hf.py import FOLDER --out=out/zephyr-7b-sft-full"} | \
+MADE_BY = {"data/pydocs": "python -m data.pydocs.prepare", "FOLDER": "python hf.py export out/demo/sft --out=FOLDER"} | \
     {f"out/demo_seeds/{seed}/sft": "make demo-seeds" for seed in (1, 2, 3)}
 
 
@@ -106,21 +107,28 @@ def world(tmp_path_factory):
             os.makedirs(folder, exist_ok=True)
             with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as f:
                 f.writelines(json.dumps(line) + "\n" for line in lines)
-    # the teacher's responses to data/ultrachat, which any model may have written
-    os.makedirs(here / "data" / "ultrachat", exist_ok=True)
-    data.write_rows(str(here / "data" / "ultrachat" / "teacher.jsonl"), [{"prompt": f"{i} plus 1?", "responses": ["no idea"]} for i in range(740)])
+    sets = {"fineweb": {"train": [{"text": line["text"]} for line in texts]}, "hh_rlhf": {}, "shp_ranked": {"train": [test_hub.shp(f"p{i}", "a", "b", (9, 3), 1) for i in range(9)]},
+            "ultrachat": {"train_sft": [test_hub.chat(f"c{i}", f"{i} plus 1?", f"{i + 1}") for i in range(40)]}, "tldr": {"train": [{"prompt": f"{i}. TL;DR:", "chosen": " a", "rejected": " b"} for i in range(9)]},
+            "nectar": {"train": [{"prompt": f"\n\nHuman: {i}\n\nAssistant: ", "answers": [{"answer": t, "rank": r} for r, t in ((2.0, "b"), (1.0, "a"))]} for i in range(300)]},
+            "ultrafeedback": {"train": [test_hub.feedback(i, ["1", "2", "3", "4"], [1.0] * 4) for i in range(300)]}}
+    sets["hh_rlhf"]["train"] = [{side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(9)]
+    others = {"hh_rlhf": {"test": [{side: f"\n\nHuman: v\n\nAssistant: {side}" for side in ("chosen", "rejected")}]}, "ultrachat": {"test_sft": [test_hub.chat(f"v{i}", f"{i} plus 2?", f"{i + 2}") for i in range(9)]},
+              "shp_ranked": {"validation": [test_hub.shp("v", "a", "b", (9, 3), 1)]}, "tldr": {"validation": [{"prompt": "v. TL;DR:", "chosen": " a", "rejected": " b"}]}}
+    for name in HUB:
+        test_hub.parquet(here / "hub" / name, **sets[name] | others.get(name, {}))
+    # the teacher's responses, which any model may have written
+    data.write_rows(str(here / "data" / "ultrachat" / "teacher.jsonl"), [{"prompt": row["prompt"], "responses": ["no idea"]} for some in (sets, others) for side in some["ultrachat"].values() for row in side])
 
     with pytest.MonkeyPatch.context() as m:
         m.chdir(here)
-        m.setattr(data, "__file__", str(here / "data" / "__init__.py"))
-        for path in glob.glob("data/*/prepare.py"):         # which write beside themselves
-            module = importlib.import_module(path.replace("/", ".").removesuffix(".py"))
-            m.setattr(module, "__file__", str(here / path))
-            m.setattr(module, "HERE", str(here / os.path.dirname(path)), raising=False)
+        pydocs, shp = (importlib.import_module(f"data.{name}.prepare") for name in ("pydocs", "shp"))
         stdlib = os.path.dirname(os.__file__)
-        m.setattr("data.pydocs.prepare.sources", lambda: [(name, os.path.join(stdlib, f"{name}.py")) for name in ("heapq", "textwrap", "stat", "queue", "cgitb")])
-        m.setattr("data.hub.commit_of", lambda hub, revision=None: "0" * 40)
-        m.setattr("data.hub.stream", lambda hub, split, *rest: (Streamed, (hub_row(i, hub) for i in (range(720) if "train" in split else range(720, 740)))))
+        m.setattr(pydocs, "sources", lambda: [(name, os.path.join(stdlib, f"{name}.py")) for name in ("heapq", "textwrap", "stat", "queue", "cgitb")])
+        m.setattr(pydocs, "HERE", str(here / "data" / "pydocs"))
+        for name in HUB:            # where they write
+            m.setattr(importlib.import_module(f"data.{name}.prepare"), "__file__", str(here / "data" / name / "prepare.py"))
+        m.setattr(shp, "HERE", str(here / "data" / "shp"))
+        m.setattr(shp, "hub_pairs", lambda path, revision: shp.ranked_pairs(["ranked.jsonl.gz"]))
         m.setattr(tiktoken, "get_encoding", functools.cache(lambda name: tokenizer.encoding(name, {bytes([i]): i for i in range(256)})))
         frontier = importlib.import_module("frontier")
         m.setattr(frontier, "fit", lambda args: fit(args))
@@ -131,22 +139,6 @@ def world(tmp_path_factory):
         m.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **options: open(path, "wb").close())     # drawing is tested where the figures are
         m.setattr(matplotlib.figure.Figure, "tight_layout", lambda self: None)
         yield here
-
-
-class Streamed:
-    info = argparse.Namespace(splits=None)
-    state_dict = staticmethod(lambda: None)
-
-
-def hub_row(i, hub):
-    """A row with the fields of all of the hub's sets."""
-    ask, good, bad = f"{i} plus 1?", f"{i + 1} #### {i + 1}", "no idea"
-    rated = [{"response": text, "overall_score": score, "annotations": {aspect: {"Rating": str(score)} for aspect in ("instruction_following", "honesty", "truthfulness", "helpfulness")}}
-             for text, score in ((good, 5), (bad, 1))]
-    return {"text": f"{i}: " + " ".join(WORDS), "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": good}], "prompt_id": f"{i}",
-            "prompt": f"\n\nHuman: {ask}\n\nAssistant: " if "Nectar" in hub else f"SUBREDDIT: {ask}", "completion": good, "answers": [{"answer": bad, "rank": 2.0}, {"answer": good, "rank": 1.0}],
-            "chosen": f"\n\nHuman: {ask}\n\nAssistant: {good}", "rejected": f"\n\nHuman: {ask}\n\nAssistant: {bad}", "source": "flan", "instruction": ask, "completions": rated,
-            "post_id": f"{i // 3}", "history": f"why {i // 3}?", "c_root_id_A": f"a{i}", "c_root_id_B": f"b{i}", "human_ref_A": good, "human_ref_B": bad, "score_A": 2, "score_B": 1, "labels": 1}
 
 
 class InThisProcess:

@@ -38,7 +38,7 @@ def edited(run, **changes):
     """The run's second manifest with other contents, sealed again."""
     with open(f"{run}/round_1/collect.json", encoding="utf-8") as f:
         manifest = json.load(f)
-    write_json(f"{run}/round_1/collect.json", rollout.sealed({name: changes.get(name, value) for name, value in manifest.items() if name != "sha256"}))
+    write_json(f"{run}/round_1/collect.json", rebuild.sealed({name: changes.get(name, value) for name, value in manifest.items() if name != "sha256"}))
 
 
 @pytest.mark.parametrize("round", [0, 1])
@@ -104,5 +104,5 @@ def test_what_is_not_as_it_was_is_named(played, tiny_runs, tmp_path, capsys):
 def test_where_log_probabilities_part(tmp_path):
     for name, refs in (("a", [[-1.0, -2.0], [-3.0, 0.0]]), ("b", [[-1.0, -2.0], [-3.5, 1.0]]), ("c", [[-1.0, -2.0]])):
         np.savez(f"{tmp_path}/{name}.npz", refs=np.array(refs, dtype=np.float32), of=name)
-    assert rollout.first_difference(f"{tmp_path}/a.npz", f"{tmp_path}/b.npz") == ": row 1, response 0: -3.5 for -3.0, and 1 more"
-    assert rollout.first_difference(f"{tmp_path}/a.npz", f"{tmp_path}/c.npz") == ": it is of other rows"
+    assert rebuild.first_difference(f"{tmp_path}/a.npz", f"{tmp_path}/b.npz") == ": row 1, response 0: -3.5 for -3.0, and 1 more"
+    assert rebuild.first_difference(f"{tmp_path}/a.npz", f"{tmp_path}/c.npz") == ": it is of other rows"
