@@ -24,7 +24,11 @@ def figure(value):
     """A number as one reads it, "-" where there is none."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}".replace("-", "\u2212")
+    return typeset(f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}")
+
+
+def typeset(number):
+    return number.replace("e-0", "e-").replace("-", "\u2212")
 
 
 def table(head, rows, numbers=False):
@@ -44,9 +48,9 @@ def ticks(low, high, n):
     power = 10.0 ** math.floor(math.log10((high - low) / n))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / n)
     numbers = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    finest = math.floor(math.log10(step) + 1e-9)
-    digits = max(0, math.floor(math.log10(max(abs(low), abs(high)))) - finest)
-    return [(y, (f"{y:,.{max(0, -finest)}f}" if finest > -5 or not y else f"{y:.{digits}e}").replace("-", "\u2212")) for y in numbers]
+    finest, greatest = (math.floor(math.log10(y) + 1e-9) for y in (step, max(abs(low), abs(high))))
+    form = f",.{max(0, -finest)}f" if greatest > -4 else f".{greatest - finest}e"
+    return [(y, typeset(format(y, form) if y else "0")) for y in numbers]
 
 
 def curve(title, unit, series, steps, borders=(), level=None):
@@ -54,9 +58,9 @@ def curve(title, unit, series, steps, borders=(), level=None):
     level: (y, text) of a horizontal one."""
     ys = [y for pieces in series.values() for piece in pieces for _, y in piece] + ([level[0]] if level else [])
     left, right, low, high = steps[0], max(steps[1], steps[0] + 1), min(ys), max(ys)
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    margin = max(0.06 * (high - low), 1e-4 * abs(high)) if high > low else 0.1 * abs(high) or 1.0
     low, high = low - margin, high + margin
-    W, H, L, R, T, B = 380, 220, 52, 12, 26, 34       # the picture, and its margins
+    W, H, L, R, T, B = 380, 220, 58, 12, 26, 34       # the picture, and its margins
 
     def X(step):
         return round(L + (step - left) / (right - left) * (W - L - R), 1)
@@ -105,33 +109,70 @@ STYLE = """
   --s0: #7aa8ff; --s1: #ffa25e; --s2: #4fd19b; --s3: #f58acb; --s4: #b79bff; --s5: #56cbe4 } }
 .s0 { --c: var(--s0) } .s1 { --c: var(--s1) } .s2 { --c: var(--s2) } .s3 { --c: var(--s3) } .s4 { --c: var(--s4) } .s5 { --c: var(--s5) }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Open Sans", sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100% }
+body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, "Segoe UI", "Open Sans", sans-serif; overflow-wrap: anywhere }
 main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.7rem; margin: 0 0 1rem } h2 { font-size: 1.35rem; margin: 2.5rem 0 1rem } h3 { font-size: 1.1rem; margin: 2.5rem 0 .75rem } h4 { font-size: .9rem; margin: 1rem 0 .3rem }
-section:first-of-type > h2 { margin-top: 0 } p { margin: .4rem 0 } a { color: var(--s0) } code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace }
-small, .dim, .none { color: var(--dim) } h2 small, h4 small { font-weight: normal; font-size: .9rem }
+h1 { font-size: 1.7rem; margin: 0 0 1rem }
+h2 { font-size: 1.35rem; margin: 2.5rem 0 1rem }
+h3 { font-size: 1.1rem; margin: 2.5rem 0 .75rem }
+h4 { font-size: .9rem; margin: 1rem 0 .3rem }
+section:first-of-type > h2 { margin-top: 0 }
+p { margin: .4rem 0 }
+a { color: var(--s0) }
+code, .odd, .tokens { font: .85em ui-monospace, "DejaVu Sans Mono", monospace }
+small, .dim, .none { color: var(--dim) }
+h2 small, h4 small { font-weight: normal; font-size: .9rem }
 .none { border: 1px dashed var(--line); border-radius: 8px; padding: .75rem 1rem }
-.odd { font: .8em ui-monospace, "DejaVu Sans Mono", monospace; color: var(--dim); border: 1px solid var(--line); border-radius: 3px; padding: 0 .15em }
+.odd { color: var(--dim); border: 1px solid var(--line); border-radius: 3px; padding: 0 .15em }
 .notes { background: var(--warn); border-radius: 8px; padding: .75rem 1rem .75rem 2rem; margin: 1rem 0 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); gap: .75rem; margin: 0 }
-.tiles div, figure, article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem }
-dt { color: var(--dim); font-size: .85rem } dd { margin: 0; color: var(--dim); font-size: .85rem } dd b { display: block; color: var(--text); font-size: 1.35rem; line-height: 1.35 }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .75rem }
-figure { margin: 0; min-width: 0 } figcaption { font-weight: 600; font-size: .95rem } svg { display: block; width: 100%; height: auto }
-svg text { font: 11px system-ui, "Open Sans", sans-serif; fill: var(--dim) } .grid { stroke: var(--line) } .border { stroke: var(--dim); stroke-dasharray: 3 3; opacity: .6 }
-.level { stroke: var(--dim); stroke-dasharray: 6 3 } polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round } circle { fill: var(--c) }
+
+.tiles, .curves, .answers { display: grid; gap: .75rem; margin: 0 }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)) }
+.curves { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); margin-top: .75rem }
+.answers { grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)) }
+.tiles div, figure, article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem; min-width: 0 }
+dt, dd { margin: 0; color: var(--dim); font-size: .85rem }
+dd b { display: block; color: var(--text); font-size: 1.35rem; line-height: 1.35 }
+
+figure { margin: 0 }
+figcaption { font-weight: 600; font-size: .95rem }
+svg { display: block; width: 100%; height: auto }
+svg text { font: 11px system-ui, "Open Sans", sans-serif; fill: var(--dim) }
+polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: round }
 .late polyline { stroke-dasharray: 4 2 }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; list-style: none; margin: .4rem 0 0; padding: 0; font-size: .85rem; color: var(--dim) } .legend b { color: var(--text); font-weight: 600 }
-.dashes { display: inline-block; width: 1.4em; border-top: 2px dashed var(--dim); vertical-align: middle; margin-right: .4em } .key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; background: var(--c); margin-right: .4em }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; width: fit-content; max-width: 100%; min-width: min(100%, 34rem) } table { border-collapse: separate; border-spacing: 0; font-size: .88rem; width: 100% } tbody tr + tr > * { border-top: 1px solid var(--line) }
-th, td { text-align: left; padding: .35rem .75rem; vertical-align: top; overflow-wrap: normal } td { min-width: 4.5rem } tbody th { font-weight: normal; min-width: 8.5rem } @media (min-width: 50rem) { tbody th { min-width: 17rem } }
-.numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } .numbers th:first-child { position: sticky; left: 0; background: var(--back) }
-thead th, .numbers thead th:first-child { background: var(--card); font-weight: 600 } tbody .part.part { background: var(--card); font-weight: 600; color: var(--dim); font-size: .82rem }
-table:not(.numbers) td { overflow-wrap: anywhere; min-width: 7rem; white-space: pre-wrap }
-details { margin: .75rem 0 } summary { cursor: pointer; font-weight: 600; font-size: .9rem; padding: .25rem 0 }
-article { margin: .75rem 0 } .text { white-space: pre-wrap; margin: 0 0 .4rem } .prompt { font-weight: 600; max-height: 14rem; overflow-y: auto }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .75rem } .answer { background: var(--back); border-top: 3px solid var(--c); border-radius: 4px; padding: .5rem .75rem; min-width: 0 }
-.answer h4 { margin: 0 0 .25rem } .answer .text { max-height: 18rem; overflow-y: auto } .tie { opacity: .55 } mark { background: var(--warn); color: inherit; padding: 0 .3em; border-radius: 3px }
-.tokens { max-height: 24rem; overflow-y: auto; font: .9rem/1.9 ui-monospace, "DejaVu Sans Mono", monospace } .tokens span { border-radius: 3px; padding: .1em 0; margin-right: 2px }
-.read { background: var(--card); color: var(--dim); outline: 1px solid var(--line) } .asked { background: color-mix(in srgb, var(--c) 22%, transparent); outline: 1px solid color-mix(in srgb, var(--c) 45%, transparent) } .eot { font-weight: 700 }
+circle { fill: var(--c) }
+.grid { stroke: var(--line) }
+.border { stroke: var(--dim); stroke-dasharray: 3 3; opacity: .6 }
+.level { stroke: var(--dim); stroke-dasharray: 6 3 }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; list-style: none; margin: .4rem 0 0; padding: 0; font-size: .85rem; color: var(--dim) }
+.legend b { color: var(--text); font-weight: 600 }
+.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; background: var(--c); margin-right: .4em }
+.dashes { display: inline-block; width: 1.4em; border-top: 2px dashed var(--dim); vertical-align: middle; margin-right: .4em }
+
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; width: fit-content; max-width: 100%; min-width: min(100%, 34rem) }
+table { border-collapse: separate; border-spacing: 0; font-size: .88rem; width: 100% }
+tbody tr + tr > * { border-top: 1px solid var(--line) }
+th, td { text-align: left; padding: .35rem .75rem; vertical-align: top; min-width: 4.5rem }
+td + td { min-width: 7rem }
+th + td { min-width: 14rem; white-space: pre-wrap }
+tbody th { font-weight: normal; overflow-wrap: normal; min-width: 8.5rem }
+@media (min-width: 50rem) { tbody th { min-width: 17rem } }
+.numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; min-width: 4.5rem }
+.numbers th:first-child { position: sticky; left: 0; background: var(--back) }
+thead th, .numbers thead th:first-child, tbody th.part.part { background: var(--card); font-weight: 600 }
+tbody .part { color: var(--dim); font-size: .82rem }
+
+details { margin: .75rem 0 }
+summary { cursor: pointer; font-weight: 600; font-size: .9rem; padding: .25rem 0 }
+article { margin: .75rem 0 }
+.text { white-space: pre-wrap; margin: 0 0 .4rem; max-height: 18rem; overflow-y: auto }
+.prompt { font-weight: 600 }
+.answer { background: var(--back); border-top: 3px solid var(--c); border-radius: 4px; padding: .5rem .75rem; min-width: 0 }
+.answer h4 { margin: 0 0 .25rem }
+.tie { color: var(--dim) }
+mark { background: var(--warn); color: inherit; padding: 0 .3em; border-radius: 3px }
+.tokens { font-size: .9rem; line-height: 1.9; padding: 1px }
+.tokens span { border-radius: 3px; padding: .1em 0; margin-right: 2px }
+.read { background: var(--card); color: var(--dim); outline: 1px solid var(--line) }
+.asked { background: color-mix(in srgb, var(--c) 22%, transparent); outline: 1px solid color-mix(in srgb, var(--c) 45%, transparent) }
+.eot { font-weight: 700 }
 """

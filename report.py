@@ -151,7 +151,8 @@ def tiles(run):
         found.append(("start check", "not as expected" if wrong else "as expected", f"{against}; off by {max(offs):.2g} at most in {len(offs)} round{'s' * (len(offs) > 1)}"))
     weights = os.path.join(run["checkpoint"] or "", "model.safetensors")
     if os.path.exists(weights):
-        found.append(("model", f"{os.path.getsize(weights) / 4e6:.3g}M parameters", os.path.relpath(run["checkpoint"], run["folder"])))      # 4 bytes each
+        size, where = os.path.getsize(weights) / 4e6, os.path.relpath(run["checkpoint"], run["folder"])          # 4 bytes each
+        found.append(("model", f"{size:.3g}M", f"parameters, {where}"))
     rounds = f"{len({r['round'] for r in run['records']})} of {setting(run, 'rounds')} rounds"
     found.append(("training", f"{len(kind(run, 'step')):,} steps", f"{minutes(run['records']):.1f} minutes, {rounds}"))
     if kind(run, "warning"):
@@ -224,7 +225,7 @@ def samples(run, n):
     if run["stage"] not in ("spin", "ppo"):
         return f"<p class=dim>This stage samples nothing; <code>python sample.py {visible(run['folder'])} --chat</code> does.</p>"
     columns, found = held_out_columns(run), []
-    for prompt, row in list(columns[-1][1].items())[:n] if columns else []:
+    for prompt, row in list(next((rows for _, rows, _ in columns if rows), {}).items())[:n]:
         there = [(i, title, rows[prompt], k) for i, (title, rows, k) in enumerate(columns) if prompt in rows and k < len(rows[prompt]["responses"])]
         found.append(card(row, [answer(run, i, title, its, k) for i, title, its, k in there]))
     rows, about = trained_rows(run), "the first rows"

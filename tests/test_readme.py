@@ -33,7 +33,7 @@ from conftest import ROOT, WORDS
 from data import tokenizer
 
 HUB = ("fineweb", "ultrachat", "hh_rlhf", "ultrafeedback", "nectar", "shp_ranked", "tldr")
-SMALL = {f"data.{name}.prepare": [f"--hub=hub/{name}"] for name in HUB} | {           # a script or module: what makes it small
+SMALL = {f"data.{name}.prepare": [f"--hub=hub/{name}"] for name in HUB} | {"data.fineweb.prepare": ["--hub=hub/fineweb", "--val_share=0.1"]} | {           # a script or module: what makes it small
     "eval": ["--rows=4"], "sample": ["--max_new_tokens=4"], "plot": [], "taylor": [], "hf": [], "rebuild": [], "data.show": [],
     "data.pydocs.prepare": [], "data.jsonl.prepare": [], "data.shp.prepare": ["--rows=240", "--vocab_size=300"], "frontier": ["--seeds=1", "--values=1"]}
 OTHERWISE = {       # what is done instead, of what cannot be small
@@ -42,8 +42,10 @@ OTHERWISE = {       # what is done instead, of what cannot be small
     "pip": lambda args: [must(os.path.isfile(args[args.index("-r") + 1]), f"{args}: no such file")] if "-r" in args else None,
     "venv": lambda args: None,
     "bench": lambda args: [must(name in importlib.import_module("bench").BENCHMARKS, f"{name}: no such benchmark") for name in parsed("bench", args).what],
+    "tests/peers/adapter": lambda args: need(args[args.index("--model_args") + 1].removeprefix("run=")),         # which runs in tests/peers
     "tests.faults": lambda args: parsed("tests.faults.__main__", args)}
-MADE_BY = {"data/pydocs": "python -m data.pydocs.prepare", "FOLDER": "python hf.py export out/demo/sft --out=FOLDER"} | \
+MADE_BY = {"data/pydocs": "python -m data.pydocs.prepare", "FOLDER": "python hf.py export out/demo/sft --out=FOLDER",
+           "out/zephyr-7b-sft-full": "python hf.py import FOLDER --out=out/zephyr-7b-sft-full"} | \
     {f"out/demo_seeds/{seed}/sft": "make demo-seeds" for seed in (1, 2, 3)}
 
 
@@ -108,12 +110,12 @@ def world(tmp_path_factory):
             with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as f:
                 f.writelines(json.dumps(line) + "\n" for line in lines)
     sets = {"fineweb": {"train": [{"text": line["text"]} for line in texts]}, "hh_rlhf": {}, "shp_ranked": {"train": [test_hub.shp(f"p{i}", "a", "b", (9, 3), 1) for i in range(9)]},
-            "ultrachat": {"train_sft": [test_hub.chat(f"c{i}", f"{i} plus 1?", f"{i + 1}") for i in range(40)]}, "tldr": {"train": [{"prompt": f"{i}. TL;DR:", "chosen": " a", "rejected": " b"} for i in range(9)]},
+            "ultrachat": {"train_sft": [test_hub.chat(f"c{i}", f"{i} plus 1?", f"{i + 1}") for i in range(40)]}, "tldr": {"train": [{"prompt": f"SUBREDDIT: r/a\n\nTITLE: {i}\n\nPOST: b\n\nTL;DR:", "chosen": " a", "rejected": " b"} for i in range(9)]},
             "nectar": {"train": [{"prompt": f"\n\nHuman: {i}\n\nAssistant: ", "answers": [{"answer": t, "rank": r} for r, t in ((2.0, "b"), (1.0, "a"))]} for i in range(300)]},
             "ultrafeedback": {"train": [test_hub.feedback(i, ["1", "2", "3", "4"], [1.0] * 4) for i in range(300)]}}
     sets["hh_rlhf"]["train"] = [{side: f"\n\nHuman: {i}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for i in range(9)]
     others = {"hh_rlhf": {"test": [{side: f"\n\nHuman: v\n\nAssistant: {side}" for side in ("chosen", "rejected")}]}, "ultrachat": {"test_sft": [test_hub.chat(f"v{i}", f"{i} plus 2?", f"{i + 2}") for i in range(9)]},
-              "shp_ranked": {"validation": [test_hub.shp("v", "a", "b", (9, 3), 1)]}, "tldr": {"validation": [{"prompt": "v. TL;DR:", "chosen": " a", "rejected": " b"}]}}
+              "shp_ranked": {"validation": [test_hub.shp("v", "a", "b", (9, 3), 1)]}, "tldr": {"validation": [{"prompt": "SUBREDDIT: r/a\n\nTITLE: v\n\nPOST: b\n\nTL;DR:", "chosen": " a", "rejected": " b"}]}}
     for name in HUB:
         test_hub.parquet(here / "hub" / name, **sets[name] | others.get(name, {}))
     # the teacher's responses, which any model may have written
