@@ -44,7 +44,7 @@ OTHERWISE = {       # what is done instead, of what cannot be small
     "bench": lambda args: [must(name in importlib.import_module("bench").BENCHMARKS, f"{name}: no such benchmark") for name in parsed("bench", args).what],
     "tests/peers/adapter": lambda args: need(args[args.index("--model_args") + 1].removeprefix("run=")),         # which runs in tests/peers
     "tests.faults": lambda args: parsed("tests.faults.__main__", args)}
-MADE_BY = {"data/pydocs": "python -m data.pydocs.prepare", "FOLDER": "python hf.py export out/demo/sft --out=FOLDER",
+MADE_BY = {"FOLDER": "python hf.py export out/demo/sft --out=FOLDER",
            "out/zephyr-7b-sft-full": "python hf.py import FOLDER --out=out/zephyr-7b-sft-full"} | \
     {f"out/demo_seeds/{seed}/sft": "make demo-seeds" for seed in (1, 2, 3)}
 
@@ -123,6 +123,7 @@ def world(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as m:
         m.chdir(here)
+        m.setattr(data, "__file__", str(here / "data" / "__init__.py"))         # whose prepare_command looks beside it
         pydocs, shp = (importlib.import_module(f"data.{name}.prepare") for name in ("pydocs", "shp"))
         stdlib = os.path.dirname(os.__file__)
         m.setattr(pydocs, "sources", lambda: [(name, os.path.join(stdlib, f"{name}.py")) for name in ("heapq", "textwrap", "stat", "queue", "cgitb")])
@@ -235,7 +236,7 @@ def parsed(name, args):
 
 fitted = {}         # (config file, names of the settings given beside it) -> the run
 STEPS = ["--device=cpu", "--dtype=float32", "--compile=False", "--max_steps=2", "--batch_size=4", "--pretrain_batch_size=2", "--eval_batches=1", "--eval_interval=1",
-         "--max_prompt=48", "--max_response=12"]
+         "--max_prompt=48", "--max_response=12", "--wandb=off"]
 SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=96"]
 ELSE = ["--data", "--init", "--teacher", "--reward", "--pretrain_data", "--out_dir", "--seed", "--lr", "--rounds", "--max_rows", "--eval_rows"]       # places and sizes
 
