@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 import checkpoint
 import config
 from data import printable, read_json, tokenizer, write_json
-from data.template import frame, from_jinja, prompt_ids, to_jinja
+from data.template import check_template, read_template, to_jinja
 from model import GPT, GPTConfig
 
 # our settings by the names in config.json; Mistral's and Qwen's are Llama's
@@ -194,7 +194,7 @@ def import_(source, out, block_size=0, template=""):
     where, path = os.path.join(folder, "config.json"), os.path.join(out, "round_0", "step_000000")
     family, shape, rows, window = shape_of(read_json(where), where)
     enc, name = read_tokenizer(folder)
-    template = template or read_template(folder, enc)
+    template = template or read_template(folder, enc, config.Config.template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
     positions, limit = shape["block_size"], min(shape["block_size"], window or shape["block_size"])
@@ -249,30 +249,20 @@ def read_tokenizer(folder):
     return enc, "tokenizer.tiktoken"
 
 
-def read_template(folder, enc):
-    """How a prompt is put to the model, by its chat template; without one our own, after the beginning-of-text that its tokenizer sets."""
-    path, settings = os.path.join(folder, "chat_template.jinja"), os.path.join(folder, "tokenizer_config.json")
-    theirs = read_json(settings) if os.path.exists(settings) else {}
-    chat = theirs.get("chat_template")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            chat = f.read()
-    first = tokenizer.begin(enc)
-    usual = first + "{turn}" * bool(first) + config.Config.template
-    if not chat:
-        return usual
-    text = {name: token["content"] if isinstance(token, dict) else token for name, token in theirs.items() if name.endswith("_token") and token}
-    found = from_jinja(chat, **text | {"eos_token": tokenizer.eos(enc)}) if isinstance(chat, str) else None
-    if not found:
-        print(f"the chat template is no text around what is said; {usual!r} is taken, unless --template says another")
-    return found or usual
-
-
-def check_template(enc, template, folder):
-    """That what we make of a prompt is what the tokenizer itself makes of the whole text."""
-    begin, before, after, _ = frame(template)
-    if isinstance(enc, tokenizer.Json) and prompt_ids(enc, template, "What is 12 + 30?") != enc.with_specials(begin + before + "What is 12 + 30?" + after):
-        raise SystemExit(printable(f"{folder}: its tokenizer makes other ids of the template {template!r} than its parts have (its special tokens may take the spaces beside them)"))
+def check(folder, run, most=1e-4):
+    """End with a line if transformers' model in a folder and ours in a run do not give the same logits, relative to the largest."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SystemExit("--check compares with transformers, which is not installed: pip install transformers")
+    ours, theirs = checkpoint.load_model(run)[0], AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    idx = torch.randint(ours.config.vocab_size, (2, min(ours.config.block_size, 512)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = theirs(idx).logits[..., :ours.config.vocab_size]
+        off = ((ours(idx) - wanted).abs().max() / wanted.abs().max()).item()
+    if not off <= most:
+        raise SystemExit(f"{folder}: transformers' logits are others than those of {run}, by {off:.1e} of the largest; the conversion is wrong")
+    print(f"logits are transformers' up to {off:.1e} of the largest")
 
 
 # ------------------------------------------------------------------------------------------------------------------- out
@@ -386,14 +376,17 @@ def main(argv=None):
     outof.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: half the bytes, rounded")
     outof.add_argument("--shard_gb", type=float, default=math.inf, help="several files of at most so many 10^9 bytes, and their index")
     for each in (into, outof):
+        each.add_argument("--check", action="store_true", help="compare the logits with transformers', which must be installed")
         each.add_argument("--out", required=True, help="the folder to write, which is not there yet")
     args = parser.parse_args(argv)
     try:
         with new_folder(args.out):
             if args.command == "export":
                 export(args.run, args.out, args.dtype, args.shard_gb)
+                args.check and check(args.out, args.run, 1e-4 if args.dtype == "float32" else 0.05)
             else:
                 import_(args.source, args.out, args.block_size, args.template)
+                args.check and check(local(args.source), args.out)
     except (OSError, SafetensorError, ValueError) as e:     # the last of GPTConfig
         raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))
 

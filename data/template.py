@@ -9,6 +9,7 @@ in place of the end-of-text that a response has in training: two line breaks if 
 tokenizer is that token where the template spells it, and plain text where a prompt does.
 """
 import json
+import os
 import re
 
 from data import tokenizer
@@ -81,3 +82,33 @@ def from_jinja(source, **tokens):
     except (TemplateError, AssertionError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
     return template.removeprefix("{turn}").removesuffix("{response}\n\n")
+
+
+def read_template(folder, enc, usual):
+    """How a prompt is put to the model in a folder, by its chat template; without one as `usual`, after the beginning-of-text that its
+    tokenizer sets."""
+    path, settings = os.path.join(folder, "chat_template.jinja"), os.path.join(folder, "tokenizer_config.json")
+    theirs = {}
+    if os.path.exists(settings):
+        with open(settings, encoding="utf-8") as f:
+            theirs = json.load(f)
+    chat = theirs.get("chat_template")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            chat = f.read()
+    first = tokenizer.begin(enc)
+    usual = first + "{turn}" * bool(first) + usual
+    if not chat:
+        return usual
+    text = {name: token["content"] if isinstance(token, dict) else token for name, token in theirs.items() if name.endswith("_token") and token}
+    found = from_jinja(chat, **text | {"eos_token": tokenizer.eos(enc)}) if isinstance(chat, str) else None
+    if not found:
+        print(f"the chat template is no text around what is said; {usual!r} is taken, unless --template says another")
+    return found or usual
+
+
+def check_template(enc, template, folder):
+    """That what we make of a prompt is what the tokenizer itself makes of the whole text."""
+    begin, before, after, _ = frame(template)
+    if isinstance(enc, tokenizer.Json) and prompt_ids(enc, template, "What is 12 + 30?") != enc.with_specials(begin + before + "What is 12 + 30?" + after):
+        raise SystemExit(f"{folder}: its tokenizer makes other ids of the template {template!r} than its parts have; its special tokens may take the spaces beside them")

@@ -6,7 +6,6 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-import hf
 import sample
 from config import Config
 from data import check_row, encode_rows, template, tokenizer
@@ -29,8 +28,8 @@ def tongues(tmp_path_factory):
         folder = str(tmp_path_factory.mktemp(kind))
         if make(folder):
             enc = tokenizer.load(os.path.join(folder, "tokenizer.json"))
-            found[kind] = enc, hf.read_template(folder, enc), folder
-            hf.check_template(*found[kind])
+            found[kind] = enc, template.read_template(folder, enc, DEFAULT), folder
+            template.check_template(*found[kind])
         else:
             enc = tokenizer.load("bytes") if kind == "bytes" else tokenizer.train(fuzzed(200), 600)
             tokenizer.to_json(enc, os.path.join(folder, "tokenizer.json"))
