@@ -1,6 +1,7 @@
 """DPO on the ranked rows that reward_local learns from, Bradley-Terry of every pair of a prompt.
 
-    python train.py config/dpo_local.py         one busy CPU core, 6 minutes with a vocabulary of 4,096 (`make rlhf`); starts at ln 2 = 0.6931
+    python train.py config/dpo_local.py         one busy CPU core, 6 minutes with a vocabulary of 4,096 (`make rlhf`); starts at ln 2 = 0.6931, ends with 54.7 % of
+held-out pairs ranked right
 
 --kind=pl is Plackett-Luce on the whole ranking, --kind=simpo --beta=2 --margin=0.5 --lr=5e-5, --kind=ipo, --kind=orpo --nll_coef=1 the others.
 """

@@ -1,6 +1,6 @@
 """The frontier's Preferred-FT: SFT on the best of the three samples.
 
-    python train.py config/frontier_preferred_ft.py         20 s on a core
+    python train.py config/frontier_preferred_ft.py         20 s on a core, validation loss 4.66
 """
 from config.frontier_dpo import *
 

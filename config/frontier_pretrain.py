@@ -1,6 +1,6 @@
 """The frontier's base model: 1.1M parameters from scratch on the documentation of the installed packages.
 
-    python train.py config/frontier_pretrain.py         three minutes on two cores
+    python train.py config/frontier_pretrain.py         three minutes on two cores, validation loss 4.31
 """
 from config.demo_pretrain import *
 

@@ -1,6 +1,6 @@
 """PPO on the local prompts against the reward model of reward_local, the pretraining stream beside (PPO-ptx).
 
-    python train.py config/ppo_local.py         one busy CPU core, 9 minutes with a vocabulary of 4,096 (`make rlhf`)
+    python train.py config/ppo_local.py         one busy CPU core, 9 minutes with a vocabulary of 4,096 (`make rlhf`); reward -0.03 -> 0.07 at 0.9 nats, by not ending
 """
 stage = "ppo"
 out_dir = "out/ppo_local"
