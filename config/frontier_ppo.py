@@ -1,6 +1,6 @@
 """The frontier's PPO, against the learnt reward; --reward=data.pydocs.scorer:concrete: against the true one.
 
-    python train.py config/frontier_ppo.py         two minutes on a core, learnt reward 0.2 -> 1.3 at 2.5 nats
+    python train.py config/frontier_ppo.py         two minutes on a core, learnt reward 0.64 -> 1.30 at 2.5 nats
 """
 stage = "ppo"
 out_dir = "out/frontier/ppo"

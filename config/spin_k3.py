@@ -8,7 +8,8 @@ written ({"prompt", "responses": [text]} for every prompt of the data), or one o
     python sample.py TEACHER --prompts data/ultrachat/train.jsonl --out data/ultrachat/teacher.jsonl
     python sample.py TEACHER --prompts data/ultrachat/val.jsonl --out teacher_val.jsonl
     cat teacher_val.jsonl >> data/ultrachat/teacher.jsonl
-Or set `teacher` to a checkpoint, which then writes them itself. 8 x 80 GB GPUs, half as long again as spin_k2.
+Or set `teacher` to a checkpoint, which then writes them itself. 8 x 80 GB GPUs, half as long again as spin_k2: on paper
+three minutes a round and the samples.
 Every round starts at ln 6 = 1.7918 + nll_coef x loss. Not yet run at this size.
 """
 from config.spin_k2 import *
