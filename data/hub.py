@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import sys
 
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ CHUNK = 1000        # rows between two states
 def arguments(doc, hub, out):
     """The parser that every prepare.py begins with."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
     parser.add_argument("--hub", default=hub, help="the set's id, or a folder that holds its files (default %(default)s)")
     parser.add_argument("--revision", help="of the hub's set (default: the commit in data/hub.py, else that of main at the first run)")
     parser.add_argument("--rows", type=count, default=0, help="read only the first so many of each split, to try it")

@@ -60,6 +60,16 @@ def save(enc, path):
             f.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
 
 
+def adopt(name, folder):
+    """(tokenizer, its name in a data folder) of "gpt2", "bytes" or a file, which is copied there."""
+    enc = load(name)
+    name = file_of(enc, name)
+    if name not in ("gpt2", "bytes"):
+        os.makedirs(folder, exist_ok=True)
+        save(enc, os.path.join(folder, name))
+    return enc, name
+
+
 @functools.cache
 def fingerprint(enc):
     """sha256 of every (token, id) pair: equal for equal tokenizers, whatever their file; of a `Json` of its text."""

@@ -1,7 +1,12 @@
+import contextlib
+import importlib
+import io
 import json
 import os
 import random
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -54,6 +59,19 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_runs(tiny_data, tmp_path_factory):
     return make_runs(str(tmp_path_factory.mktemp("runs")), tiny_data)
+
+
+def command(script, *args, input=""):
+    """What a script does and says, as a shell would see it, in this process: starting one costs seconds. An error that is no exit is raised."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    main = importlib.import_module(script).main
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", io.StringIO(input)):
+        try:
+            main(list(map(str, args)))
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int | None) else 1
+            err.write(f"{e.code}\n" if isinstance(e.code, str) else "")
+    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def read_metrics(run, kind):

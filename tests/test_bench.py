@@ -1,12 +1,11 @@
 """The benchmarks compare like with like: the peer computes the same, and the floor counts what is needed."""
-import subprocess
-import sys
 
 import numpy as np
 import torch
 
 import bench
 from attention import sees
+from conftest import command
 from data import batch_rows
 from model import GPT, GPTConfig
 
@@ -37,5 +36,5 @@ def test_the_floor_counts_what_is_seen():
 
 
 def test_an_unknown_benchmark_is_one_line():
-    done = subprocess.run([sys.executable, "bench.py", "speed"], capture_output=True, text=True)
+    done = command("bench", "speed")
     assert done.returncode and "no such benchmark" in done.stderr and "Traceback" not in done.stderr

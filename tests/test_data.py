@@ -1,15 +1,13 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from conftest import SHARED
+from conftest import SHARED, command
 from data import batch_indices, batch_rows, encode_rows, longest_shared_prefix, read_rows, read_stream, row_tokens, split_by_tokens, split_of, stream_batch, tokenizer
 
 BYTES = tokenizer.load("bytes")
@@ -210,7 +208,7 @@ def test_gpt2(monkeypatch):
 
 
 def prepare(name, *args):
-    return subprocess.run([sys.executable, "-m", f"data.{name}.prepare", *args], capture_output=True, text=True)
+    return command(f"data.{name}.prepare", *args)
 
 
 def test_addition_is_right_and_split_by_pair(tmp_path):

@@ -2,8 +2,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import checkpoint
 import data
 import plot
 import taylor
-from conftest import read_metrics
+from conftest import command, read_metrics
 from data import encode_rows, read_rows, tokenizer
 from calibration import calibration, distributions, expected_calibration_error, fit_temperature, reliability
 from eval import answer, f1, harness_metrics, length_accuracy, ranking_metrics, sample_metrics, score, win_rate, windows
@@ -164,9 +162,7 @@ def test_win_rate(tiny_runs):
 
 
 def run(*args):
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    return command(args[0].removesuffix(".py"), *args[1:])
 
 
 def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):

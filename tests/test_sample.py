@@ -1,10 +1,8 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import sample
+from conftest import command
 from model import GPT, GPTConfig
 from sample import draw, generate
 from test_model import CLASSIC, MODERN
@@ -115,7 +113,7 @@ def test_bad_requests(model):
 
 def test_command_line(tiny_runs, tiny_data, tmp_path):
     def run(*args, **kw):
-        return subprocess.run([sys.executable, "sample.py", tiny_runs["sft"], *args], capture_output=True, text=True, **kw)
+        return command("sample", tiny_runs["sft"], *args, **kw)
     one = run("--prompt", "0 the loss", "--max_new_tokens", "8")
     assert one.returncode == 0, one.stderr
     chat = run("--chat", "--max_new_tokens", "8", input="0 the loss\n\nmodel\n")

@@ -1,4 +1,5 @@
 """One function puts a prompt to a model: training, scoring, sampling, chat and the exported chat template get the same ids of it."""
+import json
 import os
 
 import pytest
@@ -6,9 +7,12 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+import checkpoint
 import sample
+import train
 from config import Config
-from data import check_row, encode_rows, template, tokenizer
+from conftest import TINY, command
+from data import check_row, encode_rows, read_meta, read_stream, template, tokenizer
 from model import GPT, GPTConfig
 from tests.test_hf import fuzzed
 from tests.tokenizers_like import chatml, sentencepiece
@@ -134,3 +138,15 @@ def test_generate_is_heard():
     ids = sample.generate(model, [[1], [2, 3], [4]], 12, generator=torch.Generator().manual_seed(1), batch_size=2, heard=lambda i, said: heard.setdefault(i, []).append(list(said)))
     assert ids == sample.generate(model, [[1], [2, 3], [4]], 12, generator=torch.Generator().manual_seed(1))
     assert all(heard[i] == [ids[i][:n] for n in range(1, 13)] for i in range(3))
+
+
+def test_another_models_tokenizer_for_a_stream(tmp_path):
+    """It is copied into the data folder, a model from scratch takes it from there, and its checkpoint has it."""
+    theirs, out = sentencepiece(tmp_path / "theirs"), str(tmp_path / "data")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} " + "the loss of a model " * 20}) + "\n" for i in range(30)))
+    assert command("data.jsonl.prepare", tmp_path / "texts.jsonl", f"--out={out}", f"--tokenizer={theirs}/tokenizer.json", "--val_share=0.3").returncode == 0
+    assert read_meta(out, ["train.bin"])["tokenizer"] == "tokenizer.json"
+    train.main(["--stage=pretrain", f"--data={out}", f"--out_dir={tmp_path / 'run'}", "--max_steps=1", "--batch_size=2", *TINY])
+    enc, mine = checkpoint.load_model(str(tmp_path / "run"))[1], tokenizer.load(f"{theirs}/tokenizer.json")
+    stream = read_stream(out, "train").tolist()
+    assert tokenizer.fingerprint(enc) == tokenizer.fingerprint(mine) and enc.decode(stream[:stream.index(enc.eot_token)]).strip()[2:].strip().startswith("the loss of a model")

@@ -26,10 +26,10 @@ def main(argv=None):
     parser = hub.arguments(__doc__, "HuggingFaceFW/fineweb-edu", os.path.dirname(os.path.abspath(__file__)))
     parser.add_argument("--config", help="of the hub's set (default: sample-10BT, plain_text)")
     parser.add_argument("--tokens", type=hub.count, default=0, help="stop at the document that reaches so many (default: all)")
-    parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "bytes"])
-    parser.add_argument("--val_share", type=float, default=0.002)
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a file: another model's tokenizer.json, a .tiktoken")
+    parser.add_argument("--val_share", type=float, default=0.002, help="share of the validation side, by the hash of a group")
     args = parser.parse_args(argv)
-    enc = tokenizer.load(args.tokenizer)
+    enc, name = tokenizer.adopt(args.tokenizer, args.out)
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 2**16 else np.uint32)
 
     def convert(rows, side, dropped):
@@ -41,7 +41,7 @@ def main(argv=None):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:            # the tokenizer lets other threads run
         state = hub.collect(args, [("train", None)], ("text",), convert, args.config or CONFIGS.get(args.hub), args.tokens * dtype.itemsize)
-    hub.finish(args, state, None, args.tokenizer, dtype.itemsize)
+    hub.finish(args, state, None, name, dtype.itemsize)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 
 from tqdm import tqdm
 
-from data import check_row, is_unicode, split_of, tokenizer, tokenizer_path, write_meta, write_rows, write_stream
+from data import check_row, is_unicode, split_of, tokenizer, write_meta, write_rows, write_stream
 
 
 def read(path):
@@ -69,7 +69,7 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="the data folder to write")
     parser.add_argument("--where", help="KEY=PREFIX: only lines whose KEY begins so")
     parser.add_argument("--authors", help="comma-separated, best first: a response of each, and no row that lacks one")
-    parser.add_argument("--tokenizer", help="of a stream: gpt2 (default), bytes, or bpe, trained on it")
+    parser.add_argument("--tokenizer", help="of a stream: gpt2 (default), bytes, a file (another model's tokenizer.json, a .tiktoken), or bpe, trained on it")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
     parser.add_argument("--val_share", type=float, default=0.1, help="of the groups, for validation")
     args = parser.parse_args(argv)
@@ -97,11 +97,10 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     sizes, name = {}, args.tokenizer
     if any(texts.values()):
-        name = name or "gpt2"
         if name == "bpe":
-            name = "bpe.tiktoken"
-            tokenizer.save(tokenizer.train(texts["train"], args.vocab_size), os.path.join(args.out, name))
-        enc = tokenizer.load(tokenizer_path(args.out, name))
+            name = os.path.join(args.out, "tokenizer.tiktoken")
+            tokenizer.save(tokenizer.train(texts["train"], args.vocab_size), name)
+        enc, name = tokenizer.adopt(name or "gpt2", args.out)
         for split, some in texts.items():
             sizes[f"{split}_tokens"] = write_stream(os.path.join(args.out, f"{split}.bin"), tqdm(some, desc=f"{split}.bin", disable=None), enc)
     if any(rows.values()):

@@ -26,7 +26,7 @@ def convert(row, dropped):
 
 def main(argv=None):
     parser = hub.arguments(__doc__, "berkeley-nest/Nectar", os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument("--val_share", type=float, default=0.02)
+    parser.add_argument("--val_share", type=float, default=0.02, help="share of the validation side, by the hash of a group")
     hub.prepare_rows(parser.parse_args(argv), [("train", None)], ("prompt", "answers"), convert)
 
 

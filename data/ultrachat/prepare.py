@@ -1,4 +1,4 @@
-"""UltraChat's conversations: the first turn of 50,000, as SPIN takes them, or every turn of all.
+"""UltraChat's conversations: the first turn of 50,000 of them (as SPIN, whose own 50,000 are others), or every turn of all.
 
     python -m data.ultrachat.prepare
     python -m data.ultrachat.prepare --full --sample=0 --out=data/ultrachat_full        # a row a turn, with what was said before as history

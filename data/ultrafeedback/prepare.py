@@ -29,9 +29,9 @@ def number(text):
 
 def main(argv=None):
     parser = hub.arguments(__doc__, "openbmb/UltraFeedback", os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument("--by", choices=["ratings", "overall_score"], default="ratings")
+    parser.add_argument("--by", choices=["ratings", "overall_score"], default="ratings", help="what answers are compared by")
     parser.add_argument("--without", default="truthful_qa,false_qa", help="comma-separated sources (default %(default)s)")
-    parser.add_argument("--val_share", type=float, default=0.02)
+    parser.add_argument("--val_share", type=float, default=0.02, help="share of the validation side, by the hash of a group")
     args = parser.parse_args(argv)
 
     def convert(row, dropped):
