@@ -158,6 +158,6 @@ def table(cfg, record):
     else:
         return {}
     import wandb
-    rows = [[row["prompt"], *(text if same is None else f"(as {columns[same]})" for text, same in zip(row["responses"], row.get("same_as", [None] * len(columns))))]
+    rows = [["\n\n".join([*(text for turn in row.get("history", []) for text in turn), row["prompt"]]), *(text if same is None else f"(as {columns[same]})" for text, same in zip(row["responses"], row.get("same_as", [None] * len(columns))))]
             for row in read_rows(path)[:ROWS]]
     return {"samples": wandb.Table(columns=["prompt", *columns], data=rows)}

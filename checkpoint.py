@@ -250,6 +250,8 @@ def read_meta(path):
             config.convert(name, value, hint, f"{path}/meta.json")
         if meta["tokenizer"] not in ("gpt2", "bytes", "tokenizer.tiktoken", "tokenizer.json"):
             raise ValueError(f"tokenizer {meta['tokenizer']!r}")
+        if not config.is_template(meta["config"]["template"]):
+            raise ValueError(f"template {meta['config']['template']!r}")
         GPTConfig(**meta["model"])
         return meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

@@ -137,7 +137,7 @@ def local(source):
     from huggingface_hub import logging, snapshot_download
     logging.set_verbosity(logging.CRITICAL)     # it says each of its tries
     try:
-        return snapshot_download(name[1], revision=name[2], allow_patterns=["*.json", "*.safetensors", "merges.txt"])
+        return snapshot_download(name[1], revision=name[2], allow_patterns=["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"])
     except Exception as e:      # the package raises whatever its HTTP client does
         raise SystemExit(f"{source} could not be fetched ({type(e).__name__}); fetch its folder where there is a network and give that")
 
@@ -162,7 +162,7 @@ def open_tensors(folder, family, stack):
                 raise SystemExit(printable(f"{folder}/{file}: {name} is not there by the index"))
             bare = family == "gpt2" and not name.startswith(("transformer.", "lm_head."))       # the hub's gpt2 is saved without its head
             if "transformer." * bare + name in found:
-                raise SystemExit(f"{folder}/{file}: {name} is there twice")
+                raise SystemExit(printable(f"{folder}/{file}: {name} is there twice"))
             found["transformer." * bare + name] = f, name
     if index and len(index) != len(found):
         raise SystemExit(f"{path}.index.json names tensors that no file holds")
@@ -272,7 +272,10 @@ def equivalent(c):
     """(family, config.json's settings) of a GPTConfig. Exits with the setting that has no equivalent."""
     family = "gpt2" if c.position == "learned" else "llama"
     usual = {"softcap": 0.0, "head_bias": False, "attn_proj": True, "attn_scale": "head", "mlp_alone": False} | SHAPE[family]
-    usual |= {"bias": True, "n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head, "qk_norm": False} if family == "gpt2" else {"bias": False, "qkv_bias": False} if c.qk_norm else {}
+    if family == "gpt2":
+        usual |= {"bias": True, "n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head, "qk_norm": False}
+    elif c.qk_norm:         # Qwen 3
+        usual |= {"bias": False, "qkv_bias": False}
     for name, value in usual.items():
         if getattr(c, name) != value:
             raise SystemExit(f"no Hugging Face equivalent: {name} is {getattr(c, name)!r}; {family} has {value!r}")
@@ -326,7 +329,8 @@ def export(run, out, dtype="float32", shard_gb=math.inf):
             tensors[their] = shape, lambda part=part: part
     write_shards(out, tensors, getattr(torch, dtype), 1e9 * shard_gb)
     tokenizer.to_json(enc, os.path.join(out, "tokenizer.json"))
-    eos, bos = tokenizer.eos(enc), tokenizer.begin(enc) or tokenizer.eos(enc)
+    eos, bos = tokenizer.eos(enc), tokenizer.begin(enc)
+    bos = bos if bos in tokenizer.specials(enc) else eos
     ends = {"bos_token_id": tokenizer.specials(enc)[bos], "eos_token_id": enc.eot_token, "pad_token_id": enc.eot_token}
     sampling = {"do_sample": cfg["temperature"] > 0, "temperature": cfg["temperature"] or 1.0, "top_k": cfg["top_k"], "top_p": cfg["top_p"]}
     write_json(os.path.join(out, "generation_config.json"), ends | sampling)
@@ -356,18 +360,22 @@ def new_folder(path):
     """Make a folder, which is gone again if what fills it fails."""
     if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise SystemExit(f"{path} is there already; use another --out, or remove it")
+    there = os.path.exists(path)
     os.makedirs(path, exist_ok=True)
     try:
         yield
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
+        if there:
+            os.makedirs(path)
         raise
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    into, outof = (commands.add_parser(name, help=what, description=what) for name, what in (("import", "a folder of Hugging Face's, or of the hub, as a run"), ("export", "a run as a folder that transformers loads")))
+    into, outof = (commands.add_parser(name, help=what, description=what) for name, what in (
+        ("import", "a folder of Hugging Face's, or of the hub, as a run"), ("export", "a run as a folder that transformers loads")))
     parser.error = into.error = outof.error = lambda message: sys.exit(printable(message))      # one line, without the usage
     into.add_argument("source", help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub")
     into.add_argument("--block_size", type=int, default=0, help="longest sequence; 0: the model's, or its sliding window")

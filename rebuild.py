@@ -48,7 +48,7 @@ def rebuild(folder, out, given):
         if not os.path.exists(at):
             raise SystemExit(f"{at}, the round's {name}, is not there; --init, --data and --teacher say where they lie now")
         if (now := checkpoint.digest(at)) != manifest["made_of"].get(name):
-            raise SystemExit(f"{at} is not the {name} that the round was made of: its sha256 is {now[:16]}..., in the manifest {manifest['made_of'].get(name, '')[:16]}...")
+            raise SystemExit(f"{at} is not the {name} that the round was made of: its sha256 is {now[:16]}..., in the manifest {str(manifest['made_of'].get(name))[:16]}...")
         if name.startswith("round_") and parallel.rank() == 0:
             os.makedirs(os.path.join(out, os.path.dirname(name)), exist_ok=True)
             shutil.copy(at, os.path.join(out, name))

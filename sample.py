@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from attention import KVCache
 from data import printable, question, read_rows, tokenizer, write_rows
-from data.template import prompt_ids
+from data.template import begun, prompt_ids
 
 
 def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
@@ -139,7 +139,7 @@ def respond(model, enc, template, rows, max_prompt=0, max_response=0, seed=0, te
     A prompt that is empty or leaves no room gets None for both."""
     block_size = model.config.block_size
     prompts = [prompt_ids(enc, template, row["prompt"], row.get("history", ()))[-(max_prompt or block_size):] for row in rows]
-    fits = [i for i, p in enumerate(prompts) if rows[i]["prompt"] and len(p) < block_size]
+    fits = [i for i, p in enumerate(prompts) if rows[i]["prompt"] and 0 < len(p) < block_size]
     numbers = options.pop("numbers", range(len(rows)))
     ids = generate(model, [prompts[i] for i in fits], max_response or block_size, temperature, top_k, top_p, enc.eot_token,
                    torch.Generator().manual_seed(seed), numbers=[numbers[i] for i in fits], **options)
@@ -176,12 +176,21 @@ def text_of(enc, ids):
 
 
 def converse(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
-    """Answer a line after the other, each in the light of those before as far as they fit; what is said is printed as it grows."""
+    """Answer a line after the other, each in the light of those before; the oldest are forgotten where they leave no room for an
+    answer, of half a block if max_response does not say. What is said is printed as it grows."""
     block_size, history = model.config.block_size, []
+    limit = min(max_prompt or block_size, max(1, block_size - (max_response or block_size // 2)))
     for turn, line in enumerate(lines):
         if not line.strip():
             continue
-        prompt = prompt_ids(enc, template, line.strip(), history)[-min(max_prompt or block_size, block_size - 1):]
+        prompt = prompt_ids(enc, template, line.strip(), history)
+        while history and len(prompt) > limit:
+            history.pop(0)
+            prompt = prompt_ids(enc, template, line.strip(), history)
+        prompt = prompt[-limit:]
+        if not prompt:
+            print("(the tokenizer has no tokens for this)", flush=True)
+            continue
         printed = [0]
 
         def heard(_, ids):
@@ -226,7 +235,7 @@ def main(argv=None):
     model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
     if model.config.scalar:
         parser.error(f"{args.checkpoint} is a reward model, no policy: it scores responses (eval.py)")
-    settings = dict(template="{prompt}" if args.raw else meta["config"]["template"],
+    settings = dict(template=begun(enc, "{prompt}") if args.raw else meta["config"]["template"],
                     max_prompt=meta["config"]["max_prompt"],
                     max_response=args.max_new_tokens or meta["config"]["max_response"],
                     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
@@ -243,6 +252,8 @@ def main(argv=None):
         texts, _ = respond(model, enc, rows=[{"prompt": args.prompt}], **settings)
         print("(the prompt leaves no room for a response)" if texts[0] is None else printable(texts[0]))
         return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print("a prompt a line; end with control-D")
     converse(model, enc, lines=sys.stdin, **settings)

@@ -282,9 +282,7 @@ def check(cfg):
             must(not getattr(cfg, name), f"stage reward has no {name}")
     else:
         must(not cfg.score_margin and not cfg.center_coef, "score_margin and center_coef are stage reward's alone")
-    marks = re.findall(r"\{(?:turn|prompt|response)\}", cfg.template)
-    must(marks.count("{prompt}") == 1 and marks == [m for m in ("{turn}", "{prompt}", "{response}") if m in marks],
-         "template must contain {prompt} once, and at most once {turn} before it and {response} after it")
+    must(is_template(cfg.template), "template must contain {prompt} once, and at most once {turn} before it and {response} after it")
     must(cfg.stage != "pretrain" or cfg.max_steps, "stage pretrain needs max_steps")
     must(cfg.max_steps or cfg.epochs, "either max_steps or epochs must be above 0")
     must(cfg.stage in ("pretrain", "sft") or cfg.init, f"stage {cfg.stage} needs init, the checkpoint to start from")
@@ -308,6 +306,12 @@ def check(cfg):
         must(cfg.players[0] == "data", "players must begin with data: validation loss and nll_coef are on its responses")
         must("self" in cfg.players, "players must name self: without it nothing is played")
         must(("teacher" in cfg.players) == bool(cfg.teacher), "players names teacher exactly when `teacher` says where it is")
+
+
+def is_template(text):
+    """Whether a text is what data/template.py calls a template."""
+    marks = re.findall(r"\{(?:turn|prompt|response)\}", text)
+    return marks.count("{prompt}") == 1 and marks == [m for m in ("{turn}", "{prompt}", "{response}") if m in marks]
 
 
 def maker(path):

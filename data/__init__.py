@@ -218,8 +218,8 @@ def check_row(row, where):
          "scores must be a number for each response")
     must(scores is None or all(a >= b for a, b in zip(scores, scores[1:])), "scores must fall from best to worst")
     history = row.get("history", [])
-    must(isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() and is_unicode(text) for text in turn) for turn in history),
-         "history must be a list of [prompt, response], Unicode strings that are not empty")
+    must(isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(said, str) and said.strip() and is_unicode(said) for said in turn)
+                                           for turn in history), "history must be a list of [prompt, response], Unicode strings that are not empty")
     ids = row.get("ids")
     must(ids is None or isinstance(ids, list) and len(ids) == len(responses) and all(y is None or isinstance(y, list) and set(map(type, y)) == {int} and min(y) >= 0 for y in ids),
          "ids must be a list of token ids, or null, for each response")

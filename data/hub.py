@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import check_row, printable, read_json, split_of, write_json, write_meta, write_rows
 
-# What the schemas in data/*/prepare.py were read at. Any other set, and a set that is not here, is read at what `main` is at the first run
+# Commits that others' code names for these sets. One that is not here is read at what `main` is at the first run, and says so in meta.json
 PINNED = {
     "Anthropic/hh-rlhf": "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
     "HuggingFaceFW/fineweb": "9bb295ddab0e05d785b879661af7260fed5140fc",
@@ -43,9 +43,9 @@ def arguments(doc, hub, out):
 
 
 def count(text):
-    """An argument's number, 0 or more."""
-    if int(text) < 0:
-        raise ValueError
+    """An argparse type: a whole number from 0."""
+    if not text.replace("_", "").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
     return int(text)
 
 

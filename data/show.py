@@ -65,7 +65,7 @@ def show_row(path, rows, number, enc, settings, stage, colour):
 
 def show_window(folder, split, number, enc, settings, seed, apart, colour):
     """A window of a stream, in the order in which training under this seed takes them."""
-    meta = read_meta(folder, [])
+    meta = read_meta(folder, [f"{split}.bin"])
     if meta["tokenizer_sha256"] != tokenizer.fingerprint(enc):
         raise SystemExit(f"{folder} was written with the tokenizer {meta['tokenizer']}: another shows other text")
     asked = tokens(stream_batch(read_stream(folder, split), settings["block_size"], 1, seed, number, enc.n_vocab, apart=enc.eot_token if apart else None))

@@ -18,7 +18,7 @@ MARKS = re.compile(r"(?s)(?:(?P<begin>.*)\{turn\})?(?P<before>.*)\{prompt\}(?P<a
 
 
 def frame(template):
-    """(BEGIN, BEFORE, AFTER, END) of a template, which config.check has looked at."""
+    """(BEGIN, BEFORE, AFTER, END) of a template: config.is_template."""
     found = MARKS.fullmatch(template)
     return found["begin"] or "", found["before"], found["after"], "\n\n" if found["end"] is None else found["end"]
 
@@ -37,7 +37,7 @@ def prompt_ids(enc, template, prompt, history=()):
 def framed(enc, before, text, after, where):
     """before + text + after -> ids; the special tokens that are named in before and after are tokens."""
     specials = tokenizer.specials(enc)
-    cut = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+    cut = re.compile("(" + ("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)") + ")")        # the last: never
     *heads, left = cut.split(before)            # text, special, text, special ... text
     right, *tails = cut.split(after)
     ids = []
@@ -64,14 +64,13 @@ def from_jinja(source, **tokens):
     def refuse(message):
         raise TemplateError(message)
 
-    marks = ["{prompt}", "{response}", "{second prompt}", "{second response}"]
+    marks = ["{prompt}", "{response}", "{second prompt}"]
     try:
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: ""}
+        env.globals["raise_exception"] = refuse
         chat = env.from_string(source)
         said = [{"role": "user" if n % 2 == 0 else "assistant", "content": mark} for n, mark in enumerate(marks)]
-        one = chat.render(messages=said[:1], add_generation_prompt=True, **tokens)
-        two = chat.render(messages=said[:3], add_generation_prompt=True, **tokens)
+        one, two = (chat.render(messages=messages, add_generation_prompt=True, tools=None, documents=None, **tokens) for messages in (said[:1], said))
         end = re.fullmatch(r"(?s)(.*)\{prompt\}(.*)\{response\}(.*)\{second prompt\}(.*)", two)
         head, after = one.split("{prompt}")
         assert end[1] == head and end[2] == end[4] == after
@@ -79,9 +78,15 @@ def from_jinja(source, **tokens):
         borders = ("\n", *tokens.values())
         before = next(head[i:] for i in range(len(head) + 1) if end[3].endswith(head[i:]) and (i in (0, len(head)) or head[:i].endswith(borders)))
         template = head[:len(head) - len(before)] + "{turn}" + before + "{prompt}" + after + "{response}" + end[3][:len(end[3]) - len(before)]
-    except (TemplateError, AssertionError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    except Exception:       # a template may raise anything
         return None
     return template.removeprefix("{turn}").removesuffix("{response}\n\n")
+
+
+def begun(enc, template):
+    """A template after what the tokenizer itself puts before a text."""
+    first = tokenizer.begin(enc)
+    return first + "{turn}" * bool(first) + template
 
 
 def read_template(folder, enc, usual):
@@ -92,15 +97,17 @@ def read_template(folder, enc, usual):
     if os.path.exists(settings):
         with open(settings, encoding="utf-8") as f:
             theirs = json.load(f)
+        if not isinstance(theirs, dict):
+            raise SystemExit(f"{settings} is not what it should be: an object")
     chat = theirs.get("chat_template")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             chat = f.read()
-    first = tokenizer.begin(enc)
-    usual = first + "{turn}" * bool(first) + usual
+    usual = begun(enc, usual)
     if not chat:
         return usual
-    text = {name: token["content"] if isinstance(token, dict) else token for name, token in theirs.items() if name.endswith("_token") and token}
+    text = {name: token.get("content") if isinstance(token, dict) else token for name, token in theirs.items() if name.endswith("_token")}
+    text = {name: token for name, token in text.items() if isinstance(token, str)}         # add_bos_token is none
     found = from_jinja(chat, **text | {"eos_token": tokenizer.eos(enc)}) if isinstance(chat, str) else None
     if not found:
         print(f"the chat template is no text around what is said; {usual!r} is taken, unless --template says another")

@@ -140,12 +140,12 @@ class Json:
             each.encode_special_tokens = True
         first = '"prepend_scheme": "first"' in json.dumps(parts)         # the prefix stands before the whole text alone
         self.by_place = {"start": self.whole, "special": self.bare if first else self.whole, "within": self.bare}
-        self.specials = {token.content: i for i, token in self.whole.get_added_tokens_decoder().items() if token.special}
         self.n_vocab = 1 + max(self.whole.get_vocab(with_added_tokens=True).values())
         self.eot_token = self.whole.token_to_id(eos)
+        self.specials = {token.content: i for i, token in self.whole.get_added_tokens_decoder().items() if token.special} | {eos: self.eot_token}
 
     def encode_ordinary(self, text, where="start"):
-        return self.by_place[where].encode(text, add_special_tokens=False).ids
+        return self.by_place[where].encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids      # halves of surrogate pairs: "?"
 
     def with_specials(self, text):
         """As the package does it by default: what spells a special token is that token."""
@@ -179,12 +179,18 @@ def load_json(path):
         with open(path, encoding="utf-8") as f:
             text = f.read()
         with open(os.path.join(os.path.dirname(path), "tokenizer_config.json"), encoding="utf-8") as f:
-            eos = json.load(f)["eos_token"]
-        enc = Json(text, eos["content"] if isinstance(eos, dict) else eos)
+            eos = json.load(f).get("eos_token")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if not isinstance(eos, str):
+            raise SystemExit(f"tokenizer {path}: the tokenizer_config.json beside it must say its eos_token, got {eos!r}")
+        enc = Json(text, eos)
+        begin(enc), enc.encode_ordinary("a 1")          # some break here
     except OSError as e:
         raise SystemExit(f"tokenizer {e.filename}: {e.strerror}")
-    except Exception as e:      # the package raises plain ones
-        raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {' '.join(str(e).split())})")
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as e:      # the package raises plain ones, and panics
+        raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {ascii(' '.join(str(e).split()))[1:-1]})")
     if enc.eot_token is None:
         raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is none of its tokens")
     return enc

@@ -14,10 +14,10 @@ import sys
 from dataclasses import asdict
 
 from config import Config
-from data import printable, read_json
+from data import asked, printable, read_json
 from report.page import colour, curve, figure, more, table, visible, whole
 from plot import FIGURES
-from report.runs import asked, batch_of, held_out_files, kind, minutes, of, read_run, round_rows, setting, told, trained_rows
+from report.runs import asked_for, batch_of, held_out_files, kind, minutes, of, read_run, round_rows, setting, told, trained_rows
 
 NAMES = {       # of figures, what and unit; with a slash, of a player's
     "val_loss": ("cross-entropy", "nats a token"), "pretrain_loss": ("cross-entropy of the pretraining stream", "nats a token"),
@@ -202,11 +202,11 @@ def spread(items, n):
 
 
 def held_out_columns(run):
-    """[(title, {prompt: row}, which response)] of what was said to held-out prompts: of a game who is not the policy once, and the
+    """[(title, {what is asked: row}, which response)] of what was said to held-out prompts: of a game who is not the policy once, and the
     policy in some rounds; of PPO the policy at some evaluations."""
     columns = []
     for i, (t, name) in enumerate(spread(held_out_files(run), 4)):
-        rows = {row["prompt"]: row for row in round_rows(run, t, name)}
+        rows = {asked(row): row for row in round_rows(run, t, name)}
         if name != "val.jsonl":
             columns.append((f"round {t}, step {int(name[9:-6])}", rows, 0))
             continue
@@ -243,7 +243,7 @@ def mask(run):
         return "<p class=none>It cannot be shown: the notes at the top say why.</p>"
     row, batch = found
     parts, names, enc = [], response_names(run, len(row["responses"])) if row else ["predicted"], run["enc"]
-    for slot, tokens in asked(batch):
+    for slot, tokens in asked_for(batch):
         name = ("prompt" if row else "read first") if slot < 0 else names[slot]
         if "read" in batch and len(tokens) > len(row["responses"][slot]):
             name = f"prompt and {name}"

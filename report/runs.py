@@ -153,7 +153,7 @@ def batch_of(run):
     run["notes"].append("There is no row whose loss mask could be shown.")
 
 
-def asked(batch):
+def asked_for(batch):
     """Of a batch of one row, by its tensors alone: [(slot, [(id, whether it is asked for)])], slot -1 what all responses follow.
 
     A response is what is asked of its slot; before it is read what stands up to the place that predicts its first token. A reward

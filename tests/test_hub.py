@@ -185,7 +185,7 @@ def test_a_killed_stream_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     meta = read_meta(f"{tmp_path}/whole", ["train.bin", "val.bin"])
     streams = np.concatenate([data.read_stream(f"{tmp_path}/whole", side) for side in ("train", "val")])
     texts = [bytes(ids[ids < 256].astype(np.uint8)).decode() for ids in np.split(streams, np.flatnonzero(streams == 256) + 1)[:-1]]
-    assert sorted(texts) == sorted(row["text"] for row in rows if row["text"].strip()) and meta["dropped"] == {"empty documents": 1}
+    assert sorted(texts) == sorted(row["text"] for row in rows if row["text"].strip()) and meta["dropped"] == {"documents without a text": 1}
     assert meta["train_tokens"] + meta["val_tokens"] == sum(len(text) + 1 for text in texts) and meta["tokenizer"] == "bytes"
     for kills in ([1], [2, 1, 5], [13]):
         out = f"{tmp_path}/killed{kills}"

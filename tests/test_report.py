@@ -18,7 +18,7 @@ import train
 from conftest import TINY, make_data
 from data import batch_rows, encode_rows, read_rows, reward_batch, tokenizer
 from report.page import curve, ticks, visible
-from report.runs import asked, batch_of, kind, read_run
+from report.runs import asked_for, batch_of, kind, read_run
 
 EVIL = "<script>alert(1)</script> \x1b[31m & \u202eabc \"'"
 SMALL = ["--batch_size=8", "--device=cpu", "--eval_rows=8", "--max_response=16", "--template=Q: {prompt}\nA: "]
@@ -142,12 +142,12 @@ def test_what_is_asked_is_the_responses_with_their_end(layout):
     prompt, eot = list(b"Q: ab A: "), enc.eot_token
     wanted = [(-1, [(i, False) for i in prompt]), (0, [(i, True) for i in [*b"cde", eot]]), (2, [(i, True) for i in [*b"f", eot]])]
     batch = batch_rows([rows[0]], layout)
-    assert asked(batch) == wanted
-    assert asked(batch_rows([rows[1]], layout)) == [(-1, [(ord("x"), False)]), (0, [(i, True) for i in [*b"yz", eot]])]
+    assert asked_for(batch) == wanted
+    assert asked_for(batch_rows([rows[1]], layout)) == [(-1, [(ord("x"), False)]), (0, [(i, True) for i in [*b"yz", eot]])]
     batch["targets"][batch["targets"] == eot] = -1              # a mask that forgets the end is seen
-    assert [(k, tokens[:-1]) for k, tokens in wanted[1:]] == asked(batch)[1:]
+    assert [(k, tokens[:-1]) for k, tokens in wanted[1:]] == asked_for(batch)[1:]
     again = prompt if layout == "padded" else []                # a reward model reads its score at the end of each
-    assert asked(reward_batch([rows[0]], layout)) == [(0, [(i, i == eot) for i in [*prompt, *b"cde", eot]]), (2, [(i, i == eot) for i in [*again, *b"f", eot]])]
+    assert asked_for(reward_batch([rows[0]], layout)) == [(0, [(i, i == eot) for i in [*prompt, *b"cde", eot]]), (2, [(i, i == eot) for i in [*again, *b"f", eot]])]
 
 
 def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path, monkeypatch):

@@ -150,3 +150,65 @@ def test_another_models_tokenizer_for_a_stream(tmp_path):
     enc, mine = checkpoint.load_model(str(tmp_path / "run"))[1], tokenizer.load(f"{theirs}/tokenizer.json")
     stream = read_stream(out, "train").tolist()
     assert tokenizer.fingerprint(enc) == tokenizer.fingerprint(mine) and enc.decode(stream[:stream.index(enc.eot_token)]).strip()[2:].strip().startswith("the loss of a model")
+
+
+def test_odd_chat_templates(tmp_path, capsys):
+    """What raises is refused in a line, what is no token is none, and a date is not made up."""
+    folder = sentencepiece(tmp_path / "odd", "never")
+    enc = tokenizer.load(os.path.join(folder, "tokenizer.json"))
+
+    def found(chat, **more):
+        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            json.dump({"eos_token": "</s>", "bos_token": {"content": "<s>"}, "chat_template": chat} | more, f)
+        return template.read_template(folder, enc, DEFAULT)
+    mistral = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
+    assert found(mistral, add_bos_token=True, pad_token={"x": 1}) == "<s>{turn}[INST] {prompt} [/INST]{response}</s>"
+    dated = "{{ bos_token }}{{ strftime_now('%d') if strftime_now is defined else '26 Jul' }}{% if tools is not none %}{{ 1/0 }}{% endif %}" + mistral.partition("}}")[2]
+    assert found(dated) == "<s>26 Jul[INST] {turn}{prompt} [/INST]{response}</s>[INST] "
+    for chat in ("{{ 1/0 }}", "{{ '{0}'.format() }}", "{{ 'a'.encode('xx') }}", "{% for a in 'a' %}" * 25 + "{% endfor %}" * 25, {"no": "text"}):
+        assert found(chat) == "<s>{turn}" + DEFAULT and "is no text around what is said" in capsys.readouterr().out
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        f.write("[]")
+    with pytest.raises(SystemExit, match="an object"):
+        template.read_template(folder, enc, DEFAULT)
+
+
+def test_odd_tokenizers(tmp_path, capsys):
+    """Without special tokens, with a name for a terminal to obey, broken in what only an encoding shows."""
+    folder = chatml(tmp_path / "plain")
+    path = os.path.join(folder, "tokenizer.json")
+    with open(path, encoding="utf-8") as f:
+        parts = json.load(f)
+
+    def refused(eos="<|im_end|>", **change):
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(parts | change, f)
+        with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+            json.dump({"eos_token": eos}, f)
+        with pytest.raises(SystemExit) as e:
+            tokenizer.load(path)
+        return e.value.code
+    assert "cannot be read" in refused(version="\x1b]0;x\x07") and "\x1b" not in refused(version="\x1b]0;x\x07")
+    assert "must say its eos_token, got None" in refused(eos=None) and "'nothing' is none of its tokens" in refused(eos="nothing")
+    assert "cannot be read" in refused(model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, added_tokens=[])
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(parts | {"added_tokens": [token | {"special": False} for token in parts["added_tokens"]]}, f)
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+        json.dump({"eos_token": "<|im_end|>"}, f)
+    enc = tokenizer.load(path)
+    assert tokenizer.specials(enc) == {"<|im_end|>": 2} and template.prompt_ids(enc, "a{prompt}<|im_end|>", "b")[-1] == 2
+    assert enc.decode(enc.encode_ordinary("a\udcffb")) == "a?b"
+
+
+def test_a_long_chat_forgets_its_oldest_turns(monkeypatch, capsys):
+    enc, given = tokenizer.load("bytes"), []
+    model = GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=1, n_embd=2))
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, *args, **kw: [given.append(p) or [*b"yes", 256] for p in prompts])
+    mine = "<begin>{turn}Q:{prompt}\nA:{response}\n"
+    sample.converse(model, enc, mine, [f"{i}" * 8 for i in range(6)] + ["z" * 70], max_response=20)
+    said = [enc.decode(p) for p in given]
+    assert said[1] == "<begin>Q:00000000\nA:yes\nQ:11111111\nA:" and said[5] == "<begin>Q:44444444\nA:yes\nQ:55555555\nA:" and all(len(p) <= 44 for p in given)
+    assert said[6] == "z" * 41 + "\nA:"            # a prompt that is too long by itself is cut at its start
+    given.clear()
+    sample.converse(model, enc, mine, ["a" * 12, "b" * 12, "c" * 12])
+    assert [len(p) for p in given] == [24, 24, 24]         # half of the block is for an answer

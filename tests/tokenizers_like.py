@@ -38,7 +38,7 @@ def sentencepiece(folder, scheme="legacy", chat=ZEPHYR):
         bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * (scheme == "first"))
     bpe.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in ("<unk>", "<s>", "</s>")])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return finish(bpe, folder, chat, bos_token="<s>", eos_token="</s>")
+    return finish(bpe, folder, chat, bos_token="<s>", eos_token="</s>", add_bos_token=True)
 
 
 def finish(bpe, folder, chat, **names):

@@ -33,9 +33,9 @@ def main(argv=None):
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 2**16 else np.uint32)
 
     def convert(rows, side, dropped):
-        texts = [row["text"] for row in rows if (row["text"] or "").strip()]
+        texts = [row["text"] for row in rows if isinstance(row["text"], str) and row["text"].strip()]
         if len(texts) < len(rows):
-            hub.drop(dropped, "empty documents", len(rows) - len(texts))
+            hub.drop(dropped, "documents without a text", len(rows) - len(texts))
         for text, ids in zip(texts, pool.map(enc.encode_ordinary, texts)):
             yield f"{split_of(text, args.val_share)}.bin", np.array(ids + [enc.eot_token], dtype).tobytes()
 
