@@ -17,24 +17,25 @@ import torch.nn.functional as F
 class Packed:
     """Texts, one after the other. doc (n,): the row a token belongs to; branch (n,): 0 in its prompt, k >= 1 in its k-th
     response. A token sees its row's prompt and its own branch, up to itself: K responses share one prompt
-    (arXiv 2410.20305). shape (B, T): B whole rows of T without branches; their keys and values go into `keep`, a KVCache."""
+    (arXiv 2410.20305). shape (B, T): B whole rows of T without branches; their keys and values go into `keep`, a KVCache.
+    window: of its text a token sees only so many, by their pos (n,), itself the last (arXiv 2310.06825); 0: all."""
 
-    def __init__(self, doc, branch, shape=None, keep=None):
-        self.doc, self.branch, self.shape, self.keep = doc, branch, shape, keep
+    def __init__(self, doc, branch, pos=None, window=0, shape=None, keep=None):
+        self.doc, self.branch, self.pos, self.window, self.shape, self.keep = doc, branch, pos, window, shape, keep
         self.tiles = None
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
         if self.keep is not None:
             self.keep.store(layer, *(x.unflatten(0, self.shape).transpose(1, 2) for x in (k, v)))
-        if self.shape and q.device.type == "cuda":
+        if self.shape and q.device.type == "cuda" and not self.window:
             q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))              # (B, H, T, D)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             return y.transpose(1, 2).flatten(0, 1)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, n, D)
         if self.tiles is None:          # of the first layer, for all of them
-            self.tiles = (flex_mask(self.doc, self.branch) if q.device.type == "cuda" else
-                          rectangle(*self.shape, q.dtype) if self.shape else attention_tiles(self.doc, self.branch, q.dtype))
+            self.tiles = (flex_mask(self.doc, self.branch, self.pos, self.window) if q.device.type == "cuda" else rectangle(*self.shape, q.dtype, self.window) if self.shape else
+                          attention_tiles(self.doc, self.branch, q.dtype, self.pos, self.window))
         if q.device.type == "cuda":
             y = flex()(q[None], k[None], v[None], block_mask=self.tiles, enable_gqa=len(q) != len(k))[0]
         else:
@@ -42,15 +43,16 @@ class Packed:
         return y.transpose(0, 1)
 
 
-def sees(doc, branch, i, j):
+def sees(doc, branch, i, j, pos=None, window=0):
     """Whether token i sees token j."""
-    return (doc[i] == doc[j]) & ((branch[j] == 0) | (branch[i] == branch[j])) & (i >= j)
+    seen = (doc[i] == doc[j]) & ((branch[j] == 0) | (branch[i] == branch[j])) & (i >= j)
+    return seen & (pos[i] - pos[j] < window) if window else seen
 
 
-def flex_mask(doc, branch):
+def flex_mask(doc, branch, pos=None, window=0):
     from torch.nn.attention.flex_attention import create_block_mask
     on_gpu = doc.device.type == "cuda"          # compiled, it never holds a mask of all pairs
-    return create_block_mask(lambda b, h, i, j: sees(doc, branch, i, j), None, None, len(doc), len(doc), device=doc.device, _compile=on_gpu)
+    return create_block_mask(lambda b, h, i, j: sees(doc, branch, i, j, pos, window), None, None, len(doc), len(doc), device=doc.device, _compile=on_gpu)
 
 
 @functools.cache
@@ -71,7 +73,7 @@ class Tile(typing.NamedTuple):
     mask: torch.Tensor      # (R, keys) 0 or -inf
 
 
-def attention_tiles(doc, branch, dtype):
+def attention_tiles(doc, branch, dtype, pos=None, window=0):
     """Tiles that cover every pair of tokens that see each other. Short rows share a tile, and so do a long row's short
     responses; what is longer is cut at QUERIES, and no key behind a tile's last query is touched. Sizes are rounded up by
     tokens that the mask hides: each new size of a product costs the library's compiler a millisecond."""
@@ -103,7 +105,7 @@ def attention_tiles(doc, branch, dtype):
         start, own = min(i, n - R), min(own, n - S)
         spans = [prompt] * (shared > 0) + [(own, own + S)]
         keys, queries = torch.cat([index[a:b] for a, b in spans]), index[start:start + R, None]
-        seen = sees(doc, branch, queries, keys)
+        seen = sees(doc, branch, queries, keys, pos, window)
         seen[:, shared:] &= keys[shared:] >= prompt[1]                  # the rounding may reach back into the prompt
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)
         mask[:i - start] = mask[j - start:] = 0.0                       # no row may be empty: its softmax would be NaN
@@ -112,10 +114,10 @@ def attention_tiles(doc, branch, dtype):
 
 
 @functools.lru_cache(maxsize=8)
-def rectangle(B, T, dtype):
+def rectangle(B, T, dtype, window=0):
     """Tiles of B rows of T tokens."""
     doc = torch.arange(B).repeat_interleave(T)
-    return attention_tiles(doc, torch.zeros_like(doc), dtype)
+    return attention_tiles(doc, torch.zeros_like(doc), dtype, torch.arange(T).repeat(B), window)
 
 
 def round_up(n, multiple):
@@ -199,8 +201,8 @@ class KVCache:
                 mine[-1][layer] = [grown([theirs[id(cache)][r] for cache, r in rows[span]], used) for span, used in zip(spans, self.used)]
         self.k, self.v = mine
 
-    def at(self, pos):
-        """Before a step: the next token of each row goes to pos (B,)."""
+    def at(self, pos, window=0):
+        """Before a step: the next token of each row goes to pos (B,), and sees the last `window` up to itself; 0: all."""
         sizes = [len(group) for group in next(iter(self.k.values()))]
         self.used = [used + 1 for used in self.used]
         for cache in (self.k, self.v):
@@ -210,8 +212,8 @@ class KVCache:
                         groups[g] = grown(list(groups[g]), used)
         self.pos = pos.split(sizes)
         self.rows = [torch.arange(n, device=pos.device) for n in sizes]
-        self.hidden = [(torch.arange(group.shape[2], device=pos.device) > p[:, None])[:, None, None]            # (b, 1, 1, length)
-                       for group, p in zip(next(iter(self.k.values())), self.pos)]
+        behind = [p[:, None] - torch.arange(group.shape[2], device=pos.device) for group, p in zip(next(iter(self.k.values())), self.pos)]        # (b, length)
+        self.hidden = [((n < 0) | (n >= window) if window else n < 0)[:, None, None] for n in behind]          # (b, 1, 1, length)
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):

@@ -43,7 +43,7 @@ SHAPE = {"gpt2": {"position": "learned", "norm": "layernorm"}, "llama": {"positi
 ROPE = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]       # of model.py's rope_scaling
 # what does not change the function, nor does what is null or false; dropout is the training run's own
 IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop eos_token_id gradient_checkpointing initializer_range
-    is_llama_config max_window_layers n_ctx n_special output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop
+    is_llama_config n_ctx n_special output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop
     task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split()
 
 # modules by their names in Llama; GPT-2's are ours
@@ -57,7 +57,7 @@ BUFFERS = r".*\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(bias|masked_bia
 
 
 def shape_of(theirs, where):
-    """(family, GPTConfig's settings without the vocabulary, rows of the embedding, the sliding window or 0) by a config.json."""
+    """(family, GPTConfig's settings without the vocabulary, rows of the embedding, up to how many tokens it is that) by a config.json."""
     def refuse(what):
         raise SystemExit(printable(f"{where}: {what}"))
 
@@ -79,7 +79,7 @@ def shape_of(theirs, where):
     if shape["mlp"] not in ACTIVATIONS[family]:
         refuse(f"{SETTINGS[family]['mlp']} {shape['mlp']!r} is not supported; {', '.join(ACTIVATIONS[family])} are")
     shape["mlp"] = ACTIVATIONS[family][shape["mlp"]]
-    rows, window = take("vocab_size", int), 0
+    rows, limit = take("vocab_size", int), shape["block_size"]
     if family == "gpt2":
         if not take("scale_attn_weights", bool, True):
             refuse("scale_attn_weights = false is not supported")
@@ -95,12 +95,16 @@ def shape_of(theirs, where):
         if kind not in ("default", "llama3") or set(rope) != {"rope_type"}:
             refuse(f"rotary positions {rope} are not supported")
         window = take("sliding_window", int, 4096 if model_type == "mistral" and "sliding_window" not in theirs else 0) * take("use_sliding_window", bool, True)
-        if not set(take("layer_types", list[str], [])) <= {"full_attention", "sliding_attention"}:
+        full = take("max_window_layers", int, 28) * model_type.startswith("qwen")
+        kinds = take("layer_types", list[str], ["full_attention" if i < full else "sliding_attention" for i in range(shape["n_layer"])])
+        if not set(kinds) <= {"full_attention", "sliding_attention"}:
             refuse(f"layer_types {theirs['layer_types']} are not supported")
+        if "sliding_attention" in kinds and window:
+            shape["window"], limit = (window, limit) if "full_attention" not in kinds else (0, min(limit, window))      # of some layers alone
     odd = {name: value for name, value in left.items() if name not in IGNORED and not name.startswith("summary_") and value not in (None, False)}
     if odd:
         refuse(f"the setting {', '.join(f'{name} = {value!r}' for name, value in odd.items())} is not supported")
-    return family, shape, rows, window
+    return family, shape, rows, limit
 
 
 def table(model, family, rows, positions):
@@ -192,16 +196,16 @@ def import_(source, out, block_size=0, template=""):
     """A folder of Hugging Face's -> out/round_0/step_000000."""
     folder = local(source)
     where, path = os.path.join(folder, "config.json"), os.path.join(out, "round_0", "step_000000")
-    family, shape, rows, window = shape_of(read_json(where), where)
+    family, shape, rows, limit = shape_of(read_json(where), where)
     enc, name = read_tokenizer(folder)
     template = template or read_template(folder, enc, config.Config.template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
-    positions, limit = shape["block_size"], min(shape["block_size"], window or shape["block_size"])
+    positions = shape["block_size"]
     if not 0 <= block_size <= limit:
-        raise SystemExit(f"block_size {block_size} is not within the model's {limit}" + ", its sliding window" * (limit < positions))
+        raise SystemExit(f"block_size {block_size} is not within the model's {limit}" + ", the sliding window of some of its layers" * (limit < positions))
     if limit < positions and not block_size:
-        print(f"block_size {limit}: the sliding window, up to which every layer sees the whole text")
+        print(f"block_size {limit}: the sliding window of some layers, up to which every layer sees the whole text")
     if rows < enc.n_vocab:
         raise SystemExit(f"{where}: vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
     if rows > enc.n_vocab:
@@ -273,9 +277,11 @@ def equivalent(c):
     family = "gpt2" if c.position == "learned" else "llama"
     usual = {"softcap": 0.0, "head_bias": False, "attn_proj": True, "attn_scale": "head", "mlp_alone": False} | SHAPE[family]
     if family == "gpt2":
-        usual |= {"bias": True, "n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head, "qk_norm": False}
+        usual |= {"bias": True, "n_kv_head": c.n_head, "head_dim": c.n_embd // c.n_head, "qk_norm": False, "window": 0}
     elif c.qk_norm:         # Qwen 3
         usual |= {"bias": False, "qkv_bias": False}
+    elif c.window:          # Mistral or Qwen 2
+        usual |= {"bias": False}
     for name, value in usual.items():
         if getattr(c, name) != value:
             raise SystemExit(f"no Hugging Face equivalent: {name} is {getattr(c, name)!r}; {family} has {value!r}")
@@ -287,10 +293,12 @@ def equivalent(c):
         return family, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} | theirs
     scaling = {"rope_type": "llama3"} | dict(zip(ROPE, [*c.rope_scaling[:-1], *map(int, c.rope_scaling[-1:])]))
     theirs |= {"rope_theta": c.rope_theta, "rope_scaling": scaling if c.rope_scaling else None}
-    if c.qk_norm:
-        return family, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False, "attention_bias": False} | theirs
-    if c.qkv_bias and not c.bias:
-        return family, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False} | theirs
+    if c.qk_norm or c.qkv_bias and not c.bias:
+        kind = ("qwen3", "Qwen3ForCausalLM") if c.qk_norm else ("qwen2", "Qwen2ForCausalLM")
+        windows = {"use_sliding_window": bool(c.window), "sliding_window": c.window or None, "max_window_layers": 0 if c.window else c.n_layer}
+        return family, {"model_type": kind[0], "architectures": [kind[1]], "attention_bias": False} | windows | theirs
+    if c.window:
+        return family, {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": c.window} | theirs
     return family, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": c.bias, "mlp_bias": c.bias} | theirs
 
 

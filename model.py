@@ -28,6 +28,7 @@ class GPTConfig:
     position: str = "learned"       # learned | rotary (arXiv 2104.09864, half-split as in Llama) | sinusoidal (1706.03762)
     rope_theta: float = 10000.0
     rope_scaling: list[float] = ()  # Llama 3's: factor, low and high turns, length; a frequency of few turns in that length is divided by factor
+    window: int = 0                 # a token sees so many of its text, itself the last (sliding window, arXiv 2310.06825); 0: all before it
     norm: str = "layernorm"         # layernorm | rmsnorm
     norm_eps: float = 1e-5
     mlp: str = "gelu"               # gelu (tanh form) | relu | relu2 (arXiv 2109.08668) | swiglu (arXiv 2002.05202)
@@ -75,6 +76,8 @@ class GPTConfig:
             raise ValueError("attn_proj = False needs heads that are together as wide as the model")
         if self.head_bias and self.tie:
             raise ValueError("head_bias needs a head of its own: tie = False")
+        if self.window < 0:
+            raise ValueError(f"window must not be negative, got {self.window}")
         if self.init_noise < 0:
             raise ValueError(f"init_noise must not be negative, got {self.init_noise}")
         if not 0 <= self.dropout < 1:
@@ -222,12 +225,12 @@ class GPT(nn.Module):
             B, T = idx.shape
             pos = torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos.expand(B, T)
             doc = torch.arange(B, device=idx.device).repeat_interleave(T)
-            texts = Packed(doc, torch.zeros_like(doc), (B, T), cache)
+            texts = Packed(doc, torch.zeros_like(doc), pos.flatten(), c.window, (B, T), cache)
         elif cache is not None:
             texts = cache
-            cache.at(pos)
+            cache.at(pos, c.window)
         else:
-            texts = Packed(doc, branch)
+            texts = Packed(doc, branch, pos, c.window)
         pos = pos.flatten()
         x = self.wte(idx.flatten())                                            # (n, C)
         rope = None

@@ -48,6 +48,7 @@ class Config:
     position: str | None = None
     rope_theta: float | None = None
     rope_scaling: list[float] | None = None
+    window: int | None = None
     norm: str | None = None
     norm_eps: float | None = None
     mlp: str | None = None
@@ -163,7 +164,7 @@ NOT_NEGATIVE = ["seed", "max_prompt", "max_response", "max_rows", "mix_rounds", 
                 "max_steps", "epochs", "muon_lr", "weight_decay", "grad_clip", "depth", "nll_coef", "taylor_order", "focal", "confidence_penalty",
                 "score_margin", "center_coef", "keep_rounds", "kl_coef", "kl_target", "kl_adapt", "eot_penalty", "clip", "value_clip", "value_coef",
                 "entropy_coef", "pretrain_coef", "recompute", "shards", "prefetch", "spike"]
-MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner", "position", "rope_theta", "rope_scaling", "norm",
+MODEL = ["block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner", "position", "rope_theta", "rope_scaling", "window", "norm",
          "norm_eps", "mlp", "bias", "qkv_bias", "tie", "qk_norm", "softcap", "head_bias", "attn_proj", "attn_scale", "mlp_alone",
          "init_scheme", "init_noise", "dropout"]
 

@@ -19,7 +19,8 @@ CLASSIC = dict(vocab_size=257, block_size=48, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie=False)
 QWEN3 = dict(MODERN, qk_norm=True, head_dim=16)
 OURS = {"classic": CLASSIC, "untied": dict(CLASSIC, tie=False, mlp="relu", n_inner=40), "modern": MODERN, "tied": dict(MODERN, tie=True, norm_eps=1e-6),
-        "qkv_bias": dict(MODERN, qkv_bias=True), "bias": dict(MODERN, bias=True), "scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 32.0], rope_theta=5e5), "qk_norm and wide heads": QWEN3}
+        "qkv_bias": dict(MODERN, qkv_bias=True), "bias": dict(MODERN, bias=True), "scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 32.0], rope_theta=5e5), "qk_norm and wide heads": QWEN3,
+        "windowed": dict(MODERN, window=9), "windowed, qkv_bias": dict(MODERN, window=9, qkv_bias=True), "windowed, qk_norm": dict(QWEN3, window=9)}
 
 
 def make_run(run, shape, enc=None, name="bytes", **settings):
@@ -100,7 +101,7 @@ def test_what_has_no_equivalent_is_named(setting, value, tmp_path):
     assert f"{setting} is {value!r}" in refused("export", tmp_path / "run", f"--out={tmp_path / 'out'}") and not os.path.exists(tmp_path / "out")
 
 
-@pytest.mark.parametrize("setting, value", [("bias", False), ("n_kv_head", 2), ("norm", "rmsnorm"), ("mlp", "swiglu"), ("mlp_alone", True)])
+@pytest.mark.parametrize("setting, value", [("bias", False), ("n_kv_head", 2), ("norm", "rmsnorm"), ("mlp", "swiglu"), ("mlp_alone", True), ("window", 8)])
 def test_what_gpt2_has_not_is_named(setting, value):
     with pytest.raises(SystemExit, match=f"{setting} is {value!r}"):
         hf.equivalent(GPTConfig(**CLASSIC | {setting: value}))
@@ -207,13 +208,20 @@ def test_files_that_are_not_there_or_no_safetensors(exported, tmp_path, monkeypa
 
 
 def test_block_size_and_window(exported, tmp_path, capsys):
+    """A window of all layers is the model's; one of some limits how long a text may be."""
     shutil.copytree(exported / "modern", tmp_path / "in")
-    edit(tmp_path / "in" / "config.json", lambda d: d.update(model_type="mistral", sliding_window=16))
-    assert "block_size 32 is not within the model's 16, its sliding window" in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}", "--block_size=32")
-    hf.main(["import", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", "--template=Q: {prompt}\nA: "])
-    assert "the sliding window" in capsys.readouterr().out
-    meta = checkpoint.read_meta(checkpoint.resolve(str(tmp_path / "out")))
-    assert meta["model"]["block_size"] == 16 and meta["config"]["template"] == "Q: {prompt}\nA: "
+    config_json, out = tmp_path / "in" / "config.json", tmp_path / "out"
+    edit(config_json, lambda d: d.update(model_type="mistral", sliding_window=16))
+    hf.main(["import", str(tmp_path / "in"), f"--out={out}", "--template=Q: {prompt}\nA: ", "--block_size=40"])
+    meta = checkpoint.read_meta(checkpoint.resolve(str(out)))
+    assert meta["model"]["block_size"] == 40 and meta["model"]["window"] == 16 and meta["config"]["template"] == "Q: {prompt}\nA: "
+    edit(config_json, lambda d: d.update(model_type="qwen3", max_window_layers=1, head_dim=8))
+    some = f"--out={tmp_path / 'some'}"
+    assert "block_size 32 is not within the model's 16, the sliding window of some of its layers" in refused("import", tmp_path / "in", some, "--block_size=32")
+    edit(config_json, lambda d: d.update(model_type="mistral", layer_types=["full_attention", "sliding_attention"]))
+    hf.main(["import", str(tmp_path / "in"), some])
+    assert "block_size 16: the sliding window of some layers" in capsys.readouterr().out
+    assert checkpoint.read_meta(checkpoint.resolve(str(tmp_path / "some")))["model"]["window"] == 0
     hf.main(["import", str(exported / "classic"), f"--out={tmp_path / 'short'}", "--block_size=20"])
     short, whole = (checkpoint.load_model(str(path))[0] for path in (tmp_path / "short", exported / "classic_run"))
     idx = torch.randint(0, 257, (2, 20))

@@ -13,6 +13,7 @@ from model import GPT, GPTConfig, init_mean_std
 
 CLASSIC = dict(vocab_size=97, block_size=32, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie=False, qk_norm=True, softcap=5.0)
+WINDOWED = dict(CLASSIC, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, window=7)
 SQUARED = dict(CLASSIC, position="rotary", norm="rmsnorm", mlp="relu2", bias=False)
 
 
@@ -21,7 +22,7 @@ LATER = dict(CLASSIC, position="sinusoidal", mlp="relu", attn_proj=False, tie=Fa
 FIRST = dict(LATER, attn_scale="embd", mlp_alone=True)
 
 
-@pytest.fixture(params=[CLASSIC, MODERN, SQUARED, LATER, FIRST], ids=["classic", "modern", "squared", "later", "first"])
+@pytest.fixture(params=[CLASSIC, MODERN, SQUARED, WINDOWED, LATER, FIRST], ids=["classic", "modern", "squared", "windowed", "later", "first"])
 def model(request):
     return GPT(GPTConfig(**request.param)).eval()
 
@@ -56,7 +57,7 @@ def random_rows(seed, n, longest, most):
     return [row | {"ranks": list(range(len(row["responses"])))} for row in rows]
 
 
-@pytest.mark.parametrize("config", [CLASSIC, MODERN, SQUARED], ids=["classic", "modern", "squared"])
+@pytest.mark.parametrize("config", [CLASSIC, MODERN, SQUARED, WINDOWED], ids=["classic", "modern", "squared", "windowed"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("queries, longest", [(128, 20), (32, 150), (128, 300)])
 def test_shared_layout_equals_the_padded_one(config, dtype, tolerance, queries, longest, monkeypatch):
@@ -82,16 +83,16 @@ def test_shared_layout_equals_the_padded_one(config, dtype, tolerance, queries, 
 def test_tiles_cover_what_is_seen_once():
     """Over random packings: every pair of tokens that see each other is in exactly one tile, and no other pair in any."""
     for seed in range(30):
-        rows = random_rows(seed, 8, [10, 60, 300][seed % 3], 4)
+        rows, window = random_rows(seed, 8, [10, 60, 300][seed % 3], 4), [0, 5, 100][seed // 3 % 3]
         batch = batch_rows(rows, "shared", [1, 64][seed % 2])
         n = len(batch["idx"])
         seen = torch.zeros(n, n)
-        for i, lo, hi, spans, mask in attention_tiles(batch["doc"], batch["branch"], torch.float32):
+        for i, lo, hi, spans, mask in attention_tiles(batch["doc"], batch["branch"], torch.float32, batch["pos"], window):
             keys = torch.cat([torch.arange(a, b) for a, b in spans])
             assert mask.shape == (mask.shape[0], len(keys)) and hi - lo <= 128
             seen[i + lo:i + hi].index_add_(1, keys, (mask[lo:hi] == 0).float())
         index = torch.arange(n)
-        assert torch.equal(seen, sees(batch["doc"], batch["branch"], index[:, None], index).float())
+        assert torch.equal(seen, sees(batch["doc"], batch["branch"], index[:, None], index, batch["pos"], window).float())
 
 
 def test_a_pack_is_no_longer_than_its_tokens():
@@ -101,14 +102,15 @@ def test_a_pack_is_no_longer_than_its_tokens():
     assert batch["idx"].numel() - batch["tokens"] < 64
 
 
-def test_flex_attention_sees_the_same():
+@pytest.mark.parametrize("window", [0, 9])
+def test_flex_attention_sees_the_same(window):
     """What a GPU runs, forward (on a CPU it has no backward), against the tiles."""
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     batch = batch_rows(random_rows(3, 6, 80, 3), multiple=128)
     n = len(batch["idx"])
     q, k, v = torch.randn(4, n, 16), torch.randn(2, n, 16), torch.randn(2, n, 16)
-    fast = flex.flex_attention(q[None], k[None], v[None], block_mask=attention.flex_mask(batch["doc"], batch["branch"]), enable_gqa=True)[0]
-    y = Packed(batch["doc"], batch["branch"]).attend(0, *(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+    fast = flex.flex_attention(q[None], k[None], v[None], block_mask=attention.flex_mask(batch["doc"], batch["branch"], batch["pos"], window), enable_gqa=True)[0]
+    y = Packed(batch["doc"], batch["branch"], batch["pos"], window).attend(0, *(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
     torch.testing.assert_close(fast, y, rtol=1e-5, atol=1e-5)
 
 
@@ -216,3 +218,17 @@ def test_the_write_ups_block_by_hand():
 def test_too_long():
     with pytest.raises(ValueError, match="block_size 32"):
         GPT(GPTConfig(**CLASSIC))(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_a_window_by_hand():
+    """One layer, against softmax over the last `window` tokens written out."""
+    model = GPT(GPTConfig(**WINDOWED | dict(n_layer=1, n_head=1, n_embd=8, window=3))).double()
+    idx, block, rope = torch.randint(0, 97, (1, 9)), model.h[0], 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    x = model.wte(idx[0])
+    q, k, v = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
+    angle = torch.arange(9)[:, None] * rope
+    q, k = (torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+    said = torch.stack([torch.softmax(q[i] @ k[max(0, i - 2):i + 1].T / 8 ** 0.5, -1) @ v[max(0, i - 2):i + 1] for i in range(9)])
+    x = x + block.attn.c_proj(said)
+    x = model.ln_f(x + block.mlp(block.ln_2(x)))
+    torch.testing.assert_close(model(idx)[0], (x @ model.wte.weight.T)[:, :97].float(), rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ import sample
 from conftest import command
 from model import GPT, GPTConfig
 from sample import draw, generate
-from test_model import CLASSIC, MODERN
+from test_model import CLASSIC, MODERN, WINDOWED
 
 
 def slow_generate(model, prompt, n, eot):
@@ -18,7 +18,7 @@ def slow_generate(model, prompt, n, eot):
     return ids[len(prompt):]
 
 
-@pytest.fixture(params=[CLASSIC, MODERN], ids=["classic", "modern"])
+@pytest.fixture(params=[CLASSIC, MODERN, WINDOWED], ids=["classic", "modern", "windowed"])
 def model(request):
     model = GPT(GPTConfig(**request.param)).eval()
     with torch.no_grad():

@@ -23,7 +23,7 @@ def random_mistral(folder):
     """config.json, two files of bfloat16, their index, a tokenizer, zephyr's chat template."""
     sentencepiece(folder)
     shape = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": tokenizer.load(os.path.join(folder, "tokenizer.json")).n_vocab, "max_position_embeddings": 256, "sliding_window": 96,
+             "num_key_value_heads": 2, "vocab_size": tokenizer.load(os.path.join(folder, "tokenizer.json")).n_vocab, "max_position_embeddings": 256, "sliding_window": 24,
              "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
     block = {"input_layernorm": (32,), "post_attention_layernorm": (32,), "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32), "self_attn.o_proj": (32, 32),
              "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}
@@ -44,7 +44,7 @@ def test_the_recipe_on_two_processes(tiny_data, tmp_path, capsys):
     theirs = random_mistral(str(tmp_path / "theirs"))
     hf.main(["import", str(tmp_path / "theirs"), f"--out={tmp_path / 'base'}"])
     said = capsys.readouterr().out
-    assert "block_size 96: the sliding window" in said and r"<|user|>\n{prompt}</s>\n<|assistant|>\n{response}" in said
+    assert "block_size 256" in said and checkpoint.load_model(str(tmp_path / "base"))[0].config.window == 24 and r"<|user|>\n{prompt}</s>\n<|assistant|>\n{response}" in said
     run = str(tmp_path / "spin")
     toy = ["--max_rows=8", "--max_prompt=40", "--max_response=16", "--batch_size=4", "--micro_batch_tokens=0", "--gen_batch_size=4", "--eval_rows=4", "--eval_interval=100", "--device=cpu"]
     torchrun(["config/spin_zephyr_7b.py", f"--init={tmp_path / 'base'}", f"--data={tiny_data}", f"--out_dir={run}", *toy])

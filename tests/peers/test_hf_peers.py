@@ -41,6 +41,9 @@ LAYOUTS = {
     "llama, padded": dict(LLAMA, vocab_size=320),
     "mistral": MISTRAL,
     "mistral, window": dict(MISTRAL, sliding_window=16),
+    "mistral, window, grouped as one": dict(MISTRAL, sliding_window=9, num_key_value_heads=1),
+    "qwen2, window of all layers": dict(QWEN2, use_sliding_window=True, sliding_window=16, max_window_layers=0),
+    "qwen3, window of all layers": dict(QWEN2, model_type="qwen3", head_dim=16, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     "llama, wide heads": dict(LLAMA, head_dim=16, num_key_value_heads=2),
     "mistral, wide heads": dict(MISTRAL, head_dim=12),
     "qwen3": dict(QWEN2, model_type="qwen3", head_dim=16),
@@ -78,7 +81,7 @@ def test_import_is_transformers(name, tmp_path):
     theirs = make_theirs(tmp_path / "theirs", LAYOUTS[name], max_shard_size="20KB" if "grouped" in name else "1GB")
     hf.main(["import", str(tmp_path / "theirs"), f"--out={tmp_path / 'ours'}"])
     ours, enc, _ = checkpoint.load_model(str(tmp_path / "ours"))
-    assert ours.config.block_size == (16 if "window" in name else 48) and ours.config.vocab_size == enc.n_vocab == 257
+    assert ours.config.block_size == (16 if name == "qwen2, window, padded" else 48) and bool(ours.config.window) == ("window" in name and "padded" not in name) and ours.config.vocab_size == enc.n_vocab == 257
     worst = {"logits": 0.0, "loss": 0.0, "gradients": 0.0}
     rows = LAYOUTS[name]["vocab_size"]
     parts = hf.table(ours, "gpt2" if "gpt2" in name else "llama", rows, 48)
@@ -154,7 +157,8 @@ WRONG = {
     "too few key heads": (QWEN2, lambda m, f: edit(f, num_key_value_heads=1), "has shape"),
     "too many key heads": (QWEN2, lambda m, f: edit(f, num_key_value_heads=4), "has shape"),
     "biases left out": (QWEN2, lambda m, f: edit(f, model_type="mistral"), "no use for 6 tensors"),
-    "a window forgotten": (LAYOUTS["mistral, window"], lambda m, f: m.setattr(hf, "shape_of", lambda *args, right=hf.shape_of: (*right(*args)[:3], 0)), "logits"),
+    "a window forgotten": (LAYOUTS["mistral, window"], lambda m, f: wrong_shape(m, window=0), "logits"),
+    "a window one too wide": (LAYOUTS["mistral, window"], lambda m, f: wrong_shape(m, window=17), "logits"),
 }
 
 
@@ -184,7 +188,8 @@ def test_a_wrong_export_is_refused(tmp_path, monkeypatch, capsys):
 
 
 OURS = {"gpt2": CLASSIC, "gpt2, untied, relu2": dict(CLASSIC, tie=False, mlp="relu2", n_inner=56), "llama": MODERN, "llama, tied": dict(MODERN, tie=True, rope_theta=500.0),
-        "llama, biases": dict(MODERN, bias=True), "qwen2": dict(MODERN, qkv_bias=True), "llama, scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 16.0], rope_theta=500.0)}
+        "llama, biases": dict(MODERN, bias=True), "qwen2": dict(MODERN, qkv_bias=True), "mistral": dict(MODERN, window=9), "qwen2, windowed": dict(MODERN, qkv_bias=True, window=9), "qwen3": dict(MODERN, qk_norm=True, head_dim=16),
+        "qwen3, windowed": dict(MODERN, qk_norm=True, window=9), "llama, scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 16.0], rope_theta=500.0)}
 
 
 @pytest.mark.parametrize("name", OURS)
