@@ -43,9 +43,9 @@ OTHERWISE = {       # what is done instead, of what cannot be small
     "venv": lambda args: None,
     "bench": lambda args: [must(name in importlib.import_module("bench").BENCHMARKS, f"{name}: no such benchmark") for name in parsed("bench", args).what],
     "tests/peers/adapter": lambda args: need(args[args.index("--model_args") + 1].removeprefix("run=")),         # which runs in tests/peers
-    "tests.faults": lambda args: parsed("tests.faults.__main__", args)}
+    "tests/peers/smollm2": lambda args: None, "tests.faults": lambda args: parsed("tests.faults.__main__", args)}
 MADE_BY = {"FOLDER": "python hf.py export out/demo/sft --out=FOLDER",
-           "out/zephyr-7b-sft-full": "python hf.py import FOLDER --out=out/zephyr-7b-sft-full"} | \
+           "out/smollm2": "python hf.py import FOLDER --out=out/smollm2", "out/zephyr-7b-sft-full": "python hf.py import FOLDER --out=out/zephyr-7b-sft-full"} | \
     {f"out/demo_seeds/{seed}/sft": "make demo-seeds" for seed in (1, 2, 3)}
 
 
