@@ -158,6 +158,9 @@ def table(cfg, record):
     else:
         return {}
     import wandb
-    rows = [["\n\n".join([*(text for turn in row.get("history", []) for text in turn), row["prompt"]]), *(text if same is None else f"(as {columns[same]})" for text, same in zip(row["responses"], row.get("same_as", [None] * len(columns))))]
-            for row in read_rows(path)[:ROWS]]
+    rows = []
+    for row in read_rows(path)[:ROWS]:
+        said = [text for turn in row.get("history", []) for text in turn]
+        same_as = row.get("same_as", [None] * len(columns))
+        rows.append(["\n\n".join([*said, row["prompt"]]), *(text if same is None else f"(as {columns[same]})" for text, same in zip(row["responses"], same_as))])
     return {"samples": wandb.Table(columns=["prompt", *columns], data=rows)}

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, asked, batch_rows, encode_rows, permutation, printable, question, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, tokenizer, write_json, write_rows
+from data import INPUTS, asked, batch_rows, encode_rows, permutation, printable, question, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, \
+    tokenizer, write_json, write_rows
 from loss import best_and_others, plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -312,7 +313,8 @@ def main(argv=None):
         return report.main(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]", help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1")
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]",
+                        help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1")
     parser.add_argument("--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on")
     parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
     parser.add_argument("--judge", help="checkpoint: win rate of everyone, and of the data, against the first one's samples")

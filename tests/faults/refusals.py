@@ -294,7 +294,7 @@ INPUTS = {
     "no room": ("none of its", lambda at: sft(at, data(at, {"train.jsonl": [r | {"prompt": "long " * 40} for r in row()]}))),
     "data of another tokenizer": ("was written with the tokenizer", lambda at: pretrain(at, f"--tokenizer={bpe(at)}")),
     "tokenizer not the checkpoint's": ("is not the checkpoint's", lambda at: sft(at, f"--tokenizer={bpe(at)}")),
-    "tokenizer missing": ("gpt2, bytes or a .tiktoken file", lambda at: pretrain(at, "--tokenizer=none.tiktoken")),
+    "tokenizer missing": ("gpt2, bytes, a .tiktoken file or a tokenizer.json", lambda at: pretrain(at, "--tokenizer=none.tiktoken")),
     "tokenizer broken": ("not a .tiktoken file", lambda at: pretrain(at, "--tokenizer=" + write(at, "a.tiktoken", "hello\n"))),
     "tokenizer with holes": ("hold every byte", lambda at: pretrain(at, "--tokenizer=" + write(at, "a.tiktoken", "YQ== 0\n"))),
 
