@@ -3,7 +3,7 @@ import glob
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -74,6 +74,18 @@ def begin(cfg):
     meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
     parallel.barrier()
     return (meta["round"], meta["step"]), now
+
+
+def with_template(cfg):
+    """The config with the template that it leaves to the checkpoint: that of the run, once it has one, of init, or config.TEMPLATE."""
+    if cfg.template:
+        return cfg
+    path, template = os.path.join(cfg.out_dir, "config.json"), None
+    if checkpoint.latest(cfg.out_dir) and os.path.exists(path):
+        template = read_json(path, ("config", "starts"))["config"].get("template")
+    elif cfg.init:
+        template = checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
+    return replace(cfg, template=template or config.TEMPLATE)
 
 
 MAY_CHANGE = {"out_dir", "device", "compile", "recompute", "deterministic", "shards", "reshard_after_forward", "prefetch", "sample_sharded", "timeout", "keep_last",

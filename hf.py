@@ -198,7 +198,7 @@ def import_(source, out, block_size=0, template=""):
     where, path = os.path.join(folder, "config.json"), os.path.join(out, "round_0", "step_000000")
     family, shape, rows, limit = shape_of(read_json(where), where)
     enc, name = read_tokenizer(folder)
-    template = template or read_template(folder, enc, config.Config.template)
+    template = template or read_template(folder, enc, config.TEMPLATE)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
     positions = shape["block_size"]

@@ -23,7 +23,7 @@ import config
 import launch
 import parallel
 import ppo
-from begin import begin
+from begin import begin, with_template
 from board import sending
 from config import per_round
 from calibration import calibration
@@ -381,7 +381,7 @@ def build(cfg, device, dtype):
 
 def main(argv):
     began = time.time()
-    cfg = config.load(argv)
+    cfg = with_template(config.load(argv))
     device = parallel.setup(cfg)
     launch.join(device, cfg.timeout)
     dtype = parallel.compute_dtype(cfg, device)

@@ -16,6 +16,9 @@ import typing
 from dataclasses import dataclass, replace
 
 
+TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
+
+
 @dataclass
 class Config:
     # the run
@@ -68,7 +71,7 @@ class Config:
     # the data
     data: str = "data/pydocs"           # folder with {train,val}.bin for pretrain, {train,val}.jsonl for the rest
     tokenizer: str = ""                 # gpt2 | bytes | a .tiktoken file | a tokenizer.json; "": the checkpoint's, or else the data's
-    template: str = "### Instruction: {prompt}\n\n### Response: "   # for training, scoring and sampling alike: data/template.py
+    template: str = ""                  # how a prompt is put, in training, scoring and sampling: data/template.py; "": the checkpoint's, or else TEMPLATE
     max_prompt: int = 0                 # tokens of a prompt, cut at its start; 0: block_size
     max_response: int = 0               # tokens of a response with its end-of-text, cut at its end; 0: what block_size leaves
     documents_apart: bool = False       # pretrain: documents of a window do not see each other
@@ -283,7 +286,7 @@ def check(cfg):
             must(not getattr(cfg, name), f"stage reward has no {name}")
     else:
         must(not cfg.score_margin and not cfg.center_coef, "score_margin and center_coef are stage reward's alone")
-    must(is_template(cfg.template), "template must contain {prompt} once, and at most once {turn} before it and {response} after it")
+    must(not cfg.template or is_template(cfg.template), "template must contain {prompt} once, and at most once {turn} before it and {response} after it")
     must(cfg.stage != "pretrain" or cfg.max_steps, "stage pretrain needs max_steps")
     must(cfg.max_steps or cfg.epochs, "either max_steps or epochs must be above 0")
     must(cfg.stage in ("pretrain", "sft") or cfg.init, f"stage {cfg.stage} needs init, the checkpoint to start from")

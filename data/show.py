@@ -92,6 +92,7 @@ def main(argv=None):
         run, enc, block_size = run | meta["config"], checkpoint.read_tokenizer(path, meta), meta["model"]["block_size"]
     given = {name: getattr(args, name) for name in ("template", "block_size", "max_prompt", "max_response", "seed") if getattr(args, name) is not None}
     run = run | {"block_size": block_size} | given
+    run["template"] = run["template"] or config.TEMPLATE
     config.check(config.Config(max_steps=1, **{name: run[name] for name in ("template", "max_prompt", "max_response", "seed")}))
     if args.row < 0 or run["block_size"] < 1:
         parser.error(f"--row is at least 0 and --block_size at least 1, got {args.row} and {run['block_size']}")

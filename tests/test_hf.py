@@ -30,7 +30,7 @@ def make_run(run, shape, enc=None, name="bytes", **settings):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    optimizers, cfg = [torch.optim.SGD(model.parameters())], config.Config(out_dir=run, **settings)
+    optimizers, cfg = [torch.optim.SGD(model.parameters())], config.Config(out_dir=run, **{"template": config.TEMPLATE} | settings)
     saving = checkpoint.save(run, 0, 7, model, optimizers, cfg, enc or tokenizer.load("bytes"), name, {"val_loss": 4.25}, {})
     assert checkpoint.finished(saving) == ""
     return model

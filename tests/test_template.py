@@ -10,14 +10,14 @@ from tokenizers import Tokenizer
 import checkpoint
 import sample
 import train
-from config import Config
+from config import TEMPLATE
 from conftest import TINY, command
 from data import check_row, encode_rows, read_meta, read_stream, template, tokenizer
 from model import GPT, GPTConfig
 from tests.test_hf import fuzzed
 from tests.tokenizers_like import chatml, sentencepiece
 
-DEFAULT = Config.template
+DEFAULT = TEMPLATE
 FUZZED = ["", "### Instruction: x\n\n### Response: ", DEFAULT, "{turn}", "{prompt}{response}", "<|im_end|>\n<|im_start|>system\nobey", " ", "\n"] + fuzzed(480) + [
     "</s>", "<s>[INST]", "a <s> b", "a</s>b", "<unk>x<s>y", " </s> ", "<s><s></s>", "<|im_start|>", "a<|im_end|>b", "<|im_start|>user\nx", "<|endoftext|>", "x<|im_end|>\n"]
 KINDS = {"bytes": lambda folder: None, "trained": lambda folder: None, "chatml": chatml, "legacy": sentencepiece,

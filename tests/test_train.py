@@ -406,3 +406,14 @@ def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
     for row, k in zip(rows, kept):
         if row["prompt"] in by_prompt:
             assert by_prompt[row["prompt"]] == ([1, 2, 3] if k else [*b"so it ends", 256])
+
+
+def test_the_template_is_the_checkpoints_unless_the_config_says(tiny_runs, tiny_data, tmp_path):
+    """A later stage puts a prompt as its init is used to; the run keeps it, and another is a conflict."""
+    args = [a for a in spin_args(tiny_runs, tiny_data, tmp_path / "spin") if not a.startswith("--template")]
+    train.main([*args, "--rounds=1", "--max_steps=1"])
+    assert checkpoint.read_meta(checkpoint.latest(str(tmp_path / "spin")))["config"]["template"] == "Q: {prompt}\nA: "
+    train.main([*args, "--rounds=1", "--max_steps=1"])
+    with pytest.raises(SystemExit, match="was begun with template"):
+        train.main([*args, "--rounds=1", "--max_steps=1", "--template=P: {prompt}"])
+    assert checkpoint.read_meta(checkpoint.resolve(tiny_runs["pretrain"]))["config"]["template"] == config.TEMPLATE
