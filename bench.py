@@ -32,7 +32,7 @@ from loss import linear_logprobs, preference_loss, sequence_logprobs
 from model import GPT, GPTConfig
 from peers import SHAPE, Plain, hf_generate, plain_logps, plain_optimizer, plain_step, transformers_model, trl_step, trl_trainer, update
 from sample import generate
-from train import make_optimizers
+from train import backward, make_optimizers
 
 REPEATS = 5
 ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz")
@@ -98,7 +98,7 @@ def flops(model, tokens, asked, pairs, backward=3):
 
 
 class Ours:
-    """A model and the trainer's own step over micro-batches."""
+    """A model and a step over micro-batches as the trainer takes it."""
 
     def __init__(self, dtype, **shape):
         from config import Config
@@ -107,7 +107,7 @@ class Ours:
 
     def step(self, batches, loss):
         losses = (loss(self.model(**{name: batch[name] for name in INPUTS if name in batch}), batch) for batch in batches)     # each made when it is its turn
-        update(losses, self.model.parameters(), self.optimizers)
+        update(self.model, losses, self.optimizers)
 
 
 def ranking_loss(rows):
@@ -290,7 +290,7 @@ def alone(what, size, side):
         hidden, weight, targets = torch.randn(2048, 256, requires_grad=True), torch.randn(size, 256, requires_grad=True), torch.randint(0, size, (2048,))
         def work():
             logps = linear_logprobs(hidden, weight, targets) if side == "ours" else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
-            update([logps.sum()])
+            backward(None, logps.sum())
         hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     else:
         rows = ragged_rows(8, K=size)

@@ -5,6 +5,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from train import backward
+
 SHAPE = dict(vocab_size=8192, block_size=1024, n_layer=4, n_head=4, n_embd=256)     # GPT-2's block
 
 
@@ -37,12 +39,12 @@ class Plain(nn.Module):
         return self.ln_f(x) @ self.wte.weight.T
 
 
-def update(losses, parameters=(), optimizers=()):
+def update(model, losses, optimizers=()):
     """The backward pass of each loss, one after the other, and a step of the optimizers."""
     for loss in losses:
-        loss.backward()
+        backward(model, loss)
     if optimizers:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -51,7 +53,7 @@ def update(losses, parameters=(), optimizers=()):
 def plain_step(model, optimizer, loss, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         value = loss(model)
-    update([value], model.parameters(), [optimizer])
+    update(model, [value], [optimizer])
 
 
 def plain_logps(model, idx, targets):
@@ -99,7 +101,7 @@ def trl_step(trainer):
     optimizer = plain_optimizer(trainer.model)
     def step():
         trainer.training_step(trainer.model, dict(trainer.batch))
-        update([], trainer.model.parameters(), [optimizer])
+        update(trainer.model, [], [optimizer])
     return step
 
 

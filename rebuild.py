@@ -11,16 +11,15 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 import checkpoint
 import config
 import launch
 import log
 import parallel
-from data import printable, read_arrays, read_json, sha256, tokenizer
-from model import GPT, GPTConfig
-from rollout import collect, made_of, prepare_teacher, reference_path, sealed
+from data import printable, read_arrays, read_json, sha256
+from rollout import collect, made_of, reference_path, sealed
+from train import build
 
 MANIFEST = {"round": int, "config": dict, "tokenizer": str, "made_of": dict, "made_by": dict, "files": dict, "sha256": str}
 
@@ -57,16 +56,9 @@ def rebuild(folder, out, given):
         say(f"warning: it was made by {'; '.join(others)}: last digits may differ, and samples after them")
 
     cfg, reference = replace(cfg, init=reference, out_dir=out), checkpoint.resolve(reference)
-    meta = checkpoint.read_meta(reference)
-    enc, shape = checkpoint.read_tokenizer(reference, meta), GPTConfig(**meta["model"] | {"scalar": False})
-    if tokenizer.fingerprint(enc) != manifest["tokenizer"]:
+    if checkpoint.read_meta(reference)["tokenizer_sha256"] != manifest["tokenizer"]:
         raise SystemExit(f"{reference} has another tokenizer than the round")
-    if cfg.stage == "spin":
-        prepare_teacher(cfg, enc, shape.block_size, device, dtype)
-    with torch.device("meta"):
-        model = GPT(shape)
-    model = parallel.wrap(model, device, dtype, cfg)
-    checkpoint.load_weights(reference, model)
+    model, enc, _ = build(cfg, device, dtype)
     collect(cfg, round, model, enc, device, dtype, say)
 
     again = os.path.join(out, f"round_{round}")

@@ -203,11 +203,10 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         *counts, asked, tokens = parallel.total([sum(m for part, m in counted if part == n) for n in range(len(mix))] + [sum(asked), sum(b["tokens"] for _, b in batches)], device)
         sums = {}
         for j, (n, batch) in enumerate(batches):
-            parallel.sync_gradients(model, j == len(batches) - 1)
             of, _, weight, objective = mix[n]
             output, batch = run(model, batch, device, needs_logits(of))
             loss, metrics = objective(output, batch, at_step(of, step, steps), beta)
-            (loss * (weight * parallel.world() / counts[n])).backward()       # FSDP means gradients over the ranks
+            backward(model, loss * (weight * parallel.world() / counts[n]), j == len(batches) - 1)       # FSDP means gradients over the ranks
             for name, value in ({"loss": weight * loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
         norm = parallel.clip_(params, cfg.grad_clip)
@@ -230,6 +229,12 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         log({"kind": "step", "round": round, "step": step} | {name: value for name, value in record.items() if name != "stop"} |
             {"lr": lr * factor, "ms": 1000 * seconds, "tokens_per_second": tokens / seconds,
              "mfu": peak and model.flops_per_token(context(batches[0][1]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
+
+
+def backward(model, loss, last=True):
+    """A micro-batch's backward pass; a step's last one reduces the gradients over the ranks. bench.py's steps, ours and the peers', take it too."""
+    parallel.sync_gradients(model, last)
+    loss.backward()
 
 
 def sound(cfg, round, step, record, history, train, enc, saving, log):
