@@ -10,7 +10,6 @@ counterpart here ends the program with its name.
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import re

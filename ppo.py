@@ -21,10 +21,10 @@ import torch
 
 import checkpoint
 import parallel
-from data import asked, batch_indices, batch_rows, encode_rows, pinned, question, read_arrays, read_json, read_rows, sha256, tokenizer, write_json, write_rows
+from data import batch_indices, batch_rows, encode_rows, pinned, question, read_arrays, read_json, read_rows, sha256, tokenizer, write_json, write_rows
 from eval import held_out, in_batches, in_tongue, reward_scores
 from loss import kl_estimates
-from rollout import by_prompt, fitting, sample_file
+from rollout import by_prompt, fitting, once, sample_file
 
 
 def collect(cfg, round, model, enc, device, dtype, say):
@@ -68,11 +68,6 @@ def collect(cfg, round, model, enc, device, dtype, say):
             row[name] = part
     say(f"round {round}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens")
     return train, val, written["report"]
-
-
-def once(rows):
-    """Rows of different prompts: a prompt has one sample a round."""
-    return list({asked(row): row for row in rows}.values())
 
 
 def evaluate(cfg, round, step, model, rows, enc, device):

@@ -120,7 +120,8 @@ def source(cfg):
 
 
 def reference_path(cfg, round):
-    """The checkpoint that is this round's reference, and the policy that samples: the round before's last, or `init`."""
+    """The checkpoint that is this round's reference, and the policy that samples: the round before's last, or `init`, which
+    rebuild.py gives for a later round too."""
     return round and checkpoint.latest(cfg.out_dir, round - 1) or checkpoint.resolve(cfg.init)
 
 
@@ -235,12 +236,17 @@ def by_prompt(path, rows, enc):
     return [answers[asked(row)] for row in rows]
 
 
+def once(rows):
+    """Rows of different questions: each is sampled once a round, however often it stands in the data."""
+    return list({asked(row): row for row in rows}.values())
+
+
 def sample_file(path, model, enc, cfg, rows, what):
     """Write one sampled response a prompt to a ranked file. Prompts are dealt to the ranks; every finished part is kept,
     and a sample is a function of (weights, seed, what, its prompt's number), so a resumed file is the same file."""
     if parallel.agree(os.path.exists(path)):
         return
-    rows = list({asked(row): row for row in rows}.values())       # one response a prompt, however often it stands in the data
+    rows = once(rows)
     seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {what}".encode()).digest()[:7], "big")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     size = max(PART, cfg.gen_batch_size * parallel.world())
