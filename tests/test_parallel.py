@@ -11,6 +11,7 @@ import time
 import torch
 
 import checkpoint
+import parallel
 import train
 from conftest import TINY, final_weights, read_metrics
 from test_train import assert_same_run, spin_args, texts
@@ -42,6 +43,17 @@ def assert_equal_up_to_rounding(a, b, tolerance):
 def pretrain_args(tiny_data, out, optimizer):
     return ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=10", "--micro_batch_tokens=192", "--lr=1e-3", f"--optimizer={optimizer}",
             "--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--weight_decay=0.1", *TINY]
+
+
+def test_tuned_products_are_float32():
+    """Whatever library this chip gets: products in bfloat16 would be 1,000 times as far off."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        parallel.tune("cpu")
+        a, b = torch.randn(256, 256), torch.randn(256, 256)
+        torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)       # 256 terms of about 1, each rounded at 6e-8 of a sum of about 16
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_pretraining(tiny_data, tmp_path):
