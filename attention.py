@@ -176,65 +176,59 @@ GROUP = {"cpu": 16, "cuda": 4096}       # rows of a cache that share a length
 
 
 class KVCache:
-    """Keys and values of every layer: column j of a row holds position j. Rows stand in groups of like length, so that work
-    grows with the tokens that are there; a group is no longer than its longest row, rounded up, since products of slices
-    would copy them first."""
+    """Keys and values of every layer. Rows stand in groups of like length, so that work grows with the tokens that are there.
+    In a group all rows end at one column, and the next token of each goes there; where a row begins, a mask says."""
 
-    def __init__(self):
+    def __init__(self, ends=()):
         self.k, self.v = {}, {}         # layer -> the groups' (b, Hkv, length, D), which make up the rows (B, ...)
-        self.used = []                  # columns in use in each group
+        self.ends = list(ends)          # the column behind each group's last tokens
 
     def store(self, layer, k, v):
-        """Whole rows, as one group."""
-        self.k[layer], self.v[layer], self.used = [k], [v], [k.shape[2]]
+        """Whole rows (B, Hkv, T, D), right-padded from `ends` on: each is a group."""
+        self.k[layer], self.v[layer] = list(k.split(1)), list(v.split(1))
 
     def rebuild(self, rows, lengths):
-        """Take over `rows`, [(cache, its row)], of so many columns each. They are grouped as they come, so sort them by length."""
+        """Take over `rows`, [(cache, its row)], of so many tokens each. They are grouped as they come, so sort them by length."""
         size = GROUP[next(iter(rows[0][0].k.values()))[0].device.type]
         spans = [slice(i, i + size) for i in range(0, len(rows), size)]
-        self.used = [max(lengths[span]) for span in spans]
-        caches, mine = {id(cache): cache for cache, _ in rows}, []
+        self.ends = [max(lengths[span]) for span in spans]
+        caches = {id(cache): cache for cache, _ in rows}
         for name in ("k", "v"):
-            mine.append({})
-            for layer in getattr(rows[0][0], name):
-                theirs = {i: [row for group in getattr(cache, name)[layer] for row in group] for i, cache in caches.items()}
-                mine[-1][layer] = [grown([theirs[id(cache)][r] for cache, r in rows[span]], used) for span, used in zip(spans, self.used)]
-        self.k, self.v = mine
+            for layer in rows[0][0].k:
+                theirs = {i: [row[:, :end] for group, end in zip(getattr(cache, name)[layer], cache.ends) for row in group] for i, cache in caches.items()}
+                getattr(self, name)[layer] = [grown([theirs[id(cache)][r] for cache, r in rows[span]], end) for span, end in zip(spans, self.ends)]
 
     def at(self, pos, window=0):
-        """Before a step: the next token of each row goes to pos (B,), and sees the last `window` up to itself; 0: all."""
-        sizes = [len(group) for group in next(iter(self.k.values()))]
-        self.used = [used + 1 for used in self.used]
-        for cache in (self.k, self.v):
-            for groups in cache.values():
-                for g, used in enumerate(self.used):
-                    if used > groups[g].shape[2]:
-                        groups[g] = grown(list(groups[g]), used)
-        self.pos = pos.split(sizes)
-        self.rows = [torch.arange(n, device=pos.device) for n in sizes]
-        behind = [p[:, None] - torch.arange(group.shape[2], device=pos.device) for group, p in zip(next(iter(self.k.values())), self.pos)]        # (b, length)
-        self.hidden = [((n < 0) | (n >= window) if window else n < 0)[:, None, None] for n in behind]          # (b, 1, 1, length)
+        """Before a step: the next token of each row stands at pos (B,) of its text, and sees the last `window` up to itself; 0: all."""
+        for groups in (*self.k.values(), *self.v.values()):
+            for g, end in enumerate(self.ends):
+                if end == groups[g].shape[2]:
+                    groups[g] = grown(groups[g], end)
+        groups = next(iter(self.k.values()))
+        self.columns, self.ends, self.masks = self.ends, [end + 1 for end in self.ends], []
+        for group, end, p in zip(groups, self.columns, pos.split([len(group) for group in groups])):
+            ago = end - torch.arange(group.shape[2], device=pos.device)          # (length,): so many tokens before this one
+            seen = (ago >= 0) & (ago <= p[:, None])                              # (b, length)
+            seen = seen & (ago < window) if window else seen
+            mask = torch.zeros(seen.shape, dtype=group.dtype, device=pos.device).masked_fill_(~seen, -math.inf)
+            self.masks.append(mask.repeat_interleave(group.shape[1], 0)[:, None])          # (b Hkv, 1, length)
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
-        sizes, out = [len(rows) for rows in self.rows], []
-        parts = (x.split(sizes) for x in (q * q.shape[-1] ** -0.5, k, v))
-        for q, k, v, K, V, rows, pos, hidden in zip(*parts, self.k[layer], self.v[layer], self.rows, self.pos, self.hidden):
-            K[rows, :, pos], V[rows, :, pos] = k, v
+        sizes, out = [len(group) for group in self.k[layer]], []
+        for q, k, v, K, V, end, mask in zip(*(x.split(sizes) for x in (q, k, v)), self.k[layer], self.v[layer], self.columns, self.masks):
+            K[:, :, end], V[:, :, end] = k, v
             b, H, S, D = K.shape
-            q, keys, values = q.reshape(b * H, -1, D), K.view(b * H, S, D), V.view(b * H, S, D)                  # q (b Hkv, g, D)
-            # of one query and float32 the library's product takes twice the time that reading the keys does
-            scores = (keys * q).sum(-1) if q.shape[1] == 1 and q.dtype == torch.float32 and q.device.type == "cpu" else q @ keys.mT
-            scores = scores.view(b, H, -1, S).masked_fill_(hidden, -math.inf)
-            out.append((torch.softmax(scores, -1).view(b * H, -1, S) @ values).view(b, -1, D))
+            scores = torch.baddbmm(mask, q.reshape(b * H, -1, D), K.view(b * H, S, D).mT, alpha=D ** -0.5)       # (b Hkv, g, S)
+            out.append((torch.softmax(scores, -1) @ V.view(b * H, S, D)).view(b, -1, D))
         return torch.cat(out)
 
 
-def grown(rows, used):
-    """Rows (Hkv, length, D) as one tensor that has room for `used` columns, rounded up."""
+def grown(rows, end):
+    """Rows (Hkv, length, D) as one tensor where all end at this column, with room behind it, rounded up."""
     H, _, D = rows[0].shape
-    whole = rows[0].new_zeros(len(rows), H, round_up(used, 64), D)
+    whole = rows[0].new_zeros(len(rows), H, round_up(end + 1, 32), D)
     for new, row in zip(whole, rows):
-        n = min(row.shape[1], whole.shape[2])
-        new[:, :n] = row[:, :n]
+        n = min(row.shape[1], end)
+        new[:, end - n:end] = row[:, row.shape[1] - n:]
     return whole

@@ -128,7 +128,7 @@ def prefill(model, prompts, coming):
     T = max(map(len, texts))
     idx = torch.tensor([[*text, *[0] * (T - len(text))] for text in texts], device=device)
     last = torch.tensor([b * T + len(text) - 1 for b, text in enumerate(texts)], device=device)
-    cache, mine = KVCache(), [rows[tuple(prompts[i])] for i in group]
+    cache, mine = KVCache(map(len, texts)), [rows[tuple(prompts[i])] for i in group]
     logits = model(idx, at=last, cache=cache)[mine]
     return group, coming[n:], logits, [(cache, b) for b in mine]
 

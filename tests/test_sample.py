@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+import attention
 import sample
+from attention import KVCache
 from conftest import command
 from model import GPT, GPTConfig
 from sample import draw, generate
@@ -55,6 +57,28 @@ def test_a_seed_fixes_the_output_whatever_the_batch(model):
     alone = generate(model, [prompts[i] for i in some], 12, temperature=0.9, top_k=50, top_p=0.95, eot=3,
                      generator=torch.Generator().manual_seed(7), numbers=some)
     assert alone == [together[i] for i in some]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [CLASSIC, MODERN, WINDOWED], ids=["classic", "modern", "windowed"])
+def test_a_cache_that_grows_says_what_whole_texts_say(config, monkeypatch):
+    """Rows of unlike lengths in groups of two, through several sizes of the cache, then dealt anew: in float64, a few hundred roundings of 2^-53."""
+    monkeypatch.setitem(attention.GROUP, "cpu", 2)
+    model = GPT(GPTConfig(**config | {"block_size": 160})).double().eval()
+    lengths = [1, 31, 32, 70]
+    texts = torch.randint(0, 97, (4, 160), generator=torch.Generator().manual_seed(0))
+    expected = model.hidden(texts)
+    prefilled, cache = KVCache(lengths), KVCache()
+    model.hidden(texts[:, :70], cache=prefilled)           # what stands behind a row's end is not seen
+    cache.rebuild([(prefilled, b) for b in range(4)], lengths)
+    rows = list(range(4))
+    for t in range(80):
+        if t == 40:         # row 1 has left, the others change places
+            again, rows = KVCache(), [0, 2, 3]
+            again.rebuild([(cache, b) for b in rows], [lengths[b] + t for b in rows])
+            cache = again
+        pos = torch.tensor([lengths[b] + t for b in rows])
+        torch.testing.assert_close(model.hidden(texts[rows, pos], pos=pos, cache=cache), expected[rows, pos], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
