@@ -3,15 +3,17 @@
     python bench.py                     # against plain PyTorch: nanoGPT's step, a forward a response, one padded forward, full logits
     python bench.py --peers             # and against transformers and TRL (bench/requirements.txt), as `make bench` does
     python bench.py pretrain sampling   # some of them; --help names all
+    python bench.py profile             # where our time goes, and how near the products come to the large one's rate
     python bench.py growth              # bench/growth.png: how the cost grows with K, prompt, vocabulary and model
     python bench.py shakespeare         # time to nanoGPT's validation loss, three seeds
 
 One thread, processor time. Ours and the peer take turns; a time is the median of the repeats, the ratio that of the paired
-repeats with its range. The floor is the FLOPs that the work needs, at the rate of this run's own large product (2048^3),
-or the bytes at this run's own copying rate. Both sides have the same allocator settings; ours has oneDNN's float32
-products (parallel.tune), a peer PyTorch's default.
+repeats with its range. The floor is the FLOPs that the work needs, at the rate of a large product (2048^3) in the same turn,
+and the bytes of a cache at that of a copy. Both sides have the same allocator settings; ours has the library that
+parallel.tune chooses for float32 products, a peer PyTorch's default.
 """
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -49,41 +51,44 @@ def seconds(work):
     return time.process_time() - start
 
 
-def take_turns(ours, peer, repeats=None):
-    """(times of ours, times of the peer), each at its own precision of float32 products."""
-    times = [], []
+def take_turns(ours, peer, need, repeats=None):
+    """(times of ours, times of the peer, floors), each at its own precision of float32 products; need: what `floor` takes. The
+    machine's rates are measured before each turn, since they change while others use the machine."""
+    times = [], [], []
     for repeat in range(-1, repeats or REPEATS):        # the first turn warms up
-        for which, work in enumerate((ours, peer)):
-            torch.set_float32_matmul_precision(OURS if which == 0 else "highest")
-            took = seconds(work)
-            if repeat >= 0:
-                times[which].append(took)
+        torch.set_float32_matmul_precision(OURS)
+        turn = [floor(*need), seconds(ours)]
+        torch.set_float32_matmul_precision("highest")
+        turn.append(seconds(peer))
+        for kept, value in zip(times, (turn[1], turn[2], turn[0]) if repeat >= 0 else ()):
+            kept.append(value)
     torch.set_float32_matmul_precision(OURS)
     return times
 
 
-def ceiling():
-    """This machine's rates, one thread: FLOPs a second of a 2048^3 product in each dtype, and bytes a second of a copy."""
-    rates = {}
-    for name, dtype in DTYPES.items():
-        a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
-        a @ b
-        rates[name] = 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(REPEATS))
-    x = torch.randn(1 << 26)
-    y = torch.empty_like(x)
-    y.copy_(x)
-    rates["bytes"] = 2 * 4 * len(x) / min(seconds(lambda: y.copy_(x)) for _ in range(REPEATS))
-    return rates
+@functools.cache
+def material(name):
+    """What a rate is measured with: two 2048 x 2048 matrices in a dtype, or two buffers of 256 MiB."""
+    return tuple(torch.randn(2048, 2048, dtype=DTYPES[name]) if name in DTYPES else torch.ones(1 << 26) for _ in "xy")
 
 
-def line(what, peer_name, times, floor, unit=None):
-    """One row of the table. unit: (tokens of the work, "tok/s")."""
-    ours, peer = (statistics.median(t) for t in times)
-    ratios = [b / a for a, b in zip(*times)]
-    speed = f"{unit / ours:8,.0f} tok/s" if unit else f"{1000 * ours:8.1f} ms"
-    other = f"{unit / peer:8,.0f} tok/s" if unit else f"{1000 * peer:8.1f} ms"
-    print(f"| {what} | {speed} | {other}, {peer_name} | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | "
-          f"{1000 * floor:.0f} ms | {100 * floor / min(times[0]):.0f} % |", flush=True)
+def rate(name):
+    """FLOPs a second of a 2048^3 product in a dtype, or bytes a second of a copy, on one thread, now."""
+    x, y = material(name)
+    return 2 * 2048**3 / seconds(lambda: x @ y) if name in DTYPES else 2 * x.nbytes / seconds(lambda: y.copy_(x))
+
+
+def floor(n_flops, dtype="fp32", n_bytes=0):
+    """Seconds that the FLOPs take at the large product's rate, and the bytes at a copy's."""
+    return n_flops / rate(dtype) + (n_bytes and n_bytes / rate("bytes"))
+
+
+def line(what, peer_name, times, tokens):
+    """One row of the table, of a work of so many tokens; medians."""
+    ours, peer, floor = (statistics.median(t) for t in times)
+    ratios, shares = [b / a for a, b, _ in zip(*times)], [c / a for a, _, c in zip(*times)]
+    print(f"| {what} | {tokens / ours:8,.0f} tok/s | {tokens / peer:8,.0f} tok/s, {peer_name} | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | "
+          f"{1000 * floor:.0f} ms | {100 * statistics.median(shares):.0f} % ({100 * min(shares):.0f}-{100 * max(shares):.0f}) |", flush=True)
 
 
 def flops(model, tokens, asked, pairs, backward=3):
@@ -108,6 +113,15 @@ class Ours:
     def step(self, batches, loss):
         losses = (loss(self.model(**{name: batch[name] for name in INPUTS if name in batch}), batch) for batch in batches)     # each made when it is its turn
         update(self.model, losses, self.optimizers)
+
+
+def windows():
+    """(idx, targets) of a pretraining step."""
+    return torch.randint(1, 8192, (8, 256)), torch.randint(1, 8192, (8, 256))
+
+
+def mean_loss(logps, batch):
+    return -logps.mean()
 
 
 def ranking_loss(rows):
@@ -154,36 +168,36 @@ def real_lengths():
 # ----------------------------------------------------------------------------------------------------------- benchmarks
 
 
-def pretrain(rates, peers):
+def pretrain(peers):
     """A pretraining step of 8 x 256 tokens."""
-    idx, targets = torch.randint(1, 8192, (8, 256)), torch.randint(1, 8192, (8, 256))
+    idx, targets = windows()
     for name, dtype in DTYPES.items():
-        ours, batches = Ours(dtype), [{"idx": idx, "targets": targets}]
+        ours = Ours(dtype)
         def step():
-            ours.step(batches, lambda logps, batch: -logps.sum() / idx.numel())
-        floor = flops(ours.model, idx.numel(), idx.numel(), idx.numel() * 257 / 2) / rates[name]
+            ours.step([{"idx": idx, "targets": targets}], mean_loss)
+        need = flops(ours.model, idx.numel(), idx.numel(), idx.numel() * 257 / 2), name
         plain = Plain(**SHAPE)
         optimizer = plain_optimizer(plain)
         def loss(model):
             return F.cross_entropy(model(idx).float().view(-1, 8192), targets.view(-1))
-        line(f"pretraining step, {name}", "nanoGPT's step", take_turns(step, lambda: plain_step(plain, optimizer, loss, dtype)), floor, idx.numel())
+        line(f"pretraining step, {name}", "nanoGPT's step", take_turns(step, lambda: plain_step(plain, optimizer, loss, dtype), need), idx.numel())
         if peers:
             hf = transformers_model()
             optimizer = plain_optimizer(hf)
-            times = take_turns(step, lambda: plain_step(hf, optimizer, lambda model: model(idx, labels=idx).loss, dtype))
-            line(f"pretraining step, {name}", "transformers", times, floor, idx.numel())
+            times = take_turns(step, lambda: plain_step(hf, optimizer, lambda model: model(idx, labels=idx).loss, dtype), need)
+            line(f"pretraining step, {name}", "transformers", times, idx.numel())
 
 
-def preference(rates, peers):
+def preference(peers):
     """A preference step of full-length rows, against a forward pass a response with full logits."""
     for K in (2, 3, 8):
         for P, R in ((128, 128), (256, 64)):
-            rows, times, floor = against_one_by_one(rates, K, P, R, n=max(2, 16 // K))
-            line(f"preference step, K={K}, prompt:response {P}:{R}", "a forward a response", times, floor, sum(len(y) for r in rows for y in r["responses"]))
+            n = max(2, 16 // K)
+            line(f"preference step, K={K}, prompt:response {P}:{R}", "a forward a response", against_one_by_one(K, P, R, n), n * K * R)
 
 
-def against_one_by_one(rates, K, P, R, n, repeats=None, **shape):
-    """(rows, times, floor) of a float32 step over n rows of a prompt of P and K responses of R tokens."""
+def against_one_by_one(K, P, R, n, repeats=None, **shape):
+    """Times of a float32 step over n rows of a prompt of P and K responses of R tokens."""
     rng, V = np.random.default_rng(0), (SHAPE | shape)["vocab_size"]
     rows = [random_row(rng, P, [R] * K, V) for _ in range(n)]
     ours, batches, loss = Ours(torch.float32, **shape), micro_batches(rows), ranking_loss(len(rows))
@@ -192,11 +206,10 @@ def against_one_by_one(rates, K, P, R, n, repeats=None, **shape):
     def one_by_one(model):
         scores = torch.stack([plain_logps(model, whole["idx"][k::K], whole["targets"][k::K]).sum(1) for k in range(K)], 1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
-    times = take_turns(lambda: ours.step(batches, loss), lambda: plain_step(plain, optimizer, one_by_one, torch.float32), repeats)
-    return rows, times, flops(ours.model, *work_of(rows)) / rates["fp32"]
+    return take_turns(lambda: ours.step(batches, loss), lambda: plain_step(plain, optimizer, one_by_one, torch.float32), (flops(ours.model, *work_of(rows)),), repeats)
 
 
-def ragged(rates, peers):
+def ragged(peers):
     """A preference step of rows of real lengths: K = 3 against one padded forward with full logits, K = 2 against TRL (whose default
     batch is 8)."""
     rows = ragged_rows(8)
@@ -205,14 +218,14 @@ def ragged(rates, peers):
         plain = Plain(**SHAPE)
         step = padded_step(plain, rows, dtype)
         tokens, asked, pairs = work_of(rows)
-        times = take_turns(lambda: ours.step(batches, loss), step)
-        line(f"8 ragged rows, K=3, {name}", "one padded forward", times, flops(ours.model, tokens, asked, pairs) / rates[name], asked)
+        times = take_turns(lambda: ours.step(batches, loss), step, (flops(ours.model, tokens, asked, pairs), name))
+        line(f"8 ragged rows, K=3, {name}", "one padded forward", times, asked)
     for n in (8, 16) if peers else ():      # the larger a batch, the more of it is padding
         rows = ragged_rows(n, K=2)
         ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
         tokens, asked, pairs = work_of(rows)
-        times = take_turns(lambda: ours.step(batches, loss), trl_step(trl_trainer(rows)))
-        line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, flops(ours.model, tokens, asked, pairs) / rates["fp32"], asked)
+        times = take_turns(lambda: ours.step(batches, loss), trl_step(trl_trainer(rows)), (flops(ours.model, tokens, asked, pairs),))
+        line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, asked)
 
 
 def ragged_rows(n, K=3):
@@ -229,25 +242,37 @@ def padded_step(plain, rows, dtype):
     return lambda: plain_step(plain, optimizer, together, dtype)
 
 
-def sampling(rates, peers):
+def sampling(peers):
     """128 new tokens for 32 prompts of 64 tokens; and 128 requests of real lengths. Against transformers alone."""
     if not peers:
         return
-    rng = np.random.default_rng(0)
-    equal = [(64, 128)] * 32
-    ragged = [(min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]]
-    for what, lengths in (("32 x 128 new tokens", equal), ("128 ragged requests", ragged)):
-        prompts, limits = [rng.integers(1, 8192, P).tolist() for P, _ in lengths], [R for _, R in lengths]
+    for what, lengths in requests().items():
+        prompts, limits = prompts_of(lengths), [R for _, R in lengths]
         for name, dtype in DTYPES.items():
             model, hf = parallel.cast(GPT(GPTConfig(**SHAPE)), dtype), transformers_model().eval().to(dtype)
-            c = model.config
-            forward = flops(model, sum(P + R for P, R in lengths), sum(limits), sum((P + R) ** 2 / 2 for P, R in lengths), backward=1)
-            read = 2 * c.n_layer * c.n_embd * dtype.itemsize * sum(P * R + R * R / 2 for P, R in lengths)
-            times = take_turns(lambda: generate(model, prompts, limits), lambda: hf_generate(hf, prompts, limits))
-            line(f"sampling {what}, {name}", "transformers' generate", times, forward / rates[name] + read / rates["bytes"], sum(limits))
+            forward, read = need_of_sampling(model, lengths, dtype)
+            times = take_turns(lambda: generate(model, prompts, limits), lambda: hf_generate(hf, prompts, limits), (forward, name, read))
+            line(f"sampling {what}, {name}", "transformers' generate", times, sum(limits))
 
 
-def spin_round(rates, peers):
+def requests():
+    """{what: [(prompt's length, new tokens)]}"""
+    return {"32 x 128 new tokens": [(64, 128)] * 32, "128 ragged requests": [(min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]]}
+
+
+def prompts_of(lengths):
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 8192, P).tolist() for P, _ in lengths]
+
+
+def need_of_sampling(model, lengths, dtype):
+    """(FLOPs, bytes): at each step the keys and values of what is there are read."""
+    c = model.config
+    forward = flops(model, sum(P + R for P, R in lengths), sum(R for _, R in lengths), sum((P + R) ** 2 / 2 for P, R in lengths), backward=1)
+    return forward, 2 * c.n_layer * c.n_embd * dtype.itemsize * sum(P * R + R * R / 2 for P, R in lengths)
+
+
+def spin_round(peers):
     """A round of self-play on 16 prompts: sample, score under the reference, one epoch of K = 2. Against TRL alone."""
     if not peers:
         return
@@ -266,10 +291,10 @@ def spin_round(rates, peers):
             trainer.compute_ref_log_probs(trainer.model, dict(trainer.batch))
         step()
     step = trl_step(trainer)
-    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(round, peer), flops(ours.model, *work_of(rows), backward=5) / rates["fp32"], sum(limits))
+    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(round, peer, (flops(ours.model, *work_of(rows), backward=5),)), sum(limits))
 
 
-def memory(rates, peers):
+def memory(peers):
     """Peak memory over idle, each side in a process of its own: of the head, and of a preference step of ragged rows."""
     for V in (8192, 50304, 128256):
         line_of_memory(f"head, 2048 tokens, V={V}", "full logits", f"head {V} ours", f"head {V} plain")
@@ -306,12 +331,45 @@ def alone(what, size, side):
     print((resident("VmHWM") - before) // 1024)
 
 
+def chip():
+    with open("/proc/cpuinfo") as f:
+        return next((text.split(":")[1].strip() for text in f if text.startswith("model name")), "an unknown chip")
+
+
 def resident(name):
     with open("/proc/self/status") as f:
         return next(int(text.split()[1]) for text in f if text.startswith(name))
 
 
-def growth(rates, peers):
+OPERATIONS = {"products with weights": ("aten::mm", "aten::addmm", "aten::addmm_"), "attention's products": ("aten::bmm", "aten::baddbmm"),
+              "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::amax"), "GELU": ("aten::gelu", "aten::gelu_backward"),
+              "copies": ("aten::copy_", "aten::cat", "aten::fill_")}
+
+
+def profile(peers):
+    """Where our time goes in float32, and at what share of the large product's rate the weights' products run, whose shapes the work sets."""
+    idx, targets = windows()
+    pretraining, ranking, rows = Ours(torch.float32), Ours(torch.float32), ragged_rows(8)
+    batches, loss, model = micro_batches(rows), ranking_loss(len(rows)), GPT(GPTConfig(**SHAPE))
+    works = {"pretraining step": (lambda: pretraining.step([{"idx": idx, "targets": targets}], mean_loss), flops(model, idx.numel(), idx.numel(), 0)),
+             "8 ragged rows, K=3": (lambda: ranking.step(batches, loss), flops(model, *work_of(rows)[:2], 0))}
+    for what, lengths in requests().items():
+        prompts, limits = prompts_of(lengths), [R for _, R in lengths]
+        works[f"sampling {what}"] = functools.partial(generate, model, prompts, limits), flops(model, sum(P + R for P, R in lengths), sum(limits), 0, backward=1)
+    for what, (work, with_weights) in works.items():
+        work()
+        large = rate("fp32")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            work()
+        times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+        spent = {name: sum(times.pop(operation, 0.0) for operation in operations) for name, operations in OPERATIONS.items()}
+        total = sum(spent.values()) + sum(times.values())
+        reached = with_weights / spent["products with weights"]
+        print(f"| {what} | {total:.2f} s | products with weights at {reached / 1e9:.0f} GFLOP/s, {100 * reached / large:.0f} % of the large one's rate | "
+              + ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in (spent | {"the rest": sum(times.values())}).items()) + " | | |", flush=True)
+
+
+def growth(peers):
     """Seconds of a preference step of four rows, ours and a forward pass a response with full logits, as one size grows."""
     import matplotlib
     matplotlib.use("Agg")
@@ -324,11 +382,11 @@ def growth(rates, peers):
         for size in sizes:
             at = start | {name: size}
             shape = dict(vocab_size=at["V"], n_layer=at["model"][0], n_embd=at["model"][1])
-            times, floor = against_one_by_one(rates, at["K"], at["P"], 128, 4, repeats=3, **shape)[1:]
+            times = against_one_by_one(at["K"], at["P"], 128, 4, repeats=3, **shape)
             x.append(size if name != "model" else 12 * size[0] * size[1] ** 2 / 1e6)
-            seconds.append([*times, [floor]])
-            print(f"| {label} {x[-1]:g} | {statistics.median(times[0]):.2f} s | {statistics.median(times[1]):.2f} s, a forward a response | "
-                  f"{statistics.median(times[1]) / statistics.median(times[0]):.2f}x | {1000 * floor:.0f} ms | {100 * floor / min(times[0]):.0f} % |", flush=True)
+            seconds.append(times)
+            ours, peer, floor = (statistics.median(t) for t in times)
+            print(f"| {label} {x[-1]:g} | {ours:.2f} s | {peer:.2f} s, a forward a response | {peer / ours:.2f}x | {1000 * floor:.0f} ms | {100 * floor / ours:.0f} % |", flush=True)
         for i, (what, style) in enumerate((("shared prompt, chunked head", "C0o-"), ("a forward a response, full logits", "C1s-"), ("floor of the FLOPs", "k:"))):
             points = [[min(s[i]), statistics.median(s[i]), max(s[i])] for s in seconds]
             ax.plot(x, [p[1] for p in points], style, label=what)
@@ -343,7 +401,7 @@ def growth(rates, peers):
     fig.savefig(os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench", "growth.png"), dpi=110)
 
 
-def shakespeare(rates, peers):
+def shakespeare(peers):
     """Training time to nanoGPT's validation loss by its own recipe for a CPU, and by ours; both through train.py."""
     text = os.path.join(os.path.dirname(ROWS), "tinyshakespeare.txt")
     if not os.path.exists(text):
@@ -366,12 +424,12 @@ def shakespeare(rates, peers):
         print(f"| Shakespeare's characters, validation loss | {ours} | {theirs}, nanoGPT's recipe | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | | |", flush=True)
 
 
-BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory, growth, shakespeare)}
+BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory, profile, growth, shakespeare)}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS) + "; none: all but growth and shakespeare")
+    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS) + "; none: all but the last three")
     parser.add_argument("--peers", action="store_true", help="and what they are measured against, which bench/requirements.txt installs")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -385,11 +443,15 @@ def main(argv=None):
     OURS = torch.get_float32_matmul_precision()
     if args.alone:
         return alone(*args.alone.split())
-    rates = ceiling()
-    print(f"one thread: {rates['fp32'] / 1e9:.0f} GFLOP/s in float32 ({OURS}), {rates['bf16'] / 1e9:.0f} in bfloat16, {rates['bytes'] / 1e9:.1f} GB/s; torch {torch.__version__}\n")
+    fp32, bf16, copy = (max(rate(name) for _ in range(REPEATS)) / 1e9 for name in ("fp32", "bf16", "bytes"))
+    print(f"one thread of {chip()}: {fp32:.0f} GFLOP/s in float32 ({OURS}), {bf16:.0f} in bfloat16, {copy:.1f} GB/s; torch {torch.__version__}")
+    if bf16 < fp32:
+        del DTYPES["bf16"]
+        print("bfloat16 is emulated on this chip: its rows are left out")
+    print()
     print("| what | ours | peer | ratio | floor | of floor |\n|---|---|---|---|---|---|")
-    for name in args.what or [n for n in BENCHMARKS if n not in ("growth", "shakespeare")]:
-        BENCHMARKS[name](rates, args.peers)
+    for name in args.what or list(BENCHMARKS)[:-3]:
+        BENCHMARKS[name](args.peers)
 
 
 if __name__ == "__main__":
