@@ -14,7 +14,6 @@ parallel.tune chooses for float32 products, a peer PyTorch's default.
 """
 import argparse
 import functools
-import gzip
 import json
 import os
 import statistics
@@ -32,12 +31,12 @@ from data import INPUTS, batch_rows, row_tokens, split_by_tokens
 from eval import score
 from loss import linear_logprobs, preference_loss, sequence_logprobs
 from model import GPT, GPTConfig
-from peers import SHAPE, Plain, hf_generate, plain_logps, plain_optimizer, plain_step, transformers_model, trl_step, trl_trainer, update
+from peers import (ROWS, SHAPE, Plain, hf_generate, padded_step, plain_logps, plain_optimizer, plain_step, prompts_of, ragged_rows, random_row, requests,
+                   transformers_model, trl_step, trl_trainer, update, windows)
 from sample import generate
 from train import backward, make_optimizers
 
 REPEATS = 5
-ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz")
 BUDGET = parallel.MICRO_BATCH_TOKENS["cpu"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,9 +72,11 @@ def material(name):
 
 
 def rate(name):
-    """FLOPs a second of a 2048^3 product in a dtype, or bytes a second of a copy, on one thread, now."""
+    """FLOPs a second of a 2048^3 product in a dtype, or bytes a second of a copy, on one thread, now: the best of three."""
     x, y = material(name)
-    return 2 * 2048**3 / seconds(lambda: x @ y) if name in DTYPES else 2 * x.nbytes / seconds(lambda: y.copy_(x))
+    if name in DTYPES:
+        return 2 * 2048**3 / min(seconds(lambda: x @ y) for _ in range(3))
+    return 2 * x.nbytes / min(seconds(lambda: y.copy_(x)) for _ in range(3))
 
 
 def floor(n_flops, dtype="fp32", n_bytes=0):
@@ -115,11 +116,6 @@ class Ours:
         update(self.model, losses, self.optimizers)
 
 
-def windows():
-    """(idx, targets) of a pretraining step."""
-    return torch.randint(1, 8192, (8, 256)), torch.randint(1, 8192, (8, 256))
-
-
 def mean_loss(logps, batch):
     return -logps.mean()
 
@@ -147,22 +143,6 @@ def work_of(rows):
         tokens, asked = tokens + P + sum(lengths) - len(lengths), asked + sum(lengths)
         pairs += P * (P + 1) / 2 + sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
     return tokens, asked, pairs
-
-
-def random_row(rng, prompt, responses, vocab_size=SHAPE["vocab_size"]):
-    ids = [rng.integers(1, vocab_size, n).tolist() for n in (prompt, *responses)]
-    return {"prompt": ids[0], "responses": [y[:-1] + [0] for y in ids[1:]], "ranks": list(range(len(responses)))}
-
-
-def real_lengths():
-    """[(prompt, responses)] in tokens, of the ranked rows with at least three responses; without them a like distribution."""
-    if os.path.exists(ROWS):
-        with gzip.open(ROWS, "rt", encoding="utf-8") as f:
-            rows = [json.loads(text) for text in f]
-        # four characters a token, the usual figure for English
-        return [(max(1, len(r["prompt"]) // 4), [max(1, len(y["text"]) // 4) for y in r["responses"][:3]]) for r in rows]
-    rng = np.random.default_rng(0)
-    return [(int(np.clip(rng.lognormal(4.4, 0.6), 8, 350)), np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400).astype(int).tolist()) for _ in range(2000)]
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmarks
@@ -228,20 +208,6 @@ def ragged(peers):
         line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, asked)
 
 
-def ragged_rows(n, K=3):
-    rng = np.random.default_rng(0)
-    fitting = [(P, lengths) for P, lengths in real_lengths() if P + max(lengths) < 1000]
-    return [random_row(rng, P, lengths[:K]) for P, lengths in (fitting[i] for i in rng.permutation(len(fitting))[:n])]
-
-
-def padded_step(plain, rows, dtype):
-    whole, optimizer = batch_rows(rows, "padded"), plain_optimizer(plain)
-    def together(model):
-        scores = plain_logps(model, whole["idx"], whole["targets"]).sum(1).view(len(rows), -1)
-        return preference_loss(scores, torch.zeros_like(scores))[0]
-    return lambda: plain_step(plain, optimizer, together, dtype)
-
-
 def sampling(peers):
     """128 new tokens for 32 prompts of 64 tokens; and 128 requests of real lengths. Against transformers alone."""
     if not peers:
@@ -253,16 +219,6 @@ def sampling(peers):
             forward, read = need_of_sampling(model, lengths, dtype)
             times = take_turns(lambda: generate(model, prompts, limits), lambda: hf_generate(hf, prompts, limits), (forward, name, read))
             line(f"sampling {what}, {name}", "transformers' generate", times, sum(limits))
-
-
-def requests():
-    """{what: [(prompt's length, new tokens)]}"""
-    return {"32 x 128 new tokens": [(64, 128)] * 32, "128 ragged requests": [(min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]]}
-
-
-def prompts_of(lengths):
-    rng = np.random.default_rng(0)
-    return [rng.integers(1, 8192, P).tolist() for P, _ in lengths]
 
 
 def need_of_sampling(model, lengths, dtype):
@@ -347,7 +303,8 @@ OPERATIONS = {"products with weights": ("aten::mm", "aten::addmm", "aten::addmm_
 
 
 def profile(peers):
-    """Where our time goes in float32, and at what share of the large product's rate the weights' products run, whose shapes the work sets."""
+    """Where our time goes in float32; and the rate of the products with weights, whose shapes the work sets, as a share of the large one's."""
+    print("\n| where the time goes, fp32 | ours | rate of products with weights | " + " | ".join(OPERATIONS) + " | the rest |\n" + "|---" * (4 + len(OPERATIONS)) + "|")
     idx, targets = windows()
     pretraining, ranking, rows = Ours(torch.float32), Ours(torch.float32), ragged_rows(8)
     batches, loss, model = micro_batches(rows), ranking_loss(len(rows)), GPT(GPTConfig(**SHAPE))
@@ -365,8 +322,8 @@ def profile(peers):
         spent = {name: sum(times.pop(operation, 0.0) for operation in operations) for name, operations in OPERATIONS.items()}
         total = sum(spent.values()) + sum(times.values())
         reached = with_weights / spent["products with weights"]
-        print(f"| {what} | {total:.2f} s | products with weights at {reached / 1e9:.0f} GFLOP/s, {100 * reached / large:.0f} % of the large one's rate | "
-              + ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in (spent | {"the rest": sum(times.values())}).items()) + " | | |", flush=True)
+        shares = [f"{100 * t / total:.0f} %" for t in (*spent.values(), sum(times.values()))]
+        print(f"| {what} | {total:.2f} s | {reached / 1e9:.0f} GFLOP/s, {100 * reached / large:.0f} % | " + " | ".join(shares) + " |", flush=True)
 
 
 def growth(peers):
@@ -429,7 +386,7 @@ BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, sp
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS) + "; none: all but the last three")
+    parser.add_argument("what", nargs="*", help=", ".join(BENCHMARKS) + "; none: all but the last two")
     parser.add_argument("--peers", action="store_true", help="and what they are measured against, which bench/requirements.txt installs")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -443,14 +400,14 @@ def main(argv=None):
     OURS = torch.get_float32_matmul_precision()
     if args.alone:
         return alone(*args.alone.split())
-    fp32, bf16, copy = (max(rate(name) for _ in range(REPEATS)) / 1e9 for name in ("fp32", "bf16", "bytes"))
+    fp32, bf16, copy = (rate(name) / 1e9 for name in ("fp32", "bf16", "bytes"))
     print(f"one thread of {chip()}: {fp32:.0f} GFLOP/s in float32 ({OURS}), {bf16:.0f} in bfloat16, {copy:.1f} GB/s; torch {torch.__version__}")
     if bf16 < fp32:
         del DTYPES["bf16"]
         print("bfloat16 is emulated on this chip: its rows are left out")
     print()
     print("| what | ours | peer | ratio | floor | of floor |\n|---|---|---|---|---|---|")
-    for name in args.what or list(BENCHMARKS)[:-3]:
+    for name in args.what or list(BENCHMARKS)[:-2]:
         BENCHMARKS[name](args.peers)
 
 

@@ -1,13 +1,61 @@
-"""What bench.py times against: nanoGPT's model and step in plain PyTorch, and transformers' and TRL's own code."""
+"""What bench.py times against, nanoGPT's model and step in plain PyTorch, and transformers' and TRL's own code; and the work that
+both sides are given."""
+import gzip
+import json
+import os
 import tempfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import batch_rows
+from loss import preference_loss
 from train import backward
 
 SHAPE = dict(vocab_size=8192, block_size=1024, n_layer=4, n_head=4, n_embd=256)     # GPT-2's block
+ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz")
+
+
+# --------------------------------------------------------------------------------------------------------------- the work
+
+
+def windows():
+    """(idx, targets) of a pretraining step."""
+    return torch.randint(1, 8192, (8, 256)), torch.randint(1, 8192, (8, 256))
+
+
+def random_row(rng, prompt, responses, vocab_size=SHAPE["vocab_size"]):
+    ids = [rng.integers(1, vocab_size, n).tolist() for n in (prompt, *responses)]
+    return {"prompt": ids[0], "responses": [y[:-1] + [0] for y in ids[1:]], "ranks": list(range(len(responses)))}
+
+
+def real_lengths():
+    """[(prompt, responses)] in tokens, of the ranked rows with at least three responses; without them a like distribution."""
+    if os.path.exists(ROWS):
+        with gzip.open(ROWS, "rt", encoding="utf-8") as f:
+            rows = [json.loads(text) for text in f]
+        # four characters a token, the usual figure for English
+        return [(max(1, len(r["prompt"]) // 4), [max(1, len(y["text"]) // 4) for y in r["responses"][:3]]) for r in rows]
+    rng = np.random.default_rng(0)
+    return [(int(np.clip(rng.lognormal(4.4, 0.6), 8, 350)), np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400).astype(int).tolist()) for _ in range(2000)]
+
+
+def ragged_rows(n, K=3):
+    rng = np.random.default_rng(0)
+    fitting = [(P, lengths) for P, lengths in real_lengths() if P + max(lengths) < 1000]
+    return [random_row(rng, P, lengths[:K]) for P, lengths in (fitting[i] for i in rng.permutation(len(fitting))[:n])]
+
+
+def requests():
+    """{what: [(prompt's length, new tokens)]}"""
+    return {"32 x 128 new tokens": [(64, 128)] * 32, "128 ragged requests": [(min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]]}
+
+
+def prompts_of(lengths):
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 8192, P).tolist() for P, _ in lengths]
 
 
 # ------------------------------------------------------------------------------------------------- the plain way to do it
@@ -63,6 +111,14 @@ def plain_logps(model, idx, targets):
 
 def plain_optimizer(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def padded_step(plain, rows, dtype):
+    whole, optimizer = batch_rows(rows, "padded"), plain_optimizer(plain)
+    def together(model):
+        scores = plain_logps(model, whole["idx"], whole["targets"]).sum(1).view(len(rows), -1)
+        return preference_loss(scores, torch.zeros_like(scores))[0]
+    return lambda: plain_step(plain, optimizer, together, dtype)
 
 
 # ----------------------------------------------------------------------------------------------- the peers' own packages

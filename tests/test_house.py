@@ -4,7 +4,7 @@ import glob
 
 OURS = {"train", "log", "board", "optim", "ppo", "rollout", "eval", "sample", "model", "attention", "loss", "parallel", "launch", "begin", "checkpoint", "data", "config", "plot", "bench", "taylor", "calibration", "frontier", "hf", "peers", "rebuild", "report"}
 MAY_IMPORT = {
-    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": {"train"},
+    "loss": set(), "attention": set(), "config": set(), "optim": set(), "parallel": set(), "plot": set(), "peers": {"train", "loss", "data"},
     "data": {"data"}, "data/show.py": {"data", "checkpoint", "config"},
     "taylor": {"plot"}, "calibration": {"eval", "data"},
     "log": {"parallel", "data"}, "board": {"parallel", "data"}, "launch": {"parallel"}, "begin": {"ppo", "checkpoint", "parallel", "data", "config"},
