@@ -56,11 +56,12 @@ def take_turns(ours, peer, need, repeats=None):
     times = [], [], []
     for repeat in range(-1, repeats or REPEATS):        # the first turn warms up
         torch.set_float32_matmul_precision(OURS)
-        turn = [floor(*need), seconds(ours)]
+        least, mine = floor(*need), seconds(ours)
         torch.set_float32_matmul_precision("highest")
-        turn.append(seconds(peer))
-        for kept, value in zip(times, (turn[1], turn[2], turn[0]) if repeat >= 0 else ()):
-            kept.append(value)
+        theirs = seconds(peer)
+        if repeat >= 0:
+            for kept, value in zip(times, (mine, theirs, least)):
+                kept.append(value)
     torch.set_float32_matmul_precision(OURS)
     return times
 
@@ -287,11 +288,6 @@ def alone(what, size, side):
     print((resident("VmHWM") - before) // 1024)
 
 
-def chip():
-    with open("/proc/cpuinfo") as f:
-        return next((text.split(":")[1].strip() for text in f if text.startswith("model name")), "an unknown chip")
-
-
 def resident(name):
     with open("/proc/self/status") as f:
         return next(int(text.split()[1]) for text in f if text.startswith(name))
@@ -401,7 +397,7 @@ def main(argv=None):
     if args.alone:
         return alone(*args.alone.split())
     fp32, bf16, copy = (rate(name) / 1e9 for name in ("fp32", "bf16", "bytes"))
-    print(f"one thread of {chip()}: {fp32:.0f} GFLOP/s in float32 ({OURS}), {bf16:.0f} in bfloat16, {copy:.1f} GB/s; torch {torch.__version__}")
+    print(f"one thread of {parallel.cpu('model name') or 'an unknown chip'}: {fp32:.0f} GFLOP/s in float32 ({OURS}), {bf16:.0f} in bfloat16, {copy:.1f} GB/s; torch {torch.__version__}")
     if bf16 < fp32:
         del DTYPES["bf16"]
         print("bfloat16 is emulated on this chip: its rows are left out")

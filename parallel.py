@@ -64,7 +64,7 @@ def tune(device, precision=""):
     model's step. What standard output cannot encode is escaped: a row's text must not end a run."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "medium" if is_amd() else "highest"))
+    torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "medium" if cpu("vendor_id") == "AuthenticAMD" else "highest"))
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         libc = ctypes.CDLL(None)
@@ -72,12 +72,13 @@ def tune(device, precision=""):
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def is_amd():
+def cpu(key):
+    """What Linux says of the processor, "vendor_id" or "model name"; "" elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
-            return "AuthenticAMD" in f.read()
+            return next((text.split(":", 1)[1].strip() for text in f if text.startswith(key)), "")
     except OSError:
-        return False
+        return ""
 
 
 def compute_dtype(cfg, device):
