@@ -18,25 +18,32 @@ class Packed:
     """Texts, one after the other. doc (n,): the row a token belongs to; branch (n,): 0 in its prompt, k >= 1 in its k-th
     response. A token sees its row's prompt and its own branch, up to itself: K responses share one prompt
     (arXiv 2410.20305). shape (B, T): B whole rows of T without branches; their keys and values go into `keep`, a KVCache.
-    window: of its text a token sees only so many, by their pos (n,), itself the last (arXiv 2310.06825); 0: all."""
+    window: of its text a token sees only so many, by their pos (n,), itself the last (arXiv 2310.06825); 0: all.
+    asked (m,): the places that are answered, rising; None: all."""
 
-    def __init__(self, doc, branch, pos=None, window=0, shape=None, keep=None):
-        self.doc, self.branch, self.pos, self.window, self.shape, self.keep = doc, branch, pos, window, shape, keep
+    def __init__(self, doc, branch, pos=None, window=0, shape=None, keep=None, asked=None):
+        self.doc, self.branch, self.pos, self.window, self.shape, self.keep, self.asked = doc, branch, pos, window, shape, keep, asked
         self.tiles = None
+
+    def only(self, asked):
+        return Packed(self.doc, self.branch, self.pos, self.window, self.shape, self.keep, asked)
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
         if self.keep is not None:
             self.keep.store(layer, *(x.unflatten(0, self.shape).transpose(1, 2) for x in (k, v)))
-        if self.shape and q.device.type == "cuda" and not self.window:
+        on_gpu = q.device.type == "cuda"
+        if self.shape and on_gpu and not self.window:
             q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))              # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-            return y.transpose(1, 2).flatten(0, 1)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, n, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)
+            return y if self.asked is None else y.index_select(0, self.asked)
+        q = q if self.asked is None else q.index_select(0, self.asked)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, m, D), (Hkv, n, D)
         if self.tiles is None:          # of the first layer, for all of them
-            self.tiles = (flex_mask(self.doc, self.branch, self.pos, self.window) if q.device.type == "cuda" else rectangle(*self.shape, q.dtype, self.window) if self.shape else
-                          attention_tiles(self.doc, self.branch, q.dtype, self.pos, self.window))
-        if q.device.type == "cuda":
+            what = self.doc, self.branch, self.pos, self.window, self.asked
+            whole = self.shape and self.asked is None
+            self.tiles = flex_mask(*what) if on_gpu else rectangle(*self.shape, q.dtype, self.window) if whole else attention_tiles(*what, q.dtype)
+        if on_gpu:
             y = flex()(q[None], k[None], v[None], block_mask=self.tiles, enable_gqa=len(q) != len(k))[0]
         else:
             y = TiledAttention.apply(q, k, v, self.tiles)
@@ -49,10 +56,11 @@ def sees(doc, branch, i, j, pos=None, window=0):
     return seen & (pos[i] - pos[j] < window) if window else seen
 
 
-def flex_mask(doc, branch, pos=None, window=0):
+def flex_mask(doc, branch, pos=None, window=0, asked=None):
     from torch.nn.attention.flex_attention import create_block_mask
     on_gpu = doc.device.type == "cuda"          # compiled, it never holds a mask of all pairs
-    return create_block_mask(lambda b, h, i, j: sees(doc, branch, i, j, pos, window), None, None, len(doc), len(doc), device=doc.device, _compile=on_gpu)
+    asked = torch.arange(len(doc), device=doc.device) if asked is None else asked
+    return create_block_mask(lambda b, h, i, j: sees(doc, branch, asked[i], j, pos, window), None, None, len(asked), len(doc), device=doc.device, _compile=on_gpu)
 
 
 @functools.cache
@@ -65,51 +73,57 @@ QUERIES = 128       # of a tile: enough for the products to run at their rate, f
 
 
 class Tile(typing.NamedTuple):
-    """Attention of the queries [i, i + R), of which those in [lo, hi) are meant, to the keys of one or two spans."""
+    """Attention of the queries [i, i + R), of which those in [lo, hi) are meant, to S keys of one or two spans."""
     i: int
     lo: int
     hi: int
     spans: list             # [(start, stop)]: of the prompt, and of the branch up to the last query
-    mask: torch.Tensor      # (R, keys) 0 or -inf
+    mask: torch.Tensor      # (R, last keys) 0 or -inf: what stands before them all queries see
 
 
-def attention_tiles(doc, branch, dtype, pos=None, window=0):
-    """Tiles that cover every pair of tokens that see each other. Short rows share a tile, and so do a long row's short
-    responses; what is longer is cut at QUERIES, and no key behind a tile's last query is touched. Sizes are rounded up by
-    tokens that the mask hides: each new size of a product costs the library's compiler a millisecond."""
+def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.float32):
+    """Tiles that cover every pair of tokens that see each other; asked (m,): the places of the queries, in rising order, if not
+    all are asked for. Short rows share a tile, and so do the end of a long prompt and its short responses; what is longer is
+    cut at QUERIES, and no key behind a tile's last query is touched. Sizes are rounded up by tokens that the mask hides: each
+    new size of a product costs the library's compiler a millisecond."""
     n = len(doc)
+    asked = torch.arange(n) if asked is None else asked
     starts = [0, *(((doc[1:] != doc[:-1]) | (branch[1:] != branch[:-1])).nonzero()[:, 0] + 1).tolist()]
     stops = [*starts[1:], n]
     docs, branches = doc[starts].tolist(), branch[starts].tolist()
-    parts = []              # (i, j, prompt's span, where the keys of its own branch begin, with whom it may share a tile)
+    edges, places = torch.searchsorted(asked, torch.tensor([*starts, n])).tolist(), asked.tolist()
+    parts = []              # (queries i to j, prompt's span, where the keys of its own branch begin, with whom it may share a tile)
     for row in [list(g) for _, g in itertools.groupby(range(len(starts)), key=lambda r: docs[r])]:
         first, last = starts[row[0]], stops[row[-1]]
         if last - first <= QUERIES:
-            parts.append((first, last, (first, first), first, "short rows"))
+            parts.append((edges[row[0]], edges[row[-1] + 1], (first, first), first, "short rows"))
             continue
-        prompt = (first, first) if branches[row[0]] else (first, stops[row[0]])
+        end = first if branches[row[0]] else stops[row[0]]              # of the prompt
         for r in row:
-            span, shares = (prompt, first) if branches[r] else ((first, first), None)
-            parts += [(i, min(i + QUERIES, stops[r]), span, starts[r], shares) for i in range(starts[r], stops[r], QUERIES)]
+            for i in range(edges[r], edges[r + 1], QUERIES):
+                j = min(i + QUERIES, edges[r + 1])
+                whole = branches[r] or places[j - 1] == end - 1         # it sees the whole prompt
+                parts.append((i, j, (first, end), max(starts[r], end), first) if whole else (i, j, (first, first), first, None))
     merged = []
     for part in parts:
-        if merged and part[4] is not None and part[4] == merged[-1][4] and part[1] - merged[-1][0] <= QUERIES:
-            merged[-1] = (merged[-1][0], part[1], *merged[-1][2:])
-        else:
+        i, j, prompt, own, shares = part
+        if merged and shares is not None and shares == merged[-1][4] and j - merged[-1][0] <= QUERIES and places[j - 1] - merged[-1][3] < QUERIES:
+            merged[-1] = (merged[-1][0], j, *merged[-1][2:])
+        elif i < j:
             merged.append(part)
     tiles, index = [], torch.arange(n)
     for i, j, prompt, own, _ in merged:
-        R = min(round_up(j - i, 32), n)
+        R = min(round_up(j - i, 32), len(asked))
         shared = prompt[1] - prompt[0]
-        S = min(round_up(shared + j - own, 64) - shared, n)
-        start, own = min(i, n - R), min(own, n - S)
-        spans = [prompt] * (shared > 0) + [(own, own + S)]
-        keys, queries = torch.cat([index[a:b] for a, b in spans]), index[start:start + R, None]
+        S = min(round_up(shared + max(places[j - 1] + 1 - own, 0), 64) - shared, n)
+        start, own = min(i, len(asked) - R), min(own, n - S)
+        spans = [(prompt[0], own + S)] if prompt[1] == own else [prompt] * (shared > 0) + [(own, own + S)] * (S > 0)
+        keys, queries = torch.cat([index[a:b] for a, b in spans]), asked[start:start + R, None]
         seen = sees(doc, branch, queries, keys, pos, window)
         seen[:, shared:] &= keys[shared:] >= prompt[1]                  # the rounding may reach back into the prompt
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)
         mask[:i - start] = mask[j - start:] = 0.0                       # no row may be empty: its softmax would be NaN
-        tiles.append(Tile(start, i - start, j - start, spans, mask))
+        tiles.append(Tile(start, i - start, j - start, spans, mask[:, (mask < 0).any(0).int().argmax():]))
     return tiles
 
 
@@ -117,7 +131,7 @@ def attention_tiles(doc, branch, dtype, pos=None, window=0):
 def rectangle(B, T, dtype, window=0):
     """Tiles of B rows of T tokens."""
     doc = torch.arange(B).repeat_interleave(T)
-    return attention_tiles(doc, torch.zeros_like(doc), dtype, torch.arange(T).repeat(B), window)
+    return attention_tiles(doc, torch.zeros_like(doc), torch.arange(T).repeat(B), window, dtype=dtype)
 
 
 def round_up(n, multiple):
@@ -135,9 +149,10 @@ class TiledAttention(torch.autograd.Function):
         q = q.unflatten(0, (len(k), -1))                                                # (Hkv, g, n, D)
         out, probs = torch.empty_like(q), []
         for i, lo, hi, spans, mask in tiles:
-            R, S = mask.shape
-            scores = (q[:, :, i:i + R].flatten(1, 2) @ take(k, spans).mT).view(len(k), -1, R, S)
-            p = torch.softmax(scores.add_(mask), -1)
+            R = len(mask)
+            scores = (q[:, :, i:i + R].flatten(1, 2) @ take(k, spans).mT).unflatten(1, (-1, R))       # (Hkv, g, R, S)
+            scores[..., -mask.shape[1]:] += mask
+            p = torch.softmax(scores, -1)
             p[:, :, :lo] = p[:, :, hi:] = 0.0
             y = (p.flatten(1, 2) @ take(v, spans)).view(len(k), -1, R, v.shape[2])
             out[:, :, i + lo:i + hi] = y[:, :, lo:hi]
@@ -153,7 +168,7 @@ class TiledAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dot = (g * out).sum(-1, keepdim=True)                                           # (Hkv, g, n, 1)
         for (i, lo, hi, spans, mask), p in zip(ctx.tiles, probs):
-            R, S = mask.shape
+            R = len(mask)
             d_out, p = g[:, :, i:i + R], p.flatten(1, 2)                                # p (Hkv, g R, S)
             d_scores = d_out.flatten(1, 2) @ take(v, spans).mT
             # dS = P (dP - rowsum(dP P)), and the sum is that of dO O
@@ -178,6 +193,8 @@ GROUP = {"cpu": 16, "cuda": 4096}       # rows of a cache that share a length
 class KVCache:
     """Keys and values of every layer. Rows stand in groups of like length, so that work grows with the tokens that are there.
     In a group all rows end at one column, and the next token of each goes there; where a row begins, a mask says."""
+
+    asked = None            # the next token of every row is
 
     def __init__(self, ends=()):
         self.k, self.v = {}, {}         # layer -> the groups' (b, Hkv, length, D), which make up the rows (B, ...)

@@ -32,7 +32,7 @@ from eval import score
 from loss import linear_logprobs, preference_loss, sequence_logprobs
 from model import GPT, GPTConfig
 from peers import (ROWS, SHAPE, Plain, hf_generate, padded_step, plain_logps, plain_optimizer, plain_step, prompts_of, ragged_rows, random_row, requests,
-                   transformers_model, trl_step, trl_trainer, update, windows)
+                   transformers_model, trl_step, trl_trainer, update, windows, work_of, work_of_requests, work_of_windows)
 from sample import generate
 from train import backward, make_optimizers
 
@@ -93,12 +93,13 @@ def line(what, peer_name, times, tokens):
           f"{1000 * floor:.0f} ms | {100 * statistics.median(shares):.0f} % ({100 * min(shares):.0f}-{100 * max(shares):.0f}) |", flush=True)
 
 
-def flops(model, tokens, asked, pairs, backward=3):
-    """Of a pass over `tokens` of which `asked` reach the head, with `pairs` of tokens that see each other; backward 3 is a
-    training step, 1 a forward pass."""
+def flops(model, work, backward=3):
+    """backward 3 is a training step, 1 a forward pass."""
     c = model.config
-    blocks = sum(p.numel() for p in model.h.parameters() if p.dim() == 2)
-    return 2 * backward * (blocks * tokens + c.padded_vocab * c.n_embd * asked + 2 * c.n_layer * c.n_embd * pairs)
+    block = sum(p.numel() for p in model.h[-1].parameters() if p.dim() == 2)
+    kv = 2 * c.n_kv_head * c.head_dim * c.n_embd
+    weights = (c.n_layer - 1) * block * work.tokens + kv * work.tokens + (block - kv) * work.places + c.padded_vocab * c.n_embd * work.asked
+    return 2 * backward * (weights + 2 * c.n_head * c.head_dim * ((c.n_layer - 1) * work.pairs + work.place_pairs))
 
 
 # ----------------------------------------------------------------------------------------------------------------- ours
@@ -136,16 +137,6 @@ def micro_batches(rows, layout="shared"):
     return [batch_rows([rows[i] for i in part], layout) for part in split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // BUDGET)))]
 
 
-def work_of(rows):
-    """(tokens, asked, pairs that see each other) of rows with shared prompts."""
-    tokens = asked = pairs = 0
-    for row in rows:
-        P, lengths = len(row["prompt"]), [len(y) for y in row["responses"]]
-        tokens, asked = tokens + P + sum(lengths) - len(lengths), asked + sum(lengths)
-        pairs += P * (P + 1) / 2 + sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
-    return tokens, asked, pairs
-
-
 # ----------------------------------------------------------------------------------------------------------- benchmarks
 
 
@@ -156,7 +147,7 @@ def pretrain(peers):
         ours = Ours(dtype)
         def step():
             ours.step([{"idx": idx, "targets": targets}], mean_loss)
-        need = flops(ours.model, idx.numel(), idx.numel(), idx.numel() * 257 / 2), name
+        need = flops(ours.model, work_of_windows(idx)), name
         plain = Plain(**SHAPE)
         optimizer = plain_optimizer(plain)
         def loss(model):
@@ -187,7 +178,7 @@ def against_one_by_one(K, P, R, n, repeats=None, **shape):
     def one_by_one(model):
         scores = torch.stack([plain_logps(model, whole["idx"][k::K], whole["targets"][k::K]).sum(1) for k in range(K)], 1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
-    return take_turns(lambda: ours.step(batches, loss), lambda: plain_step(plain, optimizer, one_by_one, torch.float32), (flops(ours.model, *work_of(rows)),), repeats)
+    return take_turns(lambda: ours.step(batches, loss), lambda: plain_step(plain, optimizer, one_by_one, torch.float32), (flops(ours.model, work_of(rows)),), repeats)
 
 
 def ragged(peers):
@@ -198,15 +189,13 @@ def ragged(peers):
         ours, batches, loss = Ours(dtype), micro_batches(rows), ranking_loss(len(rows))
         plain = Plain(**SHAPE)
         step = padded_step(plain, rows, dtype)
-        tokens, asked, pairs = work_of(rows)
-        times = take_turns(lambda: ours.step(batches, loss), step, (flops(ours.model, tokens, asked, pairs), name))
-        line(f"8 ragged rows, K=3, {name}", "one padded forward", times, asked)
+        times = take_turns(lambda: ours.step(batches, loss), step, (flops(ours.model, work_of(rows)), name))
+        line(f"8 ragged rows, K=3, {name}", "one padded forward", times, work_of(rows).asked)
     for n in (8, 16) if peers else ():      # the larger a batch, the more of it is padding
         rows = ragged_rows(n, K=2)
         ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
-        tokens, asked, pairs = work_of(rows)
-        times = take_turns(lambda: ours.step(batches, loss), trl_step(trl_trainer(rows)), (flops(ours.model, tokens, asked, pairs),))
-        line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, asked)
+        times = take_turns(lambda: ours.step(batches, loss), trl_step(trl_trainer(rows)), (flops(ours.model, work_of(rows)),))
+        line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, work_of(rows).asked)
 
 
 def sampling(peers):
@@ -225,7 +214,7 @@ def sampling(peers):
 def need_of_sampling(model, lengths, dtype):
     """(FLOPs, bytes): at each step the keys and values of what is there are read."""
     c = model.config
-    forward = flops(model, sum(P + R for P, R in lengths), sum(R for _, R in lengths), sum((P + R) ** 2 / 2 for P, R in lengths), backward=1)
+    forward = flops(model, work_of_requests(lengths), backward=1)
     return forward, 2 * c.n_layer * c.n_embd * dtype.itemsize * sum(P * R + R * R / 2 for P, R in lengths)
 
 
@@ -248,7 +237,7 @@ def spin_round(peers):
             trainer.compute_ref_log_probs(trainer.model, dict(trainer.batch))
         step()
     step = trl_step(trainer)
-    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(round, peer, (flops(ours.model, *work_of(rows), backward=5),)), sum(limits))
+    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(round, peer, (flops(ours.model, work_of(rows), backward=5),)), sum(limits))
 
 
 def memory(peers):
@@ -269,7 +258,7 @@ def alone(what, size, side):
     """One side's work in this process; prints the MiB of its peak over what stood before it."""
     size = int(size)
     if what == "head":
-        hidden, weight, targets = torch.randn(2048, 256, requires_grad=True), torch.randn(size, 256, requires_grad=True), torch.randint(0, size, (2048,))
+        hidden, weight, targets = torch.randn(2048, 256, requires_grad=True), torch.empty(size, 256).normal_(0.0, 0.02).requires_grad_(), torch.randint(0, size, (2048,))
         def work():
             logps = linear_logprobs(hidden, weight, targets) if side == "ours" else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
             backward(None, logps.sum())
@@ -304,12 +293,12 @@ def profile(peers):
     idx, targets = windows()
     pretraining, ranking, rows = Ours(torch.float32), Ours(torch.float32), ragged_rows(8)
     batches, loss, model = micro_batches(rows), ranking_loss(len(rows)), GPT(GPTConfig(**SHAPE))
-    works = {"pretraining step": (lambda: pretraining.step([{"idx": idx, "targets": targets}], mean_loss), flops(model, idx.numel(), idx.numel(), 0)),
-             "8 ragged rows, K=3": (lambda: ranking.step(batches, loss), flops(model, *work_of(rows)[:2], 0))}
+    works = {"pretraining step": (lambda: pretraining.step([{"idx": idx, "targets": targets}], mean_loss), work_of_windows(idx), 3),
+             "8 ragged rows, K=3": (lambda: ranking.step(batches, loss), work_of(rows), 3)}
     for what, lengths in requests().items():
         prompts, limits = prompts_of(lengths), [R for _, R in lengths]
-        works[f"sampling {what}"] = functools.partial(generate, model, prompts, limits), flops(model, sum(P + R for P, R in lengths), sum(limits), 0, backward=1)
-    for what, (work, with_weights) in works.items():
+        works[f"sampling {what}"] = functools.partial(generate, model, prompts, limits), work_of_requests(lengths), 1
+    for what, (work, needed, backward) in works.items():
         work()
         large = rate("fp32")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -317,7 +306,7 @@ def profile(peers):
         times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
         spent = {name: sum(times.pop(operation, 0.0) for operation in operations) for name, operations in OPERATIONS.items()}
         total = sum(spent.values()) + sum(times.values())
-        reached = with_weights / spent["products with weights"]
+        reached = flops(model, needed._replace(pairs=0, place_pairs=0), backward) / spent["products with weights"]
         shares = [f"{100 * t / total:.0f} %" for t in (*spent.values(), sum(times.values()))]
         print(f"| {what} | {total:.2f} s | {reached / 1e9:.0f} GFLOP/s, {100 * reached / large:.0f} % | " + " | ".join(shares) + " |", flush=True)
 

@@ -20,12 +20,14 @@ class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunks, n_kept):
         # hidden (n, C), weight (V, C), targets (n,)
-        logps, kept = [], []
+        logps, kept, room = [], [], None
         for part in chunks:
-            logp, d = _logprobs(hidden[part], weight, targets[part], softcap, vocab_size)
+            room = room_for(chunks, hidden, weight) if room is None else room
+            logp, d = _logprobs(hidden[part], weight, targets[part], softcap, vocab_size, room)
             logps.append(logp)
             if len(kept) < n_kept:
                 kept.append(d)
+                room = None
         ctx.save_for_backward(hidden, weight, targets, *kept)
         ctx.options = softcap, vocab_size, chunks
         return torch.cat(logps)
@@ -36,9 +38,10 @@ class LinearLogprobs(torch.autograd.Function):
         softcap, vocab_size, chunks = ctx.options
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        room = room_for(chunks, hidden, weight) if len(kept) < len(chunks) else None
         for i, part in enumerate(chunks):
             h, g = hidden[part], -grad[part, None]
-            d = kept[i] if i < len(kept) else _logprobs(h, weight, targets[part], softcap, vocab_size)[1]
+            d = kept[i] if i < len(kept) else _logprobs(h, weight, targets[part], softcap, vocab_size, room)[1]
             d_hidden[part] = (d @ weight) * g
             if d_weight.dtype == d.dtype:
                 d_weight.addmm_(d.T, h * g)
@@ -47,21 +50,26 @@ class LinearLogprobs(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _logprobs(hidden, weight, targets, softcap, vocab_size):
+def room_for(chunks, hidden, weight):
+    """For the logits of a chunk: made once, since glibc finds no place for a large buffer where one of its size was freed."""
+    return hidden.new_empty(chunks[0].stop, len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _logprobs(hidden, weight, targets, softcap, vocab_size, room):
     """Of a chunk: log-probabilities (n,), float32 or wider, and minus their gradients by the logits, p_v - [v = target] (n, V),
-    in the products' dtype. Padded ids have no probability."""
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    in the products' dtype, where it is wide enough in `room`. Padded ids have no probability."""
+    room = room[:len(hidden)]
+    logits = torch.mm(hidden, weight.T, out=room) if room.dtype == hidden.dtype else room.copy_(hidden @ weight.T)
     if softcap:
         tanh = torch.tanh(logits.div_(softcap))
-        logits = softcap * tanh
+        logits = torch.mul(tanh, softcap, out=room)
     if vocab_size < len(weight):
         logits[:, vocab_size:] = -math.inf
     top, asked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
-    d = torch.softmax(logits, -1)
-    # log-sum-exp by the most likely id, whose p is at least 1 / V; the target's may be 0
-    logps = (asked - top + d.amax(-1, keepdim=True).log()).squeeze(-1)
-    d.scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
+    d = logits.sub_(top).exp_()         # in place: a chunk is one buffer
+    total = d.sum(-1, keepdim=True)
+    logps = (asked - top - total.log()).squeeze(-1)
+    d.div_(total).scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
     if softcap:
         d *= 1 - tanh * tanh
     return logps, d.to(hidden.dtype)

@@ -157,7 +157,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, texts, layer, rope=None):
-        x = x + self.attn(self.ln_1(x), texts, layer, rope)
+        y = self.attn(self.ln_1(x), texts, layer, rope)
+        x = (x if texts.asked is None else x.index_select(0, texts.asked)) + y
         if self.config.mlp_alone:
             return self.mlp(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
@@ -203,7 +204,13 @@ class GPT(nn.Module):
         if idx.dim() == 2 and idx.shape[1] > c.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit block_size {c.block_size}")
         with torch.autocast(idx.device.type, self.products or torch.bfloat16, enabled=self.products is not None):
-            x = self.hidden(idx, pos, doc, branch, cache)
+            asked = None
+            if at is not None or read is not None and targets is None:
+                both = [places for places in (at, read) if places is not None]
+                asked, where = torch.cat(both).unique(return_inverse=True)
+                where = where.split([len(places) for places in both])
+                at, read = (None if at is None else where[0]), (None if read is None else where[-1])
+            x = self.hidden(idx, pos, doc, branch, cache, asked)
             scalars = None if read is None else self.scalars(x.flatten(0, -2).index_select(0, read))
             if read is not None and targets is None:
                 return scalars
@@ -218,8 +225,9 @@ class GPT(nn.Module):
             logits = F.linear(x, head).float()[..., :c.vocab_size]
             return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
-    def hidden(self, idx, pos=None, doc=None, branch=None, cache=None):
-        """The last layer's normalised output (..., C)."""
+    def hidden(self, idx, pos=None, doc=None, branch=None, cache=None, asked=None):
+        """The last layer's normalised output (..., C). asked (m,), rising: of these places alone (m, C); of the others, prompts
+        mostly, the last block takes no more than keys and values."""
         c = self.config
         if idx.dim() == 2:
             B, T = idx.shape
@@ -249,8 +257,10 @@ class GPT(nn.Module):
             rope = angle.cos(), angle.sin()
         x = F.dropout(x, c.dropout, self.training)
         for layer, block in enumerate(self.h):
+            if asked is not None and layer == c.n_layer - 1:
+                texts = texts.only(asked)
             x = block(x, texts, layer, rope)
-        return self.ln_f(x).view(*idx.shape, -1)
+        return self.ln_f(x).view(*(idx.shape if asked is None else asked.shape), c.n_embd)
 
     def scalars(self, x):
         """The scalar head on (r, C) -> (r,), float32 or wider; no matrix product, which autocast would round."""
@@ -263,10 +273,12 @@ class GPT(nn.Module):
     def flops_per_token(self, length=None, asked=1.0):
         """FLOPs of a training step a token: 6 a weight that is multiplied, and attention's 12 L C T
         (PaLM, arXiv 2204.02311, appendix B), T = `length` or block_size; `asked` is the share of tokens with a target,
-        which alone reach the head."""
+        which alone reach the head, and in the last block more than keys and values."""
         c = self.config
-        blocks = sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
-        return 6 * (blocks + asked * c.padded_vocab * c.n_embd) + 12 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
+        block = sum(p.numel() for p in self.h[-1].parameters() if p.dim() == 2)
+        last = block - 2 * c.n_kv_head * c.head_dim * c.n_embd
+        weights = c.n_layer * block - (1 - asked) * last + asked * c.padded_vocab * c.n_embd
+        return 6 * weights + 12 * (c.n_layer - 1 + asked) * c.n_head * c.head_dim * (length or c.block_size)
 
 
 def init_mean_std(name, shape, config):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tempfile
+import typing
 
 import numpy as np
 import torch
@@ -56,6 +57,35 @@ def requests():
 def prompts_of(lengths):
     rng = np.random.default_rng(0)
     return [rng.integers(1, 8192, P).tolist() for P, _ in lengths]
+
+
+class Work(typing.NamedTuple):
+    tokens: int             # read
+    pairs: float            # of tokens that see each other
+    places: int             # whose output is asked for: of the others the last block needs keys and values alone
+    place_pairs: float      # of such a place and what it sees
+    asked: int              # targets: a prompt's last place has one for each response
+
+
+def work_of_windows(idx):
+    n, pairs = idx.numel(), idx.numel() * (idx.shape[1] + 1) / 2
+    return Work(n, pairs, n, pairs, n)
+
+
+def work_of(rows):
+    """Work of rows with shared prompts."""
+    tokens = pairs = places = place_pairs = asked = 0
+    for row in rows:
+        P, lengths = len(row["prompt"]), [len(y) for y in row["responses"]]
+        answers = sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
+        tokens, pairs = tokens + P + sum(lengths) - len(lengths), pairs + P * (P + 1) / 2 + answers
+        places, place_pairs, asked = places + 1 + sum(lengths) - len(lengths), place_pairs + P + answers, asked + sum(lengths)
+    return Work(tokens, pairs, places, place_pairs, asked)
+
+
+def work_of_requests(lengths):
+    new = sum(R for _, R in lengths)
+    return Work(sum(P + R for P, R in lengths), sum((P + R) ** 2 / 2 for P, R in lengths), new, sum(R * (P + R / 2) for P, R in lengths), new)
 
 
 # ------------------------------------------------------------------------------------------------- the plain way to do it

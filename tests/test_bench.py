@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 import bench
+import peers
 from attention import sees
 from conftest import command
 from data import batch_rows
@@ -24,15 +25,17 @@ def test_the_plain_model_is_ours():
 
 
 def test_the_floor_counts_what_is_seen():
-    """Tokens, asked tokens and pairs, against the batch itself; FLOPs against the model's own count."""
+    """Tokens, places and pairs, against the batch itself; FLOPs against the model's own count."""
     rng = np.random.default_rng(0)
     rows = [bench.random_row(rng, P, lengths, 128) for P, lengths in ((5, [3, 9]), (17, [1, 2]), (8, [6]))]
     batch = batch_rows(rows)
-    n, index = int(batch["tokens"]), torch.arange(int(batch["tokens"]))
-    pairs = sees(batch["doc"], batch["branch"], index[:, None], index).sum()
-    assert bench.work_of(rows) == (n, len(batch["targets"]), pairs)
+    n, index, places = int(batch["tokens"]), torch.arange(int(batch["tokens"])), batch["at"].unique()
+    pairs = sees(batch["doc"], batch["branch"], index[:, None], index).sum(1)
+    assert bench.work_of(rows) == (n, pairs.sum(), len(places), pairs[places].sum(), len(batch["targets"]))
     model = GPT(GPTConfig(**SMALL))
-    assert bench.flops(model, 100, 100, 100 * 64) == 100 * model.flops_per_token(64)
+    for asked in (100, 25):
+        needed = bench.flops(model, peers.Work(100, 100 * 64, asked, asked * 64, asked))
+        assert needed == 100 * model.flops_per_token(64, asked / 100)
 
 
 def test_an_unknown_benchmark_is_one_line():

@@ -87,12 +87,15 @@ def test_tiles_cover_what_is_seen_once():
         batch = batch_rows(rows, "shared", [1, 64][seed % 2])
         n = len(batch["idx"])
         seen = torch.zeros(n, n)
-        for i, lo, hi, spans, mask in attention_tiles(batch["doc"], batch["branch"], torch.float32, batch["pos"], window):
-            keys = torch.cat([torch.arange(a, b) for a, b in spans])
-            assert mask.shape == (mask.shape[0], len(keys)) and hi - lo <= 128
-            seen[i + lo:i + hi].index_add_(1, keys, (mask[lo:hi] == 0).float())
         index = torch.arange(n)
-        assert torch.equal(seen, sees(batch["doc"], batch["branch"], index[:, None], index, batch["pos"], window).float())
+        asked = [None, batch["at"].unique(), index[torch.rand(n) < 0.3]][seed // 9 % 3]
+        for i, lo, hi, spans, mask in attention_tiles(batch["doc"], batch["branch"], batch["pos"], window, asked):
+            keys = torch.cat([index[a:b] for a, b in spans])
+            assert mask.shape[1] <= len(keys) and hi - lo <= 128
+            mask = torch.cat((torch.zeros(len(mask), len(keys) - mask.shape[1]), mask), 1)
+            seen[i + lo:i + hi].index_add_(1, keys, (mask[lo:hi] == 0).float())
+        queries = index if asked is None else asked
+        assert torch.equal(seen[:len(queries)], sees(batch["doc"], batch["branch"], queries[:, None], index, batch["pos"], window).float())
 
 
 def test_a_pack_is_no_longer_than_its_tokens():
@@ -103,15 +106,28 @@ def test_a_pack_is_no_longer_than_its_tokens():
 
 
 @pytest.mark.parametrize("window", [0, 9])
-def test_flex_attention_sees_the_same(window):
+@pytest.mark.parametrize("all_asked", [True, False])
+def test_flex_attention_sees_the_same(window, all_asked):
     """What a GPU runs, forward (on a CPU it has no backward), against the tiles."""
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     batch = batch_rows(random_rows(3, 6, 80, 3), multiple=128)
     n = len(batch["idx"])
     q, k, v = torch.randn(4, n, 16), torch.randn(2, n, 16), torch.randn(2, n, 16)
-    fast = flex.flex_attention(q[None], k[None], v[None], block_mask=attention.flex_mask(batch["doc"], batch["branch"], batch["pos"], window), enable_gqa=True)[0]
-    y = Packed(batch["doc"], batch["branch"], batch["pos"], window).attend(0, *(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+    texts = Packed(batch["doc"], batch["branch"], batch["pos"], window, asked=None if all_asked else batch["at"].unique())
+    mask = attention.flex_mask(batch["doc"], batch["branch"], batch["pos"], window, texts.asked)
+    fast = flex.flex_attention((q if all_asked else q[:, texts.asked])[None], k[None], v[None], block_mask=mask, enable_gqa=True)[0]
+    y = texts.attend(0, *(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
     torch.testing.assert_close(fast, y, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [[], [0], [59], [7, 7, 3, 41], range(60)])
+def test_what_is_asked_for_alone_is_the_same(model, asked):
+    """Of some places, in any order, more than once or none, against all of them; the last block makes those alone."""
+    model.double()
+    idx, asked = torch.randint(0, 97, (3, 20)), torch.tensor(list(asked), dtype=torch.long)
+    torch.testing.assert_close(model(idx, at=asked), model(idx).flatten(0, 1)[asked], rtol=0, atol=1e-6)         # logits are float32
+    torch.testing.assert_close(model.hidden(idx, asked=asked.unique()), model.hidden(idx).flatten(0, 1)[asked.unique()], rtol=0, atol=1e-12)
 
 
 def test_documents_apart_are_each_alone():

@@ -94,7 +94,8 @@ def test_logps_and_scalars_in_one_pass():
     idx = torch.randint(0, 257, (2, 8))
     read = torch.tensor([3, 15, 15])
     logps, scalars = model(idx, idx, read=read)
-    assert torch.equal(logps, model(idx, idx)) and torch.equal(scalars, model(idx, read=read)) and scalars[1] == scalars[2]
+    assert torch.equal(logps, model(idx, idx)) and scalars[1] == scalars[2]
+    torch.testing.assert_close(scalars, model(idx, read=read), rtol=1e-5, atol=1e-6)        # which makes two places alone
 
 
 def test_reward_metrics_by_hand():
