@@ -78,7 +78,7 @@ class Tile(typing.NamedTuple):
     lo: int
     hi: int
     spans: list             # [(start, stop)]: of the prompt, and of the branch up to the last query
-    mask: torch.Tensor      # (R, last keys) 0 or -inf: what stands before them all queries see
+    mask: torch.Tensor      # (R, last keys) 0, or too low to be seen; what stands before them all queries see
 
 
 def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.float32):
@@ -92,38 +92,42 @@ def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.flo
     stops = [*starts[1:], n]
     docs, branches = doc[starts].tolist(), branch[starts].tolist()
     edges, places = torch.searchsorted(asked, torch.tensor([*starts, n])).tolist(), asked.tolist()
-    parts = []              # (queries i to j, prompt's span, where the keys of its own branch begin, with whom it may share a tile)
+    parts = []          # (queries i to j, prompt's span, where the keys of its own branch begin, keys that all queries see, with whom it may share a tile)
     for row in [list(g) for _, g in itertools.groupby(range(len(starts)), key=lambda r: docs[r])]:
         first, last = starts[row[0]], stops[row[-1]]
         if last - first <= QUERIES:
-            parts.append((edges[row[0]], edges[row[-1] + 1], (first, first), first, "short rows"))
+            parts.append((edges[row[0]], edges[row[-1] + 1], (first, first), first, 0, "short rows"))
             continue
         end = first if branches[row[0]] else stops[row[0]]              # of the prompt
         for r in row:
             for i in range(edges[r], edges[r + 1], QUERIES):
                 j = min(i + QUERIES, edges[r + 1])
-                whole = branches[r] or places[j - 1] == end - 1         # it sees the whole prompt
-                parts.append((i, j, (first, end), max(starts[r], end), first) if whole else (i, j, (first, first), first, None))
+                if branches[r]:
+                    parts.append((i, j, (first, end), starts[r], end - first + places[i] - starts[r], first))
+                elif places[j - 1] < end - 1:
+                    parts.append((i, j, (first, first), first, places[i] - first, None))
+                else:           # the last of it sees the whole prompt, as the responses do
+                    parts.append((i, j, (first, end), end, places[i] - first, first))
     merged = []
-    for part in parts:
-        i, j, prompt, own, shares = part
-        if merged and shares is not None and shares == merged[-1][4] and j - merged[-1][0] <= QUERIES and places[j - 1] - merged[-1][3] < QUERIES:
-            merged[-1] = (merged[-1][0], j, *merged[-1][2:])
-        elif i < j:
-            merged.append(part)
+    for i, j, prompt, own, clear, shares in parts:
+        if merged and shares is not None and shares == merged[-1][5] and j - merged[-1][0] <= QUERIES and places[j - 1] - merged[-1][3] < QUERIES:
+            i, _, prompt, own, clear, _ = merged.pop()
+            clear = min(clear, prompt[1] - prompt[0])
+        if i < j:
+            merged.append((i, j, prompt, own, clear, shares))
     tiles, index = [], torch.arange(n)
-    for i, j, prompt, own, _ in merged:
+    for i, j, prompt, own, clear, _ in merged:
         R = min(round_up(j - i, 32), len(asked))
         shared = prompt[1] - prompt[0]
         S = min(round_up(shared + max(places[j - 1] + 1 - own, 0), 64) - shared, n)
+        clear = 0 if window or own > n - S else clear
         start, own = min(i, len(asked) - R), min(own, n - S)
         spans = [(prompt[0], own + S)] if prompt[1] == own else [prompt] * (shared > 0) + [(own, own + S)] * (S > 0)
-        keys, queries = torch.cat([index[a:b] for a, b in spans]), asked[start:start + R, None]
+        keys, queries = torch.cat([index[a:b] for a, b in spans])[clear:], asked[start:start + R, None]
         seen = sees(doc, branch, queries, keys, pos, window)
-        seen[:, shared:] &= keys[shared:] >= prompt[1]                  # the rounding may reach back into the prompt
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)
-        mask[:i - start] = mask[j - start:] = 0.0                       # no row may be empty: its softmax would be NaN
-        tiles.append(Tile(start, i - start, j - start, spans, mask[:, (mask < 0).any(0).int().argmax():]))
+        seen[:, max(shared - clear, 0):] &= keys[max(shared - clear, 0):] >= prompt[1]          # the rounding may reach back into the prompt
+        mask = (~seen).to(dtype) * (torch.finfo(dtype).min / 2)         # of -inf alone softmax would be NaN
+        tiles.append(Tile(start, i - start, j - start, spans, mask))
     return tiles
 
 
@@ -150,11 +154,11 @@ class TiledAttention(torch.autograd.Function):
         out, probs = torch.empty_like(q), []
         for i, lo, hi, spans, mask in tiles:
             R = len(mask)
-            scores = (q[:, :, i:i + R].flatten(1, 2) @ take(k, spans).mT).unflatten(1, (-1, R))       # (Hkv, g, R, S)
+            scores = torch.bmm(q[:, :, i:i + R].flatten(1, 2), take(k, spans).mT).unflatten(1, (-1, R))       # (Hkv, g, R, S)
             scores[..., -mask.shape[1]:] += mask
             p = torch.softmax(scores, -1)
             p[:, :, :lo] = p[:, :, hi:] = 0.0
-            y = (p.flatten(1, 2) @ take(v, spans)).view(len(k), -1, R, v.shape[2])
+            y = torch.bmm(p.flatten(1, 2), take(v, spans)).unflatten(1, (-1, R))
             out[:, :, i + lo:i + hi] = y[:, :, lo:hi]
             probs.append(p)
         ctx.save_for_backward(q, k, v, out, *probs)
@@ -169,12 +173,12 @@ class TiledAttention(torch.autograd.Function):
         dot = (g * out).sum(-1, keepdim=True)                                           # (Hkv, g, n, 1)
         for (i, lo, hi, spans, mask), p in zip(ctx.tiles, probs):
             R = len(mask)
-            d_out, p = g[:, :, i:i + R], p.flatten(1, 2)                                # p (Hkv, g R, S)
-            d_scores = d_out.flatten(1, 2) @ take(v, spans).mT
+            d_out, p = g[:, :, i:i + R].flatten(1, 2), p.flatten(1, 2)                  # (Hkv, g R, D), (Hkv, g R, S)
+            d_scores = torch.bmm(d_out, take(v, spans).mT)
             # dS = P (dP - rowsum(dP P)), and the sum is that of dO O
             d_scores.sub_(dot[:, :, i:i + R].flatten(1, 2)).mul_(p)
-            dq[:, :, i + lo:i + hi] = (d_scores @ take(k, spans)).view(len(k), -1, R, k.shape[2])[:, :, lo:hi]
-            d_k, d_v, at = d_scores.mT @ q[:, :, i:i + R].flatten(1, 2), p.mT @ d_out.flatten(1, 2), 0
+            dq[:, :, i + lo:i + hi] = torch.bmm(d_scores, take(k, spans)).unflatten(1, (-1, R))[:, :, lo:hi]
+            d_k, d_v, at = torch.bmm(d_scores.mT, q[:, :, i:i + R].flatten(1, 2)), torch.bmm(p.mT, d_out), 0
             for a, b in spans:
                 dk[:, a:b] += d_k[:, at:at + b - a]
                 dv[:, a:b] += d_v[:, at:at + b - a]
