@@ -283,7 +283,7 @@ def resident(name):
 
 
 OPERATIONS = {"products with weights": ("aten::mm", "aten::addmm", "aten::addmm_"), "attention's products": ("aten::bmm", "aten::baddbmm"),
-              "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::amax"), "GELU": ("aten::gelu", "aten::gelu_backward"),
+              "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::amax", "aten::sub_", "aten::exp_", "aten::div_"), "GELU": ("aten::gelu", "aten::gelu_backward"),
               "copies": ("aten::copy_", "aten::cat", "aten::fill_")}
 
 
