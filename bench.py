@@ -223,21 +223,31 @@ def spin_round(peers):
     if not peers:
         return
     rows = ragged_rows(16, K=2)
+    needed = flops(GPT(GPTConfig(**SHAPE)), work_of(rows), backward=5)
+    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(our_round(rows), their_round(rows), (needed,)), sum(len(r["responses"][1]) for r in rows))
+
+
+def our_round(rows):
     prompts, limits = [r["prompt"] for r in rows], [len(r["responses"][1]) for r in rows]
-    ours, hf, loss = Ours(torch.float32), transformers_model().eval(), ranking_loss(len(rows))
+    ours, loss = Ours(torch.float32), ranking_loss(len(rows))
     def round():
         sampled = generate(ours.model, prompts, limits)
         played = [row | {"responses": [row["responses"][0], y]} for row, y in zip(rows, sampled)]
         score(ours.model, played, BUDGET, torch.device("cpu"))
         ours.step(micro_batches(played), loss)
+    return round
+
+
+def their_round(rows):
+    prompts, limits = [r["prompt"] for r in rows], [len(r["responses"][1]) for r in rows]
     trainer = trl_trainer(rows)
-    def peer():
+    hf, step = transformers_model().eval(), trl_step(trainer)
+    def round():
         hf_generate(hf, prompts, limits)
         with torch.no_grad():
             trainer.compute_ref_log_probs(trainer.model, dict(trainer.batch))
         step()
-    step = trl_step(trainer)
-    line("a round of self-play, K=2, fp32", "generate + DPOTrainer", take_turns(round, peer, (flops(ours.model, work_of(rows), backward=5),)), sum(limits))
+    return round
 
 
 def memory(peers):
@@ -247,6 +257,7 @@ def memory(peers):
     line_of_memory("8 ragged rows, K=3, fp32", "one padded forward", "ragged 3 ours", "ragged 3 plain")
     if peers:
         line_of_memory("8 ragged rows, K=2, fp32", "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
+        line_of_memory("a round of self-play, K=2, fp32", "generate + DPOTrainer", "round 16 ours", "round 16 trl")
 
 
 def line_of_memory(what, peer_name, ours, peer):
@@ -263,6 +274,8 @@ def alone(what, size, side):
             logps = linear_logprobs(hidden, weight, targets) if side == "ours" else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
             backward(None, logps.sum())
         hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    elif what == "round":
+        work = (our_round if side == "ours" else their_round)(ragged_rows(size, K=2))
     else:
         rows = ragged_rows(8, K=size)
         if side == "ours":
