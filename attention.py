@@ -119,7 +119,7 @@ def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.flo
     for i, j, prompt, own, clear, _ in merged:
         R = min(round_up(j - i, 32), len(asked))
         shared = prompt[1] - prompt[0]
-        S = min(round_up(shared + max(places[j - 1] + 1 - own, 0), 64) - shared, n)
+        S = min(round_up(shared + places[j - 1] + 1 - own, 64) - shared, n)
         clear = 0 if window or own > n - S else clear
         start, own = min(i, len(asked) - R), min(own, n - S)
         spans = [(prompt[0], own + S)] if prompt[1] == own else [prompt] * (shared > 0) + [(own, own + S)] * (S > 0)

@@ -51,7 +51,7 @@ class LinearLogprobs(torch.autograd.Function):
 
 
 def room_for(chunks, hidden, weight):
-    """For the logits of a chunk: made once, since glibc finds no place for a large buffer where one of its size was freed."""
+    """For the logits of a chunk; chunks that are not kept share one: glibc finds no place for a large buffer where one of its size was freed."""
     return hidden.new_empty(chunks[0].stop, len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 

@@ -206,10 +206,8 @@ class GPT(nn.Module):
         with torch.autocast(idx.device.type, self.products or torch.bfloat16, enabled=self.products is not None):
             asked = None
             if at is not None or read is not None and targets is None:
-                both = [places for places in (at, read) if places is not None]
-                asked, where = torch.cat(both).unique(return_inverse=True)
-                where = where.split([len(places) for places in both])
-                at, read = (None if at is None else where[0]), (None if read is None else where[-1])
+                asked = torch.cat([places for places in (at, read) if places is not None]).unique()
+                at, read = (None if places is None else torch.searchsorted(asked, places) for places in (at, read))
             x = self.hidden(idx, pos, doc, branch, cache, asked)
             scalars = None if read is None else self.scalars(x.flatten(0, -2).index_select(0, read))
             if read is not None and targets is None:
@@ -227,7 +225,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, pos=None, doc=None, branch=None, cache=None, asked=None):
         """The last layer's normalised output (..., C). asked (m,), rising: of these places alone (m, C); of the others, prompts
-        mostly, the last block takes no more than keys and values."""
+        mostly, the last block takes no more than keys and values (c_attn makes their queries too, which nobody reads)."""
         c = self.config
         if idx.dim() == 2:
             B, T = idx.shape
