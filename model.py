@@ -132,18 +132,19 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, gates * config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def inner(self, x):
         x = self.c_fc(x)
         if self.config.mlp == "gelu":
-            x = F.gelu(x, approximate="tanh")
-        elif self.config.mlp == "relu":
-            x = F.relu(x)
-        elif self.config.mlp == "relu2":
-            x = F.relu(x).square()
-        else:
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
-        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+            return F.gelu(x, approximate="tanh")
+        if self.config.mlp == "relu":
+            return F.relu(x)
+        if self.config.mlp == "relu2":
+            return F.relu(x).square()
+        gate, x = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(self.inner(x)), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -214,14 +215,17 @@ class GPT(nn.Module):
                 return scalars
             if at is not None:
                 x = x.flatten(0, -2).index_select(0, at)
-            head = self.wte.weight if c.tie else self.lm_head.weight
+            if targets is None:
+                logits = self.head(x).float()[..., :c.vocab_size]
+                return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
+            weight = self.wte.weight if c.tie else self.lm_head.weight
             if c.head_bias:         # one more column of weights, whose input is 1
-                x, head = F.pad(x, (0, 1), value=1.0), torch.cat((head, self.lm_head.bias[:, None]), 1)
-            if targets is not None:
-                logps = linear_logprobs(x, head, targets, c.softcap, c.vocab_size)
-                return logps if read is None else (logps, scalars)
-            logits = F.linear(x, head).float()[..., :c.vocab_size]
-            return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
+                x, weight = F.pad(x, (0, 1), value=1.0), torch.cat((weight, self.lm_head.bias[:, None]), 1)
+            logps = linear_logprobs(x, weight, targets, c.softcap, c.vocab_size)
+            return logps if read is None else (logps, scalars)
+
+    def head(self, x):
+        return F.linear(x, self.wte.weight) if self.config.tie else self.lm_head(x)
 
     def hidden(self, idx, pos=None, doc=None, branch=None, cache=None, asked=None):
         """The last layer's normalised output (..., C). asked (m,), rising: of these places alone (m, C); of the others, prompts
