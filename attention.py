@@ -249,9 +249,9 @@ def grown(rows, end):
     """Rows (Hkv, length, D) as one tensor where all end at this column, with room behind it, rounded up."""
     H, _, D = rows[0].shape
     whole = rows[0].new_empty(len(rows), H, round_up(end + 1, 32), D)
-    whole[:, :, end:] = 0.0
+    whole[:, :, end:].zero_()
     for new, row in zip(whole, rows):
         n = min(row.shape[1], end)
-        new[:, :end - n] = 0.0
-        new[:, end - n:end] = row[:, row.shape[1] - n:]
+        new[:, :end - n].zero_()
+        new[:, end - n:end].copy_(row[:, row.shape[1] - n:])
     return whole
