@@ -15,64 +15,69 @@ KEPT_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time."""
+    """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time; for backward the first n_kept tokens' gradients by the logits stay."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunks, n_kept):
+    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk, n_kept):
         # hidden (n, C), weight (V, C), targets (n,)
-        logps, kept, room = [], [], None
-        for part in chunks:
-            room = room_for(chunks, hidden, weight) if room is None else room
-            logp, d = _logprobs(hidden[part], weight, targets[part], softcap, vocab_size, room)
-            logps.append(logp)
-            if len(kept) < n_kept:
-                kept.append(d)
-                room = None
-        ctx.save_for_backward(hidden, weight, targets, *kept)
-        ctx.options = softcap, vocab_size, chunks
-        return torch.cat(logps)
+        n, room = len(hidden), room_for(chunk, hidden, weight)
+        logps, kept = room.new_empty(n), hidden.new_empty(n_kept, len(weight))
+        for part in chunks(0, n, chunk):
+            d = kept[part] if part.stop <= n_kept else room[:part.stop - part.start]
+            logits = d if d.dtype == room.dtype else room[:len(d)]
+            logps[part] = _logprobs(hidden[part], weight, targets[part], softcap, vocab_size, logits)
+            if d is not logits:
+                d.copy_(logits)
+        ctx.save_for_backward(hidden, weight, targets, kept)
+        ctx.options = softcap, vocab_size, chunk
+        return logps
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, *kept = ctx.saved_tensors
-        softcap, vocab_size, chunks = ctx.options
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype)
-        room = room_for(chunks, hidden, weight) if len(kept) < len(chunks) else None
-        for i, part in enumerate(chunks):
-            h, g = hidden[part], -grad[part, None]
-            d = kept[i] if i < len(kept) else _logprobs(h, weight, targets[part], softcap, vocab_size, room)[1]
+        hidden, weight, targets, kept = ctx.saved_tensors
+        softcap, vocab_size, chunk = ctx.options
+        n, n_kept, room = len(hidden), len(kept), room_for(chunk, hidden, weight)
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        for part in [slice(0, n_kept)] * (n_kept > 0) + chunks(n_kept, n, chunk):
+            h, g, d = hidden[part], -grad[part, None], kept
+            if part.stop > n_kept:
+                _logprobs(h, weight, targets[part], softcap, vocab_size, room[:len(h)])
+                d = room[:len(h)].to(hidden.dtype)
             d_hidden[part] = (d @ weight) * g
-            if d_weight.dtype == d.dtype:
-                d_weight.addmm_(d.T, h * g)
+            h = (h * g).to(d.dtype)
+            if d_weight is None:
+                d_weight = (d.T @ h).to(grad.dtype)
+            elif d_weight.dtype == d.dtype:
+                d_weight.addmm_(d.T, h)
             else:
-                d_weight += d.T @ (h * g).to(d.dtype)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
+                d_weight += d.T @ h
+        return d_hidden, torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
 
 
-def room_for(chunks, hidden, weight):
-    """For the logits of a chunk; chunks that are not kept share one: glibc finds no place for a large buffer where one of its size was freed."""
-    return hidden.new_empty(chunks[0].stop, len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
+def chunks(start, stop, size):
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _logprobs(hidden, weight, targets, softcap, vocab_size, room):
-    """Of a chunk: log-probabilities (n,), float32 or wider, and minus their gradients by the logits, p_v - [v = target] (n, V),
-    in the products' dtype, where it is wide enough in `room`. Padded ids have no probability."""
-    room = room[:len(hidden)]
-    logits = torch.mm(hidden, weight.T, out=room) if room.dtype == hidden.dtype else room.copy_(hidden @ weight.T)
+def room_for(chunk, hidden, weight):
+    """For a chunk's logits; all chunks share it: glibc finds no place for a large buffer where one of its size was freed."""
+    return hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _logprobs(hidden, weight, targets, softcap, vocab_size, logits):
+    """Of a chunk: log-probabilities (n,), float32 or wider. In logits (n, V), where they are made, stay minus their gradients by the
+    logits, p_v - [v = target]. Padded ids have no probability."""
+    torch.mm(hidden, weight.T, out=logits) if logits.dtype == hidden.dtype else logits.copy_(hidden @ weight.T)
     if softcap:
         tanh = torch.tanh(logits.div_(softcap))
-        logits = torch.mul(tanh, softcap, out=room)
-    if vocab_size < len(weight):
-        logits[:, vocab_size:] = -math.inf
+        torch.mul(tanh, softcap, out=logits)
+    logits[:, vocab_size:].fill_(-math.inf)
     top, asked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
-    d = logits.sub_(top).exp_()         # in place: a chunk is one buffer
-    total = d.sum(-1, keepdim=True)
-    logps = (asked - top - total.log()).squeeze(-1)
-    d.div_(total).scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
+    p = torch.softmax(logits, -1, out=logits)
+    logps = asked - top + p.amax(-1, keepdim=True).log()        # the likeliest id's p is 1 / sum of exp(logits - top)
+    p.scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
     if softcap:
-        d *= 1 - tanh * tanh
-    return logps, d.to(hidden.dtype)
+        p *= 1 - tanh * tanh
+    return logps.squeeze(-1)
 
 
 def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk=None, kept=None):
@@ -93,10 +98,9 @@ def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk
     if device == "cpu" and targets.numel() and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
         raise ValueError(f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}")
     chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
-    chunks = [slice(i, min(i + chunk, len(t))) for i in range(0, max(1, len(t)), chunk)]
-    n_kept = (KEPT_ELEMENTS[device] if kept is None else kept) // (chunk * len(weight))
+    n_kept = min(len(t), (KEPT_ELEMENTS[device] if kept is None else kept) // (chunk * len(weight)) * chunk)
     with torch.autocast(device, enabled=False):
-        logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunks, n_kept)
+        logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunk, n_kept)
     return logps.new_zeros(targets.shape).index_put(asked, logps)
 
 

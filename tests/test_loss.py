@@ -267,17 +267,17 @@ def plain_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("chunk, kept", [(1, 7 * 37), (7, None), (7, 14 * 37 + 5), (7, 0), (1000, None)])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_linear_logprobs_equals_the_plain_one(dtype, tolerance, chunk, softcap):
-    """Odd sizes, chunks smaller and larger than the input, a padded vocabulary. bfloat16 products differ in their last of
-    8 bits, and so do gradients that were rounded once more."""
+def test_linear_logprobs_equals_the_plain_one(dtype, tolerance, chunk, kept, softcap):
+    """Odd sizes, chunks smaller and larger than the input, all, some or none of them kept, a padded vocabulary. bfloat16 products
+    differ in their last of 8 bits, and so do gradients that were rounded once more."""
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, 11, 13, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(37, 13, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     targets = torch.randint(-1, 33, (3, 11), generator=g)
     upstream = torch.rand(3, 11, generator=g).to(torch.promote_types(dtype, torch.float32))
-    fast = linear_logprobs(hidden, weight, targets, softcap=softcap, vocab_size=33, chunk=chunk)
+    fast = linear_logprobs(hidden, weight, targets, softcap=softcap, vocab_size=33, chunk=chunk, kept=kept)
     slow = plain_logprobs(hidden, weight, targets, softcap, 33)
     assert fast.dtype == upstream.dtype
     torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
