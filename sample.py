@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attention import KVCache
+from attention import KVCache, small_products
 from data import printable, question, read_rows, tokenizer, write_rows
 from data.template import begun, prompt_ids
 
@@ -53,10 +53,9 @@ def reached(weights, point):
 
 @contextlib.contextmanager
 def packed(model, rows):
-    """The model with products made for a CPU and few rows, some `rows` a step. Weights lie as oneDNN reads them, which every call
-    else brings about anew, with GELU in the same kernel (32 rows: 0.74 of the time in float32, 0.72 in bfloat16); attention's
-    products, which in float32 find their keys in memory rather than a cache, are MKL's (a quarter of the time on an AMD EPYC).
-    It holds the layers' weights twice. A GPU, sharded weights and other dtypes are left as they are."""
+    """The model with a CPU's products for some `rows` a step: weights lie as oneDNN reads them, which every call else brings about
+    anew, GELU is made in the same kernel, and attention has its `small_products`. The weights are there twice meanwhile. A GPU's,
+    sharded ones and other dtypes are left as they are."""
     weight = model.wte.weight
     dtype = model.products or weight.dtype
     if weight.device.type != "cpu" or hasattr(weight, "device_mesh") or not (torch.backends.mkldnn.is_available() and (
@@ -70,8 +69,6 @@ def packed(model, rows):
         # by name, what is done to the result
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid, bias, after, [], "tanh" if after == "gelu" else "")
 
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     changed = [(model, "head", product(weight) if model.config.tie else product(model.lm_head.weight, model.lm_head.bias))]
     for block in model.h:
         gelu = block.mlp.c_fc if model.config.mlp == "gelu" else None
@@ -80,11 +77,11 @@ def packed(model, rows):
     try:
         for module, name, made in changed:
             setattr(module, name, made)
-        yield
+        with small_products():
+            yield
     finally:
         for module, name, _ in changed:
             module.__dict__.pop(name, None)
-        torch.set_float32_matmul_precision(precision)
 
 
 PREFILL_TOKENS = 8192               # prompts are read about so many tokens at a time

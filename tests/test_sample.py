@@ -6,7 +6,7 @@ import sample
 from attention import KVCache
 from conftest import command
 from model import GPT, GPTConfig
-from sample import draw, generate
+from sample import draw, generate, packed
 from test_model import CLASSIC, MODERN, WINDOWED
 
 
@@ -115,6 +115,44 @@ def test_draw_has_the_distribution():
         assert (found[kept:] == 0).all()
         assert ((found - probs).abs() <= 5 * (probs * (1 - probs) / len(uniform)).sqrt()).all()
     assert draw(many[:1], uniform[:1], temperature=0).item() == 0
+
+
+def test_draw_is_the_inverse_of_the_cumulative_distribution():
+    """300 ids, of which the first and the last 100 have no probability, in sums of two levels: what float64 finds in one, up to
+    roundings of the uniform's own size, and never one of those 200."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, generator=g) * 3
+    logits[:100] = logits[200:] = -torch.inf
+    uniform = torch.cat([torch.rand(20_000, generator=g, dtype=torch.float64), torch.tensor([0.0, 1 - 2**-53, 1 - 2**-24], dtype=torch.float64)])
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    found = draw(logits.expand(len(uniform), -1), uniform)
+    assert 100 <= found.min() and found.max() < 200
+    for near in (-1e-6, 1e-6):
+        at_edge = torch.searchsorted(cdf, (uniform + near).clamp(0, 1 - 1e-12), right=True)
+        assert ((found - at_edge) * (1 if near < 0 else -1) >= 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [CLASSIC, MODERN, dict(CLASSIC, tie=False, head_bias=True)], ids=["classic", "modern", "head_bias"])
+@pytest.mark.parametrize("products, tolerance", [(None, 1e-5), (torch.bfloat16, 2**-6)])
+def test_packed_weights_make_the_same_logits(config, products, tolerance):
+    """Relative to the largest logit; two roundings of bfloat16 differ by up to 2^-7 of each of a few layers' outputs. Then the model is as it was."""
+    model = GPT(GPTConfig(**config)).eval()
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))         # no bias is zero
+    model.products = products
+    idx = torch.randint(0, 97, (5, 20), generator=torch.Generator().manual_seed(1))
+    plain, precision = model(idx), torch.get_float32_matmul_precision()
+    with packed(model, 5), torch.autocast("cpu", torch.bfloat16, enabled=products is not None):
+        made = model(idx)
+        assert "head" in model.__dict__ and all("forward" in block.attn.c_attn.__dict__ for block in model.h)
+    assert (made - plain).abs().max() <= tolerance * plain.abs().max()
+    with pytest.raises(KeyboardInterrupt), packed(model, 5):
+        raise KeyboardInterrupt
+    assert torch.equal(model(idx), plain) and torch.get_float32_matmul_precision() == precision
+    model.products = None
+    with packed(model.double(), 5):         # left alone
+        assert "head" not in model.__dict__
 
 
 def test_no_id_from_the_padding():
