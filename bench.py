@@ -1,4 +1,4 @@
-"""The benchmarks, beside their peers, in one run: what | ours | peer | ratio | floor | % of floor.
+"""The benchmarks, beside their peers, in one run: what | ours | peer | ratio | products alone | floor | % of floor.
 
     python bench.py                     # against plain PyTorch: nanoGPT's step, a forward a response, one padded forward, full logits
     python bench.py --peers             # and against transformers and TRL (bench/requirements.txt), as `make bench` does
@@ -8,9 +8,10 @@
     python bench.py shakespeare         # time to nanoGPT's validation loss, three seeds
 
 One thread, processor time. Ours and the peer take turns; a time is the median of the repeats, the ratio that of the paired
-repeats with its range. The floor is the FLOPs that the work needs, at the rate of a large product (2048^3) in the same turn,
-and the bytes of a cache at that of a copy. Both sides have the same allocator settings; ours has the library that
-parallel.tune chooses for float32 products, a peer PyTorch's default.
+repeats with its range. "Products alone" is what it would be if nothing of our time but the matrix products, as slow as they
+were, was left (their share by the profiler). The floor is the FLOPs that the work needs, at the rate of a large product
+(2048^3) in the same turn, and the bytes of a cache at that of a copy. Both sides have the same allocator settings; ours has
+the library that parallel.tune chooses for float32 products, a peer PyTorch's default.
 """
 import argparse
 import functools
@@ -51,8 +52,8 @@ def seconds(work):
 
 
 def take_turns(ours, peer, need, repeats=None):
-    """(times of ours, times of the peer, floors), each at its own precision of float32 products; need: what `floor` takes. The
-    machine's rates are measured before each turn, since they change while others use the machine."""
+    """(times of ours, times of the peer, floors, [products' share of ours]), each at its own precision of float32 products; need: what
+    `floor` takes. The machine's rates are measured before each turn, since they change while others use the machine."""
     times = [], [], []
     for repeat in range(-1, repeats or REPEATS):        # the first turn warms up
         torch.set_float32_matmul_precision(OURS)
@@ -63,7 +64,22 @@ def take_turns(ours, peer, need, repeats=None):
             for kept, value in zip(times, (mine, theirs, least)):
                 kept.append(value)
     torch.set_float32_matmul_precision(OURS)
-    return times
+    spent, total = by_operation(ours)
+    return *times, [sum(spent[name] for name in PRODUCTS) / total]
+
+
+OPERATIONS = {"products with weights": ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise"), "attention's products": ("aten::bmm", "aten::baddbmm"),
+              "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::amax"), "GELU": ("aten::gelu", "aten::gelu_backward"),
+              "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_")}
+PRODUCTS = list(OPERATIONS)[:2]
+
+
+def by_operation(work):
+    """({seconds of each of OPERATIONS}, of all)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
+    return {name: sum(times.get(operation, 0.0) for operation in operations) for name, operations in OPERATIONS.items()}, sum(times.values())
 
 
 @functools.cache
@@ -87,9 +103,10 @@ def floor(n_flops, dtype="fp32", n_bytes=0):
 
 def line(what, peer_name, times, tokens):
     """One row of the table, of a work of so many tokens; medians."""
-    ours, peer, floor = (statistics.median(t) for t in times)
-    ratios, shares = [b / a for a, b, _ in zip(*times)], [c / a for a, _, c in zip(*times)]
-    print(f"| {what} | {tokens / ours:8,.0f} tok/s | {tokens / peer:8,.0f} tok/s, {peer_name} | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | "
+    ours, peer, floor, products = (statistics.median(t) for t in times)
+    ratios, shares = [b / a for a, b in zip(*times[:2])], [c / a for a, _, c in zip(*times[:3])]
+    ratio = statistics.median(ratios)
+    print(f"| {what} | {tokens / ours:8,.0f} tok/s | {tokens / peer:8,.0f} tok/s, {peer_name} | {ratio:.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | {ratio / products:.2f}x | "
           f"{1000 * floor:.0f} ms | {100 * statistics.median(shares):.0f} % ({100 * min(shares):.0f}-{100 * max(shares):.0f}) |", flush=True)
 
 
@@ -262,7 +279,7 @@ def memory(peers):
 
 def line_of_memory(what, peer_name, ours, peer):
     mib = [int(subprocess.run([sys.executable, __file__, "--alone", side], capture_output=True, text=True, check=True).stdout.split()[-1]) for side in (ours, peer)]
-    print(f"| {what}: peak memory | {mib[0]:,} MiB | {mib[1]:,} MiB, {peer_name} | {mib[1] / max(1, mib[0]):.1f}x less | | |", flush=True)
+    print(f"| {what}: peak memory | {mib[0]:,} MiB | {mib[1]:,} MiB, {peer_name} | {mib[1] / max(1, mib[0]):.1f}x less | | | |", flush=True)
 
 
 def alone(what, size, side):
@@ -295,11 +312,6 @@ def resident(name):
         return next(int(text.split()[1]) for text in f if text.startswith(name))
 
 
-OPERATIONS = {"products with weights": ("aten::mm", "aten::addmm", "aten::addmm_"), "attention's products": ("aten::bmm", "aten::baddbmm"),
-              "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::amax", "aten::sub_", "aten::exp_", "aten::div_"), "GELU": ("aten::gelu", "aten::gelu_backward"),
-              "copies": ("aten::copy_", "aten::cat", "aten::fill_")}
-
-
 def profile(peers):
     """Where our time goes in float32; and the rate of the products with weights, whose shapes the work sets, as a share of the large one's."""
     print("\n| where the time goes, fp32 | ours | rate of products with weights | " + " | ".join(OPERATIONS) + " | the rest |\n" + "|---" * (4 + len(OPERATIONS)) + "|")
@@ -314,13 +326,9 @@ def profile(peers):
     for what, (work, needed, backward) in works.items():
         work()
         large = rate("fp32")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            work()
-        times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-        spent = {name: sum(times.pop(operation, 0.0) for operation in operations) for name, operations in OPERATIONS.items()}
-        total = sum(spent.values()) + sum(times.values())
+        spent, total = by_operation(work)
         reached = flops(model, needed._replace(pairs=0, place_pairs=0), backward) / spent["products with weights"]
-        shares = [f"{100 * t / total:.0f} %" for t in (*spent.values(), sum(times.values()))]
+        shares = [f"{100 * t / total:.0f} %" for t in (*spent.values(), total - sum(spent.values()))]
         print(f"| {what} | {total:.2f} s | {reached / 1e9:.0f} GFLOP/s, {100 * reached / large:.0f} % | " + " | ".join(shares) + " |", flush=True)
 
 
@@ -340,7 +348,7 @@ def growth(peers):
             times = against_one_by_one(at["K"], at["P"], 128, 4, repeats=3, **shape)
             x.append(size if name != "model" else 12 * size[0] * size[1] ** 2 / 1e6)
             seconds.append(times)
-            ours, peer, floor = (statistics.median(t) for t in times)
+            ours, peer, floor, _ = (statistics.median(t) for t in times)
             print(f"| {label} {x[-1]:g} | {ours:.2f} s | {peer:.2f} s, a forward a response | {peer / ours:.2f}x | {1000 * floor:.0f} ms | {100 * floor / ours:.0f} % |", flush=True)
         for i, (what, style) in enumerate((("shared prompt, chunked head", "C0o-"), ("a forward a response, full logits", "C1s-"), ("floor of the FLOPs", "k:"))):
             points = [[min(s[i]), statistics.median(s[i]), max(s[i])] for s in seconds]
@@ -360,7 +368,7 @@ def shakespeare(peers):
     """Training time to nanoGPT's validation loss by its own recipe for a CPU, and by ours; both through train.py."""
     text = os.path.join(os.path.dirname(ROWS), "tinyshakespeare.txt")
     if not os.path.exists(text):
-        print("| time to nanoGPT's loss | tinyshakespeare.txt is not there | | | | |")
+        print("| time to nanoGPT's loss | tinyshakespeare.txt is not there | | | | | |")
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "data.shakespeare.prepare", text, f"--out={folder}/data"], check=True, stdout=subprocess.DEVNULL)
@@ -376,7 +384,7 @@ def shakespeare(peers):
                 losses[which].append([r["val_loss"] for r in records if r["kind"] == "eval"][-1])
         ours, theirs = (f"{min(t):.0f}-{max(t):.0f} s to {min(l):.3f}-{max(l):.3f}" for t, l in zip(times, losses))
         ratios = [b / a for a, b in zip(*times)]
-        print(f"| Shakespeare's characters, validation loss | {ours} | {theirs}, nanoGPT's recipe | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | | |", flush=True)
+        print(f"| Shakespeare's characters, validation loss | {ours} | {theirs}, nanoGPT's recipe | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | | | |", flush=True)
 
 
 BENCHMARKS = {f.__name__: f for f in (pretrain, preference, ragged, sampling, spin_round, memory, profile, growth, shakespeare)}
@@ -389,9 +397,8 @@ def main(argv=None):
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    for name in args.what:
-        if name not in BENCHMARKS:
-            raise SystemExit(f"{name}: no such benchmark; there are {', '.join(BENCHMARKS)}")
+    for name in set(args.what) - set(BENCHMARKS):
+        raise SystemExit(f"{name}: no such benchmark; there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(1)
     parallel.tune("cpu")
     global OURS
@@ -404,7 +411,7 @@ def main(argv=None):
         del DTYPES["bf16"]
         print("bfloat16 is emulated on this chip: its rows are left out")
     print()
-    print("| what | ours | peer | ratio | floor | of floor |\n|---|---|---|---|---|---|")
+    print("| what | ours | peer | ratio | products alone | floor | of floor |\n|---|---|---|---|---|---|---|")
     for name in args.what or list(BENCHMARKS)[:-2]:
         BENCHMARKS[name](args.peers)
 
