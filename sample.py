@@ -6,7 +6,6 @@ r"""Batched generation with a KV cache; also a command line.
 """
 import argparse
 import contextlib
-import functools
 import os
 import sys
 
@@ -77,7 +76,7 @@ def packed(model, rows):
     try:
         for module, name, made in changed:
             setattr(module, name, made)
-        with small_products():
+        with small_products(), torch.inference_mode():      # the latter spares every operation some bookkeeping
             yield
     finally:
         for module, name, _ in changed:
