@@ -54,10 +54,10 @@ def reached(weights, point):
 def packed(model, rows):
     """The model with a CPU's products for some `rows` a step: weights lie as oneDNN reads them, which every call else brings about
     anew, GELU is made in the same kernel, and attention has its `small_products`. The weights are there twice meanwhile. A GPU's,
-    sharded ones and other dtypes are left as they are."""
+    FSDP2's and other dtypes are left as they are."""
     weight = model.wte.weight
     dtype = model.products or weight.dtype
-    if weight.device.type != "cpu" or hasattr(weight, "device_mesh") or not (torch.backends.mkldnn.is_available() and (
+    if weight.device.type != "cpu" or hasattr(model, "reshard") or not (torch.backends.mkldnn.is_available() and (
             dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())):
         yield
         return
