@@ -145,8 +145,8 @@ def round_up(n, multiple):
 
 @contextlib.contextmanager
 def small_products():
-    """Float32 products of a CPU by MKL, whatever parallel.tune has chosen for the large ones: attention's, of 64 columns and one to
-    128 rows, take oneDNN a tenth to a half longer on an AMD EPYC, and one query's three times as long."""
+    """Float32 products of a CPU by MKL, whatever parallel.tune has chosen for the large ones: attention's, of 64 columns and up to 128
+    rows, take oneDNN up to twice as long on an AMD EPYC, and one query's product with keys that no cache holds three times."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
