@@ -145,8 +145,8 @@ def round_up(n, multiple):
 
 @contextlib.contextmanager
 def small_products():
-    """Float32 products of a CPU by MKL, whatever parallel.tune has chosen for the large ones: attention's, of 64 columns and up to 128
-    rows, take oneDNN up to twice as long on an AMD EPYC, and one query's product with keys that no cache holds three times."""
+    """Float32 products of a CPU by MKL, whatever parallel.tune has chosen for the large ones: where oneDNN is the faster for those, it
+    is the slower for attention's, of few rows and a head's width, and by far for a single query's."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -267,5 +267,5 @@ def grown(rows, end):
     for new, row in zip(whole, rows):
         n = min(row.shape[1], end)
         new[:, :end - n].zero_()
-        new[:, end - n:end].copy_(row[:, row.shape[1] - n:])
+        new[:, end - n:end] = row[:, row.shape[1] - n:]
     return whole

@@ -37,21 +37,18 @@ class LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, kept = ctx.saved_tensors
         softcap, vocab_size, chunk = ctx.options
         n, n_kept, room = len(hidden), len(kept), room_for(chunk, hidden, weight)
-        d_hidden, d_weight = torch.empty_like(hidden), None
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
         for part in [slice(0, n_kept)] * (n_kept > 0) + chunks(n_kept, n, chunk):
             h, g, d = hidden[part], -grad[part, None], kept
             if part.stop > n_kept:
                 _logprobs(h, weight, targets[part], softcap, vocab_size, room[:len(h)])
                 d = room[:len(h)].to(hidden.dtype)
             d_hidden[part] = (d @ weight) * g
-            h = (h * g).to(d.dtype)
-            if d_weight is None:
-                d_weight = (d.T @ h).to(grad.dtype)
-            elif d_weight.dtype == d.dtype:
-                d_weight.addmm_(d.T, h)
+            if d_weight.dtype == d.dtype:
+                d_weight.addmm_(d.T, h * g)
             else:
-                d_weight += d.T @ h
-        return d_hidden, torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
+                d_weight += d.T @ (h * g).to(d.dtype)
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
 
 
 def chunks(start, stop, size):

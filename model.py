@@ -225,6 +225,7 @@ class GPT(nn.Module):
             return logps if read is None else (logps, scalars)
 
     def head(self, x):
+        """(..., C) -> (..., padded V): logits before the soft cap."""
         return F.linear(x, self.wte.weight) if self.config.tie else self.lm_head(x)
 
     def hidden(self, idx, pos=None, doc=None, branch=None, cache=None, asked=None):

@@ -57,22 +57,22 @@ def packed(model, rows):
     FSDP2's and other dtypes are left as they are."""
     weight = model.wte.weight
     dtype = model.products or weight.dtype
+    # FSDP2's models have `reshard`; a look at one weight would not do, which may be whole between two steps
     if weight.device.type != "cpu" or hasattr(model, "reshard") or not (torch.backends.mkldnn.is_available() and (
             dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())):
         yield
         return
 
-    def product(weight, bias=None, after="none"):
+    def product(weight, bias=None, then=("none", [], "")):
         laid = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
         bias = None if bias is None else bias.detach().to(dtype)
-        # by name, what is done to the result
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid, bias, after, [], "tanh" if after == "gelu" else "")
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid, bias, *then)
 
     changed = [(model, "head", product(weight) if model.config.tie else product(model.lm_head.weight, model.lm_head.bias))]
     for block in model.h:
         gelu = block.mlp.c_fc if model.config.mlp == "gelu" else None
         changed += [(m, "forward", product(m.weight, m.bias)) for m in block.modules() if isinstance(m, torch.nn.Linear) and m is not gelu]
-        changed += [(block.mlp, "inner", product(gelu.weight, gelu.bias, "gelu"))] if gelu else []
+        changed += [(block.mlp, "inner", product(gelu.weight, gelu.bias, ("gelu", [], "tanh")))] if gelu else []
     try:
         for module, name, made in changed:
             setattr(module, name, made)

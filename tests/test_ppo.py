@@ -268,7 +268,7 @@ def test_two_ranks_equal_one(tiny_runs, tiny_data, reward_run, tmp_path):
     """The reward model; then sampling, scoring and steps dealt to two ranks, the pretraining stream beside. The samples are the
     same ones, the sums of other order."""
     torchrun(reward_args(tiny_runs, tiny_data, f"{tmp_path}/reward", 3))
-    assert_equal_up_to_rounding(reward_run, f"{tmp_path}/reward", 2e-5)
+    assert_equal_up_to_rounding(reward_run, f"{tmp_path}/reward", 2e-5, pair=1 / 24)        # 8 rows of 3 pairs
     args = ppo_args(tiny_runs, tiny_data, f"{tmp_path}/two", "--rounds=1", f"--reward={reward_run}", "--pretrain_coef=0.5", "--pretrain_batch_size=2", "--eval_batches=1")
     torchrun(args)
     train.main([a if not a.startswith("--out_dir") else f"--out_dir={tmp_path}/one" for a in args])
