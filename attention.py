@@ -170,27 +170,25 @@ class TiledAttention(torch.autograd.Function):
             scores = torch.bmm(q[:, :, i:i + R].flatten(1, 2), take(k, spans).mT).unflatten(1, (-1, R))       # (Hkv, g, R, S)
             scores[..., -mask.shape[1]:] += mask
             p = torch.softmax(scores, -1)
-            p[:, :, :lo] = p[:, :, hi:] = 0.0
+            if hi - lo < R:
+                p[:, :, :lo] = p[:, :, hi:] = 0.0
             y = torch.bmm(p.flatten(1, 2), take(v, spans)).unflatten(1, (-1, R))
             out[:, :, i + lo:i + hi] = y[:, :, lo:hi]
             probs.append(p)
-        ctx.save_for_backward(q, k, v, out, *probs)
+        ctx.save_for_backward(q, k, v, *probs)
         ctx.tiles = tiles
         return out.flatten(0, 1)
 
     @staticmethod
     @small_products()
     def backward(ctx, grad):
-        q, k, v, out, *probs = ctx.saved_tensors
+        q, k, v, *probs = ctx.saved_tensors
         g = grad.unflatten(0, q.shape[:2])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dot = (g * out).sum(-1, keepdim=True)                                           # (Hkv, g, n, 1)
         for (i, lo, hi, spans, mask), p in zip(ctx.tiles, probs):
             R = len(mask)
             d_out, p = g[:, :, i:i + R].flatten(1, 2), p.flatten(1, 2)                  # (Hkv, g R, D), (Hkv, g R, S)
-            d_scores = torch.bmm(d_out, take(v, spans).mT)
-            # dS = P (dP - rowsum(dP P)), and the sum is that of dO O
-            d_scores.sub_(dot[:, :, i:i + R].flatten(1, 2)).mul_(p)
+            d_scores = torch._softmax_backward_data(torch.bmm(d_out, take(v, spans).mT), p, -1, p.dtype)
             dq[:, :, i + lo:i + hi] = torch.bmm(d_scores, take(k, spans)).unflatten(1, (-1, R))[:, :, lo:hi]
             d_k, d_v, at = torch.bmm(d_scores.mT, q[:, :, i:i + R].flatten(1, 2)), torch.bmm(p.mT, d_out), 0
             for a, b in spans:
