@@ -59,6 +59,7 @@ def sees(doc, branch, i, j, pos=None, window=0):
 
 def flex_mask(doc, branch, pos=None, window=0, asked=None):
     from torch.nn.attention.flex_attention import create_block_mask
+    create_block_mask = torch.compiler.set_stance("default")(create_block_mask)
     on_gpu = doc.device.type == "cuda"          # compiled, it never holds a mask of all pairs
     asked = torch.arange(len(doc), device=doc.device) if asked is None else asked
     return create_block_mask(lambda b, h, i, j: sees(doc, branch, asked[i], j, pos, window), None, None, len(asked), len(doc), device=doc.device, _compile=on_gpu)
@@ -66,8 +67,9 @@ def flex_mask(doc, branch, pos=None, window=0, asked=None):
 
 @functools.cache
 def flex():
+    """Compiled in the sampler too, which else compiles nothing: as it is, FlexAttention holds all pairs' scores."""
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compiler.set_stance("default")(torch.compile(flex_attention, dynamic=True))
 
 
 QUERIES = 128       # of a tile: enough for the products to run at their rate, few enough that the scores stay in a cache
@@ -228,7 +230,7 @@ class KVCache:
         caches = {id(cache): cache for cache, _ in rows}
         for name in ("k", "v"):
             for layer in rows[0][0].k:
-                theirs = {i: [row[:, :end] for group, end in zip(getattr(cache, name)[layer], cache.ends) for row in group] for i, cache in caches.items()}
+                theirs = {i: [row[:, :, :end] for group, end in zip(getattr(cache, name)[layer], cache.ends) for row in group.split(1)] for i, cache in caches.items()}
                 getattr(self, name)[layer] = [grown([theirs[id(cache)][r] for cache, r in rows[span]], end) for span, end in zip(spans, self.ends)]
 
     def at(self, pos, window=0):
@@ -236,7 +238,7 @@ class KVCache:
         for groups in (*self.k.values(), *self.v.values()):
             for g, end in enumerate(self.ends):
                 if end == groups[g].shape[2]:
-                    groups[g] = grown(groups[g], end)
+                    groups[g] = grown([groups[g]], end)
         groups = next(iter(self.k.values()))
         self.columns, self.ends, self.masks = self.ends, [end + 1 for end in self.ends], []
         for group, end, p in zip(groups, self.columns, pos.split([len(group) for group in groups])):
@@ -257,13 +259,14 @@ class KVCache:
         return torch.cat(out)
 
 
-def grown(rows, end):
-    """Rows (Hkv, length, D) as one tensor where all end at this column, with room behind it, rounded up."""
-    H, _, D = rows[0].shape
-    whole = rows[0].new_empty(len(rows), H, round_up(end + 1, 32), D)
+def grown(parts, end):
+    """Rows, in parts (b, Hkv, length, D), as one tensor where all end at this column, with room behind it, rounded up."""
+    _, H, _, D = parts[0].shape
+    sizes = [len(part) for part in parts]
+    whole = parts[0].new_empty(sum(sizes), H, round_up(end + 1, 32), D)
     whole[:, :, end:].zero_()
-    for new, row in zip(whole, rows):
-        n = min(row.shape[1], end)
-        new[:, :end - n].zero_()
-        new[:, end - n:end] = row[:, row.shape[1] - n:]
+    for new, part in zip(whole.split(sizes), parts):
+        n = min(part.shape[2], end)
+        new[:, :, :end - n].zero_()
+        new[:, :, end - n:end] = part[:, :, part.shape[2] - n:]
     return whole

@@ -1,3 +1,4 @@
+import functools
 import math
 import random
 
@@ -118,6 +119,21 @@ def test_flex_attention_sees_the_same(window, all_asked):
     fast = flex.flex_attention((q if all_asked else q[:, texts.asked])[None], k[None], v[None], block_mask=mask, enable_gqa=True)[0]
     y = texts.attend(0, *(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
     torch.testing.assert_close(fast, y, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flex_attention_is_compiled_while_sampling(monkeypatch):
+    """A GPU reads a windowed model's prompts by it; the sampler runs all else as it is."""
+    from torch._dynamo.testing import CompileCounter
+    counter, doc = CompileCounter(), torch.arange(4).repeat_interleave(32)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    attention.flex.cache_clear()
+    mask = attention.flex_mask(doc, torch.zeros_like(doc), torch.arange(32).repeat(4), window=5)
+    x = torch.randn(1, 2, 128, 16)
+    with torch.compiler.set_stance("force_eager"):
+        attention.flex()(x, x, x, block_mask=mask)
+    attention.flex.cache_clear()
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()
