@@ -224,14 +224,19 @@ class KVCache:
 
     def rebuild(self, rows, lengths):
         """Take over `rows`, [(cache, its row)], of so many tokens each. They are grouped as they come, so sort them by length."""
-        size = GROUP[next(iter(rows[0][0].k.values()))[0].device.type]
-        spans = [slice(i, i + size) for i in range(0, len(rows), size)]
+        first = next(iter(rows[0][0].k))
+        device = rows[0][0].k[first][0].device
+        stands = {id(cache): [(g, b) for g, group in enumerate(cache.k[first]) for b in range(len(group))] for cache, _ in rows}
+        spans = [slice(i, i + GROUP[device.type]) for i in range(0, len(rows), GROUP[device.type])]
         self.ends = [max(lengths[span]) for span in spans]
-        caches = {id(cache): cache for cache, _ in rows}
+        runs = []               # of each new group: (cache, its group, rows of that) that it takes over, one after the other
+        for span in spans:
+            placed = [(cache, *stands[id(cache)][r]) for cache, r in rows[span]]
+            runs.append([(*key, torch.tensor([b for *_, b in run], device=device)) for key, run in itertools.groupby(placed, key=lambda p: p[:2])])
         for name in ("k", "v"):
             for layer in rows[0][0].k:
-                theirs = {i: [row[:, :, :end] for group, end in zip(getattr(cache, name)[layer], cache.ends) for row in group.split(1)] for i, cache in caches.items()}
-                getattr(self, name)[layer] = [grown([theirs[id(cache)][r] for cache, r in rows[span]], end) for span, end in zip(spans, self.ends)]
+                getattr(self, name)[layer] = [grown([getattr(cache, name)[layer][g][:, :, :cache.ends[g]].index_select(0, taken) for cache, g, taken in run], end)
+                                              for run, end in zip(runs, self.ends)]
 
     def at(self, pos, window=0):
         """Before a step: the next token of each row stands at pos (B,) of its text, and sees the last `window` up to itself; 0: all."""
