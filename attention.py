@@ -31,12 +31,11 @@ class Packed:
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
-        if self.keep is not None:
-            self.keep.store(layer, *(x.unflatten(0, self.shape).transpose(1, 2) for x in (k, v)))
+        if self.keep is not None:       # copied: as they are, they would hold the queries that c_attn made with them
+            self.keep.store(layer, *(x.unflatten(0, self.shape).transpose(1, 2).contiguous() for x in (k, v)))
         on_gpu = q.device.type == "cuda"
-        if self.shape and on_gpu and not self.window:
-            q, k, v = (x.unflatten(0, self.shape).transpose(1, 2) for x in (q, k, v))              # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)
+        if self.shape and on_gpu and not 0 < self.window < self.shape[1]:
+            y = rectangular_attention(q, k, v, self.shape)
             return y if self.asked is None else y.index_select(0, self.asked)
         q = q if self.asked is None else q.index_select(0, self.asked)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, m, D), (Hkv, n, D)
@@ -44,10 +43,7 @@ class Packed:
             what = self.doc, self.branch, self.pos, self.window, self.asked
             whole = self.shape and self.asked is None
             self.tiles = flex_mask(*what) if on_gpu else rectangle(*self.shape, q.dtype, self.window) if whole else attention_tiles(*what, q.dtype)
-        if on_gpu:
-            y = flex()(q[None], k[None], v[None], block_mask=self.tiles, enable_gqa=len(q) != len(k))[0]
-        else:
-            y = TiledAttention.apply(q, k, v, self.tiles)
+        y = flex_attend(q, k, v, self.tiles) if on_gpu else TiledAttention.apply(q, k, v, self.tiles)
         return y.transpose(0, 1)
 
 
@@ -57,19 +53,40 @@ def sees(doc, branch, i, j, pos=None, window=0):
     return seen & (pos[i] - pos[j] < window) if window else seen
 
 
+def rectangular_attention(q, k, v, shape):
+    """Causal attention of B whole rows of T, shape (B, T): q (B T, H, D), k, v (B T, Hkv, D) -> (B T, H, D)."""
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))                           # (B, H, T, D)
+    if q.dtype == torch.float32:        # in which PyTorch's fused kernels know no groups of heads; the one that does holds all scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)
+
+
+@torch.no_grad()
 def flex_mask(doc, branch, pos=None, window=0, asked=None):
+    """Who sees whom, for FlexAttention. On a GPU the mask is compiled, which never holds all pairs."""
     from torch.nn.attention.flex_attention import create_block_mask
-    create_block_mask = torch.compiler.set_stance("default")(create_block_mask)
-    on_gpu = doc.device.type == "cuda"          # compiled, it never holds a mask of all pairs
+    on_gpu = doc.device.type == "cuda"
     asked = torch.arange(len(doc), device=doc.device) if asked is None else asked
-    return create_block_mask(lambda b, h, i, j: sees(doc, branch, asked[i], j, pos, window), None, None, len(asked), len(doc), device=doc.device, _compile=on_gpu)
+    return (compiled(create_block_mask) if on_gpu else create_block_mask)(
+        lambda b, h, i, j: sees(doc, branch, asked[i], j, pos, window), None, None, len(asked), len(doc), device=doc.device)
+
+
+def flex_attend(q, k, v, mask):
+    """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D). Its kernels take heads from 16 on; the one for less than 128
+    queries, which does not take every group of heads, is not used."""
+    from torch.nn.attention.flex_attention import flex_attention
+    D = q.shape[-1]
+    q, k, v = (F.pad(x, (0, max(0, 16 - D)))[None] for x in (q, k, v))
+    return compiled(flex_attention)(q, k, v, block_mask=mask, scale=D ** -0.5, enable_gqa=q.shape[1] != k.shape[1],
+                                    kernel_options={"FORCE_USE_FLEX_ATTENTION": True})[0, ..., :D]
 
 
 @functools.cache
-def flex():
-    """Compiled in the sampler too, which else compiles nothing: as it is, FlexAttention holds all pairs' scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compiler.set_stance("default")(torch.compile(flex_attention, dynamic=True))
+def compiled(function):
+    """A function of FlexAttention's, compiled for any length, in the sampler too, which else compiles nothing. Each pairing of
+    lengths, heads and gradient is compiled for itself; beyond Dynamo's limit (8) it would be run as it is, and hold all scores."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 
 
 QUERIES = 128       # of a tile: enough for the products to run at their rate, few enough that the scores stay in a cache

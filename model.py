@@ -115,7 +115,7 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = self.c_attn(x).view(len(x), -1, c.head_dim).split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)      # a GPU's autocast may norm in float32
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if c.attn_scale == "embd":

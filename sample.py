@@ -143,12 +143,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                     cache.rebuild(places, [len(prompts[it[0]]) + len(new[it[0]]) - 1 for it in there])
                 rows = [it[0] for it in there]
                 continue
-            pos = torch.tensor([len(prompts[i]) + len(new[i]) - 1 for i in rows])
-            t = torch.tensor([len(new[i]) for i in rows])
+            where, pos, t = torch.tensor([(i, len(prompts[i]) + len(new[i]) - 1, len(new[i])) for i in rows], device=device).T
             drawn = []
             for s in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
-                logits = model(ids, pos=(pos + s).clamp(max=block_size - 1).to(device), cache=cache)           # (B, V)
-                ids = draw(logits, uniform[rows, (t + s).clamp(max=longest - 1)], temperature, top_k, top_p)
+                logits = model(ids, pos=(pos + s).clamp(max=block_size - 1), cache=cache)           # (B, V)
+                ids = draw(logits, uniform[where, (t + s).clamp(max=longest - 1)], temperature, top_k, top_p)
                 drawn.append(ids)
             drawn = torch.stack(drawn, 1).tolist()
             for b in live:
