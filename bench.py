@@ -289,7 +289,7 @@ def alone(what, size, side):
         hidden, weight, targets = torch.randn(2048, 256, requires_grad=True), torch.empty(size, 256).normal_(0.0, 0.02).requires_grad_(), torch.randint(0, size, (2048,))
         def work():
             logps = linear_logprobs(hidden, weight, targets) if side == "ours" else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
-            backward(None, logps.sum())
+            backward(logps.sum())
         hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     elif what == "round":
         work = (our_round if side == "ours" else their_round)(ragged_rows(size, K=2))

@@ -44,7 +44,6 @@ def setup(cfg):
     """Choose device and precision. Returns the device."""
     if (cfg.device or "cuda") == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     elif cfg.device == "cuda":
         raise SystemExit("device is cuda, and torch sees no GPU")
     else:
@@ -53,6 +52,8 @@ def setup(cfg):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     tune(device, cfg.matmul_precision)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -61,10 +62,13 @@ def tune(device, precision=""):
     on chips with AMX or its like. On AMD's, which have none, oneDNN is up to twice as fast; on Intel's MKL is the faster
     (Cascade Lake: by a fifth of a training step). "high" is TF32 on a GPU. Where the C library is glibc, freed memory stays
     with the process: by default each step's large buffers go back to the system and are faulted in again, a fifth of a small
-    model's step. What standard output cannot encode is escaped: a row's text must not end a run."""
+    model's step. A GPU's memory is taken in segments that grow, unless the environment says, before CUDA starts: a freed buffer is no
+    room for a longer one, and batches and caches have every length. What standard output cannot encode is escaped: a row's text must not end a run."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "medium" if cpu("vendor_id") == "AuthenticAMD" else "highest"))
+    if torch.device(device).type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:        # the variable's older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         libc = ctypes.CDLL(None)
@@ -85,7 +89,7 @@ def compute_dtype(cfg, device):
     """The dtype of the products: bfloat16 where the GPU has it, unless the config says."""
     if cfg.dtype:
         return getattr(torch, cfg.dtype)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def wrap(model, device, dtype, cfg):
@@ -177,12 +181,6 @@ MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}     # on a CPU about what its 
 def micro_batch_tokens(cfg, device):
     """How many tokens a rank takes at a time."""
     return cfg.micro_batch_tokens or MICRO_BATCH_TOKENS[torch.device(device).type]
-
-
-def sync_gradients(model, on):
-    """Whether the next backward pass reduces gradients over the ranks."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
 
 
 def total(values, device):

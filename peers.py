@@ -120,7 +120,7 @@ class Plain(nn.Module):
 def update(model, losses, optimizers=()):
     """The backward pass of each loss, one after the other, and a step of the optimizers."""
     for loss in losses:
-        backward(model, loss)
+        backward(loss)
     if optimizers:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:

@@ -202,11 +202,11 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         counted = [(n, len(b["present"]) if mix[n][0].stage in PER_PROMPT else m) for (n, b), m in zip(batches, asked)]
         *counts, asked, tokens = parallel.total([sum(m for part, m in counted if part == n) for n in range(len(mix))] + [sum(asked), sum(b["tokens"] for _, b in batches)], device)
         sums = {}
-        for j, (n, batch) in enumerate(batches):
+        for n, batch in batches:
             of, _, weight, objective = mix[n]
             output, batch = run(model, batch, device, needs_logits(of))
             loss, metrics = objective(output, batch, at_step(of, step, steps), beta)
-            backward(model, loss * (weight * parallel.world() / counts[n]), j == len(batches) - 1)       # FSDP means gradients over the ranks
+            backward(loss * (weight * parallel.world() / counts[n]))       # FSDP means gradients over the ranks
             for name, value in ({"loss": weight * loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
         norm = parallel.clip_(params, cfg.grad_clip)
@@ -231,9 +231,9 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
              "mfu": peak and model.flops_per_token(context(batches[0][1]), asked / tokens) * tokens / seconds / peak / parallel.world()}, steps)
 
 
-def backward(model, loss, last=True):
-    """A micro-batch's backward pass; a step's last one reduces the gradients over the ranks. bench.py's steps, ours and the peers', take it too."""
-    parallel.sync_gradients(model, last)
+def backward(loss):
+    """A micro-batch's backward pass. Each reduces its gradients over the ranks: kept back for a step's last one, they would be whole
+    on every rank. bench.py's steps, ours and the peers', take it too."""
     loss.backward()
 
 

@@ -57,6 +57,20 @@ def test_tuned_products_are_float32():
         torch.set_float32_matmul_precision(before)
 
 
+def test_a_gpus_memory_is_taken_in_segments_unless_the_environment_says(monkeypatch):
+    precision = torch.get_float32_matmul_precision()
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        parallel.tune("cuda")
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if "CUDA" in name else "max_split_size_mb:64")
+        monkeypatch.delenv(name)
+    parallel.tune("cpu")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    parallel.tune("cuda")
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    torch.set_float32_matmul_precision(precision)
+
+
 def test_pretraining(tiny_data, tmp_path):
     """From scratch: initialisation, batches, gradients, clipping, logged means. Sums in another order leave some 1e-6."""
     train.main(pretrain_args(tiny_data, tmp_path / "one", "adamw"))

@@ -161,26 +161,34 @@ def ways(place, short):
 
 
 def memory(place, short):
-    """bytes a rank of parameters, gradients and optimizer fall as 1 / ranks"""
+    """bytes a rank of parameters, gradients (after each micro-batch) and optimizer fall as 1 / ranks"""
     found = {}
     for n in (1, 2) if short else (1, 2, 4):
         out = place.new()
 
         def note(rank):
-            clip, save, sizes = parallel.clip_, train.checkpoint.save, {}
+            run, backward, save, models, sizes = train.run, train.backward, train.checkpoint.save, [], {"gradients": []}
             local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).nbytes
 
-            def clip_(parameters, max_norm):
-                sizes.update(parameters=sum(map(local, parameters)), gradients=sum(local(p.grad) for p in parameters))
-                return clip(parameters, max_norm)
+            def run_(model, *rest):
+                models.append(model)
+                return run(model, *rest)
+
+            def backward_(loss):
+                backward(loss)
+                params = list(models[-1].parameters())
+                sizes["parameters"] = sum(map(local, params))
+                sizes["gradients"].append(sum(local(p.grad) if p.grad is not None else 0 for p in params))
 
             def save_(run, round, step, model, optimizers, *rest):
                 sizes["optimizer"] = sum(local(t) for o in optimizers for state in o.state.values() for t in state.values() if torch.is_tensor(t))
+                first, *more = sizes["gradients"]
+                assert more == [first], "what two micro-batches leave is not as large"
                 with open(f"{out}/sizes{rank}", "w") as f:
-                    json.dump(sizes, f)
+                    json.dump(sizes | {"gradients": first}, f)
                 return save(run, round, step, model, optimizers, *rest)
-            parallel.clip_, train.checkpoint.save = clip_, save_
-        run = go(place.args("pretrain", out, "--n_layer=4", "--n_embd=256", "--n_head=4", "--max_steps=1", "--eval_batches=1"), n, before=note)
+            train.run, train.backward, train.checkpoint.save = run_, backward_, save_
+        run = go(place.args("pretrain", out, "--n_layer=4", "--n_embd=256", "--n_head=4", "--max_steps=1", "--eval_batches=1", "--eval_interval=1000", f"--micro_batch_tokens={256 // n}"), n, before=note)
         assert run.status == [0] * n, run.said
         found[n] = [json.load(open(f"{out}/sizes{rank}")) for rank in range(n)]
     failed = []
