@@ -56,7 +56,7 @@ def sees(doc, branch, i, j, pos=None, window=0):
 def rectangular_attention(q, k, v, shape):
     """Causal attention of B whole rows of T, shape (B, T): q (B T, H, D), k, v (B T, Hkv, D) -> (B T, H, D)."""
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))                           # (B, H, T, D)
-    if q.dtype == torch.float32:        # in which PyTorch's fused kernels know no groups of heads; the one that does holds all scores
+    if q.dtype == torch.float32 and q.shape[1] != k.shape[1]:      # PyTorch's fused kernels have no groups of heads in it; the one that does holds all scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)
 
@@ -76,7 +76,9 @@ def flex_attend(q, k, v, mask):
     queries, which does not take every group of heads, is not used."""
     from torch.nn.attention.flex_attention import flex_attention
     D = q.shape[-1]
-    q, k, v = (F.pad(x, (0, max(0, 16 - D)))[None] for x in (q, k, v))
+    if D < 16:
+        q, k, v = (F.pad(x, (0, 16 - D)) for x in (q, k, v))
+    q, k, v = (x[None] for x in (q, k, v))
     return compiled(flex_attention)(q, k, v, block_mask=mask, scale=D ** -0.5, enable_gqa=q.shape[1] != k.shape[1],
                                     kernel_options={"FORCE_USE_FLEX_ATTENTION": True})[0, ..., :D]
 

@@ -140,6 +140,33 @@ def test_flex_attention_sees_the_same(window, all_asked, D, monkeypatch):
     torch.testing.assert_close(fast, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts what `attention.compiled` compiles (traced, and then run as it is)."""
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(attention, "compiled", functools.cache(attention.compiled.__wrapped__))
+    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+        yield counter
+
+
+def test_flex_attentions_masks_are_compiled_for_any_length(compilations):
+    """A few times for all lengths: past Dynamo's limit a mask would be made of all pairs."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    fast, compiled_for = attention.compiled(create_block_mask), []
+    for seed in range(9):
+        batch = batch_rows(random_rows(seed, 6, [80, 120, 40][seed % 3], 3), multiple=128)
+        doc, branch, asked = batch["doc"], batch["branch"], batch["at"].unique()
+        for window in (0, 9):
+            def seen(b, h, i, j):
+                return sees(doc, branch, asked[i], j, batch["pos"], window)
+            masks = [make(seen, None, None, len(asked), len(doc), device="cpu") for make in (fast, create_block_mask)]
+            assert torch.equal(masks[0].to_dense(), masks[1].to_dense())
+        compiled_for.append(compilations.frame_count)
+    assert compiled_for[-1] == compiled_for[-3] < 20, compiled_for
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has kernels and a backward pass on a GPU alone")
 @pytest.mark.parametrize("D", [8, 48, 64, 128])
 @pytest.mark.parametrize("kv_heads", [8, 2])
@@ -163,19 +190,13 @@ def test_whole_rows_by_the_other_kernel(kv_heads, dtype):
     torch.testing.assert_close(attention.rectangular_attention(q, k, v, (3, 20)), y, rtol=tolerance, atol=tolerance)
 
 
-@torch.no_grad()
-def test_flex_attention_is_compiled_while_sampling(monkeypatch):
+def test_flex_attention_is_compiled_while_sampling(compilations):
     """A GPU reads a windowed model's prompts by it; the sampler runs all else as it is."""
-    from torch._dynamo.testing import CompileCounter
-    counter, doc = CompileCounter(), torch.arange(4).repeat_interleave(32)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
-    monkeypatch.setattr(attention, "compiled", functools.cache(attention.compiled.__wrapped__))
+    doc, x = torch.arange(4).repeat_interleave(32), torch.randn(2, 128, 16)
     mask = attention.flex_mask(doc, torch.zeros_like(doc), torch.arange(32).repeat(4), window=5)
-    x = torch.randn(2, 128, 16)
     with torch.compiler.set_stance("force_eager"):
         attention.flex_attend(x, x, x, mask)
-    assert counter.frame_count == 1
+    assert compilations.frame_count == 1
 
 
 @torch.no_grad()
