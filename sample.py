@@ -6,6 +6,7 @@ r"""Batched generation with a KV cache; also a command line.
 """
 import argparse
 import contextlib
+import functools
 import os
 import sys
 
@@ -83,6 +84,50 @@ def packed(model, rows):
             module.__dict__.pop(name, None)
 
 
+GRAPHS = {"cuda"}                   # where a step is captured
+
+
+class Step:
+    """One more token for every row of a cache: ids (B,) the last ones, pos (B,) where they stand, t (B,) how many were drawn, all of
+    which it goes on in place; choose(logits (B, V), t) -> ids. On a GPU the step is captured, and made again by a CUDA graph, one
+    launch for its hundreds of kernels, until the cache has to grow. An FSDP2 model's is not: its ranks meet within a step."""
+
+    def __init__(self, model, cache, ids, pos, t, choose):
+        self.model, self.cache, self.ids, self.pos, self.t, self.choose = model, cache, ids, pos, t, choose
+        self.replay = None
+
+    def __call__(self):
+        if self.replay is not None and self.cache.room():
+            self.replay()
+            self.cache.ends = [end + 1 for end in self.cache.ends]
+            return
+        self.once()
+        self.replay = None
+        if self.ids.device.type in GRAPHS and self.cache.room() and not hasattr(self.model, "reshard"):
+            ends = self.cache.ends
+            self.replay = captured(self.once)
+            self.cache.ends = ends          # nothing was done yet
+
+    def once(self):
+        logits = self.model(self.ids, pos=self.pos.clamp(max=self.model.config.block_size - 1), cache=self.cache)       # (B, V)
+        self.ids.copy_(self.choose(logits, self.t))
+        self.pos += 1
+        self.t += 1
+
+
+def captured(work):
+    """A function that does again, by a CUDA graph, what `work` does to tensors, which must have been done before; None, and a line, where that
+    cannot be."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):       # other threads, a save's, may go on
+            work()
+        return graph.replay
+    except RuntimeError as e:
+        GRAPHS.clear()
+        print(f"sampling goes on without CUDA graphs ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
+
+
 PREFILL_TOKENS = 8192               # prompts are read about so many tokens at a time
 BURST = {"cpu": 1, "cuda": 16}      # tokens drawn between two looks at who has ended: a GPU waits for each look
 
@@ -115,6 +160,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     room = [min(limit, block_size - len(p)) for limit, p in zip(limits, prompts)]
     new = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+
+    def choose(where, logits, t):
+        return draw(logits, uniform[where, t.clamp(max=longest - 1)], temperature, top_k, top_p)
+
     rows, cache, burst = [], KVCache(), BURST[device.type]                     # rows: the request of each row of the cache
     ids = torch.zeros(0, dtype=torch.long, device=device)                      # (B,): each row's last token, not yet read
     was_training = model.training
@@ -141,14 +190,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                     ids, places = torch.cat([it[1] for it in there]), [it[2] for it in there]
                     cache = KVCache()
                     cache.rebuild(places, [len(prompts[it[0]]) + len(new[it[0]]) - 1 for it in there])
+                    where, pos, t = torch.tensor([(it[0], len(prompts[it[0]]) + len(new[it[0]]) - 1, len(new[it[0]])) for it in there], device=device).T.contiguous()
+                    step = Step(model, cache, ids, pos, t, functools.partial(choose, where))
                 rows = [it[0] for it in there]
                 continue
-            where, pos, t = torch.tensor([(i, len(prompts[i]) + len(new[i]) - 1, len(new[i])) for i in rows], device=device).T
             drawn = []
-            for s in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
-                logits = model(ids, pos=(pos + s).clamp(max=block_size - 1), cache=cache)           # (B, V)
-                ids = draw(logits, uniform[where, (t + s).clamp(max=longest - 1)], temperature, top_k, top_p)
-                drawn.append(ids)
+            for _ in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
+                step()
+                drawn.append(ids.clone())
             drawn = torch.stack(drawn, 1).tolist()
             for b in live:
                 said, i = drawn[b], rows[b]

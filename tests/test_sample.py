@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 import attention
 import sample
@@ -100,6 +102,64 @@ def test_looking_less_often_changes_nothing(model, burst, monkeypatch):
     expected = generate(model, prompts, 11, temperature=0, batch_size=8, eot=7)
     monkeypatch.setitem(sample.BURST, "cpu", burst)
     assert generate(model, prompts, 11, temperature=0, batch_size=8, eot=7) == expected
+
+
+def recorded(work):
+    """What a CUDA graph is to a GPU: all that a step does to tensors, recorded on copies of its own, and done again on those. Numbers that
+    Python would have changed from step to step are what they were."""
+    step = work.__self__
+    def put(ids, pos, t, column, k, v):
+        step.ids, step.pos, step.t, step.cache.column, step.cache.k, step.cache.v = ids, pos, t, column, k, v
+        work()
+    mine = step.ids, step.pos, step.t, step.cache.column, step.cache.k, step.cache.v
+    with torch.no_grad():
+        graph = make_fx(put)(*tree_map(torch.clone, mine))
+    step.ids, step.pos, step.t, step.cache.column, step.cache.k, step.cache.v = mine
+    said = {str(node.target) for node in graph.graph.nodes}
+    assert not [name for name in said if any(waits in name for waits in ("_local_scalar_dense", "nonzero", "lift_fresh"))], "a graph cannot look at values, or fetch them"
+    def replay():
+        recorded.replays += 1
+        graph(*mine)
+    return replay
+
+
+@pytest.mark.parametrize("config", [CLASSIC, MODERN, WINDOWED], ids=["classic", "modern", "windowed"])
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0.9, top_k=50, top_p=0.95)], ids=["greedy", "sampled"])
+def test_a_step_recorded_once_is_every_step(config, options, monkeypatch):
+    """As a GPU's CUDA graphs need it; through growth and regrouping, several tokens between two looks."""
+    model = GPT(GPTConfig(**config | {"block_size": 100})).double().eval()        # in float64 weights are not packed
+    prompts, limits = ragged(14, seed=5), [3 + (11 * i) % 60 for i in range(14)]
+    def run():
+        return generate(model, prompts, limits, eot=7, batch_size=6, generator=torch.Generator().manual_seed(1), **options)
+    expected, recorded.replays = run(), 0
+    monkeypatch.setattr(sample, "GRAPHS", {"cpu"})
+    monkeypatch.setattr(sample, "captured", recorded)
+    monkeypatch.setitem(sample.BURST, "cpu", 8)
+    assert run() == expected
+    assert recorded.replays > 50
+
+
+def test_sampling_goes_on_where_no_graph_can_be_made(model, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine makes graphs")
+    prompts = ragged(5)
+    expected = generate(model, prompts, 9, temperature=0)
+    monkeypatch.setattr(sample, "GRAPHS", {"cpu"})
+    assert generate(model, prompts, 9, temperature=0) == expected
+    assert capsys.readouterr().err.count("sampling goes on without CUDA graphs") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("products", [None, torch.bfloat16])
+def test_a_gpus_graphs_say_what_its_steps_say(model, products, monkeypatch):
+    model.cuda().products = products
+    prompts, limits = ragged(14, seed=5), [3 + (5 * i) % 12 for i in range(14)]
+    def run():
+        return generate(model, prompts, limits, eot=7, batch_size=6, generator=torch.Generator().manual_seed(1))
+    expected = run()
+    assert sample.GRAPHS == {"cuda"}, "none could be made"
+    monkeypatch.setattr(sample, "GRAPHS", set())
+    assert run() == expected
 
 
 def test_draw_has_the_distribution():
