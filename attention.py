@@ -72,12 +72,13 @@ def flex_mask(doc, branch, pos=None, window=0, asked=None):
 
 
 def flex_attend(q, k, v, mask):
-    """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D). Its kernels take heads from 16 on; the one for less than 128
-    queries, which does not take every group of heads, is not used."""
+    """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D). Its kernels take heads from 16 on, and not all between 128 and 256; the one
+    for less than 128 queries, which does not take every group of heads, is not used."""
     from torch.nn.attention.flex_attention import flex_attention
     D = q.shape[-1]
-    if D < 16:
-        q, k, v = (F.pad(x, (0, 16 - D)) for x in (q, k, v))
+    width = max(16 if D <= 128 else 256, D)
+    if width > D:
+        q, k, v = (F.pad(x, (0, width - D)) for x in (q, k, v))
     q, k, v = (x[None] for x in (q, k, v))
     return compiled(flex_attention)(q, k, v, block_mask=mask, scale=D ** -0.5, enable_gqa=q.shape[1] != k.shape[1],
                                     kernel_options={"FORCE_USE_FLEX_ATTENTION": True})[0, ..., :D]

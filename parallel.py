@@ -97,7 +97,7 @@ def wrap(model, device, dtype, cfg):
     products are `dtype`. The embedding and the head it may be tied to stand in the root unit. With `shards` there is a copy
     of the weights for every so many ranks (HSDP)."""
     for block in model.h[::cfg.recompute or len(model.h)] if cfg.recompute else []:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(recomputed, block.forward)
     if cfg.compile:
         for block in model.h:
             block.compile()
@@ -117,6 +117,12 @@ def wrap(model, device, dtype, cfg):
         model.h[i].set_modules_to_forward_prefetch(list(model.h[i + 1:i + 1 + cfg.prefetch]))
         model.h[i].set_modules_to_backward_prefetch(list(model.h[max(0, i - cfg.prefetch):i])[::-1])
     return model.to_empty(device=device)
+
+
+def recomputed(forward, *args):
+    """A forward pass that keeps its inputs alone, where there will be a backward one. (Elsewhere too `checkpoint` would ask for the random
+    state, which a GPU that captures a step cannot tell.)"""
+    return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
 
 
 def cast(model, dtype):

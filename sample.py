@@ -116,16 +116,19 @@ class Step:
 
 
 def captured(work):
-    """A function that does again, by a CUDA graph, what `work` does to tensors, which must have been done before; None, and a line, where that
-    cannot be."""
+    """A function that does again, by a CUDA graph, what `work` does to tensors, which must have been done before; None, and a line, where
+    `work` does what a graph cannot."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):       # other threads, a save's, may go on
             work()
-        return graph.replay
     except RuntimeError as e:
+        if torch.cuda.current_stream() != stream:       # the capture could not be ended: neither memory nor random numbers are what they were
+            raise
         GRAPHS.clear()
         print(f"sampling goes on without CUDA graphs ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
+        return None
+    return graph.replay
 
 
 PREFILL_TOKENS = 8192               # prompts are read about so many tokens at a time

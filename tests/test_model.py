@@ -131,7 +131,7 @@ def flex_and_tiles(heads, kv_heads, D, window, all_asked, seed=3, device="cpu", 
 
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("all_asked", [True, False])
-@pytest.mark.parametrize("D", [8, 16])
+@pytest.mark.parametrize("D", [8, 16, 160])
 def test_flex_attention_sees_the_same(window, all_asked, D, monkeypatch):
     """What a GPU runs, forward (on a CPU it has no backward, and is not compiled), against the tiles."""
     pytest.importorskip("torch.nn.attention.flex_attention")

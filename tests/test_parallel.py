@@ -13,7 +13,9 @@ import torch
 import checkpoint
 import parallel
 import train
+from config import Config
 from conftest import TINY, final_weights, read_metrics
+from model import GPT, GPTConfig
 from test_train import assert_same_run, spin_args, texts
 
 
@@ -69,6 +71,20 @@ def test_a_gpus_memory_is_taken_in_segments_unless_the_environment_says(monkeypa
     parallel.tune("cuda")
     assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
     torch.set_float32_matmul_precision(precision)
+
+
+def test_nothing_is_kept_to_compute_again_where_nothing_goes_back(monkeypatch):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=97, block_size=8, n_layer=2, n_head=2, n_embd=16))
+    model = parallel.wrap(model, torch.device("cpu"), torch.float32, Config(recompute=1))
+    model.init_weights()
+    calls, again = [], parallel.checkpoint
+    monkeypatch.setattr(parallel, "checkpoint", lambda *args, **options: calls.append(1) or again(*args, **options))
+    with torch.no_grad():
+        expected = model(torch.zeros(1, 3, dtype=torch.long))
+    assert not calls
+    torch.testing.assert_close(model(torch.zeros(1, 3, dtype=torch.long)), expected, rtol=0, atol=0)
+    assert len(calls) == 2
 
 
 def test_pretraining(tiny_data, tmp_path):
