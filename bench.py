@@ -313,23 +313,23 @@ def resident(name):
 
 
 def profile(peers):
-    """Where our time goes in float32; and the rate of the products with weights, whose shapes the work sets, as a share of the large one's."""
-    print("\n| where the time goes, fp32 | ours | rate of products with weights | " + " | ".join(OPERATIONS) + " | the rest |\n" + "|---" * (4 + len(OPERATIONS)) + "|")
+    """Where our time goes in float32; and the rate of the FLOPs that the work needs in the two kinds of products, as a share of the large one's."""
+    print("\n| where the time goes, fp32 | ours | rate of products with weights | of attention's | " + " | ".join(OPERATIONS) + " | the rest |\n" + "|---" * (5 + len(OPERATIONS)) + "|")
     idx, targets = windows()
-    pretraining, ranking, rows = Ours(torch.float32), Ours(torch.float32), ragged_rows(8)
-    batches, loss, model = micro_batches(rows), ranking_loss(len(rows)), GPT(GPTConfig(**SHAPE))
-    works = {"pretraining step": (lambda: pretraining.step([{"idx": idx, "targets": targets}], mean_loss), work_of_windows(idx), 3),
-             "8 ragged rows, K=3": (lambda: ranking.step(batches, loss), work_of(rows), 3)}
+    pretraining, model, rng = Ours(torch.float32), GPT(GPTConfig(**SHAPE)), np.random.default_rng(0)
+    works = {"pretraining step": (lambda: pretraining.step([{"idx": idx, "targets": targets}], mean_loss), work_of_windows(idx), 3)}
+    for what, rows in {"8 rows, K=2, prompt:response 256:64": [random_row(rng, 256, [64] * 2, 8192) for _ in range(8)], "8 ragged rows, K=3": ragged_rows(8)}.items():
+        works[what] = functools.partial(Ours(torch.float32).step, micro_batches(rows), ranking_loss(len(rows))), work_of(rows), 3
     for what, lengths in requests().items():
         prompts, limits = prompts_of(lengths), [R for _, R in lengths]
         works[f"sampling {what}"] = functools.partial(generate, model, prompts, limits), work_of_requests(lengths), 1
     for what, (work, needed, backward) in works.items():
         work()
-        large = rate("fp32")
+        large, weights = rate("fp32"), flops(model, needed._replace(pairs=0, place_pairs=0), backward)
         spent, total = by_operation(work)
-        reached = flops(model, needed._replace(pairs=0, place_pairs=0), backward) / spent["products with weights"]
+        reached = weights / spent["products with weights"], (flops(model, needed, backward) - weights) / spent["attention's products"]
         shares = [f"{100 * t / total:.0f} %" for t in (*spent.values(), total - sum(spent.values()))]
-        print(f"| {what} | {total:.2f} s | {reached / 1e9:.0f} GFLOP/s, {100 * reached / large:.0f} % | " + " | ".join(shares) + " |", flush=True)
+        print(f"| {what} | {total:.2f} s | " + " | ".join([f"{r / 1e9:.0f} GFLOP/s, {100 * r / large:.0f} %" for r in reached] + shares) + " |", flush=True)
 
 
 def growth(peers):
