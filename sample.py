@@ -188,14 +188,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                         if heard is not None:
                             heard(i, new[i])
                     there += zip(group, drawn.split(1), places)
-                if there:
-                    there.sort(key=lambda it: len(prompts[it[0]]) + len(new[it[0]]))
-                    ids, places = torch.cat([it[1] for it in there]), [it[2] for it in there]
-                    cache = KVCache()
-                    cache.rebuild(places, [len(prompts[it[0]]) + len(new[it[0]]) - 1 for it in there])
-                    where, pos, t = torch.tensor([(it[0], len(prompts[it[0]]) + len(new[it[0]]) - 1, len(new[it[0]])) for it in there], device=device).T.contiguous()
+                there.sort(key=lambda it: len(prompts[it[0]]) + len(new[it[0]]))
+                rows = [i for i, _, _ in there]
+                if rows:
+                    lengths = [len(prompts[i]) + len(new[i]) - 1 for i in rows]                 # in the cache
+                    ids, cache = torch.cat([token for _, token, _ in there]), KVCache()
+                    cache.rebuild([place for _, _, place in there], lengths)
+                    where, pos, t = torch.tensor([rows, lengths, [len(new[i]) for i in rows]], device=device)
                     step = Step(model, cache, ids, pos, t, functools.partial(choose, where))
-                rows = [it[0] for it in there]
                 continue
             drawn = []
             for _ in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
