@@ -5,6 +5,7 @@ What a token sees of the others is told by an object with one method,
 
 `Packed` of whole texts, `KVCache` of one more token for each.
 """
+
 import contextlib
 import functools
 import itertools
@@ -23,7 +24,15 @@ class Packed:
     asked (m,): the places that are answered, rising; None: all."""
 
     def __init__(self, doc, branch, pos=None, window=0, shape=None, keep=None, asked=None):
-        self.doc, self.branch, self.pos, self.window, self.shape, self.keep, self.asked = doc, branch, pos, window, shape, keep, asked
+        self.doc, self.branch, self.pos, self.window, self.shape, self.keep, self.asked = (
+            doc,
+            branch,
+            pos,
+            window,
+            shape,
+            keep,
+            asked,
+        )
         self.tiles = None
 
     def only(self, asked):
@@ -31,19 +40,33 @@ class Packed:
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
-        if self.keep is not None:       # copied: as they are, they would hold the queries that c_attn made with them
-            self.keep.store(layer, *(x.unflatten(0, self.shape).transpose(1, 2).contiguous() for x in (k, v)))
+        if (
+            self.keep is not None
+        ):  # copied: as they are, they would hold the queries that c_attn made with them
+            self.keep.store(
+                layer, *(x.unflatten(0, self.shape).transpose(1, 2).contiguous() for x in (k, v))
+            )
         on_gpu = q.device.type == "cuda"
         if self.shape and on_gpu and not 0 < self.window < self.shape[1]:
             y = rectangular_attention(q, k, v, self.shape)
             return y if self.asked is None else y.index_select(0, self.asked)
         q = q if self.asked is None else q.index_select(0, self.asked)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))                                           # (H, m, D), (Hkv, n, D)
-        if self.tiles is None:          # of the first layer, for all of them
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, m, D), (Hkv, n, D)
+        if self.tiles is None:  # of the first layer, for all of them
             what = self.doc, self.branch, self.pos, self.window, self.asked
             whole = self.shape and self.asked is None
-            self.tiles = flex_mask(*what) if on_gpu else rectangle(*self.shape, q.dtype, self.window) if whole else attention_tiles(*what, q.dtype)
-        y = flex_attend(q, k, v, self.tiles) if on_gpu else TiledAttention.apply(q, k, v, self.tiles)
+            self.tiles = (
+                flex_mask(*what)
+                if on_gpu
+                else rectangle(*self.shape, q.dtype, self.window)
+                if whole
+                else attention_tiles(*what, q.dtype)
+            )
+        y = (
+            flex_attend(q, k, v, self.tiles)
+            if on_gpu
+            else TiledAttention.apply(q, k, v, self.tiles)
+        )
         return y.transpose(0, 1)
 
 
@@ -55,33 +78,54 @@ def sees(doc, branch, i, j, pos=None, window=0):
 
 def rectangular_attention(q, k, v, shape):
     """Causal attention of B whole rows of T, shape (B, T): q (B T, H, D), k, v (B T, Hkv, D) -> (B T, H, D)."""
-    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))                           # (B, H, T, D)
-    if q.dtype == torch.float32 and q.shape[1] != k.shape[1]:      # PyTorch's fused kernels have no groups of heads in it; the one that does holds all scores
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    if (
+        q.dtype == torch.float32 and q.shape[1] != k.shape[1]
+    ):  # PyTorch's fused kernels have no groups of heads in it; the one that does holds all scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2).flatten(0, 1)
+    return (
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
 
 
 @torch.no_grad()
 def flex_mask(doc, branch, pos=None, window=0, asked=None):
     """Who sees whom, for FlexAttention. On a GPU the mask is compiled, which never holds all pairs."""
     from torch.nn.attention.flex_attention import create_block_mask
+
     on_gpu = doc.device.type == "cuda"
     asked = torch.arange(len(doc), device=doc.device) if asked is None else asked
     return (compiled(create_block_mask) if on_gpu else create_block_mask)(
-        lambda b, h, i, j: sees(doc, branch, asked[i], j, pos, window), None, None, len(asked), len(doc), device=doc.device)
+        lambda b, h, i, j: sees(doc, branch, asked[i], j, pos, window),
+        None,
+        None,
+        len(asked),
+        len(doc),
+        device=doc.device,
+    )
 
 
 def flex_attend(q, k, v, mask):
     """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D). Its kernels take heads from 16 on, and not all between 128 and 256; the one
     for less than 128 queries, which does not take every group of heads, is not used."""
     from torch.nn.attention.flex_attention import flex_attention
+
     D = q.shape[-1]
     width = max(16 if D <= 128 else 256, D)
     if width > D:
         q, k, v = (F.pad(x, (0, width - D)) for x in (q, k, v))
     q, k, v = (x[None] for x in (q, k, v))
-    return compiled(flex_attention)(q, k, v, block_mask=mask, scale=D ** -0.5, enable_gqa=q.shape[1] != k.shape[1],
-                                    kernel_options={"FORCE_USE_FLEX_ATTENTION": True})[0, ..., :D]
+    return compiled(flex_attention)(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=D**-0.5,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )[0, ..., :D]
 
 
 @functools.cache
@@ -92,16 +136,19 @@ def compiled(function):
     return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 
 
-QUERIES = 128       # of a tile: enough for the products to run at their rate, few enough that the scores stay in a cache
+QUERIES = 128  # of a tile: enough for the products to run at their rate, few enough that the scores stay in a cache
 
 
 class Tile(typing.NamedTuple):
     """Attention of the queries [i, i + R), of which those in [lo, hi) are meant, to S keys of one or two spans."""
+
     i: int
     lo: int
     hi: int
-    spans: list             # [(start, stop)]: of the prompt, and of the branch up to the last query
-    mask: torch.Tensor      # (R, last keys) 0, or too low to be seen; what stands before them all queries see
+    spans: list  # [(start, stop)]: of the prompt, and of the branch up to the last query
+    mask: (
+        torch.Tensor
+    )  # (R, last keys) 0, or too low to be seen; what stands before them all queries see
 
 
 def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.float32):
@@ -111,29 +158,42 @@ def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.flo
     new size of a product costs the library's compiler a millisecond."""
     n = len(doc)
     asked = torch.arange(n) if asked is None else asked
-    starts = [0, *(((doc[1:] != doc[:-1]) | (branch[1:] != branch[:-1])).nonzero()[:, 0] + 1).tolist()]
+    starts = [
+        0,
+        *(((doc[1:] != doc[:-1]) | (branch[1:] != branch[:-1])).nonzero()[:, 0] + 1).tolist(),
+    ]
     stops = [*starts[1:], n]
     docs, branches = doc[starts].tolist(), branch[starts].tolist()
     edges, places = torch.searchsorted(asked, torch.tensor([*starts, n])).tolist(), asked.tolist()
-    parts = []          # (queries i to j, prompt's span, where the keys of its own branch begin, keys that all queries see, with whom it may share a tile)
+    parts = []  # (queries i to j, prompt's span, where the keys of its own branch begin, keys that all queries see, with whom it may share a tile)
     for row in [list(g) for _, g in itertools.groupby(range(len(starts)), key=lambda r: docs[r])]:
         first, last = starts[row[0]], stops[row[-1]]
         if last - first <= QUERIES:
-            parts.append((edges[row[0]], edges[row[-1] + 1], (first, first), first, 0, "short rows"))
+            parts.append(
+                (edges[row[0]], edges[row[-1] + 1], (first, first), first, 0, "short rows")
+            )
             continue
-        end = first if branches[row[0]] else stops[row[0]]              # of the prompt
+        end = first if branches[row[0]] else stops[row[0]]  # of the prompt
         for r in row:
             for i in range(edges[r], edges[r + 1], QUERIES):
                 j = min(i + QUERIES, edges[r + 1])
                 if branches[r]:
-                    parts.append((i, j, (first, end), starts[r], end - first + places[i] - starts[r], first))
+                    parts.append(
+                        (i, j, (first, end), starts[r], end - first + places[i] - starts[r], first)
+                    )
                 elif places[j - 1] < end - 1:
                     parts.append((i, j, (first, first), first, places[i] - first, None))
-                else:           # the last of it sees the whole prompt, as the responses do
+                else:  # the last of it sees the whole prompt, as the responses do
                     parts.append((i, j, (first, end), end, places[i] - first, first))
     merged = []
     for i, j, prompt, own, clear, shares in parts:
-        if merged and shares is not None and shares == merged[-1][5] and j - merged[-1][0] <= QUERIES and places[j - 1] - merged[-1][3] < QUERIES:
+        if (
+            merged
+            and shares is not None
+            and shares == merged[-1][5]
+            and j - merged[-1][0] <= QUERIES
+            and places[j - 1] - merged[-1][3] < QUERIES
+        ):
             i, _, prompt, own, clear, _ = merged.pop()
             clear = min(clear, prompt[1] - prompt[0])
         if i < j:
@@ -145,11 +205,22 @@ def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.flo
         S = min(round_up(shared + places[j - 1] + 1 - own, 64) - shared, n)
         clear = 0 if window or own > n - S else clear
         start, own = min(i, len(asked) - R), min(own, n - S)
-        spans = [(prompt[0], own + S)] if prompt[1] == own else [prompt] * (shared > 0) + [(own, own + S)] * (S > 0)
-        keys, queries = torch.cat([index[a:b] for a, b in spans])[clear:], asked[start:start + R, None]
+        spans = (
+            [(prompt[0], own + S)]
+            if prompt[1] == own
+            else [prompt] * (shared > 0) + [(own, own + S)] * (S > 0)
+        )
+        keys, queries = (
+            torch.cat([index[a:b] for a, b in spans])[clear:],
+            asked[start : start + R, None],
+        )
         seen = sees(doc, branch, queries, keys, pos, window)
-        seen[:, max(shared - clear, 0):] &= keys[max(shared - clear, 0):] >= prompt[1]          # the rounding may reach back into the prompt
-        mask = (~seen).to(dtype) * (torch.finfo(dtype).min / 2)         # of -inf alone softmax would be NaN
+        seen[:, max(shared - clear, 0) :] &= (
+            keys[max(shared - clear, 0) :] >= prompt[1]
+        )  # the rounding may reach back into the prompt
+        mask = (~seen).to(dtype) * (
+            torch.finfo(dtype).min / 2
+        )  # of -inf alone softmax would be NaN
         tiles.append(Tile(start, i - start, j - start, spans, mask))
     return tiles
 
@@ -158,7 +229,9 @@ def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.flo
 def rectangle(B, T, dtype, window=0):
     """Tiles of B rows of T tokens."""
     doc = torch.arange(B).repeat_interleave(T)
-    return attention_tiles(doc, torch.zeros_like(doc), torch.arange(T).repeat(B), window, dtype=dtype)
+    return attention_tiles(
+        doc, torch.zeros_like(doc), torch.arange(T).repeat(B), window, dtype=dtype
+    )
 
 
 def round_up(n, multiple):
@@ -185,17 +258,19 @@ class TiledAttention(torch.autograd.Function):
     @small_products()
     def forward(ctx, q, k, v, tiles):
         # q (H, n, D), k, v (Hkv, n, D), in memory token by token; the queries of a group's heads stand one below the other: (Hkv, g R, D)
-        q = (q * q.shape[-1] ** -0.5).unflatten(0, (len(k), -1))                        # (Hkv, g, n, D)
+        q = (q * q.shape[-1] ** -0.5).unflatten(0, (len(k), -1))  # (Hkv, g, n, D)
         out, probs = torch.empty_like(q), []
         for i, lo, hi, spans, mask in tiles:
             R = len(mask)
-            scores = torch.bmm(q[:, :, i:i + R].flatten(1, 2), take(k, spans).mT).unflatten(1, (-1, R))       # (Hkv, g, R, S)
-            scores[..., -mask.shape[1]:] += mask
+            scores = torch.bmm(q[:, :, i : i + R].flatten(1, 2), take(k, spans).mT).unflatten(
+                1, (-1, R)
+            )  # (Hkv, g, R, S)
+            scores[..., -mask.shape[1] :] += mask
             p = torch.softmax(scores, -1)
             if hi - lo < R:
                 p[:, :, :lo] = p[:, :, hi:] = 0.0
             y = torch.bmm(p.flatten(1, 2), take(v, spans)).unflatten(1, (-1, R))
-            out[:, :, i + lo:i + hi] = y[:, :, lo:hi]
+            out[:, :, i + lo : i + hi] = y[:, :, lo:hi]
             probs.append(p)
         ctx.save_for_backward(q, k, v, *probs)
         ctx.tiles = tiles
@@ -209,36 +284,57 @@ class TiledAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (i, lo, hi, spans, mask), p in zip(ctx.tiles, probs):
             R = len(mask)
-            d_out, p = g[:, :, i:i + R].flatten(1, 2), p.flatten(1, 2)                  # (Hkv, g R, D), (Hkv, g R, S)
-            d_scores = torch._softmax_backward_data(torch.bmm(d_out, take(v, spans).mT), p, -1, p.dtype)
-            dq[:, :, i + lo:i + hi] = torch.bmm(d_scores, take(k, spans)).unflatten(1, (-1, R))[:, :, lo:hi]
-            d_k, d_v, at = torch.bmm(d_scores.mT, q[:, :, i:i + R].flatten(1, 2)), torch.bmm(p.mT, d_out), 0
+            d_out, p = (
+                g[:, :, i : i + R].flatten(1, 2),
+                p.flatten(1, 2),
+            )  # (Hkv, g R, D), (Hkv, g R, S)
+            d_scores = torch._softmax_backward_data(
+                torch.bmm(d_out, take(v, spans).mT), p, -1, p.dtype
+            )
+            dq[:, :, i + lo : i + hi] = torch.bmm(d_scores, take(k, spans)).unflatten(1, (-1, R))[
+                :, :, lo:hi
+            ]
+            d_k, d_v, at = (
+                torch.bmm(d_scores.mT, q[:, :, i : i + R].flatten(1, 2)),
+                torch.bmm(p.mT, d_out),
+                0,
+            )
             for a, b in spans:
-                dk[:, a:b] += d_k[:, at:at + b - a]
-                dv[:, a:b] += d_v[:, at:at + b - a]
+                dk[:, a:b] += d_k[:, at : at + b - a]
+                dv[:, a:b] += d_v[:, at : at + b - a]
                 at += b - a
         return dq.flatten(0, 1).mul_(q.shape[-1] ** -0.5), dk, dv, None
 
 
 def take(x, spans):
     """The tokens of some spans, x (H, n, D)."""
-    return x[:, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, a:b] for a, b in spans], 1)
+    return (
+        x[:, spans[0][0] : spans[0][1]]
+        if len(spans) == 1
+        else torch.cat([x[:, a:b] for a, b in spans], 1)
+    )
 
 
-GROUP = {"cpu": 16, "cuda": 4096}       # rows of a cache that share a length
-ROOM = {"cpu": 32, "cuda": 128}         # columns that it grows by, which cost time until they are used: more where growing costs a new graph
+GROUP = {"cpu": 16, "cuda": 4096}  # rows of a cache that share a length
+ROOM = {
+    "cpu": 32,
+    "cuda": 128,
+}  # columns that it grows by, which cost time until they are used: more where growing costs a new graph
 
 
 class KVCache:
     """Keys and values of every layer. Rows stand in groups of like length, so that work grows with the tokens that are there.
     In a group all rows end at one column, and the next token of each goes there; where a row begins, a mask says."""
 
-    asked = None            # the next token of every row is
+    asked = None  # the next token of every row is
 
     def __init__(self, ends=()):
-        self.k, self.v = {}, {}         # layer -> the groups' (b, Hkv, length, D), which make up the rows (B, ...)
-        self.ends = list(ends)          # the column behind each group's last tokens
-        self.column = None              # (groups,): that of the last tokens, for the device
+        self.k, self.v = (
+            {},
+            {},
+        )  # layer -> the groups' (b, Hkv, length, D), which make up the rows (B, ...)
+        self.ends = list(ends)  # the column behind each group's last tokens
+        self.column = None  # (groups,): that of the last tokens, for the device
 
     def store(self, layer, k, v):
         """Whole rows (B, Hkv, T, D), right-padded from `ends` on: each is a group."""
@@ -248,47 +344,86 @@ class KVCache:
         """Take over `rows`, [(cache, its row)], of so many tokens each. They are grouped as they come, so sort them by length."""
         first = next(iter(rows[0][0].k))
         device = rows[0][0].k[first][0].device
-        stands = {id(cache): [(g, b) for g, group in enumerate(cache.k[first]) for b in range(len(group))] for cache, _ in rows}
+        stands = {
+            id(cache): [(g, b) for g, group in enumerate(cache.k[first]) for b in range(len(group))]
+            for cache, _ in rows
+        }
         spans = [slice(i, i + GROUP[device.type]) for i in range(0, len(rows), GROUP[device.type])]
         self.ends = [max(lengths[span]) for span in spans]
         self.column = torch.tensor(self.ends, device=device) - 1
-        runs = []               # of each new group: (cache, its group, rows of that) that it takes over, one after the other
+        runs = []  # of each new group: (cache, its group, rows of that) that it takes over, one after the other
         for span in spans:
             placed = [(cache, *stands[id(cache)][r]) for cache, r in rows[span]]
-            runs.append([(*key, torch.tensor([b for *_, b in run], device=device)) for key, run in itertools.groupby(placed, key=lambda p: p[:2])])
+            runs.append(
+                [
+                    (*key, torch.tensor([b for *_, b in run], device=device))
+                    for key, run in itertools.groupby(placed, key=lambda p: p[:2])
+                ]
+            )
         for name in ("k", "v"):
             for layer in rows[0][0].k:
-                getattr(self, name)[layer] = [grown([getattr(cache, name)[layer][g][:, :, :cache.ends[g]].index_select(0, taken) for cache, g, taken in run], end)
-                                              for run, end in zip(runs, self.ends)]
+                getattr(self, name)[layer] = [
+                    grown(
+                        [
+                            getattr(cache, name)[layer][g][:, :, : cache.ends[g]].index_select(
+                                0, taken
+                            )
+                            for cache, g, taken in run
+                        ],
+                        end,
+                    )
+                    for run, end in zip(runs, self.ends)
+                ]
 
     def room(self):
         """How many steps there is room for before keys and values move."""
-        return min(group.shape[2] - end for group, end in zip(next(iter(self.k.values())), self.ends))
+        return min(
+            group.shape[2] - end for group, end in zip(next(iter(self.k.values())), self.ends)
+        )
 
     def at(self, pos, window=0):
         """Before a step: the next token of each row stands at pos (B,) of its text, and sees the last `window` up to itself; 0: all.
         With room, all that a step does is done to tensors, so that a CUDA graph of one step is one of the next."""
         if not self.room():
             for groups in (*self.k.values(), *self.v.values()):
-                groups[:] = [grown([group], end) if end == group.shape[2] else group for group, end in zip(groups, self.ends)]
+                groups[:] = [
+                    grown([group], end) if end == group.shape[2] else group
+                    for group, end in zip(groups, self.ends)
+                ]
         groups, self.masks = next(iter(self.k.values())), []
         self.ends = [end + 1 for end in self.ends]
         self.column += 1
-        for group, column, p in zip(groups, self.column, pos.split([len(group) for group in groups])):
-            ago = column - torch.arange(group.shape[2], device=pos.device)       # (length,): so many tokens before this one
-            seen = (ago >= 0) & (ago <= p[:, None])                              # (b, length)
+        for group, column, p in zip(
+            groups, self.column, pos.split([len(group) for group in groups])
+        ):
+            ago = column - torch.arange(
+                group.shape[2], device=pos.device
+            )  # (length,): so many tokens before this one
+            seen = (ago >= 0) & (ago <= p[:, None])  # (b, length)
             seen = seen & (ago < window) if window else seen
-            mask = torch.zeros(seen.shape, dtype=group.dtype, device=pos.device).masked_fill_(~seen, -math.inf)
-            self.masks.append(mask.repeat_interleave(group.shape[1], 0)[:, None])          # (b Hkv, 1, length)
+            mask = torch.zeros(seen.shape, dtype=group.dtype, device=pos.device).masked_fill_(
+                ~seen, -math.inf
+            )
+            self.masks.append(
+                mask.repeat_interleave(group.shape[1], 0)[:, None]
+            )  # (b Hkv, 1, length)
 
     @torch.compiler.disable
     def attend(self, layer, q, k, v):
         sizes, out = [len(group) for group in self.k[layer]], []
-        for q, k, v, K, V, column, mask in zip(*(x.split(sizes) for x in (q, k, v)), self.k[layer], self.v[layer], self.column.split(1), self.masks):
+        for q, k, v, K, V, column, mask in zip(
+            *(x.split(sizes) for x in (q, k, v)),
+            self.k[layer],
+            self.v[layer],
+            self.column.split(1),
+            self.masks,
+        ):
             K.index_copy_(2, column, k[:, :, None])
             V.index_copy_(2, column, v[:, :, None])
             b, H, S, D = K.shape
-            scores = torch.baddbmm(mask, q.reshape(b * H, -1, D), K.view(b * H, S, D).mT, alpha=D ** -0.5)       # (b Hkv, g, S)
+            scores = torch.baddbmm(
+                mask, q.reshape(b * H, -1, D), K.view(b * H, S, D).mT, alpha=D**-0.5
+            )  # (b Hkv, g, S)
             out.append((torch.softmax(scores, -1) @ V.view(b * H, S, D)).view(b, -1, D))
         return torch.cat(out)
 
@@ -301,6 +436,6 @@ def grown(parts, end):
     whole[:, :, end:].zero_()
     for new, part in zip(whole.split(sizes), parts):
         n = min(part.shape[2], end)
-        new[:, :, :end - n].zero_()
-        new[:, :, end - n:end] = part[:, :, part.shape[2] - n:]
+        new[:, :, : end - n].zero_()
+        new[:, :, end - n : end] = part[:, :, part.shape[2] - n :]
     return whole

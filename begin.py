@@ -1,4 +1,5 @@
 """What must hold before a run's first step: ranks that are alike, inputs that are there, a folder of this very run."""
+
 import glob
 import json
 import os
@@ -18,15 +19,32 @@ from data import read_json, read_meta, sha256
 def same_everywhere(cfg):
     """End the run if a rank has another config, other data, code or package versions than rank 0."""
     here = os.path.dirname(os.path.abspath(__file__))
-    code = [sha256(f) for f in sorted(glob.glob(os.path.join(glob.escape(here), "*.py")) + glob.glob(os.path.join(glob.escape(here), "config", "__init__.py")) +
-                                      glob.glob(os.path.join(glob.escape(here), "data", "*.py")))]
+    code = [
+        sha256(f)
+        for f in sorted(
+            glob.glob(os.path.join(glob.escape(here), "*.py"))
+            + glob.glob(os.path.join(glob.escape(here), "config", "__init__.py"))
+            + glob.glob(os.path.join(glob.escape(here), "data", "*.py"))
+        )
+    ]
     mine = {f"setting {name}": value for name, value in asdict(cfg).items()} | {
-        "data": read_meta(cfg.data, [])["files"], "code": code, "torch": torch.__version__, "numpy": np.__version__}
+        "data": read_meta(cfg.data, [])["files"],
+        "code": code,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     everyone = parallel.gather(mine)
     for rank, its in enumerate(everyone):
         for name, value in its.items():
             if value != everyone[0][name]:
-                raise SystemExit(f"rank {rank} has another {name} than rank 0" + (f": {value!r}, not {everyone[0][name]!r}" if name != "code" and name != "data" else ""))
+                raise SystemExit(
+                    f"rank {rank} has another {name} than rank 0"
+                    + (
+                        f": {value!r}, not {everyone[0][name]!r}"
+                        if name != "code" and name != "data"
+                        else ""
+                    )
+                )
 
 
 def begin(cfg):
@@ -35,22 +53,43 @@ def begin(cfg):
     world = parallel.world()
     for name in ["batch_size"] + ["pretrain_batch_size"] * bool(cfg.pretrain_coef):
         if getattr(cfg, name) % world:
-            raise SystemExit(f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}")
+            raise SystemExit(
+                f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}"
+            )
     same_everywhere(cfg)
     now = settings(cfg)
     if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
-        raise SystemExit(f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
-                         "and the same for val.jsonl, appended")
-    sampled = cfg.stage in ("preference", "spin", "ppo")        # whose init is the reference too, as long as the run goes on
+        raise SystemExit(
+            f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
+            "and the same for val.jsonl, appended"
+        )
+    sampled = cfg.stage in (
+        "preference",
+        "spin",
+        "ppo",
+    )  # whose init is the reference too, as long as the run goes on
     policies = {"init": cfg.init} if sampled or not checkpoint.latest(cfg.out_dir) else {}
-    policies |= {"teacher": cfg.teacher} if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher) else {}
+    policies |= (
+        {"teacher": cfg.teacher}
+        if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher)
+        else {}
+    )
     for name, path in policies.items():
-        if path and checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward" and sampled:
+        if (
+            path
+            and checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward"
+            and sampled
+        ):
             raise SystemExit(f"{name} {path} is a reward model, no policy; it goes into reward")
     if ":" in cfg.reward:
         ppo.reward_function(cfg.reward)
-    elif cfg.reward and checkpoint.read_meta(checkpoint.resolve(cfg.reward))["config"]["stage"] != "reward":
-        raise SystemExit(f"reward {cfg.reward} is not a reward model: it was not trained by stage reward")
+    elif (
+        cfg.reward
+        and checkpoint.read_meta(checkpoint.resolve(cfg.reward))["config"]["stage"] != "reward"
+    ):
+        raise SystemExit(
+            f"reward {cfg.reward} is not a reward model: it was not trained by stage reward"
+        )
     if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
         raise SystemExit(f"out_dir {cfg.out_dir} is a file")
     try:
@@ -65,12 +104,18 @@ def begin(cfg):
                 shutil.rmtree(folder)
     newest, path = checkpoint.newest_good(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
     written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
-    before = read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"] if os.path.exists(path) else {}
+    before = (
+        read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"]
+        if os.path.exists(path)
+        else {}
+    )
     if newest or any(os.path.getsize(f) for f in written):
         for key, value in now.items():
             if key not in MAY_CHANGE and key in before and before[key] != value:
-                raise SystemExit(f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
-                                 "use another out_dir, or remove that one")
+                raise SystemExit(
+                    f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
+                    "use another out_dir, or remove that one"
+                )
     meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
     parallel.barrier()
     return (meta["round"], meta["step"]), now
@@ -88,8 +133,31 @@ def with_template(cfg):
     return replace(cfg, template=template or config.TEMPLATE)
 
 
-MAY_CHANGE = {"out_dir", "device", "compile", "recompute", "deterministic", "shards", "reshard_after_forward", "prefetch", "sample_sharded", "timeout", "keep_last",
-              "keep_best", "nonfinite", "spike", "log_interval", "save_interval", "wandb", "wandb_project", "wandb_runs", "gen_batch_size", "micro_batch_tokens", "layout", "rounds"}
+MAY_CHANGE = {
+    "out_dir",
+    "device",
+    "compile",
+    "recompute",
+    "deterministic",
+    "shards",
+    "reshard_after_forward",
+    "prefetch",
+    "sample_sharded",
+    "timeout",
+    "keep_last",
+    "keep_best",
+    "nonfinite",
+    "spike",
+    "log_interval",
+    "save_interval",
+    "wandb",
+    "wandb_project",
+    "wandb_runs",
+    "gen_batch_size",
+    "micro_batch_tokens",
+    "layout",
+    "rounds",
+}
 
 
 def settings(cfg):
@@ -98,8 +166,22 @@ def settings(cfg):
     names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
     meta = read_meta(cfg.data, names)
     files = meta["files"]
-    stream = read_meta(config.beside(cfg).data, ["train.bin", "val.bin"])["files"] if cfg.pretrain_coef else {}
-    players = [path for path in (cfg.init, cfg.teacher, cfg.reward) if path and cfg.stage in ("preference", "spin", "ppo")]
+    stream = (
+        read_meta(config.beside(cfg).data, ["train.bin", "val.bin"])["files"]
+        if cfg.pretrain_coef
+        else {}
+    )
+    players = [
+        path
+        for path in (cfg.init, cfg.teacher, cfg.reward)
+        if path and cfg.stage in ("preference", "spin", "ppo")
+    ]
     hashes = {path: checkpoint.digest(path) for path in players if os.path.exists(path)}
-    of_data = {name: files[name]["sha256"] for name in names} | {f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")}
-    return json.loads(json.dumps(asdict(cfg))) | {"data_source": meta["source"], "data_sha256": of_data, "players_sha256": hashes}
+    of_data = {name: files[name]["sha256"] for name in names} | {
+        f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")
+    }
+    return json.loads(json.dumps(asdict(cfg))) | {
+        "data_source": meta["source"],
+        "data_sha256": of_data,
+        "players_sha256": hashes,
+    }

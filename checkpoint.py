@@ -8,6 +8,7 @@ A checkpoint is a folder RUN/round_R/step_S, written beside and renamed into pla
     manifest.json         sha256 and size of every file, written last
 Nothing in it is a pickle. A save goes on beside the training: it waits for a copy to the CPU alone.
 """
+
 import hashlib
 import json
 import math
@@ -31,7 +32,17 @@ from data import printable, sha256, tokenizer, write_json
 from model import GPT, GPTConfig
 
 thread = ThreadPoolExecutor(1, thread_name_prefix="save")
-META = {"round": int, "step": int, "model": dict, "config": dict, "figures": dict, "history": dict, "tokenizer": str, "tokenizer_sha256": str, "weights_sha256": str}
+META = {
+    "round": int,
+    "step": int,
+    "model": dict,
+    "config": dict,
+    "figures": dict,
+    "history": dict,
+    "tokenizer": str,
+    "tokenizer_sha256": str,
+    "weights_sha256": str,
+}
 
 
 def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures, history):
@@ -39,13 +50,28 @@ def save(run, round, step, model, optimizers, cfg, enc, tokenizer_name, figures,
     but the last `keep_last` and the best by `keep_best`. Returns a Future for `finished`. figures: held-out ones of this step;
     history: what the loop remembers."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    weights, states = get_state_dict(model, optimizers, options=StateDictOptions(cpu_offload=not on_cpu))
+    weights, states = get_state_dict(
+        model, optimizers, options=StateDictOptions(cpu_offload=not on_cpu)
+    )
     tensors = {"model": weights, "optimizer": tensors_of(states)}
     if on_cpu:
-        tensors = {part: {name: t.detach().clone() for name, t in named.items()} for part, named in tensors.items()}
-    meta = {"round": round, "step": step, "model": asdict(model.config), "config": asdict(cfg), "figures": figures, "history": dict(history),
-            "tokenizer": tokenizer.file_of(enc, tokenizer_name), "tokenizer_sha256": tokenizer.fingerprint(enc)}
-    return thread.submit(write, os.path.join(run, f"round_{round}", f"step_{step:06d}"), tensors, meta, enc, cfg)
+        tensors = {
+            part: {name: t.detach().clone() for name, t in named.items()}
+            for part, named in tensors.items()
+        }
+    meta = {
+        "round": round,
+        "step": step,
+        "model": asdict(model.config),
+        "config": asdict(cfg),
+        "figures": figures,
+        "history": dict(history),
+        "tokenizer": tokenizer.file_of(enc, tokenizer_name),
+        "tokenizer_sha256": tokenizer.fingerprint(enc),
+    }
+    return thread.submit(
+        write, os.path.join(run, f"round_{round}", f"step_{step:06d}"), tensors, meta, enc, cfg
+    )
 
 
 def write(path, tensors, meta, enc, cfg):
@@ -55,7 +81,10 @@ def write(path, tensors, meta, enc, cfg):
         write_tensors(tensors["model"], beside, enable_consolidation=True)
         write_tensors(tensors["optimizer"], os.path.join(beside, "optimizer"))
         if parallel.rank() == 0:
-            os.rename(os.path.join(beside, "model-00001-of-00001.safetensors"), os.path.join(beside, "model.safetensors"))
+            os.rename(
+                os.path.join(beside, "model-00001-of-00001.safetensors"),
+                os.path.join(beside, "model.safetensors"),
+            )
             os.remove(os.path.join(beside, "model.safetensors.index.json"))
             shutil.rmtree(os.path.join(beside, "sharded"))
             if meta["tokenizer"] not in ("gpt2", "bytes"):
@@ -73,9 +102,20 @@ def write(path, tensors, meta, enc, cfg):
 
 def seal(beside, path, meta):
     """Write meta.json and manifest.json, with the hashes of what lies `beside`, and rename it into place."""
-    write_json(os.path.join(beside, "meta.json"), meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))})
-    write_json(os.path.join(beside, "manifest.json"), {name: {"sha256": sha256(os.path.join(beside, name)), "bytes": os.path.getsize(os.path.join(beside, name))}
-                                                       for name in files_of(beside)})
+    write_json(
+        os.path.join(beside, "meta.json"),
+        meta | {"weights_sha256": sha256(os.path.join(beside, "model.safetensors"))},
+    )
+    write_json(
+        os.path.join(beside, "manifest.json"),
+        {
+            name: {
+                "sha256": sha256(os.path.join(beside, name)),
+                "bytes": os.path.getsize(os.path.join(beside, name)),
+            }
+            for name in files_of(beside)
+        },
+    )
     if os.path.exists(path):
         remove(path)
     os.rename(beside, path)
@@ -83,9 +123,13 @@ def seal(beside, path, meta):
 
 def write_tensors(tensors, folder, **options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)        # DCP's, that there is one process
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True, **options),
-                 process_group=parallel.group.get("saves"), no_dist=parallel.world() == 1)
+        warnings.simplefilter("ignore", UserWarning)  # DCP's, that there is one process
+        dcp.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True, **options),
+            process_group=parallel.group.get("saves"),
+            no_dist=parallel.world() == 1,
+        )
 
 
 def write_safetensors(path, tensors, dtype=torch.float32):
@@ -93,7 +137,11 @@ def write_safetensors(path, tensors, dtype=torch.float32):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, _) in tensors.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
@@ -106,13 +154,19 @@ def write_safetensors(path, tensors, dtype=torch.float32):
 
 def finished(saving):
     """Wait for a save. Returns on every rank what went wrong on the first that something went wrong on, or ""."""
-    return next(filter(None, parallel.gather(saving.result() if isinstance(saving, Future) else "")), "")
+    return next(
+        filter(None, parallel.gather(saving.result() if isinstance(saving, Future) else "")), ""
+    )
 
 
 def tensors_of(states):
     """The tensors of an optimizer's state dict by name; the rest of it, its param_groups, the config knows."""
-    return {f"{name}.{key}": value for name, state in states["state"].items() for key, value in state.items()
-            if isinstance(value, torch.Tensor)}
+    return {
+        f"{name}.{key}": value
+        for name, state in states["state"].items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def resume(path, model, optimizers):
@@ -122,12 +176,26 @@ def resume(path, model, optimizers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            for name in os.listdir(os.path.join(path, "optimizer")):       # DCP would print a traceback of its own
+            for name in os.listdir(
+                os.path.join(path, "optimizer")
+            ):  # DCP would print a traceback of its own
                 if name.endswith(".safetensors"):
-                    safe_open(os.path.join(path, "optimizer", name), framework="pt").__exit__(None, None, None)
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(os.path.join(path, "optimizer")), no_dist=parallel.world() == 1)
-        except (dcp.CheckpointException, SafetensorError, OSError) as e:     # the first is no Exception
-            raise SystemExit(f"{path}/optimizer cannot be read ({type(e).__name__}); remove {path}, and the checkpoint before it is taken")
+                    safe_open(os.path.join(path, "optimizer", name), framework="pt").__exit__(
+                        None, None, None
+                    )
+            dcp.load(
+                tensors,
+                storage_reader=HuggingFaceStorageReader(os.path.join(path, "optimizer")),
+                no_dist=parallel.world() == 1,
+            )
+        except (
+            dcp.CheckpointException,
+            SafetensorError,
+            OSError,
+        ) as e:  # the first is no Exception
+            raise SystemExit(
+                f"{path}/optimizer cannot be read ({type(e).__name__}); remove {path}, and the checkpoint before it is taken"
+            )
     for name, state in states["state"].items():
         for key in state:
             if isinstance(state[key], torch.Tensor):
@@ -140,12 +208,17 @@ def resume(path, model, optimizers):
 
 def files_of(path):
     """The files of a checkpoint but its manifest, by their names in it."""
-    found = [os.path.relpath(os.path.join(folder, name), path) for folder, _, names in os.walk(path) for name in names]
+    found = [
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, _, names in os.walk(path)
+        for name in names
+    ]
     return sorted(name for name in found if name != "manifest.json")
 
 
 def damage(path):
     """What is wrong with a checkpoint's files, a line, or "": each rank reads its share of them."""
+
     def look():
         with open(os.path.join(path, "manifest.json"), "rb") as f:
             text = f.read()
@@ -154,14 +227,20 @@ def damage(path):
             return "manifest.json was altered"
         if files_of(path) != sorted(manifest):
             return f"its files are not those in manifest.json ({printable(', '.join(sorted(set(manifest) ^ set(files_of(path)))))})"
-        for name in sorted(manifest)[parallel.rank()::parallel.world()]:
-            if os.path.getsize(os.path.join(path, name)) != manifest[name]["bytes"] or sha256(os.path.join(path, name)) != manifest[name]["sha256"]:
+        for name in sorted(manifest)[parallel.rank() :: parallel.world()]:
+            if (
+                os.path.getsize(os.path.join(path, name)) != manifest[name]["bytes"]
+                or sha256(os.path.join(path, name)) != manifest[name]["sha256"]
+            ):
                 return f"{name} is not what was saved: its size and sha256 are not those in manifest.json"
         with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-        if f"round_{meta['round']}/step_{meta['step']:06d}" != "/".join(os.path.abspath(path).split(os.sep)[-2:]):
+        if f"round_{meta['round']}/step_{meta['step']:06d}" != "/".join(
+            os.path.abspath(path).split(os.sep)[-2:]
+        ):
             return f"it is round {meta['round']!r} step {meta['step']!r} by its meta.json"
         return ""
+
     try:
         found = look()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -177,7 +256,10 @@ def newest_good(run):
             return path
         aside = renamed(path, "damaged")
         if parallel.rank() == 0:
-            print(f"{path} is damaged: {found}; it is set aside as {aside}, and the one before it taken", flush=True)
+            print(
+                f"{path} is damaged: {found}; it is set aside as {aside}, and the one before it taken",
+                flush=True,
+            )
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
         parallel.barrier()
@@ -186,9 +268,17 @@ def newest_good(run):
 def thin(folder, cfg):
     """Remove a round's checkpoints but the last ones and the best one."""
     paths = steps_of(folder)
-    rated = {path: read_meta(path)["figures"].get(cfg.keep_best.lstrip("-")) for path in paths} if cfg.keep_best else {}
-    best = sorted((value if not cfg.keep_best.startswith("-") else -value, path) for path, value in rated.items() if value is not None)
-    for path in paths[:-cfg.keep_last]:
+    rated = (
+        {path: read_meta(path)["figures"].get(cfg.keep_best.lstrip("-")) for path in paths}
+        if cfg.keep_best
+        else {}
+    )
+    best = sorted(
+        (value if not cfg.keep_best.startswith("-") else -value, path)
+        for path, value in rated.items()
+        if value is not None
+    )
+    for path in paths[: -cfg.keep_last]:
         if path not in [path for _, path in best[:1]]:
             remove(path)
 
@@ -213,26 +303,47 @@ def steps_of(folder):
 def prune(run, first):
     """Remove the checkpoints of the rounds before `first`; what else lies there stays."""
     if parallel.rank() == 0:
-        for path in (path for round in range(first) for path in steps_of(os.path.join(run, f"round_{round}"))):
+        for path in (
+            path for round in range(first) for path in steps_of(os.path.join(run, f"round_{round}"))
+        ):
             remove(path)
     parallel.barrier()
 
 
 def latest(run, round=None):
     """The newest checkpoint of a run (of one round), or None."""
-    rounds = sorted(int(m[1]) for m in map(re.compile(r"round_(\d+)").fullmatch, os.listdir(run)) if m) if os.path.isdir(run) else []
-    found = [path for r in rounds if round in (None, r) for path in steps_of(os.path.join(run, f"round_{r}"))]
+    rounds = (
+        sorted(int(m[1]) for m in map(re.compile(r"round_(\d+)").fullmatch, os.listdir(run)) if m)
+        if os.path.isdir(run)
+        else []
+    )
+    found = [
+        path
+        for r in rounds
+        if round in (None, r)
+        for path in steps_of(os.path.join(run, f"round_{r}"))
+    ]
     return found[-1] if found else None
 
 
 def resolve(path):
     """A run folder, a round's folder or a checkpoint -> the checkpoint. Exits with one line if there is none."""
     for candidate in (path, latest(path), (steps_of(path) or [None])[-1]):
-        if candidate and os.path.exists(os.path.join(candidate, "meta.json")) and os.path.exists(os.path.join(candidate, "model.safetensors")):
+        if (
+            candidate
+            and os.path.exists(os.path.join(candidate, "meta.json"))
+            and os.path.exists(os.path.join(candidate, "model.safetensors"))
+        ):
             return candidate
     command = config.maker(path)
-    raise SystemExit(f"{path}: no checkpoint there; " + (f"make it with: {command}" if command else
-                     "it should be the out_dir of a run, or a folder round_R/step_S in it"))
+    raise SystemExit(
+        f"{path}: no checkpoint there; "
+        + (
+            f"make it with: {command}"
+            if command
+            else "it should be the out_dir of a run, or a folder round_R/step_S in it"
+        )
+    )
 
 
 def read_meta(path):
@@ -242,11 +353,19 @@ def read_meta(path):
             text = f.read()
         with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
             if hashlib.sha256(text).hexdigest() != json.load(f)["meta.json"]["sha256"]:
-                raise SystemExit(f"{path}/meta.json is damaged: its sha256 is not the one in manifest.json")
+                raise SystemExit(
+                    f"{path}/meta.json is damaged: its sha256 is not the one in manifest.json"
+                )
         meta = json.loads(text)
         hints, settings = typing.get_type_hints(GPTConfig), typing.get_type_hints(config.Config)
-        for name, value, hint in [(name, meta[name], kind) for name, kind in META.items()] + [(name, value, hints[name]) for name, value in meta["model"].items()] + \
-                [(name, meta["config"][name], settings[name]) for name in ("stage", "template", "max_prompt", "max_response")]:
+        for name, value, hint in (
+            [(name, meta[name], kind) for name, kind in META.items()]
+            + [(name, value, hints[name]) for name, value in meta["model"].items()]
+            + [
+                (name, meta["config"][name], settings[name])
+                for name in ("stage", "template", "max_prompt", "max_response")
+            ]
+        ):
             config.convert(name, value, hint, f"{path}/meta.json")
         if meta["tokenizer"] not in ("gpt2", "bytes", "tokenizer.tiktoken", "tokenizer.json"):
             raise ValueError(f"tokenizer {meta['tokenizer']!r}")
@@ -267,7 +386,9 @@ def read_tokenizer(path, meta):
     name = meta["tokenizer"]
     enc = tokenizer.load(name if name in ("gpt2", "bytes") else os.path.join(path, name))
     if tokenizer.fingerprint(enc) != meta["tokenizer_sha256"]:
-        raise SystemExit(f"{path}: the tokenizer {name} is not the one that the checkpoint was trained with")
+        raise SystemExit(
+            f"{path}: the tokenizer {name} is not the one that the checkpoint was trained with"
+        )
     return enc
 
 
@@ -287,7 +408,9 @@ def load_weights(path, model):
             for name, p in params.items():
                 tensor = f.get_tensor(name) if name in there else torch.zeros(p.shape)
                 if tensor.shape != p.shape:
-                    raise SystemExit(f"{file}: {name} has shape {tuple(tensor.shape)}, the model {tuple(p.shape)}")
+                    raise SystemExit(
+                        f"{file}: {name} has shape {tuple(tensor.shape)}, the model {tuple(p.shape)}"
+                    )
                 parallel.copy_(p, tensor)
     except SafetensorError as e:
         raise SystemExit(f"{file} cannot be read ({e})")

@@ -8,6 +8,7 @@
 
 Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
 """
+
 import argparse
 import bisect
 import math
@@ -22,8 +23,23 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
-from data import INPUTS, asked, batch_rows, encode_rows, permutation, printable, question, read_rows, reward_batch, row_tokens, split_by_tokens, stream_batch, \
-    tokenizer, write_json, write_rows
+from data import (
+    INPUTS,
+    asked,
+    batch_rows,
+    encode_rows,
+    permutation,
+    printable,
+    question,
+    read_rows,
+    reward_batch,
+    row_tokens,
+    split_by_tokens,
+    stream_batch,
+    tokenizer,
+    write_json,
+    write_rows,
+)
 from loss import best_and_others, plackett_luce, sequence_logprobs
 from sample import device_name, number, respond
 
@@ -37,7 +53,9 @@ def stream_loss(model, tokens, cfg, device, eot=None):
     parts = stream_parts(cfg, length, device)
     for step in range(cfg.eval_batches):
         for part in parts:
-            batch = stream_batch(tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, part, eot)
+            batch = stream_batch(
+                tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, part, eot
+            )
             nll -= run(model, batch, device)[0].double().sum().cpu()
             count += batch["targets"].numel()
     parallel.reshard(model)
@@ -48,7 +66,10 @@ def stream_loss(model, tokens, cfg, device, eot=None):
 
 def stream_parts(cfg, length, device):
     """This rank's micro-batches of a batch of windows, as slices of it; every rank has as many."""
-    share, size = cfg.batch_size // parallel.world(), max(1, parallel.micro_batch_tokens(cfg, device) // length)
+    share, size = (
+        cfg.batch_size // parallel.world(),
+        max(1, parallel.micro_batch_tokens(cfg, device) // length),
+    )
     first, end = parallel.rank() * share, (parallel.rank() + 1) * share
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
@@ -56,7 +77,13 @@ def stream_parts(cfg, length, device):
 def run(model, batch, device, whole=False):
     """(logps of a batch's targets, the batch on the device); whole: all logits at those places, (..., V)."""
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return model(**{name: batch[name] for name in INPUTS if name in batch and not (whole and name == "targets")}), batch
+    return model(
+        **{
+            name: batch[name]
+            for name in INPUTS
+            if name in batch and not (whole and name == "targets")
+        }
+    ), batch
 
 
 @torch.no_grad()
@@ -69,9 +96,15 @@ def in_batches(model, rows, tokens, device, make, pick, desc=None, layout="share
     sizes = [row_tokens(rows[i], layout) for i in order]
     parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
     results = {}
-    for part in tqdm(list(parallel.shard(parts)), desc=desc, disable=None if desc and parallel.rank() == 0 else True):
+    for part in tqdm(
+        list(parallel.shard(parts)),
+        desc=desc,
+        disable=None if desc and parallel.rank() == 0 else True,
+    ):
         indices = [order[i] for i in part]
-        results.update(zip(indices, pick(*run(model, make([rows[i] for i in indices], layout), device, whole))))
+        results.update(
+            zip(indices, pick(*run(model, make([rows[i] for i in indices], layout), device, whole)))
+        )
     parallel.reshard(model)
     model.train(was_training)
     return parallel.merge(len(rows), results)
@@ -80,17 +113,21 @@ def in_batches(model, rows, tokens, device, make, pick, desc=None, layout="share
 def score(model, rows, tokens, device, desc=None, layout="shared"):
     """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
     Policy and reference both go through here."""
+
     def pick(logps, batch):
         B, k = batch["present"].shape
         return sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
+
     return wide(in_batches(model, rows, tokens, device, batch_rows, pick, desc, layout))
 
 
 def reward_scores(model, rows, tokens, device, desc=None, layout="shared"):
     """A reward model's score of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank."""
+
     def pick(scores, batch):
         B, k = batch["present"].shape
         return scores.new_zeros(B * k).index_put((batch["slot"],), scores).view(B, k).cpu().numpy()
+
     return wide(in_batches(model, rows, tokens, device, reward_batch, pick, desc, layout))
 
 
@@ -125,13 +162,19 @@ def ranking_metrics(logps, refs, rows, beta, names):
     if ranked.any():
         scores, policy, there = (torch.from_numpy(a[ranked]) for a in (rewards, logps, present))
         nll = plackett_luce(scores, there, ranks=torch.from_numpy(ranks[ranked]))
-        above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]   # k should beat j
+        above = (
+            (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
+        )  # k should beat j
         right, acc, error = pair_accuracy(rewards, above)
-        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error} | {name: float(value) for name, value in best_and_others(scores, policy, there).items()}
+        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error} | {
+            name: float(value) for name, value in best_and_others(scores, policy, there).items()
+        }
         for k, name in enumerate(names[:-1]):
             asked = above[:, k].any(-1)
             if asked.any():
-                metrics[f"acc/{name}"] = float((right[:, k] == above[:, k]).all(-1)[asked].mean())      # a tie is not above
+                metrics[f"acc/{name}"] = float(
+                    (right[:, k] == above[:, k]).all(-1)[asked].mean()
+                )  # a tie is not above
     for k, name in enumerate(names):
         if present[:, k].any():
             metrics[f"reward/{name}"] = float(rewards[:, k][present[:, k]].mean())
@@ -139,7 +182,9 @@ def ranking_metrics(logps, refs, rows, beta, names):
     if "self" in names:
         k = names.index("self")
         if present[:, k].any():
-            metrics["kl_from_ref"] = float((refs - logps)[:, k][present[:, k]].sum() / lengths[:, k][present[:, k]].sum())
+            metrics["kl_from_ref"] = float(
+                (refs - logps)[:, k][present[:, k]].sum() / lengths[:, k][present[:, k]].sum()
+            )
     return metrics
 
 
@@ -164,21 +209,51 @@ def reward_metrics(scores, rows):
     score, score_std  of all responses
     """
     K = scores.shape[1]
-    present = np.array([[y is not None for y in row["responses"]] + [False] * (K - len(row["responses"])) for row in rows])
-    taken = [sorted({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) for row in rows]
-    place = np.array([[bisect.bisect_left(some, r) for r in row["ranks"]] + [K] * (K - len(row["ranks"])) for some, row in zip(taken, rows)])
-    apart = np.where(present[:, :, None] & present[:, None, :], place[:, None, :] - place[:, :, None], 0)      # (rows, i, j)
+    present = np.array(
+        [
+            [y is not None for y in row["responses"]] + [False] * (K - len(row["responses"]))
+            for row in rows
+        ]
+    )
+    taken = [
+        sorted({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) for row in rows
+    ]
+    place = np.array(
+        [
+            [bisect.bisect_left(some, r) for r in row["ranks"]] + [K] * (K - len(row["ranks"]))
+            for some, row in zip(taken, rows)
+        ]
+    )
+    apart = np.where(
+        present[:, :, None] & present[:, None, :], place[:, None, :] - place[:, :, None], 0
+    )  # (rows, i, j)
     lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
     pairs = apart > 0
     n = pairs.sum((1, 2))
     nll = (np.logaddexp(0, -lead) * pairs).sum((1, 2))[n > 0] / n[n > 0]
     right, acc, error = pair_accuracy(scores, pairs)
-    lengths = np.array([[len(y or []) for y in row["responses"]] + [0] * (K - len(row["responses"])) for row in rows])
-    metrics = {"pair_nll": float(nll.mean()), "acc": acc, "acc_se": error, "length_acc": pair_accuracy(lengths, pairs)[1]}
+    lengths = np.array(
+        [
+            [len(y or []) for y in row["responses"]] + [0] * (K - len(row["responses"]))
+            for row in rows
+        ]
+    )
+    metrics = {
+        "pair_nll": float(nll.mean()),
+        "acc": acc,
+        "acc_se": error,
+        "length_acc": pair_accuracy(lengths, pairs)[1],
+    }
     for d in range(1, int(apart.max()) + 1):
         if (apart == d).any():
-            metrics |= {f"acc@{d}": float(right[apart == d].mean()), f"pairs@{d}": int((apart == d).sum())}
-    return metrics | {"score": float(scores[present].mean()), "score_std": float(scores[present].std())}
+            metrics |= {
+                f"acc@{d}": float(right[apart == d].mean()),
+                f"pairs@{d}": int((apart == d).sum()),
+            }
+    return metrics | {
+        "score": float(scores[present].mean()),
+        "score_std": float(scores[present].std()),
+    }
 
 
 def answer(text):
@@ -189,10 +264,12 @@ def answer(text):
 
 def sample_metrics(texts, ids, references, eot):
     """Of sampled responses: share ended by eot, mean length in tokens, exact match with the references (texts)."""
-    return {"ended": float(np.mean([i[-1] == eot for i in ids])),
-            "length": float(np.mean([len(i) for i in ids])),
-            "exact_match": float(np.mean([answer(t) == answer(r) for t, r in zip(texts, references)])),
-            "f1": float(np.mean([f1(t, r) for t, r in zip(texts, references)]))}
+    return {
+        "ended": float(np.mean([i[-1] == eot for i in ids])),
+        "length": float(np.mean([len(i) for i in ids])),
+        "exact_match": float(np.mean([answer(t) == answer(r) for t, r in zip(texts, references)])),
+        "f1": float(np.mean([f1(t, r) for t, r in zip(texts, references)])),
+    }
 
 
 def f1(text, reference):
@@ -213,7 +290,14 @@ def windows(ids, first, length):
     """A whole text's ids as rows that ask for each of them once and read at most `length`: `first` stands before the first of them,
     one id before a next row's, before the last row's as many as fit. So lm-evaluation-harness cuts it (rolling)."""
     ids, n = [first, *ids], len(ids)
-    return [{"prompt": ids[max(0, min(s + length, n) - length):s + 1], "responses": [ids[s + 1:s + length + 1]], "ranks": [0]} for s in range(0, n, length)]
+    return [
+        {
+            "prompt": ids[max(0, min(s + length, n) - length) : s + 1],
+            "responses": [ids[s + 1 : s + length + 1]],
+            "ranks": [0],
+        }
+        for s in range(0, n, length)
+    ]
 
 
 def harness_metrics(model, enc, rows, encoded, device):
@@ -231,8 +315,12 @@ def harness_metrics(model, enc, rows, encoded, device):
     scored, sizes = [], []
     for row, ids in zip(rows, encoded):
         if not row["prompt"]:
-            first = tokenizer.specials(enc).get(tokenizer.begin(enc), enc.eot_token)        # an export's bos_token
-            parts = windows(tokenizer.encode(enc, row["responses"][0]), first, model.config.block_size)
+            first = tokenizer.specials(enc).get(
+                tokenizer.begin(enc), enc.eot_token
+            )  # an export's bos_token
+            parts = windows(
+                tokenizer.encode(enc, row["responses"][0]), first, model.config.block_size
+            )
             scored += parts
             sizes += [[len(row["responses"][0].encode())]] + [[0]] * (len(parts) - 1)
         elif ids is not None:
@@ -240,12 +328,21 @@ def harness_metrics(model, enc, rows, encoded, device):
             bare = [y[:-1] if end else y for y, end in zip(ids["responses"], ended)]
             if [] not in bare:
                 scored.append(ids | {"responses": bare})
-                sizes.append([0 if y is None else len((text if end else enc.decode(y)).encode()) for text, y, end in zip(row["responses"], bare, ended)])
+                sizes.append(
+                    [
+                        0 if y is None else len((text if end else enc.decode(y)).encode())
+                        for text, y, end in zip(row["responses"], bare, ended)
+                    ]
+                )
     if not scored:
         return {}
     logps, sizes = score(model, scored, 8192, device), wide(sizes)
-    metrics = {"bits_per_byte": float(-logps[:, 0].sum(dtype=np.float64) / math.log(2) / sizes[:, 0].sum())}
-    several = [i for i, row in enumerate(scored) if sum(y is not None for y in row["responses"]) > 1]
+    metrics = {
+        "bits_per_byte": float(-logps[:, 0].sum(dtype=np.float64) / math.log(2) / sizes[:, 0].sum())
+    }
+    several = [
+        i for i, row in enumerate(scored) if sum(y is not None for y in row["responses"]) > 1
+    ]
     for name, each in (("choice_acc", logps), ("choice_acc_bytes", logps / np.maximum(sizes, 1))):
         if several:
             chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
@@ -260,9 +357,13 @@ def win_rate(judge, pairs, device, tokens=8192):
     if judge.config.scalar:
         mean = reward_scores(judge, pairs, tokens, device)
     else:
-        mean = score(judge, pairs, tokens, device) / np.array([[len(y) for y in row["responses"]] for row in pairs])
+        mean = score(judge, pairs, tokens, device) / np.array(
+            [[len(y) for y in row["responses"]] for row in pairs]
+        )
     # equal responses are equal: in another place of a batch a product may round otherwise
-    equal = np.array([row["responses"][0] == row["responses"][1] for row in pairs]) | (mean[:, 0] == mean[:, 1])
+    equal = np.array([row["responses"][0] == row["responses"][1] for row in pairs]) | (
+        mean[:, 0] == mean[:, 1]
+    )
     wins = np.where(equal, 0.5, mean[:, 0] > mean[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
@@ -277,25 +378,62 @@ def measure(path, temperature, seed, rows, args):
     """(figures, sampled rows, tokenizer) of one checkpoint on the held-out rows."""
     model, enc, meta = checkpoint.load_model(path, args.device)
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
-    limits = enc, settings["template"], model.config.block_size, settings["max_prompt"], settings["max_response"]
+    limits = (
+        enc,
+        settings["template"],
+        model.config.block_size,
+        settings["max_prompt"],
+        settings["max_response"],
+    )
     found = encode_rows(rows, *limits)[0]
     encoded = [row for row in found if row is not None]
     if not encoded:
-        raise SystemExit(f"{path}: its block_size {model.config.block_size} leaves no room after any of {len(rows)} prompts")
+        raise SystemExit(
+            f"{path}: its block_size {model.config.block_size} leaves no room after any of {len(rows)} prompts"
+        )
     if meta["config"]["stage"] == "reward":
-        if all(len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) < 2 for row in encoded):
-            raise SystemExit(f"{path} is a reward model, and no row has two responses for it to rank")
+        if all(
+            len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) < 2
+            for row in encoded
+        ):
+            raise SystemExit(
+                f"{path} is a reward model, and no row has two responses for it to rank"
+            )
         return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
-    figures = loss_metrics(score(model, best, 8192, args.device), best) | harness_metrics(model, enc, rows, found, args.device)
+    figures = loss_metrics(score(model, best, 8192, args.device), best) | harness_metrics(
+        model, enc, rows, found, args.device
+    )
     if args.reference:
         K = max(len(row["responses"]) for row in encoded)
-        full = [row | {"responses": row["responses"] + [None] * (K - len(row["responses"])), "ranks": row["ranks"] + [K] * (K - len(row["ranks"]))} for row in encoded]
+        full = [
+            row
+            | {
+                "responses": row["responses"] + [None] * (K - len(row["responses"])),
+                "ranks": row["ranks"] + [K] * (K - len(row["ranks"])),
+            }
+            for row in encoded
+        ]
         ref, _, _ = checkpoint.load_model(args.reference, args.device)
-        figures |= ranking_metrics(score(model, full, 64, args.device), score(ref, full, 64, args.device), full, args.beta, [str(k + 1) for k in range(K)])
+        figures |= ranking_metrics(
+            score(model, full, 64, args.device),
+            score(ref, full, 64, args.device),
+            full,
+            args.beta,
+            [str(k + 1) for k in range(K)],
+        )
     texts, ids = respond(model, enc, rows=rows, seed=seed, temperature=temperature, **settings)
-    there = [i for i, y in enumerate(ids) if y is not None]         # whole texts have no prompt to answer
-    figures |= {} if not there else sample_metrics([texts[i] for i in there], [ids[i] for i in there], [rows[i]["responses"][0] for i in there], enc.eot_token)
+    there = [i for i, y in enumerate(ids) if y is not None]  # whole texts have no prompt to answer
+    figures |= (
+        {}
+        if not there
+        else sample_metrics(
+            [texts[i] for i in there],
+            [ids[i] for i in there],
+            [rows[i]["responses"][0] for i in there],
+            enc.eot_token,
+        )
+    )
     return figures, {asked(rows[i]): (texts[i], ids[i]) for i in there}, enc
 
 
@@ -303,33 +441,62 @@ def in_tongue(judge, enc, text, ids):
     """A response's ids for a judge: as they are if its tokenizer made them; else encoded, ended only if it had ended."""
     if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge):
         return ids
-    return tokenizer.encode(judge, text, "within") + ([judge.eot_token] if enc is None or ids[-1] == enc.eot_token else [])
+    return tokenizer.encode(judge, text, "within") + (
+        [judge.eot_token] if enc is None or ids[-1] == enc.eot_token else []
+    )
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
         import report
+
         return report.main(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT[@TEMPERATURE]",
-                        help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1")
-    parser.add_argument("--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="NAME=CHECKPOINT[@TEMPERATURE]",
+        help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1",
+    )
+    parser.add_argument(
+        "--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on"
+    )
     parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
-    parser.add_argument("--judge", help="checkpoint: win rate of everyone, and of the data, against the first one's samples")
-    parser.add_argument("--reference", help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it")
+    parser.add_argument(
+        "--judge",
+        help="checkpoint: win rate of everyone, and of the data, against the first one's samples",
+    )
+    parser.add_argument(
+        "--reference",
+        help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it",
+    )
     parser.add_argument("--beta", type=number(float, 0), default=0.1, help="of those rewards")
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling; the n-th checkpoint takes seed + n")
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; else cuda if there is one")
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="of the sampling; the n-th checkpoint takes seed + n",
+    )
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda; else cuda if there is one",
+    )
     args = parser.parse_args(argv)
     parallel.tune(args.device)
     runs = {}
     for spec in args.checkpoints:
         found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
         if not found or found[1] in runs or found[1] == "data":
-            raise SystemExit(f"{spec!r}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data")
+            raise SystemExit(
+                f"{spec!r}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data"
+            )
         runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
     for other in filter(None, (args.judge, args.reference)):
         checkpoint.resolve(other)
@@ -337,12 +504,20 @@ def main(argv=None):
         os.makedirs(args.out or ".", exist_ok=True)
     except OSError as e:
         parser.error(f"--out {args.out}: {e.strerror}")
-    no_policy = [name for name, (path, _) in runs.items() if args.judge and checkpoint.read_meta(path)["config"]["stage"] == "reward"]
+    no_policy = [
+        name
+        for name, (path, _) in runs.items()
+        if args.judge and checkpoint.read_meta(path)["config"]["stage"] == "reward"
+    ]
     if no_policy:
-        raise SystemExit(f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge")
+        raise SystemExit(
+            f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge"
+        )
     rows = held_out(args.data, args.rows)
     if args.judge and not all(row["prompt"] for row in rows):
-        raise SystemExit(f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge")
+        raise SystemExit(
+            f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge"
+        )
     table, samples = {}, {"data": ({asked(row): (row["responses"][0], None) for row in rows}, None)}
     for n, (name, (path, temperature)) in enumerate(runs.items()):
         figures, *samples[name] = measure(path, temperature, args.seed + n, rows, args)
@@ -353,20 +528,49 @@ def main(argv=None):
         first, *others = table
         settings = [meta["config"][name] for name in ("max_prompt", "max_response")]
         for name in ["data", *others]:
-            both = [row for row in rows if all(asked(row) in samples[who][0] for who in (name, first))]
-            answers = [[(samples[who][1], *samples[who][0][asked(row)]) for who in (name, first)] for row in both]
-            pairs = [question(row) | {"responses": [text for _, text, _ in two], "ids": [in_tongue(enc, *one) for one in two]} for row, two in zip(both, answers)]
-            pairs = [p for p in encode_rows(pairs, enc, meta["config"]["template"], judge.config.block_size, *settings)[0] if p is not None]
+            both = [
+                row for row in rows if all(asked(row) in samples[who][0] for who in (name, first))
+            ]
+            answers = [
+                [(samples[who][1], *samples[who][0][asked(row)]) for who in (name, first)]
+                for row in both
+            ]
+            pairs = [
+                question(row)
+                | {
+                    "responses": [text for _, text, _ in two],
+                    "ids": [in_tongue(enc, *one) for one in two],
+                }
+                for row, two in zip(both, answers)
+            ]
+            pairs = [
+                p
+                for p in encode_rows(
+                    pairs, enc, meta["config"]["template"], judge.config.block_size, *settings
+                )[0]
+                if p is not None
+            ]
             if not pairs:
-                raise SystemExit(f"{args.judge}: there is no prompt that {name} and {first} both answered and that leaves the judge room")
+                raise SystemExit(
+                    f"{args.judge}: there is no prompt that {name} and {first} both answered and that leaves the judge room"
+                )
             share, error = win_rate(judge, pairs, args.device)
             table.setdefault(name, {})
             table[name] |= {"win_rate": share, "win_rate_se": error, "against": first}
-            print(f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % of {len(pairs)} prompts")
+            print(
+                f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % of {len(pairs)} prompts"
+            )
     if args.out:
         for name, (answers, _) in samples.items():
             if answers:
-                write_rows(os.path.join(args.out, f"{name}.jsonl"), [question(row) | {"responses": [answers[asked(row)][0]]} for row in rows if asked(row) in answers])
+                write_rows(
+                    os.path.join(args.out, f"{name}.jsonl"),
+                    [
+                        question(row) | {"responses": [answers[asked(row)][0]]}
+                        for row in rows
+                        if asked(row) in answers
+                    ],
+                )
         write_json(os.path.join(args.out, "eval.json"), table)
 
 

@@ -2,6 +2,7 @@
 
 One process has signals alone. Several, as torchrun starts them, share a store, where each leaves a sign of life twice a second.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -34,7 +35,9 @@ def join(device, timeout):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agent = dist.TCPStore(address, port, is_master=False)
         if rank == 0:
-            store = dist.TCPStore(own_address(address, port), 0, is_master=True, wait_for_workers=False)
+            store = dist.TCPStore(
+                own_address(address, port), 0, is_master=True, wait_for_workers=False
+            )
             name = f"{store.host}:{store.port}:{time.time_ns()}"
             store.set("name", name)
             agent.set("nanospin", name)
@@ -42,10 +45,18 @@ def join(device, timeout):
             store = found_store(agent, time.monotonic() + timeout)
     else:
         store = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timedelta(seconds=2 * timeout))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=2 * timeout),
+    )
     parallel.group["saves"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout))
     parallel.group["store"] = store
-    store.add("joined", 1)          # rank 0 has the store: should it leave before the others are in, they would wait for hours
+    store.add(
+        "joined", 1
+    )  # rank 0 has the store: should it leave before the others are in, they would wait for hours
     deadline = time.monotonic() + timeout
     while rank == 0 and store.add("joined", 0) < world and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -65,7 +76,13 @@ def found_store(agent, deadline):
         name = agent.get("nanospin").decode()
         host, port, _ = name.rsplit(":", 2)
         with contextlib.suppress(dist.DistError):
-            store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=2))
+            store = dist.TCPStore(
+                host,
+                int(port),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=2),
+            )
             if store.get("name").decode() == name:
                 store.set_timeout(timedelta(minutes=5))
                 return store
@@ -94,12 +111,19 @@ def run(main, argv):
         else:
             say_once(f"{e.filename or 'a file'}: {e.strerror}; what was saved before is there")
     except Exception as e:
-        if parallel.world() > 1 and isinstance(e, RuntimeError) and any(word in str(e) for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")):
+        if (
+            parallel.world() > 1
+            and isinstance(e, RuntimeError)
+            and any(
+                word in str(e)
+                for word in ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")
+            )
+        ):
             say_once(lost())
             alone = True
         else:
             traceback.print_exc()
-    if dist.is_initialized():       # gloo's threads sometimes abort an interpreter that winds down
+    if dist.is_initialized():  # gloo's threads sometimes abort an interpreter that winds down
         parallel.place["leaving"] = True
         if status == 0:
             dist.barrier()
@@ -117,11 +141,13 @@ def go_last():
     with contextlib.suppress(dist.DistError):
         parallel.group["store"].set(f"left/{parallel.rank()}", "")
         deadline = time.monotonic() + 5 * (parallel.rank() == 0)
-        while time.monotonic() < deadline and not parallel.group["store"].check([f"left/{r}" for r in range(parallel.world())]):
+        while time.monotonic() < deadline and not parallel.group["store"].check(
+            [f"left/{r}" for r in range(parallel.world())]
+        ):
             time.sleep(0.02)
 
 
-signals = []            # what asked this process to leave
+signals = []  # what asked this process to leave
 
 
 def heed(number, frame):
@@ -129,8 +155,11 @@ def heed(number, frame):
     if number == signal.SIGINT and signal.SIGINT in signals:
         raise KeyboardInterrupt
     signals.append(number)
-    if parallel.rank() == 0:        # not by print, which the signal may have interrupted
-        os.write(1, f"{signal.Signals(number).name}: leaving after this step{'; once more to leave at once' if number == signal.SIGINT else ''}\n".encode())
+    if parallel.rank() == 0:  # not by print, which the signal may have interrupted
+        os.write(
+            1,
+            f"{signal.Signals(number).name}: leaving after this step{'; once more to leave at once' if number == signal.SIGINT else ''}\n".encode(),
+        )
 
 
 def stop_if_asked():
@@ -138,7 +167,10 @@ def stop_if_asked():
     number = max(parallel.gather(signals[-1] if signals else 0))
     if number:
         if parallel.rank() == 0:
-            print(f"{signal.Signals(number).name}: nothing is lost; the same command goes on from here", flush=True)
+            print(
+                f"{signal.Signals(number).name}: nothing is lost; the same command goes on from here",
+                flush=True,
+            )
         raise SystemExit(128 + number)
 
 
@@ -148,19 +180,30 @@ def say_once(text):
     if parallel.group:
         try:
             me = f"{parallel.rank()}"
-            first = parallel.group["store"].compare_set(hashlib.sha256(text.encode()).hexdigest(), "", me).decode() == me
-        except dist.DistError:      # rank 0 is gone, and its store with it
+            first = (
+                parallel.group["store"]
+                .compare_set(hashlib.sha256(text.encode()).hexdigest(), "", me)
+                .decode()
+                == me
+            )
+        except dist.DistError:  # rank 0 is gone, and its store with it
             first = True
-    if first:       # one line, whatever a file's name or another's text brings along
-        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr, flush=True)
+    if first:  # one line, whatever a file's name or another's text brings along
+        print(
+            "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def pulse(store, timeout):
     """A thread's work: leave a sign of life in the store twice a second, and end this process with the name of the rank that is
     waited for when nothing has moved for `timeout` seconds."""
+
     def beat():
         store.set(f"pulse/{parallel.rank()}", json.dumps([time.monotonic(), *standing()]))
         time.sleep(0.5)
+
     try:
         while True:
             beat()
@@ -180,8 +223,14 @@ def end(text):
 
 def lost(why="the connection broke", store=None, wait=lambda: time.sleep(0.5)):
     """A line that names the ranks that are gone, stand still or are behind."""
+
     def look():
-        return {r: json.loads(store.get(f"pulse/{r}")) for r in range(parallel.world()) if store.check([f"pulse/{r}"])}
+        return {
+            r: json.loads(store.get(f"pulse/{r}"))
+            for r in range(parallel.world())
+            if store.check([f"pulse/{r}"])
+        }
+
     try:
         store = store or parallel.group["store"].clone()
         before = look()
@@ -193,15 +242,35 @@ def lost(why="the connection broke", store=None, wait=lambda: time.sleep(0.5)):
     still = [r for r in now if r != parallel.rank() and now[r][0] == before.get(r, [None])[0]]
     busy = [r for r in now if not now[r][1]]
     names = ", ".join(f"rank {r} ({now[r][2]})" for r in still or busy)
-    return f"{why}: " + (f"{names} {'is gone or stands still' if still else 'does not come'}" if names else f"all ranks wait at {parallel.place['at']}")
+    return f"{why}: " + (
+        f"{names} {'is gone or stands still' if still else 'does not come'}"
+        if names
+        else f"all ranks wait at {parallel.place['at']}"
+    )
 
 
 def standing():
     """(whether this rank waits for others, where it is): of the main thread or, while that waits for a save, of the save's."""
     frames, mine = sys._current_frames(), threading.main_thread()
     if frames[mine.ident].f_code.co_filename == threading.__file__:
-        mine = next((t for t in threading.enumerate() if t.name.startswith("save") and t.ident in frames), mine)
-    waits = frames[mine.ident].f_code.co_filename in (dist.distributed_c10d.__file__, parallel.__file__)
-    here = ((os.path.split(f.f_code.co_filename), f.f_lineno) for f, _ in traceback.walk_stack(frames[mine.ident]))
-    at = next((f"{name}:{line}" for (folder, name), line in here if folder == os.path.dirname(__file__) and name not in ("parallel.py", "launch.py")), "")
+        mine = next(
+            (t for t in threading.enumerate() if t.name.startswith("save") and t.ident in frames),
+            mine,
+        )
+    waits = frames[mine.ident].f_code.co_filename in (
+        dist.distributed_c10d.__file__,
+        parallel.__file__,
+    )
+    here = (
+        (os.path.split(f.f_code.co_filename), f.f_lineno)
+        for f, _ in traceback.walk_stack(frames[mine.ident])
+    )
+    at = next(
+        (
+            f"{name}:{line}"
+            for (folder, name), line in here
+            if folder == os.path.dirname(__file__) and name not in ("parallel.py", "launch.py")
+        ),
+        "",
+    )
     return waits, f"{parallel.place['at']}{', ' * bool(at)}{at}"

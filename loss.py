@@ -3,6 +3,7 @@
 Names: B rows (prompts), K responses a row (best first), T positions, V vocabulary, C width.
 `targets` is -1 where nothing is asked. From the log-sum-exp on everything is float32 (float64 if the input is).
 """
+
 import math
 
 import torch
@@ -23,9 +24,11 @@ class LinearLogprobs(torch.autograd.Function):
         n, room = len(hidden), room_for(chunk, hidden, weight)
         logps, kept = room.new_empty(n), hidden.new_empty(n_kept, len(weight))
         for part in chunks(0, n, chunk):
-            d = kept[part] if part.stop <= n_kept else room[:part.stop - part.start]
-            logits = d if d.dtype == room.dtype else room[:len(d)]
-            logps[part] = _logprobs(hidden[part], weight, targets[part], softcap, vocab_size, logits)
+            d = kept[part] if part.stop <= n_kept else room[: part.stop - part.start]
+            logits = d if d.dtype == room.dtype else room[: len(d)]
+            logps[part] = _logprobs(
+                hidden[part], weight, targets[part], softcap, vocab_size, logits
+            )
             if d is not logits:
                 d.copy_(logits)
         ctx.save_for_backward(hidden, weight, targets, kept)
@@ -41,8 +44,8 @@ class LinearLogprobs(torch.autograd.Function):
         for part in [slice(0, n_kept)] * (n_kept > 0) + chunks(n_kept, n, chunk):
             h, g, d = hidden[part], -grad[part, None], kept
             if part.stop > n_kept:
-                _logprobs(h, weight, targets[part], softcap, vocab_size, room[:len(h)])
-                d = room[:len(h)].to(hidden.dtype)
+                _logprobs(h, weight, targets[part], softcap, vocab_size, room[: len(h)])
+                d = room[: len(h)].to(hidden.dtype)
             d_hidden[part] = (d @ weight) * g
             if d_weight.dtype == d.dtype:
                 d_weight.addmm_(d.T, h * g)
@@ -57,20 +60,26 @@ def chunks(start, stop, size):
 
 def room_for(chunk, hidden, weight):
     """For a chunk's logits; all chunks share it: glibc finds no place for a large buffer where one of its size was freed."""
-    return hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(
+        min(chunk, len(hidden)), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32)
+    )
 
 
 def _logprobs(hidden, weight, targets, softcap, vocab_size, logits):
     """Of a chunk: log-probabilities (n,), float32 or wider. In logits (n, V), where they are made, stay minus their gradients by the
     logits, p_v - [v = target]. Padded ids have no probability."""
-    torch.mm(hidden, weight.T, out=logits) if logits.dtype == hidden.dtype else logits.copy_(hidden @ weight.T)
+    torch.mm(hidden, weight.T, out=logits) if logits.dtype == hidden.dtype else logits.copy_(
+        hidden @ weight.T
+    )
     if softcap:
         tanh = torch.tanh(logits.div_(softcap))
         torch.mul(tanh, softcap, out=logits)
     logits[:, vocab_size:].fill_(-math.inf)
     top, asked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
     p = torch.softmax(logits, -1, out=logits)
-    logps = asked - top + p.amax(-1, keepdim=True).log()        # the likeliest id's p is 1 / sum of exp(logits - top)
+    logps = (
+        asked - top + p.amax(-1, keepdim=True).log()
+    )  # the likeliest id's p is 1 / sum of exp(logits - top)
     p.scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
     if softcap:
         p *= 1 - tanh * tanh
@@ -92,10 +101,16 @@ def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     asked = (targets >= 0).nonzero(as_tuple=True)
     h, t = hidden[asked].to(dtype), targets[asked]
-    if device == "cpu" and targets.numel() and (targets.min() < -1 or targets.max() >= vocab_size):     # a GPU would have to wait for it
-        raise ValueError(f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}")
+    if (
+        device == "cpu" and targets.numel() and (targets.min() < -1 or targets.max() >= vocab_size)
+    ):  # a GPU would have to wait for it
+        raise ValueError(
+            f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}"
+        )
     chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
-    n_kept = min(len(t), (KEPT_ELEMENTS[device] if kept is None else kept) // (chunk * len(weight)) * chunk)
+    n_kept = min(
+        len(t), (KEPT_ELEMENTS[device] if kept is None else kept) // (chunk * len(weight)) * chunk
+    )
     with torch.autocast(device, enabled=False):
         logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunk, n_kept)
     return logps.new_zeros(targets.shape).index_put(asked, logps)
@@ -130,13 +145,15 @@ def plackett_luce(scores, present=None, depth=None, ranks=None, margin=0.0):
     margin: what the worse ones are ahead by, in each term; a number, or (B, k, j): j before k.
     Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
     """
-    present, ranks, rivals, _ = ordered_pairs(scores, present, ranks)          # (B, k, j): j is strictly worse than k
+    present, ranks, rivals, _ = ordered_pairs(
+        scores, present, ranks
+    )  # (B, k, j): j is strictly worse than k
     scores = scores.masked_fill(~present, 0.0)
     itself = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     # differences first: at scores of 1e4, s_k - logsumexp(s) would keep three decimals
-    lead = scores[:, None, :] - scores[:, :, None]                             # (B, k, j): s_j - s_k
+    lead = scores[:, None, :] - scores[:, :, None]  # (B, k, j): s_j - s_k
     lead = torch.where(itself, lead, lead + margin)
-    terms = torch.logsumexp(lead.masked_fill(~(rivals | itself), -math.inf), -1)    # (B, K)
+    terms = torch.logsumexp(lead.masked_fill(~(rivals | itself), -math.inf), -1)  # (B, K)
     counted = present if depth is None else present & (present.cumsum(1) <= depth)
     return terms.masked_fill(~counted, 0.0).sum(1)
 
@@ -152,13 +169,16 @@ class TaylorNLL(torch.autograd.Function):
         p, q = x.exp(), -torch.expm1(x)
         # p > 1/2: sum_{j>=1} q^(n+j) / (n+j); 54 terms leave 2^-54
         small_q = q.clamp(max=0.5)
-        near_one, power = torch.zeros_like(q), small_q ** n
+        near_one, power = torch.zeros_like(q), small_q**n
         for j in range(1, 55):
             power = power * small_q
             near_one += power / (n + j)
         # p <= 1/2: -log p - (digamma(n+1) + gamma) + sum_{j>=1} (-1)^(j+1) C(n,j) p^j / j
         small_p = p.clamp(max=0.5)
-        harmonic = torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item() + 0.57721566490153286
+        harmonic = (
+            torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item()
+            + 0.57721566490153286
+        )
         near_zero, power, binomial = -x - harmonic, torch.ones_like(p), 1.0
         for j in range(1, 55):
             power, binomial = power * small_p, binomial * (n - j + 1) / j
@@ -167,7 +187,7 @@ class TaylorNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        logps, = ctx.saved_tensors
+        (logps,) = ctx.saved_tensors
         return -grad * (-torch.expm1(logps)) ** ctx.n, None
 
 
@@ -187,8 +207,8 @@ def taylor_nll(logps, order):
 def focal_nll(logps, gamma):
     """Focal loss, -(1-p)^gamma log p of p = exp(logps) (arXiv 1708.02002, eq. 4). logps (...) <= 0; gamma >= 0. Returns the same
     shape. Its gradient is that of T_gamma and gamma (1-p)^(gamma-1) p log p beside it, so gamma < 1 has none at p = 1."""
-    q = -torch.expm1(logps.clamp(max=-2.0**-24))
-    return -(q ** gamma) * logps
+    q = -torch.expm1(logps.clamp(max=-(2.0**-24)))
+    return -(q**gamma) * logps
 
 
 def smoothed_nll(logits, targets, label_smoothing=0.0, confidence_penalty=0.0):
@@ -201,7 +221,9 @@ def smoothed_nll(logits, targets, label_smoothing=0.0, confidence_penalty=0.0):
     return loss + confidence_penalty * (logps.exp() * logps).sum(-1) if confidence_penalty else loss
 
 
-def reward_loss(scores, present=None, kind="pairs", *, ranks=None, gaps=None, score_margin=0.0, center_coef=0.0):
+def reward_loss(
+    scores, present=None, kind="pairs", *, ranks=None, gaps=None, score_margin=0.0, center_coef=0.0
+):
     """The loss of a reward model, mean over rows: scores (B, K) of the responses, best first; present, ranks as in `plackett_luce`.
 
     pairs   mean over a row's ordered pairs i above j of -log sigmoid(s_i - s_j): InstructGPT (arXiv 2203.02155, eq. 1), all
@@ -219,26 +241,46 @@ def reward_loss(scores, present=None, kind="pairs", *, ranks=None, gaps=None, sc
     present, ranks, above, pairs = ordered_pairs(scores, present, ranks)
     scores = scores.masked_fill(~present, 0.0)
     lead = scores[:, :, None] - scores[:, None, :]
-    margins = torch.zeros_like(lead) if gaps is None else score_margin * (gaps[:, :, None] - gaps[:, None, :])
+    margins = (
+        torch.zeros_like(lead)
+        if gaps is None
+        else score_margin * (gaps[:, :, None] - gaps[:, None, :])
+    )
     if kind == "pairs":
         nll = (F.softplus(margins - lead) * above).sum((1, 2)) / pairs
     else:
         nll = plackett_luce(scores, present, None, ranks, margins)
     centre = ((scores[:, :, None] + scores[:, None, :]).square() * above).sum((1, 2)) / pairs
     with torch.no_grad():
-        metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
-                   "margin": ((lead * above).sum((1, 2)) / pairs).mean()}
+        metrics = {
+            "nll": nll.mean(),
+            "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
+            "margin": ((lead * above).sum((1, 2)) / pairs).mean(),
+        }
     return (nll + center_coef * centre).mean() if center_coef else nll.mean(), metrics
 
 
 def log_odds(mean_logps):
     """log( p / (1 - p) ) of p = exp(mean_logps), finite down to p = 1 - 2^-24: a response of certain tokens has a mean
     log-probability that rounds to 0."""
-    return mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-2.0**-24)))
+    return mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-(2.0**-24))))
 
 
-def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", *, ranks=None, depth=None,
-                    label_smoothing=0.0, taylor_order=0.0, nll_coef=0.0, margin=0.0, lengths=None):
+def preference_loss(
+    policy_logps,
+    ref_logps,
+    present=None,
+    beta=0.1,
+    kind="pl",
+    *,
+    ranks=None,
+    depth=None,
+    label_smoothing=0.0,
+    taylor_order=0.0,
+    nll_coef=0.0,
+    margin=0.0,
+    lengths=None,
+):
     """The loss of a ranking of responses, mean over rows.
 
     policy_logps, ref_logps (B, K): sequence log-probabilities, best response first; present (B, K) bool; lengths (B, K)
@@ -284,13 +326,19 @@ def preference_loss(policy_logps, ref_logps, present=None, beta=0.1, kind="pl", 
         loss = taylor_nll(-nll, taylor_order)
         if label_smoothing:
             reverse = plackett_luce(scores.flip(1), present.flip(1), depth, -ranks.flip(1), margin)
-            loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(-reverse, taylor_order)
+            loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(
+                -reverse, taylor_order
+            )
         if kind == "orpo":
             nll, loss = beta * nll, beta * loss
     if nll_coef:
         loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
     with torch.no_grad():
-        metrics = {"nll": nll.mean(), "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(), **best_and_others(scores, policy_logps, present)}
+        metrics = {
+            "nll": nll.mean(),
+            "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
+            **best_and_others(scores, policy_logps, present),
+        }
     return loss.mean(), metrics
 
 
@@ -298,8 +346,20 @@ def best_and_others(scores, logps, present):
     """Means over rows of (B, K): `reward_chosen` of the best response's score, `reward_rejected` of the mean of the others that are
     there, `margin` of the difference; `logp_chosen`, `logp_rejected` the same of log-probabilities. At K = 2 they are those of DPO's pair."""
     there = present[:, 1:]
-    (score, others), (logp, others_logp) = ((x[:, 0].mean(), (x[:, 1:].masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)).mean()) for x in (scores, logps))
-    return {"margin": score - others, "reward_chosen": score, "reward_rejected": others, "logp_chosen": logp, "logp_rejected": others_logp}
+    (score, others), (logp, others_logp) = (
+        (
+            x[:, 0].mean(),
+            (x[:, 1:].masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)).mean(),
+        )
+        for x in (scores, logps)
+    )
+    return {
+        "margin": score - others,
+        "reward_chosen": score,
+        "reward_rejected": others,
+        "logp_chosen": logp,
+        "logp_rejected": others_logp,
+    }
 
 
 def kl_estimates(logps, refs):
@@ -314,7 +374,18 @@ def kl_estimates(logps, refs):
     return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r
 
 
-def ppo_loss(logps, values, old_logps, old_values, advantages, returns, clip=0.2, value_clip=0.2, value_coef=0.1, entropy_coef=0.0):
+def ppo_loss(
+    logps,
+    values,
+    old_logps,
+    old_values,
+    advantages,
+    returns,
+    clip=0.2,
+    value_clip=0.2,
+    value_coef=0.1,
+    entropy_coef=0.0,
+):
     """PPO's loss (arXiv 1707.06347), mean over tokens: all arguments (m,), the old ones and advantages and returns from when the
     tokens were sampled, with r = pi(token) / pi_old(token)
 
@@ -334,12 +405,20 @@ def ppo_loss(logps, values, old_logps, old_values, advantages, returns, clip=0.2
         policy = torch.maximum(policy, -ratio.clamp(1 - clip, 1 + clip) * advantages)
     value = (values - returns).square()
     if value_clip:
-        value = torch.maximum(value, (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square())
+        value = torch.maximum(
+            value,
+            (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square(),
+        )
     value = value.mean() / 2
     entropy = -ratio * logps.detach()
     loss = policy.mean() + value_coef * value - entropy_coef * entropy.mean()
     with torch.no_grad():
         outside = ((ratio - 1).abs() > clip).float() if clip else torch.zeros_like(ratio)
-        metrics = {"policy_loss": policy.mean(), "value_loss": value, "entropy": entropy.mean(), "clip_fraction": outside.mean(),
-                   "approx_kl": kl_estimates(old_logps, logps)[2].mean()}
+        metrics = {
+            "policy_loss": policy.mean(),
+            "value_loss": value,
+            "entropy": entropy.mean(),
+            "clip_fraction": outside.mean(),
+            "approx_kl": kl_estimates(old_logps, logps)[2].mean(),
+        }
     return loss, {name: v.detach() for name, v in metrics.items()}

@@ -3,6 +3,7 @@
 The parallel code stands beside the model: `wrap` shards the blocks of a GPT built on the meta device, `copy_` fills a
 parameter, sharded or not, from a whole tensor, and `whole` gathers a plain copy for sampling.
 """
+
 import contextlib
 import ctypes
 import functools
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-group = {}      # launch.join's: "saves", the process group of checkpoint.py's thread; "store", this start's
+group = {}  # launch.join's: "saves", the process group of checkpoint.py's thread; "store", this start's
 place = {"at": "the start", "since": time.monotonic(), "leaving": False}
 
 
@@ -66,8 +67,19 @@ def tune(device, precision=""):
     room for a longer one, and batches and caches have every length. What standard output cannot encode is escaped: a row's text must not end a run."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    torch.set_float32_matmul_precision(precision or ("high" if torch.device(device).type == "cuda" else "medium" if cpu("vendor_id") == "AuthenticAMD" else "highest"))
-    if torch.device(device).type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:        # the variable's older name
+    torch.set_float32_matmul_precision(
+        precision
+        or (
+            "high"
+            if torch.device(device).type == "cuda"
+            else "medium"
+            if cpu("vendor_id") == "AuthenticAMD"
+            else "highest"
+        )
+    )
+    if (
+        torch.device(device).type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    ):  # the variable's older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -89,14 +101,18 @@ def compute_dtype(cfg, device):
     """The dtype of the products: bfloat16 where the GPU has it, unless the config says."""
     if cfg.dtype:
         return getattr(torch, cfg.dtype)
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 
 def wrap(model, device, dtype, cfg):
     """Give a GPT of the meta device its storage, sharded if there are several ranks. Weights and reductions are float32,
     products are `dtype`. The embedding and the head it may be tied to stand in the root unit. With `shards` there is a copy
     of the weights for every so many ranks (HSDP)."""
-    for block in model.h[::cfg.recompute or len(model.h)] if cfg.recompute else []:
+    for block in model.h[:: cfg.recompute or len(model.h)] if cfg.recompute else []:
         block.forward = functools.partial(recomputed, block.forward)
     if cfg.compile:
         for block in model.h:
@@ -106,23 +122,38 @@ def wrap(model, device, dtype, cfg):
     shards = cfg.shards or world()
     if world() % shards:
         raise SystemExit(f"config: shards {cfg.shards} must divide the number of ranks, {world()}")
-    mesh = init_device_mesh(device.type, (world(),)) if shards == world() else \
-        init_device_mesh(device.type, (world() // shards, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = (
+        init_device_mesh(device.type, (world(),))
+        if shards == world()
+        else init_device_mesh(
+            device.type, (world() // shards, shards), mesh_dim_names=("replicate", "shard")
+        )
+    )
     # inputs stay as they are: the rotary angles must not become bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward
+        )
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for i in range(len(model.h)) if cfg.prefetch else ():
-        model.h[i].set_modules_to_forward_prefetch(list(model.h[i + 1:i + 1 + cfg.prefetch]))
-        model.h[i].set_modules_to_backward_prefetch(list(model.h[max(0, i - cfg.prefetch):i])[::-1])
+        model.h[i].set_modules_to_forward_prefetch(list(model.h[i + 1 : i + 1 + cfg.prefetch]))
+        model.h[i].set_modules_to_backward_prefetch(
+            list(model.h[max(0, i - cfg.prefetch) : i])[::-1]
+        )
     return model.to_empty(device=device)
 
 
 def recomputed(forward, *args):
     """A forward pass that keeps its inputs alone, where there will be a backward one. (Elsewhere too `checkpoint` would ask for the random
     state, which a GPU that captures a step cannot tell.)"""
-    return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+    return (
+        checkpoint(forward, *args, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else forward(*args)
+    )
 
 
 def cast(model, dtype):
@@ -135,7 +166,9 @@ def cast(model, dtype):
 def copy_(p, tensor):
     """Fill a parameter from the whole tensor, which every rank has; a sharded one takes its part."""
     if isinstance(p, DTensor):
-        tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        tensor = distribute_tensor(
+            tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None
+        )
     p.copy_(tensor)
 
 
@@ -145,8 +178,12 @@ def whole(model, dtype):
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
-        plain = type(model).__mro__[2](model.config)        # FSDP2 makes a class of (FSDPModule, the model's own)
-    plain.load_state_dict({k: v.full_tensor().to(dtype) for k, v in model.state_dict().items()}, assign=True)
+        plain = type(model).__mro__[2](
+            model.config
+        )  # FSDP2 makes a class of (FSDPModule, the model's own)
+    plain.load_state_dict(
+        {k: v.full_tensor().to(dtype) for k, v in model.state_dict().items()}, assign=True
+    )
     return plain
 
 
@@ -158,9 +195,11 @@ def in_step(model):
         yield model
         return
     along = [False]
+
     def go_on(*_):
         if not along[0]:
             total([1], model.wte.weight.device)
+
     hook = model.register_forward_pre_hook(go_on, prepend=True)
     try:
         yield model
@@ -181,7 +220,10 @@ def reshard(model):
             unit.reshard()
 
 
-MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}     # on a CPU about what its caches hold, on a GPU what fills it
+MICRO_BATCH_TOKENS = {
+    "cpu": 1536,
+    "cuda": 32768,
+}  # on a CPU about what its caches hold, on a GPU what fills it
 
 
 def micro_batch_tokens(cfg, device):

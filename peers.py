@@ -1,5 +1,6 @@
 """What bench.py times against, nanoGPT's model and step in plain PyTorch, and transformers' and TRL's own code; and the work that
 both sides are given."""
+
 import gzip
 import json
 import os
@@ -15,8 +16,10 @@ from data import batch_rows
 from loss import preference_loss
 from train import backward
 
-SHAPE = dict(vocab_size=8192, block_size=1024, n_layer=4, n_head=4, n_embd=256)     # GPT-2's block
-ROWS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz")
+SHAPE = dict(vocab_size=8192, block_size=1024, n_layer=4, n_head=4, n_embd=256)  # GPT-2's block
+ROWS = os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz"
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- the work
@@ -29,7 +32,11 @@ def windows():
 
 def random_row(rng, prompt, responses, vocab_size=SHAPE["vocab_size"]):
     ids = [rng.integers(1, vocab_size, n).tolist() for n in (prompt, *responses)]
-    return {"prompt": ids[0], "responses": [y[:-1] + [0] for y in ids[1:]], "ranks": list(range(len(responses)))}
+    return {
+        "prompt": ids[0],
+        "responses": [y[:-1] + [0] for y in ids[1:]],
+        "ranks": list(range(len(responses))),
+    }
 
 
 def real_lengths():
@@ -38,20 +45,40 @@ def real_lengths():
         with gzip.open(ROWS, "rt", encoding="utf-8") as f:
             rows = [json.loads(text) for text in f]
         # four characters a token, the usual figure for English
-        return [(max(1, len(r["prompt"]) // 4), [max(1, len(y["text"]) // 4) for y in r["responses"][:3]]) for r in rows]
+        return [
+            (
+                max(1, len(r["prompt"]) // 4),
+                [max(1, len(y["text"]) // 4) for y in r["responses"][:3]],
+            )
+            for r in rows
+        ]
     rng = np.random.default_rng(0)
-    return [(int(np.clip(rng.lognormal(4.4, 0.6), 8, 350)), np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400).astype(int).tolist()) for _ in range(2000)]
+    return [
+        (
+            int(np.clip(rng.lognormal(4.4, 0.6), 8, 350)),
+            np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400).astype(int).tolist(),
+        )
+        for _ in range(2000)
+    ]
 
 
 def ragged_rows(n, K=3):
     rng = np.random.default_rng(0)
     fitting = [(P, lengths) for P, lengths in real_lengths() if P + max(lengths) < 1000]
-    return [random_row(rng, P, lengths[:K]) for P, lengths in (fitting[i] for i in rng.permutation(len(fitting))[:n])]
+    return [
+        random_row(rng, P, lengths[:K])
+        for P, lengths in (fitting[i] for i in rng.permutation(len(fitting))[:n])
+    ]
 
 
 def requests():
     """{what: [(prompt's length, new tokens)]}"""
-    return {"32 x 128 new tokens": [(64, 128)] * 32, "128 ragged requests": [(min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]]}
+    return {
+        "32 x 128 new tokens": [(64, 128)] * 32,
+        "128 ragged requests": [
+            (min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]
+        ],
+    }
 
 
 def prompts_of(lengths):
@@ -60,11 +87,13 @@ def prompts_of(lengths):
 
 
 class Work(typing.NamedTuple):
-    tokens: int             # read
-    pairs: float            # of tokens that see each other
-    places: int             # whose output is asked for: of the others the last block needs keys and values alone
-    place_pairs: float      # of such a place and what it sees
-    asked: int              # targets: a prompt's last place has one for each response
+    tokens: int  # read
+    pairs: float  # of tokens that see each other
+    places: (
+        int  # whose output is asked for: of the others the last block needs keys and values alone
+    )
+    place_pairs: float  # of such a place and what it sees
+    asked: int  # targets: a prompt's last place has one for each response
 
 
 def work_of_windows(idx):
@@ -79,13 +108,23 @@ def work_of(rows):
         P, lengths = len(row["prompt"]), [len(y) for y in row["responses"]]
         answers = sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
         tokens, pairs = tokens + P + sum(lengths) - len(lengths), pairs + P * (P + 1) / 2 + answers
-        places, place_pairs, asked = places + 1 + sum(lengths) - len(lengths), place_pairs + P + answers, asked + sum(lengths)
+        places, place_pairs, asked = (
+            places + 1 + sum(lengths) - len(lengths),
+            place_pairs + P + answers,
+            asked + sum(lengths),
+        )
     return Work(tokens, pairs, places, place_pairs, asked)
 
 
 def work_of_requests(lengths):
     new = sum(R for _, R in lengths)
-    return Work(sum(P + R for P, R in lengths), sum((P + R) ** 2 / 2 for P, R in lengths), new, sum(R * (P + R / 2) for P, R in lengths), new)
+    return Work(
+        sum(P + R for P, R in lengths),
+        sum((P + R) ** 2 / 2 for P, R in lengths),
+        new,
+        sum(R * (P + R / 2) for P, R in lengths),
+        new,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the plain way to do it
@@ -98,9 +137,19 @@ class Plain(nn.Module):
         super().__init__()
         self.n_head = n_head
         self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
-        self.h = nn.ModuleList(nn.ModuleDict(dict(
-            ln_1=nn.LayerNorm(n_embd), c_attn=nn.Linear(n_embd, 3 * n_embd), c_proj=nn.Linear(n_embd, n_embd),
-            ln_2=nn.LayerNorm(n_embd), c_fc=nn.Linear(n_embd, 4 * n_embd), out=nn.Linear(4 * n_embd, n_embd))) for _ in range(n_layer))
+        self.h = nn.ModuleList(
+            nn.ModuleDict(
+                dict(
+                    ln_1=nn.LayerNorm(n_embd),
+                    c_attn=nn.Linear(n_embd, 3 * n_embd),
+                    c_proj=nn.Linear(n_embd, n_embd),
+                    ln_2=nn.LayerNorm(n_embd),
+                    c_fc=nn.Linear(n_embd, 4 * n_embd),
+                    out=nn.Linear(4 * n_embd, n_embd),
+                )
+            )
+            for _ in range(n_layer)
+        )
         self.ln_f = nn.LayerNorm(n_embd)
         for p in self.parameters():
             if p.dim() == 2:
@@ -110,7 +159,11 @@ class Plain(nn.Module):
         B, T = idx.shape
         x = self.wte(idx) + self.wpe(torch.arange(T))
         for block in self.h:
-            q, k, v = block["c_attn"](block["ln_1"](x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = (
+                block["c_attn"](block["ln_1"](x))
+                .view(B, T, 3, self.n_head, -1)
+                .permute(2, 0, 3, 1, 4)
+            )
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + block["c_proj"](y.transpose(1, 2).reshape(B, T, -1))
             x = x + block["out"](F.gelu(block["c_fc"](block["ln_2"](x)), approximate="tanh"))
@@ -136,7 +189,9 @@ def plain_step(model, optimizer, loss, dtype):
 
 def plain_logps(model, idx, targets):
     logps = torch.log_softmax(model(idx).float(), -1)
-    return logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1).masked_fill(targets < 0, 0.0)
+    return (
+        logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1).masked_fill(targets < 0, 0.0)
+    )
 
 
 def plain_optimizer(model):
@@ -145,9 +200,11 @@ def plain_optimizer(model):
 
 def padded_step(plain, rows, dtype):
     whole, optimizer = batch_rows(rows, "padded"), plain_optimizer(plain)
+
     def together(model):
         scores = plain_logps(model, whole["idx"], whole["targets"]).sum(1).view(len(rows), -1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
+
     return lambda: plain_step(plain, optimizer, together, dtype)
 
 
@@ -156,9 +213,22 @@ def padded_step(plain, rows, dtype):
 
 def transformers_model(**shape):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     s = SHAPE | shape
-    return GPT2LMHeadModel(GPT2Config(vocab_size=s["vocab_size"], n_positions=s["block_size"], n_embd=s["n_embd"], n_layer=s["n_layer"], n_head=s["n_head"],
-                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=s["vocab_size"],
+            n_positions=s["block_size"],
+            n_embd=s["n_embd"],
+            n_layer=s["n_layer"],
+            n_head=s["n_head"],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def trl_trainer(rows):
@@ -167,34 +237,75 @@ def trl_trainer(rows):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
+
     disable_progress_bars()
-    tokenizer = Tokenizer(models.WordLevel({"<eos>": 0} | {str(i): i for i in range(1, SHAPE["vocab_size"])}, unk_token="<eos>"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {"<eos>": 0} | {str(i): i for i in range(1, SHAPE["vocab_size"])}, unk_token="<eos>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
+    )
+
     def text(ids):
         return "".join(f" {i}" if i else " <eos>" for i in ids)
-    data = Dataset.from_list([{"prompt": text(r["prompt"]), "chosen": text(r["responses"][0]), "rejected": text(r["responses"][1])} for r in rows])
-    args = DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(rows), report_to=[], use_cpu=True, bf16=False, max_length=1024,
-                     precompute_ref_log_probs=True, gradient_checkpointing=False, disable_tqdm=True)
-    trainer = DPOTrainer(transformers_model(), args=args, train_dataset=data, processing_class=tokenizer)
-    trainer.current_gradient_accumulation_steps = 1         # as its own loop sets it
+
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": text(r["prompt"]),
+                "chosen": text(r["responses"][0]),
+                "rejected": text(r["responses"][1]),
+            }
+            for r in rows
+        ]
+    )
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(rows),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        max_length=1024,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        transformers_model(), args=args, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
     trainer.batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
-    assert trainer.batch["completion_mask"].sum() == sum(len(y) for r in rows for y in r["responses"])
+    assert trainer.batch["completion_mask"].sum() == sum(
+        len(y) for r in rows for y in r["responses"]
+    )
     return trainer
 
 
 def trl_step(trainer):
     optimizer = plain_optimizer(trainer.model)
+
     def step():
         trainer.training_step(trainer.model, dict(trainer.batch))
         update(trainer.model, [], [optimizer])
+
     return step
 
 
 def hf_generate(hf, prompts, limits, batch_size=32):
     """By batches of like prompts, left-padded, each until its longest response has ended, as its `generate` goes on."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
         width, new = max(len(prompts[i]) for i in rows), max(limits[i] for i in rows)
         idx = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows])
-        hf.generate(idx, attention_mask=(idx > 0).long(), max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0, pad_token_id=0)
+        hf.generate(
+            idx,
+            attention_mask=(idx > 0).long(),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+        )

@@ -12,6 +12,7 @@ pi_ref is `init`, V the policy's scalar head, read where a token is predicted; b
 RUN/round_R lie self_train.jsonl (samples), train.jsonl (with their scores), rollout.npz (log-probabilities, values,
 advantages, returns of every token), collect.json (report and provenance), made once, by the policy that sampled.
 """
+
 import importlib
 import os
 import time
@@ -21,7 +22,20 @@ import torch
 
 import checkpoint
 import parallel
-from data import batch_indices, batch_rows, encode_rows, pinned, question, read_arrays, read_json, read_rows, sha256, tokenizer, write_json, write_rows
+from data import (
+    batch_indices,
+    batch_rows,
+    encode_rows,
+    pinned,
+    question,
+    read_arrays,
+    read_json,
+    read_rows,
+    sha256,
+    tokenizer,
+    write_json,
+    write_rows,
+)
 from eval import held_out, in_batches, in_tongue, reward_scores
 from loss import kl_estimates
 from rollout import by_prompt, fitting, once, sample_file
@@ -30,35 +44,98 @@ from rollout import by_prompt, fitting, once, sample_file
 def collect(cfg, round, model, enc, device, dtype, say):
     """(train, val, report) of a round. train: encoded rows of one response with logps, values, advantages, returns, each
     (tokens,) float32; val: the held-out rows to be sampled when the run is evaluated; report: figures of the samples."""
-    start, folder, block_size = time.time(), os.path.join(cfg.out_dir, f"round_{round}"), model.config.block_size
-    rows = fitting(cfg, once(read_rows(f"{cfg.data}/train.jsonl")), enc, block_size, say if round == 0 else None, "train")
-    rows = [rows[i] for i in batch_indices(len(rows), min(cfg.max_rows or len(rows), len(rows)), cfg.seed, round)]
+    start, folder, block_size = (
+        time.time(),
+        os.path.join(cfg.out_dir, f"round_{round}"),
+        model.config.block_size,
+    )
+    rows = fitting(
+        cfg,
+        once(read_rows(f"{cfg.data}/train.jsonl")),
+        enc,
+        block_size,
+        say if round == 0 else None,
+        "train",
+    )
+    rows = [
+        rows[i]
+        for i in batch_indices(
+            len(rows), min(cfg.max_rows or len(rows), len(rows)), cfg.seed, round
+        )
+    ]
     val = fitting(cfg, once(held_out(cfg.data, cfg.eval_rows)), enc, block_size)
-    done, kept, arrays = (os.path.join(folder, name) for name in ("collect.json", "train.jsonl", "rollout.npz"))
+    done, kept, arrays = (
+        os.path.join(folder, name) for name in ("collect.json", "train.jsonl", "rollout.npz")
+    )
     if not parallel.agree(os.path.exists(done)):
         if parallel.agree(checkpoint.latest(cfg.out_dir, round)):
-            raise SystemExit(f"{done} is missing, and the policy of round {round} is no longer the one that sampled; remove that round's folder")
-        t = trajectories(cfg, os.path.join(folder, "self_train.jsonl"), f"{round} self train", rows, model, enc, device, dtype)
+            raise SystemExit(
+                f"{done} is missing, and the policy of round {round} is no longer the one that sampled; remove that round's folder"
+            )
+        t = trajectories(
+            cfg,
+            os.path.join(folder, "self_train.jsonl"),
+            f"{round} self train",
+            rows,
+            model,
+            enc,
+            device,
+            dtype,
+        )
         now = standing(cfg, round, t["scores"])
         tokens, report = advantages(cfg, now, t)
         report = summary(t) | report
         if parallel.rank() == 0:
-            write_rows(kept, [question(row) | {"responses": [text], "ids": [y], "scores": [s], "kl": float(np.sum(p - r)), "ended": ended}
-                              for row, text, y, s, p, r, ended in zip(rows, t["texts"], t["ids"], t["scores"].tolist(), t["logps"], t["refs"], t["ended"])])
+            write_rows(
+                kept,
+                [
+                    question(row)
+                    | {
+                        "responses": [text],
+                        "ids": [y],
+                        "scores": [s],
+                        "kl": float(np.sum(p - r)),
+                        "ended": ended,
+                    }
+                    for row, text, y, s, p, r, ended in zip(
+                        rows,
+                        t["texts"],
+                        t["ids"],
+                        t["scores"].tolist(),
+                        t["logps"],
+                        t["refs"],
+                        t["ended"],
+                    )
+                ],
+            )
             with open(arrays + ".tmp", "wb") as f:
                 np.savez(f, **tokens)
             os.replace(arrays + ".tmp", arrays)
-            write_json(done, {
-                "policy": checkpoint.read_meta(checkpoint.latest(cfg.out_dir, round - 1) if round else checkpoint.resolve(cfg.init))["weights_sha256"],
-                "reward": cfg.reward, "tokenizer": tokenizer.fingerprint(enc), "seed": cfg.seed,
-                "files": {os.path.basename(path): sha256(path) for path in (kept, arrays)},
-                "now": now, "report": report, "seconds": time.time() - start})
+            write_json(
+                done,
+                {
+                    "policy": checkpoint.read_meta(
+                        checkpoint.latest(cfg.out_dir, round - 1)
+                        if round
+                        else checkpoint.resolve(cfg.init)
+                    )["weights_sha256"],
+                    "reward": cfg.reward,
+                    "tokenizer": tokenizer.fingerprint(enc),
+                    "seed": cfg.seed,
+                    "files": {os.path.basename(path): sha256(path) for path in (kept, arrays)},
+                    "now": now,
+                    "report": report,
+                    "seconds": time.time() - start,
+                },
+            )
         parallel.barrier()
     written = read_json(done, ("files", "now", "report"))
     for path in (kept, arrays):
         if not os.path.exists(path) or sha256(path) != written["files"].get(os.path.basename(path)):
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
-    train, _ = encode_rows(read_rows(kept), enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response)
+    train, _ = encode_rows(
+        read_rows(kept), enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+    )
     tokens = read_arrays(arrays)
     ends = np.cumsum([len(row["responses"][0]) for row in train])
     for name in ("logps", "values", "advantages", "returns"):
@@ -66,7 +143,9 @@ def collect(cfg, round, model, enc, device, dtype, say):
             raise SystemExit(f"{arrays} is damaged: its {name} are not those of {ends[-1]} tokens")
         for row, part in zip(train, np.split(tokens[name], ends[:-1]), strict=True):
             row[name] = part
-    say(f"round {round}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens")
+    say(
+        f"round {round}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens"
+    )
     return train, val, written["report"]
 
 
@@ -74,15 +153,26 @@ def evaluate(cfg, round, step, model, rows, enc, device):
     """Held-out figures of the policy as it is: `summary` of one response to each row, with the same random numbers at every
     evaluation. The samples stay in RUN/round_R/val_step_S.jsonl."""
     path = os.path.join(cfg.out_dir, f"round_{round}", f"val_step_{step:06d}.jsonl")
-    return summary(trajectories(cfg, path, "held out", rows, model, enc, device, parallel.compute_dtype(cfg, device)))
+    return summary(
+        trajectories(
+            cfg, path, "held out", rows, model, enc, device, parallel.compute_dtype(cfg, device)
+        )
+    )
 
 
 def ppo_batch(rows, layout="shared"):
     """Rows of `collect` -> `data.batch_rows` with read: a state's value is read where its token is predicted; and old_logps,
     old_values, advantages, returns (m,), in the order of the targets that are asked."""
     batch = batch_rows(rows, layout)
-    batch["read"] = batch["at"] if "at" in batch else (batch["targets"] >= 0).flatten().nonzero().squeeze(1)
-    for name, key in (("old_logps", "logps"), ("old_values", "values"), ("advantages", "advantages"), ("returns", "returns")):
+    batch["read"] = (
+        batch["at"] if "at" in batch else (batch["targets"] >= 0).flatten().nonzero().squeeze(1)
+    )
+    for name, key in (
+        ("old_logps", "logps"),
+        ("old_values", "values"),
+        ("advantages", "advantages"),
+        ("returns", "returns"),
+    ):
         if key in rows[0]:
             batch[name] = torch.from_numpy(np.concatenate([row[key] for row in rows]))
     return pinned(batch)
@@ -98,27 +188,55 @@ def trajectories(cfg, path, what, rows, model, enc, device, dtype):
     sample_file(path, policy, enc, cfg, rows, what)
     del policy
     texts, ids = zip(*by_prompt(path, rows, enc))
-    played = [question(row) | {"responses": [text], "ids": [y]} for row, text, y in zip(rows, texts, ids)]
-    encoded, _ = encode_rows(played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response)
+    played = [
+        question(row) | {"responses": [text], "ids": [y]} for row, text, y in zip(rows, texts, ids)
+    ]
+    encoded, _ = encode_rows(
+        played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
+    )
     logps, values = token_scores(model, encoded, cfg, device)
     reference, _, _ = checkpoint.load_model(cfg.init, device, dtype)
     refs, _ = token_scores(reference, encoded, cfg, device)
     del reference
-    return {"texts": texts, "ids": ids, "ended": [y[-1] == enc.eot_token for y in ids], "logps": logps, "values": values, "refs": refs,
-            "scores": rewards(cfg, rows, texts, ids, enc, device, dtype)}
+    return {
+        "texts": texts,
+        "ids": ids,
+        "ended": [y[-1] == enc.eot_token for y in ids],
+        "logps": logps,
+        "values": values,
+        "refs": refs,
+        "scores": rewards(cfg, rows, texts, ids, enc, device, dtype),
+    }
 
 
 def token_scores(model, rows, cfg, device):
     """Log-probabilities, and values if the model has a scalar head, of every response token: two lists of (tokens,) float32."""
+
     def pick(output, batch):
         logps, values = output if model.config.scalar else (output, output)
         lengths = batch["lengths"].flatten().tolist()
-        return list(zip(*((x[batch["targets"] >= 0] if x.shape == batch["targets"].shape else x).cpu().split(lengths) for x in (logps, values))))
+        return list(
+            zip(
+                *(
+                    (x[batch["targets"] >= 0] if x.shape == batch["targets"].shape else x)
+                    .cpu()
+                    .split(lengths)
+                    for x in (logps, values)
+                )
+            )
+        )
 
     def make(rows, layout):
         batch = ppo_batch(rows, layout)
-        return batch if model.config.scalar else {name: t for name, t in batch.items() if name != "read"}
-    results = in_batches(model, rows, parallel.micro_batch_tokens(cfg, device), device, make, pick, layout=cfg.layout)
+        return (
+            batch
+            if model.config.scalar
+            else {name: t for name, t in batch.items() if name != "read"}
+        )
+
+    results = in_batches(
+        model, rows, parallel.micro_batch_tokens(cfg, device), device, make, pick, layout=cfg.layout
+    )
     return [[np.asarray(row[n], dtype=np.float32) for row in results] for n in (0, 1)]
 
 
@@ -130,11 +248,20 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype):
         return np.array([float(function(row, text)) for row, text in zip(rows, texts)])
     judge, its_enc, meta = checkpoint.load_model(cfg.reward, device, dtype)
     limits = [meta["config"][name] for name in ("max_prompt", "max_response")]
-    played = [question(row) | {"responses": [text], "ids": [in_tongue(its_enc, enc, text, y)]} for row, text, y in zip(rows, texts, ids)]
-    encoded, counts = encode_rows(played, its_enc, meta["config"]["template"], judge.config.block_size, *limits)
+    played = [
+        question(row) | {"responses": [text], "ids": [in_tongue(its_enc, enc, text, y)]}
+        for row, text, y in zip(rows, texts, ids)
+    ]
+    encoded, counts = encode_rows(
+        played, its_enc, meta["config"]["template"], judge.config.block_size, *limits
+    )
     if None in encoded:
-        raise SystemExit(f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after {counts['dropped']} prompts; set max_prompt of that run")
-    return reward_scores(judge, encoded, parallel.micro_batch_tokens(cfg, device), device)[:, 0].astype(np.float64)
+        raise SystemExit(
+            f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after {counts['dropped']} prompts; set max_prompt of that run"
+        )
+    return reward_scores(judge, encoded, parallel.micro_batch_tokens(cfg, device), device)[
+        :, 0
+    ].astype(np.float64)
 
 
 def reward_function(name):
@@ -145,8 +272,10 @@ def reward_function(name):
         if not callable(found):
             raise TypeError("it is no function")
         return found
-    except Exception as e:      # whatever the module raises
-        raise SystemExit(f"reward {name}: {' '.join(str(e).split())}; it is a reward model's run folder, or module:function")
+    except Exception as e:  # whatever the module raises
+        raise SystemExit(
+            f"reward {name}: {' '.join(str(e).split())}; it is a reward model's run folder, or module:function"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- the arithmetic
@@ -157,28 +286,49 @@ def standing(cfg, round, scores):
     so that neither what is maximised nor its price in KL moves (scores that do not differ yet are not scaled); the coefficient
     follows kl_target (1909.08593, section 2.2): kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
     if round == 0:
-        return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": float(scores.std()) if np.ptp(scores) else 1.0}
-    before = read_json(os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), ("now", "report"))
+        return {
+            "kl_coef": cfg.kl_coef,
+            "mean": float(scores.mean()),
+            "std": float(scores.std()) if np.ptp(scores) else 1.0,
+        }
+    before = read_json(
+        os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), ("now", "report")
+    )
     error = before["report"]["kl"] / cfg.kl_target - 1 if cfg.kl_target else 0.0
-    return before["now"] | {"kl_coef": before["now"]["kl_coef"] * (1 + cfg.kl_adapt * min(0.2, max(-0.2, error)))}
+    return before["now"] | {
+        "kl_coef": before["now"]["kl_coef"] * (1 + cfg.kl_adapt * min(0.2, max(-0.2, error)))
+    }
 
 
 def advantages(cfg, now, t):
     """Of a round's trajectories -> ({"logps", "values", "advantages", "returns"} (tokens,) float32, row after row, figures)."""
     lengths = np.array([len(y) for y in t["ids"]])
     n, T = len(lengths), lengths.max()
-    inside = np.arange(T) < lengths[:, None]                                    # (rows, T)
+    inside = np.arange(T) < lengths[:, None]  # (rows, T)
     rewards, values = np.zeros((n, T)), np.zeros((n, T))
-    rewards[inside] = -now["kl_coef"] * (np.concatenate(t["logps"]).astype(np.float64) - np.concatenate(t["refs"]))
+    rewards[inside] = -now["kl_coef"] * (
+        np.concatenate(t["logps"]).astype(np.float64) - np.concatenate(t["refs"])
+    )
     values[inside] = np.concatenate(t["values"])
     scores = (t["scores"] - now["mean"]) / now["std"] if cfg.whiten_rewards else t["scores"]
     rewards[np.arange(n), lengths - 1] += scores - cfg.eot_penalty * ~np.array(t["ended"])
     advantage = gae(rewards, values, lengths, cfg.discount, cfg.gae_lambda)
     returns = (advantage + values)[inside]
-    figures = {"explained_variance": float(1 - np.var(returns - values[inside]) / max(np.var(returns), 1e-12)),
-               "value": float(values[inside].mean()), "return": float(rewards.sum(1).mean()), "kl_coef": now["kl_coef"]}
+    figures = {
+        "explained_variance": float(
+            1 - np.var(returns - values[inside]) / max(np.var(returns), 1e-12)
+        ),
+        "value": float(values[inside].mean()),
+        "return": float(rewards.sum(1).mean()),
+        "kl_coef": now["kl_coef"],
+    }
     advantage = whiten(advantage[inside]) if cfg.whiten_advantages else advantage[inside]
-    arrays = {"logps": np.concatenate(t["logps"]), "values": values[inside], "advantages": advantage, "returns": returns}
+    arrays = {
+        "logps": np.concatenate(t["logps"]),
+        "values": values[inside],
+        "advantages": advantage,
+        "returns": returns,
+    }
     return {name: a.astype(np.float32) for name, a in arrays.items()}, figures
 
 
@@ -207,6 +357,14 @@ def summary(t):
     logps, refs = (torch.from_numpy(np.concatenate(t[name])).double() for name in ("logps", "refs"))
     kl = np.array([float(np.sum(p.astype(np.float64) - r)) for p, r in zip(t["logps"], t["refs"])])
     n = len(kl)
-    return {"reward": float(t["scores"].mean()), "reward_std": float(t["scores"].std()), "reward_se": float(t["scores"].std() / n ** 0.5),
-            "kl": float(kl.mean()), "kl_se": float(kl.std() / n ** 0.5), "kl_token": float(kl_estimates(logps, refs)[2].mean()),
-            "entropy": float(-logps.mean()), "length": len(logps) / n, "ended": float(np.mean(t["ended"]))}
+    return {
+        "reward": float(t["scores"].mean()),
+        "reward_std": float(t["scores"].std()),
+        "reward_se": float(t["scores"].std() / n**0.5),
+        "kl": float(kl.mean()),
+        "kl_se": float(kl.std() / n**0.5),
+        "kl_token": float(kl_estimates(logps, refs)[2].mean()),
+        "entropy": float(-logps.mean()),
+        "length": len(logps) / n,
+        "ended": float(np.mean(t["ended"])),
+    }

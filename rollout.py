@@ -13,6 +13,7 @@ way. Rank 0 looks what is there, for all.
 
 rebuild.py makes a round again from its manifest and what that names by hash.
 """
+
 import glob
 import hashlib
 import json
@@ -27,11 +28,25 @@ import checkpoint
 import launch
 import log
 import parallel
-from data import asked, encode_rows, longest_shared_prefix, permutation, question, read_arrays, read_rows, read_stream, sha256, split_of, tokenizer, write_json, write_rows
+from data import (
+    asked,
+    encode_rows,
+    longest_shared_prefix,
+    permutation,
+    question,
+    read_arrays,
+    read_rows,
+    read_stream,
+    sha256,
+    split_of,
+    tokenizer,
+    write_json,
+    write_rows,
+)
 from eval import answer, held_out, length_accuracy, score
 from sample import respond
 
-PART = 1024     # prompts sampled before they are written down
+PART = 1024  # prompts sampled before they are written down
 
 
 def collect(cfg, round, model, enc, device, dtype, say):
@@ -40,7 +55,11 @@ def collect(cfg, round, model, enc, device, dtype, say):
     players, of validation rows. say: a function that prints a line."""
     if cfg.stage == "pretrain":
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
-    start, folder, block_size = time.time(), os.path.join(cfg.out_dir, f"round_{round}"), model.config.block_size
+    start, folder, block_size = (
+        time.time(),
+        os.path.join(cfg.out_dir, f"round_{round}"),
+        model.config.block_size,
+    )
     result, report = {}, {}
     for split, rows in source(cfg).items():
         if cfg.stage == "sft":
@@ -57,32 +76,61 @@ def collect(cfg, round, model, enc, device, dtype, say):
             report[split] = game_report(cfg, rows, enc)
             if split == "train":
                 for earlier in range(max(0, round - cfg.mix_rounds), round):
-                    rows = rows + read_rows(os.path.join(cfg.out_dir, f"round_{earlier}", "train.jsonl"))
-        encoded, counts = encode_rows(rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response)
+                    rows = rows + read_rows(
+                        os.path.join(cfg.out_dir, f"round_{earlier}", "train.jsonl")
+                    )
+        encoded, counts = encode_rows(
+            rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+        )
         if cfg.score_margin:
             with_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
         encoded = [row for row in encoded if row is not None]
         if cfg.stage != "sft":
-            ranked = [row for row in encoded if len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) >= 2]
+            ranked = [
+                row
+                for row in encoded
+                if len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) >= 2
+            ]
             counts["with nothing ranked"] = len(encoded) - len(ranked)
             encoded = ranked if split == "train" or cfg.stage != "spin" and not ranked else encoded
         if not encoded:
-            raise SystemExit(f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows is left ({counts})")
+            raise SystemExit(
+                f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows is left ({counts})"
+            )
         say(f"round {round} {split}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
         if cfg.stage in ("preference", "spin"):
-            for row, ref in zip(encoded, reference(cfg, round, split, model, encoded, device), strict=True):
-                row["ref"] = ref[:len(row["responses"])].tolist()
+            for row, ref in zip(
+                encoded, reference(cfg, round, split, model, encoded, device), strict=True
+            ):
+                row["ref"] = ref[: len(row["responses"])].tolist()
         result[split] = encoded
     if cfg.calibration:
         mark(result["train"], result["val"])
     done = os.path.join(folder, "collect.json")
     if cfg.stage in ("preference", "spin") and parallel.rank() == 0 and not os.path.exists(done):
-        write_json(done, sealed({
-            "round": round, "config": asdict(cfg), "tokenizer": tokenizer.fingerprint(enc),
-            "made_of": {name: checkpoint.digest(path) for name, path in made_of(cfg, round, reference_path(cfg, round)).items()},
-            "made_by": log.versions(device, dtype), "rows": {split: len(encoded) for split, encoded in result.items()},
-            "files": {f: sha256(os.path.join(folder, f)) for f in sorted(os.listdir(folder)) if f.endswith((".jsonl", ".npz"))},
-            "report": report, "seconds": time.time() - start}))
+        write_json(
+            done,
+            sealed(
+                {
+                    "round": round,
+                    "config": asdict(cfg),
+                    "tokenizer": tokenizer.fingerprint(enc),
+                    "made_of": {
+                        name: checkpoint.digest(path)
+                        for name, path in made_of(cfg, round, reference_path(cfg, round)).items()
+                    },
+                    "made_by": log.versions(device, dtype),
+                    "rows": {split: len(encoded) for split, encoded in result.items()},
+                    "files": {
+                        f: sha256(os.path.join(folder, f))
+                        for f in sorted(os.listdir(folder))
+                        if f.endswith((".jsonl", ".npz"))
+                    },
+                    "report": report,
+                    "seconds": time.time() - start,
+                }
+            ),
+        )
     parallel.barrier()
     return result["train"], result["val"], report.get("val", {})
 
@@ -93,14 +141,21 @@ def mark(train, val):
     dealt so that both have as many rows with new tokens."""
     ids = [[row["prompt"] + row["responses"][0] for row in rows] for rows in (train, val)]
     for row, whole, seen in zip(val, ids[1], longest_shared_prefix(ids[1], ids[0])):
-        row |= {"seen": seen, "half": int(split_of(f"half of {row.get('group', whole)}", 0.5) == "val")}
+        row |= {
+            "seen": seen,
+            "half": int(split_of(f"half of {row.get('group', whole)}", 0.5) == "val"),
+        }
     trained = {row.get("group") for row in train} - {None}
     if any(row.get("group") in trained for row in val):
-        by_new = sorted(range(len(val)), key=lambda i: val[i]["seen"] - len(ids[1][i]))         # most new tokens first
+        by_new = sorted(
+            range(len(val)), key=lambda i: val[i]["seen"] - len(ids[1][i])
+        )  # most new tokens first
         for place, i in enumerate(by_new):
-            val[i]["half"] = (place + 1) // 2 % 2           # 0 1 1 0 0 1 1 0 ...: as many tokens, too
+            val[i]["half"] = (place + 1) // 2 % 2  # 0 1 1 0 0 1 1 0 ...: as many tokens, too
     if len({row["half"] for row in val}) < 2:
-        raise SystemExit(f"calibration: all {len(val)} validation rows are of one half; it takes more groups")
+        raise SystemExit(
+            f"calibration: all {len(val)} validation rows are of one half; it takes more groups"
+        )
 
 
 def with_scores(encoded, rows, where):
@@ -108,14 +163,16 @@ def with_scores(encoded, rows, where):
     for row, e in zip(rows, encoded):
         if e is not None:
             if not row.get("scores"):
-                raise SystemExit(f"{where}: score_margin needs scores, and a row has none ({row['prompt'][:60]!r})")
+                raise SystemExit(
+                    f"{where}: score_margin needs scores, and a row has none ({row['prompt'][:60]!r})"
+                )
             e["scores"] = row["scores"]
 
 
 def source(cfg):
     """Rows of both splits: `max_rows` of training, a seeded choice; the same `eval_rows` of validation for everyone."""
     rows = read_rows(f"{cfg.data}/train.jsonl")
-    rows = [rows[i] for i in permutation(len(rows), cfg.seed, 0)[:cfg.max_rows or None]]
+    rows = [rows[i] for i in permutation(len(rows), cfg.seed, 0)[: cfg.max_rows or None]]
     return {"train": rows, "val": held_out(cfg.data, cfg.eval_rows)}
 
 
@@ -129,17 +186,31 @@ def reference(cfg, round, split, model, rows, device):
     """log pi_ref of every response (rows, K): computed once, by the code that computes the policy's, and kept under a hash
     of the reference's weights and the rows' ids."""
     path = os.path.join(cfg.out_dir, f"round_{round}", f"{split}.ref.npz")
-    of = hashlib.sha256((checkpoint.digest(reference_path(cfg, round)) + json.dumps(rows)).encode()).hexdigest()
+    of = hashlib.sha256(
+        (checkpoint.digest(reference_path(cfg, round)) + json.dumps(rows)).encode()
+    ).hexdigest()
     if parallel.agree(os.path.exists(path)):
         kept = read_arrays(path)
         if str(kept.get("of")) != of:
-            raise SystemExit(f"{path} is of other rows or another reference: the data has changed since; use another out_dir")
-        if "refs" not in kept or kept["refs"].shape != (len(rows), max(len(row["responses"]) for row in rows)) or not np.isfinite(kept["refs"]).all():
-            raise SystemExit(f"{path} is damaged: its refs are not the log-probabilities of {len(rows)} rows")
+            raise SystemExit(
+                f"{path} is of other rows or another reference: the data has changed since; use another out_dir"
+            )
+        if (
+            "refs" not in kept
+            or kept["refs"].shape != (len(rows), max(len(row["responses"]) for row in rows))
+            or not np.isfinite(kept["refs"]).all()
+        ):
+            raise SystemExit(
+                f"{path} is damaged: its refs are not the log-probabilities of {len(rows)} rows"
+            )
         return kept["refs"]
     if parallel.agree(checkpoint.latest(cfg.out_dir, round)):
-        raise SystemExit(f"{path} is missing, and the policy of round {round} is no longer its reference; remove that round's folder")
-    refs = score(model, rows, parallel.micro_batch_tokens(cfg, device), device, "reference", cfg.layout)
+        raise SystemExit(
+            f"{path} is missing, and the policy of round {round} is no longer its reference; remove that round's folder"
+        )
+    refs = score(
+        model, rows, parallel.micro_batch_tokens(cfg, device), device, "reference", cfg.layout
+    )
     if parallel.rank() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path + ".tmp", "wb") as f:
@@ -156,8 +227,14 @@ def fitting(cfg, rows, enc, block_size, say=None, split=""):
     """The rows whose prompt leaves room for a response: no player is asked the others. Ends the run where a row has no prompt."""
     if not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to play on")
-    encoded, counts = encode_rows([question(row) | {"responses": row["responses"][:1]} for row in rows], enc,
-                                  cfg.template, block_size, cfg.max_prompt, cfg.max_response)
+    encoded, counts = encode_rows(
+        [question(row) | {"responses": row["responses"][:1]} for row in rows],
+        enc,
+        cfg.template,
+        block_size,
+        cfg.max_prompt,
+        cfg.max_response,
+    )
     if say:
         say(f"data {split}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
     return [row for row, e in zip(rows, encoded) if e is not None]
@@ -166,7 +243,7 @@ def fitting(cfg, rows, enc, block_size, say=None, split=""):
 def play(cfg, round, split, rows, model, enc, dtype):
     """Every prompt's responses in the order of `players` -> ranked rows with ids. A response that equals a better one
     teaches nothing and is absent ("same_as" says which one it equals); so are an earlier self's before there was one."""
-    columns = []        # of each player: (text, ids) a prompt, ids None where the text is still to be encoded
+    columns = []  # of each player: (text, ids) a prompt, ids None where the text is still to be encoded
     for player in cfg.players:
         if player == "data":
             columns.append([(row["responses"][0], None) for row in rows])
@@ -179,14 +256,25 @@ def play(cfg, round, split, rows, model, enc, dtype):
                 policy = model if cfg.sample_sharded else parallel.whole(model, dtype)
                 sample_file(path, policy, enc, cfg, rows, f"{round} self {split}")
                 del policy
-            columns.append(by_prompt(path, rows, enc) if back <= round else [(None, None)] * len(rows))
-    played = [question(row) | {"responses": [c[i][0] for c in columns], "ids": [c[i][1] for c in columns]} for i, row in enumerate(rows)]
-    encoded, _ = encode_rows(played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response)
+            columns.append(
+                by_prompt(path, rows, enc) if back <= round else [(None, None)] * len(rows)
+            )
+    played = [
+        question(row) | {"responses": [c[i][0] for c in columns], "ids": [c[i][1] for c in columns]}
+        for i, row in enumerate(rows)
+    ]
+    encoded, _ = encode_rows(
+        played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
+    )
     for row, e in zip(played, encoded):
         ids = e["responses"]
-        row["same_as"] = [ids.index(y) if y is not None and y in ids[:k] else None for k, y in enumerate(ids)]
+        row["same_as"] = [
+            ids.index(y) if y is not None and y in ids[:k] else None for k, y in enumerate(ids)
+        ]
         row["ids"] = [y if same is None else None for y, same in zip(ids, row["same_as"])]
-        row["responses"] = [None if y is None else text for y, text in zip(row["ids"], row["responses"])]
+        row["responses"] = [
+            None if y is None else text for y, text in zip(row["ids"], row["responses"])
+        ]
     return played
 
 
@@ -196,22 +284,39 @@ def prepare_teacher(cfg, enc, block_size, device, dtype):
     if cfg.teacher and not os.path.isdir(cfg.teacher):
         for split, rows in source(cfg).items():
             teacher_responses(cfg, split, fitting(cfg, rows, enc, block_size), enc)
-    paths = {split: os.path.join(cfg.out_dir, f"teacher_{split}.jsonl") for split in ("train", "val")}
-    if not os.path.isdir(cfg.teacher) or parallel.agree(all(os.path.exists(p) for p in paths.values())):
+    paths = {
+        split: os.path.join(cfg.out_dir, f"teacher_{split}.jsonl") for split in ("train", "val")
+    }
+    if not os.path.isdir(cfg.teacher) or parallel.agree(
+        all(os.path.exists(p) for p in paths.values())
+    ):
         return
     teacher, its_enc, meta = checkpoint.load_model(cfg.teacher, device, dtype)
-    its_cfg = replace(cfg, template=meta["config"]["template"])       # each is asked as it is used to
+    its_cfg = replace(cfg, template=meta["config"]["template"])  # each is asked as it is used to
     for split, rows in source(cfg).items():
-        sample_file(paths[split], teacher, its_enc, its_cfg, fitting(cfg, rows, enc, block_size), f"teacher {split}")
+        sample_file(
+            paths[split],
+            teacher,
+            its_enc,
+            its_cfg,
+            fitting(cfg, rows, enc, block_size),
+            f"teacher {split}",
+        )
 
 
 def teacher_responses(cfg, split, rows, enc):
     """(text, ids) a row."""
     if cfg.teacher == "rows":
         if any(len(row["responses"]) < 2 for row in rows):
-            raise SystemExit(f"teacher is 'rows', but rows of {cfg.data}/{split}.jsonl have one response")
+            raise SystemExit(
+                f"teacher is 'rows', but rows of {cfg.data}/{split}.jsonl have one response"
+            )
         return [(row["responses"][1], None) for row in rows]
-    path = os.path.join(cfg.out_dir, f"teacher_{split}.jsonl") if os.path.isdir(cfg.teacher) else cfg.teacher
+    path = (
+        os.path.join(cfg.out_dir, f"teacher_{split}.jsonl")
+        if os.path.isdir(cfg.teacher)
+        else cfg.teacher
+    )
     return by_prompt(path, rows, enc)
 
 
@@ -223,16 +328,22 @@ def by_prompt(path, rows, enc):
         text, ids = row["responses"][0], None
         if row.get("tokenizer") == name:
             if not (row.get("ids") or [None])[0]:
-                raise SystemExit(f"{path}: the row with the prompt {row['prompt'][:60]!r} names its tokenizer and has no ids")
+                raise SystemExit(
+                    f"{path}: the row with the prompt {row['prompt'][:60]!r} names its tokenizer and has no ids"
+                )
             if max(row["ids"][0]) >= enc.n_vocab:
-                raise SystemExit(f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(row['ids'][0])}, outside the vocabulary of {enc.n_vocab}")
+                raise SystemExit(
+                    f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(row['ids'][0])}, outside the vocabulary of {enc.n_vocab}"
+                )
             ids = row["ids"][0]
         elif row.get("ended") is False:
             ids = tokenizer.encode(enc, text, "within")
         answers[asked(row)] = text, ids
     missing = [row["prompt"] for row in rows if asked(row) not in answers]
     if missing:
-        raise SystemExit(f"{path}: no response to {len(missing)} of {len(rows)} prompts, the first: {missing[0][:80]!r}")
+        raise SystemExit(
+            f"{path}: no response to {len(missing)} of {len(rows)} prompts, the first: {missing[0][:80]!r}"
+        )
     return [answers[asked(row)] for row in rows]
 
 
@@ -250,22 +361,46 @@ def sample_file(path, model, enc, cfg, rows, what):
     seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {what}".encode()).digest()[:7], "big")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     size = max(PART, cfg.gen_batch_size * parallel.world())
-    parts = {f"{path}.part{i:09d}-{min(i + size, len(rows)):09d}": range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)}
+    parts = {
+        f"{path}.part{i:09d}-{min(i + size, len(rows)):09d}": range(i, min(i + size, len(rows)))
+        for i in range(0, len(rows), size)
+    }
     there = parallel.agree([part for part in parts if os.path.exists(part)])
-    progress = tqdm(total=len(rows), desc=f"sampling {what}", disable=None if parallel.rank() == 0 else True)
+    progress = tqdm(
+        total=len(rows), desc=f"sampling {what}", disable=None if parallel.rank() == 0 else True
+    )
     for part, numbers in parts.items():
         if part in there:
             progress.update(len(numbers))
             continue
-        mine = numbers[parallel.rank()::parallel.world()]
+        mine = numbers[parallel.rank() :: parallel.world()]
         parallel.at(f"sampling {what}, prompt {numbers[0]} and those after it")
         with parallel.in_step(model):
-            answers, ids = respond(model, enc, cfg.template, [rows[i] for i in mine], cfg.max_prompt, cfg.max_response, seed,
-                                   cfg.temperature, cfg.top_k, cfg.top_p, numbers=mine, batch_size=cfg.gen_batch_size, progress=progress)
+            answers, ids = respond(
+                model,
+                enc,
+                cfg.template,
+                [rows[i] for i in mine],
+                cfg.max_prompt,
+                cfg.max_response,
+                seed,
+                cfg.temperature,
+                cfg.top_k,
+                cfg.top_p,
+                numbers=mine,
+                batch_size=cfg.gen_batch_size,
+                progress=progress,
+            )
         if None in ids:
             prompt = rows[mine[ids.index(None)]]["prompt"]
-            raise SystemExit(f"{what}: block_size {model.config.block_size} leaves no room after the prompt {prompt[:80]!r}; set max_prompt")
-        merged = {n: row for some in parallel.gather({n: (a, i) for n, a, i in zip(mine, answers, ids)}) for n, row in some.items()}
+            raise SystemExit(
+                f"{what}: block_size {model.config.block_size} leaves no room after the prompt {prompt[:80]!r}; set max_prompt"
+            )
+        merged = {
+            n: row
+            for some in parallel.gather({n: (a, i) for n, a, i in zip(mine, answers, ids)})
+            for n, row in some.items()
+        }
         if parallel.rank() == 0:
             write_rows(part, [sampled_row(rows[n], *merged[n], enc) for n in numbers])
         launch.stop_if_asked()
@@ -278,7 +413,12 @@ def sample_file(path, model, enc, cfg, rows, what):
 
 def sampled_row(row, text, ids, enc):
     """A sampled response as a ranked row that says which tokenizer its ids are of, and whether it ended."""
-    return question(row) | {"responses": [text], "ids": [ids], "tokenizer": tokenizer.fingerprint(enc), "ended": ids[-1] == enc.eot_token}
+    return question(row) | {
+        "responses": [text],
+        "ids": [ids],
+        "tokenizer": tokenizer.fingerprint(enc),
+        "ended": ids[-1] == enc.eot_token,
+    }
 
 
 def game_report(cfg, rows, enc):
@@ -292,12 +432,24 @@ def game_report(cfg, rows, enc):
         if not there:
             continue
         lengths = [len(row["ids"][k]) for row in there]
-        report |= {f"tie/{name}": 1 - len(there) / len(asked), f"length/{name}": float(np.mean(lengths)),
-                   f"ended/{name}": float(np.mean([row["ids"][k][-1] == enc.eot_token for row in there]))}
+        report |= {
+            f"tie/{name}": 1 - len(there) / len(asked),
+            f"length/{name}": float(np.mean(lengths)),
+            f"ended/{name}": float(np.mean([row["ids"][k][-1] == enc.eot_token for row in there])),
+        }
         if name != "data":
-            said = [row["responses"][k if row["same_as"][k] is None else row["same_as"][k]] for row in asked]
-            report[f"exact_match/{name}"] = float(np.mean([answer(text) == answer(row["responses"][0]) for text, row in zip(said, asked)]))
-            report[f"length_acc/{name}"] = length_accuracy([len(row["ids"][0]) for row in there], lengths)
+            said = [
+                row["responses"][k if row["same_as"][k] is None else row["same_as"][k]]
+                for row in asked
+            ]
+            report[f"exact_match/{name}"] = float(
+                np.mean(
+                    [answer(text) == answer(row["responses"][0]) for text, row in zip(said, asked)]
+                )
+            )
+            report[f"length_acc/{name}"] = length_accuracy(
+                [len(row["ids"][0]) for row in there], lengths
+            )
     return report
 
 
@@ -306,10 +458,17 @@ def game_report(cfg, rows, enc):
 
 def made_of(cfg, round, reference):
     """{name: path} of all that a round's files are made of. An earlier round's file goes by its place in the run."""
-    paths = {"reference": reference} | {f"{split}.jsonl": f"{cfg.data}/{split}.jsonl" for split in ("train", "val")}
+    paths = {"reference": reference} | {
+        f"{split}.jsonl": f"{cfg.data}/{split}.jsonl" for split in ("train", "val")
+    }
     if cfg.stage == "spin":
         paths |= {"teacher": cfg.teacher} if cfg.teacher not in ("", "rows") else {}
-        earlier = [f"round_{round - int(p[5:])}/self_{split}.jsonl" for p in cfg.players if p.startswith("self-") and int(p[5:]) <= round for split in ("train", "val")]
+        earlier = [
+            f"round_{round - int(p[5:])}/self_{split}.jsonl"
+            for p in cfg.players
+            if p.startswith("self-") and int(p[5:]) <= round
+            for split in ("train", "val")
+        ]
         earlier += [f"round_{r}/train.jsonl" for r in range(max(0, round - cfg.mix_rounds), round)]
         paths |= {name: os.path.join(cfg.out_dir, name) for name in earlier}
     return paths
@@ -317,4 +476,6 @@ def made_of(cfg, round, reference):
 
 def sealed(manifest):
     """The manifest with the sha256 of what it says, so that an edit is seen."""
-    return manifest | {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+    return manifest | {
+        "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    }

@@ -1,9 +1,10 @@
 r"""Batched generation with a KV cache; also a command line.
 
-    python sample.py out/demo/sft --prompt "what does \`os.getcwd()\` do?"
-    python sample.py out/demo/sft --chat
-    python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
+python sample.py out/demo/sft --prompt "what does \`os.getcwd()\` do?"
+python sample.py out/demo/sft --chat
+python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
 """
+
 import argparse
 import contextlib
 import functools
@@ -34,12 +35,16 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(-1)
     if top_p and top_p < 1:
         ordered, where = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p        # what the more likely ones already reach
+        outside = ordered.cumsum(-1) - ordered >= top_p  # what the more likely ones already reach
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), 0.0)
-    blocks = F.pad(probs, (0, -probs.shape[-1] % 64)).unflatten(-1, (-1, 64))          # a sum is ten times as fast as a cumulative one
+    blocks = F.pad(probs, (0, -probs.shape[-1] % 64)).unflatten(
+        -1, (-1, 64)
+    )  # a sum is ten times as fast as a cumulative one
     weights = blocks.sum(-1)
     block, rest = reached(weights, uniform.float()[:, None] * weights.sum(-1, keepdim=True))
-    return (64 * block + reached(blocks.take_along_dim(block[..., None], 1).squeeze(1), rest)[0]).squeeze(-1)
+    return (
+        64 * block + reached(blocks.take_along_dim(block[..., None], 1).squeeze(1), rest)[0]
+    ).squeeze(-1)
 
 
 def reached(weights, point):
@@ -59,8 +64,18 @@ def packed(model, rows):
     weight = model.wte.weight
     dtype = model.products or weight.dtype
     # FSDP2's models have `reshard`; a look at one weight would not do, which may be whole between two steps
-    if weight.device.type != "cpu" or hasattr(model, "reshard") or not (torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+    if (
+        weight.device.type != "cpu"
+        or hasattr(model, "reshard")
+        or not (
+            torch.backends.mkldnn.is_available()
+            and (
+                dtype == torch.float32
+                or dtype == torch.bfloat16
+                and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            )
+        )
+    ):
         yield
         return
 
@@ -69,22 +84,41 @@ def packed(model, rows):
         bias = None if bias is None else bias.detach().to(dtype)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid, bias, *then)
 
-    changed = [(model, "head", product(weight) if model.config.tie else product(model.lm_head.weight, model.lm_head.bias))]
+    changed = [
+        (
+            model,
+            "head",
+            product(weight)
+            if model.config.tie
+            else product(model.lm_head.weight, model.lm_head.bias),
+        )
+    ]
     for block in model.h:
         gelu = block.mlp.c_fc if model.config.mlp == "gelu" else None
-        changed += [(m, "forward", product(m.weight, m.bias)) for m in block.modules() if isinstance(m, torch.nn.Linear) and m is not gelu]
-        changed += [(block.mlp, "inner", product(gelu.weight, gelu.bias, ("gelu", [], "tanh")))] if gelu else []
+        changed += [
+            (m, "forward", product(m.weight, m.bias))
+            for m in block.modules()
+            if isinstance(m, torch.nn.Linear) and m is not gelu
+        ]
+        changed += (
+            [(block.mlp, "inner", product(gelu.weight, gelu.bias, ("gelu", [], "tanh")))]
+            if gelu
+            else []
+        )
     try:
         for module, name, made in changed:
             setattr(module, name, made)
-        with small_products(), torch.inference_mode():      # the latter spares every operation some bookkeeping
+        with (
+            small_products(),
+            torch.inference_mode(),
+        ):  # the latter spares every operation some bookkeeping
             yield
     finally:
         for module, name, _ in changed:
             module.__dict__.pop(name, None)
 
 
-GRAPHS = {"cuda"}                   # where a step is captured
+GRAPHS = {"cuda"}  # where a step is captured
 
 
 class Step:
@@ -93,7 +127,14 @@ class Step:
     launch for its hundreds of kernels, until the cache has to grow. An FSDP2 model's is not: its ranks meet within a step."""
 
     def __init__(self, model, cache, ids, pos, t, choose):
-        self.model, self.cache, self.ids, self.pos, self.t, self.choose = model, cache, ids, pos, t, choose
+        self.model, self.cache, self.ids, self.pos, self.t, self.choose = (
+            model,
+            cache,
+            ids,
+            pos,
+            t,
+            choose,
+        )
         self.replay = None
 
     def __call__(self):
@@ -103,13 +144,19 @@ class Step:
             return
         self.once()
         self.replay = None
-        if self.ids.device.type in GRAPHS and self.cache.room() and not hasattr(self.model, "reshard"):
+        if (
+            self.ids.device.type in GRAPHS
+            and self.cache.room()
+            and not hasattr(self.model, "reshard")
+        ):
             ends = self.cache.ends
             self.replay = captured(self.once)
-            self.cache.ends = ends          # nothing was done yet
+            self.cache.ends = ends  # nothing was done yet
 
     def once(self):
-        logits = self.model(self.ids, pos=self.pos.clamp(max=self.model.config.block_size - 1), cache=self.cache)       # (B, V)
+        logits = self.model(
+            self.ids, pos=self.pos.clamp(max=self.model.config.block_size - 1), cache=self.cache
+        )  # (B, V)
         self.ids.copy_(self.choose(logits, self.t))
         self.pos += 1
         self.t += 1
@@ -120,25 +167,49 @@ def captured(work):
     `work` does what a graph cannot."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):       # other threads, a save's, may go on
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # other threads, a save's, may go on
             work()
     except RuntimeError as e:
-        if torch.cuda.current_stream() != stream:       # the capture could not be ended: neither memory nor random numbers are what they were
+        if (
+            torch.cuda.current_stream() != stream
+        ):  # the capture could not be ended: neither memory nor random numbers are what they were
             raise
         GRAPHS.clear()
-        print(f"sampling goes on without CUDA graphs ({str(e).splitlines()[0]})", file=sys.stderr, flush=True)
+        print(
+            f"sampling goes on without CUDA graphs ({str(e).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
         return None
     return graph.replay
 
 
-PREFILL_TOKENS = 8192               # prompts are read about so many tokens at a time
-BURST = {"cpu": 1, "cuda": 16}      # tokens drawn between two looks at who has ended: a GPU waits for each look
+PREFILL_TOKENS = 8192  # prompts are read about so many tokens at a time
+BURST = {
+    "cpu": 1,
+    "cuda": 16,
+}  # tokens drawn between two looks at who has ended: a GPU waits for each look
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")       # compiled blocks would compile again for each length
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None, generator=None, *,
-             batch_size=128, numbers=None, progress=None, heard=None):
+@torch.compiler.set_stance("force_eager")  # compiled blocks would compile again for each length
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    eot=None,
+    generator=None,
+    *,
+    batch_size=128,
+    numbers=None,
+    progress=None,
+    heard=None,
+):
     """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
 
     A continuation is at most max_new_tokens long (an int, or one for each prompt), and prompt and continuation fit
@@ -159,7 +230,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     numbers = range(len(prompts)) if numbers is None else numbers
     longest = max(limits, default=1)
     draws = [np.random.Generator(np.random.Philox(key=[key, n])).random(longest) for n in numbers]
-    uniform = torch.from_numpy(np.array(draws)).to(device)                     # (requests, longest) float64
+    uniform = torch.from_numpy(np.array(draws)).to(device)  # (requests, longest) float64
     room = [min(limit, block_size - len(p)) for limit, p in zip(limits, prompts)]
     new = [[] for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -167,19 +238,32 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     def choose(where, logits, t):
         return draw(logits, uniform[where, t.clamp(max=longest - 1)], temperature, top_k, top_p)
 
-    rows, cache, burst = [], KVCache(), BURST[device.type]                     # rows: the request of each row of the cache
-    ids = torch.zeros(0, dtype=torch.long, device=device)                      # (B,): each row's last token, not yet read
+    rows, cache, burst = (
+        [],
+        KVCache(),
+        BURST[device.type],
+    )  # rows: the request of each row of the cache
+    ids = torch.zeros(
+        0, dtype=torch.long, device=device
+    )  # (B,): each row's last token, not yet read
     was_training = model.training
     model.eval()
     # one autocast around all steps casts the weights once
-    with torch.autocast(device.type, model.products or torch.bfloat16, enabled=model.products is not None), packed(model, min(batch_size, len(prompts))):
+    with (
+        torch.autocast(
+            device.type, model.products or torch.bfloat16, enabled=model.products is not None
+        ),
+        packed(model, min(batch_size, len(prompts))),
+    ):
         while rows or waiting:
             live = [b for b, i in enumerate(rows) if new[i][-1] != eot and len(new[i]) < room[i]]
             if len(live) <= 0.75 * (batch_size if waiting else len(rows)):
                 if progress is not None:
                     progress.update(len(rows) - len(live))
                 coming = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(live)))]
-                there = [(rows[b], ids[b:b + 1], (cache, b)) for b in live]    # (request, its last token, where its row is)
+                there = [
+                    (rows[b], ids[b : b + 1], (cache, b)) for b in live
+                ]  # (request, its last token, where its row is)
                 while coming:
                     group, coming, logits, places = prefill(model, prompts, coming)
                     drawn = draw(logits, uniform[group, 0], temperature, top_k, top_p)
@@ -191,21 +275,25 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
                 there.sort(key=lambda it: len(prompts[it[0]]) + len(new[it[0]]))
                 rows = [i for i, _, _ in there]
                 if rows:
-                    lengths = [len(prompts[i]) + len(new[i]) - 1 for i in rows]                 # in the cache
+                    lengths = [len(prompts[i]) + len(new[i]) - 1 for i in rows]  # in the cache
                     ids, cache = torch.cat([token for _, token, _ in there]), KVCache()
                     cache.rebuild([place for _, _, place in there], lengths)
-                    where, pos, t = torch.tensor([rows, lengths, [len(new[i]) for i in rows]], device=device)
+                    where, pos, t = torch.tensor(
+                        [rows, lengths, [len(new[i]) for i in rows]], device=device
+                    )
                     step = Step(model, cache, ids, pos, t, functools.partial(choose, where))
                 continue
             drawn = []
-            for _ in range(burst):      # a row that has ended goes on until it leaves; nobody reads what it says
+            for _ in range(
+                burst
+            ):  # a row that has ended goes on until it leaves; nobody reads what it says
                 step()
                 drawn.append(ids.clone())
             drawn = torch.stack(drawn, 1).tolist()
             for b in live:
                 said, i = drawn[b], rows[b]
-                said = said[:said.index(eot) + 1] if eot in said else said
-                new[i] += said[:room[i] - len(new[i])]
+                said = said[: said.index(eot) + 1] if eot in said else said
+                new[i] += said[: room[i] - len(new[i])]
                 if heard is not None:
                     heard(i, new[i])
     model.train(was_training)
@@ -229,16 +317,42 @@ def prefill(model, prompts, coming):
     return group, coming[n:], logits, [(cache, b) for b in mine]
 
 
-def respond(model, enc, template, rows, max_prompt=0, max_response=0, seed=0, temperature=1.0, top_k=None, top_p=None,
-            **options):
+def respond(
+    model,
+    enc,
+    template,
+    rows,
+    max_prompt=0,
+    max_response=0,
+    seed=0,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    **options,
+):
     """Responses to the prompts of rows under the template and limits that training and scoring use -> (texts, ids).
     A prompt that is empty or leaves no room gets None for both."""
     block_size = model.config.block_size
-    prompts = [prompt_ids(enc, template, row["prompt"], row.get("history", ()))[-(max_prompt or block_size):] for row in rows]
+    prompts = [
+        prompt_ids(enc, template, row["prompt"], row.get("history", ()))[
+            -(max_prompt or block_size) :
+        ]
+        for row in rows
+    ]
     fits = [i for i, p in enumerate(prompts) if rows[i]["prompt"] and 0 < len(p) < block_size]
     numbers = options.pop("numbers", range(len(rows)))
-    ids = generate(model, [prompts[i] for i in fits], max_response or block_size, temperature, top_k, top_p, enc.eot_token,
-                   torch.Generator().manual_seed(seed), numbers=[numbers[i] for i in fits], **options)
+    ids = generate(
+        model,
+        [prompts[i] for i in fits],
+        max_response or block_size,
+        temperature,
+        top_k,
+        top_p,
+        enc.eot_token,
+        torch.Generator().manual_seed(seed),
+        numbers=[numbers[i] for i in fits],
+        **options,
+    )
     by_row = dict(zip(fits, ids))
     ids = [by_row.get(i) for i in range(len(rows))]
     return [None if r is None else text_of(enc, r) for r in ids], ids
@@ -246,6 +360,7 @@ def respond(model, enc, template, rows, max_prompt=0, max_response=0, seed=0, te
 
 def number(kind, least, most=float("inf")):
     """An argparse type: an int or float from `least` to `most`."""
+
     def parse(text):
         try:
             value = kind(text)
@@ -256,13 +371,16 @@ def number(kind, least, most=float("inf")):
         if value > most:
             raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
         return value
+
     return parse
 
 
 def device_name(text):
     """An argparse type: a device that is there."""
     if text not in ("cpu", "cuda") or text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"must be cpu, or cuda where torch sees a GPU, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be cpu, or cuda where torch sees a GPU, got {text!r}"
+        )
     return text
 
 
@@ -291,33 +409,70 @@ def converse(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, 
 
         def heard(_, ids):
             text = text_of(enc, ids)
-            whole = text.rstrip("\ufffd")           # a character of several tokens is not there yet
-            print(printable(whole[printed[0]:]), end="", flush=True)
+            whole = text.rstrip("\ufffd")  # a character of several tokens is not there yet
+            print(printable(whole[printed[0] :]), end="", flush=True)
             printed[0] = max(printed[0], len(whole))
 
-        new, = generate(model, [prompt], max_response or block_size, eot=enc.eot_token, generator=torch.Generator().manual_seed(seed), numbers=[turn], heard=heard, **sampling)
-        print(printable(text_of(enc, new)[printed[0]:]), flush=True)
+        (new,) = generate(
+            model,
+            [prompt],
+            max_response or block_size,
+            eot=enc.eot_token,
+            generator=torch.Generator().manual_seed(seed),
+            numbers=[turn],
+            heard=heard,
+            **sampling,
+        )
+        print(printable(text_of(enc, new)[printed[0] :]), flush=True)
         history.append((line.strip(), [i for i in new if i != enc.eot_token]))
 
 
 def main(argv=None):
     import checkpoint
     import parallel
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(printable(message))     # one line, without the usage
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
     parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="answer this one, and print the answer")
-    what.add_argument("--chat", action="store_true", help="a prompt a line; each sees what was said before, as far as it fits")
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="a prompt a line; each sees what was said before, as far as it fits",
+    )
     what.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
     parser.add_argument("--out", help="where the ranked file goes")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the template")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time")
-    parser.add_argument("--top_k", type=number(int, 0), default=0, help="of the so many likeliest tokens; 0: of all")
-    parser.add_argument("--top_p", type=number(float, 1e-9, 1), default=1.0, help="of the fewest tokens that are so likely together; 1: of all")
-    parser.add_argument("--max_new_tokens", type=number(int, 0), default=0, help="of a response; 0: the checkpoint's max_response")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without the template"
+    )
+    parser.add_argument(
+        "--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, 0), default=0, help="of the so many likeliest tokens; 0: of all"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=number(float, 1e-9, 1),
+        default=1.0,
+        help="of the fewest tokens that are so likely together; 1: of all",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=number(int, 0),
+        default=0,
+        help="of a response; 0: the checkpoint's max_response",
+    )
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling")
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda; else cuda if there is one")
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda; else cuda if there is one",
+    )
     args = parser.parse_args(argv)
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out go together")
@@ -330,23 +485,49 @@ def main(argv=None):
     parallel.tune(args.device)
     model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
     if model.config.scalar:
-        parser.error(f"{args.checkpoint} is a reward model, no policy: it scores responses (eval.py)")
-    settings = dict(template=begun(enc, "{prompt}") if args.raw else meta["config"]["template"],
-                    max_prompt=meta["config"]["max_prompt"],
-                    max_response=args.max_new_tokens or meta["config"]["max_response"],
-                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+        parser.error(
+            f"{args.checkpoint} is a reward model, no policy: it scores responses (eval.py)"
+        )
+    settings = dict(
+        template=begun(enc, "{prompt}") if args.raw else meta["config"]["template"],
+        max_prompt=meta["config"]["max_prompt"],
+        max_response=args.max_new_tokens or meta["config"]["max_response"],
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
     if args.prompts:
         rows = read_rows(args.prompts)
         with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
             texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
         kept = [(row, text, i) for row, text, i in zip(rows, texts, ids) if i is not None]
         made_by = tokenizer.fingerprint(enc)
-        write_rows(args.out, [question(row) | {"responses": [text], "ids": [i], "tokenizer": made_by, "ended": i[-1] == enc.eot_token} for row, text, i in kept])
-        print(f"{args.out}: {len(kept)} rows" + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else ""))
+        write_rows(
+            args.out,
+            [
+                question(row)
+                | {
+                    "responses": [text],
+                    "ids": [i],
+                    "tokenizer": made_by,
+                    "ended": i[-1] == enc.eot_token,
+                }
+                for row, text, i in kept
+            ],
+        )
+        print(
+            f"{args.out}: {len(kept)} rows"
+            + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else "")
+        )
         return
     if args.prompt is not None:
         texts, _ = respond(model, enc, rows=[{"prompt": args.prompt}], **settings)
-        print("(the prompt leaves no room for a response)" if texts[0] is None else printable(texts[0]))
+        print(
+            "(the prompt leaves no room for a response)"
+            if texts[0] is None
+            else printable(texts[0])
+        )
         return
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")

@@ -1,7 +1,8 @@
 """A 2.6M-parameter student from scratch on the documentation of the installed packages.
 
-    python train.py config/demo_pretrain.py         2 CPU cores, 1.5 minutes, validation loss 4.3
+python train.py config/demo_pretrain.py         2 CPU cores, 1.5 minutes, validation loss 4.3
 """
+
 stage = "pretrain"
 out_dir = "out/demo/pretrain"
 data = "data/pydocs"
@@ -15,8 +16,8 @@ norm = "rmsnorm"
 mlp = "swiglu"
 bias = False
 
-batch_size = 16             # x 256 = 4,096 tokens a step
-max_steps = 200             # 0.8M tokens of 3.1M
+batch_size = 16  # x 256 = 4,096 tokens a step
+max_steps = 200  # 0.8M tokens of 3.1M
 optimizer = "muon"
 muon_lr = 0.05
 lr = 1e-2

@@ -1,7 +1,8 @@
 """Fine-tune the student: what does `name(signature)` do? -> the docstring's summary.
 
-    python train.py config/demo_sft.py         2 CPU cores, 1 minute, validation loss 4.5
+python train.py config/demo_sft.py         2 CPU cores, 1 minute, validation loss 4.5
 """
+
 stage = "sft"
 out_dir = "out/demo/sft"
 init = "out/demo/pretrain"
@@ -9,8 +10,8 @@ data = "data/pydocs"
 
 max_prompt = 64
 max_response = 48
-batch_size = 64             # rows a step
-max_steps = 100             # 6,400 rows of 15,500
+batch_size = 64  # rows a step
+max_steps = 100  # 6,400 rows of 15,500
 optimizer = "muon"
 muon_lr = 0.02
 lr = 3e-3

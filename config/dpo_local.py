@@ -5,11 +5,12 @@ held-out pairs ranked right
 
 --kind=pl is Plackett-Luce on the whole ranking, --kind=simpo --beta=2 --margin=0.5 --lr=5e-5, --kind=ipo, --kind=orpo --nll_coef=1 the others.
 """
+
 from config.reward_local import *
 
 stage = "preference"
 out_dir = "out/dpo_local"
 center_coef = 0.0
 beta = 0.1
-max_rows = 768              # of 3,038 prompts: 48 steps
+max_rows = 768  # of 3,038 prompts: 48 steps
 lr = 3e-4

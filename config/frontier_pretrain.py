@@ -1,7 +1,8 @@
 """The frontier's base model: 1.1M parameters from scratch on the documentation of the installed packages.
 
-    python train.py config/frontier_pretrain.py         three minutes on two cores, validation loss 4.31
+python train.py config/frontier_pretrain.py         three minutes on two cores, validation loss 4.31
 """
+
 from config.demo_pretrain import *
 
 out_dir = "out/frontier/pretrain"
@@ -9,4 +10,4 @@ n_layer = 3
 n_head = 4
 n_embd = 128
 block_size = 128
-batch_size = 32             # x 128 = 4,096 tokens a step
+batch_size = 32  # x 128 = 4,096 tokens a step

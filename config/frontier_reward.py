@@ -1,7 +1,8 @@
 """The frontier's learnt reward: Bradley-Terry on three samples of the reference a prompt, ranked by the true one.
 
-    python train.py config/frontier_reward.py         70 s on a core; starts at ln 2 = 0.6931, 72 % of held-out pairs. frontier.py makes its data
+python train.py config/frontier_reward.py         70 s on a core; starts at ln 2 = 0.6931, 72 % of held-out pairs. frontier.py makes its data
 """
+
 stage = "reward"
 out_dir = "out/frontier/reward"
 init = "out/frontier/sft"
@@ -10,7 +11,7 @@ data = "out/frontier/ranked"
 kind = "pairs"
 max_prompt = 48
 max_response = 32
-batch_size = 32             # prompts of three responses
+batch_size = 32  # prompts of three responses
 epochs = 2.0
 optimizer = "adamw"
 lr = 1e-3

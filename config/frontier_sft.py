@@ -1,7 +1,8 @@
 """The frontier's reference: what does `name(signature)` do? -> the docstring's summary.
 
-    python train.py config/frontier_sft.py         two minutes on two cores, validation loss 4.46
+python train.py config/frontier_sft.py         two minutes on two cores, validation loss 4.46
 """
+
 from config.demo_sft import *
 
 out_dir = "out/frontier/sft"

@@ -9,6 +9,7 @@ Data, a stream in GPT-2's BPE (20 GB; the header of data/fineweb/prepare.py name
 or any JSON lines of {"text"}, with --data=data/pretrain:
     python -m data.jsonl.prepare FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2
 """
+
 stage = "pretrain"
 out_dir = "out/pretrain_gpt2"
 data = "data/fineweb"
@@ -18,15 +19,15 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-batch_size = 512            # x 1,024 = 524,288 tokens a step: 8 ranks x 2 micro-batches of 32,768
-max_steps = 19_073          # 10B tokens
+batch_size = 512  # x 1,024 = 524,288 tokens a step: 8 ranks x 2 micro-batches of 32,768
+max_steps = 19_073  # 10B tokens
 optimizer = "adamw"
 lr = 6e-4
-warmup = 0.035              # 700 steps, GPT-3's for this size
+warmup = 0.035  # 700 steps, GPT-3's for this size
 schedule = "cosine"
 min_lr = 0.0
 weight_decay = 0.1
 compile = True
-eval_interval = 250         # on 20 x 512 x 1,024 = 10M tokens
+eval_interval = 250  # on 20 x 512 x 1,024 = 10M tokens
 save_interval = 1000
 log_interval = 10

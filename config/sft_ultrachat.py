@@ -7,14 +7,15 @@ to expect but that its validation loss falls from the base model's in the first 
 Data, 50,000 of them by the hash of a prompt (SPIN's own 50,000 are not published as a list):
     python -m data.ultrachat.prepare
 """
+
 stage = "sft"
 out_dir = "out/sft_ultrachat"
 init = "out/pretrain_gpt2"
-data = "data/ultrachat"     # self-play uses the same rows
+data = "data/ultrachat"  # self-play uses the same rows
 
 max_prompt = 512
 max_response = 512
-batch_size = 128            # rows = 16 x 8 ranks
+batch_size = 128  # rows = 16 x 8 ranks
 epochs = 3.0
 lr = 5e-5
 warmup = 0.05

@@ -1,8 +1,9 @@
 """To the same validation loss in a quarter of the time: a tenth of the steps, twice the batch, Muon, rotary positions, QK-norm.
 
-    python -m data.shakespeare.prepare tinyshakespeare.txt
-    OMP_NUM_THREADS=1 python train.py config/shakespeare.py             35 seconds on one core, validation loss 1.87
+python -m data.shakespeare.prepare tinyshakespeare.txt
+OMP_NUM_THREADS=1 python train.py config/shakespeare.py             35 seconds on one core, validation loss 1.87
 """
+
 from config.shakespeare_nanogpt import *
 
 out_dir = "out/shakespeare"

@@ -8,6 +8,7 @@ Every round starts at ln 2 = 0.6931 + nll_coef x loss. Not yet run at this size.
 Data, the rows of config/sft_ultrachat.py:
     python -m data.ultrachat.prepare
 """
+
 stage = "spin"
 out_dir = "out/spin_k2"
 init = "out/sft_ultrachat"
@@ -15,12 +16,12 @@ data = "data/ultrachat"
 
 players = ["data", "self"]
 rounds = 4
-mix_rounds = 1              # this round's rows and the one before's, as SPIN
+mix_rounds = 1  # this round's rows and the one before's, as SPIN
 max_rows = 50_000
 max_prompt = 512
 max_response = 512
 
-batch_size = 64             # prompts = 8 x 8 ranks, K responses each
+batch_size = 64  # prompts = 8 x 8 ranks, K responses each
 epochs = 2.0
 optimizer = "rmsprop"
 lr = [5e-7, 5e-7, 1e-7, 1e-7]
@@ -28,7 +29,7 @@ beta = [0.1, 0.1, 0.1, 5.0]
 warmup = 0.1
 schedule = "linear"
 min_lr = 0.0
-nll_coef = 0.2              # SPIN: 0; a small model needs it
+nll_coef = 0.2  # SPIN: 0; a small model needs it
 eval_interval = 200
 eval_rows = 1024
 gen_batch_size = 256

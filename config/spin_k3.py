@@ -12,6 +12,7 @@ Or set `teacher` to a checkpoint, which then writes them itself. 8 x 80 GB GPUs,
 three minutes a round and the samples.
 Every round starts at ln 6 = 1.7918 + nll_coef x loss. Not yet run at this size.
 """
+
 from config.spin_k2 import *
 
 out_dir = "out/spin_k3"

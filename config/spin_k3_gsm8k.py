@@ -5,19 +5,20 @@
 
 The prompts are GSM8K's test split: report the held-out rows of data/gsm8k, never GSM8K.
 """
+
 stage = "spin"
 out_dir = "out/spin_k3_gsm8k"
 init = "out/sft_gsm8k"
 data = "data/gsm8k"
 
 players = ["data", "teacher", "self"]
-teacher = "rows"            # each row's second response
+teacher = "rows"  # each row's second response
 rounds = 2
 max_rows = 512
 max_prompt = 160
 max_response = 160
 
-batch_size = 32             # prompts, 16 steps a round
+batch_size = 32  # prompts, 16 steps a round
 epochs = 1.0
 beta = 0.1
 nll_coef = 0.2

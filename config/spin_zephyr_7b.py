@@ -26,6 +26,7 @@ Where the sources disagree (paper: appendix B; code: uclaml/SPIN, its configs an
 - template: the code samples with this one and trains with zephyr's chat template, so that its reference is off. This one for both, after <s>.
 - sampling: the paper's opponent is the model itself; the code samples at temperature 0.8 and top_p 0.95. Temperature 1.
 """
+
 stage = "spin"
 out_dir = "out/spin_zephyr_7b"
 init = "out/zephyr-7b-sft-full"
@@ -34,17 +35,19 @@ template = "<s>{turn}### Instruction: {prompt}\n\n### Response: "
 
 players = ["data", "self"]
 rounds = 4
-mix_rounds = 1              # from the second round on this and the previous round's rows
+mix_rounds = 1  # from the second round on this and the previous round's rows
 max_rows = 50_000
 max_prompt = 512
 max_response = 512
 temperature = 1.0
 gen_batch_size = 128
 
-batch_size = 64             # prompts = 8 x 8 ranks, 2 responses each: 1,563 steps in round 0, 3,125 in the others
+batch_size = (
+    64  # prompts = 8 x 8 ranks, 2 responses each: 1,563 steps in round 0, 3,125 in the others
+)
 micro_batch_tokens = 16384
 epochs = 2.0
-optimizer = "rmsprop"       # torch's defaults, no weight decay
+optimizer = "rmsprop"  # torch's defaults, no weight decay
 lr = [5e-7, 5e-7, 1e-7, 1e-7]
 beta = [0.1, 0.1, 0.1, 5.0]
 warmup = 0.1

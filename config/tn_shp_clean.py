@@ -6,7 +6,8 @@
 One GPU, an estimate: 4,000 steps of 2,540 tokens, 2 minutes. Not yet run at this size: at a CPU's, validation cross-entropy 4.88 with T_0, stopped
 early, and T_n within its interval (results/tn).
 """
-stage = "sft"               # whole texts: every token is asked
+
+stage = "sft"  # whole texts: every token is asked
 out_dir = "out/tn_shp_clean"
 data = "data/shp/group"
 calibration = True
@@ -16,10 +17,10 @@ n_head = 4
 n_embd = 256
 block_size = 128
 
-batch_size = 20             # texts, 400 steps an epoch
+batch_size = 20  # texts, 400 steps an epoch
 epochs = 10.0
 lr = 1e-3
-schedule = "constant"       # or an early stop would stand on another schedule than the end
+schedule = "constant"  # or an early stop would stand on another schedule than the end
 warmup = 0.02
 eval_rows = 2000
 eval_interval = 200

@@ -10,6 +10,7 @@ epoch 20 to 40 and climbs to 0.25, T_1 settles near 0.19, T_2 near 0.175. Not ye
 What differs, beside what config/tn_shp_later.py says: the norm stands before attention and before the MLP, and the run ends with
 the cosine, at epoch 1,000 (the write-up planned 2,000 and shows 1,180).
 """
+
 from config.tn_shp_later import *
 
 out_dir = "out/tn_shp_first"
@@ -21,4 +22,4 @@ epochs = 1000.0
 lr = 1e-4
 schedule = "cosine"
 min_lr = 0.01
-eval_interval = 4000        # 10 epochs
+eval_interval = 4000  # 10 epochs

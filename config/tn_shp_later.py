@@ -11,7 +11,8 @@ What differs: means are per target token (there per row, then over rows), a text
 which is asked too, there is a last LayerNorm before the head, as in every model of ours, the vocabulary is padded to a multiple
 of 64, and on a GPU products are bfloat16 (--dtype=float32).
 """
-stage = "sft"               # whole texts: every token is asked
+
+stage = "sft"  # whole texts: every token is asked
 out_dir = "out/tn_shp_later"
 data = "data/shp/row"
 calibration = True
@@ -19,7 +20,7 @@ calibration = True
 n_layer = 1
 n_head = 8
 n_embd = 64
-block_size = 128            # the first 128 tokens of history + preferred comment
+block_size = 128  # the first 128 tokens of history + preferred comment
 position = "sinusoidal"
 mlp = "relu"
 attn_proj = False
@@ -28,7 +29,7 @@ head_bias = True
 init_scheme = "glorot"
 init_noise = 0.1
 
-batch_size = 20             # texts, 400 steps an epoch
+batch_size = 20  # texts, 400 steps an epoch
 epochs = 100.0
 lr = 1e-3
 schedule = "constant"

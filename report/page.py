@@ -2,17 +2,22 @@
 
 A page fetches nothing and runs nothing: no script is in it, and its Content-Security-Policy lets none in.
 """
+
 import html
 import math
 import re
 
 # control characters but newline and tab, what turns the direction of writing, halves of surrogate pairs
-ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+ODD = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def visible(text):
     """Any value as HTML: escaped, odd characters by their code."""
-    return ODD.sub(lambda found: f"<i class=odd>{ascii(found[0])[1:-1]}</i>", html.escape(str(text)))
+    return ODD.sub(
+        lambda found: f"<i class=odd>{ascii(found[0])[1:-1]}</i>", html.escape(str(text))
+    )
 
 
 def plain(text):
@@ -33,21 +38,29 @@ def typeset(number):
 
 def table(head, rows, numbers=False):
     """A table that scrolls inside its own box. Cells are HTML; a row of one cell is a heading."""
-    body = "".join(f'<tr><th colspan="{len(head)}" class=part>{row[0]}</th></tr>' if len(row) == 1 else
-                   f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return f'<div class=scroll tabindex=0><table{" class=numbers" * numbers}><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(
+        f'<tr><th colspan="{len(head)}" class=part>{row[0]}</th></tr>'
+        if len(row) == 1
+        else f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f"<div class=scroll tabindex=0><table{' class=numbers' * numbers}><thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def more(title, parts):
     """What is unfolded by a click."""
-    return f"<details><summary>{visible(title)}</summary>{''.join(parts)}</details>" if parts else ""
+    return (
+        f"<details><summary>{visible(title)}</summary>{''.join(parts)}</details>" if parts else ""
+    )
 
 
 def ticks(low, high, n):
     """About n round numbers from low to high, [(number, text)], with as many decimals as they need."""
     power = 10.0 ** math.floor(math.log10((high - low) / n))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / n)
-    numbers = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    numbers = [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
     finest, greatest = (math.floor(math.log10(y) + 1e-9) for y in (step, max(abs(low), abs(high))))
     form = f",.{max(0, -finest)}f" if greatest > -4 else f".{greatest - finest}e"
     return [(y, typeset(format(y, form) if y else "0")) for y in numbers]
@@ -56,11 +69,13 @@ def ticks(low, high, n):
 def curve(title, unit, series, steps, borders=(), level=None):
     """An SVG of {label: [[(step, y), ...] of each piece]} over (first, last) of `steps`. borders: [(step, text)] of vertical lines;
     level: (y, text) of a horizontal one."""
-    ys = [y for pieces in series.values() for piece in pieces for _, y in piece] + ([level[0]] if level else [])
+    ys = [y for pieces in series.values() for piece in pieces for _, y in piece] + (
+        [level[0]] if level else []
+    )
     left, right, low, high = steps[0], max(steps[1], steps[0] + 1), min(ys), max(ys)
     margin = max(0.06 * (high - low), 1e-4 * abs(high)) if high > low else 0.1 * abs(high) or 1.0
     low, high = low - margin, high + margin
-    W, H, L, R, T, B = 380, 220, 58, 12, 26, 34       # the picture, and its margins
+    W, H, L, R, T, B = 380, 220, 58, 12, 26, 34  # the picture, and its margins
 
     def X(step):
         return round(L + (step - left) / (right - left) * (W - L - R), 1)
@@ -68,26 +83,48 @@ def curve(title, unit, series, steps, borders=(), level=None):
     def Y(y):
         return round(H - B - (y - low) / (high - low) * (H - T - B), 1)
 
-    out = [f'<text class=unit x="4" y="13">{plain(unit)}</text><text class=unit x="{W - R}" y="{H - 3}" text-anchor="end">step</text>']
+    out = [
+        f'<text class=unit x="4" y="13">{plain(unit)}</text><text class=unit x="{W - R}" y="{H - 3}" text-anchor="end">step</text>'
+    ]
     for y, text in ticks(low, high, 4):
-        out.append(f'<line class=grid x1="{L}" x2="{W - R}" y1="{Y(y)}" y2="{Y(y)}"/><text x="{L - 6}" y="{Y(y) + 4}" text-anchor="end">{text}</text>')
+        out.append(
+            f'<line class=grid x1="{L}" x2="{W - R}" y1="{Y(y)}" y2="{Y(y)}"/><text x="{L - 6}" y="{Y(y) + 4}" text-anchor="end">{text}</text>'
+        )
     for x, text in ticks(left, right, 4):
-        out.append(f'<text x="{X(x)}" y="{H - B + 15}" text-anchor="middle">{text}</text>' if "." not in text else "")
-    for x, text in borders[::-(-len(borders) // 5) or 1]:
+        out.append(
+            f'<text x="{X(x)}" y="{H - B + 15}" text-anchor="middle">{text}</text>'
+            if "." not in text
+            else ""
+        )
+    for x, text in borders[:: -(-len(borders) // 5) or 1]:
         out.append(f'<line class=border x1="{X(x)}" x2="{X(x)}" y1="{T - 6}" y2="{H - B}"/>')
-        out.append(f'<text class=unit x="{X(x) + 3}" y="{T}">{plain(text)}</text>' if X(x) < W - 60 else "")
-    out.append(f'<line class=level x1="{L}" x2="{W - R}" y1="{Y(level[0])}" y2="{Y(level[0])}"/>' if level else "")
+        out.append(
+            f'<text class=unit x="{X(x) + 3}" y="{T}">{plain(text)}</text>' if X(x) < W - 60 else ""
+        )
+    out.append(
+        f'<line class=level x1="{L}" x2="{W - R}" y1="{Y(level[0])}" y2="{Y(level[0])}"/>'
+        if level
+        else ""
+    )
     for n, (label, pieces) in enumerate(series.items()):
         out.append(f'<g class="{colour(n)}">')
         for piece in pieces:
             out.append(f'<polyline points="{" ".join(f"{X(x)},{Y(y)}" for x, y in piece)}"/>')
             if len(piece) <= 60:
-                out += [f'<circle cx="{X(x)}" cy="{Y(y)}" r="2.5"><title>{plain(label)}, step {figure(x)}: {figure(y)}</title></circle>' for x, y in piece]
+                out += [
+                    f'<circle cx="{X(x)}" cy="{Y(y)}" r="2.5"><title>{plain(label)}, step {figure(x)}: {figure(y)}</title></circle>'
+                    for x, y in piece
+                ]
         out.append("</g>")
-    legend = "".join(f'<li class="{colour(n)}"><i class=key></i>{visible(label)} <b>{figure(pieces[-1][-1][1])}</b></li>' for n, (label, pieces) in enumerate(series.items()))
+    legend = "".join(
+        f'<li class="{colour(n)}"><i class=key></i>{visible(label)} <b>{figure(pieces[-1][-1][1])}</b></li>'
+        for n, (label, pieces) in enumerate(series.items())
+    )
     legend += f"<li><i class=dashes></i>{visible(level[1])}</li>" if level else ""
-    return (f'<figure><figcaption>{visible(title)}</figcaption><svg viewBox="0 0 {W} {H}" role=img aria-label="{plain(title)}, {plain(unit)}, by step">{"".join(out)}</svg>'
-            f"<ul class=legend>{legend}</ul></figure>")
+    return (
+        f'<figure><figcaption>{visible(title)}</figcaption><svg viewBox="0 0 {W} {H}" role=img aria-label="{plain(title)}, {plain(unit)}, by step">{"".join(out)}</svg>'
+        f"<ul class=legend>{legend}</ul></figure>"
+    )
 
 
 def colour(n):
@@ -97,9 +134,11 @@ def colour(n):
 
 def whole(title, body):
     """The file."""
-    return ("<!doctype html><html lang=en><head><meta charset=utf-8>"
-            "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\"><meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"<title>{plain(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n")
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\"><meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{plain(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
 
 
 STYLE = """

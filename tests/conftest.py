@@ -15,15 +15,25 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 
-torch.set_num_threads(1)        # the models are tiny: threads would wait for each other
+torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import train
 from data import tokenizer, write_meta, write_rows, write_stream
 
-SHARED = os.path.join(ROOT, "..", "shared", "data")      # real rows and GPT-2's vocabulary, where there are some
+SHARED = os.path.join(
+    ROOT, "..", "shared", "data"
+)  # real rows and GPT-2's vocabulary, where there are some
 WORDS = "the loss of a model falls when it reads what people write and stops at the end".split()
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--device=cpu", "--eval_rows=8", "--eval_batches=2"]
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=64",
+    "--device=cpu",
+    "--eval_rows=8",
+    "--eval_batches=2",
+]
 
 
 def make_data(folder):
@@ -36,7 +46,13 @@ def make_data(folder):
 
     for split, n in (("train", 40), ("val", 12)):
         write_stream(f"{folder}/{split}.bin", [text(10, 60) for _ in range(n)], enc)
-        write_rows(f"{folder}/{split}.jsonl", [{"prompt": f"{i} {text(1, 3)}", "responses": [text(1, 4), text(1, 3), text(1, 5)]} for i in range(n)])
+        write_rows(
+            f"{folder}/{split}.jsonl",
+            [
+                {"prompt": f"{i} {text(1, 3)}", "responses": [text(1, 4), text(1, 3), text(1, 5)]}
+                for i in range(n)
+            ],
+        )
     write_meta(folder, "bytes", "made up")
     return folder
 
@@ -45,9 +61,33 @@ def make_runs(root, data):
     """{"pretrain": run, "sft": run}: a checkpoint of each stage."""
     runs = {stage: os.path.join(root, stage) for stage in ("pretrain", "sft")}
     shape = ["--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--bias=False"]
-    train.main(["--stage=pretrain", f"--out_dir={runs['pretrain']}", f"--data={data}", "--max_steps=8", "--batch_size=8", "--lr=3e-3", *TINY, *shape])
-    train.main(["--stage=sft", f"--out_dir={runs['sft']}", f"--data={data}", f"--init={runs['pretrain']}", "--template=Q: {prompt}\nA: ",
-                "--max_steps=8", "--batch_size=8", "--lr=3e-3", "--max_response=16", "--device=cpu", "--eval_rows=8"])
+    train.main(
+        [
+            "--stage=pretrain",
+            f"--out_dir={runs['pretrain']}",
+            f"--data={data}",
+            "--max_steps=8",
+            "--batch_size=8",
+            "--lr=3e-3",
+            *TINY,
+            *shape,
+        ]
+    )
+    train.main(
+        [
+            "--stage=sft",
+            f"--out_dir={runs['sft']}",
+            f"--data={data}",
+            f"--init={runs['pretrain']}",
+            "--template=Q: {prompt}\nA: ",
+            "--max_steps=8",
+            "--batch_size=8",
+            "--lr=3e-3",
+            "--max_response=16",
+            "--device=cpu",
+            "--eval_rows=8",
+        ]
+    )
     return runs
 
 
@@ -65,7 +105,11 @@ def command(script, *args, input=""):
     """What a script does and says, as a shell would see it, in this process: starting one costs seconds. An error that is no exit is raised."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     main = importlib.import_module(script).main
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("sys.stdin", io.StringIO(input)):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch("sys.stdin", io.StringIO(input)),
+    ):
         try:
             main(list(map(str, args)))
         except SystemExit as e:
@@ -82,4 +126,5 @@ def read_metrics(run, kind):
 def final_weights(run):
     import checkpoint
     from safetensors.torch import load_file
+
     return load_file(os.path.join(checkpoint.latest(run), "model.safetensors"))

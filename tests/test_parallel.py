@@ -1,4 +1,5 @@
 """What two CPU processes do under torchrun equals what one does: the main path itself, on ragged rows."""
+
 import contextlib
 import json
 import os
@@ -23,7 +24,15 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(args):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *args]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        *args,
+    ]
 
 
 def torchrun(args):
@@ -37,15 +46,30 @@ def assert_equal_up_to_rounding(a, b, tolerance, pair=0.0):
         for x, y in zip(read_metrics(a, kind), read_metrics(b, kind), strict=True):
             for key in ("loss", "norm", "val_loss", "acc", "rank_nll", "nll"):
                 if key in x:
-                    assert abs(x[key] - y[key]) <= tolerance * max(1.0, abs(x[key])) + pair * (key == "acc"), (kind, x["step"], key, x[key], y[key])
+                    assert abs(x[key] - y[key]) <= tolerance * max(1.0, abs(x[key])) + pair * (
+                        key == "acc"
+                    ), (kind, x["step"], key, x[key], y[key])
     one, two = final_weights(a), final_weights(b)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=tolerance)
 
 
 def pretrain_args(tiny_data, out, optimizer):
-    return ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=3", "--batch_size=10", "--micro_batch_tokens=192", "--lr=1e-3", f"--optimizer={optimizer}",
-            "--position=rotary", "--norm=rmsnorm", "--mlp=swiglu", "--weight_decay=0.1", *TINY]
+    return [
+        "--stage=pretrain",
+        f"--out_dir={out}",
+        f"--data={tiny_data}",
+        "--max_steps=3",
+        "--batch_size=10",
+        "--micro_batch_tokens=192",
+        "--lr=1e-3",
+        f"--optimizer={optimizer}",
+        "--position=rotary",
+        "--norm=rmsnorm",
+        "--mlp=swiglu",
+        "--weight_decay=0.1",
+        *TINY,
+    ]
 
 
 def test_tuned_products_are_float32():
@@ -54,7 +78,9 @@ def test_tuned_products_are_float32():
     try:
         parallel.tune("cpu")
         a, b = torch.randn(256, 256), torch.randn(256, 256)
-        torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)       # 256 terms of about 1, each rounded at 6e-8 of a sum of about 16
+        torch.testing.assert_close(
+            (a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-4
+        )  # 256 terms of about 1, each rounded at 6e-8 of a sum of about 16
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -64,7 +90,9 @@ def test_a_gpus_memory_is_taken_in_segments_unless_the_environment_says(monkeypa
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "max_split_size_mb:64")
         parallel.tune("cuda")
-        assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if "CUDA" in name else "max_split_size_mb:64")
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == (
+            None if "CUDA" in name else "max_split_size_mb:64"
+        )
         monkeypatch.delenv(name)
     parallel.tune("cpu")
     assert "PYTORCH_ALLOC_CONF" not in os.environ
@@ -79,7 +107,9 @@ def test_nothing_is_kept_to_compute_again_where_nothing_goes_back(monkeypatch):
     model = parallel.wrap(model, torch.device("cpu"), torch.float32, Config(recompute=1))
     model.init_weights()
     calls, again = [], parallel.checkpoint
-    monkeypatch.setattr(parallel, "checkpoint", lambda *args, **options: calls.append(1) or again(*args, **options))
+    monkeypatch.setattr(
+        parallel, "checkpoint", lambda *args, **options: calls.append(1) or again(*args, **options)
+    )
     with torch.no_grad():
         expected = model(torch.zeros(1, 3, dtype=torch.long))
     assert not calls
@@ -105,25 +135,56 @@ def test_muon_orthogonalises_whole_matrices(tiny_data, tmp_path):
     model.init_weights(1337)
     for name, p in model.named_parameters():
         assert (one[name] - two[name]).norm() < 0.3 * (one[name] - p).norm(), name
-    for x, y in zip(read_metrics(tmp_path / "one", "step"), read_metrics(tmp_path / "two", "step"), strict=True):
+    for x, y in zip(
+        read_metrics(tmp_path / "one", "step"), read_metrics(tmp_path / "two", "step"), strict=True
+    ):
         assert abs(x["loss"] - y["loss"]) < 1e-3
 
 
 def test_spin_with_a_teacher(tiny_runs, tiny_data, tmp_path):
     """Sampling dealt to two ranks gives the same rows, and ragged K = 3 batches the same step."""
+
     def args(out):
-        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}", "--micro_batch_tokens=128", "--max_steps=2", "--nll_coef=0.1")
+        return spin_args(
+            tiny_runs,
+            tiny_data,
+            f"{tmp_path}/{out}",
+            "--players=data,teacher,self",
+            f"--teacher={tiny_runs['pretrain']}",
+            "--micro_batch_tokens=128",
+            "--max_steps=2",
+            "--nll_coef=0.1",
+        )
+
     train.main(args("one"))
     torchrun(args("two"))
-    assert open(f"{tmp_path}/one/round_0/train.jsonl").read() == open(f"{tmp_path}/two/round_0/train.jsonl").read()
+    assert (
+        open(f"{tmp_path}/one/round_0/train.jsonl").read()
+        == open(f"{tmp_path}/two/round_0/train.jsonl").read()
+    )
     assert_equal_up_to_rounding(f"{tmp_path}/one", f"{tmp_path}/two", 2e-5)
 
 
 def test_whole_texts_full_logits_and_calibration(tmp_path):
     """The T_n study's way: the write-up's block with its head's bias, a loss that needs every logit, fitted temperatures; and in bfloat16."""
+
     def args(out, *more):
-        return ["config/tn_shp_first.py", f"--data={texts(tmp_path)}", f"--out_dir={tmp_path}/{out}", "--n_embd=32", "--n_head=2", "--block_size=32", "--max_steps=3", "--device=cpu",
-                "--batch_size=10", "--micro_batch_tokens=64", "--eval_interval=3", "--confidence_penalty=0.1", *more]
+        return [
+            "config/tn_shp_first.py",
+            f"--data={texts(tmp_path)}",
+            f"--out_dir={tmp_path}/{out}",
+            "--n_embd=32",
+            "--n_head=2",
+            "--block_size=32",
+            "--max_steps=3",
+            "--device=cpu",
+            "--batch_size=10",
+            "--micro_batch_tokens=64",
+            "--eval_interval=3",
+            "--confidence_penalty=0.1",
+            *more,
+        ]
+
     train.main(args("one"))
     torchrun(args("two"))
     assert_equal_up_to_rounding(f"{tmp_path}/one", f"{tmp_path}/two", 1e-5)
@@ -131,7 +192,13 @@ def test_whole_texts_full_logits_and_calibration(tmp_path):
     for key in ("temperature/0", "loss/1", "loss_t/0", "seen_loss", "new_loss", "entropy", "ece"):
         assert abs(one[key] - two[key]) < 1e-4, key
     torchrun(args("bf16", "--dtype=bfloat16"))
-    assert abs(read_metrics(f"{tmp_path}/bf16", "step")[0]["loss"] - read_metrics(f"{tmp_path}/one", "step")[0]["loss"]) < 0.02
+    assert (
+        abs(
+            read_metrics(f"{tmp_path}/bf16", "step")[0]["loss"]
+            - read_metrics(f"{tmp_path}/one", "step")[0]["loss"]
+        )
+        < 0.02
+    )
 
 
 def children(pid):
@@ -143,14 +210,42 @@ def children(pid):
     return sorted(found)
 
 
-def test_torchrun_brings_a_killed_worker_back_and_one_rank_goes_on_from_what_two_wrote(tiny_data, tmp_path):
+def test_torchrun_brings_a_killed_worker_back_and_one_rank_goes_on_from_what_two_wrote(
+    tiny_data, tmp_path
+):
     def args(out, steps=30):
-        return ["--stage=pretrain", f"--out_dir={tmp_path}/{out}", f"--data={tiny_data}", f"--max_steps={steps}", "--save_interval=10", "--eval_interval=30", "--batch_size=8", "--lr=1e-3", *TINY]
+        return [
+            "--stage=pretrain",
+            f"--out_dir={tmp_path}/{out}",
+            f"--data={tiny_data}",
+            f"--max_steps={steps}",
+            "--save_interval=10",
+            "--eval_interval=30",
+            "--batch_size=8",
+            "--lr=1e-3",
+            *TINY,
+        ]
+
     torchrun(args("whole"))
-    run = subprocess.Popen([*command(args("killed"))[:3], "--standalone", "--nproc_per_node=2", "--max-restarts=1", "train.py", *args("killed")],
-                           env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(
+        [
+            *command(args("killed"))[:3],
+            "--standalone",
+            "--nproc_per_node=2",
+            "--max-restarts=1",
+            "train.py",
+            *args("killed"),
+        ],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.time() + 120
-    while not (os.path.exists(f"{tmp_path}/killed/metrics.jsonl") and len(read_metrics(f"{tmp_path}/killed", "step")) > 12):
+    while not (
+        os.path.exists(f"{tmp_path}/killed/metrics.jsonl")
+        and len(read_metrics(f"{tmp_path}/killed", "step")) > 12
+    ):
         assert run.poll() is None and time.time() < deadline
         time.sleep(0.01)
     os.kill(children(run.pid)[-1], signal.SIGKILL)
@@ -161,4 +256,6 @@ def test_torchrun_brings_a_killed_worker_back_and_one_rank_goes_on_from_what_two
     assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
     shutil.rmtree(f"{tmp_path}/killed/round_0/step_000030")
     train.main(args("killed"))
-    assert_equal_up_to_rounding(f"{tmp_path}/whole", f"{tmp_path}/killed", 1e-4)      # steps of AdamW let roundings grow
+    assert_equal_up_to_rounding(
+        f"{tmp_path}/whole", f"{tmp_path}/killed", 1e-4
+    )  # steps of AdamW let roundings grow

@@ -1,5 +1,6 @@
 """The page of a run: what it says against the run's own files, foreign text, missing pieces; and in a real browser, where there is one
 (NANOSPIN_BROWSER, or a Chromium on PATH), how it looks there."""
+
 import base64
 import contextlib
 import html.parser
@@ -21,7 +22,13 @@ from report.page import curve, ticks, visible
 from report.runs import asked_for, batch_of, kind, read_run
 
 EVIL = "<script>alert(1)</script> \x1b[31m & \u202eabc \"'"
-SMALL = ["--batch_size=8", "--device=cpu", "--eval_rows=8", "--max_response=16", "--template=Q: {prompt}\nA: "]
+SMALL = [
+    "--batch_size=8",
+    "--device=cpu",
+    "--eval_rows=8",
+    "--max_response=16",
+    "--template=Q: {prompt}\nA: ",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,30 +36,81 @@ def runs(tiny_runs, tiny_data, tmp_path_factory):
     """A run of every stage; spin's prompts are evil and its tokenizer has the token "<script>", which a teacher says."""
     root = str(tmp_path_factory.mktemp("report"))
     folder, runs = make_data(f"{root}/data"), dict(tiny_runs)
-    tokenizer.save(tokenizer.encoding("evil", {bytes([i]): i for i in range(256)} | {b"<script>": 256}), f"{folder}/evil.tiktoken")
+    tokenizer.save(
+        tokenizer.encoding("evil", {bytes([i]): i for i in range(256)} | {b"<script>": 256}),
+        f"{folder}/evil.tiktoken",
+    )
     enc = tokenizer.load(f"{folder}/evil.tiktoken")
     teacher = []
     for split in ("train", "val"):
         data.write_stream(f"{folder}/{split}.bin", ["what people write " * 20] * 20, enc)
-        rows = [row | {"prompt": f"{i} {EVIL}", "responses": ["a b"]} for i, row in enumerate(read_rows(f"{folder}/{split}.jsonl"))]
+        rows = [
+            row | {"prompt": f"{i} {EVIL}", "responses": ["a b"]}
+            for i, row in enumerate(read_rows(f"{folder}/{split}.jsonl"))
+        ]
         data.write_rows(f"{folder}/{split}.jsonl", rows)
         for i, row in enumerate(rows):
-            text, ids = ("a b", [*b"a b", enc.eot_token]) if split == "val" and i % 3 == 0 else ("<script><script>", [256, 256, enc.eot_token])
-            teacher.append({"prompt": row["prompt"], "responses": [text], "ids": [ids], "tokenizer": tokenizer.fingerprint(enc)})
+            text, ids = (
+                ("a b", [*b"a b", enc.eot_token])
+                if split == "val" and i % 3 == 0
+                else ("<script><script>", [256, 256, enc.eot_token])
+            )
+            teacher.append(
+                {
+                    "prompt": row["prompt"],
+                    "responses": [text],
+                    "ids": [ids],
+                    "tokenizer": tokenizer.fingerprint(enc),
+                }
+            )
     data.write_meta(folder, "evil.tiktoken", EVIL)
     data.write_rows(f"{root}/teacher.jsonl", teacher)
-    train.main(["--stage=pretrain", f"--out_dir={root}/first", f"--data={folder}", "--max_steps=1", "--batch_size=8", *TINY, "--block_size=96"])
-    train.main(["--stage=spin", f"--out_dir={root}/spin", f"--data={folder}", f"--init={root}/first", "--players=data,teacher,self", f"--teacher={root}/teacher.jsonl",
-                "--rounds=2", "--max_steps=3", "--eval_interval=1", "--max_rows=16", *SMALL])
+    train.main(
+        [
+            "--stage=pretrain",
+            f"--out_dir={root}/first",
+            f"--data={folder}",
+            "--max_steps=1",
+            "--batch_size=8",
+            *TINY,
+            "--block_size=96",
+        ]
+    )
+    train.main(
+        [
+            "--stage=spin",
+            f"--out_dir={root}/spin",
+            f"--data={folder}",
+            f"--init={root}/first",
+            "--players=data,teacher,self",
+            f"--teacher={root}/teacher.jsonl",
+            "--rounds=2",
+            "--max_steps=3",
+            "--eval_interval=1",
+            "--max_rows=16",
+            *SMALL,
+        ]
+    )
     common = [f"--data={tiny_data}", f"--init={tiny_runs['sft']}", *SMALL]
     train.main(["--stage=reward", f"--out_dir={root}/reward", "--max_steps=2", *common])
     train.main(["--stage=preference", f"--out_dir={root}/preference", "--max_steps=2", *common])
-    train.main(["--stage=ppo", f"--out_dir={root}/ppo", f"--reward={root}/reward", "--rounds=2", "--max_rows=16", "--eval_interval=1", *common])
+    train.main(
+        [
+            "--stage=ppo",
+            f"--out_dir={root}/ppo",
+            f"--reward={root}/reward",
+            "--rounds=2",
+            "--max_rows=16",
+            "--eval_interval=1",
+            *common,
+        ]
+    )
     return runs | {stage: f"{root}/{stage}" for stage in ("spin", "reward", "preference", "ppo")}
 
 
 class Checked(html.parser.HTMLParser):
     """Tags that close what was opened, their attributes, and the text between."""
+
     def __init__(self, page):
         super().__init__()
         self.open, self.tags, self.attributes, self.text = [], [], [], ""
@@ -83,18 +141,48 @@ def page_of(*folders, tmp_path):
     return page, Checked(page)
 
 
-@pytest.mark.parametrize("stage, panels", [
-    ("pretrain", ["Loss", "Learning rate"]), ("sft", ["Loss", "Gradient norm"]), ("reward", ["Ranking loss", "Pairs ranked right"]),
-    ("preference", ["Ranking loss", "Implicit reward"]), ("spin", ["Ranking loss", "Implicit reward", "Log-probability of the response", "KL from the reference"]),
-    ("ppo", ["Reward", "KL to the reference", "Entropy", "Value loss"])])
+@pytest.mark.parametrize(
+    "stage, panels",
+    [
+        ("pretrain", ["Loss", "Learning rate"]),
+        ("sft", ["Loss", "Gradient norm"]),
+        ("reward", ["Ranking loss", "Pairs ranked right"]),
+        ("preference", ["Ranking loss", "Implicit reward"]),
+        (
+            "spin",
+            [
+                "Ranking loss",
+                "Implicit reward",
+                "Log-probability of the response",
+                "KL from the reference",
+            ],
+        ),
+        ("ppo", ["Reward", "KL to the reference", "Entropy", "Value loss"]),
+    ],
+)
 def test_a_page_of_every_stage(runs, stage, panels, tmp_path):
     page, checked = page_of(runs[stage], tmp_path=tmp_path)
-    assert "cannot be shown" not in page and "not at its end" not in page and "class=notes" not in page
+    assert (
+        "cannot be shown" not in page and "not at its end" not in page and "class=notes" not in page
+    )
     drawn = re.findall("<figcaption>(.*?)</figcaption>", page)
     assert set(panels) <= set(drawn) and len(set(drawn)) == len(drawn) == checked.tags.count("svg")
     # self-contained: no script, nothing to fetch, and a policy that would stop it
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form", "use", "image"} & set(checked.tags)
-    assert not {"src", "href", "srcset", "style", "action"} & {name for name, _ in checked.attributes} and not any(name.startswith("on") for name, _ in checked.attributes)
+    assert not {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "use",
+        "image",
+    } & set(checked.tags)
+    assert not {"src", "href", "srcset", "style", "action"} & {
+        name for name, _ in checked.attributes
+    } and not any(name.startswith("on") for name, _ in checked.attributes)
     assert "default-src 'none'" in page and "url(" not in page and "@import" not in page
     # its last held-out figure is the log's
     last = kind(read_run(runs[stage]), "eval")[-1]
@@ -105,17 +193,25 @@ def test_a_page_of_every_stage(runs, stage, panels, tmp_path):
 def test_several_runs_are_compared(runs, tmp_path):
     page, checked = page_of(runs["pretrain"], runs["sft"], runs["spin"], tmp_path=tmp_path)
     links = [value for name, value in checked.attributes if name == "href"]
-    assert links == ["#run1", "#run2", "#run3"] and all(("id", link[1:]) in checked.attributes for link in links)
+    assert links == ["#run1", "#run2", "#run3"] and all(
+        ("id", link[1:]) in checked.attributes for link in links
+    )
     assert "Cross-entropy, held out" in page and page.count("<section") == 4
 
 
 def test_foreign_text_is_text(runs, tmp_path):
     page, checked = page_of(runs["spin"], tmp_path=tmp_path)
     assert "<script" not in page and not set("\x1b\u202e") & set(page)
-    assert "<script>alert(1)</script> \\x1b[31m & \\u202eabc \"'" in checked.text       # the prompt, as it is
-    assert re.search('title="id 256">&lt;script&gt;</span>', page)                      # the token
-    assert "<script>alert(1)" in checked.text.partition("Settings and provenance")[2]   # a setting: data_source
-    assert page.count("<mark>same as data</mark>") >= 2                                 # the teacher's ties, each with the text that it equals
+    assert (
+        "<script>alert(1)</script> \\x1b[31m & \\u202eabc \"'" in checked.text
+    )  # the prompt, as it is
+    assert re.search('title="id 256">&lt;script&gt;</span>', page)  # the token
+    assert (
+        "<script>alert(1)" in checked.text.partition("Settings and provenance")[2]
+    )  # a setting: data_source
+    assert (
+        page.count("<mark>same as data</mark>") >= 2
+    )  # the teacher's ties, each with the text that it equals
 
 
 def test_samples_are_the_rounds_own(runs, tmp_path):
@@ -129,37 +225,83 @@ def test_samples_are_the_rounds_own(runs, tmp_path):
         shown.feed(visible(row["responses"][2]))
         assert "".join(said) in checked.text
     _, checked = page_of(runs["ppo"], tmp_path=tmp_path)
-    files = sorted(n for t in (0, 1) for n in os.listdir(f"{runs['ppo']}/round_{t}") if n.startswith("val_step"))
-    assert len(files) == 3 and all(f"round {t}, step {s}" in checked.text for t, s in ((0, 0), (0, 2), (1, 2)))
+    files = sorted(
+        n
+        for t in (0, 1)
+        for n in os.listdir(f"{runs['ppo']}/round_{t}")
+        if n.startswith("val_step")
+    )
+    assert len(files) == 3 and all(
+        f"round {t}, step {s}" in checked.text for t, s in ((0, 0), (0, 2), (1, 2))
+    )
     scores = sorted(row["scores"][0] for row in read_rows(f"{runs['ppo']}/round_1/train.jsonl"))
-    assert f"score {report.figure(scores[0])}" in checked.text and f"score {report.figure(scores[-1])}" in checked.text
+    assert (
+        f"score {report.figure(scores[0])}" in checked.text
+        and f"score {report.figure(scores[-1])}" in checked.text
+    )
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_what_is_asked_is_the_responses_with_their_end(layout):
     enc, template = tokenizer.load("bytes"), "Q: {prompt} A: "
-    rows, _ = encode_rows([{"prompt": "ab", "responses": ["cde", None, "f"]}, {"prompt": "", "responses": ["xyz"]}], enc, template, 64)
+    rows, _ = encode_rows(
+        [{"prompt": "ab", "responses": ["cde", None, "f"]}, {"prompt": "", "responses": ["xyz"]}],
+        enc,
+        template,
+        64,
+    )
     prompt, eot = list(b"Q: ab A: "), enc.eot_token
-    wanted = [(-1, [(i, False) for i in prompt]), (0, [(i, True) for i in [*b"cde", eot]]), (2, [(i, True) for i in [*b"f", eot]])]
+    wanted = [
+        (-1, [(i, False) for i in prompt]),
+        (0, [(i, True) for i in [*b"cde", eot]]),
+        (2, [(i, True) for i in [*b"f", eot]]),
+    ]
     batch = batch_rows([rows[0]], layout)
     assert asked_for(batch) == wanted
-    assert asked_for(batch_rows([rows[1]], layout)) == [(-1, [(ord("x"), False)]), (0, [(i, True) for i in [*b"yz", eot]])]
-    batch["targets"][batch["targets"] == eot] = -1              # a mask that forgets the end is seen
+    assert asked_for(batch_rows([rows[1]], layout)) == [
+        (-1, [(ord("x"), False)]),
+        (0, [(i, True) for i in [*b"yz", eot]]),
+    ]
+    batch["targets"][batch["targets"] == eot] = -1  # a mask that forgets the end is seen
     assert [(k, tokens[:-1]) for k, tokens in wanted[1:]] == asked_for(batch)[1:]
-    again = prompt if layout == "padded" else []                # a reward model reads its score at the end of each
-    assert asked_for(reward_batch([rows[0]], layout)) == [(0, [(i, i == eot) for i in [*prompt, *b"cde", eot]]), (2, [(i, i == eot) for i in [*again, *b"f", eot]])]
+    again = (
+        prompt if layout == "padded" else []
+    )  # a reward model reads its score at the end of each
+    assert asked_for(reward_batch([rows[0]], layout)) == [
+        (0, [(i, i == eot) for i in [*prompt, *b"cde", eot]]),
+        (2, [(i, i == eot) for i in [*again, *b"f", eot]]),
+    ]
 
 
 def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path, monkeypatch):
     """Whatever a run's own batches are made of at its first step has the row that is shown, token for token."""
     made = []
-    monkeypatch.setattr(train, "batch_rows", lambda rows, layout: made.extend(rows) or batch_rows(rows, layout))
+    monkeypatch.setattr(
+        train, "batch_rows", lambda rows, layout: made.extend(rows) or batch_rows(rows, layout)
+    )
     with open(f"{runs['sft']}/config.json") as f:
         settings = json.load(f)["config"]
-    again = [f"--{name}={settings[name]}" for name in ("stage", "data", "init", "template", "max_steps", "batch_size", "lr", "max_response", "device", "eval_rows")]
+    again = [
+        f"--{name}={settings[name]}"
+        for name in (
+            "stage",
+            "data",
+            "init",
+            "template",
+            "max_steps",
+            "batch_size",
+            "lr",
+            "max_response",
+            "device",
+            "eval_rows",
+        )
+    ]
     train.main([*again, f"--out_dir={tmp_path}/again"])
     row, _ = batch_of(read_run(runs["sft"]))
-    assert any(row["prompt"] == other["prompt"] and row["responses"] == other["responses"] for other in made)
+    assert any(
+        row["prompt"] == other["prompt"] and row["responses"] == other["responses"]
+        for other in made
+    )
 
 
 def copied(run, tmp_path):
@@ -172,14 +314,25 @@ def test_missing_pieces_are_said(runs, tmp_path):
         for text in what:
             assert text in page, text
         return page
+
     spin = copied(runs["spin"], tmp_path)
     log = (spin / "metrics.jsonl").read_text()
-    (spin / "metrics.jsonl").write_text(log[:len(log) * 2 // 3])                            # cut in the middle of a line
+    (spin / "metrics.jsonl").write_text(log[: len(log) * 2 // 3])  # cut in the middle of a line
     said(spin, "lines cannot be read", "The run is not at its end", "Implicit reward")
-    (spin / "metrics.jsonl").write_text("\n".join(line for line in log.split("\n") if '"round": 1' not in line))
+    (spin / "metrics.jsonl").write_text(
+        "\n".join(line for line in log.split("\n") if '"round": 1' not in line)
+    )
     said(spin, "its last record is of round 0, step 3")
-    (spin / "metrics.jsonl").write_text(log.replace('"loss": 1', '"loss": Infinity, "was": 1') + '{"kind": "warning", "round": 1, "step": 2, "text": "<b>spike</b>"}\n[1]\n{"kind": 3}\n')
-    assert "inf" not in re.sub("<style.*?/style>", "", said(spin, "2 of", "&lt;b&gt;spike&lt;/b&gt;")).replace("Infinity", "").split("Samples")[0]
+    (spin / "metrics.jsonl").write_text(
+        log.replace('"loss": 1', '"loss": Infinity, "was": 1')
+        + '{"kind": "warning", "round": 1, "step": 2, "text": "<b>spike</b>"}\n[1]\n{"kind": 3}\n'
+    )
+    assert (
+        "inf"
+        not in re.sub("<style.*?/style>", "", said(spin, "2 of", "&lt;b&gt;spike&lt;/b&gt;"))
+        .replace("Infinity", "")
+        .split("Samples")[0]
+    )
     row = read_rows(spin / "round_1" / "val.jsonl")
     data.write_rows(str(spin / "round_1" / "val.jsonl"), row[:4])
     said(spin, "round_1/val.jsonl is no longer what the run took", "self, round 0")
@@ -191,9 +344,17 @@ def test_missing_pieces_are_said(runs, tmp_path):
     said(spin, "There is no checkpoint (yet)", "self, round 0", "It cannot be shown")
     for name in ("train.jsonl", "val.jsonl"):
         (spin / "round_0" / name).unlink()
-    (spin / "config.json").write_text('{"config": {"stage": "spin", "players": 3, "rounds": "x"}, "starts": 4}')
+    (spin / "config.json").write_text(
+        '{"config": {"stage": "spin", "players": 3, "rounds": "x"}, "starts": 4}'
+    )
     (spin / "metrics.jsonl").unlink()
-    said(spin, "No held-out prompt is answered (yet)", "metrics.jsonl: No such file", "No step and no evaluation is logged (yet)", "This cannot be shown")
+    said(
+        spin,
+        "No held-out prompt is answered (yet)",
+        "metrics.jsonl: No such file",
+        "No step and no evaluation is logged (yet)",
+        "This cannot be shown",
+    )
     ppo = copied(runs["ppo"], tmp_path)
     shutil.rmtree(ppo / "round_1")
     (ppo / "config.json").unlink()
@@ -210,6 +371,7 @@ def test_mistakes_are_one_line(runs, tmp_path):
             eval.main(["report", *args])
         assert "\n" not in str(e.value), e.value
         return str(e.value)
+
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     for folder in (f"{tmp_path}/none", str(tmp_path), f"{tmp_path}/hf"):
@@ -221,13 +383,28 @@ def test_mistakes_are_one_line(runs, tmp_path):
 
 
 def test_a_curve_is_where_its_figures_are():
-    picture = curve("t", "u", {"a": [[(0, 1.0), (10, 3.0)], [(10, 2.0), (20, 2.0)]]}, (0, 20), [(10, "round 1")], (1.5, "level"))
-    first, second = ([tuple(map(float, p.split(","))) for p in line.split()] for line in re.findall('polyline points="(.*?)"', picture))
-    assert first[0][0] < first[1][0] == second[0][0] < second[1][0] and first[0][1] > second[0][1] == second[1][1] > first[1][1]
+    picture = curve(
+        "t",
+        "u",
+        {"a": [[(0, 1.0), (10, 3.0)], [(10, 2.0), (20, 2.0)]]},
+        (0, 20),
+        [(10, "round 1")],
+        (1.5, "level"),
+    )
+    first, second = (
+        [tuple(map(float, p.split(","))) for p in line.split()]
+        for line in re.findall('polyline points="(.*?)"', picture)
+    )
+    assert (
+        first[0][0] < first[1][0] == second[0][0] < second[1][0]
+        and first[0][1] > second[0][1] == second[1][1] > first[1][1]
+    )
     assert (first[1][0] - first[0][0]) == pytest.approx(second[1][0] - second[0][0], abs=0.11)
     level = float(re.search('class=level .*?y1="(.*?)"', picture)[1])
-    assert level == pytest.approx((3 * first[0][1] + first[1][1]) / 4, abs=0.11)            # 1.5 of 1 to 3
-    assert [text for _, text in ticks(0, 1, 4)] == ["0", "0.5", "1.0"] and [text for _, text in ticks(-9e4, 9e4, 4)] == ["\u221250,000", "0", "50,000"]
+    assert level == pytest.approx((3 * first[0][1] + first[1][1]) / 4, abs=0.11)  # 1.5 of 1 to 3
+    assert [text for _, text in ticks(0, 1, 4)] == ["0", "0.5", "1.0"] and [
+        text for _, text in ticks(-9e4, 9e4, 4)
+    ] == ["\u221250,000", "0", "50,000"]
     assert len({text for _, text in ticks(4.5e-4, 5.5e-4, 4)}) == len(ticks(4.5e-4, 5.5e-4, 4)) > 2
     curve("constant", "", {"a": [[(0, 0.0)]]}, (0, 0))
 
@@ -235,7 +412,12 @@ def test_a_curve_is_where_its_figures_are():
 # ------------------------------------------------------------------------------------------------------ in a real browser
 
 
-BROWSER = os.environ.get("NANOSPIN_BROWSER") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "headless_shell"))), None)
+BROWSER = os.environ.get("NANOSPIN_BROWSER") or next(
+    filter(
+        None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "headless_shell"))
+    ),
+    None,
+)
 LOOK = """(() => {
   const box = e => e.getBoundingClientRect(), all = q => [...document.querySelectorAll(q)], bad = [];
   for (const svg of all('svg')) {
@@ -260,15 +442,31 @@ LOOK = """(() => {
 def browser(folder):
     """A Chromium without a window, asked through a pipe: call(method, **params) -> result; and the events that it told of."""
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-zygote", "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
-    process = subprocess.Popen(["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', BROWSER, *flags], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-zygote",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={folder}",
+        "about:blank",
+    ]
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', BROWSER, *flags],
+        pass_fds=(theirs_in, theirs_out),
+        stderr=subprocess.DEVNULL,
+    )
     os.close(theirs_in)
     os.close(theirs_out)
     session, events, sent, buffer = {}, [], [0], [b""]
 
     def call(method, **params):
         sent[0] += 1
-        os.write(ours_out, json.dumps({"id": sent[0], "method": method, "params": params} | session).encode() + b"\0")
+        os.write(
+            ours_out,
+            json.dumps({"id": sent[0], "method": method, "params": params} | session).encode()
+            + b"\0",
+        )
         while True:
             while b"\0" not in buffer[0]:
                 more = os.read(ours_in, 1 << 20)
@@ -279,9 +477,12 @@ def browser(folder):
             if message.get("id") == sent[0]:
                 return message["result"]
             events.append(message)
+
     try:
         target = call("Target.createTarget", url="about:blank")["targetId"]
-        session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        session["sessionId"] = call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Network", "Log", "Runtime"):
             call(f"{domain}.enable")
         yield call, events
@@ -294,27 +495,73 @@ def browser(folder):
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium: set NANOSPIN_BROWSER or have one on PATH")
 def test_in_a_browser(runs, tmp_path):
-    pages = {name: page_of(*folders, tmp_path=tmp_path)[0] for name, folders in
-             {"spin": [runs["spin"]], "ppo": [runs["ppo"]], "all": [runs[s] for s in ("pretrain", "sft", "reward", "preference")]}.items()}
+    pages = {
+        name: page_of(*folders, tmp_path=tmp_path)[0]
+        for name, folders in {
+            "spin": [runs["spin"]],
+            "ppo": [runs["ppo"]],
+            "all": [runs[s] for s in ("pretrain", "sft", "reward", "preference")],
+        }.items()
+    }
     shots = os.environ.get("NANOSPIN_SCREENSHOTS", str(tmp_path))
     with browser(tmp_path / "profile") as (call, events):
         for name, page in pages.items():
             (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
             for width, scheme in ((1280, "light"), (390, "dark")):
-                call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
-                call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+                call(
+                    "Emulation.setDeviceMetricsOverride",
+                    width=width,
+                    height=800,
+                    deviceScaleFactor=1,
+                    mobile=width < 600,
+                )
+                call(
+                    "Emulation.setEmulatedMedia",
+                    features=[{"name": "prefers-color-scheme", "value": scheme}],
+                )
                 del events[:]
                 call("Page.navigate", url=f"file://{tmp_path}/{name}.html")
-                while call("Runtime.evaluate", expression="document.readyState + location.href")["result"]["value"] != f"completefile://{tmp_path}/{name}.html":
+                while (
+                    call("Runtime.evaluate", expression="document.readyState + location.href")[
+                        "result"
+                    ]["value"]
+                    != f"completefile://{tmp_path}/{name}.html"
+                ):
                     pass
-                seen = call("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"]["value"]
-                assert seen["width"] <= seen["window"] == width                     # nothing sticks out, wide tables scroll in their box
+                seen = call("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"][
+                    "value"
+                ]
+                assert (
+                    seen["width"] <= seen["window"] == width
+                )  # nothing sticks out, wide tables scroll in their box
                 assert seen["curves"] == page.count("<svg") and seen["bad"] == []
-                assert seen["columns"] == (3 if width > 600 else 1) and seen["dark"] == (scheme == "dark") and seen["contrast"] >= 4.5
-                assert seen["scripts"] == 0 and ("<script>alert(1)</script>" in seen["text"]) == (name == "spin")
-                assert [e for e in events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")] == []
-                assert [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"] == [f"file://{tmp_path}/{name}.html"]
-                picture = base64.b64decode(call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+                assert (
+                    seen["columns"] == (3 if width > 600 else 1)
+                    and seen["dark"] == (scheme == "dark")
+                    and seen["contrast"] >= 4.5
+                )
+                assert seen["scripts"] == 0 and ("<script>alert(1)</script>" in seen["text"]) == (
+                    name == "spin"
+                )
+                assert [
+                    e
+                    for e in events
+                    if e["method"]
+                    in (
+                        "Log.entryAdded",
+                        "Runtime.consoleAPICalled",
+                        "Runtime.exceptionThrown",
+                        "Page.javascriptDialogOpening",
+                    )
+                ] == []
+                assert [
+                    e["params"]["request"]["url"]
+                    for e in events
+                    if e["method"] == "Network.requestWillBeSent"
+                ] == [f"file://{tmp_path}/{name}.html"]
+                picture = base64.b64decode(
+                    call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+                )
                 assert picture[:4] == b"\x89PNG" and len(picture) > 20_000
                 with open(os.path.join(shots, f"{name}_{width}.png"), "wb") as f:
                     f.write(picture)

@@ -1,10 +1,20 @@
 """data/show.py against what training makes of the same row, and against a terminal that would obey."""
+
 import re
 
 import pytest
 
 import data.show
-from data import batch_rows, encode_rows, read_rows, read_stream, stream_batch, tokenizer, write_meta, write_rows
+from data import (
+    batch_rows,
+    encode_rows,
+    read_rows,
+    read_stream,
+    stream_batch,
+    tokenizer,
+    write_meta,
+    write_rows,
+)
 
 BYTES = tokenizer.load("bytes")
 
@@ -23,22 +33,53 @@ def test_a_ranked_row(tiny_data, tiny_runs, capsys):
     row = read_rows(f"{tiny_data}/train.jsonl")[3]
     said = shown(capsys, tiny_data, "--row=3", "--block_size=2000")
     for response in row["responses"]:
-        assert marked(f"### Instruction: {row['prompt']}\n\n### Response: ", response) + "[<|endoftext|>]\n" in said
+        assert (
+            marked(f"### Instruction: {row['prompt']}\n\n### Response: ", response)
+            + "[<|endoftext|>]\n"
+            in said
+        )
     # as many asked as in the layout that training has by default
     encoded, _ = encode_rows([row], BYTES, "### Instruction: {prompt}\n\n### Response: ", 2000)
-    assert sum(map(int, re.findall(r"(\d+) asked", said))) == len(batch_rows(encoded)["targets"]) == said.count("]")
+    assert (
+        sum(map(int, re.findall(r"(\d+) asked", said)))
+        == len(batch_rows(encoded)["targets"])
+        == said.count("]")
+    )
     # under a run's template and limits; fine-tuning takes the best response alone
-    said = shown(capsys, tiny_data, "--row=3", f"--checkpoint={tiny_runs['sft']}", "--max_response=6")
+    said = shown(
+        capsys, tiny_data, "--row=3", f"--checkpoint={tiny_runs['sft']}", "--max_response=6"
+    )
     cut = marked("Q: " + row["prompt"] + "\nA: ", row["responses"][0][:6])
-    assert said.count("---") == 1 and "\n" + cut + "\n" in said and "1 responses cut" in said and "no end-of-text" in said
+    assert (
+        said.count("---") == 1
+        and "\n" + cut + "\n" in said
+        and "1 responses cut" in said
+        and "no end-of-text" in said
+    )
 
 
 def test_absent_responses_and_sampled_ids(tmp_path, capsys):
     name = tokenizer.fingerprint(BYTES)
-    write_rows(f"{tmp_path}/x.jsonl", [{"prompt": "a", "responses": ["b", None, "\ufffd"], "ids": [[98, 256], None, [195]], "tokenizer": name, "scores": [2, 1, 1]}])
+    write_rows(
+        f"{tmp_path}/x.jsonl",
+        [
+            {
+                "prompt": "a",
+                "responses": ["b", None, "\ufffd"],
+                "ids": [[98, 256], None, [195]],
+                "tokenizer": name,
+                "scores": [2, 1, 1],
+            }
+        ],
+    )
     said = shown(capsys, f"{tmp_path}/x.jsonl", "--tokenizer=bytes", "--template={prompt}:")
-    assert said.splitlines()[1:] == ["--- 1 of 3, 0 above it: 4 tokens, 2 asked", "a|:|[b][<|endoftext|>]", "--- 2 of 3, 1 above it: absent",
-                                     "--- 3 of 3, 1 above it: 3 tokens, 1 asked, no end-of-text", "a|:|[<195>]"]
+    assert said.splitlines()[1:] == [
+        "--- 1 of 3, 0 above it: 4 tokens, 2 asked",
+        "a|:|[b][<|endoftext|>]",
+        "--- 2 of 3, 1 above it: absent",
+        "--- 3 of 3, 1 above it: 3 tokens, 1 asked, no end-of-text",
+        "a|:|[<195>]",
+    ]
 
 
 def test_a_whole_text_asks_no_first_token(tmp_path, capsys):
@@ -50,18 +91,32 @@ def test_a_whole_text_asks_no_first_token(tmp_path, capsys):
 
 def test_a_window_is_the_one_that_training_takes(tiny_data, capsys):
     said = shown(capsys, f"{tiny_data}/train.bin", "--row=5", "--block_size=32", "--seed=7")
-    batch = stream_batch(read_stream(tiny_data, "train"), 32, 2, 7, 2, 257)      # windows 4 and 5, two at a time
+    batch = stream_batch(
+        read_stream(tiny_data, "train"), 32, 2, 7, 2, 257
+    )  # windows 4 and 5, two at a time
     first, *rest = [*batch["idx"][1].tolist(), batch["targets"][1, -1].item()]
-    assert f"\n{BYTES.decode([first])}|" + "".join(f"[{BYTES.decode([i])}]" for i in rest) + "\n" in said
+    assert (
+        f"\n{BYTES.decode([first])}|" + "".join(f"[{BYTES.decode([i])}]" for i in rest) + "\n"
+        in said
+    )
 
 
 def test_colours_are_a_terminals_and_nothing_else_speaks_to_it(tmp_path, capsys, monkeypatch):
-    write_rows(f"{tmp_path}/x.jsonl", [{"prompt": "a\x1b[31m", "responses": ["b\n\x9bc"], "group": "\x1b]0;g\x07"}])
+    write_rows(
+        f"{tmp_path}/x.jsonl",
+        [{"prompt": "a\x1b[31m", "responses": ["b\n\x9bc"], "group": "\x1b]0;g\x07"}],
+    )
     args = [f"{tmp_path}/x.jsonl", "--tokenizer=bytes", "--template={prompt}"]
     assert "\x1b" not in shown(capsys, *args)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     said = shown(capsys, *args)
-    assert set(re.findall("\x1b[^m]*m", said)) == {"\x1b[2m", "\x1b[2;37m", "\x1b[32m", "\x1b[1;32m", "\x1b[0m"} and not re.search("[\x07\x80-\x9f]", said)
+    assert set(re.findall("\x1b[^m]*m", said)) == {
+        "\x1b[2m",
+        "\x1b[2;37m",
+        "\x1b[32m",
+        "\x1b[1;32m",
+        "\x1b[0m",
+    } and not re.search("[\x07\x80-\x9f]", said)
     assert re.sub("\x1b[^m]*m", "", said).endswith("a\\x1b[31mb\n<194><155>c<|endoftext|>\n")
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in shown(capsys, *args)
@@ -69,7 +124,13 @@ def test_colours_are_a_terminals_and_nothing_else_speaks_to_it(tmp_path, capsys,
 
 def test_mistakes_are_a_line(tiny_data, tmp_path):
     write_rows(f"{tmp_path}/x.jsonl", [{"text": "one"}])
-    for args, message in (([tiny_data, "--row=40"], "has 40 rows"), ([tiny_data, "--row=-1"], "at least 0"), ([f"{tmp_path}/y.jsonl"], "No such file"),
-                          ([f"{tmp_path}/x.jsonl"], "names no tokenizer"), ([tiny_data, "--template=x"], "contain {prompt} once"), ([tiny_data, "--row=x"], "invalid int")):
+    for args, message in (
+        ([tiny_data, "--row=40"], "has 40 rows"),
+        ([tiny_data, "--row=-1"], "at least 0"),
+        ([f"{tmp_path}/y.jsonl"], "No such file"),
+        ([f"{tmp_path}/x.jsonl"], "names no tokenizer"),
+        ([tiny_data, "--template=x"], "contain {prompt} once"),
+        ([tiny_data, "--row=x"], "invalid int"),
+    ):
         with pytest.raises(SystemExit, match=re.escape(message)):
             data.show.main(args)

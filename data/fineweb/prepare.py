@@ -12,6 +12,7 @@ Traps: without a config FineWeb is all of its 15T tokens (Edu: 1.3T); `token_cou
 a loading script, which `datasets` no longer runs; the commit in data/hub.py holds parquet (config plain_text, 8M documents), and
 its documents have no id, only `text`.
 """
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,28 +20,60 @@ import numpy as np
 
 from data import hub, split_of, tokenizer
 
-CONFIGS = {"HuggingFaceFW/fineweb-edu": "sample-10BT", "HuggingFaceFW/fineweb": "sample-10BT", "Skylion007/openwebtext": "plain_text"}
+CONFIGS = {
+    "HuggingFaceFW/fineweb-edu": "sample-10BT",
+    "HuggingFaceFW/fineweb": "sample-10BT",
+    "Skylion007/openwebtext": "plain_text",
+}
 
 
 def main(argv=None):
-    parser = hub.arguments(__doc__, "HuggingFaceFW/fineweb-edu", os.path.dirname(os.path.abspath(__file__)))
+    parser = hub.arguments(
+        __doc__, "HuggingFaceFW/fineweb-edu", os.path.dirname(os.path.abspath(__file__))
+    )
     parser.add_argument("--config", help="of the hub's set (default: sample-10BT, plain_text)")
-    parser.add_argument("--tokens", type=hub.count, default=0, help="stop at the document that reaches so many (default: all)")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a file: another model's tokenizer.json, a .tiktoken")
-    parser.add_argument("--val_share", type=float, default=0.002, help="share of the validation side, by the hash of a group")
+    parser.add_argument(
+        "--tokens",
+        type=hub.count,
+        default=0,
+        help="stop at the document that reaches so many (default: all)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2, bytes, or a file: another model's tokenizer.json, a .tiktoken",
+    )
+    parser.add_argument(
+        "--val_share",
+        type=float,
+        default=0.002,
+        help="share of the validation side, by the hash of a group",
+    )
     args = parser.parse_args(argv)
     enc, name = tokenizer.adopt(args.tokenizer, args.out)
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 2**16 else np.uint32)
 
     def convert(rows, side, dropped):
-        texts = [row["text"] for row in rows if isinstance(row["text"], str) and row["text"].strip()]
+        texts = [
+            row["text"] for row in rows if isinstance(row["text"], str) and row["text"].strip()
+        ]
         if len(texts) < len(rows):
             hub.drop(dropped, "documents without a text", len(rows) - len(texts))
         for text, ids in zip(texts, pool.map(enc.encode_ordinary, texts)):
-            yield f"{split_of(text, args.val_share)}.bin", np.array(ids + [enc.eot_token], dtype).tobytes()
+            yield (
+                f"{split_of(text, args.val_share)}.bin",
+                np.array(ids + [enc.eot_token], dtype).tobytes(),
+            )
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:            # the tokenizer lets other threads run
-        state = hub.collect(args, [("train", None)], ("text",), convert, args.config or CONFIGS.get(args.hub), args.tokens * dtype.itemsize)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tokenizer lets other threads run
+        state = hub.collect(
+            args,
+            [("train", None)],
+            ("text",),
+            convert,
+            args.config or CONFIGS.get(args.hub),
+            args.tokens * dtype.itemsize,
+        )
     hub.finish(args, state, None, name, dtype.itemsize)
 
 

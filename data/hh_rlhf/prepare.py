@@ -10,13 +10,16 @@ it is what stands before the last "\\n\\nAssistant:", and where that differs bet
 is dropped; some answers are empty, or go on as the human themselves. The same opening comes with
 other continuations: the opening is the group, and test rows that open as a training row does are dropped and counted.
 """
+
 import os
 
 from data import hub
 
 
 def convert(row, dropped):
-    (context, _, chosen), (other, _, rejected) = (row[name].rpartition("\n\nAssistant:") for name in ("chosen", "rejected"))
+    (context, _, chosen), (other, _, rejected) = (
+        row[name].rpartition("\n\nAssistant:") for name in ("chosen", "rejected")
+    )
     turns = hub.transcript(context)
     if context != other:
         return hub.drop(dropped, "rows whose two prompts differ")
@@ -25,11 +28,15 @@ def convert(row, dropped):
     if not turns:
         return hub.drop(dropped, "rows whose turns do not alternate or are empty")
     history, prompt = turns
-    return hub.ranked(prompt, [(chosen, 1), (rejected, 0)], history[0][0] if history else prompt, dropped, history)
+    return hub.ranked(
+        prompt, [(chosen, 1), (rejected, 0)], history[0][0] if history else prompt, dropped, history
+    )
 
 
 def main(argv=None):
-    args = hub.arguments(__doc__, "Anthropic/hh-rlhf", os.path.dirname(os.path.abspath(__file__))).parse_args(argv)
+    args = hub.arguments(
+        __doc__, "Anthropic/hh-rlhf", os.path.dirname(os.path.abspath(__file__))
+    ).parse_args(argv)
     hub.prepare_rows(args, [("train", "train"), ("test", "val")], ("chosen", "rejected"), convert)
 
 

@@ -8,6 +8,7 @@ A line is {"text"}, {"prompt", "response"}, or {"prompt", "responses"}: strings,
 "rank" (1 is best) or "score" (high is best); equal ones tie. "group" (else "url", else the prompt or text itself) keeps
 rows of one origin on one side of the split. --authors picks one response of each named "author", in that order.
 """
+
 import argparse
 import gzip
 import json
@@ -51,27 +52,41 @@ def ranked(value, where, authors=None):
         else:
             key = "rank" if all("rank" in r for r in responses) else "score"
             if any(type(r.get(key)) not in (int, float) for r in responses):
-                raise SystemExit(f"{where}: every response object needs a text and a number as rank or score")
+                raise SystemExit(
+                    f"{where}: every response object needs a text and a number as rank or score"
+                )
             goodness = [-r["rank"] if key == "rank" else r["score"] for r in responses]
             order = sorted(range(len(responses)), key=lambda i: -goodness[i])
             row["responses"] = [responses[i].get("text") for i in order]
             row["scores"] = [goodness[i] for i in order]
     elif authors:
         raise SystemExit(f"{where}: --authors needs responses that are objects with an author")
-    if not isinstance(row["responses"], list) or any(not isinstance(r, str) for r in row["responses"] or [None]):
+    if not isinstance(row["responses"], list) or any(
+        not isinstance(r, str) for r in row["responses"] or [None]
+    ):
         raise SystemExit(f"{where}: a response must be a string, or an object with a text")
     return check_row(row, where)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", help=".jsonl or .jsonl.gz")
     parser.add_argument("--out", required=True, help="the data folder to write")
     parser.add_argument("--where", help="KEY=PREFIX: only lines whose KEY begins so")
-    parser.add_argument("--authors", help="comma-separated, best first: a response of each, and no row that lacks one")
-    parser.add_argument("--tokenizer", help="of a stream: gpt2 (default), bytes, a file (another model's tokenizer.json, a .tiktoken), or bpe, trained on it")
+    parser.add_argument(
+        "--authors",
+        help="comma-separated, best first: a response of each, and no row that lacks one",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="of a stream: gpt2 (default), bytes, a file (another model's tokenizer.json, a .tiktoken), or bpe, trained on it",
+    )
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
-    parser.add_argument("--val_share", type=float, default=0.1, help="of the groups, for validation")
+    parser.add_argument(
+        "--val_share", type=float, default=0.1, help="of the groups, for validation"
+    )
     args = parser.parse_args(argv)
     key, _, prefix = (args.where or "=").partition("=")
     rows, texts, dropped = {"train": [], "val": []}, {"train": [], "val": []}, 0
@@ -79,9 +94,15 @@ def main(argv=None):
         for where, value in tqdm(read(path), desc=os.path.basename(path), disable=None):
             if key and not str(value.get(key, "")).startswith(prefix):
                 continue
-            group = str(value.get("group") or value.get("url") or value.get("prompt") or value.get("text"))
+            group = str(
+                value.get("group") or value.get("url") or value.get("prompt") or value.get("text")
+            )
             if "text" in value:
-                if not isinstance(value["text"], str) or not value["text"].strip() or not is_unicode(value["text"]):
+                if (
+                    not isinstance(value["text"], str)
+                    or not value["text"].strip()
+                    or not is_unicode(value["text"])
+                ):
                     raise SystemExit(f"{where}: text must be a Unicode string that is not empty")
                 texts[split_of(group, args.val_share)].append(value["text"])
             else:
@@ -90,10 +111,14 @@ def main(argv=None):
                 if row is not None:
                     rows[split_of(group, args.val_share)].append(row | {"group": group})
     if not any(rows.values()) and not any(texts.values()):
-        raise SystemExit(f"{', '.join(args.files)}: no line is left ({dropped} without the asked-for authors)")
+        raise SystemExit(
+            f"{', '.join(args.files)}: no line is left ({dropped} without the asked-for authors)"
+        )
     for kind in (rows, texts):
         if any(kind.values()) and not all(kind.values()):
-            raise SystemExit(f"{', '.join(args.files)}: too few groups: one side of the split is empty; set --val_share")
+            raise SystemExit(
+                f"{', '.join(args.files)}: too few groups: one side of the split is empty; set --val_share"
+            )
     os.makedirs(args.out, exist_ok=True)
     sizes, name = {}, args.tokenizer
     if any(texts.values()):
@@ -102,13 +127,21 @@ def main(argv=None):
             tokenizer.save(tokenizer.train(texts["train"], args.vocab_size), name)
         enc, name = tokenizer.adopt(name or "gpt2", args.out)
         for split, some in texts.items():
-            sizes[f"{split}_tokens"] = write_stream(os.path.join(args.out, f"{split}.bin"), tqdm(some, desc=f"{split}.bin", disable=None), enc)
+            sizes[f"{split}_tokens"] = write_stream(
+                os.path.join(args.out, f"{split}.bin"),
+                tqdm(some, desc=f"{split}.bin", disable=None),
+                enc,
+            )
     if any(rows.values()):
         for split, some in rows.items():
             sizes[f"{split}_rows"] = len(some)
             write_rows(os.path.join(args.out, f"{split}.jsonl"), some)
     write_meta(args.out, name, [os.path.basename(f) for f in args.files], **sizes)
-    print(f"{args.out}: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()) + (f"; {dropped} rows lack an author" if dropped else ""))
+    print(
+        f"{args.out}: "
+        + ", ".join(f"{n:,} {what}" for what, n in sizes.items())
+        + (f"; {dropped} rows lack an author" if dropped else "")
+    )
 
 
 if __name__ == "__main__":

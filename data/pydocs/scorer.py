@@ -7,14 +7,17 @@ by a judge that has seen few lists can be too greedy.
     concrete = min(h, 6 - h) / 3 - share of words said again,    from -1 to 1
     h        different words of KINDS in the text, plurals counted as singulars
 """
+
 import re
 
-KINDS = frozenset("""array attribute axis bool boolean buffer byte bytes callable character class code column command context cursor data dataset
+KINDS = frozenset(
+    """array attribute axis bool boolean buffer byte bytes callable character class code column command context cursor data dataset
 date datetime decimal device dict dictionary dimension directory element entry error event exception file filename float folder
 frame function generator graph group header host index input instance int integer item iterable iterator key keyword layer line
 list map mapping mask matrix message method mode module name node number object option output package pair parameter path pattern
 pointer polynomial process queue range record request result row scalar sequence series server set shape signal size slice socket
-stack stream string table tensor text thread time token tree tuple type url user value variable vector version weight word""".split())
+stack stream string table tensor text thread time token tree tuple type url user value variable vector version weight word""".split()
+)
 
 
 def words_of(text):

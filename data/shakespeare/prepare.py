@@ -1,7 +1,8 @@
 """Any plain text file as a token stream, the last tenth for validation.
 
-    python -m data.shakespeare.prepare input.txt --tokenizer=gpt2
+python -m data.shakespeare.prepare input.txt --tokenizer=gpt2
 """
+
 import argparse
 import os
 
@@ -11,9 +12,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="plain text in UTF-8")
-    parser.add_argument("--tokenizer", default="bytes", help="gpt2, bytes, or bpe: trained on this text")
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="gpt2, bytes, or bpe: trained on this text"
+    )
     parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
     parser.add_argument("--out", default=HERE, help="the data folder to write")
     args = parser.parse_args(argv)
@@ -25,11 +30,15 @@ def main(argv=None):
     cut = len(text) * 9 // 10
     os.makedirs(args.out, exist_ok=True)
     if args.tokenizer == "bpe":
-        tokenizer.save(tokenizer.train([text[:cut]], args.vocab_size), os.path.join(args.out, "bpe.tiktoken"))
+        tokenizer.save(
+            tokenizer.train([text[:cut]], args.vocab_size), os.path.join(args.out, "bpe.tiktoken")
+        )
         args.tokenizer = "bpe.tiktoken"
     enc = tokenizer.load(tokenizer_path(args.out, args.tokenizer))
-    sizes = {f"{split}_tokens": write_stream(os.path.join(args.out, f"{split}.bin"), [part], enc)
-             for split, part in (("train", text[:cut]), ("val", text[cut:]))}
+    sizes = {
+        f"{split}_tokens": write_stream(os.path.join(args.out, f"{split}.bin"), [part], enc)
+        for split, part in (("train", text[:cut]), ("val", text[cut:]))
+    }
     write_meta(args.out, args.tokenizer, os.path.basename(args.file), **sizes)
     print(f"{args.out}: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()))
 

@@ -12,25 +12,49 @@ hundred: counted by pairs, few posts outweigh the rest; `labels` 1 means that A 
 is the post. A pair was published only if the preferred comment is the later one: earlier ones gather more votes. Ranking all
 comments brings those pairs back that this had left out; --pairs does not. Scores tie, and 12 against 11 says little: --min_ratio.
 """
+
 import os
 
 from data import hub
 
-NEED = ("post_id", "history", "c_root_id_A", "c_root_id_B", "human_ref_A", "human_ref_B", "score_A", "score_B", "labels")
+NEED = (
+    "post_id",
+    "history",
+    "c_root_id_A",
+    "c_root_id_B",
+    "human_ref_A",
+    "human_ref_B",
+    "score_A",
+    "score_B",
+    "labels",
+)
 
 
 def main(argv=None):
     parser = hub.arguments(__doc__, "stanfordnlp/SHP", os.path.dirname(os.path.abspath(__file__)))
     parser.add_argument("--pairs", action="store_true", help="the pairs as published")
-    parser.add_argument("--min_ratio", type=float, default=1.0, help="of a response's score to the next one's")
+    parser.add_argument(
+        "--min_ratio", type=float, default=1.0, help="of a response's score to the next one's"
+    )
     args = parser.parse_args(argv)
 
     def convert(row, dropped):
-        better, worse = ((row[f"human_ref_{c}"], row[f"score_{c}"], row[f"c_root_id_{c}"]) for c in ("AB" if row["labels"] == 1 else "BA"))
+        better, worse = (
+            (row[f"human_ref_{c}"], row[f"score_{c}"], row[f"c_root_id_{c}"])
+            for c in ("AB" if row["labels"] == 1 else "BA")
+        )
         if better[1] < worse[1]:
             return hub.drop(dropped, "pairs whose label and scores disagree")
-        if not args.pairs:          # as they are: by_post ranks them
-            return [{"prompt": row["history"], "responses": [better[0], worse[0]], "scores": [better[1], worse[1]], "group": row["post_id"], "comments": [better[2], worse[2]]}]
+        if not args.pairs:  # as they are: by_post ranks them
+            return [
+                {
+                    "prompt": row["history"],
+                    "responses": [better[0], worse[0]],
+                    "scores": [better[1], worse[1]],
+                    "group": row["post_id"],
+                    "comments": [better[2], worse[2]],
+                }
+            ]
         if better[1] < args.min_ratio * worse[1]:
             return hub.drop(dropped, "pairs below --min_ratio")
         return hub.ranked(row["history"], [better[:2], worse[:2]], row["post_id"], dropped)
@@ -49,7 +73,13 @@ def main(argv=None):
                     hub.drop(dropped, "comments below --min_ratio")
             yield from hub.ranked(prompt, answers, post, dropped)
 
-    hub.prepare_rows(args, [("train", "train"), ("validation", "val")], NEED, convert, None if args.pairs else by_post)
+    hub.prepare_rows(
+        args,
+        [("train", "train"), ("validation", "val")],
+        NEED,
+        convert,
+        None if args.pairs else by_post,
+    )
 
 
 if __name__ == "__main__":

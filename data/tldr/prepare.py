@@ -12,6 +12,7 @@ pairs hold CNN and Daily Mail articles ("TITLE: ...", no subreddit), which are d
 the post is the group. The two sets print the same post differently: the comparisons have lost its empty lines. Of the
 validation pairs a part chose the paper's models (`valid1`); which, this copy no longer says.
 """
+
 import os
 
 from data import hub
@@ -22,13 +23,21 @@ PAIRS = "trl-lib/tldr-preference"
 def pair(row, dropped):
     if not row["prompt"].startswith("SUBREDDIT: "):
         return hub.drop(dropped, "rows that are no Reddit post")
-    return hub.ranked(row["prompt"], [(row["chosen"], 1), (row["rejected"], 0)], row["prompt"], dropped)
+    return hub.ranked(
+        row["prompt"], [(row["chosen"], 1), (row["rejected"], 0)], row["prompt"], dropped
+    )
 
 
 def summary(row, dropped):
     if not row["completion"].strip():
         return hub.drop(dropped, "empty responses")
-    return [{"prompt": row["prompt"].strip(), "responses": [row["completion"].strip()], "group": row["prompt"]}]
+    return [
+        {
+            "prompt": row["prompt"].strip(),
+            "responses": [row["completion"].strip()],
+            "group": row["prompt"],
+        }
+    ]
 
 
 def main(argv=None):
@@ -37,7 +46,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.sft and args.hub == PAIRS:
         args.hub = "trl-lib/tldr"
-    need, convert = (("prompt", "completion"), summary) if args.sft else (("prompt", "chosen", "rejected"), pair)
+    need, convert = (
+        (("prompt", "completion"), summary)
+        if args.sft
+        else (("prompt", "chosen", "rejected"), pair)
+    )
     hub.prepare_rows(args, [("train", "train"), ("validation", "val")], need, convert)
 
 

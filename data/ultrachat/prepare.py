@@ -10,6 +10,7 @@ Traps of its schema: `prompt` is messages[0] once more, and `prompt_id` its hash
 test_gen are other splits. SPIN keeps messages[0:2]. A conversation whose roles do not alternate from the user's is dropped, one with
 an empty turn ends before it, and a last turn of the user's has no answer and makes no row: each is counted, not assumed away.
 """
+
 import hashlib
 import heapq
 import os
@@ -18,15 +19,21 @@ from data import hub
 
 
 def main(argv=None):
-    parser = hub.arguments(__doc__, "HuggingFaceH4/ultrachat_200k", os.path.dirname(os.path.abspath(__file__)))
+    parser = hub.arguments(
+        __doc__, "HuggingFaceH4/ultrachat_200k", os.path.dirname(os.path.abspath(__file__))
+    )
     parser.add_argument("--full", action="store_true", help="every turn, not the first alone")
-    parser.add_argument("--sample", type=hub.count, default=50_000, help="so many training conversations; 0: all")
+    parser.add_argument(
+        "--sample", type=hub.count, default=50_000, help="so many training conversations; 0: all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     args = parser.parse_args(argv)
 
     def convert(row, dropped):
         messages = row["messages"] if args.full else row["messages"][:2]
-        if len(messages) < 2 or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(messages)):
+        if len(messages) < 2 or any(
+            m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(messages)
+        ):
             return hub.drop(dropped, "conversations whose turns do not alternate")
         said, made = [m["content"].strip() for m in messages], []
         turns = [list(pair) for pair in zip(said[::2], said[1::2])]
@@ -34,16 +41,31 @@ def main(argv=None):
             if not prompt or not response:
                 hub.drop(dropped, "turns from an empty one on", len(turns) - i)
                 break
-            made.append({"prompt": prompt, "responses": [response], "group": row["prompt_id"]} | ({"history": turns[:i]} if i else {}))
+            made.append(
+                {"prompt": prompt, "responses": [response], "group": row["prompt_id"]}
+                | ({"history": turns[:i]} if i else {})
+            )
         return made
 
     def sample(rows, side, dropped):
         if side == "val" or not args.sample:
             return rows()
-        kept = set(heapq.nsmallest(args.sample, {row["group"] for row in rows()}, key=lambda group: hashlib.sha256(f"{args.seed} {group}".encode()).digest()))
+        kept = set(
+            heapq.nsmallest(
+                args.sample,
+                {row["group"] for row in rows()},
+                key=lambda group: hashlib.sha256(f"{args.seed} {group}".encode()).digest(),
+            )
+        )
         return (row for row in rows() if row["group"] in kept)
 
-    hub.prepare_rows(args, [("train_sft", "train"), ("test_sft", "val")], ("prompt_id", "messages"), convert, sample)
+    hub.prepare_rows(
+        args,
+        [("train_sft", "train"), ("test_sft", "val")],
+        ("prompt_id", "messages"),
+        convert,
+        sample,
+    )
 
 
 if __name__ == "__main__":

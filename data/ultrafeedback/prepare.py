@@ -12,6 +12,7 @@ instructions (the card of argilla/ultrafeedback-binarized-preferences counts the
 (`custom_system_prompt`) that are no part of the row here. All questions of TruthfulQA and FalseQA are among the instructions: left
 out unless --without= says otherwise.
 """
+
 import os
 
 from data import hub
@@ -28,10 +29,26 @@ def number(text):
 
 
 def main(argv=None):
-    parser = hub.arguments(__doc__, "openbmb/UltraFeedback", os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument("--by", choices=["ratings", "overall_score"], default="ratings", help="what answers are compared by")
-    parser.add_argument("--without", default="truthful_qa,false_qa", help="comma-separated sources (default %(default)s)")
-    parser.add_argument("--val_share", type=float, default=0.02, help="share of the validation side, by the hash of a group")
+    parser = hub.arguments(
+        __doc__, "openbmb/UltraFeedback", os.path.dirname(os.path.abspath(__file__))
+    )
+    parser.add_argument(
+        "--by",
+        choices=["ratings", "overall_score"],
+        default="ratings",
+        help="what answers are compared by",
+    )
+    parser.add_argument(
+        "--without",
+        default="truthful_qa,false_qa",
+        help="comma-separated sources (default %(default)s)",
+    )
+    parser.add_argument(
+        "--val_share",
+        type=float,
+        default=0.02,
+        help="share of the validation side, by the hash of a group",
+    )
     args = parser.parse_args(argv)
 
     def convert(row, dropped):
@@ -41,14 +58,26 @@ def main(argv=None):
         if args.by == "overall_score":
             scores = [answer["overall_score"] for answer in answers]
         else:
-            ratings = [[number(answer["annotations"][aspect]["Rating"]) for answer in answers] for aspect in ASPECTS]
+            ratings = [
+                [number(answer["annotations"][aspect]["Rating"]) for answer in answers]
+                for aspect in ASPECTS
+            ]
             rated = [of for of in ratings if None not in of]
             if not rated:
                 return hub.drop(dropped, "rows without an aspect that all answers are rated in")
             if len(rated) < len(ratings):
-                hub.drop(dropped, "aspects (not rows) that not all answers are rated in", len(ratings) - len(rated))
+                hub.drop(
+                    dropped,
+                    "aspects (not rows) that not all answers are rated in",
+                    len(ratings) - len(rated),
+                )
             scores = [sum(of) / len(of) for of in zip(*rated)]
-        return hub.ranked(row["instruction"], [(answer["response"], score) for answer, score in zip(answers, scores)], row["instruction"].strip(), dropped)
+        return hub.ranked(
+            row["instruction"],
+            [(answer["response"], score) for answer, score in zip(answers, scores)],
+            row["instruction"].strip(),
+            dropped,
+        )
 
     hub.prepare_rows(args, [("train", None)], ("source", "instruction", "completions"), convert)
 

@@ -4,6 +4,7 @@ run nothing, so a run of two ranks starts in a twentieth of a second instead of 
     run = start(["config/x.py", "--max_steps=5"], ranks=2, fault=Fault("checkpoint.write", "kill", rank=1))
     run.wait() -> exit status of each rank;  run.said -> what they wrote
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -26,20 +27,21 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
-import checkpoint               # noqa: E402
-import conftest                 # noqa: E402
-import launch                   # noqa: E402
-import rollout                  # noqa: E402
-import train                    # noqa: E402
-from data import sha256         # noqa: E402
+import checkpoint  # noqa: E402
+import conftest  # noqa: E402
+import launch  # noqa: E402
+import rollout  # noqa: E402
+import train  # noqa: E402
+from data import sha256  # noqa: E402
 
-LIMIT = 120         # seconds after which a run counts as hanging
+LIMIT = 120  # seconds after which a run counts as hanging
 
 
 @dataclasses.dataclass
 class Fault:
     """Before the `call`-th call of the function `where`, as "checkpoint.write", a rank is hit by `what`: kill, hang, raise, full (no space left),
     or the name of a signal."""
+
     where: str
     what: str
     rank: int = 0
@@ -62,8 +64,13 @@ class Fault:
             if calls[0] == self.call:
                 strike(self.what)
             return good(*args, **options)
-        for holder in [owner] + [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) and m.__file__.startswith(ROOT)]:
-            if getattr(holder, name, None) is good:         # from x import name: everywhere
+
+        for holder in [owner] + [
+            m
+            for m in list(sys.modules.values())
+            if getattr(m, "__file__", None) and m.__file__.startswith(ROOT)
+        ]:
+            if getattr(holder, name, None) is good:  # from x import name: everywhere
                 setattr(holder, name, faulty)
 
 
@@ -82,7 +89,12 @@ def strike(what):
 
 class Run:
     def __init__(self, pids, folder):
-        self.pids, self.folder, self.status, self.began = pids, folder, [None] * len(pids), time.time()
+        self.pids, self.folder, self.status, self.began = (
+            pids,
+            folder,
+            [None] * len(pids),
+            time.time(),
+        )
 
     def poll(self):
         """The exit status of each rank, None while it runs; of a killed one minus the signal."""
@@ -115,11 +127,18 @@ class Run:
     @property
     def said(self):
         """Standard output and error of all ranks."""
-        return "".join(open(os.path.join(self.folder, name), encoding="utf-8", errors="replace").read() for name in sorted(os.listdir(self.folder)))
+        return "".join(
+            open(os.path.join(self.folder, name), encoding="utf-8", errors="replace").read()
+            for name in sorted(os.listdir(self.folder))
+        )
 
     @property
     def err(self):
-        return "".join(open(os.path.join(self.folder, name), encoding="utf-8", errors="replace").read() for name in sorted(os.listdir(self.folder)) if name.startswith("err"))
+        return "".join(
+            open(os.path.join(self.folder, name), encoding="utf-8", errors="replace").read()
+            for name in sorted(os.listdir(self.folder))
+            if name.startswith("err")
+        )
 
 
 def free_port():
@@ -132,7 +151,12 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
     """Begin train.py with some arguments on some ranks, without an agent that would end the others. main: another program's,
     called with argv; before(rank): called in each rank first. Returns a Run."""
     folder, pids = tempfile.mkdtemp(prefix="run"), []
-    env = dict(env) if ranks == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} | dict(env)
+    env = (
+        dict(env)
+        if ranks == 1
+        else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        | dict(env)
+    )
     sys.stdout.flush()
     for rank in range(ranks):
         pid = os.fork()
@@ -143,7 +167,13 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
         try:
             os.setsid()
             for fd, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(os.path.join(folder, f"{name}{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+                os.dup2(
+                    os.open(
+                        os.path.join(folder, f"{name}{rank}"),
+                        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+                    ),
+                    fd,
+                )
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.environ |= env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
             if before:
@@ -168,13 +198,15 @@ class Left(BaseException):
 
 def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
     """A main for `start`: torchrun's own agent with its part of two workers, which are forked too."""
+
     def worker(argv):
         leave = os._exit
 
-        def left(status):       # multiprocessing's workers return to the agent
+        def left(status):  # multiprocessing's workers return to the agent
             if threading.current_thread() is not threading.main_thread() or status:
                 leave(status)
             raise Left
+
         os._exit = left
         if before:
             before(int(os.environ["RANK"]))
@@ -185,8 +217,22 @@ def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
 
     def main(argv):
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-        elastic_launch(LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=2 // nodes, run_id="x", max_restarts=restarts, start_method="fork", rdzv_backend="c10d",
-                                    rdzv_endpoint=endpoint, monitor_interval=0.05), worker)(argv)
+
+        elastic_launch(
+            LaunchConfig(
+                min_nodes=nodes,
+                max_nodes=nodes,
+                nproc_per_node=2 // nodes,
+                run_id="x",
+                max_restarts=restarts,
+                start_method="fork",
+                rdzv_backend="c10d",
+                rdzv_endpoint=endpoint,
+                monitor_interval=0.05,
+            ),
+            worker,
+        )(argv)
+
     return main
 
 
@@ -198,10 +244,17 @@ TINY, TEMPLATE = conftest.TINY, "--template=Q: {prompt}\nA: "
 
 class Place:
     """The scratch folder with data, base runs and undisturbed runs to compare with."""
+
     def __init__(self, folder, seed):
         self.folder, self.rng, self.n, self.whole = folder, random.Random(seed), 0, {}
-        self.data, self.runs = f"{folder}/data", {stage: f"{folder}/runs/{stage}" for stage in ("pretrain", "sft")}
-        made = start([], main=lambda argv: conftest.make_runs(f"{folder}/runs", conftest.make_data(self.data)))
+        self.data, self.runs = (
+            f"{folder}/data",
+            {stage: f"{folder}/runs/{stage}" for stage in ("pretrain", "sft")},
+        )
+        made = start(
+            [],
+            main=lambda argv: conftest.make_runs(f"{folder}/runs", conftest.make_data(self.data)),
+        )
         assert made.wait() == [0], made.said
 
     def new(self):
@@ -210,15 +263,40 @@ class Place:
 
     def args(self, stage, out, *more):
         """A small run of a stage: two to four saves, evaluations between them."""
-        common = [f"--out_dir={out}", f"--data={self.data}", "--device=cpu", "--eval_rows=8", "--save_interval=2", "--eval_interval=2", "--batch_size=8", "--gen_batch_size=8", "--lr=1e-3"]
+        common = [
+            f"--out_dir={out}",
+            f"--data={self.data}",
+            "--device=cpu",
+            "--eval_rows=8",
+            "--save_interval=2",
+            "--eval_interval=2",
+            "--batch_size=8",
+            "--gen_batch_size=8",
+            "--lr=1e-3",
+        ]
         if stage == "pretrain":
             return ["--stage=pretrain", "--max_steps=6", "--dropout=0.1", *common, *TINY, *more]
-        common += [f"--init={self.runs['sft' if stage != 'sft' else 'pretrain']}", TEMPLATE, "--max_response=16"]
+        common += [
+            f"--init={self.runs['sft' if stage != 'sft' else 'pretrain']}",
+            TEMPLATE,
+            "--max_response=16",
+        ]
         if stage in ("sft", "preference"):
             return [f"--stage={stage}", "--max_steps=6", *common, *more]
         if stage == "ppo":
-            return ["--stage=ppo", "--rounds=2", "--reward=data.pydocs.scorer:concrete", "--max_rows=16", *common, *more]
-        teacher = ["--players=data,teacher,self", f"--teacher={self.runs['pretrain']}"] if stage == "spin3" else []
+            return [
+                "--stage=ppo",
+                "--rounds=2",
+                "--reward=data.pydocs.scorer:concrete",
+                "--max_rows=16",
+                *common,
+                *more,
+            ]
+        teacher = (
+            ["--players=data,teacher,self", f"--teacher={self.runs['pretrain']}"]
+            if stage == "spin3"
+            else []
+        )
         return ["--stage=spin", "--rounds=2", "--max_steps=3", *common, *teacher, *more]
 
     def undisturbed(self, stage, ranks, *more):
@@ -233,14 +311,16 @@ class Place:
 
 
 def small_parts(rank):
-    rollout.PART = 16       # prompts: several parts a round
+    rollout.PART = 16  # prompts: several parts a round
 
 
 def go(argv, ranks=1, fault=None, before=lambda rank: None, **options):
     """A run to its end."""
+
     def first(rank):
         small_parts(rank)
         before(rank)
+
     run = start(argv, ranks, fault, before=first, **options)
     run.wait()
     return run
@@ -263,8 +343,18 @@ def difference(a, b):
         return f"newest checkpoints are {one} and {two}"
     if tensors_of(one) != tensors_of(two):
         return "weights or optimizer states differ"
-    names = [f"{r}/{f}" for r in sorted(os.listdir(a)) if r.startswith("round_") for f in sorted(os.listdir(f"{a}/{r}")) if f.endswith((".jsonl", ".npz"))]
-    other = [name for name in names if not os.path.exists(f"{b}/{name}") or sha256(f"{a}/{name}") != sha256(f"{b}/{name}")]
+    names = [
+        f"{r}/{f}"
+        for r in sorted(os.listdir(a))
+        if r.startswith("round_")
+        for f in sorted(os.listdir(f"{a}/{r}"))
+        if f.endswith((".jsonl", ".npz"))
+    ]
+    other = [
+        name
+        for name in names
+        if not os.path.exists(f"{b}/{name}") or sha256(f"{a}/{name}") != sha256(f"{b}/{name}")
+    ]
     return f"files differ: {other}" if other else ""
 
 
@@ -274,5 +364,8 @@ def tensors_of(path):
     for name in checkpoint.files_of(path):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(path, name), framework="np") as f:
-                found |= {(name, key): hashlib.sha256(f.get_tensor(key).tobytes()).hexdigest() for key in f.keys()}
+                found |= {
+                    (name, key): hashlib.sha256(f.get_tensor(key).tobytes()).hexdigest()
+                    for key in f.keys()
+                }
     return found
