@@ -21,27 +21,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import parallel
-from data import (
+from nanospin import checkpoint
+from nanospin import distributed
+from data.batch import (
     INPUTS,
-    asked,
     batch_rows,
-    encode_rows,
     permutation,
-    printable,
-    question,
-    read_rows,
     reward_batch,
-    row_tokens,
+    count_row_tokens,
     split_by_tokens,
     stream_batch,
-    tokenizer,
-    write_json,
-    write_rows,
 )
-from loss import best_and_others, plackett_luce, sequence_logprobs
-from sample import device_name, number, respond
+from data.rows import prompt_key, encode_rows, prompt_fields, read_rows, write_rows
+from data.files import printable, write_json
+from data import tokenizer
+from loss import chosen_rejected_metrics, plackett_luce, sequence_logprobs
+from sample import device_type, number_type, respond
 
 
 @torch.no_grad()
@@ -50,31 +45,31 @@ def stream_loss(model, tokens, cfg, device, eot=None):
     was_training = model.training
     model.eval()
     nll, count, length = torch.zeros((), dtype=torch.float64), 0, model.config.block_size
-    parts = stream_parts(cfg, length, device)
+    parts = stream_micro_batches(cfg, length, device)
     for step in range(cfg.eval_batches):
         for part in parts:
             batch = stream_batch(
                 tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, part, eot
             )
-            nll -= run(model, batch, device)[0].double().sum().cpu()
+            nll -= forward_batch(model, batch, device)[0].double().sum().cpu()
             count += batch["targets"].numel()
-    parallel.reshard(model)
+    distributed.reshard(model)
     model.train(was_training)
-    nll, count = parallel.total([nll, count], device)
+    nll, count = distributed.all_reduce_sum([nll, count], device)
     return nll / count
 
 
-def stream_parts(cfg, length, device):
+def stream_micro_batches(cfg, length, device):
     """This rank's micro-batches of a batch of windows, as slices of it; every rank has as many."""
     share, size = (
-        cfg.batch_size // parallel.world(),
-        max(1, parallel.micro_batch_tokens(cfg, device) // length),
+        cfg.batch_size // distributed.world_size(),
+        max(1, distributed.micro_batch_tokens(cfg, device) // length),
     )
-    first, end = parallel.rank() * share, (parallel.rank() + 1) * share
+    first, end = distributed.rank() * share, (distributed.rank() + 1) * share
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
-def run(model, batch, device, whole=False):
+def forward_batch(model, batch, device, whole=False):
     """(logps of a batch's targets, the batch on the device); whole: all logits at those places, (..., V)."""
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     return model(
@@ -87,30 +82,35 @@ def run(model, batch, device, whole=False):
 
 
 @torch.no_grad()
-def in_batches(model, rows, tokens, device, make, pick, desc=None, layout="shared", whole=False):
+def map_batches(model, rows, tokens, device, make, pick, desc=None, layout="packed", whole=False):
     """What `pick` takes of the model's output (whole: of all its logits), [one for each row], on every rank; about `tokens` tokens
     at a time. make(rows, layout) -> batch; pick(output, batch) -> [one for each of its rows]."""
     was_training = model.training
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: row_tokens(rows[i], layout))
-    sizes = [row_tokens(rows[i], layout) for i in order]
+    order = sorted(range(len(rows)), key=lambda i: count_row_tokens(rows[i], layout))
+    sizes = [count_row_tokens(rows[i], layout) for i in order]
     parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
     results = {}
     for part in tqdm(
-        list(parallel.shard(parts)),
+        list(distributed.batches_of_rank(parts)),
         desc=desc,
-        disable=None if desc and parallel.rank() == 0 else True,
+        disable=None if desc and distributed.rank() == 0 else True,
     ):
         indices = [order[i] for i in part]
         results.update(
-            zip(indices, pick(*run(model, make([rows[i] for i in indices], layout), device, whole)))
+            zip(
+                indices,
+                pick(
+                    *forward_batch(model, make([rows[i] for i in indices], layout), device, whole)
+                ),
+            )
         )
-    parallel.reshard(model)
+    distributed.reshard(model)
     model.train(was_training)
-    return parallel.merge(len(rows), results)
+    return distributed.merge_results(len(rows), results)
 
 
-def score(model, rows, tokens, device, desc=None, layout="shared"):
+def response_logprobs(model, rows, tokens, device, desc=None, layout="packed"):
     """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
     Policy and reference both go through here."""
 
@@ -118,20 +118,20 @@ def score(model, rows, tokens, device, desc=None, layout="shared"):
         B, k = batch["present"].shape
         return sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
 
-    return wide(in_batches(model, rows, tokens, device, batch_rows, pick, desc, layout))
+    return pad_and_stack(map_batches(model, rows, tokens, device, batch_rows, pick, desc, layout))
 
 
-def reward_scores(model, rows, tokens, device, desc=None, layout="shared"):
+def reward_scores(model, rows, tokens, device, desc=None, layout="packed"):
     """A reward model's score of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank."""
 
     def pick(scores, batch):
         B, k = batch["present"].shape
         return scores.new_zeros(B * k).index_put((batch["slot"],), scores).view(B, k).cpu().numpy()
 
-    return wide(in_batches(model, rows, tokens, device, reward_batch, pick, desc, layout))
+    return pad_and_stack(map_batches(model, rows, tokens, device, reward_batch, pick, desc, layout))
 
 
-def wide(rows):
+def pad_and_stack(rows):
     """Arrays of at most K numbers as one (rows, K), 0 where one has fewer."""
     K = max(map(len, rows))
     return np.stack([np.pad(row, (0, K - len(row))) for row in rows])
@@ -167,13 +167,14 @@ def ranking_metrics(logps, refs, rows, beta, names):
         )  # k should beat j
         right, acc, error = pair_accuracy(rewards, above)
         metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error} | {
-            name: float(value) for name, value in best_and_others(scores, policy, there).items()
+            name: float(value)
+            for name, value in chosen_rejected_metrics(scores, policy, there).items()
         }
         for k, name in enumerate(names[:-1]):
-            asked = above[:, k].any(-1)
-            if asked.any():
+            prompt_key = above[:, k].any(-1)
+            if prompt_key.any():
                 metrics[f"acc/{name}"] = float(
-                    (right[:, k] == above[:, k]).all(-1)[asked].mean()
+                    (right[:, k] == above[:, k]).all(-1)[prompt_key].mean()
                 )  # a tie is not above
     for k, name in enumerate(names):
         if present[:, k].any():
@@ -256,7 +257,7 @@ def reward_metrics(scores, rows):
     }
 
 
-def answer(text):
+def extract_answer(text):
     """What exact match compares: the number after "####" (GSM8K), or the whole text."""
     found = re.findall(r"####\s*(-?[\d.,]+)", text)
     return found[-1].replace(",", "").rstrip(".") if found else text.strip()
@@ -267,12 +268,14 @@ def sample_metrics(texts, ids, references, eot):
     return {
         "ended": float(np.mean([i[-1] == eot for i in ids])),
         "length": float(np.mean([len(i) for i in ids])),
-        "exact_match": float(np.mean([answer(t) == answer(r) for t, r in zip(texts, references)])),
-        "f1": float(np.mean([f1(t, r) for t, r in zip(texts, references)])),
+        "exact_match": float(
+            np.mean([extract_answer(t) == extract_answer(r) for t, r in zip(texts, references)])
+        ),
+        "f1": float(np.mean([f1_score(t, r) for t, r in zip(texts, references)])),
     }
 
 
-def f1(text, reference):
+def f1_score(text, reference):
     """F1 of the two bags of words, as SQuAD measures answers (arXiv 1606.05250)."""
     a, b = Counter(text.lower().split()), Counter(reference.lower().split())
     common = (a & b).total()
@@ -286,7 +289,7 @@ def length_accuracy(data, other):
     return float(max(longer, 1 - longer))
 
 
-def windows(ids, first, length):
+def rolling_windows(ids, first, length):
     """A whole text's ids as rows that ask for each of them once and read at most `length`: `first` stands before the first of them,
     one id before a next row's, before the last row's as many as fit. So lm-evaluation-harness cuts it (rolling)."""
     ids, n = [first, *ids], len(ids)
@@ -318,7 +321,7 @@ def harness_metrics(model, enc, rows, encoded, device):
             first = tokenizer.specials(enc).get(
                 tokenizer.begin(enc), enc.eot_token
             )  # an export's bos_token
-            parts = windows(
+            parts = rolling_windows(
                 tokenizer.encode(enc, row["responses"][0]), first, model.config.block_size
             )
             scored += parts
@@ -336,7 +339,7 @@ def harness_metrics(model, enc, rows, encoded, device):
                 )
     if not scored:
         return {}
-    logps, sizes = score(model, scored, 8192, device), wide(sizes)
+    logps, sizes = response_logprobs(model, scored, 8192, device), pad_and_stack(sizes)
     metrics = {
         "bits_per_byte": float(-logps[:, 0].sum(dtype=np.float64) / math.log(2) / sizes[:, 0].sum())
     }
@@ -357,7 +360,7 @@ def win_rate(judge, pairs, device, tokens=8192):
     if judge.config.scalar:
         mean = reward_scores(judge, pairs, tokens, device)
     else:
-        mean = score(judge, pairs, tokens, device) / np.array(
+        mean = response_logprobs(judge, pairs, tokens, device) / np.array(
             [[len(y) for y in row["responses"]] for row in pairs]
         )
     # equal responses are equal: in another place of a batch a product may round otherwise
@@ -368,13 +371,13 @@ def win_rate(judge, pairs, device, tokens=8192):
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
 
-def held_out(folder, n):
+def validation_rows(folder, n):
     """The same n validation rows for every run and seed."""
     rows = read_rows(f"{folder}/val.jsonl")
     return [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
 
 
-def measure(path, temperature, seed, rows, args):
+def evaluate_checkpoint(path, temperature, seed, rows, args):
     """(figures, sampled rows, tokenizer) of one checkpoint on the held-out rows."""
     model, enc, meta = checkpoint.load_model(path, args.device)
     settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
@@ -401,9 +404,9 @@ def measure(path, temperature, seed, rows, args):
             )
         return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
-    figures = loss_metrics(score(model, best, 8192, args.device), best) | harness_metrics(
-        model, enc, rows, found, args.device
-    )
+    figures = loss_metrics(
+        response_logprobs(model, best, 8192, args.device), best
+    ) | harness_metrics(model, enc, rows, found, args.device)
     if args.reference:
         K = max(len(row["responses"]) for row in encoded)
         full = [
@@ -416,8 +419,8 @@ def measure(path, temperature, seed, rows, args):
         ]
         ref, _, _ = checkpoint.load_model(args.reference, args.device)
         figures |= ranking_metrics(
-            score(model, full, 64, args.device),
-            score(ref, full, 64, args.device),
+            response_logprobs(model, full, 64, args.device),
+            response_logprobs(ref, full, 64, args.device),
             full,
             args.beta,
             [str(k + 1) for k in range(K)],
@@ -434,10 +437,10 @@ def measure(path, temperature, seed, rows, args):
             enc.eot_token,
         )
     )
-    return figures, {asked(rows[i]): (texts[i], ids[i]) for i in there}, enc
+    return figures, {prompt_key(rows[i]): (texts[i], ids[i]) for i in there}, enc
 
 
-def in_tongue(judge, enc, text, ids):
+def retokenize(judge, enc, text, ids):
     """A response's ids for a judge: as they are if its tokenizer made them; else encoded, ended only if it had ended."""
     if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge):
         return ids
@@ -449,7 +452,7 @@ def in_tongue(judge, enc, text, ids):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        import report
+        from tools import report
 
         return report.main(argv[1:])
     parser = argparse.ArgumentParser(
@@ -465,7 +468,7 @@ def main(argv=None):
     parser.add_argument(
         "--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on"
     )
-    parser.add_argument("--rows", type=number(int, 1), default=256, help="held-out rows")
+    parser.add_argument("--rows", type=number_type(int, 1), default=256, help="held-out rows")
     parser.add_argument(
         "--judge",
         help="checkpoint: win rate of everyone, and of the data, against the first one's samples",
@@ -474,22 +477,22 @@ def main(argv=None):
         "--reference",
         help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it",
     )
-    parser.add_argument("--beta", type=number(float, 0), default=0.1, help="of those rewards")
+    parser.add_argument("--beta", type=number_type(float, 0), default=0.1, help="of those rewards")
     parser.add_argument("--out", help="folder for eval.json and each one's samples")
     parser.add_argument(
         "--seed",
-        type=number(int, 0),
+        type=number_type(int, 0),
         default=0,
         help="of the sampling; the n-th checkpoint takes seed + n",
     )
     parser.add_argument(
         "--device",
-        type=device_name,
+        type=device_type,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda; else cuda if there is one",
     )
     args = parser.parse_args(argv)
-    parallel.tune(args.device)
+    distributed.configure_torch(args.device)
     runs = {}
     for spec in args.checkpoints:
         found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
@@ -513,14 +516,17 @@ def main(argv=None):
         raise SystemExit(
             f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge"
         )
-    rows = held_out(args.data, args.rows)
+    rows = validation_rows(args.data, args.rows)
     if args.judge and not all(row["prompt"] for row in rows):
         raise SystemExit(
             f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge"
         )
-    table, samples = {}, {"data": ({asked(row): (row["responses"][0], None) for row in rows}, None)}
+    table, samples = (
+        {},
+        {"data": ({prompt_key(row): (row["responses"][0], None) for row in rows}, None)},
+    )
     for n, (name, (path, temperature)) in enumerate(runs.items()):
-        figures, *samples[name] = measure(path, temperature, args.seed + n, rows, args)
+        figures, *samples[name] = evaluate_checkpoint(path, temperature, args.seed + n, rows, args)
         table[name] = {"checkpoint": path, "temperature": temperature} | figures
         print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
     if args.judge:
@@ -529,17 +535,19 @@ def main(argv=None):
         settings = [meta["config"][name] for name in ("max_prompt", "max_response")]
         for name in ["data", *others]:
             both = [
-                row for row in rows if all(asked(row) in samples[who][0] for who in (name, first))
+                row
+                for row in rows
+                if all(prompt_key(row) in samples[who][0] for who in (name, first))
             ]
             answers = [
-                [(samples[who][1], *samples[who][0][asked(row)]) for who in (name, first)]
+                [(samples[who][1], *samples[who][0][prompt_key(row)]) for who in (name, first)]
                 for row in both
             ]
             pairs = [
-                question(row)
+                prompt_fields(row)
                 | {
                     "responses": [text for _, text, _ in two],
-                    "ids": [in_tongue(enc, *one) for one in two],
+                    "ids": [retokenize(enc, *one) for one in two],
                 }
                 for row, two in zip(both, answers)
             ]
@@ -566,9 +574,9 @@ def main(argv=None):
                 write_rows(
                     os.path.join(args.out, f"{name}.jsonl"),
                     [
-                        question(row) | {"responses": [answers[asked(row)][0]]}
+                        prompt_fields(row) | {"responses": [answers[prompt_key(row)][0]]}
                         for row in rows
-                        if asked(row) in answers
+                        if prompt_key(row) in answers
                     ],
                 )
         write_json(os.path.join(args.out, "eval.json"), table)

@@ -9,112 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-# logits of one chunk in `linear_logprobs`: on a CPU about what its last cache holds, on a GPU enough to fill it
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-# probabilities that it keeps for backward; what is over is computed again, a quarter of the head's work
-KEPT_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-
-
-class LinearLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time; for backward the first n_kept tokens' gradients by the logits stay."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk, n_kept):
-        # hidden (n, C), weight (V, C), targets (n,)
-        n, room = len(hidden), room_for(chunk, hidden, weight)
-        logps, kept = room.new_empty(n), hidden.new_empty(n_kept, len(weight))
-        for part in chunks(0, n, chunk):
-            d = kept[part] if part.stop <= n_kept else room[: part.stop - part.start]
-            logits = d if d.dtype == room.dtype else room[: len(d)]
-            logps[part] = _logprobs(
-                hidden[part], weight, targets[part], softcap, vocab_size, logits
-            )
-            if d is not logits:
-                d.copy_(logits)
-        ctx.save_for_backward(hidden, weight, targets, kept)
-        ctx.options = softcap, vocab_size, chunk
-        return logps
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, kept = ctx.saved_tensors
-        softcap, vocab_size, chunk = ctx.options
-        n, n_kept, room = len(hidden), len(kept), room_for(chunk, hidden, weight)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
-        for part in [slice(0, n_kept)] * (n_kept > 0) + chunks(n_kept, n, chunk):
-            h, g, d = hidden[part], -grad[part, None], kept
-            if part.stop > n_kept:
-                _logprobs(h, weight, targets[part], softcap, vocab_size, room[: len(h)])
-                d = room[: len(h)].to(hidden.dtype)
-            d_hidden[part] = (d @ weight) * g
-            if d_weight.dtype == d.dtype:
-                d_weight.addmm_(d.T, h * g)
-            else:
-                d_weight += d.T @ (h * g).to(d.dtype)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
-
-
-def chunks(start, stop, size):
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
-
-
-def room_for(chunk, hidden, weight):
-    """For a chunk's logits; all chunks share it: glibc finds no place for a large buffer where one of its size was freed."""
-    return hidden.new_empty(
-        min(chunk, len(hidden)), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32)
-    )
-
-
-def _logprobs(hidden, weight, targets, softcap, vocab_size, logits):
-    """Of a chunk: log-probabilities (n,), float32 or wider. In logits (n, V), where they are made, stay minus their gradients by the
-    logits, p_v - [v = target]. Padded ids have no probability."""
-    torch.mm(hidden, weight.T, out=logits) if logits.dtype == hidden.dtype else logits.copy_(
-        hidden @ weight.T
-    )
-    if softcap:
-        tanh = torch.tanh(logits.div_(softcap))
-        torch.mul(tanh, softcap, out=logits)
-    logits[:, vocab_size:].fill_(-math.inf)
-    top, asked = logits.amax(-1, keepdim=True), logits.gather(-1, targets[:, None])
-    p = torch.softmax(logits, -1, out=logits)
-    logps = (
-        asked - top + p.amax(-1, keepdim=True).log()
-    )  # the likeliest id's p is 1 / sum of exp(logits - top)
-    p.scatter_add_(-1, targets[:, None], torch.full_like(asked, -1.0))
-    if softcap:
-        p *= 1 - tanh * tanh
-    return logps.squeeze(-1)
-
-
-def linear_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None, chunk=None, kept=None):
-    """Log-probability of each target under softmax(hidden @ weight.T), never holding a (tokens, V) matrix.
-
-    hidden (..., C); weight (V, C); targets (...) int64, -1 where nothing is asked.
-    softcap c > 0 bends the logits to c * tanh(logit / c) (Gemma 2); ids from `vocab_size` on are padding and take no
-    probability; `chunk` is the number of tokens a time. Returns logps (...) float32, 0 where nothing is asked.
-    Only asked-for tokens are computed, and the weight's gradient is accumulated in float32. Of the probabilities the first
-    `kept` elements stay for backward, which computes the rest again (all of them: Liger Kernel and Cut Cross-Entropy,
-    arXiv 2411.09009). Under autocast the products are made in its dtype. Raises ValueError for a target outside the vocabulary.
-    """
-    vocab_size = vocab_size or len(weight)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    asked = (targets >= 0).nonzero(as_tuple=True)
-    h, t = hidden[asked].to(dtype), targets[asked]
-    if (
-        device == "cpu" and targets.numel() and (targets.min() < -1 or targets.max() >= vocab_size)
-    ):  # a GPU would have to wait for it
-        raise ValueError(
-            f"targets must be -1 or in [0, {vocab_size}), got {targets.min()} to {targets.max()}"
-        )
-    chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
-    n_kept = min(
-        len(t), (KEPT_ELEMENTS[device] if kept is None else kept) // (chunk * len(weight)) * chunk
-    )
-    with torch.autocast(device, enabled=False):
-        logps = LinearLogprobs.apply(h, weight.to(dtype), t, softcap, vocab_size, chunk, n_kept)
-    return logps.new_zeros(targets.shape).index_put(asked, logps)
-
 
 def sequence_logprobs(logps, seq, n_seq):
     """log pi(y|x) of each sequence: the sum of its tokens' log-probabilities.
@@ -222,7 +116,7 @@ def smoothed_nll(logits, targets, label_smoothing=0.0, confidence_penalty=0.0):
 
 
 def reward_loss(
-    scores, present=None, kind="pairs", *, ranks=None, gaps=None, score_margin=0.0, center_coef=0.0
+    scores, present=None, loss_type="pairs", *, ranks=None, gaps=None, score_margin=0.0, center_coef=0.0
 ):
     """The loss of a reward model, mean over rows: scores (B, K) of the responses, best first; present, ranks as in `plackett_luce`.
 
@@ -234,10 +128,10 @@ def reward_loss(
     2307.09288, eq. 2; under pl the worse response is ahead by it in each term). center_coef adds center_coef times the mean
     over pairs of (s_i + s_j)^2 (2312.09244, eq. 2), which fixes the constant that a ranking leaves free.
     Equal scores give ln 2, or ln K!. Returns the mean () and metrics, detached means over rows: `nll` the ranking's part, `acc`
-    share of the ordered pairs that are right, `margin` the mean of s_i - s_j. Raises ValueError for another kind.
+    share of the ordered pairs that are right, `margin` the mean of s_i - s_j. Raises ValueError for another loss_type.
     """
-    if kind not in ("pairs", "pl"):
-        raise ValueError(f"unknown kind {kind!r}: a reward model has pairs or pl")
+    if loss_type not in ("pairs", "pl"):
+        raise ValueError(f"unknown loss_type {loss_type!r}: a reward model has pairs or pl")
     present, ranks, above, pairs = ordered_pairs(scores, present, ranks)
     scores = scores.masked_fill(~present, 0.0)
     lead = scores[:, :, None] - scores[:, None, :]
@@ -246,7 +140,7 @@ def reward_loss(
         if gaps is None
         else score_margin * (gaps[:, :, None] - gaps[:, None, :])
     )
-    if kind == "pairs":
+    if loss_type == "pairs":
         nll = (F.softplus(margins - lead) * above).sum((1, 2)) / pairs
     else:
         nll = plackett_luce(scores, present, None, ranks, margins)
@@ -271,7 +165,7 @@ def preference_loss(
     ref_logps,
     present=None,
     beta=0.1,
-    kind="pl",
+    loss_type="pl",
     *,
     ranks=None,
     depth=None,
@@ -284,7 +178,7 @@ def preference_loss(
     """The loss of a ranking of responses, mean over rows.
 
     policy_logps, ref_logps (B, K): sequence log-probabilities, best response first; present (B, K) bool; lengths (B, K)
-    in tokens. With implicit rewards r_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `kind` is
+    in tokens. With implicit rewards r_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `loss_type` is
 
     pl      Plackett-Luce on r. K = 2: DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3), SPIN with the previous policy
             as reference and its samples as y_2 (2401.01335, eq. 4.7, logistic); depth 1: S-DPO (2406.09215)
@@ -301,27 +195,27 @@ def preference_loss(
     ranking's probability instead of -log. nll_coef adds nll_coef * -log pi_theta(y_1|x) / |y_1| (RPO, 2404.19733).
     Returns the mean () and metrics, detached means over rows: `nll` the ranking's part of the loss, `acc` the share of
     ordered pairs that the scores put right, and `best_and_others` of scores and log-probabilities.
-    Raises ValueError for an unknown kind, and for options that a kind cannot have or that lack lengths.
+    Raises ValueError for an unknown loss_type, and for options that a loss_type cannot have or that lack lengths.
     """
-    if kind not in ("pl", "pairs", "ipo", "simpo", "orpo"):
-        raise ValueError(f"unknown kind {kind!r}: pl, pairs, ipo, simpo or orpo")
-    if lengths is None and (nll_coef or kind in ("simpo", "orpo")):
+    if loss_type not in ("pl", "pairs", "ipo", "simpo", "orpo"):
+        raise ValueError(f"unknown loss_type {loss_type!r}: pl, pairs, ipo, simpo or orpo")
+    if lengths is None and (nll_coef or loss_type in ("simpo", "orpo")):
         raise ValueError("nll_coef, simpo and orpo need the responses' lengths")
-    if kind in ("pairs", "ipo") and (label_smoothing or taylor_order or depth):
-        raise ValueError(f"{kind} has no label_smoothing, taylor_order or depth")
+    if loss_type in ("pairs", "ipo") and (label_smoothing or taylor_order or depth):
+        raise ValueError(f"{loss_type} has no label_smoothing, taylor_order or depth")
     present, ranks, above, pairs = ordered_pairs(policy_logps, present, ranks)
-    if kind in ("simpo", "orpo"):
+    if loss_type in ("simpo", "orpo"):
         mean_logps = policy_logps.masked_fill(~present, -1.0) / lengths.clamp(min=1)
-        scores = beta * mean_logps if kind == "simpo" else log_odds(mean_logps)
+        scores = beta * mean_logps if loss_type == "simpo" else log_odds(mean_logps)
     else:
         scores = beta * (policy_logps - ref_logps).masked_fill(~present, 0.0)
     lead = scores[:, :, None] - scores[:, None, :]
-    if kind == "pairs":
+    if loss_type == "pairs":
         nll = loss = (F.softplus(-lead) * above).sum((1, 2)) / pairs
-    elif kind == "ipo":
+    elif loss_type == "ipo":
         nll = loss = (((lead - 0.5) / beta).square() * above).sum((1, 2)) / pairs
     else:
-        margin = margin if kind == "simpo" else 0.0
+        margin = margin if loss_type == "simpo" else 0.0
         nll = plackett_luce(scores, present, depth, ranks, margin)
         loss = taylor_nll(-nll, taylor_order)
         if label_smoothing:
@@ -329,7 +223,7 @@ def preference_loss(
             loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(
                 -reverse, taylor_order
             )
-        if kind == "orpo":
+        if loss_type == "orpo":
             nll, loss = beta * nll, beta * loss
     if nll_coef:
         loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
@@ -337,12 +231,12 @@ def preference_loss(
         metrics = {
             "nll": nll.mean(),
             "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
-            **best_and_others(scores, policy_logps, present),
+            **chosen_rejected_metrics(scores, policy_logps, present),
         }
     return loss.mean(), metrics
 
 
-def best_and_others(scores, logps, present):
+def chosen_rejected_metrics(scores, logps, present):
     """Means over rows of (B, K): `reward_chosen` of the best response's score, `reward_rejected` of the mean of the others that are
     there, `margin` of the difference; `logp_chosen`, `logp_rejected` the same of log-probabilities. At K = 2 they are those of DPO's pair."""
     there = present[:, 1:]

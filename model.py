@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import Packed
+from nanospin.attention import Packed
 from loss import linear_logprobs
 
 
@@ -35,7 +35,7 @@ class GPTConfig:
     rope_scaling: list[
         float
     ] = ()  # Llama 3's: factor, low and high turns, length; a frequency of few turns in that length is divided by factor
-    window: int = 0  # a token sees so many of its text, itself the last (sliding window, arXiv 2310.06825); 0: all before it
+    sliding_window: int = 0  # a token sees so many of its text, itself the last (sliding window, arXiv 2310.06825); 0: all before it
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
     mlp: str = (
@@ -43,11 +43,11 @@ class GPTConfig:
     )
     bias: bool = True  # in linear layers and LayerNorms
     qkv_bias: bool = False  # in queries, keys and values, where bias is False (Qwen 2)
-    tie: bool = True  # one table for embedding and head
+    tie_embeddings: bool = True  # one table for embedding and head
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
-    softcap: float = 0.0  # c > 0: logits become c tanh(logits / c)
+    logit_softcap: float = 0.0  # c > 0: logits become c tanh(logits / c)
     dropout: float = 0.0  # of the embedding and of what is added to the residual stream
-    scalar: bool = False  # a scalar beside the head: a reward model's score, PPO's value of a state
+    scalar_head: bool = False  # a scalar beside the head: a reward model's score, PPO's value of a state
 
     # habits of the block that config/tn_shp_*.py reproduce
     head_bias: bool = False  # a bias in the untied head
@@ -116,7 +116,7 @@ class GPTConfig:
         if not self.attn_proj and self.n_head * self.head_dim != self.n_embd:
             raise ValueError("attn_proj = False needs heads that are together as wide as the model")
         if self.head_bias and self.tie:
-            raise ValueError("head_bias needs a head of its own: tie = False")
+            raise ValueError("head_bias needs a head of its own: tie_embeddings = False")
         if self.window < 0:
             raise ValueError(f"window must not be negative, got {self.window}")
         if self.init_noise < 0:
@@ -232,9 +232,9 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config, config.n_embd)
-        if not config.tie:
+        if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=config.head_bias)
-        if config.scalar:
+        if config.scalar_head:
             self.scalar = nn.Linear(
                 config.n_embd, 1, bias=False
             )  # a ranking leaves a bias to the gradient's rounding
@@ -285,19 +285,23 @@ class GPT(nn.Module):
                 x = x.flatten(0, -2).index_select(0, at)
             if targets is None:
                 logits = self.head(x).float()[..., : c.vocab_size]
-                return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
-            weight = self.wte.weight if c.tie else self.lm_head.weight
+                return (
+                    c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+                    if c.logit_softcap
+                    else logits
+                )
+            weight = self.wte.weight if c.tie_embeddings else self.lm_head.weight
             if c.head_bias:  # one more column of weights, whose input is 1
                 x, weight = (
                     F.pad(x, (0, 1), value=1.0),
                     torch.cat((weight, self.lm_head.bias[:, None]), 1),
                 )
-            logps = linear_logprobs(x, weight, targets, c.softcap, c.vocab_size)
+            logps = linear_logprobs(x, weight, targets, c.logit_softcap, c.vocab_size)
             return logps if read is None else (logps, scalars)
 
     def head(self, x):
         """(..., C) -> (..., padded V): logits before the soft cap."""
-        return F.linear(x, self.wte.weight) if self.config.tie else self.lm_head(x)
+        return F.linear(x, self.wte.weight) if self.config.tie_embeddings else self.lm_head(x)
 
     def hidden(self, idx, pos=None, doc=None, branch=None, cache=None, asked=None):
         """The last layer's normalised output (..., C). asked (m,), rising: of these places alone (m, C); of the others, prompts
@@ -309,12 +313,14 @@ class GPT(nn.Module):
                 torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos.expand(B, T)
             )
             doc = torch.arange(B, device=idx.device).repeat_interleave(T)
-            texts = Packed(doc, torch.zeros_like(doc), pos.flatten(), c.window, (B, T), cache)
+            texts = Packed(
+                doc, torch.zeros_like(doc), pos.flatten(), c.sliding_window, (B, T), cache
+            )
         elif cache is not None:
             texts = cache
-            cache.at(pos, c.window)
+            cache.at(pos, c.sliding_window)
         else:
-            texts = Packed(doc, branch, pos, c.window)
+            texts = Packed(doc, branch, pos, c.sliding_window)
         pos = pos.flatten()
         x = self.wte(idx.flatten())  # (n, C)
         rope = None

@@ -20,76 +20,68 @@ import time
 import numpy as np
 import torch
 
-import checkpoint
-import parallel
-from data import (
-    batch_indices,
-    batch_rows,
-    encode_rows,
-    pinned,
-    question,
-    read_arrays,
-    read_json,
-    read_rows,
-    sha256,
-    tokenizer,
-    write_json,
-    write_rows,
-)
-from eval import held_out, in_batches, in_tongue, reward_scores
+from nanospin import checkpoint
+from nanospin import distributed
+from data.batch import batch_indices, batch_rows, pin_memory
+from data.rows import encode_rows, prompt_fields, read_rows, write_rows
+from data.files import read_arrays, read_json, sha256, write_json
+from data import tokenizer
+from eval import validation_rows, map_batches, retokenize, reward_scores
 from loss import kl_estimates
-from rollout import by_prompt, fitting, once, sample_file
+from rollout import match_responses, drop_overlong_prompts, unique_prompts, write_samples
 
 
-def collect(cfg, round, model, enc, device, dtype, say):
+def collect(cfg, round_id, model, enc, device, dtype, say):
     """(train, val, report) of a round. train: encoded rows of one response with logps, values, advantages, returns, each
     (tokens,) float32; val: the held-out rows to be sampled when the run is evaluated; report: figures of the samples."""
     start, folder, block_size = (
         time.time(),
-        os.path.join(cfg.out_dir, f"round_{round}"),
+        os.path.join(cfg.out_dir, f"round_{round_id}"),
         model.config.block_size,
     )
-    rows = fitting(
+    rows = drop_overlong_prompts(
         cfg,
-        once(read_rows(f"{cfg.data}/train.jsonl")),
+        unique_prompts(read_rows(f"{cfg.data}/train.jsonl")),
         enc,
         block_size,
-        say if round == 0 else None,
+        say if round_id == 0 else None,
         "train",
     )
     rows = [
         rows[i]
         for i in batch_indices(
-            len(rows), min(cfg.max_rows or len(rows), len(rows)), cfg.seed, round
+            len(rows), min(cfg.max_rows or len(rows), len(rows)), cfg.seed, round_id
         )
     ]
-    val = fitting(cfg, once(held_out(cfg.data, cfg.eval_rows)), enc, block_size)
+    val = drop_overlong_prompts(
+        cfg, unique_prompts(validation_rows(cfg.data, cfg.eval_rows)), enc, block_size
+    )
     done, kept, arrays = (
         os.path.join(folder, name) for name in ("collect.json", "train.jsonl", "rollout.npz")
     )
-    if not parallel.agree(os.path.exists(done)):
-        if parallel.agree(checkpoint.latest(cfg.out_dir, round)):
+    if not distributed.broadcast_from_rank0(os.path.exists(done)):
+        if distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
             raise SystemExit(
-                f"{done} is missing, and the policy of round {round} is no longer the one that sampled; remove that round's folder"
+                f"{done} is missing, and the policy of round {round_id} is no longer the one that sampled; remove that round's folder"
             )
-        t = trajectories(
+        t = sample_trajectories(
             cfg,
             os.path.join(folder, "self_train.jsonl"),
-            f"{round} self train",
+            f"{round_id} self train",
             rows,
             model,
             enc,
             device,
             dtype,
         )
-        now = standing(cfg, round, t["scores"])
+        now = reward_scaling(cfg, round_id, t["scores"])
         tokens, report = advantages(cfg, now, t)
-        report = summary(t) | report
-        if parallel.rank() == 0:
+        report = sample_report(t) | report
+        if distributed.rank() == 0:
             write_rows(
                 kept,
                 [
-                    question(row)
+                    prompt_fields(row)
                     | {
                         "responses": [text],
                         "ids": [y],
@@ -115,8 +107,8 @@ def collect(cfg, round, model, enc, device, dtype, say):
                 done,
                 {
                     "policy": checkpoint.read_meta(
-                        checkpoint.latest(cfg.out_dir, round - 1)
-                        if round
+                        checkpoint.latest(cfg.out_dir, round_id - 1)
+                        if round_id
                         else checkpoint.resolve(cfg.init)
                     )["weights_sha256"],
                     "reward": cfg.reward,
@@ -128,7 +120,7 @@ def collect(cfg, round, model, enc, device, dtype, say):
                     "seconds": time.time() - start,
                 },
             )
-        parallel.barrier()
+        distributed.barrier()
     written = read_json(done, ("files", "now", "report"))
     for path in (kept, arrays):
         if not os.path.exists(path) or sha256(path) != written["files"].get(os.path.basename(path)):
@@ -144,23 +136,23 @@ def collect(cfg, round, model, enc, device, dtype, say):
         for row, part in zip(train, np.split(tokens[name], ends[:-1]), strict=True):
             row[name] = part
     say(
-        f"round {round}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens"
+        f"round {round_id}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens"
     )
     return train, val, written["report"]
 
 
-def evaluate(cfg, round, step, model, rows, enc, device):
+def evaluate(cfg, round_id, step, model, rows, enc, device):
     """Held-out figures of the policy as it is: `summary` of one response to each row, with the same random numbers at every
     evaluation. The samples stay in RUN/round_R/val_step_S.jsonl."""
-    path = os.path.join(cfg.out_dir, f"round_{round}", f"val_step_{step:06d}.jsonl")
-    return summary(
-        trajectories(
-            cfg, path, "held out", rows, model, enc, device, parallel.compute_dtype(cfg, device)
+    path = os.path.join(cfg.out_dir, f"round_{round_id}", f"val_step_{step:06d}.jsonl")
+    return sample_report(
+        sample_trajectories(
+            cfg, path, "held out", rows, model, enc, device, distributed.compute_dtype(cfg, device)
         )
     )
 
 
-def ppo_batch(rows, layout="shared"):
+def ppo_batch(rows, layout="packed"):
     """Rows of `collect` -> `data.batch_rows` with read: a state's value is read where its token is predicted; and old_logps,
     old_values, advantages, returns (m,), in the order of the targets that are asked."""
     batch = batch_rows(rows, layout)
@@ -175,21 +167,22 @@ def ppo_batch(rows, layout="shared"):
     ):
         if key in rows[0]:
             batch[name] = torch.from_numpy(np.concatenate([row[key] for row in rows]))
-    return pinned(batch)
+    return pin_memory(batch)
 
 
 # ------------------------------------------------------------------------------------------------------ the trajectories
 
 
-def trajectories(cfg, path, what, rows, model, enc, device, dtype):
+def sample_trajectories(cfg, path, what, rows, model, enc, device, dtype):
     """Sample one response to each row into a ranked file, and measure it -> {"texts", "ids", "ended": one each; "scores"
     (rows,) the rewards as they are; "logps", "refs", "values": for each row (tokens,) float32}, on every rank."""
-    policy = model if cfg.sample_sharded else parallel.whole(model, dtype)
-    sample_file(path, policy, enc, cfg, rows, what)
+    policy = model if cfg.sample_sharded else distributed.gather_full_model(model, dtype)
+    write_samples(path, policy, enc, cfg, rows, what)
     del policy
-    texts, ids = zip(*by_prompt(path, rows, enc))
+    texts, ids = zip(*match_responses(path, rows, enc))
     played = [
-        question(row) | {"responses": [text], "ids": [y]} for row, text, y in zip(rows, texts, ids)
+        prompt_fields(row) | {"responses": [text], "ids": [y]}
+        for row, text, y in zip(rows, texts, ids)
     ]
     encoded, _ = encode_rows(
         played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
@@ -234,8 +227,14 @@ def token_scores(model, rows, cfg, device):
             else {name: t for name, t in batch.items() if name != "read"}
         )
 
-    results = in_batches(
-        model, rows, parallel.micro_batch_tokens(cfg, device), device, make, pick, layout=cfg.layout
+    results = map_batches(
+        model,
+        rows,
+        distributed.micro_batch_tokens(cfg, device),
+        device,
+        make,
+        pick,
+        layout=cfg.layout,
     )
     return [[np.asarray(row[n], dtype=np.float32) for row in results] for n in (0, 1)]
 
@@ -249,7 +248,7 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype):
     judge, its_enc, meta = checkpoint.load_model(cfg.reward, device, dtype)
     limits = [meta["config"][name] for name in ("max_prompt", "max_response")]
     played = [
-        question(row) | {"responses": [text], "ids": [in_tongue(its_enc, enc, text, y)]}
+        prompt_fields(row) | {"responses": [text], "ids": [retokenize(its_enc, enc, text, y)]}
         for row, text, y in zip(rows, texts, ids)
     ]
     encoded, counts = encode_rows(
@@ -259,7 +258,7 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype):
         raise SystemExit(
             f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after {counts['dropped']} prompts; set max_prompt of that run"
         )
-    return reward_scores(judge, encoded, parallel.micro_batch_tokens(cfg, device), device)[
+    return reward_scores(judge, encoded, distributed.micro_batch_tokens(cfg, device), device)[
         :, 0
     ].astype(np.float64)
 
@@ -281,18 +280,18 @@ def reward_function(name):
 # --------------------------------------------------------------------------------------------------------- the arithmetic
 
 
-def standing(cfg, round, scores):
+def reward_scaling(cfg, round_id, scores):
     """What a round takes from the one before it: {"kl_coef", "mean", "std"}. The scores' mean and deviation stay the first round's,
     so that neither what is maximised nor its price in KL moves (scores that do not differ yet are not scaled); the coefficient
     follows kl_target (1909.08593, section 2.2): kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
-    if round == 0:
+    if round_id == 0:
         return {
             "kl_coef": cfg.kl_coef,
             "mean": float(scores.mean()),
             "std": float(scores.std()) if np.ptp(scores) else 1.0,
         }
     before = read_json(
-        os.path.join(cfg.out_dir, f"round_{round - 1}", "collect.json"), ("now", "report")
+        os.path.join(cfg.out_dir, f"round_{round_id - 1}", "collect.json"), ("now", "report")
     )
     error = before["report"]["kl"] / cfg.kl_target - 1 if cfg.kl_target else 0.0
     return before["now"] | {
@@ -311,7 +310,7 @@ def advantages(cfg, now, t):
     )
     values[inside] = np.concatenate(t["values"])
     scores = (t["scores"] - now["mean"]) / now["std"] if cfg.whiten_rewards else t["scores"]
-    rewards[np.arange(n), lengths - 1] += scores - cfg.eot_penalty * ~np.array(t["ended"])
+    rewards[np.arange(n), lengths - 1] += scores - cfg.missing_eos_penalty * ~np.array(t["ended"])
     advantage = gae(rewards, values, lengths, cfg.discount, cfg.gae_lambda)
     returns = (advantage + values)[inside]
     figures = {
@@ -350,7 +349,7 @@ def whiten(x):
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
-def summary(t):
+def sample_report(t):
     """Figures of sampled responses: `reward` as the scorer gives it, its deviation and standard error; `kl` = KL(pi || pi_ref) of a
     response, k1 of `loss.kl_estimates` summed over its tokens and averaged, with its standard error, `kl_token` the mean of k3 over tokens;
     `entropy` the mean of -log pi over tokens (of what is sampled: at temperature 1 the policy's); length; share ended by eot."""

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attention import KVCache, small_products
-from data import printable, question, read_rows, tokenizer, write_rows
-from data.template import begun, prompt_ids
+from nanospin.kv_cache import KVCache
+from nanospin.attention import small_matmuls
+from data.files import printable
+from data.rows import prompt_fields, read_rows, write_rows
+from data import tokenizer
+from data.template import with_bos, prompt_ids
 
 
-def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+def sample_token(logits, uniform, temperature=1.0, top_k=None, top_p=None):
     """One id a row by inverse CDF: logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,).
 
     temperature 0 is greedy. top_k keeps the k most likely; top_p the fewest whose probability reaches p
@@ -41,13 +44,16 @@ def draw(logits, uniform, temperature=1.0, top_k=None, top_p=None):
         -1, (-1, 64)
     )  # a sum is ten times as fast as a cumulative one
     weights = blocks.sum(-1)
-    block, rest = reached(weights, uniform.float()[:, None] * weights.sum(-1, keepdim=True))
+    block, rest = searchsorted_weights(
+        weights, uniform.float()[:, None] * weights.sum(-1, keepdim=True)
+    )
     return (
-        64 * block + reached(blocks.take_along_dim(block[..., None], 1).squeeze(1), rest)[0]
+        64 * block
+        + searchsorted_weights(blocks.take_along_dim(block[..., None], 1).squeeze(1), rest)[0]
     ).squeeze(-1)
 
 
-def reached(weights, point):
+def searchsorted_weights(weights, point):
     """Which of weights (B, n) >= 0 first brings their sum above point (B, 1), and how far into it that is (both (B, 1)). The point
     is kept in [0, total) against rounding, so what is found has a weight."""
     total = weights.cumsum(-1)
@@ -57,7 +63,7 @@ def reached(weights, point):
 
 
 @contextlib.contextmanager
-def packed(model, rows):
+def prepacked_weights(model, rows):
     """The model with a CPU's products for some `rows` a step: weights lie as oneDNN reads them, which every call else brings about
     anew, GELU is made in the same kernel, and attention has its `small_products`. The weights are there twice meanwhile. A GPU's,
     FSDP2's and other dtypes are left as they are."""
@@ -109,7 +115,7 @@ def packed(model, rows):
         for module, name, made in changed:
             setattr(module, name, made)
         with (
-            small_products(),
+            small_matmuls(),
             torch.inference_mode(),
         ):  # the latter spares every operation some bookkeeping
             yield
@@ -121,7 +127,7 @@ def packed(model, rows):
 GRAPHS = {"cuda"}  # where a step is captured
 
 
-class Step:
+class DecodeStep:
     """One more token for every row of a cache: ids (B,) the last ones, pos (B,) where they stand, t (B,) how many were drawn, all of
     which it goes on in place; choose(logits (B, V), t) -> ids. On a GPU the step is captured, and made again by a CUDA graph, one
     launch for its hundreds of kernels, until the cache has to grow. An FSDP2 model's is not: its ranks meet within a step."""
@@ -150,7 +156,7 @@ class Step:
             and not hasattr(self.model, "reshard")
         ):
             ends = self.cache.ends
-            self.replay = captured(self.once)
+            self.replay = capture_cuda_graph(self.once)
             self.cache.ends = ends  # nothing was done yet
 
     def once(self):
@@ -162,7 +168,7 @@ class Step:
         self.t += 1
 
 
-def captured(work):
+def capture_cuda_graph(work):
     """A function that does again, by a CUDA graph, what `work` does to tensors, which must have been done before; None, and a line, where
     `work` does what a graph cannot."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -236,7 +242,9 @@ def generate(
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
 
     def choose(where, logits, t):
-        return draw(logits, uniform[where, t.clamp(max=longest - 1)], temperature, top_k, top_p)
+        return sample_token(
+            logits, uniform[where, t.clamp(max=longest - 1)], temperature, top_k, top_p
+        )
 
     rows, cache, burst = (
         [],
@@ -253,7 +261,7 @@ def generate(
         torch.autocast(
             device.type, model.products or torch.bfloat16, enabled=model.products is not None
         ),
-        packed(model, min(batch_size, len(prompts))),
+        prepacked_weights(model, min(batch_size, len(prompts))),
     ):
         while rows or waiting:
             live = [b for b, i in enumerate(rows) if new[i][-1] != eot and len(new[i]) < room[i]]
@@ -266,7 +274,7 @@ def generate(
                 ]  # (request, its last token, where its row is)
                 while coming:
                     group, coming, logits, places = prefill(model, prompts, coming)
-                    drawn = draw(logits, uniform[group, 0], temperature, top_k, top_p)
+                    drawn = sample_token(logits, uniform[group, 0], temperature, top_k, top_p)
                     for i, token in zip(group, drawn.tolist()):
                         new[i].append(token)
                         if heard is not None:
@@ -281,7 +289,7 @@ def generate(
                     where, pos, t = torch.tensor(
                         [rows, lengths, [len(new[i]) for i in rows]], device=device
                     )
-                    step = Step(model, cache, ids, pos, t, functools.partial(choose, where))
+                    step = DecodeStep(model, cache, ids, pos, t, functools.partial(choose, where))
                 continue
             drawn = []
             for _ in range(
@@ -355,10 +363,10 @@ def respond(
     )
     by_row = dict(zip(fits, ids))
     ids = [by_row.get(i) for i in range(len(rows))]
-    return [None if r is None else text_of(enc, r) for r in ids], ids
+    return [None if r is None else response_text(enc, r) for r in ids], ids
 
 
-def number(kind, least, most=float("inf")):
+def number_type(kind, least, most=float("inf")):
     """An argparse type: an int or float from `least` to `most`."""
 
     def parse(text):
@@ -375,7 +383,7 @@ def number(kind, least, most=float("inf")):
     return parse
 
 
-def device_name(text):
+def device_type(text):
     """An argparse type: a device that is there."""
     if text not in ("cpu", "cuda") or text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(
@@ -384,12 +392,12 @@ def device_name(text):
     return text
 
 
-def text_of(enc, ids):
+def response_text(enc, ids):
     """The text of response ids, without the end-of-text that ends it."""
     return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
 
 
-def converse(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
+def chat(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
     """Answer a line after the other, each in the light of those before; the oldest are forgotten where they leave no room for an
     answer, of half a block if max_response does not say. What is said is printed as it grows."""
     block_size, history = model.config.block_size, []
@@ -408,7 +416,7 @@ def converse(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, 
         printed = [0]
 
         def heard(_, ids):
-            text = text_of(enc, ids)
+            text = response_text(enc, ids)
             whole = text.rstrip("\ufffd")  # a character of several tokens is not there yet
             print(printable(whole[printed[0] :]), end="", flush=True)
             printed[0] = max(printed[0], len(whole))
@@ -423,13 +431,13 @@ def converse(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, 
             heard=heard,
             **sampling,
         )
-        print(printable(text_of(enc, new)[printed[0] :]), flush=True)
+        print(printable(response_text(enc, new)[printed[0] :]), flush=True)
         history.append((line.strip(), [i for i in new if i != enc.eot_token]))
 
 
 def main(argv=None):
-    import checkpoint
-    import parallel
+    from nanospin import checkpoint
+    from nanospin import distributed
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -449,27 +457,33 @@ def main(argv=None):
         "--raw", action="store_true", help="continue the text as it is, without the template"
     )
     parser.add_argument(
-        "--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time"
+        "--temperature",
+        type=number_type(float, 0),
+        default=1.0,
+        help="0: the likeliest token each time",
     )
     parser.add_argument(
-        "--top_k", type=number(int, 0), default=0, help="of the so many likeliest tokens; 0: of all"
+        "--top_k",
+        type=number_type(int, 0),
+        default=0,
+        help="of the so many likeliest tokens; 0: of all",
     )
     parser.add_argument(
         "--top_p",
-        type=number(float, 1e-9, 1),
+        type=number_type(float, 1e-9, 1),
         default=1.0,
         help="of the fewest tokens that are so likely together; 1: of all",
     )
     parser.add_argument(
         "--max_new_tokens",
-        type=number(int, 0),
+        type=number_type(int, 0),
         default=0,
         help="of a response; 0: the checkpoint's max_response",
     )
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the sampling")
+    parser.add_argument("--seed", type=number_type(int, 0), default=0, help="of the sampling")
     parser.add_argument(
         "--device",
-        type=device_name,
+        type=device_type,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda; else cuda if there is one",
     )
@@ -482,14 +496,14 @@ def main(argv=None):
         parser.error("the prompt is empty")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: No such folder")
-    parallel.tune(args.device)
+    distributed.configure_torch(args.device)
     model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
     if model.config.scalar:
         parser.error(
             f"{args.checkpoint} is a reward model, no policy: it scores responses (eval.py)"
         )
     settings = dict(
-        template=begun(enc, "{prompt}") if args.raw else meta["config"]["template"],
+        template=with_bos(enc, "{prompt}") if args.raw else meta["config"]["template"],
         max_prompt=meta["config"]["max_prompt"],
         max_response=args.max_new_tokens or meta["config"]["max_response"],
         temperature=args.temperature,
@@ -506,7 +520,7 @@ def main(argv=None):
         write_rows(
             args.out,
             [
-                question(row)
+                prompt_fields(row)
                 | {
                     "responses": [text],
                     "ids": [i],
@@ -533,7 +547,7 @@ def main(argv=None):
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print("a prompt a line; end with control-D")
-    converse(model, enc, lines=sys.stdin, **settings)
+    chat(model, enc, lines=sys.stdin, **settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The trainer: config -> round -> collect -> fit.
 
-    python train.py config/demo_sft.py --lr=1e-3                           one process
+    python train.py config/demo/sft.py --lr=1e-3                           one process
     torchrun --nproc_per_node=8 train.py config/spin_k3.py                 FSDP2 over eight
 
 Started again, the same command goes on where it stopped. `python train.py --help` lists the settings.
@@ -21,39 +21,36 @@ os.environ.setdefault(
 import numpy as np
 import torch
 
-import checkpoint
-import config
-import launch
-import parallel
+from nanospin import checkpoint
+from nanospin import config
+from nanospin import elastic
+from nanospin import distributed
 import ppo
-from begin import begin, with_template
-from board import sending
-from config import per_round
-from calibration import calibration
-from data import (
+from nanospin.preflight import prepare_run, resolve_template
+from nanospin.wandb_logger import wandb_sender
+from nanospin.config import per_round
+from studies.taylor.calibration import calibration
+from data.batch import (
     batch_indices,
     batch_rows,
-    first_outside,
-    read_meta,
     reward_batch,
-    read_stream,
-    row_tokens,
+    count_row_tokens,
     split_by_tokens,
     stream_batch,
-    tokenizer,
-    tokenizer_path,
 )
+from data.folder import find_invalid_token, read_meta, read_stream, tokenizer_path
+from data import tokenizer
 from eval import (
     loss_metrics,
     ranking_metrics,
     reward_metrics,
     reward_scores,
-    run,
-    score,
+    forward_batch,
+    response_logprobs,
     stream_loss,
-    stream_parts,
+    stream_micro_batches,
 )
-from log import describe, make_log
+from nanospin.metrics_logger import write_config, make_logger
 from loss import (
     focal_nll,
     ppo_loss,
@@ -64,7 +61,7 @@ from loss import (
     taylor_nll,
 )
 from model import GPT, GPTConfig
-from optim import lr_factor, make_optimizers
+from nanospin.optim import lr_factor, make_optimizers
 from rollout import collect, prepare_teacher
 
 PEAK_FLOPS = {
@@ -111,9 +108,9 @@ def sum_over_rows(policy, batch, cfg, beta):
         batch["ref"],
         batch["present"],
         beta,
-        cfg.kind,
+        cfg.loss_type,
         ranks=batch["ranks"],
-        depth=cfg.depth or None,
+        depth=cfg.rank_depth or None,
         label_smoothing=cfg.label_smoothing,
         taylor_order=cfg.taylor_order,
         nll_coef=cfg.nll_coef,
@@ -131,7 +128,7 @@ def reward_objective(scores, batch, cfg, beta):
     loss, metrics = reward_loss(
         scores,
         batch["present"],
-        cfg.kind,
+        cfg.loss_type,
         ranks=batch["ranks"],
         gaps=batch.get("gaps"),
         score_margin=cfg.score_margin,
@@ -147,8 +144,8 @@ def ppo_objective(output, batch, cfg, beta):
         logps[batch["targets"] >= 0],
         values,
         *(batch[name] for name in ("old_logps", "old_values", "advantages", "returns")),
-        clip=cfg.clip,
-        value_clip=cfg.value_clip,
+        clip=cfg.clip_range,
+        value_clip=cfg.value_clip_range,
         value_coef=cfg.value_coef,
         entropy_coef=cfg.entropy_coef,
     )
@@ -179,12 +176,12 @@ PER_PROMPT = (
 # ----------------------------------------------------------------------------------------------------------- the batch
 
 
-def micro_batches(cfg, round, step, train, model_config, device, eot):
+def micro_batches(cfg, round_id, step, train, model_config, device, eot):
     """This rank's micro-batches of a step, a function of (data, seed, round, step): as many on every rank, of like size."""
-    world, rank = parallel.world(), parallel.rank()
-    budget, seed = parallel.micro_batch_tokens(cfg, device), cfg.seed + 1000 * round
+    world, rank = distributed.world_size(), distributed.rank()
+    budget, seed = distributed.micro_batch_tokens(cfg, device), cfg.seed + 1000 * round_id
     if cfg.stage == "pretrain":
-        for part in stream_parts(cfg, model_config.block_size, device):
+        for part in stream_micro_batches(cfg, model_config.block_size, device):
             yield stream_batch(
                 train,
                 model_config.block_size,
@@ -193,11 +190,11 @@ def micro_batches(cfg, round, step, train, model_config, device, eot):
                 step,
                 model_config.vocab_size,
                 part,
-                eot if cfg.documents_apart else None,
+                eot if cfg.document_mask else None,
             )
         return
     tokens = {
-        i: row_tokens(train[i], cfg.layout)
+        i: count_row_tokens(train[i], cfg.layout)
         for i in batch_indices(len(train), cfg.batch_size, seed, step)
     }
     indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=tokens.get)
@@ -221,12 +218,12 @@ def micro_batches(cfg, round, step, train, model_config, device, eot):
 MAKE_BATCH = {"reward": reward_batch, "ppo": ppo.ppo_batch}
 
 
-def parts(cfg, train):
+def loss_terms(cfg, train):
     """What a step is made of, [(config, data, weight, objective)]: the round's rows, and the pretraining stream beside them if
     the config asks, as a stage of its own would take it."""
     mine = [(cfg, train, 1.0, OBJECTIVES[cfg.stage])]
     if cfg.pretrain_coef:
-        other = config.beside(cfg)
+        other = config.pretrain_config(cfg)
         mine.append((other, read_stream(other.data, "train"), cfg.pretrain_coef, stream_objective))
     return mine
 
@@ -254,27 +251,27 @@ def at_step(cfg, step, steps):
     )
 
 
-def steps_of_round(cfg, train):
+def num_steps_of_round(cfg, train):
     return cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- the fit
 
 
-def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
+def fit(cfg, round_id, model, enc, tokenizer_name, train, val, start, device, log):
     """Train one round from step `start` to its last. The one loop, the one step."""
-    steps = steps_of_round(cfg, train)
-    beta, lr = per_round(cfg.beta, round), per_round(cfg.lr, round)
+    steps = num_steps_of_round(cfg, train)
+    beta, lr = per_round(cfg.beta, round_id), per_round(cfg.lr, round_id)
     optimizers = make_optimizers(model, cfg, lr, device)
     one_run = cfg.stage == "ppo"  # whose rounds are some steps each of one optimisation
-    before = parallel.agree(checkpoint.latest(cfg.out_dir))
+    before = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
     history = checkpoint.read_meta(before)["history"] if before else {"skipped": 0, "losses": []}
-    if start or one_run and round:
+    if start or one_run and round_id:
         checkpoint.resume(before, model, optimizers)
     else:
         history["losses"] = []
     params = list(model.parameters())
-    mix = parts(cfg, train)
+    mix = loss_terms(cfg, train)
     peak = next(
         (
             f
@@ -289,44 +286,44 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
             (n, b)
             for n, part in enumerate(mix)
             for b in micro_batches(
-                part[0], round, step, part[1], model.config, device, enc.eot_token
+                part[0], round_id, step, part[1], model.config, device, enc.eot_token
             )
         ],
         range(start, steps),
     )
     for step in range(start, steps + 1):
-        parallel.at(f"round {round} step {step}")
-        if watched(cfg, round, step, steps) and (step > start or not start):
-            held_out = figures(cfg, round, step, model, val, device, enc)
+        distributed.heartbeat.set_stage(f"round {round_id} step {step}")
+        if should_evaluate(cfg, round_id, step, steps) and (step > start or not start):
+            held_out = evaluate_all(cfg, round_id, step, model, val, device, enc)
             if cfg.keep_best and cfg.keep_best.lstrip("-") not in held_out:
                 raise SystemExit(
                     f"config: keep_best {cfg.keep_best!r} is no held-out figure; there are {', '.join(held_out)}"
                 )
-            log({"kind": "eval", "round": round, "step": step} | held_out)
+            log({"kind": "eval", "round": round_id, "step": step} | held_out)
         stop = step > start and bool(record["stop"])
         if (step % cfg.save_interval == 0 or step == steps or stop) and step > start:
-            settle(saving, cfg, round, step, log)
+            wait_for_save(saving, cfg, round_id, step, log)
             saving = checkpoint.save(
                 cfg.out_dir,
-                round,
+                round_id,
                 step,
                 model,
                 optimizers,
                 cfg,
                 enc,
                 tokenizer_name,
-                held_out if watched(cfg, round, step, steps) else {},
+                held_out if should_evaluate(cfg, round_id, step, steps) else {},
                 history,
             )
         if step == steps or stop:
-            settle(saving, cfg, round, step, log, last=True)
-            launch.stop_if_asked()
+            wait_for_save(saving, cfg, round_id, step, log, last=True)
+            elastic.exit_if_signalled()
             break
 
         # ---- one training step
         began = time.time()
         torch.manual_seed(
-            hash((cfg.seed, round, step, parallel.rank())) % 2**62
+            hash((cfg.seed, round_id, step, distributed.rank())) % 2**62
         )  # dropout is a function of the step
         model.train()
         batches = next(loader)  # [(its part of the mix, batch)]
@@ -335,7 +332,7 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
             (n, len(b["present"]) if mix[n][0].stage in PER_PROMPT else m)
             for (n, b), m in zip(batches, asked)
         ]
-        *counts, asked, tokens = parallel.total(
+        *counts, asked, tokens = distributed.all_reduce_sum(
             [sum(m for part, m in counted if part == n) for n in range(len(mix))]
             + [sum(asked), sum(b["tokens"] for _, b in batches)],
             device,
@@ -343,28 +340,33 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
         sums = {}
         for n, batch in batches:
             of, _, weight, objective = mix[n]
-            output, batch = run(model, batch, device, needs_logits(of))
+            output, batch = forward_batch(model, batch, device, needs_logits(of))
             loss, metrics = objective(output, batch, at_step(of, step, steps), beta)
             backward(
-                loss * (weight * parallel.world() / counts[n])
+                loss * (weight * distributed.world_size() / counts[n])
             )  # FSDP means gradients over the ranks
             for name, value in ({"loss": weight * loss.detach()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
-        norm = parallel.clip_(params, cfg.grad_clip)
+        norm = distributed.clip_grad_norm_(params, cfg.grad_clip)
         record = dict(
             zip(
                 [*sums, "norm", "stop"],
-                parallel.total(
-                    [*sums.values(), norm / parallel.world(), len(launch.signals)], device
+                distributed.all_reduce_sum(
+                    [
+                        *sums.values(),
+                        norm / distributed.world_size(),
+                        len(elastic.received_signals),
+                    ],
+                    device,
                 ),
             )
         )
-        if not sound(cfg, round, step, record, history, train, enc, saving, log):
+        if not is_finite_step(cfg, round_id, step, record, history, train, enc, saving, log):
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             continue
         factor = (
-            lr_factor(cfg, round * steps + step, cfg.rounds * steps)
+            lr_factor(cfg, round_id * steps + step, cfg.rounds * steps)
             if one_run
             else lr_factor(cfg, step, steps)
         )
@@ -375,24 +377,31 @@ def fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log):
             optimizer.zero_grad(set_to_none=True)
         # ----
 
-        if step == 0 and cfg.stage in STARTS:
-            check_start(
-                cfg, round, record, [b for n, b in batches if n == 0], beta, counts[0], model, log
+        if step == 0 and cfg.stage in INITIAL_LOSS:
+            check_initial_loss(
+                cfg,
+                round_id,
+                record,
+                [b for n, b in batches if n == 0],
+                beta,
+                counts[0],
+                model,
+                log,
             )
         seconds = time.time() - began
         log(
-            {"kind": "step", "round": round, "step": step}
+            {"kind": "step", "round": round_id, "step": step}
             | {name: value for name, value in record.items() if name != "stop"}
             | {
                 "lr": lr * factor,
                 "ms": 1000 * seconds,
                 "tokens_per_second": tokens / seconds,
                 "mfu": peak
-                and model.flops_per_token(context(batches[0][1]), asked / tokens)
+                and model.flops_per_token(mean_context_length(batches[0][1]), asked / tokens)
                 * tokens
                 / seconds
                 / peak
-                / parallel.world(),
+                / distributed.world_size(),
             },
             steps,
         )
@@ -404,7 +413,7 @@ def backward(loss):
     loss.backward()
 
 
-def sound(cfg, round, step, record, history, train, enc, saving, log):
+def is_finite_step(cfg, round_id, step, record, history, train, enc, saving, log):
     """Whether a step may be taken. A loss or gradient that is not finite ends the run, or is skipped and counted; a spike is said."""
     loss, usual = (
         record["loss"],
@@ -413,29 +422,29 @@ def sound(cfg, round, step, record, history, train, enc, saving, log):
     finite = math.isfinite(loss) and math.isfinite(record["norm"])
     if finite:
         history["losses"] = [*history["losses"][-49:], loss]
-        if not cfg.spike or loss <= cfg.spike * usual:
+        if not cfg.loss_spike_factor or loss <= cfg.loss_spike_factor * usual:
             return True
-    text = f"loss {loss}, gradient norm {record['norm']}; rows: {rows_of(cfg, round, step, train, enc)}"
+    text = f"loss {loss}, gradient norm {record['norm']}; rows: {prompts_of_step(cfg, round_id, step, train, enc)}"
     if finite:
         log(
             {
                 "kind": "warning",
-                "round": round,
+                "round": round_id,
                 "step": step,
-                "text": f"more than {cfg.spike} times the median loss of the steps before: {text}",
+                "text": f"more than {cfg.loss_spike_factor} times the median loss of the steps before: {text}",
             }
         )
         return True
-    if cfg.nonfinite == "stop":
-        settle(saving, cfg, round, step, log)
+    if cfg.on_nonfinite == "stop":
+        wait_for_save(saving, cfg, round_id, step, log)
         raise SystemExit(
-            f"round {round} step {step}: {text}; last checkpoint: {checkpoint.latest(cfg.out_dir)}"
+            f"round {round_id} step {step}: {text}; last checkpoint: {checkpoint.latest(cfg.out_dir)}"
         )
     history["skipped"] += 1
     log(
         {
             "kind": "warning",
-            "round": round,
+            "round": round_id,
             "step": step,
             "skipped": history["skipped"],
             "text": f"this step is skipped: {text}",
@@ -444,60 +453,62 @@ def sound(cfg, round, step, record, history, train, enc, saving, log):
     return False
 
 
-def settle(saving, cfg, round, step, log, last=False):
+def wait_for_save(saving, cfg, round_id, step, log, last=False):
     """Wait for the save before. One that failed is said; the run goes on, unless there will be no other."""
-    failed = checkpoint.finished(saving)
+    failed = checkpoint.wait_for_save(saving)
     if failed and last:
         raise SystemExit(
-            f"the checkpoint at round {round} step {step} could not be saved ({failed}); the newest there is: {checkpoint.latest(cfg.out_dir)}"
+            f"the checkpoint at round {round_id} step {step} could not be saved ({failed}); the newest there is: {checkpoint.latest(cfg.out_dir)}"
         )
     if failed:
         log(
             {
                 "kind": "warning",
-                "round": round,
+                "round": round_id,
                 "step": step,
                 "text": f"the checkpoint before this one could not be saved ({failed}); the run goes on",
             }
         )
 
 
-def context(batch):
+def mean_context_length(batch):
     """How many tokens a row of a batch has, for its attention: twice the mean position where rows are ragged."""
     return 2 * float(batch["pos"].float().mean()) + 1 if "pos" in batch else batch["idx"].shape[1]
 
 
-def check_start(cfg, round, record, batches, beta, count, model, log):
+def check_initial_loss(cfg, round_id, record, batches, beta, count, model, log):
     """At a round's first step the policy is its reference: every implicit reward is 0 and the ranking's nll, if it is full,
     ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is). So with a reward model,
     whose head starts at 0, and with PPO, whose policy is the one that sampled."""
     device = next(model.parameters()).device
     expected = (
-        parallel.total([sum(STARTS[cfg.stage](b, cfg, beta)[0] for b in batches)], device)[0]
+        distributed.all_reduce_sum(
+            [sum(INITIAL_LOSS[cfg.stage](b, cfg, beta)[0] for b in batches)], device
+        )[0]
         / count
     )
     loss = record["loss"] - cfg.pretrain_coef * record.get("pretrain_loss", 0.0)
     off = abs(loss - expected)
     log(
-        {"kind": "start", "round": round, "step": 0, "loss": loss, "expected": expected}
+        {"kind": "start", "round": round_id, "step": 0, "loss": loss, "expected": expected}
         | ({"ranking": record["nll"]} if "nll" in record else {})
         | {"off": off}
     )
     if (
-        off > (1e-4 if parallel.compute_dtype(cfg, device) == torch.float32 else 0.05)
+        off > (1e-4 if distributed.compute_dtype(cfg, device) == torch.float32 else 0.05)
         and not model.config.dropout
     ):
         log(
             {
                 "kind": "warning",
-                "round": round,
+                "round": round_id,
                 "step": 0,
                 "text": f"the round starts at {loss:.5f}, not at {expected:.5f}: policy and reference are not the same",
             }
         )
 
 
-STARTS = {  # the objective of what the model gives at a round's first step
+INITIAL_LOSS = {  # the objective of what the model gives at a round's first step
     "preference": lambda b, cfg, beta: sum_over_rows(b["ref"], b, cfg, beta),
     "spin": lambda b, cfg, beta: sum_over_rows(b["ref"], b, cfg, beta),
     "reward": lambda b, cfg, beta: reward_objective(torch.zeros(len(b["read"])), b, cfg, beta),
@@ -513,60 +524,62 @@ STARTS = {  # the objective of what the model gives at a round's first step
 }
 
 
-def rows_of(cfg, round, step, train, enc):
+def prompts_of_step(cfg, round_id, step, train, enc):
     """The prompts of a step's global batch, as text."""
     if cfg.stage == "pretrain":
         return "windows of the stream"
     return [
         enc.decode(train[i]["prompt"])[-60:]
-        for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round, step)
+        for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round_id, step)
     ]
 
 
-def watched(cfg, round, step, steps):
+def should_evaluate(cfg, round_id, step, steps):
     """Whether the model is evaluated at a step. PPO's held-out figures are samples, taken at the beginning and at the end of rounds."""
     if cfg.stage == "ppo":
         return (
-            round == step == 0
+            round_id == step == 0
             or step == steps
-            and ((round + 1) % cfg.eval_interval == 0 or round + 1 == cfg.rounds)
+            and ((round_id + 1) % cfg.eval_interval == 0 or round_id + 1 == cfg.rounds)
         )
     return step % cfg.eval_interval == 0 or step == steps
 
 
-def figures(cfg, round, step, model, val, device, enc):
+def evaluate_all(cfg, round_id, step, model, val, device, enc):
     """The held-out figures of a round's stage, and of the stream beside it."""
     if cfg.pretrain_coef:
-        other = config.beside(cfg)
+        other = config.pretrain_config(cfg)
         stream = evaluate(
-            other, round, model, read_stream(other.data, "val"), device, enc.eot_token
+            other, round_id, model, read_stream(other.data, "val"), device, enc.eot_token
         )
-        return figures(replace(cfg, pretrain_coef=0.0), round, step, model, val, device, enc) | {
-            "pretrain_loss": stream["val_loss"]
-        }
+        return evaluate_all(
+            replace(cfg, pretrain_coef=0.0), round_id, step, model, val, device, enc
+        ) | {"pretrain_loss": stream["val_loss"]}
     return (
-        ppo.evaluate(cfg, round, step, model, val, enc, device)
+        ppo.evaluate(cfg, round_id, step, model, val, enc, device)
         if cfg.stage == "ppo"
-        else evaluate(cfg, round, model, val, device, enc.eot_token)
+        else evaluate(cfg, round_id, model, val, device, enc.eot_token)
     )
 
 
-def evaluate(cfg, round, model, val, device, eot):
+def evaluate(cfg, round_id, model, val, device, eot):
     """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
     if cfg.stage == "pretrain":
         return {
-            "val_loss": stream_loss(model, val, cfg, device, eot if cfg.documents_apart else None)
+            "val_loss": stream_loss(model, val, cfg, device, eot if cfg.document_mask else None)
         }
     if cfg.stage == "reward":
         return reward_metrics(
             reward_scores(
-                model, val, parallel.micro_batch_tokens(cfg, device), device, layout=cfg.layout
+                model, val, distributed.micro_batch_tokens(cfg, device), device, layout=cfg.layout
             ),
             val,
         )
     if cfg.calibration:
-        return calibration(model, val, parallel.micro_batch_tokens(cfg, device), device)
-    logps = score(model, val, parallel.micro_batch_tokens(cfg, device), device, layout=cfg.layout)
+        return calibration(model, val, distributed.micro_batch_tokens(cfg, device), device)
+    logps = response_logprobs(
+        model, val, distributed.micro_batch_tokens(cfg, device), device, layout=cfg.layout
+    )
     if cfg.stage == "sft":
         return loss_metrics(logps, val)
     K = logps.shape[1]
@@ -580,7 +593,7 @@ def evaluate(cfg, round, model, val, device, eot):
         for row in val
     ]
     names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
-    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round), names)
+    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), names)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -610,21 +623,23 @@ def build(cfg, device, dtype):
         enc = tokenizer.load(name)
         shape = given | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
-        data = read_meta(config.beside(cfg).data, [])
+        data = read_meta(config.pretrain_config(cfg).data, [])
         if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
             raise SystemExit(
-                f"{config.beside(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})"
+                f"{config.pretrain_config(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})"
             )
         for split in ("train", "val"):
-            tokens = read_stream(config.beside(cfg).data, split)
+            tokens = read_stream(config.pretrain_config(cfg).data, split)
             first = min(
-                parallel.gather(
-                    first_outside(tokens, enc.n_vocab, parallel.rank(), parallel.world())
+                distributed.all_gather_object(
+                    find_invalid_token(
+                        tokens, enc.n_vocab, distributed.rank(), distributed.world_size()
+                    )
                 )
             )
             if first < len(tokens):
                 raise SystemExit(
-                    f"{config.beside(cfg).data}/{split}.bin: token id {tokens[first]} at position {first} is outside the vocabulary of {enc.n_vocab}"
+                    f"{config.pretrain_config(cfg).data}/{split}.bin: token id {tokens[first]} at position {first} is outside the vocabulary of {enc.n_vocab}"
                 )
     try:
         shape = GPTConfig(**shape | {"scalar": cfg.stage in ("reward", "ppo")})
@@ -639,46 +654,46 @@ def build(cfg, device, dtype):
         prepare_teacher(cfg, enc, shape.block_size, device, dtype)
     with torch.device("meta"):
         model = GPT(shape)
-    model = parallel.wrap(model, device, dtype, cfg)
+    model = distributed.prepare_model(model, device, dtype, cfg)
     if path:
         checkpoint.load_weights(path, model)
     else:
-        model.init_weights(cfg.seed, parallel.copy_)
+        model.init_weights(cfg.seed, distributed.copy_parameter_)
     return model, enc, name
 
 
 def main(argv):
     began = time.time()
-    cfg = with_template(config.load(argv))
-    device = parallel.setup(cfg)
-    launch.join(device, cfg.timeout)
-    dtype = parallel.compute_dtype(cfg, device)
-    at, settings = begin(cfg)
-    if parallel.rank() == 0:
-        describe(cfg, settings, at, device, dtype)
+    cfg = resolve_template(config.load(argv))
+    device = distributed.setup_device(cfg)
+    elastic.join_process_group(device, cfg.timeout)
+    dtype = distributed.compute_dtype(cfg, device)
+    at, settings = prepare_run(cfg)
+    if distributed.rank() == 0:
+        write_config(cfg, settings, at, device, dtype)
     model, enc, tokenizer_name = build(cfg, device, dtype)
-    say = functools.partial(print, flush=True) if parallel.rank() == 0 else lambda text: None
+    say = functools.partial(print, flush=True) if distributed.rank() == 0 else lambda text: None
     say(
-        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {parallel.world()}, {dtype}, "
+        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {distributed.world_size()}, {dtype}, "
         f"float32 products {torch.get_float32_matmul_precision()}"
     )
-    with sending(cfg, at) as send:
-        log = make_log(cfg, at, began, send)
-        for round in range(at[0], cfg.rounds):
-            parallel.at(f"round {round}, collecting")
+    with wandb_sender(cfg, at) as send:
+        log = make_logger(cfg, at, began, send)
+        for round_id in range(at[0], cfg.rounds):
+            distributed.heartbeat.set_stage(f"round {round_id}, collecting")
             train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(
-                cfg, round, model, enc, device, dtype, say
+                cfg, round_id, model, enc, device, dtype, say
             )
-            start = max(0, at[1]) if round == at[0] else 0
-            launch.stop_if_asked()
+            start = max(0, at[1]) if round_id == at[0] else 0
+            elastic.exit_if_signalled()
             if report and not start:
-                log({"kind": "collect", "round": round, "step": 0} | report)
-            if start < steps_of_round(cfg, train):
-                fit(cfg, round, model, enc, tokenizer_name, train, val, start, device, log)
+                log({"kind": "collect", "round": round_id, "step": 0} | report)
+            if start < num_steps_of_round(cfg, train):
+                fit(cfg, round_id, model, enc, tokenizer_name, train, val, start, device, log)
             if cfg.keep_rounds:
-                checkpoint.prune(cfg.out_dir, round - cfg.keep_rounds)
+                checkpoint.prune_rounds(cfg.out_dir, round_id - cfg.keep_rounds)
         say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
 
 
 if __name__ == "__main__":
-    sys.exit(launch.run(main, sys.argv[1:]))
+    sys.exit(elastic.run(main, sys.argv[1:]))

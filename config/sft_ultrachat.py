@@ -18,9 +18,9 @@ max_response = 512
 batch_size = 128  # rows = 16 x 8 ranks
 epochs = 3.0
 lr = 5e-5
-warmup = 0.05
+warmup_ratio = 0.05
 schedule = "cosine"
-min_lr = 0.0
+min_lr_ratio = 0.0
 eval_interval = 100
 eval_rows = 1024
 log_interval = 10

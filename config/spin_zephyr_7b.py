@@ -35,7 +35,7 @@ template = "<s>{turn}### Instruction: {prompt}\n\n### Response: "
 
 players = ["data", "self"]
 rounds = 4
-mix_rounds = 1  # from the second round on this and the previous round's rows
+replay_rounds = 1  # from the second round on this and the previous round's rows
 max_rows = 50_000
 max_prompt = 512
 max_response = 512
@@ -50,11 +50,11 @@ epochs = 2.0
 optimizer = "rmsprop"  # torch's defaults, no weight decay
 lr = [5e-7, 5e-7, 1e-7, 1e-7]
 beta = [0.1, 0.1, 0.1, 5.0]
-warmup = 0.1
+warmup_ratio = 0.1
 schedule = "linear"
-min_lr = 0.0
+min_lr_ratio = 0.0
 dtype = "bfloat16"
-recompute = 1
+activation_checkpointing = 1
 prefetch = 1
 
 eval_interval = 200

@@ -15,7 +15,9 @@ import sys
 
 from tqdm import tqdm
 
-from data import check_row, printable, read_json, split_of, write_json, write_meta, write_rows
+from data.rows import check_row, write_rows
+from data.files import printable, read_json, write_json
+from data.folder import split_of, write_meta
 
 # Commits that others' code names for these sets. One that is not here is read at what `main` is at the first run, and says so in meta.json
 PINNED = {

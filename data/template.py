@@ -20,7 +20,7 @@ MARKS = re.compile(
 )
 
 
-def frame(template):
+def split_template(template):
     """(BEGIN, BEFORE, AFTER, END) of a template: config.is_template."""
     found = MARKS.fullmatch(template)
     return (
@@ -34,19 +34,19 @@ def frame(template):
 def prompt_ids(enc, template, prompt, history=()):
     """The ids of a prompt under a template, after a conversation's earlier turns: history is [(prompt, response)], a response a text
     or the ids of one, without its end-of-text. What stands between two responses is encoded as one text, each response on its own."""
-    begin, before, after, end = frame(template)
+    begin, before, after, end = split_template(template)
     ids, lead, where = [], begin + before, "start"
     for said, answered in history:
-        ids += framed(enc, lead, said, after, where) + (
+        ids += encode_framed(enc, lead, said, after, where) + (
             tokenizer.encode(enc, answered, "within")
             if isinstance(answered, str)
             else list(answered)
         )
         lead, where = end + before, "within"
-    return ids + framed(enc, lead, prompt, after, where)
+    return ids + encode_framed(enc, lead, prompt, after, where)
 
 
-def framed(enc, before, text, after, where):
+def encode_framed(enc, before, text, after, where):
     """before + text + after -> ids; the special tokens that are named in before and after are tokens."""
     specials = tokenizer.specials(enc)
     cut = re.compile(
@@ -69,7 +69,9 @@ def framed(enc, before, text, after, where):
 
 def to_jinja(template):
     """The template as transformers wants it, in Jinja. A last response gets the end-of-text."""
-    begin, before, after, end = (json.dumps(part, ensure_ascii=False) for part in frame(template))
+    begin, before, after, end = (
+        json.dumps(part, ensure_ascii=False) for part in split_template(template)
+    )
     return (
         "{{ "
         + begin
@@ -135,7 +137,7 @@ def from_jinja(source, **tokens):
     return template.removeprefix("{turn}").removesuffix("{response}\n\n")
 
 
-def begun(enc, template):
+def with_bos(enc, template):
     """A template after what the tokenizer itself puts before a text."""
     first = tokenizer.begin(enc)
     return first + "{turn}" * bool(first) + template
@@ -158,7 +160,7 @@ def read_template(folder, enc, usual):
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             chat = f.read()
-    usual = begun(enc, usual)
+    usual = with_bos(enc, usual)
     if not chat:
         return usual
     text = {
@@ -183,7 +185,7 @@ def read_template(folder, enc, usual):
 
 def check_template(enc, template, folder):
     """That what we make of a prompt is what the tokenizer itself makes of the whole text."""
-    begin, before, after, _ = frame(template)
+    begin, before, after, _ = split_template(template)
     if isinstance(enc, tokenizer.Json) and prompt_ids(
         enc, template, "What is 12 + 30?"
     ) != enc.with_specials(begin + before + "What is 12 + 30?" + after):

@@ -19,7 +19,9 @@ torch.set_num_threads(1)  # the models are tiny: threads would wait for each oth
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import train
-from data import tokenizer, write_meta, write_rows, write_stream
+from data import tokenizer
+from data.folder import write_meta, write_stream
+from data.rows import write_rows
 
 SHARED = os.path.join(
     ROOT, "..", "shared", "data"
@@ -124,7 +126,7 @@ def read_metrics(run, kind):
 
 
 def final_weights(run):
-    import checkpoint
+    from nanospin import checkpoint
     from safetensors.torch import load_file
 
     return load_file(os.path.join(checkpoint.latest(run), "model.safetensors"))

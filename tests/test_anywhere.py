@@ -154,7 +154,7 @@ def test_the_whole_way(place):
     # the recipes hold, too, where nothing is prepared yet
     assert "-m data.pydocs.prepare" in run(
         place, "make", "-n", "demo"
-    ) and "config/tn_shp_clean.py" in run(place, "make", "-n", "figures-tn")
+    ) and "studies/taylor/config/clean.py" in run(place, "make", "-n", "figures-tn")
 
 
 def test_two_ranks(place):

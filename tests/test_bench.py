@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-import bench
-import peers
-from attention import sees
+from bench import bench
+from bench import baselines
+from nanospin.attention import is_visible
 from conftest import command
-from data import batch_rows
+from data.batch import batch_rows
 from model import GPT, GPTConfig
 
 SMALL = dict(vocab_size=128, block_size=64, n_layer=2, n_head=2, n_embd=32)
@@ -46,7 +46,7 @@ def test_the_floor_counts_what_is_seen():
         torch.arange(int(batch["tokens"])),
         batch["at"].unique(),
     )
-    pairs = sees(batch["doc"], batch["branch"], index[:, None], index).sum(1)
+    pairs = is_visible(batch["doc"], batch["branch"], index[:, None], index).sum(1)
     assert bench.work_of(rows) == (
         n,
         pairs.sum(),
@@ -56,7 +56,7 @@ def test_the_floor_counts_what_is_seen():
     )
     model = GPT(GPTConfig(**SMALL))
     for asked in (100, 25):
-        needed = bench.flops(model, peers.Work(100, 100 * 64, asked, asked * 64, asked))
+        needed = bench.flops(model, baselines.Work(100, 100 * 64, asked, asked * 64, asked))
         assert needed == 100 * model.flops_per_token(64, asked / 100)
 
 

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-import config
-from config import load, per_round
+from nanospin import config
+from nanospin.config import load, per_round
 
 
 def test_files_overrides_and_inheritance(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from config.demo_spin_k2 import *\nimport math\n_half = 0.5\nlr = [1e-4, _half * 1e-4]\nbeta = math.e\n"
+        "from config.demo.spin_k2 import *\nimport math\n_half = 0.5\nlr = [1e-4, _half * 1e-4]\nbeta = math.e\n"
     )
     cfg = load(
         [
@@ -65,7 +65,7 @@ def test_files_overrides_and_inheritance(tmp_path):
         (["--max_steps=1", "--focal=1", "--taylor_order=1"], "taylor_order and focal"),
         (["--max_steps=1", "--label_smoothing=0.1", "--taylor_end=1"], "set one"),
         (["--stage=spin", "--init=x", "--focal=1"], "token losses"),
-        (["--stage=preference", "--init=x", "--kind=ipo", "--taylor_end=1"], "no depth"),
+        (["--stage=preference", "--init=x", "--loss_type=ipo", "--taylor_end=1"], "no depth"),
         (["--max_steps=1", "--calibration=True"], "stage sft"),
         (["nothing.py"], "No such file"),
         (["--lr=0", "--max_steps=1"], "above 0"),
@@ -126,6 +126,6 @@ def test_every_file_in_config_loads_and_says_how_it_is_run():
 
 def test_maker_names_the_command():
     assert (
-        config.maker("out/demo/sft") == "python train.py config/demo_sft.py"
+        config.maker("out/demo/sft") == "python train.py config/demo/sft.py"
         and config.maker("out/nowhere") == ""
     )

@@ -1,3 +1,6 @@
+from data.files import printable, read_arrays, read_json
+from data.folder import find_invalid_token, prepare_command, read_meta
+from data.rows import check_row
 import gzip
 import json
 import os
@@ -8,19 +11,10 @@ import torch
 
 import data
 from conftest import SHARED, command
-from data import (
-    batch_indices,
-    batch_rows,
-    encode_rows,
-    longest_shared_prefix,
-    read_rows,
-    read_stream,
-    row_tokens,
-    split_by_tokens,
-    split_of,
-    stream_batch,
-    tokenizer,
-)
+from data.batch import batch_indices, batch_rows, count_row_tokens, split_by_tokens, stream_batch
+from data.rows import encode_rows, longest_shared_prefix, read_rows
+from data.folder import read_stream, split_of
+from data import tokenizer
 
 BYTES = tokenizer.load("bytes")
 EOT = 256
@@ -79,7 +73,10 @@ def test_shared_layout_row_by_row():
     assert batch["targets"] == [x, EOT, y, z, EOT, EOT]
     assert batch["seq"] == [0, 0, 2, 2, 2, 3]
     assert batch["lengths"] == [[2, 0, 3], [1, 0, 0]] and batch["tokens"] == 10
-    assert sum(row_tokens(row) for row in rows) == 10 and row_tokens(rows[0], "padded") == 12
+    assert (
+        sum(count_row_tokens(row) for row in rows) == 10
+        and count_row_tokens(rows[0], "padded") == 12
+    )
 
 
 def test_parts_of_about_the_same_size():
@@ -206,22 +203,21 @@ def test_bad_encodings_and_missing_files(tmp_path):
     with pytest.raises(SystemExit, match="no rows"):
         read_rows(str(tmp_path / "b.jsonl"))
     with pytest.raises(SystemExit, match="make it with: python -m data.jsonl.prepare"):
-        data.read_meta(str(tmp_path / "nothing"), [])
+        read_meta(str(tmp_path / "nothing"), [])
     with pytest.raises(SystemExit, match="make it with: python -m data.pydocs.prepare"):
-        data.read_meta("data/pydocs", ["nothing.bin"])
-    assert data.prepare_command("data/gsm8k").endswith(
+        read_meta("data/pydocs", ["nothing.bin"])
+    assert prepare_command("data/gsm8k").endswith(
         "--where=source=gsm8k --authors=human,175b_verification"
     )  # from the config's header
     assert (
-        data.prepare_command("data/shp/group") == "python -m data.shp.prepare"
-        and data.prepare_command("data/shp/x/1/row")
-        == "python -m data.shp.prepare --out=data/shp/x/1"
+        prepare_command("data/shp/group") == "python -m data.shp.prepare"
+        and prepare_command("data/shp/x/1/row") == "python -m data.shp.prepare --out=data/shp/x/1"
     )
-    assert data.prepare_command("data/shakespeare").endswith("FILE") and data.prepare_command(
-        "x/y"
-    ).endswith("--out=x/y")
+    assert prepare_command("data/shakespeare").endswith("FILE") and prepare_command("x/y").endswith(
+        "--out=x/y"
+    )
     with pytest.raises(SystemExit, match="Not a directory"):
-        data.read_meta(str(tmp_path / "a.jsonl"), [])
+        read_meta(str(tmp_path / "a.jsonl"), [])
 
 
 def test_a_stream_of_another_size_is_noticed(tiny_data, tmp_path):
@@ -339,7 +335,7 @@ def test_longest_shared_prefix_against_every_pair():
 def test_whole_texts():
     """Every token but the first is asked, whatever the template; a text that fits ends in end-of-text."""
     rows, counts = encode(
-        [data.check_row({"text": "abcd", "group": "g"}, ""), data.check_row({"text": "x" * 40}, "")]
+        [check_row({"text": "abcd", "group": "g"}, ""), check_row({"text": "x" * 40}, "")]
     )
     assert (
         rows[0] == {"prompt": [], "responses": [[*b"abcd", EOT]], "ranks": [0], "group": "g"}
@@ -350,14 +346,12 @@ def test_whole_texts():
         "lengths"
     ].tolist() == [[4], [31]]
     assert (
-        data.check_row({"prompt": "a", "responses": ["b"], "text": "of another field"}, "")[
-            "prompt"
-        ]
+        check_row({"prompt": "a", "responses": ["b"], "text": "of another field"}, "")["prompt"]
         == "a"
     )
     for bad in ({"text": ""}, {"text": 3}, {"text": "\ud800"}):
         with pytest.raises(SystemExit, match="text must be"):
-            data.check_row(bad, "")
+            check_row(bad, "")
 
 
 def shp_rows(posts=40):
@@ -412,9 +406,7 @@ def test_shp_by_row_and_by_post(tmp_path):
                 row["responses"][0] for side in rows.values() for row in side
             )
             both = {row["group"] for row in rows["train"]} & {row["group"] for row in rows["val"]}
-            leaks = data.read_meta(f"{tmp_path}/{name}/{split}", ["train.jsonl", "val.jsonl"])[
-                "leaks"
-            ]
+            leaks = read_meta(f"{tmp_path}/{name}/{split}", ["train.jsonl", "val.jsonl"])["leaks"]
             starts = {row["responses"][0].encode()[:64] for row in rows["train"]}
             assert leaks == pytest.approx(
                 np.mean([row["responses"][0].encode()[:64] in starts for row in rows["val"]])
@@ -495,7 +487,7 @@ def test_the_row_split_of_real_threads_leaks(tmp_path):
             f"--split={split}",
         )
         assert done.returncode == 0, done.stderr
-        assert least <= data.read_meta(f"{tmp_path}/{split}", [])["leaks"] <= most
+        assert least <= read_meta(f"{tmp_path}/{split}", [])["leaks"] <= most
 
 
 def test_jsonl_takes_every_form(tmp_path):
@@ -581,16 +573,16 @@ def test_jsonl_takes_the_shared_rows_as_they_are(tmp_path):
 
 def test_an_id_outside_the_vocabulary_is_found_anywhere():
     tokens = np.array([1, 2, 3, 9, 4, 9, 1], dtype=np.uint16)
-    assert data.first_outside(tokens, 10) == 7 and data.first_outside(tokens, 9) == 3
+    assert find_invalid_token(tokens, 10) == 7 and find_invalid_token(tokens, 9) == 3
     for length in (1, 2, 3, 7):
-        assert min(data.first_outside(tokens, 9, part, 2, length) for part in range(2)) == 3
-        assert min(data.first_outside(tokens[4:], 9, part, 3, length) for part in range(3)) == 1
+        assert min(find_invalid_token(tokens, 9, part, 2, length) for part in range(2)) == 3
+        assert min(find_invalid_token(tokens[4:], 9, part, 3, length) for part in range(3)) == 1
 
 
 def test_what_is_read_is_data(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.array([{}], dtype=object))
     with pytest.raises(SystemExit, match="no .npz file of numbers"):
-        data.read_arrays(str(tmp_path / "a.npz"))
+        read_arrays(str(tmp_path / "a.npz"))
     for text, message in (
         ("{", "not JSON"),
         ("[" * 100000, "not JSON"),
@@ -599,8 +591,8 @@ def test_what_is_read_is_data(tmp_path):
     ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(SystemExit, match=message):
-            data.read_json(str(tmp_path / "a.json"), ("x",))
-    assert data.printable("a\tb\n\x1b[2J\r\x9b\ud800é") == "a\tb\n\\x1b[2J\\r\\x9b\\ud800é"
+            read_json(str(tmp_path / "a.json"), ("x",))
+    assert printable("a\tb\n\x1b[2J\r\x9b\ud800é") == "a\tb\n\\x1b[2J\\r\\x9b\\ud800é"
 
 
 def test_ids_of_another_tokenizer_are_not_taken():

@@ -1,3 +1,4 @@
+from data.rows import check_row
 import json
 import math
 import os
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+from nanospin import checkpoint
 import data
-import plot
-import taylor
+from tools import plot
+from studies.taylor import analysis
 from conftest import command, read_metrics
-from data import encode_rows, read_rows, tokenizer
-from calibration import (
+from data.rows import encode_rows, read_rows
+from data import tokenizer
+from studies.taylor.calibration import (
     calibration,
     distributions,
     expected_calibration_error,
@@ -21,15 +23,15 @@ from calibration import (
     reliability,
 )
 from eval import (
-    answer,
-    f1,
+    extract_answer,
+    f1_score,
     harness_metrics,
     length_accuracy,
     ranking_metrics,
     sample_metrics,
-    score,
+    response_logprobs,
     win_rate,
-    windows,
+    rolling_windows,
 )
 
 BYTES = tokenizer.load("bytes")
@@ -57,13 +59,13 @@ def test_score_equals_one_sequence_at_a_time(tiny_runs):
         "Q: {prompt}\nA: ",
         64,
     )
-    fast = score(model, rows, 3, torch.device("cpu"))
+    fast = response_logprobs(model, rows, 3, torch.device("cpu"))
     slow = [
         [0.0 if y is None else slow_logprob(model, row["prompt"], y) for y in row["responses"]]
         for row in rows
     ]
     np.testing.assert_allclose(fast, slow, rtol=1e-5)
-    np.testing.assert_array_equal(fast, score(model, rows, 3, torch.device("cpu")))
+    np.testing.assert_array_equal(fast, response_logprobs(model, rows, 3, torch.device("cpu")))
 
 
 def test_ranking_metrics_by_hand():
@@ -113,7 +115,7 @@ def test_calibration_token_by_token(tiny_runs):
     texts = [{"text": "the model reads " * 2 + f"{i} and stops"} for i in range(6)] + [
         {"prompt": "Q", "responses": ["the loss falls", "no"]}
     ]
-    rows, _ = encode_rows([data.check_row(row, "") for row in texts], enc, "<{prompt}>", 64)
+    rows, _ = encode_rows([check_row(row, "") for row in texts], enc, "<{prompt}>", 64)
     for i, row in enumerate(rows):
         row |= {"half": i % 2, "seen": 9 * (i % 3)}
     device = torch.device("cpu")
@@ -185,14 +187,16 @@ def test_calibration_error_by_hand():
 
 def test_a_long_text_is_asked_for_once():
     """The windows of lm-evaluation-harness's own example, a text of ten ids read by four."""
-    assert [(row["prompt"], row["responses"]) for row in windows(list(range(10)), 99, 4)] == [
+    assert [
+        (row["prompt"], row["responses"]) for row in rolling_windows(list(range(10)), 99, 4)
+    ] == [
         ([99], [[0, 1, 2, 3]]),
         ([3], [[4, 5, 6, 7]]),
         ([5, 6, 7], [[8, 9]]),
     ]
-    assert [(row["prompt"], row["responses"]) for row in windows([7], 99, 4)] == [
+    assert [(row["prompt"], row["responses"]) for row in rolling_windows([7], 99, 4)] == [
         ([99], [[7]])
-    ] and [len(row["responses"][0]) for row in windows([1] * 8, 0, 4)] == [4, 4]
+    ] and [len(row["responses"][0]) for row in rolling_windows([1] * 8, 0, 4)] == [4, 4]
 
 
 @torch.no_grad()
@@ -219,7 +223,7 @@ def test_bits_and_choices_one_sequence_at_a_time(tiny_runs):
     rows[2]["responses"] = ["the end"]
     rows[3]["responses"][2] = ""
     long = "the loss of a model falls when it reads what people write and stops at the end ☃ " * 2
-    rows += [data.check_row({"text": text}, "") for text in (long, "what", "ä")]
+    rows += [check_row({"text": text}, "") for text in (long, "what", "ä")]
     length, nats, size, right, right_bytes, n = 64, 0.0, 0, 0, 0, 0
     for row in rows:
         if not row["prompt"]:
@@ -256,11 +260,14 @@ def test_bits_and_choices_one_sequence_at_a_time(tiny_runs):
 
 def test_answers_and_overlap():
     assert (
-        answer("so 3 + 4 = 7\n#### 1,234.") == "1234"
-        and answer("#### 1\n#### -2") == "-2"
-        and answer(" 405 ") == "405"
+        extract_answer("so 3 + 4 = 7\n#### 1,234.") == "1234"
+        and extract_answer("#### 1\n#### -2") == "-2"
+        and extract_answer(" 405 ") == "405"
     )
-    assert f1("Return the name", "return a name") == pytest.approx(2 / 3) and f1("", "x") == 0.0
+    assert (
+        f1_score("Return the name", "return a name") == pytest.approx(2 / 3)
+        and f1_score("", "x") == 0.0
+    )
     m = sample_metrics(
         ["#### 7", "#### 8"], [[1, 256], [1, 2, 3]], ["1 + 6\n#### 7", "#### 9"], 256
     )
@@ -416,7 +423,9 @@ def tn_runs(folder):
 
 
 def test_reliability_curves_are_pooled_by_their_tokens():
-    ((x, y),) = taylor.pooled([[[0.1, 0.2, 20], [0.9, 1.0, 9]], [[0.12, 0.5, 10], [0.95, 0.0, 20]]])
+    ((x, y),) = analysis.pooled(
+        [[[0.1, 0.2, 20], [0.9, 1.0, 9]], [[0.12, 0.5, 10], [0.95, 0.0, 20]]]
+    )
     assert (x, y) == (pytest.approx(3.2 / 30), pytest.approx(9 / 30))
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import frontier
+from nanospin import checkpoint
+from studies.frontier import frontier
 import train
-from data import read_rows
+from data.rows import read_rows
 from data.pydocs.scorer import concrete
 from test_ppo import reward_args
 

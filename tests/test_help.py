@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-import config
+from nanospin import config
 
 SCRIPTS = [
     f

@@ -9,30 +9,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import config
-import hf
+from nanospin import checkpoint
+from nanospin import config
+from tools import hf
 from data import tokenizer
 from model import GPT, GPTConfig
 from tests.conftest import SHARED
 
 CLASSIC = dict(vocab_size=257, block_size=48, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(
-    CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie=False
+    CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie_embeddings=False
 )
 QWEN3 = dict(MODERN, qk_norm=True, head_dim=16)
 OURS = {
     "classic": CLASSIC,
-    "untied": dict(CLASSIC, tie=False, mlp="relu", n_inner=40),
+    "untied": dict(CLASSIC, tie_embeddings=False, mlp="relu", n_inner=40),
     "modern": MODERN,
-    "tied": dict(MODERN, tie=True, norm_eps=1e-6),
+    "tied": dict(MODERN, tie_embeddings=True, norm_eps=1e-6),
     "qkv_bias": dict(MODERN, qkv_bias=True),
     "bias": dict(MODERN, bias=True),
     "scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 32.0], rope_theta=5e5),
     "qk_norm and wide heads": QWEN3,
-    "windowed": dict(MODERN, window=9),
-    "windowed, qkv_bias": dict(MODERN, window=9, qkv_bias=True),
-    "windowed, qk_norm": dict(QWEN3, window=9),
+    "windowed": dict(MODERN, sliding_window=9),
+    "windowed, qkv_bias": dict(MODERN, sliding_window=9, qkv_bias=True),
+    "windowed, qk_norm": dict(QWEN3, sliding_window=9),
 }
 
 
@@ -59,7 +59,7 @@ def make_run(run, shape, enc=None, name="bytes", **settings):
         {"val_loss": 4.25},
         {},
     )
-    assert checkpoint.finished(saving) == ""
+    assert checkpoint.wait_for_save(saving) == ""
     return model
 
 
@@ -90,7 +90,7 @@ def test_out_and_in_again_is_the_identity(name, tmp_path):
     assert (
         back.config == model.config
         and meta["tokenizer"] == "bytes"
-        and checkpoint.damage(checkpoint.latest(str(tmp_path / "back"))) == ""
+        and checkpoint.find_corruption(checkpoint.latest(str(tmp_path / "back"))) == ""
     )
     for (parameter, mine), its in zip(model.named_parameters(), back.parameters()):
         rows = 257 if parameter in ("wte.weight", "lm_head.weight") else None
@@ -190,7 +190,7 @@ def test_what_gpt2_has_not_is_named(setting, value):
 
 
 def test_a_scalar_head_is_left_out(tmp_path, capsys):
-    model = make_run(str(tmp_path / "run"), dict(MODERN, scalar=True), stage="reward")
+    model = make_run(str(tmp_path / "run"), dict(MODERN, scalar_head=True), stage="reward")
     hf.main(["export", str(tmp_path / "run"), f"--out={tmp_path / 'out'}"])
     assert "scalar head" in capsys.readouterr().out
     hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])

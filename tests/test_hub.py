@@ -1,5 +1,7 @@
 """The hub's data sets, each on a little local stand-in of its schema."""
 
+from data.files import write_json
+from data.folder import prepare_command, read_stream
 import gzip
 import importlib
 import json
@@ -14,7 +16,9 @@ import pytest
 
 import data
 from conftest import ROOT
-from data import hub, read_meta, read_rows
+from data import hub
+from data.folder import read_meta
+from data.rows import read_rows
 
 
 def parquet(folder, **splits):
@@ -417,7 +421,7 @@ def killed_at(monkeypatch, when):
         calls.append(path)
         if len(calls) == when:
             raise Killed
-        data.write_json(path, value)
+        write_json(path, value)
 
     monkeypatch.setattr(hub, "write_json", write_json)
 
@@ -448,9 +452,7 @@ def test_a_killed_stream_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     args = [f"--hub={tmp_path}/set", "--tokenizer=bytes", "--val_share=0.2"]
     main([*args, f"--out={tmp_path}/whole"])
     meta = read_meta(f"{tmp_path}/whole", ["train.bin", "val.bin"])
-    streams = np.concatenate(
-        [data.read_stream(f"{tmp_path}/whole", side) for side in ("train", "val")]
-    )
+    streams = np.concatenate([read_stream(f"{tmp_path}/whole", side) for side in ("train", "val")])
     texts = [
         bytes(ids[ids < 256].astype(np.uint8)).decode()
         for ids in np.split(streams, np.flatnonzero(streams == 256) + 1)[:-1]
@@ -471,7 +473,7 @@ def test_a_killed_stream_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
             assert not os.path.exists(f"{out}/meta.json")
             with open(f"{out}/train.bin.partial", "ab") as f:
                 f.write(b"half a docu")
-        monkeypatch.setattr(hub, "write_json", data.write_json)
+        monkeypatch.setattr(hub, "write_json", write_json)
         main([*args, f"--out={out}"])
         assert contents(out) == contents(f"{tmp_path}/whole")
 
@@ -514,7 +516,7 @@ def test_killed_rows_go_on_and_keep_their_settings(tmp_path, monkeypatch):
         killed_at(monkeypatch, when)
         with pytest.raises(Killed):
             main([*args, f"--out={out}"])
-        monkeypatch.setattr(hub, "write_json", data.write_json)
+        monkeypatch.setattr(hub, "write_json", write_json)
         with pytest.raises(SystemExit, match="was begun with --sample=30;") as e:
             main([f"--hub={folder}", "--sample=31", "--rows=45", f"--out={out}"])
         assert "\n" not in str(e.value)
@@ -555,7 +557,7 @@ def test_the_layout_of_a_json_set_killed_and_resumed(tmp_path, monkeypatch):
         killed_at(monkeypatch, when)
         with pytest.raises(Killed):
             main([f"--hub={tmp_path}/set", f"--out={tmp_path}/killed"])
-    monkeypatch.setattr(hub, "write_json", data.write_json)
+    monkeypatch.setattr(hub, "write_json", write_json)
     main([f"--hub={tmp_path}/set", f"--out={tmp_path}/killed"])
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -606,7 +608,7 @@ def test_the_commit_is_found_once_and_kept(tmp_path, monkeypatch):
     killed_at(monkeypatch, 2)
     with pytest.raises(Killed):
         main(args)
-    monkeypatch.setattr(hub, "write_json", data.write_json)
+    monkeypatch.setattr(hub, "write_json", write_json)
     main(args)
     sha = "c0ffee" * 6 + "c0ff"
     assert (
@@ -714,12 +716,11 @@ def test_every_set_states_its_command():
             f"    python -m data.{name}.prepare"
             in importlib.import_module(f"data.{name}.prepare").__doc__
         )
-        assert data.prepare_command(f"data/{name}") == f"python -m data.{name}.prepare"
+        assert prepare_command(f"data/{name}") == f"python -m data.{name}.prepare"
     assert (
-        data.prepare_command("data/openwebtext")
+        prepare_command("data/openwebtext")
         == "python -m data.fineweb.prepare --hub=Skylion007/openwebtext --out=data/openwebtext"
     )
     assert (
-        data.prepare_command("data/tldr_sft")
-        == "python -m data.tldr.prepare --sft --out=data/tldr_sft"
+        prepare_command("data/tldr_sft") == "python -m data.tldr.prepare --sft --out=data/tldr_sft"
     )

@@ -1,9 +1,10 @@
 """The pretraining stream beside the rows: alpha L_GPT + L_FT; and a reference from the preferred responses alone."""
 
+from data.folder import write_meta, write_stream
 import pytest
 import torch
 
-import config
+from nanospin import config
 import train
 from conftest import final_weights, read_metrics
 from test_train import Killed, assert_same_run, killing, refused
@@ -104,8 +105,8 @@ def test_its_data_must_fit(tiny_runs, tiny_data, tmp_path):
     )
     enc = tokenizer.load(str(tmp_path / "other.tiktoken"))
     for split in ("train", "val"):
-        data.write_stream(f"{tmp_path}/{split}.bin", ["some text"] * 50, enc)
-    data.write_meta(str(tmp_path), "other.tiktoken", "made up")
+        write_stream(f"{tmp_path}/{split}.bin", ["some text"] * 50, enc)
+    write_meta(str(tmp_path), "other.tiktoken", "made up")
     assert "was written with the tokenizer" in refused(
         args(
             tiny_runs,
@@ -148,14 +149,14 @@ def test_preferred_ft_is_sft_on_the_rows_of_dpo(tiny_runs, tiny_data, tmp_path):
     ]
     train.main(
         [
-            "config/preferred_ft_local.py",
+            "config/local/preferred_ft.py",
             f"--init={tiny_runs['pretrain']}",
             f"--out_dir={tmp_path}/ft",
             *small,
         ]
     )
     train.main(
-        ["config/dpo_local.py", f"--init={tmp_path}/ft", f"--out_dir={tmp_path}/dpo", *small]
+        ["config/local/dpo.py", f"--init={tmp_path}/ft", f"--out_dir={tmp_path}/dpo", *small]
     )
     assert read_metrics(f"{tmp_path}/dpo", "start")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert all(torch.isfinite(w).all() for w in final_weights(f"{tmp_path}/dpo").values())

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attention
-from attention import Packed, attention_tiles, sees
-from data import batch_rows
+from nanospin import attention
+from nanospin.attention import Packed, attention_tiles, is_visible
+from data.batch import batch_rows
 from loss import sequence_logprobs
 from model import GPT, GPTConfig, init_mean_std
 
@@ -20,11 +20,11 @@ MODERN = dict(
     norm="rmsnorm",
     mlp="swiglu",
     bias=False,
-    tie=False,
+    tie_embeddings=False,
     qk_norm=True,
-    softcap=5.0,
+    logit_softcap=5.0,
 )
-WINDOWED = dict(CLASSIC, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, window=7)
+WINDOWED = dict(CLASSIC, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, sliding_window=7)
 SQUARED = dict(CLASSIC, position="rotary", norm="rmsnorm", mlp="relu2", bias=False)
 
 
@@ -34,7 +34,7 @@ LATER = dict(
     position="sinusoidal",
     mlp="relu",
     attn_proj=False,
-    tie=False,
+    tie_embeddings=False,
     head_bias=True,
     init_scheme="glorot",
     init_noise=0.1,
@@ -150,7 +150,7 @@ def test_tiles_cover_what_is_seen_once():
         queries = index if asked is None else asked
         assert torch.equal(
             seen[: len(queries)],
-            sees(
+            is_visible(
                 batch["doc"], batch["branch"], queries[:, None], index, batch["pos"], window
             ).float(),
         )
@@ -215,7 +215,9 @@ def compilations(monkeypatch):
 
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(attention, "compiled", functools.cache(attention.compiled.__wrapped__))
+    monkeypatch.setattr(
+        attention, "compiled", functools.cache(attention.compile_dynamic.__wrapped__)
+    )
     with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
         yield counter
 
@@ -224,14 +226,14 @@ def test_flex_attentions_masks_are_compiled_for_any_length(compilations):
     """A few times for all lengths: past Dynamo's limit a mask would be made of all pairs."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    fast, compiled_for = attention.compiled(create_block_mask), []
+    fast, compiled_for = attention.compile_dynamic(create_block_mask), []
     for seed in range(9):
         batch = batch_rows(random_rows(seed, 6, [80, 120, 40][seed % 3], 3), multiple=128)
         doc, branch, asked = batch["doc"], batch["branch"], batch["at"].unique()
         for window in (0, 9):
 
             def seen(b, h, i, j):
-                return sees(doc, branch, asked[i], j, batch["pos"], window)
+                return is_visible(doc, branch, asked[i], j, batch["pos"], window)
 
             masks = [
                 make(seen, None, None, len(asked), len(doc), device="cpu")
@@ -463,7 +465,7 @@ def test_too_long():
 
 def test_a_window_by_hand():
     """One layer, against softmax over the last `window` tokens written out."""
-    model = GPT(GPTConfig(**WINDOWED | dict(n_layer=1, n_head=1, n_embd=8, window=3))).double()
+    model = GPT(GPTConfig(**WINDOWED | dict(n_layer=1, n_head=1, n_embd=8, sliding_window=3))).double()
     idx, block, rope = (
         torch.randint(0, 97, (1, 9)),
         model.h[0],

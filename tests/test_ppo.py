@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import config
+from nanospin import checkpoint
+from nanospin import config
 import ppo
 import train
 from conftest import final_weights, read_metrics
-from data import encode_rows, read_rows, tokenizer, write_meta, write_rows
-from eval import run
+from data.rows import encode_rows, read_rows, write_rows
+from data import tokenizer
+from data.folder import write_meta
+from eval import forward_batch
 from loss import kl_estimates, ppo_loss
 from model import GPT, GPTConfig
 from test_parallel import assert_equal_up_to_rounding, torchrun
@@ -191,7 +193,7 @@ def test_the_first_step_is_the_policy_gradient():
             n_head=2,
             n_embd=32,
             position="rotary",
-            scalar=True,
+            scalar_head=True,
         )
     ).double()
     rng = np.random.default_rng(0)
@@ -208,19 +210,19 @@ def test_the_first_step_is_the_policy_gradient():
         }
     batch = ppo.ppo_batch(rows)
     with torch.no_grad():
-        batch["old_logps"], batch["old_values"] = run(model, batch, CPU)[0]
+        batch["old_logps"], batch["old_values"] = forward_batch(model, batch, CPU)[0]
     cfg = config.load(
         [
             "--stage=ppo",
             "--init=x",
             "--reward=x:y",
-            "--clip=0",
-            "--value_clip=0",
+            "--clip_range=0",
+            "--value_clip_range=0",
             "--value_coef=0",
             "--max_steps=1",
         ]
     )
-    loss, metrics = train.ppo_objective(run(model, batch, CPU)[0], batch, cfg, 0.1)
+    loss, metrics = train.ppo_objective(forward_batch(model, batch, CPU)[0], batch, cfg, 0.1)
     params = [p for name, p in model.named_parameters() if not name.startswith("scalar")]
     fast = torch.autograd.grad(loss / len(batch["old_logps"]), params, allow_unused=True)
     slow = 0.0
@@ -255,7 +257,7 @@ def test_advantages_by_hand():
             "--reward=x:y",
             "--max_steps=1",
             "--gae_lambda=1",
-            "--eot_penalty=0.5",
+            "--missing_eos_penalty=0.5",
             "--whiten_advantages=False",
         ]
     )
@@ -282,8 +284,10 @@ def test_advantages_by_hand():
     assert abs(whitened["advantages"].mean()) < 1e-6 and whitened[
         "advantages"
     ].std() == pytest.approx(1, abs=1e-6)
-    assert ppo.standing(cfg, 0, np.full(7, 0.1))["std"] == 1.0  # a reward nobody has earned yet
-    s = ppo.summary(t)
+    assert (
+        ppo.reward_scaling(cfg, 0, np.full(7, 0.1))["std"] == 1.0
+    )  # a reward nobody has earned yet
+    s = ppo.sample_report(t)
     assert (
         s["kl"] == (0.5 + 2.0) / 2
         and s["reward"] == 2.0
@@ -473,7 +477,7 @@ def test_rounds_are_one_optimisation(tiny_runs, tiny_data, ppo_run, tmp_path, mo
         and resume is checkpoint.resume
     )
     train.main(
-        ppo_args(tiny_runs, tiny_data, f"{tmp_path}/cosine", "--schedule=linear", "--min_lr=0")
+        ppo_args(tiny_runs, tiny_data, f"{tmp_path}/cosine", "--schedule=linear", "--min_lr_ratio=0")
     )
     rates = [r["lr"] for r in read_metrics(f"{tmp_path}/cosine", "step")]
     assert all(x > y for x, y in zip(rates, rates[1:])) and rates[6] == pytest.approx(
@@ -590,7 +594,7 @@ def test_refusals(tiny_runs, tiny_data, ppo_run, tmp_path):
     assert "no module named" in refused(
         args + ["--reward=nowhere:f"]
     ).lower() and "test_ppo:nothing" in refused(args + ["--reward=test_ppo:nothing"])
-    assert "clip must be below 1" in refused(args + ["--clip=1.5"])
+    assert "clip must be below 1" in refused(args + ["--clip_range=1.5"])
     os.makedirs(f"{tmp_path}/texts")
     for split in ("train", "val"):
         write_rows(f"{tmp_path}/texts/{split}.jsonl", [{"text": "the loss falls"}] * 8)

@@ -5,6 +5,8 @@ that write down how they were called. Each call is then made in this process, wi
 A call that SMALL or OTHERWISE does not know is an error: a new script has its line there, a new input in `world`.
 """
 
+from data.folder import prepare_command
+from data.rows import write_rows
 import argparse
 import functools
 import glob
@@ -26,7 +28,7 @@ import pytest
 import tiktoken
 import torch.distributed.run
 
-import config
+from nanospin import config
 import data
 import test_hub
 import train
@@ -238,7 +240,7 @@ def world(tmp_path_factory):
     for name in HUB:
         test_hub.parquet(here / "hub" / name, **sets[name] | others.get(name, {}))
     # the teacher's responses, which any model may have written
-    data.write_rows(
+    write_rows(
         str(here / "data" / "ultrachat" / "teacher.jsonl"),
         [
             {"prompt": row["prompt"], "responses": ["no idea"]}
@@ -497,7 +499,7 @@ def need(path):
     command = (
         MADE_BY.get(path)
         or config.maker(path)
-        or (data.prepare_command(path) if path.startswith("data/") else "")
+        or (prepare_command(path) if path.startswith("data/") else "")
     )
     must(command, f"{path}: no such file or folder, and nothing says how it is made")
     check(command.partition("    ")[0])

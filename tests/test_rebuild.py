@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-import checkpoint
-import rebuild
+from nanospin import checkpoint
+from tools import rebuild
 import train
 from conftest import make_data
-from data import read_rows, sha256, write_json, write_rows
+from data.rows import read_rows, write_rows
+from data.files import sha256, write_json
 from test_train import spin_args
 
 
@@ -30,7 +31,7 @@ def played(tiny_runs, tmp_path_factory):
             "--players=data,teacher,self,self-1",
             f"--teacher={teacher}",
             "--rounds=2",
-            "--mix_rounds=1",
+            "--replay_rounds=1",
             "--max_rows=24",
             "--max_steps=3",
             "--temperature=0.9",
@@ -62,9 +63,9 @@ def edited(run, **changes):
 
 
 @pytest.mark.parametrize("round", [0, 1])
-def test_a_round_is_made_again_bit_for_bit(played, tmp_path, capsys, round):
+def test_a_round_is_made_again_bit_for_bit(played, tmp_path, capsys, round_id):
     run, _, _ = played
-    rebuild.main([f"{run}/round_{round}", f"--out={tmp_path}/again"])
+    rebuild.main([f"{run}/round_{round_id}", f"--out={tmp_path}/again"])
     said = capsys.readouterr().out
     assert (
         "bit for bit the same: self_train.jsonl, train.jsonl, train.ref.npz, self_val.jsonl, val.jsonl, val.ref.npz"
@@ -72,11 +73,11 @@ def test_a_round_is_made_again_bit_for_bit(played, tmp_path, capsys, round):
         and "warning" not in said
     )
     for name in ("train.jsonl", "val.jsonl", "self_train.jsonl", "train.ref.npz"):
-        assert sha256(f"{run}/round_{round}/{name}") == sha256(
-            f"{tmp_path}/again/round_{round}/{name}"
+        assert sha256(f"{run}/round_{round_id}/{name}") == sha256(
+            f"{tmp_path}/again/round_{round_id}/{name}"
         )
-    assert len(read_rows(f"{tmp_path}/again/round_{round}/train.jsonl")) == 24
-    assert "no empty folder" in refused(f"{run}/round_{round}", f"--out={tmp_path}/again")
+    assert len(read_rows(f"{tmp_path}/again/round_{round_id}/train.jsonl")) == 24
+    assert "no empty folder" in refused(f"{run}/round_{round_id}", f"--out={tmp_path}/again")
 
 
 def test_what_moved_is_found_where_it_is_said_to_be(played, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """The page of a run: what it says against the run's own files, foreign text, missing pieces; and in a real browser, where there is one
 (NANOSPIN_BROWSER, or a Chromium on PATH), how it looks there."""
 
+from data.folder import write_meta, write_stream
+from data.rows import write_rows
 import base64
 import contextlib
 import html.parser
@@ -14,12 +16,14 @@ import pytest
 
 import data
 import eval
-import report
+from tools import report
 import train
 from conftest import TINY, make_data
-from data import batch_rows, encode_rows, read_rows, reward_batch, tokenizer
-from report.page import curve, ticks, visible
-from report.runs import asked_for, batch_of, kind, read_run
+from data.batch import batch_rows, reward_batch
+from data.rows import encode_rows, read_rows
+from data import tokenizer
+from tools.report.page import curve, ticks, visible
+from tools.report.runs import asked_for, batch_of, kind, read_run
 
 EVIL = "<script>alert(1)</script> \x1b[31m & \u202eabc \"'"
 SMALL = [
@@ -43,12 +47,12 @@ def runs(tiny_runs, tiny_data, tmp_path_factory):
     enc = tokenizer.load(f"{folder}/evil.tiktoken")
     teacher = []
     for split in ("train", "val"):
-        data.write_stream(f"{folder}/{split}.bin", ["what people write " * 20] * 20, enc)
+        write_stream(f"{folder}/{split}.bin", ["what people write " * 20] * 20, enc)
         rows = [
             row | {"prompt": f"{i} {EVIL}", "responses": ["a b"]}
             for i, row in enumerate(read_rows(f"{folder}/{split}.jsonl"))
         ]
-        data.write_rows(f"{folder}/{split}.jsonl", rows)
+        write_rows(f"{folder}/{split}.jsonl", rows)
         for i, row in enumerate(rows):
             text, ids = (
                 ("a b", [*b"a b", enc.eot_token])
@@ -63,8 +67,8 @@ def runs(tiny_runs, tiny_data, tmp_path_factory):
                     "tokenizer": tokenizer.fingerprint(enc),
                 }
             )
-    data.write_meta(folder, "evil.tiktoken", EVIL)
-    data.write_rows(f"{root}/teacher.jsonl", teacher)
+    write_meta(folder, "evil.tiktoken", EVIL)
+    write_rows(f"{root}/teacher.jsonl", teacher)
     train.main(
         [
             "--stage=pretrain",
@@ -241,7 +245,7 @@ def test_samples_are_the_rounds_own(runs, tmp_path):
     )
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_what_is_asked_is_the_responses_with_their_end(layout):
     enc, template = tokenizer.load("bytes"), "Q: {prompt} A: "
     rows, _ = encode_rows(
@@ -334,7 +338,7 @@ def test_missing_pieces_are_said(runs, tmp_path):
         .split("Samples")[0]
     )
     row = read_rows(spin / "round_1" / "val.jsonl")
-    data.write_rows(str(spin / "round_1" / "val.jsonl"), row[:4])
+    write_rows(str(spin / "round_1" / "val.jsonl"), row[:4])
     said(spin, "round_1/val.jsonl is no longer what the run took", "self, round 0")
     (spin / "round_1" / "val.jsonl").write_text("{}\n")
     (spin / "round_1" / "collect.json").unlink()

@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from nanospin import checkpoint
 import eval
 import train
 from conftest import final_weights, read_metrics
-from data import encode_rows, reward_batch, tokenizer, write_meta, write_rows
-from eval import reward_metrics, reward_scores, run
+from data.rows import encode_rows, write_rows
+from data.batch import reward_batch
+from data import tokenizer
+from data.folder import write_meta
+from eval import reward_metrics, reward_scores, forward_batch
 from loss import plackett_luce, reward_loss
 from model import GPT, GPTConfig
 from test_train import Killed, assert_same_run, killing, refused
@@ -101,7 +104,7 @@ def test_plackett_luce_and_the_constants():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_the_score_is_read_at_the_last_token(layout):
     """Against one sequence at a time: prompt + response, end-of-text read as well where there is one."""
     model = GPT(
@@ -112,7 +115,7 @@ def test_the_score_is_read_at_the_last_token(layout):
             n_head=2,
             n_embd=32,
             position="rotary",
-            scalar=True,
+            scalar_head=True,
         )
     ).double()
     rows, _ = encode_rows(
@@ -127,7 +130,7 @@ def test_the_score_is_read_at_the_last_token(layout):
         "Q: {prompt}\nA: ",
         64,
     )
-    scores, batch = run(model, reward_batch(rows, layout), CPU)
+    scores, batch = forward_batch(model, reward_batch(rows, layout), CPU)
     fast = torch.zeros(15, dtype=torch.float64).index_put((batch["slot"],), scores).view(5, 3)
     for b, row in enumerate(rows):
         for k, y in enumerate(row["responses"]):
@@ -150,7 +153,7 @@ def test_the_score_is_read_at_the_last_token(layout):
 
 def test_logps_and_scalars_in_one_pass():
     model = GPT(
-        GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=32, scalar=True)
+        GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=32, scalar_head=True)
     )
     idx = torch.randint(0, 257, (2, 8))
     read = torch.tensor([3, 15, 15])
@@ -217,7 +220,7 @@ def reward_args(runs, data, out, *more):
         "--device=cpu",
         "--eval_rows=24",
         "--batch_size=16",
-        "--kind=pairs",
+        "--loss_type=pairs",
         "--lr=3e-3",
         "--max_steps=30",
         "--eval_interval=10",
@@ -275,7 +278,7 @@ def test_layouts_agree(tiny_runs, graded, reward_run, tmp_path):
 def test_margins_and_plackett_luce_by_config(tiny_runs, graded, tmp_path, tiny_data):
     train.main(
         reward_args(
-            tiny_runs, graded, f"{tmp_path}/pl", "--kind=pl", "--center_coef=0.01", "--max_steps=2"
+            tiny_runs, graded, f"{tmp_path}/pl", "--loss_type=pl", "--center_coef=0.01", "--max_steps=2"
         )
     )
     train.main(
@@ -292,7 +295,7 @@ def test_margins_and_plackett_luce_by_config(tiny_runs, graded, tmp_path, tiny_d
         reward_args(tiny_runs, tiny_data, f"{tmp_path}/none", "--score_margin=0.5")
     )
     assert "kind pl or pairs" in refused(
-        reward_args(tiny_runs, graded, f"{tmp_path}/none", "--kind=ipo")
+        reward_args(tiny_runs, graded, f"{tmp_path}/none", "--loss_type=ipo")
     )
     assert "stage reward's alone" in refused(["--stage=sft", "--center_coef=0.1"])
 

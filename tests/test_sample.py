@@ -1,14 +1,15 @@
+from nanospin.kv_cache import GROUP
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-import attention
+from nanospin import attention
 import sample
-from attention import KVCache
+from nanospin.kv_cache import KVCache
 from conftest import command
 from model import GPT, GPTConfig
-from sample import draw, generate, packed
+from sample import sample_token, generate, prepacked_weights
 from test_model import CLASSIC, MODERN, WINDOWED
 
 
@@ -98,7 +99,7 @@ def test_a_seed_fixes_the_output_whatever_the_batch(model):
 )
 def test_a_cache_that_grows_says_what_whole_texts_say(config, monkeypatch):
     """Rows of unlike lengths in groups of two, through several sizes of the cache, then dealt anew: in float64, a few hundred roundings of 2^-53."""
-    monkeypatch.setitem(attention.GROUP, "cpu", 2)
+    monkeypatch.setitem(GROUP, "cpu", 2)
     model = GPT(GPTConfig(**config | {"block_size": 160})).double().eval()
     lengths = [1, 31, 32, 70]
     texts = torch.randint(0, 97, (4, 160), generator=torch.Generator().manual_seed(0))
@@ -276,10 +277,10 @@ def test_draw_has_the_distribution():
         probs = (logits / options.get("temperature", 1.0)).softmax(-1)
         probs[kept:] = 0
         probs /= probs.sum()
-        found = torch.bincount(draw(many, uniform, **options), minlength=5) / len(uniform)
+        found = torch.bincount(sample_token(many, uniform, **options), minlength=5) / len(uniform)
         assert (found[kept:] == 0).all()
         assert ((found - probs).abs() <= 5 * (probs * (1 - probs) / len(uniform)).sqrt()).all()
-    assert draw(many[:1], uniform[:1], temperature=0).item() == 0
+    assert sample_token(many[:1], uniform[:1], temperature=0).item() == 0
 
 
 def test_draw_is_the_inverse_of_the_cumulative_distribution():
@@ -295,7 +296,7 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution():
         ]
     )
     cdf = logits.double().softmax(-1).cumsum(-1)
-    found = draw(logits.expand(len(uniform), -1), uniform)
+    found = sample_token(logits.expand(len(uniform), -1), uniform)
     assert 100 <= found.min() and found.max() < 200
     for near in (-1e-6, 1e-6):
         at_edge = torch.searchsorted(cdf, (uniform + near).clamp(0, 1 - 1e-12), right=True)
@@ -305,7 +306,7 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "config",
-    [CLASSIC, MODERN, dict(CLASSIC, tie=False, head_bias=True)],
+    [CLASSIC, MODERN, dict(CLASSIC, tie_embeddings=False, head_bias=True)],
     ids=["classic", "modern", "head_bias"],
 )
 @pytest.mark.parametrize("products, tolerance", [(None, 1e-5), (torch.bfloat16, 2**-6)])
@@ -319,17 +320,20 @@ def test_packed_weights_make_the_same_logits(config, products, tolerance):
     model.products = products
     idx = torch.randint(0, 97, (5, 20), generator=torch.Generator().manual_seed(1))
     plain, precision = model(idx), torch.get_float32_matmul_precision()
-    with packed(model, 5), torch.autocast("cpu", torch.bfloat16, enabled=products is not None):
+    with (
+        prepacked_weights(model, 5),
+        torch.autocast("cpu", torch.bfloat16, enabled=products is not None),
+    ):
         made = model(idx)
         assert "head" in model.__dict__ and all(
             "forward" in block.attn.c_attn.__dict__ for block in model.h
         )
     assert (made - plain).abs().max() <= tolerance * plain.abs().max()
-    with pytest.raises(KeyboardInterrupt), packed(model, 5):
+    with pytest.raises(KeyboardInterrupt), prepacked_weights(model, 5):
         raise KeyboardInterrupt
     assert torch.equal(model(idx), plain) and torch.get_float32_matmul_precision() == precision
     model.products = None
-    with packed(model.double(), 5):  # left alone
+    with prepacked_weights(model.double(), 5):  # left alone
         assert "head" not in model.__dict__
 
 
@@ -366,7 +370,7 @@ def test_command_line(tiny_runs, tiny_data, tmp_path):
     out = tmp_path / "samples.jsonl"
     many = run("--prompts", f"{tiny_data}/val.jsonl", "--out", str(out))
     assert many.returncode == 0 and "12 rows" in many.stdout, many.stderr
-    from data import read_rows
+    from data.rows import read_rows
 
     assert all(
         len(row["ids"][0]) <= 16 for row in read_rows(str(out))

@@ -4,17 +4,11 @@ import re
 
 import pytest
 
-import data.show
-from data import (
-    batch_rows,
-    encode_rows,
-    read_rows,
-    read_stream,
-    stream_batch,
-    tokenizer,
-    write_meta,
-    write_rows,
-)
+from tools import show
+from data.batch import batch_rows, stream_batch
+from data.rows import encode_rows, read_rows, write_rows
+from data.folder import read_stream, write_meta
+from data import tokenizer
 
 BYTES = tokenizer.load("bytes")
 

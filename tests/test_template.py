@@ -8,12 +8,14 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-import checkpoint
+from nanospin import checkpoint
 import sample
 import train
-from config import TEMPLATE
+from nanospin.config import TEMPLATE
 from conftest import TINY, command
-from data import check_row, encode_rows, read_meta, read_stream, template, tokenizer
+from data.rows import check_row, encode_rows
+from data.folder import read_meta, read_stream
+from data import template, tokenizer
 from model import GPT, GPTConfig
 from tests.test_hf import fuzzed
 from tests.tokenizers_like import chatml, sentencepiece
@@ -105,7 +107,7 @@ def test_the_same_ids_everywhere(kind, tongues, monkeypatch):
     """500 prompts: a slow, obvious reference is the `tokenizers` package on the whole text."""
     enc, mine, folder = tongues[kind]
     theirs = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-    begin, before, after, _ = template.frame(mine)
+    begin, before, after, _ = template.split_template(mine)
     named = [
         i
         for text, i in tokenizer.specials(enc).items()
@@ -166,7 +168,7 @@ def test_a_conversation(kind, tongues, monkeypatch, capsys):
         ],
     )
     model = GPT(GPTConfig(vocab_size=enc.n_vocab, block_size=512, n_layer=1, n_head=1, n_embd=2))
-    sample.converse(model, enc, mine, lines)
+    sample.chat(model, enc, mine, lines)
     assert capsys.readouterr().out == "Nothing.\nHello there.\nNothing.\n"
     row = {
         "prompt": "Why?",
@@ -217,7 +219,7 @@ def test_chat_streams(tmp_path, capsys, monkeypatch):
         return [ids]
 
     monkeypatch.setattr(sample, "generate", generate)
-    sample.converse(model, enc, DEFAULT, ["hi"])
+    sample.chat(model, enc, DEFAULT, ["hi"])
     assert (
         "".join(printed) == "naïve \\x1b[31m日本\n"
         and steps[1] == "na"
@@ -382,7 +384,7 @@ def test_a_long_chat_forgets_its_oldest_turns(monkeypatch, capsys):
         lambda model, prompts, *args, **kw: [given.append(p) or [*b"yes", 256] for p in prompts],
     )
     mine = "<begin>{turn}Q:{prompt}\nA:{response}\n"
-    sample.converse(model, enc, mine, [f"{i}" * 8 for i in range(6)] + ["z" * 70], max_response=20)
+    sample.chat(model, enc, mine, [f"{i}" * 8 for i in range(6)] + ["z" * 70], max_response=20)
     said = [enc.decode(p) for p in given]
     assert (
         said[1] == "<begin>Q:00000000\nA:yes\nQ:11111111\nA:"
@@ -391,5 +393,5 @@ def test_a_long_chat_forgets_its_oldest_turns(monkeypatch, capsys):
     )
     assert said[6] == "z" * 41 + "\nA:"  # a prompt that is too long by itself is cut at its start
     given.clear()
-    sample.converse(model, enc, mine, ["a" * 12, "b" * 12, "c" * 12])
+    sample.chat(model, enc, mine, ["a" * 12, "b" * 12, "c" * 12])
     assert [len(p) for p in given] == [24, 24, 24]  # half of the block is for an answer

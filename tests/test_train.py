@@ -1,5 +1,7 @@
 """The main path, in this process: stages, resuming, refusing."""
 
+from data.folder import write_meta
+from data.rows import write_rows
 import glob
 import json
 import math
@@ -10,12 +12,14 @@ import threading
 import pytest
 import torch
 
-import checkpoint
-import config
+from nanospin import checkpoint
+from nanospin import config
 import rollout
 import train
 from conftest import TINY, WORDS, final_weights, read_metrics
-from data import read_rows, sha256, write_meta, write_rows
+from data.rows import read_rows, write_rows
+from data.files import sha256
+from data.folder import write_meta
 
 
 def spin_args(runs, data, out, *more):
@@ -68,7 +72,7 @@ def test_the_optimizer_is_as_asked(tiny_runs):
 
 def test_schedules():
     for name, end in (("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)):
-        cfg = config.load(["--max_steps=1", f"--schedule={name}", "--warmup=0.1", "--min_lr=0.1"])
+        cfg = config.load(["--max_steps=1", f"--schedule={name}", "--warmup_ratio=0.1", "--min_lr_ratio=0.1"])
         shares = [train.lr_factor(cfg, s, 100) for s in range(101)]
         assert (
             shares[0] < shares[5] < shares[10] == 1.0
@@ -86,7 +90,7 @@ def test_spin_with_a_teacher_and_history(tiny_runs, tiny_data, tmp_path):
         "--players=data,teacher,self,self-1",
         f"--teacher={tiny_runs['pretrain']}",
         "--rounds=2",
-        "--mix_rounds=1",
+        "--replay_rounds=1",
         "--nll_coef=0.1",
     )
     train.main(args)
@@ -142,17 +146,17 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
             ]  # equal to the data's, the teacher's, to none
             row["responses"] = [t if t is not None else "unused" for t in texts]
             row["ids"] = None
-        data.write_rows(
+        write_rows(
             f"{folder}/{split}.jsonl",
             [{k: v for k, v in row.items() if k != "ids"} for row in rows],
         )
-    data.write_meta(folder, "bytes", "made up")
+    write_meta(folder, "bytes", "made up")
     # greedy samples of so small a model run to the limit; a text that is cut there equals its own prefix
     out = str(tmp_path / "run")
     train.main(spin_args(tiny_runs, folder, out, *cfg_args, "--max_steps=1"))
     rows, first = read_rows(f"{out}/round_0/val.jsonl"), read_rows(f"{folder}/val.jsonl")
     for row, source in zip(
-        rows, rollout.source(config.load(spin_args(tiny_runs, folder, out, *cfg_args)))["val"]
+        rows, rollout.load_rows(config.load(spin_args(tiny_runs, folder, out, *cfg_args)))["val"]
     ):
         kind = first.index(source) % 3
         assert row["same_as"] == [None, None, [0, 1, None][kind]] and (row["ids"][2] is None) == (
@@ -171,8 +175,8 @@ def test_a_prompt_without_room_is_dropped_and_reported(tiny_runs, tiny_data, tmp
     for split in ("train", "val"):
         rows = read_rows(f"{folder}/{split}.jsonl")
         rows[1]["prompt"] = "long " * 50
-        data.write_rows(f"{folder}/{split}.jsonl", rows)
-    data.write_meta(folder, "bytes", "made up")
+        write_rows(f"{folder}/{split}.jsonl", rows)
+    write_meta(folder, "bytes", "made up")
     train.main(
         spin_args(
             tiny_runs,
@@ -207,15 +211,15 @@ def test_changed_data_is_noticed(tiny_runs, tiny_data, tmp_path):
         "--eval_rows=8",
     ]
     train.main(args)
-    data.write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
-    data.write_meta(folder, "bytes", "made up")
+    write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
+    write_meta(folder, "bytes", "made up")
     assert "begun with data_sha256" in refused(args)
-    data.write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
-    data.write_meta(folder, "bytes", "made up")
+    write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
+    write_meta(folder, "bytes", "made up")
     assert "begun with init" in refused(args + [f"--init={tiny_runs['pretrain']}"])
     train.main(args)
-    data.write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
-    data.write_meta(folder, "bytes", "made up")
+    write_rows(f"{folder}/train.jsonl", read_rows(f"{folder}/train.jsonl")[::-1])
+    write_meta(folder, "bytes", "made up")
     os.remove(f"{tmp_path}/r/config.json")
     assert "other rows or another reference" in refused(args)
     os.remove(f"{tmp_path}/r/round_0/train.ref.npz")
@@ -234,7 +238,7 @@ def killing(function, at):
         calls[0] += 1
         if calls[0] > at:
             if not threading.current_thread().name.startswith("save"):
-                checkpoint.thread.submit(
+                checkpoint.save_thread.submit(
                     int
                 ).result()  # a process that is killed leaves no thread that saves on
             raise Killed
@@ -274,7 +278,7 @@ def test_pretraining_resumes_bit_for_bit(tiny_data, tmp_path, monkeypatch, optim
             "--micro_batch_tokens=256",
             f"--optimizer={optimizer}",
             "--lr=1e-3",
-            "--warmup=0.3",
+            "--warmup_ratio=0.3",
             "--dropout=0.1",
             "--weight_decay=0.1",
             *TINY,
@@ -357,7 +361,7 @@ def test_preference_stage(tiny_runs, tiny_data, tmp_path, kind):
             "--lr=5e-4",
             f"--beta={1.0 if kind in ('simpo', 'orpo') else 0.1}",
             "--eval_rows=8",
-            f"--kind={kind}",
+            f"--loss_type={kind}",
             f"--nll_coef={float(kind == 'orpo')}",
         ]
     )
@@ -380,10 +384,10 @@ def test_layouts_train_alike(tiny_runs, tiny_data, tmp_path):
             r["val_loss"] for r in read_metrics(f"{tmp_path}/{out}", "eval")
         ]
 
-    shared = losses("shared", "--layout=shared")
+    shared = losses("shared", "--layout=packed")
     for out, *args in (
         ("padded", "--layout=padded"),
-        ("small", "--layout=shared", "--micro_batch_tokens=64"),
+        ("small", "--layout=packed", "--micro_batch_tokens=64"),
     ):
         for a, b in zip(shared, losses(out, *args), strict=True):
             assert all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True)), (
@@ -402,7 +406,7 @@ def test_documents_apart(tiny_data, tmp_path):
         *TINY,
     ]
     for out, apart in (("apart", True), ("together", False)):
-        train.main([*args, f"--out_dir={tmp_path}/{out}", f"--documents_apart={apart}"])
+        train.main([*args, f"--out_dir={tmp_path}/{out}", f"--document_mask={apart}"])
     apart, together = (read_metrics(f"{tmp_path}/{out}", "eval") for out in ("apart", "together"))
     assert (
         all(math.isfinite(r["val_loss"]) for r in apart)
@@ -493,7 +497,7 @@ def test_taylor_order_on_a_schedule(tmp_path):
         == 0.5
     )
     args = [
-        "config/tn_shp_clean.py",
+        "studies/taylor/config/clean.py",
         f"--data={texts(tmp_path)}",
         "--n_layer=1",
         "--n_embd=32",
@@ -529,7 +533,7 @@ def test_taylor_order_on_a_schedule(tmp_path):
 def test_each_token_loss_learns_and_says_its_calibration(loss, tmp_path):
     """Plain cross-entropy on validation texts falls from uniform's; micro-batches do not change the loss."""
     args = [
-        "config/tn_shp_clean.py",
+        "studies/taylor/config/clean.py",
         f"--data={texts(tmp_path)}",
         "--n_layer=1",
         "--n_embd=32",
@@ -585,13 +589,13 @@ def test_refusals(tiny_runs, tiny_data, tmp_path, monkeypatch):
         base + [f"--data={tmp_path}/none"]
     )
     assert "no checkpoint there" in refused(base + [f"--init={tmp_path}/none"])
-    assert "make it with: python train.py config/demo_sft.py" in refused(
+    assert "make it with: python train.py config/demo/sft.py" in refused(
         base + ["--init=out/demo/sft"]
     )
     assert "n_embd is 64" in refused(base + ["--n_embd=64"])
     assert "not the checkpoint's" in refused(base + [f"--tokenizer={other_tokenizer(tmp_path)}"])
     with monkeypatch.context() as two:
-        two.setattr("parallel.world", lambda: 2)
+        two.setattr("nanospin.distributed.world_size", lambda: 2)
         assert "multiple of the number of ranks, 2" in refused(base + ["--batch_size=5"])
     assert "block_size" in refused(
         [
@@ -662,7 +666,9 @@ def test_the_last_checkpoints_and_the_best_are_kept(tiny_runs, tiny_data, tmp_pa
                 *more,
             ]
         )
-        return [os.path.basename(path) for path in checkpoint.steps_of(f"{tmp_path}/{out}/round_0")]
+        return [
+            os.path.basename(path) for path in checkpoint.list_steps(f"{tmp_path}/{out}/round_0")
+        ]
 
     assert run("last", "--keep_last=3") == ["step_000004", "step_000005", "step_000006"]
     assert run("best", "--keep_best=-val_loss", "--keep_last=1") == [
@@ -764,7 +770,8 @@ def test_bfloat16(tiny_runs, tiny_data, tmp_path):
 
 def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
     """Text is encoded and ends in eot; ids that this tokenizer made are kept as they are, eot or none."""
-    from data import tokenizer, write_rows
+    from data import tokenizer
+    from data.rows import write_rows
 
     name = tokenizer.fingerprint(tokenizer.load("bytes"))
     rows = read_rows(f"{tiny_data}/train.jsonl") + read_rows(f"{tiny_data}/val.jsonl")

@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import config
-import hf
+from nanospin import checkpoint
+from nanospin import config
+from tools import hf
 import sample
-from data import read_rows, tokenizer
+from data.rows import read_rows
+from data import tokenizer
 from data.template import prompt_ids
 from tests.conftest import read_metrics
 from tests.test_parallel import torchrun
@@ -86,7 +87,7 @@ def test_the_recipe_on_two_processes(tiny_data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         "block_size 256" in said
-        and checkpoint.load_model(str(tmp_path / "base"))[0].config.window == 24
+        and checkpoint.load_model(str(tmp_path / "base"))[0].config.sliding_window == 24
         and r"<|user|>\n{prompt}</s>\n<|assistant|>\n{response}" in said
     )
     run = str(tmp_path / "spin")

@@ -10,7 +10,8 @@ import os
 
 import numpy as np
 
-from data import split_of, write_meta, write_rows
+from data.folder import split_of, write_meta
+from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

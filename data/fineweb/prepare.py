@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data import hub, split_of, tokenizer
+from data import hub, tokenizer
+from data.folder import split_of
 
 CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",

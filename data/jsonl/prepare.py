@@ -16,7 +16,9 @@ import os
 
 from tqdm import tqdm
 
-from data import check_row, is_unicode, split_of, tokenizer, write_meta, write_rows, write_stream
+from data.rows import check_row, is_unicode, write_rows
+from data.folder import split_of, write_meta, write_stream
+from data import tokenizer
 
 
 def read(path):

@@ -19,7 +19,9 @@ import sysconfig
 
 from tqdm import tqdm
 
-from data import split_of, tokenizer, write_meta, write_rows, write_stream
+from data.folder import split_of, write_meta, write_stream
+from data import tokenizer
+from data.rows import write_rows
 
 PACKAGES = ["numpy", "torch", "datasets"]
 HERE = os.path.dirname(os.path.abspath(__file__))

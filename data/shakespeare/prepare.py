@@ -6,7 +6,8 @@ python -m data.shakespeare.prepare input.txt --tokenizer=gpt2
 import argparse
 import os
 
-from data import tokenizer, tokenizer_path, write_meta, write_stream
+from data import tokenizer
+from data.folder import tokenizer_path, write_meta, write_stream
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -21,7 +21,9 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from data import hub, longest_shared_prefix, split_of, tokenizer, write_meta, write_rows
+from data import hub, tokenizer
+from data.rows import longest_shared_prefix, write_rows
+from data.folder import split_of, write_meta
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

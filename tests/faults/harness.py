@@ -27,12 +27,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
-import checkpoint  # noqa: E402
+from nanospin import checkpoint  # noqa: E402
 import conftest  # noqa: E402
-import launch  # noqa: E402
+from nanospin import elastic  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
-from data import sha256  # noqa: E402
+from data.files import sha256  # noqa: E402
 
 LIMIT = 120  # seconds after which a run counts as hanging
 
@@ -180,7 +180,7 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
                 before(rank)
             if fault and fault.rank == rank:
                 fault.arm()
-            code = launch.run(main or train.main, argv)
+            code = elastic.run(main or train.main, argv)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -211,7 +211,7 @@ def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
         if before:
             before(int(os.environ["RANK"]))
         try:
-            sys.exit(launch.run(train.main, argv))
+            sys.exit(elastic.run(train.main, argv))
         except Left:
             os._exit = leave
 
@@ -361,7 +361,7 @@ def difference(a, b):
 def tensors_of(path):
     """{tensor's name and place: sha256} of a checkpoint."""
     found = {}
-    for name in checkpoint.files_of(path):
+    for name in checkpoint.list_files(path):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(path, name), framework="np") as f:
                 found |= {

@@ -12,8 +12,8 @@ import signal
 import subprocess
 import time
 
-import checkpoint
-from data import sha256
+from nanospin import checkpoint
+from data.files import sha256
 from tests.faults.harness import Fault, difference, elastic, forget, go, numbers, small_parts, start
 
 
@@ -53,7 +53,7 @@ def bitwise(place, short):
 PHASES = [
     ("data.batch_rows", 3),
     ("model.GPT.forward", 9),
-    ("parallel.whole", 1),
+    ("distributed.gather_full_model", 1),
     ("checkpoint.write", 2),
     ("checkpoint.thin", 2),
     ("rollout.respond", 3),
@@ -61,7 +61,7 @@ PHASES = [
     ("train.evaluate", 2),
     ("checkpoint.save", 3),
     ("rollout.write_rows", 2),
-    ("parallel.total", 8),
+    ("distributed.all_reduce_sum", 8),
     ("checkpoint.load_weights", 1),
 ]
 FAULTS = [
@@ -249,8 +249,8 @@ def saves(place, short):
         bad = [
             path
             for r in (0,)
-            for path in checkpoint.steps_of(f"{out}/round_{r}")
-            if checkpoint.damage(path)
+            for path in checkpoint.list_steps(f"{out}/round_{r}")
+            if checkpoint.find_corruption(path)
         ]
         unloadable += len(bad)
         if bad or run.status not in ([-9], [0]):
@@ -316,8 +316,8 @@ def exits(place, short):
 def corruption(place, short):
     """files of a checkpoint truncated, emptied, one bit flipped, swapped with another save's: noticed, named, the one before taken"""
     whole, failed, tried = place.undisturbed("pretrain", 2, "--tokenizer=bytes"), [], 0
-    older, newest = checkpoint.steps_of(f"{whole}/round_0")
-    names = [*checkpoint.files_of(newest), "manifest.json"]
+    older, newest = checkpoint.list_steps(f"{whole}/round_0")
+    names = [*checkpoint.list_files(newest), "manifest.json"]
     flips = 20 if short else 300
     kinds = [
         (name, kind) for name in names for kind in ("truncated", "emptied", "swapped", "removed")
@@ -342,9 +342,9 @@ def corruption(place, short):
             )
         if kind == "removed":
             os.remove(file)
-        found = checkpoint.damage(newest.replace(whole, out))
+        found = checkpoint.find_corruption(newest.replace(whole, out))
         with contextlib.redirect_stdout(io.StringIO()):
-            taken = checkpoint.newest_good(out)
+            taken = checkpoint.latest_valid(out)
         if name not in found or taken != older.replace(whole, out):
             failed.append(f"{name} {kind}: {found!r}, {taken} taken")
         shutil.rmtree(out)

@@ -21,7 +21,10 @@ from tests.faults.harness import forget, start
 
 import eval
 import sample
-from data import sha256, tokenizer, write_json, write_meta, write_rows, write_stream
+from data.files import sha256, write_json
+from data import tokenizer
+from data.folder import write_meta, write_stream
+from data.rows import write_rows
 
 SECONDS = 5  # in which a mistake must be found
 SHORT = 8  # cases of a short run
@@ -292,7 +295,7 @@ INPUTS = {
     "no layers": ("n_layer must be at least 1", lambda at: pretrain(at, "--n_layer=0")),
     "negative model number": (
         "softcap must not be negative",
-        lambda at: pretrain(at, "--softcap=-1"),
+        lambda at: pretrain(at, "--logit_softcap=-1"),
     ),
     "norm_eps of nothing": ("norm_eps must be", lambda at: pretrain(at, "--norm_eps=-1")),
     "enormous seed": (
@@ -343,7 +346,7 @@ INPUTS = {
         lambda at: sft(at, "--batch_size=5"),
         {"ranks": 2},
     ),
-    "shards": ("must divide the number of ranks", lambda at: sft(at, "--shards=3"), {"ranks": 2}),
+    "shards": ("must divide the number of ranks", lambda at: sft(at, "--hsdp_shard_size=3"), {"ranks": 2}),
     # the data
     "no data": ("make it with", lambda at: sft(at, "--data=/nowhere/data")),
     "no data for two": ("make it with", lambda at: sft(at, "--data=/nowhere/data"), {"ranks": 2}),
@@ -1317,7 +1320,7 @@ PAYLOADS = {
         lambda at: sft(at, "--init=" + run_folder(at, "pretrain", tokenizer=victim(at))),
     ),
     "spells as rows": (
-        lambda at: sft(at, spelled(at), "--max_steps=12", "--spike=0.001", "--batch_size=2"),
+        lambda at: sft(at, spelled(at), "--max_steps=12", "--loss_spike_factor=0.001", "--batch_size=2"),
     ),
     "spells as rows of a game": (lambda at: spin(at, spelled(at), "--temperature=2"),),
     "spells that a teacher lacks": (lambda at: taught(at, f"{at.data}/train.jsonl", spelled(at)),),

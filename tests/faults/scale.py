@@ -7,11 +7,12 @@ import time
 
 import torch
 
-import begin
-import launch
-import parallel
+from nanospin import preflight
+from nanospin import elastic
+from nanospin import distributed
 import train
-from data import write_meta, write_rows
+from data.folder import write_meta
+from data.rows import write_rows
 from tests.faults.harness import ROOT, difference, elastic, free_port, go, small_parts, start
 
 
@@ -76,7 +77,7 @@ def figures(place, short):
             lambda: again.status == [0, 0] and not difference(place.undisturbed("sft", 2), out),
         )
         out = place.new()
-        run = go(place.args("sft", out, "--nonfinite=skip"), 2, before=on_call("sft", 4, bad))
+        run = go(place.args("sft", out, "--on_nonfinite=skip"), 2, before=on_call("sft", 4, bad))
         check(
             f"{name}, skip",
             run,
@@ -104,7 +105,7 @@ def figures(place, short):
     )
     out = place.new()
     run = go(
-        place.args("sft", out, "--max_steps=16", "--spike=3"),
+        place.args("sft", out, "--max_steps=16", "--loss_spike_factor=3"),
         2,
         before=on_call("sft", 14, lambda loss, logps: 20 * loss),
     )
@@ -132,14 +133,14 @@ def differing(place, short):
         train.config.load = lambda argv: load(argv + ["--lr=0.5"] * rank)
 
     def data(rank):
-        read = begin.read_meta
-        begin.read_meta = lambda *args: (
+        read = preflight.read_meta
+        preflight.read_meta = lambda *args: (
             (meta := read(*args)) | {"files": {**meta["files"], "other": rank}}
         )
 
     def code(rank):
-        sha256 = begin.sha256
-        begin.sha256 = lambda path: sha256(path) + "x" * rank
+        sha256 = preflight.sha256
+        preflight.sha256 = lambda path: sha256(path) + "x" * rank
 
     def version(rank):
         torch.__version__ += "x" * rank
@@ -224,9 +225,9 @@ def ranks(place, short):
         def stop_at(rank, until=until):
             good = train.checkpoint.save
 
-            def save(run, round, step, *rest):
-                launch.signals += [15] * (step == until)
-                return good(run, round, step, *rest)
+            def save(run, round_id, step, *rest):
+                elastic.received_signals += [15] * (step == until)
+                return good(run, round_id, step, *rest)
 
             train.checkpoint.save = save
 
@@ -245,16 +246,16 @@ def ways(place, short):
     """HSDP, activation checkpointing, prefetch, weights kept after forward, compiled blocks, sharded sampling: the same losses"""
     failed, offs = [], {}
     cases = [
-        (4, ["--shards=2"]),
-        (2, ["--shards=1"]),
-        (2, ["--recompute=1"]),
-        (2, ["--recompute=2"]),
+        (4, ["--hsdp_shard_size=2"]),
+        (2, ["--hsdp_shard_size=1"]),
+        (2, ["--activation_checkpointing=1"]),
+        (2, ["--activation_checkpointing=2"]),
         (2, ["--prefetch=1"]),
         (2, ["--reshard_after_forward=False"]),
         (2, ["--sample_sharded=True"]),
         (2, ["--sample_sharded=True", "--eval_rows=1"]),
     ]
-    cases += [] if short else [(1, ["--recompute=1"]), (2, ["--compile=True", "--recompute=1"])]
+    cases += [] if short else [(1, ["--activation_checkpointing=1"]), (2, ["--compile=True", "--activation_checkpointing=1"])]
     for n, more in cases[:3] if short else cases:
         out = place.new()
         run = start(place.args("spin3", out, *more), n)
@@ -298,7 +299,7 @@ def memory(place, short):
                     sum(local(p.grad) if p.grad is not None else 0 for p in params)
                 )
 
-            def save_(run, round, step, model, optimizers, *rest):
+            def save_(run, round_id, step, model, optimizers, *rest):
                 sizes["optimizer"] = sum(
                     local(t)
                     for o in optimizers
@@ -310,7 +311,7 @@ def memory(place, short):
                 assert more == [first], "what two micro-batches leave is not as large"
                 with open(f"{out}/sizes{rank}", "w") as f:
                     json.dump(sizes | {"gradients": first}, f)
-                return save(run, round, step, model, optimizers, *rest)
+                return save(run, round_id, step, model, optimizers, *rest)
 
             train.run, train.backward, train.checkpoint.save = run_, backward_, save_
 
@@ -349,7 +350,7 @@ def pause(place, short):
     out, n = place.new(), 2 if short else 4
 
     def note(rank):
-        save, settle, times = train.checkpoint.save, train.settle, []
+        save, settle, times = train.checkpoint.save, train.wait_for_save, []
 
         def save_(*args):
             began = time.time()
@@ -358,13 +359,13 @@ def pause(place, short):
             saving.add_done_callback(lambda _: times.append((held, time.time() - began)))
             return saving
 
-        def settle_(saving, cfg, round, step, log, last=False):
-            settle(saving, cfg, round, step, log, last)
+        def settle_(saving, cfg, round_id, step, log, last=False):
+            settle(saving, cfg, round_id, step, log, last)
             if last and rank == 0:
                 with open(f"{out}/times", "w") as f:
                     json.dump(times, f)
 
-        train.checkpoint.save, train.settle = save_, settle_
+        train.checkpoint.save, train.wait_for_save = save_, settle_
 
     run = go(
         place.args(

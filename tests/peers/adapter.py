@@ -23,12 +23,13 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-import checkpoint
+from nanospin import checkpoint
 import eval
-from data import batch_rows, tokenizer
-from data.template import frame, framed
+from data.batch import batch_rows
+from data import tokenizer
+from data.template import split_template, encode_framed
 from loss import sequence_logprobs
-from sample import generate, text_of
+from sample import generate, response_text
 
 
 @register_model("nanospin")
@@ -60,11 +61,11 @@ class Run(TemplateLM):
             if add_special_tokens is False or string.startswith(tokenizer.begin(self.enc))
             else tokenizer.begin(self.enc)
         )
-        return framed(self.enc, begin + string, "", "", "start")
+        return encode_framed(self.enc, begin + string, "", "", "start")
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """What was said as one text, as the chat template of an export has it."""
-        begin, before, after, end = frame(self.template)
+        begin, before, after, end = split_template(self.template)
         for m in chat_history:
             if m["role"] not in ("user", "assistant"):
                 raise SystemExit(f"roles are user and assistant, not {m['role']}")
@@ -97,7 +98,7 @@ class Run(TemplateLM):
             )
             return [[(logp, n == 0) for logp, n in zip(*both)] for both in zip(sums, others)]
 
-        found = eval.in_batches(
+        found = eval.map_batches(
             self.model, rows, self.tokens, self._device, batch_rows, pick, whole=True
         )
         return [pair for row, pairs in zip(rows, found) for pair in pairs[: len(row["responses"])]]
@@ -145,7 +146,7 @@ class Run(TemplateLM):
                 numbers=which,
             )
             texts |= {
-                i: postprocess_generated_text(text_of(self.enc, ids), stops, None)
+                i: postprocess_generated_text(response_text(self.enc, ids), stops, None)
                 for i, ids in zip(which, new)
             }
         return [texts[i] for i in range(len(requests))]

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import hf
+from nanospin import checkpoint
+from tools import hf
 from data import tokenizer
 from data.template import prompt_ids
 from model import GPTConfig
@@ -64,7 +64,7 @@ LAYOUTS = {
     "llama, padded": dict(LLAMA, vocab_size=320),
     "mistral": MISTRAL,
     "mistral, window": dict(MISTRAL, sliding_window=16),
-    "mistral, window, grouped as one": dict(MISTRAL, sliding_window=9, num_key_value_heads=1),
+    "mistral, window, grouped as one": dict(MISTRAL, sliding_sliding_window=9, num_key_value_heads=1),
     "qwen2, window of all layers": dict(
         QWEN2, use_sliding_window=True, sliding_window=16, max_window_layers=0
     ),
@@ -276,12 +276,12 @@ WRONG = {
     "biases left out": (QWEN2, lambda m, f: edit(f, model_type="mistral"), "no use for 6 tensors"),
     "a window forgotten": (
         LAYOUTS["mistral, window"],
-        lambda m, f: wrong_shape(m, window=0),
+        lambda m, f: wrong_shape(m, sliding_window=0),
         "logits",
     ),
     "a window one too wide": (
         LAYOUTS["mistral, window"],
-        lambda m, f: wrong_shape(m, window=17),
+        lambda m, f: wrong_shape(m, sliding_window=17),
         "logits",
     ),
 }
@@ -320,15 +320,15 @@ def test_a_wrong_export_is_refused(tmp_path, monkeypatch, capsys):
 
 OURS = {
     "gpt2": CLASSIC,
-    "gpt2, untied, relu2": dict(CLASSIC, tie=False, mlp="relu2", n_inner=56),
+    "gpt2, untied, relu2": dict(CLASSIC, tie_embeddings=False, mlp="relu2", n_inner=56),
     "llama": MODERN,
-    "llama, tied": dict(MODERN, tie=True, rope_theta=500.0),
+    "llama, tied": dict(MODERN, tie_embeddings=True, rope_theta=500.0),
     "llama, biases": dict(MODERN, bias=True),
     "qwen2": dict(MODERN, qkv_bias=True),
-    "mistral": dict(MODERN, window=9),
-    "qwen2, windowed": dict(MODERN, qkv_bias=True, window=9),
+    "mistral": dict(MODERN, sliding_window=9),
+    "qwen2, windowed": dict(MODERN, qkv_bias=True, sliding_window=9),
     "qwen3": dict(MODERN, qk_norm=True, head_dim=16),
-    "qwen3, windowed": dict(MODERN, qk_norm=True, window=9),
+    "qwen3, windowed": dict(MODERN, qk_norm=True, sliding_window=9),
     "llama, scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 16.0], rope_theta=500.0),
 }
 

@@ -13,11 +13,13 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; make test-peers installs it")
 
-import checkpoint
+from nanospin import checkpoint
 import eval
-import hf
+from tools import hf
 import train
-from data import read_rows, tokenizer, write_meta, write_rows
+from data.rows import read_rows, write_rows
+from data import tokenizer
+from data.folder import write_meta
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tests.peers.adapter import Run
@@ -34,7 +36,7 @@ RUNS = {
         "--norm=rmsnorm",
         "--mlp=swiglu",
         "--bias=False",
-        "--tie=False",
+        "--tie_embeddings=False",
         "--n_kv_head=1",
     ],
 }

@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from board import named
+from nanospin.wandb_logger import wandb_names
 from loss import linear_logprobs, plackett_luce, preference_loss, reward_loss, sequence_logprobs
 
 B, T, BETA = 6, 11, 0.3
@@ -81,7 +81,7 @@ def test_what_is_sent_to_wandb_is_trls(pairs):
     theirs, (policy, ref, _) = defaultdict(list), pairs
     loss = trl_dpo("sigmoid", *pairs, metrics=theirs)
     _, mine = preference_loss(*(x.sum(1).view(2, B).T for x in (policy, ref)), None, BETA)
-    mine = named(
+    mine = wandb_names(
         {"kind": "eval", "rank_nll": mine["nll"].item()}
         | {name: value.item() for name, value in mine.items() if name != "nll"},
         "spin",

@@ -14,10 +14,10 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed; make test-peers installs it"
 )
 
-import checkpoint
+from nanospin import checkpoint
 import eval
-import hf
-from data import encode_rows, write_rows
+from tools import hf
+from data.rows import encode_rows, write_rows
 from data.template import prompt_ids
 from sample import generate
 from tests.peers import smollm2

@@ -1,0 +1,23 @@
+"""Fine-tune it on grade-school mathematics, worked solutions that end in "#### number".
+
+python -m data.jsonl.prepare ../shared/data/sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train
+python train.py config/local/sft_gsm8k.py         2 CPU cores, 6 minutes (9 on one), validation loss 3.86
+"""
+
+stage = "sft"
+out_dir = "out/sft_gsm8k"
+init = "out/pretrain_local"
+data = "data/gsm8k_sft"
+
+max_prompt = 160
+max_response = 160
+batch_size = 32  # rows
+epochs = 1.0  # 5,900 rows / 32 = 185 steps
+optimizer = "muon"
+muon_lr = 0.02
+lr = 3e-3
+warmup_ratio = 0.05
+schedule = "linear"
+eval_interval = 50
+eval_rows = 128
+log_interval = 10
