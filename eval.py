@@ -1,585 +1,680 @@
-"""Validation loss, ranking accuracy, bits per byte, multiple choice, exact match, win rate; also a command line.
+"""Evaluation: validation loss, ranking accuracy, bits per byte, exact match, win rate.
 
-    python eval.py sft=out/demo/sft                                                   # validation loss, a sample's figures
-    python eval.py sft=out/demo/sft spin=out/demo/spin_k2 --judge=out/demo/sft_teacher    # and win rate against the first
-    python eval.py sft=out/demo/sft sft_cold=out/demo/sft@0.5 --out=eval.json         # @ is the sampling temperature
-    python eval.py rm=out/reward --data=data/ranked                                   # a reward model's accuracy; as --judge it scores
-    python eval.py report out/demo/spin_k2 --out=report.html                          # a page of a run
+    python eval.py sft=out/demo/sft
+    python eval.py sft=out/demo/sft spin=out/demo/spin_k3 --judge=out/demo/sft_teacher
+    python eval.py sft=out/demo/sft cold=out/demo/sft@0.5 --out=out/eval     # @ temperature
+    python eval.py rm=out/reward --data=data/ranked                          # a reward model
 
-Everything is measured on the same held-out rows, sampled under the checkpoint's own template and limits.
+All checkpoints are measured on the same held-out rows. Each is sampled with its own template and
+limits.
 """
 
-import argparse
 import bisect
 import math
 import os
 import re
-import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanospin import checkpoint
-from nanospin import distributed
+from data import tokenizer
 from data.batch import (
-    INPUTS,
+    Batch,
     batch_rows,
+    count_row_tokens,
     permutation,
     reward_batch,
-    count_row_tokens,
     split_by_tokens,
     stream_batch,
 )
-from data.rows import prompt_key, encode_rows, prompt_fields, read_rows, write_rows
-from data.files import printable, write_json
-from data import tokenizer
+from data.files import write_json
+from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
 from loss import chosen_rejected_metrics, plackett_luce, sequence_logprobs
-from sample import device_type, number_type, respond
+from model import GPT
+from nanospin import checkpoint, cli, distributed
+from nanospin.distributed import all_reduce_sum, world_size
+from sample import respond
+
+EVAL_TOKENS = 8192  # tokens per forward pass of the command line
+
+# ------------------------------------------------------------- forward passes without gradients
 
 
 @torch.no_grad()
-def stream_loss(model, tokens, cfg, device, eot=None):
-    """Mean cross-entropy a token over `eval_batches` batches of the validation stream, the same ones for every run."""
+def stream_loss(model, tokens, cfg, device, document_end: int | None = None) -> float:
+    """Mean cross-entropy per token over `eval_batches` batches of the validation stream, which are
+    the same for every run."""
     was_training = model.training
     model.eval()
-    nll, count, length = torch.zeros((), dtype=torch.float64), 0, model.config.block_size
-    parts = stream_micro_batches(cfg, length, device)
+    length, vocab_size = model.config.block_size, model.config.vocab_size
+    nll = torch.zeros((), dtype=torch.float64)
+    num_targets = 0
     for step in range(cfg.eval_batches):
-        for part in parts:
+        for part in stream_micro_batches(cfg, length, device):
             batch = stream_batch(
-                tokens, length, cfg.batch_size, 0, step, model.config.vocab_size, part, eot
-            )
-            nll -= forward_batch(model, batch, device)[0].double().sum().cpu()
-            count += batch["targets"].numel()
+                tokens, length, cfg.batch_size, 0, step, vocab_size, part, document_end
+            ).to(device)
+            logps = model(batch.idx, batch.targets, **batch.layout())
+            nll -= logps.double().sum().cpu()
+            num_targets += batch.num_targets
     distributed.reshard(model)
     model.train(was_training)
-    nll, count = distributed.all_reduce_sum([nll, count], device)
-    return nll / count
+    nll, num_targets = all_reduce_sum([nll, num_targets], device)
+    return nll / num_targets
 
 
-def stream_micro_batches(cfg, length, device):
-    """This rank's micro-batches of a batch of windows, as slices of it; every rank has as many."""
-    share, size = (
-        cfg.batch_size // distributed.world_size(),
-        max(1, distributed.micro_batch_tokens(cfg, device) // length),
-    )
-    first, end = distributed.rank() * share, (distributed.rank() + 1) * share
+def stream_micro_batches(cfg, length: int, device) -> list[slice]:
+    """This rank's part of a global batch of windows, as slices. Every rank has as many."""
+    share = cfg.batch_size // world_size()
+    size = max(1, distributed.micro_batch_tokens(cfg, device) // length)
+    first = distributed.rank() * share
+    end = first + share
     return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
 
-def forward_batch(model, batch, device, whole=False):
-    """(logps of a batch's targets, the batch on the device); whole: all logits at those places, (..., V)."""
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    return model(
-        **{
-            name: batch[name]
-            for name in INPUTS
-            if name in batch and not (whole and name == "targets")
-        }
-    ), batch
-
-
 @torch.no_grad()
-def map_batches(model, rows, tokens, device, make, pick, desc=None, layout="packed", whole=False):
-    """What `pick` takes of the model's output (whole: of all its logits), [one for each row], on every rank; about `tokens` tokens
-    at a time. make(rows, layout) -> batch; pick(output, batch) -> [one for each of its rows]."""
+def map_batches(
+    model,
+    rows: list[dict],
+    tokens: int,
+    device,
+    make_batch: Callable,
+    function: Callable,
+    desc: str | None = None,
+    layout: str = "packed",
+) -> list:
+    """function(batch) for all rows, about `tokens` tokens at a time -> one result per row, on every
+    rank. The model is in evaluation mode.
+
+    make_batch(rows, layout) -> Batch; function(batch) -> a result for each of its rows.
+    desc: title of a progress bar; None: no bar.
+    """
     was_training = model.training
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: count_row_tokens(rows[i], layout))
     sizes = [count_row_tokens(rows[i], layout) for i in order]
-    parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
+    num_batches = min(len(rows), math.ceil(sum(sizes) / tokens))
+    parts = list(distributed.batches_of_rank(split_by_tokens(sizes, num_batches)))
+    hide_bar = None if desc and distributed.rank() == 0 else True  # None: hide without a terminal
     results = {}
-    for part in tqdm(
-        list(distributed.batches_of_rank(parts)),
-        desc=desc,
-        disable=None if desc and distributed.rank() == 0 else True,
-    ):
+    for part in tqdm(parts, desc=desc, disable=hide_bar):
         indices = [order[i] for i in part]
-        results.update(
-            zip(
-                indices,
-                pick(
-                    *forward_batch(model, make([rows[i] for i in indices], layout), device, whole)
-                ),
-            )
-        )
+        batch = make_batch([rows[i] for i in indices], layout).to(device)
+        results.update(zip(indices, function(batch)))
     distributed.reshard(model)
     model.train(was_training)
     return distributed.merge_results(len(rows), results)
 
 
-def response_logprobs(model, rows, tokens, device, desc=None, layout="packed"):
-    """log pi(y_k|x) of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank.
-    Policy and reference both go through here."""
+def response_logprobs(
+    model, rows: list[dict], tokens: int, device, desc: str | None = None, layout: str = "packed"
+) -> np.ndarray:
+    """log pi(y_k|x) of every response of encoded rows -> (rows, K) float32, 0 where absent, on
+    every rank. Policy and reference are both computed here."""
 
-    def pick(logps, batch):
-        B, k = batch["present"].shape
-        return sequence_logprobs(logps, batch["seq"], B * k).view(B, k).cpu().numpy()
+    def score(batch: Batch):
+        B, K = batch.response_mask.shape
+        logps = model(batch.idx, batch.targets, **batch.layout())
+        return sequence_logprobs(logps, batch.seq, B * K).view(B, K).cpu().numpy()
 
-    return pad_and_stack(map_batches(model, rows, tokens, device, batch_rows, pick, desc, layout))
-
-
-def reward_scores(model, rows, tokens, device, desc=None, layout="packed"):
-    """A reward model's score of every response of encoded rows -> float32 array (rows, K), 0 where absent; on every rank."""
-
-    def pick(scores, batch):
-        B, k = batch["present"].shape
-        return scores.new_zeros(B * k).index_put((batch["slot"],), scores).view(B, k).cpu().numpy()
-
-    return pad_and_stack(map_batches(model, rows, tokens, device, reward_batch, pick, desc, layout))
+    return pad_and_stack(map_batches(model, rows, tokens, device, batch_rows, score, desc, layout))
 
 
-def pad_and_stack(rows):
-    """Arrays of at most K numbers as one (rows, K), 0 where one has fewer."""
-    K = max(map(len, rows))
+def reward_scores(
+    model, rows: list[dict], tokens: int, device, desc: str | None = None, layout: str = "packed"
+) -> np.ndarray:
+    """A reward model's score of every response -> (rows, K) float32, 0 where it is absent."""
+
+    def score(batch: Batch):
+        B, K = batch.response_mask.shape
+        scores = model.values(batch.idx, batch.value_positions, **batch.layout())
+        scores = scores.new_zeros(B * K).index_put((batch.slot,), scores)
+        return scores.view(B, K).cpu().numpy()
+
+    scores = map_batches(model, rows, tokens, device, reward_batch, score, desc, layout)
+    return pad_and_stack(scores)
+
+
+def pad_and_stack(rows: list) -> np.ndarray:
+    """Arrays of at most K numbers -> (rows, K), padded with 0."""
+    K = max(len(row) for row in rows)
     return np.stack([np.pad(row, (0, K - len(row))) for row in rows])
 
 
-def loss_metrics(logps, rows):
-    """Cross-entropy a token on each row's best response, from `score`: whatever was trained, this is comparable."""
-    lengths = np.array([len(r["responses"][0]) for r in rows])
+# ------------------------------------------------------------------------- metrics of rankings
+
+
+def pad_rows_to_K(rows: list[dict], K: int) -> list[dict]:
+    """Rows with absent responses added, so that each has K."""
+    padded = []
+    for row in rows:
+        missing = K - len(row["responses"])
+        full = row | {
+            "responses": row["responses"] + [None] * missing,
+            "ranks": row["ranks"] + [K] * missing,
+        }
+        if "ref" in row:
+            full["ref"] = row["ref"] + [0.0] * missing
+        padded.append(full)
+    return padded
+
+
+def response_masks(rows: list[dict]) -> np.ndarray:
+    """(rows, K) bool: which responses are there. All rows have K."""
+    return np.array([[response is not None for response in row["responses"]] for row in rows])
+
+
+def response_lengths(rows: list[dict]) -> np.ndarray:
+    """(rows, K) tokens, 0 where a response is absent. All rows have K."""
+    return np.array([[len(response or []) for response in row["responses"]] for row in rows])
+
+
+def loss_metrics(logps: np.ndarray, rows: list[dict]) -> dict[str, float]:
+    """Cross-entropy per token on each row's best response, whatever objective was trained."""
+    lengths = np.array([len(row["responses"][0]) for row in rows])
     return {"val_loss": float(-logps[:, 0].sum() / lengths.sum())}
 
 
-def ranking_metrics(logps, refs, rows, beta, names):
-    """What a round reports of its held-out rows. logps, refs (rows, K) from `score`; names: the K players.
+def ranking_metrics(
+    logps: np.ndarray, refs: np.ndarray, rows: list[dict], beta: float, players: list[str]
+) -> dict[str, float]:
+    """Metrics of a round's held-out rows. logps and refs are (rows, K), from `response_logprobs`.
 
-    rank_nll       Plackett-Luce on the implicit rewards; acc, acc_se: every ordered pair, see `pair_accuracy`
-    acc/NAME       share of rows in which that response is above all worse ones
-    reward/NAME    mean implicit reward; logp/NAME mean log-probability of the response under the policy
-    margin, reward_chosen ...   of the rows in which something is ranked: loss.best_and_others
-    kl_from_ref    KL(pi_ref || pi_theta) a token, the Monte-Carlo mean of log pi_ref - log pi_theta over what the
-                   reference sampled (player "self"); without such a player it is left out
+    rank_nll             Plackett-Luce on the implicit rewards
+    acc, acc_se          share of ordered pairs in the right order, see `pair_accuracy`
+    margin, reward_chosen, ...   see `loss.chosen_rejected_metrics`
+    acc/PLAYER           share of rows in which this response beats all worse ones
+    reward/PLAYER        mean implicit reward
+    logp/PLAYER          mean log-probability of the response under the policy
+    kl_from_ref          KL(pi_ref || pi_theta) per token: the mean of log pi_ref - log pi_theta
+                         over the reference's own samples, the player "self". Left out without one
     """
-    present = np.array([[r is not None for r in row["responses"]] for row in rows])
-    lengths = np.array([[len(r or []) for r in row["responses"]] for row in rows])
+    mask = response_masks(rows)
+    lengths = response_lengths(rows)
     ranks = np.array([row["ranks"] for row in rows])
     rewards = beta * (logps - refs)
     metrics = loss_metrics(logps, rows)
-    ranked = present.sum(1) >= 2
+
+    ranked = mask.sum(1) >= 2
     if ranked.any():
-        scores, policy, there = (torch.from_numpy(a[ranked]) for a in (rewards, logps, present))
-        nll = plackett_luce(scores, there, ranks=torch.from_numpy(ranks[ranked]))
-        above = (
-            (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-        )  # k should beat j
-        right, acc, error = pair_accuracy(rewards, above)
-        metrics |= {"rank_nll": float(nll.mean()), "acc": acc, "acc_se": error} | {
-            name: float(value)
-            for name, value in chosen_rejected_metrics(scores, policy, there).items()
-        }
-        for k, name in enumerate(names[:-1]):
-            prompt_key = above[:, k].any(-1)
-            if prompt_key.any():
-                metrics[f"acc/{name}"] = float(
-                    (right[:, k] == above[:, k]).all(-1)[prompt_key].mean()
-                )  # a tie is not above
-    for k, name in enumerate(names):
-        if present[:, k].any():
-            metrics[f"reward/{name}"] = float(rewards[:, k][present[:, k]].mean())
-            metrics[f"logp/{name}"] = float(logps[:, k][present[:, k]].mean())
-    if "self" in names:
-        k = names.index("self")
-        if present[:, k].any():
-            metrics["kl_from_ref"] = float(
-                (refs - logps)[:, k][present[:, k]].sum() / lengths[:, k][present[:, k]].sum()
-            )
+        scores = torch.from_numpy(rewards[ranked])
+        policy = torch.from_numpy(logps[ranked])
+        ranked_mask = torch.from_numpy(mask[ranked])
+        nll = plackett_luce(scores, ranked_mask, ranks=torch.from_numpy(ranks[ranked]))
+        worse = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+        right, acc, error = pair_accuracy(rewards, worse)
+        metrics["rank_nll"] = float(nll.mean())
+        metrics["acc"] = acc
+        metrics["acc_se"] = error
+        for name, value in chosen_rejected_metrics(scores, policy, ranked_mask).items():
+            metrics[name] = float(value)
+        for k, player in enumerate(players[:-1]):
+            has_worse = worse[:, k].any(-1)
+            if has_worse.any():
+                beats_all = (right[:, k] == worse[:, k]).all(-1)  # a tie counts half: not equal
+                metrics[f"acc/{player}"] = float(beats_all[has_worse].mean())
+
+    for k, player in enumerate(players):
+        there = mask[:, k]
+        if there.any():
+            metrics[f"reward/{player}"] = float(rewards[there, k].mean())
+            metrics[f"logp/{player}"] = float(logps[there, k].mean())
+    if "self" in players:
+        k = players.index("self")
+        there = mask[:, k]
+        if there.any():
+            nats = (refs - logps)[there, k].sum()
+            metrics["kl_from_ref"] = float(nats / lengths[there, k].sum())
     return metrics
 
 
-def pair_accuracy(scores, pairs):
-    """How often the first of a pair has the higher score, a tie half. scores (rows, K); pairs (rows, K, K), which (i, j) are asked
-    -> (right (rows, K, K), the share over all pairs, its standard error with rows as the independent units)."""
-    lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
-    right = pairs * ((lead > 0) + 0.5 * (lead == 0))
-    wins, n = right.sum((1, 2)), pairs.sum((1, 2))
-    share = wins.sum() / max(1, n.sum())
-    # a ratio of sums over rows: its error is that of the rows' residuals
-    return right, float(share), float(np.sqrt(((wins - share * n) ** 2).sum()) / max(1, n.sum()))
+def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """How often the first of a pair has the higher score; a tie counts half.
+
+    scores (rows, K); pairs (rows, K, K) bool, which pairs (i, j) count. Returns right (rows, K, K),
+    the share over all pairs, and its standard error with rows as the independent units.
+    """
+    diff = scores[:, :, None].astype(np.float64) - scores[:, None, :]
+    right = pairs * ((diff > 0) + 0.5 * (diff == 0))
+    wins = right.sum((1, 2))
+    n = pairs.sum((1, 2))
+    total = max(1, n.sum())
+    share = wins.sum() / total
+    # The share is a ratio of sums over rows, so its error is that of the rows' residuals.
+    error = np.sqrt(((wins - share * n) ** 2).sum()) / total
+    return right, float(share), float(error)
 
 
-def reward_metrics(scores, rows):
-    """A reward model's held-out figures. scores (rows, K) from `reward_scores`, 0 where absent.
+def reward_metrics(scores: np.ndarray, rows: list[dict]) -> dict[str, float]:
+    """Held-out metrics of a reward model. scores (rows, K) from `reward_scores`.
 
-    pair_nll     mean over rows of its pairs' mean -log sigmoid(s_i - s_j); ln 2 = 0.6931 of equal scores
-    acc          share of ordered pairs that are right, a tie half; acc_se: standard error, with rows as the independent units
-    length_acc   the same of length in tokens alone, as the limits leave it: what a reward that knows nothing else gets
-    acc@d, pairs@d   of pairs d ranks apart (ranks count distinct places: the best and the next best are 1 apart)
+    pair_nll      mean over rows of the mean -log sigmoid(s_i - s_j) of their pairs; ln 2 = 0.6931
+                  if all scores are equal
+    acc, acc_se   share of ordered pairs in the right order, see `pair_accuracy`
+    length_acc    the same if the score were the length in tokens
+    acc@d, pairs@d    of pairs d distinct ranks apart
     score, score_std  of all responses
     """
-    K = scores.shape[1]
-    present = np.array(
-        [
-            [y is not None for y in row["responses"]] + [False] * (K - len(row["responses"]))
-            for row in rows
-        ]
-    )
-    taken = [
-        sorted({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) for row in rows
-    ]
-    place = np.array(
-        [
-            [bisect.bisect_left(some, r) for r in row["ranks"]] + [K] * (K - len(row["ranks"]))
-            for some, row in zip(taken, rows)
-        ]
-    )
-    apart = np.where(
-        present[:, :, None] & present[:, None, :], place[:, None, :] - place[:, :, None], 0
-    )  # (rows, i, j)
-    lead = scores[:, :, None].astype(np.float64) - scores[:, None, :]
+    rows = pad_rows_to_K(rows, scores.shape[1])
+    mask = response_masks(rows)
+    places = np.array([dense_ranks(row) for row in rows])
+    both = mask[:, :, None] & mask[:, None, :]
+    apart = np.where(both, places[:, None, :] - places[:, :, None], 0)  # (rows, i, j)
     pairs = apart > 0
+
+    diff = scores[:, :, None].astype(np.float64) - scores[:, None, :]
     n = pairs.sum((1, 2))
-    nll = (np.logaddexp(0, -lead) * pairs).sum((1, 2))[n > 0] / n[n > 0]
+    nll = (np.logaddexp(0, -diff) * pairs).sum((1, 2))[n > 0] / n[n > 0]
     right, acc, error = pair_accuracy(scores, pairs)
-    lengths = np.array(
-        [
-            [len(y or []) for y in row["responses"]] + [0] * (K - len(row["responses"]))
-            for row in rows
-        ]
-    )
+    _, length_acc, _ = pair_accuracy(response_lengths(rows), pairs)
     metrics = {
         "pair_nll": float(nll.mean()),
         "acc": acc,
         "acc_se": error,
-        "length_acc": pair_accuracy(lengths, pairs)[1],
+        "length_acc": length_acc,
     }
     for d in range(1, int(apart.max()) + 1):
-        if (apart == d).any():
-            metrics |= {
-                f"acc@{d}": float(right[apart == d].mean()),
-                f"pairs@{d}": int((apart == d).sum()),
-            }
-    return metrics | {
-        "score": float(scores[present].mean()),
-        "score_std": float(scores[present].std()),
-    }
+        at_distance = apart == d
+        if at_distance.any():
+            metrics[f"acc@{d}"] = float(right[at_distance].mean())
+            metrics[f"pairs@{d}"] = int(at_distance.sum())
+    metrics["score"] = float(scores[mask].mean())
+    metrics["score_std"] = float(scores[mask].std())
+    return metrics
 
 
-def extract_answer(text):
+def dense_ranks(row: dict) -> list[int]:
+    """The ranks of a row counted without gaps among the responses that are there: 0, 1, 1, 2 ..."""
+    there = set()
+    for rank, response in zip(row["ranks"], row["responses"]):
+        if response is not None:
+            there.add(rank)
+    distinct = sorted(there)
+    return [bisect.bisect_left(distinct, rank) for rank in row["ranks"]]
+
+
+# ------------------------------------------------------------------------- metrics of samples
+
+
+def extract_answer(text: str) -> str:
     """What exact match compares: the number after "####" (GSM8K), or the whole text."""
     found = re.findall(r"####\s*(-?[\d.,]+)", text)
-    return found[-1].replace(",", "").rstrip(".") if found else text.strip()
+    if found:
+        return found[-1].replace(",", "").rstrip(".")
+    return text.strip()
 
 
-def sample_metrics(texts, ids, references, eot):
-    """Of sampled responses: share ended by eot, mean length in tokens, exact match with the references (texts)."""
+def sample_metrics(texts, ids, references, eot: int) -> dict[str, float]:
+    """Of sampled responses: share that ended, mean length in tokens, exact match and F1 with the
+    reference texts."""
+    pairs = list(zip(texts, references))
+    exact = [extract_answer(text) == extract_answer(reference) for text, reference in pairs]
     return {
-        "ended": float(np.mean([i[-1] == eot for i in ids])),
-        "length": float(np.mean([len(i) for i in ids])),
-        "exact_match": float(
-            np.mean([extract_answer(t) == extract_answer(r) for t, r in zip(texts, references)])
-        ),
-        "f1": float(np.mean([f1_score(t, r) for t, r in zip(texts, references)])),
+        "ended": float(np.mean([y[-1] == eot for y in ids])),
+        "length": float(np.mean([len(y) for y in ids])),
+        "exact_match": float(np.mean(exact)),
+        "f1": float(np.mean([f1_score(text, reference) for text, reference in pairs])),
     }
 
 
-def f1_score(text, reference):
+def f1_score(text: str, reference: str) -> float:
     """F1 of the two bags of words, as SQuAD measures answers (arXiv 1606.05250)."""
-    a, b = Counter(text.lower().split()), Counter(reference.lower().split())
+    a = Counter(text.lower().split())
+    b = Counter(reference.lower().split())
     common = (a & b).total()
     return 2 * common / max(1, a.total() + b.total())
 
 
-def length_accuracy(data, other):
-    """How well length alone tells the data's responses from others', the better of its two directions; a tie is a coin.
-    data, other: lengths in tokens."""
-    longer = np.mean((np.array(data) > other) + 0.5 * (np.array(data) == other))
+def length_accuracy(data_lengths, other_lengths) -> float:
+    """How well length alone separates the data's responses from others, in the better of the two
+    directions. A tie counts half."""
+    data, other = np.array(data_lengths), np.array(other_lengths)
+    longer = np.mean((data > other) + 0.5 * (data == other))
     return float(max(longer, 1 - longer))
 
 
-def rolling_windows(ids, first, length):
-    """A whole text's ids as rows that ask for each of them once and read at most `length`: `first` stands before the first of them,
-    one id before a next row's, before the last row's as many as fit. So lm-evaluation-harness cuts it (rolling)."""
-    ids, n = [first, *ids], len(ids)
-    return [
-        {
-            "prompt": ids[max(0, min(s + length, n) - length) : s + 1],
-            "responses": [ids[s + 1 : s + length + 1]],
-            "ranks": [0],
-        }
-        for s in range(0, n, length)
-    ]
+# ------------------------------------------------- what lm-evaluation-harness says of an export
 
 
-def harness_metrics(model, enc, rows, encoded, device):
-    """What lm-evaluation-harness says of an export, on the same rows: the policy alone, no reference, and of each response what follows
-    the prompt *without* end-of-text. encoded: from `encode_rows`, None where dropped. Rows with an empty response are left out.
+def rolling_windows(ids: list[int], first: int, length: int) -> list[dict]:
+    """A whole text as rows of at most `length` tokens that predict each id exactly once, cut as
+    lm-evaluation-harness does (rolling). `first` stands before the first id. Windows begin with the
+    id before, and the last one with as much context as fits."""
+    n = len(ids)
+    ids = [first, *ids]
+    rows = []
+    for start in range(0, n, length):
+        context = ids[max(0, min(start + length, n) - length) : start + 1]
+        predicted = ids[start + 1 : start + length + 1]
+        rows.append({"prompt": context, "responses": [predicted], "ranks": [0]})
+    return rows
 
-    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes, as far as the limits leave them; a whole text is asked for whole,
-                      in `windows` of block_size, its first token after an end-of-text (or the tokenizer's own beginning of a text)
-    choice_acc        of rows with several responses: how often the best has the highest log-probability; of equal ones the first counts (acc)
-    choice_acc_bytes  the same of log-probabilities a UTF-8 byte (acc_bytes; acc_norm takes them a character)
 
-    The harness encodes prompt and response as one text and moves the prompt's last spaces to the response: the ids are the same where the
-    template ends in no space and the response begins as a word of the tokenizer does, with a space.
+def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
+    """What lm-evaluation-harness reports of an exported checkpoint, on the same rows. There is no
+    reference, and responses are scored without their end-of-text.
+
+    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes. A whole text is scored
+                      in `rolling_windows` of block_size, after a beginning-of-text
+    choice_acc        of rows with several responses: how often the best has the highest
+                      log-probability. Of equal ones the first counts (`acc` of the harness)
+    choice_acc_bytes  the same with log-probabilities per UTF-8 byte (acc_bytes)
+
+    encoded: from `encode_rows`, None where a row was dropped. Rows with an empty response are left
+    out. The harness encodes prompt and response as one text and moves the prompt's last spaces into
+    the response. The ids are the same if the template ends without a space and the response begins
+    as a word of the tokenizer does, with one.
     """
-    scored, sizes = [], []
+    scored, sizes = [], []  # encoded rows, and the bytes of each of their responses
     for row, ids in zip(rows, encoded):
         if not row["prompt"]:
-            first = tokenizer.specials(enc).get(
-                tokenizer.begin(enc), enc.eot_token
-            )  # an export's bos_token
-            parts = rolling_windows(
-                tokenizer.encode(enc, row["responses"][0]), first, model.config.block_size
-            )
-            scored += parts
-            sizes += [[len(row["responses"][0].encode())]] + [[0]] * (len(parts) - 1)
+            text = row["responses"][0]
+            first = tokenizer.specials(enc).get(tokenizer.begin(enc), enc.eot_token)
+            windows = rolling_windows(tokenizer.encode(enc, text), first, model.config.block_size)
+            scored += windows
+            sizes += [[len(text.encode())]] + [[0]] * (len(windows) - 1)
         elif ids is not None:
-            ended = [y is not None and y[-1] == enc.eot_token for y in ids["responses"]]
-            bare = [y[:-1] if end else y for y, end in zip(ids["responses"], ended)]
-            if [] not in bare:
-                scored.append(ids | {"responses": bare})
-                sizes.append(
-                    [
-                        0 if y is None else len((text if end else enc.decode(y)).encode())
-                        for text, y, end in zip(row["responses"], bare, ended)
-                    ]
-                )
+            responses, num_bytes = without_end(enc, row, ids)
+            if [] not in responses:
+                scored.append(ids | {"responses": responses})
+                sizes.append(num_bytes)
     if not scored:
         return {}
-    logps, sizes = response_logprobs(model, scored, 8192, device), pad_and_stack(sizes)
-    metrics = {
-        "bits_per_byte": float(-logps[:, 0].sum(dtype=np.float64) / math.log(2) / sizes[:, 0].sum())
-    }
-    several = [
-        i for i, row in enumerate(scored) if sum(y is not None for y in row["responses"]) > 1
-    ]
-    for name, each in (("choice_acc", logps), ("choice_acc_bytes", logps / np.maximum(sizes, 1))):
-        if several:
+    logps = response_logprobs(model, scored, EVAL_TOKENS, device)
+    sizes = pad_and_stack(sizes)
+    nats = -logps[:, 0].sum(dtype=np.float64)
+    metrics = {"bits_per_byte": float(nats / math.log(2) / sizes[:, 0].sum())}
+    several = []
+    for i, row in enumerate(scored):
+        if len(row["responses"]) - row["responses"].count(None) > 1:
+            several.append(i)
+    if several:
+        for name, each in (
+            ("choice_acc", logps),
+            ("choice_acc_bytes", logps / np.maximum(sizes, 1)),
+        ):
             chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
-            metrics[name] = float(np.mean([scored[i]["ranks"][chosen[i]] == 0 for i in several]))
+            right = [scored[i]["ranks"][chosen[i]] == 0 for i in several]
+            metrics[name] = float(np.mean(right))
     return metrics
 
 
-def win_rate(judge, pairs, device, tokens=8192):
-    """Share of prompts on which the first response beats the second under a judge; equals count half. A reward model's higher
-    score wins (its checkpoint has a scalar head), a language model's higher mean log-probability a token, end-of-text included.
-    pairs: encoded rows of two responses. Returns (share, standard error)."""
-    if judge.config.scalar:
-        mean = reward_scores(judge, pairs, tokens, device)
+def without_end(enc, row: dict, encoded: dict) -> tuple[list, list[int]]:
+    """The responses of an encoded row without end-of-text, and the UTF-8 bytes of each (0: absent).
+    A response that was cut counts as far as it goes."""
+    responses, num_bytes = [], []
+    for text, ids in zip(row["responses"], encoded["responses"]):
+        if ids is None:
+            responses.append(None)
+            num_bytes.append(0)
+        elif ids[-1] == enc.eot_token:
+            responses.append(ids[:-1])
+            num_bytes.append(len(text.encode()))
+        else:
+            responses.append(ids)
+            num_bytes.append(len(enc.decode(ids).encode()))
+    return responses, num_bytes
+
+
+# --------------------------------------------------------------------------------- win rates
+
+
+def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tuple[float, float]:
+    """Share of prompts on which the first response beats the second under a judge. Equal ones count
+    half. pairs: encoded rows of two responses. Returns (share, standard error).
+
+    The judge is a reward model (the higher score wins) or a language model (the higher mean
+    log-probability per token wins, end-of-text included).
+    """
+    if judge.config.scalar_head:
+        scores = reward_scores(judge, pairs, tokens, device)
     else:
-        mean = response_logprobs(judge, pairs, tokens, device) / np.array(
-            [[len(y) for y in row["responses"]] for row in pairs]
-        )
-    # equal responses are equal: in another place of a batch a product may round otherwise
-    equal = np.array([row["responses"][0] == row["responses"][1] for row in pairs]) | (
-        mean[:, 0] == mean[:, 1]
-    )
-    wins = np.where(equal, 0.5, mean[:, 0] > mean[:, 1])
+        lengths = response_lengths(pairs)
+        scores = response_logprobs(judge, pairs, tokens, device) / lengths
+    # Equal responses are equal even if rounding differs between two places of a batch.
+    same_ids = np.array([row["responses"][0] == row["responses"][1] for row in pairs])
+    equal = same_ids | (scores[:, 0] == scores[:, 1])
+    wins = np.where(equal, 0.5, scores[:, 0] > scores[:, 1])
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
 
-def validation_rows(folder, n):
+def retokenize(judge_enc, enc, text: str, ids: list[int] | None) -> list[int]:
+    """A response's ids for a judge: as they are if its tokenizer made them, else encoded again,
+    with end-of-text if the response had ended. enc is None for texts of the data."""
+    if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge_enc):
+        return ids
+    ended = enc is None or ids[-1] == enc.eot_token
+    encoded = tokenizer.encode(judge_enc, text, "within")
+    return encoded + [judge_enc.eot_token] if ended else encoded
+
+
+def validation_rows(folder: str, n: int) -> list[dict]:
     """The same n validation rows for every run and seed."""
     rows = read_rows(f"{folder}/val.jsonl")
     return [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
 
 
-def evaluate_checkpoint(path, temperature, seed, rows, args):
-    """(figures, sampled rows, tokenizer) of one checkpoint on the held-out rows."""
-    model, enc, meta = checkpoint.load_model(path, args.device)
-    settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
-    limits = (
-        enc,
-        settings["template"],
-        model.config.block_size,
-        settings["max_prompt"],
-        settings["max_response"],
-    )
-    found = encode_rows(rows, *limits)[0]
-    encoded = [row for row in found if row is not None]
-    if not encoded:
+# ------------------------------------------------------------------------------ command line
+
+
+@dataclass
+class Samples:
+    """What a player answered: {prompt key: (text, ids)}, and the tokenizer of the ids."""
+
+    answers: dict
+    enc: object = None  # None: the data, whose texts have no ids
+
+
+def evaluate_checkpoint(path, temperature, seed, rows, args) -> tuple[dict, Samples]:
+    """(metrics, samples) of a checkpoint on the held-out rows."""
+    device = args.device
+    model, enc, meta = GPT.from_checkpoint(path, device)
+    config, block_size = meta["config"], model.config.block_size
+    limits = {name: config[name] for name in ("max_prompt", "max_response")}
+    encoded, _ = encode_rows(rows, enc, config["template"], block_size, **limits)
+    kept = [row for row in encoded if row is not None]
+    if not kept:
         raise SystemExit(
-            f"{path}: its block_size {model.config.block_size} leaves no room after any of {len(rows)} prompts"
+            f"{path}: its block_size {block_size} leaves no room after any of {len(rows)} prompts"
         )
-    if meta["config"]["stage"] == "reward":
-        if all(
-            len({r for r, y in zip(row["ranks"], row["responses"]) if y is not None}) < 2
-            for row in encoded
-        ):
-            raise SystemExit(
-                f"{path} is a reward model, and no row has two responses for it to rank"
-            )
-        return reward_metrics(reward_scores(model, encoded, 8192, args.device), encoded), {}, enc
-    best = [row | {"responses": row["responses"][:1]} for row in encoded]
-    figures = loss_metrics(
-        response_logprobs(model, best, 8192, args.device), best
-    ) | harness_metrics(model, enc, rows, found, args.device)
+    if config["stage"] == "reward":
+        if not any(is_ranked(row) for row in kept):
+            raise SystemExit(f"{path} is a reward model, and no row has two responses to rank")
+        scores = reward_scores(model, kept, EVAL_TOKENS, device)
+        return reward_metrics(scores, kept), Samples({}, enc)
+
+    best = [row | {"responses": row["responses"][:1]} for row in kept]
+    metrics = loss_metrics(response_logprobs(model, best, EVAL_TOKENS, device), best)
+    metrics |= harness_metrics(model, enc, rows, encoded, device)
     if args.reference:
-        K = max(len(row["responses"]) for row in encoded)
-        full = [
-            row
-            | {
-                "responses": row["responses"] + [None] * (K - len(row["responses"])),
-                "ranks": row["ranks"] + [K] * (K - len(row["ranks"])),
-            }
-            for row in encoded
-        ]
-        ref, _, _ = checkpoint.load_model(args.reference, args.device)
-        figures |= ranking_metrics(
-            response_logprobs(model, full, 64, args.device),
-            response_logprobs(ref, full, 64, args.device),
-            full,
-            args.beta,
-            [str(k + 1) for k in range(K)],
-        )
-    texts, ids = respond(model, enc, rows=rows, seed=seed, temperature=temperature, **settings)
-    there = [i for i, y in enumerate(ids) if y is not None]  # whole texts have no prompt to answer
-    figures |= (
-        {}
-        if not there
-        else sample_metrics(
-            [texts[i] for i in there],
-            [ids[i] for i in there],
-            [rows[i]["responses"][0] for i in there],
+        metrics |= reference_metrics(model, kept, args)
+
+    sampling = {"template": config["template"], "seed": seed, "temperature": temperature}
+    texts, ids = respond(model, enc, rows=rows, **sampling, **limits)
+    answered = [i for i, y in enumerate(ids) if y is not None]  # whole texts have no prompt
+    if answered:
+        metrics |= sample_metrics(
+            [texts[i] for i in answered],
+            [ids[i] for i in answered],
+            [rows[i]["responses"][0] for i in answered],
             enc.eot_token,
         )
+    return metrics, Samples({prompt_key(rows[i]): (texts[i], ids[i]) for i in answered}, enc)
+
+
+def is_ranked(row: dict) -> bool:
+    """Whether an encoded row has two responses of different ranks."""
+    ranks = set()
+    for rank, response in zip(row["ranks"], row["responses"]):
+        if response is not None:
+            ranks.add(rank)
+    return len(ranks) >= 2
+
+
+def reference_metrics(model, rows, args) -> dict[str, float]:
+    """Ranking metrics of the data's own responses, with implicit rewards against --reference."""
+    K = max(len(row["responses"]) for row in rows)
+    rows = pad_rows_to_K(rows, K)
+    reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
+    logps = response_logprobs(model, rows, 64, args.device)
+    refs = response_logprobs(reference, rows, 64, args.device)
+    return ranking_metrics(logps, refs, rows, args.beta, [str(k + 1) for k in range(K)])
+
+
+def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples) -> list[dict]:
+    """Encoded rows of two responses, for the prompts that both players answered and that leave the
+    judge room."""
+    pairs = []
+    for row in rows:
+        key = prompt_key(row)
+        if key in first.answers and key in second.answers:
+            responses, all_ids = [], []
+            for player in (first, second):
+                text, ids = player.answers[key]
+                responses.append(text)
+                all_ids.append(retokenize(judge_enc, player.enc, text, ids))
+            pairs.append(prompt_fields(row) | {"responses": responses, "ids": all_ids})
+    config = meta["config"]
+    encoded, _ = encode_rows(
+        pairs,
+        judge_enc,
+        config["template"],
+        judge.config.block_size,
+        config["max_prompt"],
+        config["max_response"],
     )
-    return figures, {prompt_key(rows[i]): (texts[i], ids[i]) for i in there}, enc
+    return [row for row in encoded if row is not None]
 
 
-def retokenize(judge, enc, text, ids):
-    """A response's ids for a judge: as they are if its tokenizer made them; else encoded, ended only if it had ended."""
-    if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge):
-        return ids
-    return tokenizer.encode(judge, text, "within") + (
-        [judge.eot_token] if enc is None or ids[-1] == enc.eot_token else []
-    )
+def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
+    """NAME=CHECKPOINT[@TEMPERATURE] arguments -> {name: (checkpoint, temperature)}."""
+    checkpoints = {}
+    for spec in specs:
+        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
+        if not found or found[1] in checkpoints or found[1] == "data":
+            raise SystemExit(
+                f"{spec!r}: give a checkpoint as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, "
+                "each NAME once and none of them data"
+            )
+        checkpoints[found[1]] = (checkpoint.resolve(found[2]), float(found[3] or 1.0))
+    return checkpoints
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["report"]:
-        from tools import report
-
-        return report.main(argv[1:])
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
         "checkpoints",
         nargs="+",
         metavar="NAME=CHECKPOINT[@TEMPERATURE]",
-        help="what it is called in the table, a run folder or a checkpoint in it, and the sampling temperature, else 1",
+        help="name in the table, a run folder or checkpoint, and the sampling temperature (1)",
     )
-    parser.add_argument(
-        "--data", default="data/pydocs", help="the folder whose val.jsonl it is measured on"
-    )
-    parser.add_argument("--rows", type=number_type(int, 1), default=256, help="held-out rows")
+    parser.add_argument("--data", default="data/pydocs", help="folder with val.jsonl")
+    parser.add_argument("--rows", type=cli.number_type(int, 1), default=256, help="held-out rows")
     parser.add_argument(
         "--judge",
-        help="checkpoint: win rate of everyone, and of the data, against the first one's samples",
+        help="checkpoint; reports the win rate of every checkpoint, and of the data, against the "
+        "samples of the first",
     )
     parser.add_argument(
         "--reference",
-        help="checkpoint: ranking figures of the data's own ranked responses, by implicit rewards against it",
+        help="checkpoint; reports ranking metrics of the data's responses, with implicit rewards "
+        "against it",
     )
-    parser.add_argument("--beta", type=number_type(float, 0), default=0.1, help="of those rewards")
-    parser.add_argument("--out", help="folder for eval.json and each one's samples")
+    parser.add_argument(
+        "--beta", type=cli.number_type(float, 0), default=0.1, help="of those implicit rewards"
+    )
+    parser.add_argument("--out", help="folder for eval.json and the samples")
     parser.add_argument(
         "--seed",
-        type=number_type(int, 0),
+        type=cli.number_type(int, 0),
         default=0,
-        help="of the sampling; the n-th checkpoint takes seed + n",
+        help="of sampling; the n-th checkpoint takes seed + n",
     )
     parser.add_argument(
-        "--device",
-        type=device_type,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda; else cuda if there is one",
+        "--device", type=cli.device_type, default=cli.default_device(), help="cpu or cuda"
     )
+    return parser
+
+
+def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, dict]:
+    """Win rates under --judge of every player against the first checkpoint -> {player: metrics}."""
+    judge, judge_enc, meta = GPT.from_checkpoint(args.judge, args.device)
+    results = {}
+    for name, player in samples.items():
+        if name == first:
+            continue
+        pairs = judged_pairs(judge, judge_enc, meta, rows, player, samples[first])
+        if not pairs:
+            raise SystemExit(
+                f"{args.judge}: no prompt was answered by both {name} and {first} and leaves the "
+                "judge room"
+            )
+        share, error = win_rate(judge, pairs, args.device)
+        results[name] = {"win_rate": share, "win_rate_se": error, "against": first}
+        print(
+            f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % "
+            f"of {len(pairs)} prompts"
+        )
+    return results
+
+
+def check_arguments(parser, args, checkpoints: dict):
+    """Exit with one line if something cannot work, before anything is computed."""
+    for path in (args.judge, args.reference):
+        if path:
+            checkpoint.resolve(path)
+    if args.out:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+        except OSError as e:
+            parser.error(f"--out {args.out}: {e.strerror}")
+    if args.judge:
+        for name, (path, _) in checkpoints.items():
+            if checkpoint.read_meta(path)["config"]["stage"] == "reward":
+                raise SystemExit(
+                    f"{name}: a reward model has no samples to judge; give it as --judge"
+                )
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     distributed.configure_torch(args.device)
-    runs = {}
-    for spec in args.checkpoints:
-        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
-        if not found or found[1] in runs or found[1] == "data":
-            raise SystemExit(
-                f"{spec!r}: a checkpoint is given as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, each NAME once and none of them data"
-            )
-        runs[found[1]] = checkpoint.resolve(found[2]), float(found[3] or 1.0)
-    for other in filter(None, (args.judge, args.reference)):
-        checkpoint.resolve(other)
-    try:
-        os.makedirs(args.out or ".", exist_ok=True)
-    except OSError as e:
-        parser.error(f"--out {args.out}: {e.strerror}")
-    no_policy = [
-        name
-        for name, (path, _) in runs.items()
-        if args.judge and checkpoint.read_meta(path)["config"]["stage"] == "reward"
-    ]
-    if no_policy:
-        raise SystemExit(
-            f"{', '.join(no_policy)}: a reward model has no samples to judge; give it as --judge"
-        )
+    checkpoints = parse_checkpoints(args.checkpoints)
+    check_arguments(parser, args, checkpoints)
     rows = validation_rows(args.data, args.rows)
     if args.judge and not all(row["prompt"] for row in rows):
-        raise SystemExit(
-            f"{args.data}: rows that are whole texts have no prompts; there is nothing to judge"
-        )
-    table, samples = (
-        {},
-        {"data": ({prompt_key(row): (row["responses"][0], None) for row in rows}, None)},
-    )
-    for n, (name, (path, temperature)) in enumerate(runs.items()):
-        figures, *samples[name] = evaluate_checkpoint(path, temperature, args.seed + n, rows, args)
-        table[name] = {"checkpoint": path, "temperature": temperature} | figures
-        print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
+        raise SystemExit(f"{args.data}: rows that are whole texts have no prompts to judge")
+
+    table = {}
+    samples = {"data": Samples({prompt_key(row): (row["responses"][0], None) for row in rows})}
+    for n, (name, (path, temperature)) in enumerate(checkpoints.items()):
+        metrics, samples[name] = evaluate_checkpoint(path, temperature, args.seed + n, rows, args)
+        table[name] = {"checkpoint": path, "temperature": temperature} | metrics
+        shown = [f"{metric} {value:.4f}" for metric, value in metrics.items()]
+        print(f"{name}: " + ", ".join(shown), flush=True)
     if args.judge:
-        judge, enc, meta = checkpoint.load_model(args.judge, args.device)
-        first, *others = table
-        settings = [meta["config"][name] for name in ("max_prompt", "max_response")]
-        for name in ["data", *others]:
-            both = [
-                row
-                for row in rows
-                if all(prompt_key(row) in samples[who][0] for who in (name, first))
-            ]
-            answers = [
-                [(samples[who][1], *samples[who][0][prompt_key(row)]) for who in (name, first)]
-                for row in both
-            ]
-            pairs = [
-                prompt_fields(row)
-                | {
-                    "responses": [text for _, text, _ in two],
-                    "ids": [retokenize(enc, *one) for one in two],
-                }
-                for row, two in zip(both, answers)
-            ]
-            pairs = [
-                p
-                for p in encode_rows(
-                    pairs, enc, meta["config"]["template"], judge.config.block_size, *settings
-                )[0]
-                if p is not None
-            ]
-            if not pairs:
-                raise SystemExit(
-                    f"{args.judge}: there is no prompt that {name} and {first} both answered and that leaves the judge room"
-                )
-            share, error = win_rate(judge, pairs, args.device)
-            table.setdefault(name, {})
-            table[name] |= {"win_rate": share, "win_rate_se": error, "against": first}
-            print(
-                f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % of {len(pairs)} prompts"
-            )
+        for name, metrics in judge_all(args, rows, samples, next(iter(checkpoints))).items():
+            table[name] = table.get(name, {}) | metrics
     if args.out:
-        for name, (answers, _) in samples.items():
-            if answers:
-                write_rows(
-                    os.path.join(args.out, f"{name}.jsonl"),
-                    [
-                        prompt_fields(row) | {"responses": [answers[prompt_key(row)][0]]}
-                        for row in rows
-                        if prompt_key(row) in answers
-                    ],
-                )
+        for name, player in samples.items():
+            if player.answers:
+                write_samples(os.path.join(args.out, f"{name}.jsonl"), rows, player)
         write_json(os.path.join(args.out, "eval.json"), table)
+
+
+def write_samples(path: str, rows: list[dict], player: Samples):
+    """A player's answers as a ranked file."""
+    answered = []
+    for row in rows:
+        if prompt_key(row) in player.answers:
+            text, _ = player.answers[prompt_key(row)]
+            answered.append(prompt_fields(row) | {"responses": [text]})
+    write_rows(path, answered)
 
 
 if __name__ == "__main__":

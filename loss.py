@@ -1,318 +1,399 @@
-"""Every objective, as pure functions of tensors.
+"""Every objective, as a pure function of tensors. Plackett-Luce first: it is DPO and SPIN at K = 2.
 
-Names: B rows (prompts), K responses a row (best first), T positions, V vocabulary, C width.
-`targets` is -1 where nothing is asked. From the log-sum-exp on everything is float32 (float64 if the input is).
+B rows (a prompt and its responses), K responses a row, best first. Scores and log-probabilities are
+(B, K); response_mask (B, K) is False where a row has no k-th response. Everything is float32 from
+the log-sum-exp on (float64 if the input is). Losses return (loss, metrics): the loss is a mean over
+rows or tokens, the metrics are detached means.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from nanospin.fused_head import linear_logprobs
+
+__all__ = [
+    "kl_estimates",
+    "linear_logprobs",
+    "plackett_luce",
+    "ppo_loss",
+    "preference_loss",
+    "reward_loss",
+    "sequence_logprobs",
+    "taylor_nll",
+]
+
+LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo")
+REWARD_LOSS_TYPES = ("pairs", "pl")
 
 
-def sequence_logprobs(logps, seq, n_seq):
-    """log pi(y|x) of each sequence: the sum of its tokens' log-probabilities.
-
-    logps (...) float; seq (...) int64: the sequence a token belongs to, -1 for none. Returns (n_seq,).
-    """
-    mine = seq >= 0
-    return logps.new_zeros(n_seq).index_add(0, seq[mine], logps[mine])
+# ------------------------------------------------------------------------------------ rankings
 
 
-def ordered_pairs(scores, present, ranks):
-    """(present, ranks (B, K), above (B, i, j): both are there and i is better, their number (B,), at least 1) of scores (B, K);
-    without `present` all are there, without `ranks` position is rank."""
-    B, K = scores.shape
-    present = torch.ones_like(scores, dtype=torch.bool) if present is None else present
-    ranks = torch.arange(K, device=scores.device).expand(B, K) if ranks is None else ranks
-    above = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-    return present, ranks, above, above.sum((1, 2)).clamp(min=1)
+def plackett_luce(
+    scores: Tensor,
+    response_mask: Tensor | None = None,
+    depth: int | None = None,
+    ranks: Tensor | None = None,
+    margin: float | Tensor = 0.0,
+) -> Tensor:
+    """Negative log-likelihood of a ranking (Plackett 1975; Luce 1959):
 
+        nll = - sum_k [ s_k - logsumexp_{j >= k} s_j ]
 
-def plackett_luce(scores, present=None, depth=None, ranks=None, margin=0.0):
-    """Negative log-likelihood of a ranking, - sum_k [ s_k - logsumexp_{j >= k} s_j ] (Plackett 1975; Luce 1959).
+    scores         (B, K), best first
+    response_mask  (B, K) bool; masked responses take no part, whatever their score
+    depth          keep the terms of the first `depth` responses; 1 is "best against the rest"
+    ranks          (B, K) int, smaller is better. Equal ranks are ties: tied responses do not
+                   compete with each other, so a row of ties costs 0. Default: the position
+    margin         added to the score of each worse response, in each term: a number, or (B, k, j)
 
-    scores (B, K), best first; present (B, K) bool: absent responses take no part, whatever their score.
-    depth d keeps the terms of the first d present responses: d = 1 is "the best against all the rest".
-    ranks (B, K) int: smaller is better, equal is a tie. Tied responses do not compete: each is drawn against itself and
-    the strictly worse, so a row of ties costs 0 and swapping them changes nothing. Without `ranks` position is rank.
-    margin: what the worse ones are ahead by, in each term; a number, or (B, k, j): j before k.
     Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
     """
-    present, ranks, rivals, _ = ordered_pairs(
-        scores, present, ranks
-    )  # (B, k, j): j is strictly worse than k
-    scores = scores.masked_fill(~present, 0.0)
-    itself = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
-    # differences first: at scores of 1e4, s_k - logsumexp(s) would keep three decimals
-    lead = scores[:, None, :] - scores[:, :, None]  # (B, k, j): s_j - s_k
-    lead = torch.where(itself, lead, lead + margin)
-    terms = torch.logsumexp(lead.masked_fill(~(rivals | itself), -math.inf), -1)  # (B, K)
-    counted = present if depth is None else present & (present.cumsum(1) <= depth)
+    mask, ranks, worse = pair_mask(scores, response_mask, ranks)
+    scores = scores.masked_fill(~mask, 0.0)
+    diagonal = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    # Subtract before the log-sum-exp: at scores of 1e4, s_k - logsumexp(s) keeps three decimals.
+    diff = scores[:, None, :] - scores[:, :, None]  # (B, k, j): s_j - s_k
+    diff = torch.where(diagonal, diff, diff + margin)
+    terms = torch.logsumexp(diff.masked_fill(~(worse | diagonal), -math.inf), -1)  # (B, K)
+    counted = mask
+    if depth is not None:
+        counted = mask & (mask.cumsum(1) <= depth)
     return terms.masked_fill(~counted, 0.0).sum(1)
 
 
-class TaylorNLL(torch.autograd.Function):
-    """T_n by its two series in float64; its gradient in closed form, dT_n = -(1-p)^n d(log p)."""
-
-    @staticmethod
-    def forward(ctx, logps, n):
-        ctx.save_for_backward(logps)
-        ctx.n = n
-        x = logps.double()
-        p, q = x.exp(), -torch.expm1(x)
-        # p > 1/2: sum_{j>=1} q^(n+j) / (n+j); 54 terms leave 2^-54
-        small_q = q.clamp(max=0.5)
-        near_one, power = torch.zeros_like(q), small_q**n
-        for j in range(1, 55):
-            power = power * small_q
-            near_one += power / (n + j)
-        # p <= 1/2: -log p - (digamma(n+1) + gamma) + sum_{j>=1} (-1)^(j+1) C(n,j) p^j / j
-        small_p = p.clamp(max=0.5)
-        harmonic = (
-            torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item()
-            + 0.57721566490153286
-        )
-        near_zero, power, binomial = -x - harmonic, torch.ones_like(p), 1.0
-        for j in range(1, 55):
-            power, binomial = power * small_p, binomial * (n - j + 1) / j
-            near_zero += (-1) ** (j + 1) * binomial / j * power
-        return torch.where(p > 0.5, near_one, near_zero).to(logps.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (logps,) = ctx.saved_tensors
-        return -grad * (-torch.expm1(logps)) ** ctx.n, None
-
-
-def taylor_nll(logps, order):
-    """T_n(p) = -log p - sum_{j<=n} (1-p)^j / j = integral from p to 1 of (1-u)^n / u du, for p = exp(logps).
-
-    T_0 is cross-entropy; each further order drops one Taylor term of -log p at p = 1, so the gradient is
-    cross-entropy's times (1-p)^n: focal loss's factor without its extra term (arXiv 1708.02002), PolyLoss without its
-    first n terms (arXiv 2204.12511). `order` n may be real, from 0 to 20, where the series still hold double precision's
-    half. logps (...), all <= 0. Returns the same shape. Raises ValueError for another order.
-    """
-    if not 0 <= order <= 20:
-        raise ValueError(f"order must be in [0, 20], got {order}")
-    return -logps if order == 0 else TaylorNLL.apply(logps, float(order))
-
-
-def focal_nll(logps, gamma):
-    """Focal loss, -(1-p)^gamma log p of p = exp(logps) (arXiv 1708.02002, eq. 4). logps (...) <= 0; gamma >= 0. Returns the same
-    shape. Its gradient is that of T_gamma and gamma (1-p)^(gamma-1) p log p beside it, so gamma < 1 has none at p = 1."""
-    q = -torch.expm1(logps.clamp(max=-(2.0**-24)))
-    return -(q**gamma) * logps
-
-
-def smoothed_nll(logits, targets, label_smoothing=0.0, confidence_penalty=0.0):
-    """Cross-entropy to (1 - eps) one-hot + eps uniform (label smoothing, arXiv 1512.00567, section 7), less confidence_penalty x
-    the entropy of the prediction (arXiv 1701.06548, eq. 3). logits (n, V); targets (n,) -> (n,). Both need every logit, so
-    here alone training holds a (tokens, V) matrix: they are what T_n is compared with, not a way to train large models."""
-    logps = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
-    asked = logps.gather(-1, targets[:, None]).squeeze(-1)
-    loss = -(1 - label_smoothing) * asked - label_smoothing * logps.mean(-1)
-    return loss + confidence_penalty * (logps.exp() * logps).sum(-1) if confidence_penalty else loss
-
-
-def reward_loss(
-    scores, present=None, loss_type="pairs", *, ranks=None, gaps=None, score_margin=0.0, center_coef=0.0
-):
-    """The loss of a reward model, mean over rows: scores (B, K) of the responses, best first; present, ranks as in `plackett_luce`.
-
-    pairs   mean over a row's ordered pairs i above j of -log sigmoid(s_i - s_j): InstructGPT (arXiv 2203.02155, eq. 1), all
-            K-choose-2 pairs of a prompt at once, averaged, so that a prompt of many responses does not count for more
-    pl      Plackett-Luce of the whole ranking; at K = 2 the same
-
-    gaps (B, K): the data's own scores; a pair's margin is score_margin times their difference, s_i - s_j - m_ij (Llama 2,
-    2307.09288, eq. 2; under pl the worse response is ahead by it in each term). center_coef adds center_coef times the mean
-    over pairs of (s_i + s_j)^2 (2312.09244, eq. 2), which fixes the constant that a ranking leaves free.
-    Equal scores give ln 2, or ln K!. Returns the mean () and metrics, detached means over rows: `nll` the ranking's part, `acc`
-    share of the ordered pairs that are right, `margin` the mean of s_i - s_j. Raises ValueError for another loss_type.
-    """
-    if loss_type not in ("pairs", "pl"):
-        raise ValueError(f"unknown loss_type {loss_type!r}: a reward model has pairs or pl")
-    present, ranks, above, pairs = ordered_pairs(scores, present, ranks)
-    scores = scores.masked_fill(~present, 0.0)
-    lead = scores[:, :, None] - scores[:, None, :]
-    margins = (
-        torch.zeros_like(lead)
-        if gaps is None
-        else score_margin * (gaps[:, :, None] - gaps[:, None, :])
-    )
-    if loss_type == "pairs":
-        nll = (F.softplus(margins - lead) * above).sum((1, 2)) / pairs
-    else:
-        nll = plackett_luce(scores, present, None, ranks, margins)
-    centre = ((scores[:, :, None] + scores[:, None, :]).square() * above).sum((1, 2)) / pairs
-    with torch.no_grad():
-        metrics = {
-            "nll": nll.mean(),
-            "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
-            "margin": ((lead * above).sum((1, 2)) / pairs).mean(),
-        }
-    return (nll + center_coef * centre).mean() if center_coef else nll.mean(), metrics
-
-
-def log_odds(mean_logps):
-    """log( p / (1 - p) ) of p = exp(mean_logps), finite down to p = 1 - 2^-24: a response of certain tokens has a mean
-    log-probability that rounds to 0."""
-    return mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-(2.0**-24))))
-
-
 def preference_loss(
-    policy_logps,
-    ref_logps,
-    present=None,
-    beta=0.1,
-    loss_type="pl",
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    response_mask: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "pl",
     *,
-    ranks=None,
-    depth=None,
-    label_smoothing=0.0,
-    taylor_order=0.0,
-    nll_coef=0.0,
-    margin=0.0,
-    lengths=None,
-):
-    """The loss of a ranking of responses, mean over rows.
+    ranks: Tensor | None = None,
+    depth: int | None = None,
+    label_smoothing: float = 0.0,
+    taylor_order: float = 0.0,
+    nll_coef: float = 0.0,
+    margin: float = 0.0,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Preference loss, mean over rows.
 
-    policy_logps, ref_logps (B, K): sequence log-probabilities, best response first; present (B, K) bool; lengths (B, K)
-    in tokens. With implicit rewards r_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `loss_type` is
+    policy_logps, ref_logps  (B, K) log-probabilities of whole responses, best first
+    lengths                  (B, K) tokens of each response
 
-    pl      Plackett-Luce on r. K = 2: DPO (arXiv 2305.18290, eq. 7; K > 2 its appendix A.3), SPIN with the previous policy
-            as reference and its samples as y_2 (2401.01335, eq. 4.7, logistic); depth 1: S-DPO (2406.09215)
-    pairs   mean over ordered pairs i above j of -log sigmoid(r_i - r_j): Bradley-Terry of each pair (their number times it is
-            the sum over pairs)
-    ipo     mean over those pairs of ((r_i - r_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17; TRL's divides each log-ratio
-            by its length first)
-    simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, each worse response `margin` ahead (2405.14734, eq. 6)
-    orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|); with nll_coef 1 it is ORPO
-            (2403.07691, eq. 6), beta its lambda
+    With implicit rewards s_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `loss_type` is
 
-    The last two have no reference. ranks, depth: as in `plackett_luce`. Of the three Plackett-Luce kinds:
-    label_smoothing eps gives (1-eps) PL(ranking) + eps PL(the reverse), at K = 2 cDPO's; taylor_order n gives T_n of the
-    ranking's probability instead of -log. nll_coef adds nll_coef * -log pi_theta(y_1|x) / |y_1| (RPO, 2404.19733).
-    Returns the mean () and metrics, detached means over rows: `nll` the ranking's part of the loss, `acc` the share of
-    ordered pairs that the scores put right, and `best_and_others` of scores and log-probabilities.
-    Raises ValueError for an unknown loss_type, and for options that a loss_type cannot have or that lack lengths.
+    pl      Plackett-Luce on s. K = 2 is DPO (arXiv 2305.18290, eq. 7; K > 2: appendix A.3), and
+            SPIN when y_2 is a sample of the reference (2401.01335, eq. 4.7). depth 1 is S-DPO
+            (2406.09215)
+    pairs   mean over ordered pairs of -log sigmoid(s_i - s_j): Bradley-Terry
+    ipo     mean over ordered pairs of ((s_i - s_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17).
+            TRL divides each log-ratio by its length first; this does not
+    simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, with `margin` (2405.14734, eq. 6)
+    orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|). With
+            nll_coef 1 this is ORPO (2403.07691, eq. 6), beta its lambda
+
+    simpo and orpo have no reference. Options of pl, simpo and orpo: `depth`; `label_smoothing` eps,
+    (1 - eps) PL(ranking) + eps PL(reversed), cDPO at K = 2; `taylor_order` n, T_n of the ranking's
+    probability instead of -log. `nll_coef` adds nll_coef x -log pi_theta(y_1|x) / |y_1| (RPO,
+    2404.19733) to any.
+
+    Returns the loss () and metrics: `nll` the ranking part of the loss, `acc` the share of ordered
+    pairs in the right order, and those of `chosen_rejected_metrics`. Raises ValueError for an
+    unknown loss_type and for options that it cannot have.
     """
-    if loss_type not in ("pl", "pairs", "ipo", "simpo", "orpo"):
-        raise ValueError(f"unknown loss_type {loss_type!r}: pl, pairs, ipo, simpo or orpo")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
     if lengths is None and (nll_coef or loss_type in ("simpo", "orpo")):
-        raise ValueError("nll_coef, simpo and orpo need the responses' lengths")
+        raise ValueError("nll_coef, simpo and orpo need the lengths of the responses")
     if loss_type in ("pairs", "ipo") and (label_smoothing or taylor_order or depth):
-        raise ValueError(f"{loss_type} has no label_smoothing, taylor_order or depth")
-    present, ranks, above, pairs = ordered_pairs(policy_logps, present, ranks)
-    if loss_type in ("simpo", "orpo"):
-        mean_logps = policy_logps.masked_fill(~present, -1.0) / lengths.clamp(min=1)
-        scores = beta * mean_logps if loss_type == "simpo" else log_odds(mean_logps)
+        raise ValueError(f"{loss_type} takes no label_smoothing, taylor_order or depth")
+
+    mask, ranks, worse = pair_mask(policy_logps, response_mask, ranks)
+    if loss_type == "simpo":
+        scores = beta * mean_logprobs(policy_logps, mask, lengths)
+    elif loss_type == "orpo":
+        scores = log_odds(mean_logprobs(policy_logps, mask, lengths))
     else:
-        scores = beta * (policy_logps - ref_logps).masked_fill(~present, 0.0)
-    lead = scores[:, :, None] - scores[:, None, :]
+        scores = beta * (policy_logps - ref_logps).masked_fill(~mask, 0.0)
+    diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
+
     if loss_type == "pairs":
-        nll = loss = (F.softplus(-lead) * above).sum((1, 2)) / pairs
+        nll = loss = mean_over_pairs(F.softplus(-diff), worse)
     elif loss_type == "ipo":
-        nll = loss = (((lead - 0.5) / beta).square() * above).sum((1, 2)) / pairs
+        nll = loss = mean_over_pairs(((diff - 0.5) / beta).square(), worse)
     else:
         margin = margin if loss_type == "simpo" else 0.0
-        nll = plackett_luce(scores, present, depth, ranks, margin)
+        nll = plackett_luce(scores, mask, depth, ranks, margin)
         loss = taylor_nll(-nll, taylor_order)
         if label_smoothing:
-            reverse = plackett_luce(scores.flip(1), present.flip(1), depth, -ranks.flip(1), margin)
-            loss = (1 - label_smoothing) * loss + label_smoothing * taylor_nll(
-                -reverse, taylor_order
-            )
+            reverse = plackett_luce(scores.flip(1), mask.flip(1), depth, -ranks.flip(1), margin)
+            reverse = taylor_nll(-reverse, taylor_order)
+            loss = (1 - label_smoothing) * loss + label_smoothing * reverse
         if loss_type == "orpo":
             nll, loss = beta * nll, beta * loss
     if nll_coef:
         loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
+
     with torch.no_grad():
         metrics = {
             "nll": nll.mean(),
-            "acc": (((lead > 0) & above).sum((1, 2)) / pairs).mean(),
-            **chosen_rejected_metrics(scores, policy_logps, present),
+            "acc": mean_over_pairs(diff > 0, worse).mean(),
+            **chosen_rejected_metrics(scores, policy_logps, mask),
         }
     return loss.mean(), metrics
 
 
-def chosen_rejected_metrics(scores, logps, present):
-    """Means over rows of (B, K): `reward_chosen` of the best response's score, `reward_rejected` of the mean of the others that are
-    there, `margin` of the difference; `logp_chosen`, `logp_rejected` the same of log-probabilities. At K = 2 they are those of DPO's pair."""
-    there = present[:, 1:]
-    (score, others), (logp, others_logp) = (
-        (
-            x[:, 0].mean(),
-            (x[:, 1:].masked_fill(~there, 0.0).sum(1) / there.sum(1).clamp(min=1)).mean(),
-        )
-        for x in (scores, logps)
-    )
+def reward_loss(
+    scores: Tensor,
+    response_mask: Tensor | None = None,
+    loss_type: str = "pairs",
+    *,
+    ranks: Tensor | None = None,
+    data_scores: Tensor | None = None,
+    score_margin: float = 0.0,
+    center_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a reward model, mean over rows. scores (B, K) of the responses, best first.
+
+    pairs   mean over a row's ordered pairs of -log sigmoid(s_i - s_j): InstructGPT (arXiv
+            2203.02155, eq. 1), averaged per prompt, so that a prompt with more responses does not
+            count for more
+    pl      Plackett-Luce of the whole ranking; the same at K = 2
+
+    data_scores (B, K) are the scores in the data. Each pair gets the margin m_ij = score_margin x
+    their difference: s_i - s_j - m_ij (Llama 2, 2307.09288, eq. 2). center_coef adds center_coef x
+    the mean over pairs of (s_i + s_j)^2 (2312.09244, eq. 2), which fixes the free constant.
+
+    Returns the loss () and metrics: `nll` the ranking part, `acc` the share of ordered pairs in the
+    right order, `margin` the mean of s_i - s_j. Equal scores give ln 2, or ln K!. Raises ValueError
+    for another loss_type.
+    """
+    if loss_type not in REWARD_LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}: a reward model has pairs or pl")
+    mask, ranks, worse = pair_mask(scores, response_mask, ranks)
+    scores = scores.masked_fill(~mask, 0.0)
+    diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
+    margins = torch.zeros_like(diff)
+    if data_scores is not None:
+        margins = score_margin * (data_scores[:, :, None] - data_scores[:, None, :])
+
+    if loss_type == "pairs":
+        nll = mean_over_pairs(F.softplus(margins - diff), worse)
+    else:
+        nll = plackett_luce(scores, mask, None, ranks, margins)
+    loss = nll
+    if center_coef:
+        sums = scores[:, :, None] + scores[:, None, :]
+        loss = nll + center_coef * mean_over_pairs(sums.square(), worse)
+
+    with torch.no_grad():
+        metrics = {
+            "nll": nll.mean(),
+            "acc": mean_over_pairs(diff > 0, worse).mean(),
+            "margin": mean_over_pairs(diff, worse).mean(),
+        }
+    return loss.mean(), metrics
+
+
+def pair_mask(
+    scores: Tensor, response_mask: Tensor | None, ranks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pairs of responses are ordered. Without a mask every response is there; without ranks
+    the position is the rank.
+
+    Returns response_mask (B, K), ranks (B, K) and worse (B, i, j): both are there and j is worse.
+    """
+    B, K = scores.shape
+    if response_mask is None:
+        response_mask = torch.ones_like(scores, dtype=torch.bool)
+    if ranks is None:
+        ranks = torch.arange(K, device=scores.device).expand(B, K)
+    worse = ranks[:, :, None] < ranks[:, None, :]
+    worse = worse & response_mask[:, :, None] & response_mask[:, None, :]
+    return response_mask, ranks, worse
+
+
+def mean_over_pairs(values: Tensor, pairs: Tensor) -> Tensor:
+    """Mean of values (B, K, K) over the pairs (B, K, K) of each row -> (B,); 0 without pairs."""
+    return (values * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+def chosen_rejected_metrics(
+    scores: Tensor, logps: Tensor, response_mask: Tensor
+) -> dict[str, Tensor]:
+    """The metrics that DPO implementations log, for any K: means over rows (B, K) of the best
+    response (chosen) and of the mean of the others (rejected).
+
+    `reward_chosen`, `reward_rejected`, `margin` of the scores; `logp_chosen`, `logp_rejected`.
+    """
+
+    def rejected(x: Tensor) -> Tensor:
+        others = response_mask[:, 1:]
+        return (x[:, 1:].masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)).mean()
+
+    reward_chosen = scores[:, 0].mean()
+    reward_rejected = rejected(scores)
     return {
-        "margin": score - others,
-        "reward_chosen": score,
-        "reward_rejected": others,
-        "logp_chosen": logp,
-        "logp_rejected": others_logp,
+        "margin": reward_chosen - reward_rejected,
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+        "logp_chosen": logps[:, 0].mean(),
+        "logp_rejected": rejected(logps),
     }
 
 
-def kl_estimates(logps, refs):
-    """Estimates of KL(p || q) from samples of p: logps, refs (...) of log p and log q at them. Returns (k1, k2, k3), each (...),
-    to be averaged (J. Schulman, "Approximating KL divergence", joschu.net/blog/kl-approx.html): with log r = log q - log p
+# ------------------------------------------------------------------ sequences and single tokens
 
-    k1 = -log r             without bias, of either sign
-    k2 = (log r)^2 / 2      little variance, biased where p and q are far apart
-    k3 = (r - 1) - log r    without bias, never negative
+
+def sequence_logprobs(logps: Tensor, seq: Tensor, n_seq: int) -> Tensor:
+    """log pi(y|x) of each sequence: the sum of the log-probabilities of its tokens.
+
+    logps (...) float; seq (...) int64, the sequence of each token, -1 for none. Returns (n_seq,).
     """
-    log_r = refs - logps
-    return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r
+    in_sequence = seq >= 0
+    return logps.new_zeros(n_seq).index_add(0, seq[in_sequence], logps[in_sequence])
+
+
+def mean_logprobs(logps: Tensor, response_mask: Tensor, lengths: Tensor) -> Tensor:
+    """Mean log-probability of a token of each response, (B, K); of no meaning where masked."""
+    return logps.masked_fill(~response_mask, -1.0) / lengths.clamp(min=1)
+
+
+def log_odds(mean_logps: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(mean_logps), of the same shape.
+
+    p is kept below 1 - 2^-24: the mean log-probability of a certain response rounds to 0.
+    """
+    return mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-(2.0**-24))))
+
+
+def taylor_nll(logps: Tensor, order: float) -> Tensor:
+    """T_n(p) = -log p - sum_{j<=n} (1-p)^j / j, with p = exp(logps) and n = order.
+
+    T_0 is cross-entropy. Each order drops one more Taylor term of -log p at p = 1, so the gradient
+    is that of cross-entropy times (1-p)^n: the factor of focal loss (arXiv 1708.02002) without its
+    extra term, PolyLoss (2204.12511) without its first n terms. T_n is the integral of (1-u)^n / u
+    from p to 1, so n may be any real number.
+
+    logps (...), all <= 0. Returns the same shape. Raises ValueError unless 0 <= order <= 20, the
+    range in which the series keep half of double precision's digits.
+    """
+    if not 0 <= order <= 20:
+        raise ValueError(f"order must be in [0, 20], got {order}")
+    if order == 0:
+        return -logps
+    return TaylorNLL.apply(logps, float(order))
+
+
+class TaylorNLL(torch.autograd.Function):
+    """T_n by two series in float64; the gradient in closed form, dT_n = -(1-p)^n d(log p)."""
+
+    @staticmethod
+    def forward(ctx, logps: Tensor, n: float) -> Tensor:
+        ctx.save_for_backward(logps)
+        ctx.n = n
+        x = logps.double()
+        p = x.exp()
+        q = -torch.expm1(x)  # 1 - p
+
+        # p > 1/2: sum_{j>=1} q^(n+j) / (n+j). 54 terms leave an error of 2^-54.
+        small_q = q.clamp(max=0.5)
+        power = small_q**n
+        near_one = torch.zeros_like(q)
+        for j in range(1, 55):
+            power = power * small_q
+            near_one += power / (n + j)
+
+        # p <= 1/2: -log p - (digamma(n+1) + gamma) + sum_{j>=1} (-1)^(j+1) C(n,j) p^j / j
+        small_p = p.clamp(max=0.5)
+        euler_gamma = 0.57721566490153286
+        digamma = torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item()
+        near_zero = -x - (digamma + euler_gamma)
+        power = torch.ones_like(p)
+        binomial = 1.0
+        for j in range(1, 55):
+            power = power * small_p
+            binomial = binomial * (n - j + 1) / j
+            near_zero += (-1) ** (j + 1) * binomial / j * power
+        return torch.where(p > 0.5, near_one, near_zero).to(logps.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (logps,) = ctx.saved_tensors
+        return -grad * (-torch.expm1(logps)) ** ctx.n, None
+
+
+# ------------------------------------------------------------------------------ policy gradient
 
 
 def ppo_loss(
-    logps,
-    values,
-    old_logps,
-    old_values,
-    advantages,
-    returns,
-    clip=0.2,
-    value_clip=0.2,
-    value_coef=0.1,
-    entropy_coef=0.0,
-):
-    """PPO's loss (arXiv 1707.06347), mean over tokens: all arguments (m,), the old ones and advantages and returns from when the
-    tokens were sampled, with r = pi(token) / pi_old(token)
+    logps: Tensor,
+    values: Tensor,
+    old_logps: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO (arXiv 1707.06347), mean over tokens. All tensors are (m,). The old ones, the
+    advantages A and the returns G are of the time of sampling. With r = pi(token) / pi_old(token):
 
-    policy    - min( r A, clip(r, 1 - clip, 1 + clip) A )                              (eq. 7)
-    value     max( (V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2 ) / 2
-    entropy   H = - E_old[ r log pi ], whose gradient is that of - E_old[ r stopgrad(log pi) ]: what is drawn stands for the
-              vocabulary, since the log-probabilities of all ids are never there
+        policy   - min( r A, clip(r, 1 - clip, 1 + clip) A )                               (eq. 7)
+        value    max( (V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2 ) / 2
+        entropy  H = - E_old[ r log pi ], estimated on the sampled tokens: the log-probabilities of
+                 the whole vocabulary are never in memory
+        loss   = policy + value_coef x value - entropy_coef x H
 
-    and policy + value_coef value - entropy_coef H is returned. A clip of 0 does not clip.
-    Returns the mean () and metrics, detached means over tokens: `policy_loss`, `value_loss`, `entropy`, `clip_fraction` of tokens
-    whose r is outside, `approx_kl` = KL(pi_old || pi), k3 of `kl_estimates`.
+    A clip of 0 does not clip. Returns the loss () and metrics: `policy_loss`, `value_loss`,
+    `entropy`, `clip_fraction` the share of ratios outside the range, `approx_kl` = KL(pi_old || pi)
+    by k3 of `kl_estimates`.
     """
     log_ratio = logps - old_logps
     ratio = log_ratio.exp()
-    policy = -ratio * advantages
+    policy_loss = -ratio * advantages
     if clip:
-        policy = torch.maximum(policy, -ratio.clamp(1 - clip, 1 + clip) * advantages)
-    value = (values - returns).square()
+        clipped = -ratio.clamp(1 - clip, 1 + clip) * advantages
+        policy_loss = torch.maximum(policy_loss, clipped)
+    value_loss = (values - returns).square()
     if value_clip:
-        value = torch.maximum(
-            value,
-            (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square(),
-        )
-    value = value.mean() / 2
-    entropy = -ratio * logps.detach()
-    loss = policy.mean() + value_coef * value - entropy_coef * entropy.mean()
+        change = (values - old_values).clamp(-value_clip, value_clip)
+        value_loss = torch.maximum(value_loss, (old_values + change - returns).square())
+    value_loss = value_loss.mean() / 2
+    entropy = -ratio * logps.detach()  # has the gradient of H
+    loss = policy_loss.mean() + value_coef * value_loss - entropy_coef * entropy.mean()
+
     with torch.no_grad():
-        outside = ((ratio - 1).abs() > clip).float() if clip else torch.zeros_like(ratio)
+        outside = torch.zeros_like(ratio)
+        if clip:
+            outside = ((ratio - 1).abs() > clip).float()
+        _, _, k3 = kl_estimates(old_logps, logps)
         metrics = {
-            "policy_loss": policy.mean(),
-            "value_loss": value,
+            "policy_loss": policy_loss.mean(),
+            "value_loss": value_loss,
             "entropy": entropy.mean(),
             "clip_fraction": outside.mean(),
-            "approx_kl": kl_estimates(old_logps, logps)[2].mean(),
+            "approx_kl": k3.mean(),
         }
-    return loss, {name: v.detach() for name, v in metrics.items()}
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three estimates of KL(p || q) from samples of p, to be averaged.
+
+    logps, ref_logps (...): log p and log q of the samples. Returns (k1, k2, k3), each (...), with
+    log r = log q - log p (J. Schulman, "Approximating KL divergence", joschu.net/blog):
+
+        k1 = -log r              unbiased, of either sign
+        k2 = (log r)^2 / 2       low variance, biased where p and q are far apart
+        k3 = (r - 1) - log r     unbiased, never negative
+    """
+    log_r = ref_logps - logps
+    return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r

@@ -1,65 +1,58 @@
-"""The GPT: configuration, blocks, initialisation. One class, two blocks by config:
+"""The GPT. One class with two kinds of block, chosen by the config:
 
-the classic one (GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings), which the defaults give, and the
-modern one (rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm, untied head, soft cap).
+    classic   GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings (the defaults)
+    modern    rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm
+
+Outside attention the model works on a flat list of tokens (n, C), whatever sequences they are of.
+nanospin/attention.py knows which tokens attend to which.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-from nanospin.attention import Packed
-from loss import linear_logprobs
+from nanospin import checkpoint, distributed
+from nanospin.attention import PackedSequences
+from nanospin.config import model_config_from
+from nanospin.fused_head import linear_logprobs
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = (
-        50257  # of the tokenizer, end-of-text included; the tables are padded to a multiple of 64
-    )
+    vocab_size: int = 50257  # the tokenizer's, end-of-text included; tables are padded to 64s
     block_size: int = 1024  # longest sequence
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int = 0  # key/value heads of grouped-query attention (arXiv 2305.13245); 0: n_head
+    n_kv_head: int = 0  # heads of keys and values (GQA, arXiv 2305.13245); 0: n_head
     n_embd: int = 768
-    head_dim: int = 0  # width of a head; 0: n_embd / n_head
-    n_inner: int = (
-        0  # width inside the MLP; 0: 4 n_embd, for swiglu 8/3 n_embd to the next multiple of 64
-    )
-    position: str = "learned"  # learned | rotary (arXiv 2104.09864, half-split as in Llama) | sinusoidal (1706.03762)
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_inner: int = 0  # MLP width; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    position: str = "learned"  # learned | rotary (arXiv 2104.09864, half-split as in Llama)
     rope_theta: float = 10000.0
-    rope_scaling: list[
-        float
-    ] = ()  # Llama 3's: factor, low and high turns, length; a frequency of few turns in that length is divided by factor
-    sliding_window: int = 0  # a token sees so many of its text, itself the last (sliding window, arXiv 2310.06825); 0: all before it
+    rope_scaling: list[float] = field(default_factory=list)  # Llama 3: see `rotary_frequencies`
+    sliding_window: int = 0  # a token attends to this many, itself the last (2310.06825); 0: all
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
-    mlp: str = (
-        "gelu"  # gelu (tanh form) | relu | relu2 (arXiv 2109.08668) | swiglu (arXiv 2002.05202)
-    )
+    mlp: str = "gelu"  # gelu (tanh form) | relu | relu2 (2109.08668) | swiglu (2002.05202)
     bias: bool = True  # in linear layers and LayerNorms
-    qkv_bias: bool = False  # in queries, keys and values, where bias is False (Qwen 2)
-    tie_embeddings: bool = True  # one table for embedding and head
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys
-    logit_softcap: float = 0.0  # c > 0: logits become c tanh(logits / c)
-    dropout: float = 0.0  # of the embedding and of what is added to the residual stream
-    scalar_head: bool = False  # a scalar beside the head: a reward model's score, PPO's value of a state
+    qkv_bias: bool = False  # in queries, keys and values when bias is False (Qwen 2)
+    tie_embeddings: bool = True  # the LM head shares the token embedding
+    qk_norm: bool = False  # RMSNorm on the queries and keys of each head
+    logit_softcap: float = 0.0  # c > 0: logits become c tanh(logits / c) (Gemma 2)
+    dropout: float = 0.0  # on the embedding and on what is added to the residual stream
+    scalar_head: bool = False  # a reward model's score, or PPO's value
 
-    # habits of the block that config/tn_shp_*.py reproduce
-    head_bias: bool = False  # a bias in the untied head
-    attn_proj: bool = True  # attention's output projection
-    attn_scale: str = (
-        "head"  # scores are divided by the square root of the width of: head | embd (all heads)
-    )
-    mlp_alone: bool = False  # the MLP takes attention's norm again, and nothing is added around it
-    init_scheme: str = "gpt2"  # gpt2 (init_mean_std's table) | glorot: N(0, 2 / (fan_in + fan_out)) for every matrix
-    init_noise: float = (
-        0.0  # standard deviation of what is added to every parameter, norms and biases too
-    )
+    CHOICES: ClassVar[dict[str, list[str]]] = {
+        "position": ["learned", "rotary"],
+        "norm": ["layernorm", "rmsnorm"],
+        "mlp": ["gelu", "relu", "relu2", "swiglu"],
+    }
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -67,34 +60,24 @@ class GPTConfig:
         if not self.head_dim and min(self.n_embd, self.n_head) > 0:
             if self.n_embd % self.n_head:
                 raise ValueError(
-                    f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, or head_dim be given"
+                    f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}; "
+                    "or set head_dim"
                 )
             self.head_dim = self.n_embd // self.n_head
-        if not self.n_inner:
-            self.n_inner = (
-                -(-8 * self.n_embd // 3 // 64) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
-            )
-        for name, choices in [
-            ("position", ["learned", "rotary", "sinusoidal"]),
-            ("norm", ["layernorm", "rmsnorm"]),
-            ("mlp", ["gelu", "relu", "relu2", "swiglu"]),
-            ("attn_scale", ["head", "embd"]),
-            ("init_scheme", ["gpt2", "glorot"]),
-        ]:
+        if not self.n_inner and self.mlp == "swiglu":
+            self.n_inner = round_up(-(-8 * self.n_embd // 3), 64)
+        elif not self.n_inner:
+            self.n_inner = 4 * self.n_embd
+        self.check()
+
+    def check(self):
+        for name, choices in self.CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
                 )
-        for name in [
-            "vocab_size",
-            "block_size",
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "n_inner",
-            "head_dim",
-        ]:
+        sizes = ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_head"]
+        for name in [*sizes, "n_embd", "n_inner", "head_dim"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_head % self.n_kv_head:
@@ -102,91 +85,103 @@ class GPTConfig:
                 f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
             )
         if self.position == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
-        if self.rope_scaling and not (
-            len(self.rope_scaling) == 4
-            and min(self.rope_scaling) > 0
-            and self.rope_scaling[1] < self.rope_scaling[2]
-        ):
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        if self.rope_scaling and not is_rope_scaling(self.rope_scaling):
             raise ValueError(
-                f"rope_scaling must be empty or factor, low < high turns, length, all above 0, not {self.rope_scaling}"
+                "rope_scaling must be empty, or [factor, low turns, high turns, length] "
+                f"with low < high and all above 0, not {self.rope_scaling}"
             )
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
-        if not self.attn_proj and self.n_head * self.head_dim != self.n_embd:
-            raise ValueError("attn_proj = False needs heads that are together as wide as the model")
-        if self.head_bias and self.tie:
-            raise ValueError("head_bias needs a head of its own: tie_embeddings = False")
-        if self.window < 0:
-            raise ValueError(f"window must not be negative, got {self.window}")
-        if self.init_noise < 0:
-            raise ValueError(f"init_noise must not be negative, got {self.init_noise}")
+        if self.sliding_window < 0:
+            raise ValueError(f"sliding_window must not be negative, got {self.sliding_window}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
     @property
-    def padded_vocab(self):
-        return -(-self.vocab_size // 64) * 64
+    def padded_vocab_size(self) -> int:
+        return round_up(self.vocab_size, 64)
 
 
-def make_norm(config, width):
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def is_rope_scaling(values: list[float]) -> bool:
+    return len(values) == 4 and min(values) > 0 and values[1] < values[2]
+
+
+# ---------------------------------------------------------------------------------- the blocks
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rotate(x, cos, sin):
-    """Rotary positions on x (n, H, D), half-split; cos, sin (n, 1, D/2) float32."""
+def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
+    """Radians a position of each pair of head dimensions (D/2,) (arXiv 2104.09864, section 3.2.2).
+
+    With rope_scaling = [factor, low, high, length] (Llama 3) a frequency of fewer than `low` turns
+    in `length` tokens is divided by factor, one of more than `high` is kept, and those between are
+    interpolated.
+    """
+    freq = config.rope_theta ** (
+        -torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+    )
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        turns = length * freq / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (kept + (1 - kept) / factor)
+    return freq
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to x (n, H, D), half-split; cos and sin are (n, 1, D/2) float32."""
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(
-            config.n_embd,
-            (config.n_head + 2 * config.n_kv_head) * config.head_dim,
-            bias=config.bias or config.qkv_bias,
-        )
-        if config.attn_proj:
-            self.c_proj = nn.Linear(
-                config.n_head * config.head_dim, config.n_embd, bias=config.bias
-            )
+        qkv_width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, qkv_width, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x, texts, layer, rope=None):
+    def forward(self, x: Tensor, sequences, layer: int, rope=None) -> Tensor:
+        """x (n, C) -> (m, C), m the tokens whose output is needed (`sequences.query_positions`)."""
+        q, k, v = self.queries_keys_values(x, rope)
+        y = sequences.attend(layer, q, k, v).flatten(1)
+        return F.dropout(self.c_proj(y), self.config.dropout, self.training)
+
+    def queries_keys_values(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        q, k, v = (
-            self.c_attn(x)
-            .view(len(x), -1, c.head_dim)
-            .split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
-        )
+        heads = self.c_attn(x).view(len(x), -1, c.head_dim)  # (n, H + 2 Hkv, D)
+        q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
-            q, k = (
-                self.q_norm(q).to(v.dtype),
-                self.k_norm(k).to(v.dtype),
-            )  # a GPU's autocast may norm in float32
+            # under autocast a GPU may compute the norms in float32
+            q = self.q_norm(q).to(v.dtype)
+            k = self.k_norm(k).to(v.dtype)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if c.attn_scale == "embd":
-            q = q * c.n_head**-0.5  # attend divides by the square root of the head width
-        y = texts.attend(layer, q, k, v).flatten(1)
-        return F.dropout(self.c_proj(y) if c.attn_proj else y, c.dropout, self.training)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        return q, k, v
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        gates = 2 if config.mlp == "swiglu" else 1
-        self.c_fc = nn.Linear(config.n_embd, gates * config.n_inner, bias=config.bias)
+        width = 2 * config.n_inner if config.mlp == "swiglu" else config.n_inner
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
-    def inner(self, x):
+    def inner(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
         if self.config.mlp == "gelu":
             return F.gelu(x, approximate="tanh")
@@ -197,191 +192,273 @@ class MLP(nn.Module):
         gate, x = x.chunk(2, dim=-1)
         return F.silu(gate) * x
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.c_proj(self.inner(x)), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
-        self.ln_1 = make_norm(config, config.n_embd)
+        self.ln_1 = make_norm(config)
         self.attn = Attention(config)
-        if not config.mlp_alone:
-            self.ln_2 = make_norm(config, config.n_embd)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, texts, layer, rope=None):
-        y = self.attn(self.ln_1(x), texts, layer, rope)
-        x = (x if texts.asked is None else x.index_select(0, texts.asked)) + y
-        if self.config.mlp_alone:
-            return self.mlp(self.ln_1(x))
+    def forward(self, x: Tensor, sequences, layer: int, rope=None) -> Tensor:
+        y = self.attn(self.ln_1(x), sequences, layer, rope)
+        if sequences.query_positions is not None:
+            x = x.index_select(0, sequences.query_positions)
+        x = x + y
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
-    """GPT(config) is initialised at once; built under `torch.device("meta")` it has shapes alone, and takes storage by
-    `to_empty` and values by `init_weights` or a checkpoint."""
+# ----------------------------------------------------------------------------------- the model
 
-    def __init__(self, config):
+
+class GPT(nn.Module):
+    """GPT(config) is initialised. Built under `torch.device("meta")` it has only shapes, and gets
+    storage by `to_empty` and values by `init_weights` or from a checkpoint.
+
+    Tokens come in one of three layouts:
+
+        rows     idx (B, T), right-padded
+        packed   idx (n,): sequences one after the other, K responses sharing their prompt, as pos,
+                 sequence_id and response_id (n,) say; see nanospin/attention.py
+        decode   idx (B,) and pos (B,): one more token of each row of a KV cache
+    """
+
+    config_class = GPTConfig
+
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.products = None  # dtype of the matrix products, by autocast; None: the weights'
-        self.wte = nn.Embedding(config.padded_vocab, config.n_embd)
+        self.autocast_dtype = None  # dtype of the matrix products; None: that of the weights
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = make_norm(config, config.n_embd)
+        self.h = nn.ModuleList(self.make_block(config) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=config.head_bias)
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.scalar_head:
-            self.scalar = nn.Linear(
-                config.n_embd, 1, bias=False
-            )  # a ranking leaves a bias to the gradient's rounding
+            self.scalar_head = nn.Linear(config.n_embd, 1, bias=False)
         if self.wte.weight.device.type != "meta":
             self.init_weights()
 
+    def make_block(self, config: GPTConfig) -> nn.Module:
+        return Block(config)
+
+    # ---- initialisation and checkpoints
+
     @torch.no_grad()
-    def init_weights(self, seed=0, copy_=torch.Tensor.copy_):
-        """Draw every weight from (seed, its name), so that neither the order nor a sharding changes it.
-        copy_(parameter, whole tensor) may keep only a part of it."""
+    def init_weights(self, seed: int = 0, copy_=torch.Tensor.copy_):
+        """Draw every weight from (seed, its name), so that neither order nor sharding changes it.
+
+        copy_(parameter, full tensor) may keep only this rank's shard of the tensor.
+        """
         for name, p in self.named_parameters():
-            mean, std = init_mean_std(name, p.shape, self.config)
+            mean, std = self.init_mean_std(name, p.shape)
             key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
-            copy_(
-                p,
-                torch.empty(p.shape).normal_(
-                    mean, std, generator=torch.Generator().manual_seed(key)
-                ),
-            )
+            generator = torch.Generator().manual_seed(key)
+            copy_(p, torch.empty(p.shape).normal_(mean, std, generator=generator))
+
+    def init_mean_std(self, name: str, shape: torch.Size) -> tuple[float, float]:
+        """Mean and standard deviation of a parameter at initialisation: GPT-2's table.
+
+        norm weights                1, 0
+        biases                      0, 0
+        output projections          0, 0.02 / sqrt(2 n_layer)     added to the residual stream
+        other matrices, embeddings  0, 0.02
+        """
+        if name.endswith("bias"):
+            return 0.0, 0.0
+        if ".ln_" in "." + name or "_norm." in name:
+            return 1.0, 0.0
+        if name.endswith("c_proj.weight"):
+            return 0.0, 0.02 / math.sqrt(2 * self.config.n_layer)
+        return 0.0, 0.02
+
+    @classmethod
+    def from_checkpoint(cls, path: str, device="cpu", dtype: torch.dtype = torch.float32):
+        """(model in evaluation mode, tokenizer, meta) of a run folder or a checkpoint, unsharded.
+
+        The matrix products are in `dtype`. The scalar head is loaded for reward models only. Exits
+        with one line if there is no readable checkpoint.
+        """
+        path = checkpoint.resolve(path)
+        meta = checkpoint.read_meta(path)
+        shape = meta["model"] | {"scalar_head": meta["config"]["stage"] == "reward"}
+        with torch.device("meta"):
+            model = cls(model_config_from(shape, cls.config_class, f"{path}/meta.json"))
+        model.to_empty(device=device)
+        checkpoint.load_weights(path, model)
+        distributed.set_autocast_dtype(model, dtype)
+        return model.eval(), checkpoint.read_tokenizer(path, meta), meta
+
+    # ---- forward
 
     def forward(
-        self, idx, targets=None, *, pos=None, doc=None, branch=None, at=None, read=None, cache=None
-    ):
-        """idx (B, T): rows, right padding only; or (n,): packed texts with pos, doc, branch (n,), as `Packed` says.
-        With targets, -1 where nothing is asked: their logps, float32. Without: logits (..., V) float32, V without the padding.
-        at (m,): only of these places in the flat list of tokens, which may come more than once; targets are (m,) then.
-        read (r,): places of that list whose scalar (r,), float32, is asked for: alone, or after the logps if there are targets.
-        cache: a KVCache to write the rows into, or, with pos (B,) and idx (B,), to go on from by one token.
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        pos: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        response_id: Tensor | None = None,
+        logit_positions: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
+        """Log-probabilities of the targets, float32, 0 where the target is -1. Without targets the
+        logits (..., V), float32.
+
+        logit_positions (m,): compute only these positions of the flat list of tokens, which may
+        repeat (a prompt's last token predicts the first token of each response). targets are then
+        (m,), else of the shape of idx.
+        cache: a KVCache, filled from rows or extended by one token a row.
         """
-        c = self.config
-        if idx.dim() == 2 and idx.shape[1] > c.block_size:
-            raise ValueError(f"{idx.shape[1]} tokens do not fit block_size {c.block_size}")
-        with torch.autocast(
-            idx.device.type, self.products or torch.bfloat16, enabled=self.products is not None
-        ):
-            asked = None
-            if at is not None or read is not None and targets is None:
-                asked = torch.cat([places for places in (at, read) if places is not None]).unique()
-                at, read = (
-                    None if places is None else torch.searchsorted(asked, places)
-                    for places in (at, read)
-                )
-            x = self.hidden(idx, pos, doc, branch, cache, asked)
-            scalars = None if read is None else self.scalars(x.flatten(0, -2).index_select(0, read))
-            if read is not None and targets is None:
-                return scalars
-            if at is not None:
-                x = x.flatten(0, -2).index_select(0, at)
+        with self.autocast(idx.device):
+            computed = None if logit_positions is None else logit_positions.unique()
+            x = self.hidden(idx, pos, sequence_id, response_id, cache, computed)
+            if logit_positions is not None:
+                x = take(x, computed, logit_positions)
             if targets is None:
-                logits = self.head(x).float()[..., : c.vocab_size]
-                return (
-                    c.logit_softcap * torch.tanh(logits / c.logit_softcap)
-                    if c.logit_softcap
-                    else logits
-                )
-            weight = self.wte.weight if c.tie_embeddings else self.lm_head.weight
-            if c.head_bias:  # one more column of weights, whose input is 1
-                x, weight = (
-                    F.pad(x, (0, 1), value=1.0),
-                    torch.cat((weight, self.lm_head.bias[:, None]), 1),
-                )
-            logps = linear_logprobs(x, weight, targets, c.logit_softcap, c.vocab_size)
-            return logps if read is None else (logps, scalars)
+                return self.logits(x)
+            return self.logprobs(x, targets)
 
-    def head(self, x):
-        """(..., C) -> (..., padded V): logits before the soft cap."""
-        return F.linear(x, self.wte.weight) if self.config.tie_embeddings else self.lm_head(x)
+    def values(
+        self, idx: Tensor, value_positions: Tensor, *, pos=None, sequence_id=None, response_id=None
+    ) -> Tensor:
+        """The scalar head at value_positions (r,) of the flat list of tokens -> (r,) float32."""
+        with self.autocast(idx.device):
+            computed = value_positions.unique()
+            x = self.hidden(idx, pos, sequence_id, response_id, None, computed)
+            return self.scalars(take(x, computed, value_positions))
 
-    def hidden(self, idx, pos=None, doc=None, branch=None, cache=None, asked=None):
-        """The last layer's normalised output (..., C). asked (m,), rising: of these places alone (m, C); of the others, prompts
-        mostly, the last block takes no more than keys and values (c_attn makes their queries too, which nobody reads)."""
+    def logps_and_values(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        value_positions: Tensor,
+        *,
+        pos=None,
+        sequence_id=None,
+        response_id=None,
+        logit_positions=None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with targets and `values` in one pass."""
+        with self.autocast(idx.device):
+            if logit_positions is None:
+                x = self.hidden(idx, pos, sequence_id, response_id)
+                values = self.scalars(x.flatten(0, -2).index_select(0, value_positions))
+                return self.logprobs(x, targets), values
+            computed = torch.cat((logit_positions, value_positions)).unique()
+            x = self.hidden(idx, pos, sequence_id, response_id, None, computed)
+            values = self.scalars(take(x, computed, value_positions))
+            return self.logprobs(take(x, computed, logit_positions), targets), values
+
+    def autocast(self, device: torch.device):
+        dtype = self.autocast_dtype or torch.bfloat16
+        return torch.autocast(device.type, dtype, enabled=self.autocast_dtype is not None)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        pos=None,
+        sequence_id=None,
+        response_id=None,
+        cache=None,
+        query_positions=None,
+    ) -> Tensor:
+        """The normalised output of the last block (..., C).
+
+        query_positions (m,), ascending: only of these positions of the flat list, (m, C). Of the
+        other tokens, mostly prompts, the last block computes keys and values and nothing else.
+        """
         c = self.config
         if idx.dim() == 2:
             B, T = idx.shape
-            pos = (
-                torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos.expand(B, T)
-            )
-            doc = torch.arange(B, device=idx.device).repeat_interleave(T)
-            texts = Packed(
-                doc, torch.zeros_like(doc), pos.flatten(), c.sliding_window, (B, T), cache
+            if T > c.block_size:
+                raise ValueError(f"{T} tokens do not fit block_size {c.block_size}")
+            pos = torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos
+            pos = pos.expand(B, T).flatten()
+            row = torch.arange(B, device=idx.device).repeat_interleave(T)
+            sequences = PackedSequences(
+                row, torch.zeros_like(row), pos, c.sliding_window, (B, T), cache
             )
         elif cache is not None:
-            texts = cache
-            cache.at(pos, c.sliding_window)
+            cache.begin_step(pos, c.sliding_window)
+            sequences = cache
         else:
-            texts = Packed(doc, branch, pos, c.sliding_window)
-        pos = pos.flatten()
-        x = self.wte(idx.flatten())  # (n, C)
-        rope = None
-        if c.position == "learned":
-            x = x + self.wpe(pos)
-        elif c.position == "sinusoidal":
-            angle = pos[:, None] * 10000.0 ** (
-                -torch.arange(0, c.n_embd, 2, device=idx.device) / c.n_embd
-            )  # (n, C/2)
-            x = x + torch.stack((angle.sin(), angle.cos()), -1).flatten(1).to(x.dtype)
-        else:
-            freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=idx.device) / c.head_dim)
-            if c.rope_scaling:
-                factor, low, high, length = c.rope_scaling
-                kept = ((length * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-                freq = freq * (kept + (1 - kept) / factor)
-            angle = (pos[:, None] * freq)[:, None]  # (n, 1, D/2)
-            rope = angle.cos(), angle.sin()
-        x = F.dropout(x, c.dropout, self.training)
+            sequences = PackedSequences(sequence_id, response_id, pos, c.sliding_window)
+
+        x = F.dropout(self.embed(idx.flatten(), pos), c.dropout, self.training)  # (n, C)
+        rope = self.rotary_angles(pos) if c.position == "rotary" else None
         for layer, block in enumerate(self.h):
-            if asked is not None and layer == c.n_layer - 1:
-                texts = texts.only(asked)
-            x = block(x, texts, layer, rope)
-        return self.ln_f(x).view(*(idx.shape if asked is None else asked.shape), c.n_embd)
+            if query_positions is not None and layer == c.n_layer - 1:
+                sequences = sequences.with_queries(query_positions)
+            x = block(x, sequences, layer, rope)
+        x = self.ln_f(x)
+        return x if query_positions is not None else x.view(*idx.shape, c.n_embd)
 
-    def scalars(self, x):
-        """The scalar head on (r, C) -> (r,), float32 or wider; no matrix product, which autocast would round."""
+    def embed(self, idx: Tensor, pos: Tensor) -> Tensor:
+        """Token embeddings, plus learned positions: idx, pos (n,) -> (n, C)."""
+        x = self.wte(idx)
+        if self.config.position == "learned":
+            x = x + self.wpe(pos)
+        return x
+
+    def rotary_angles(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (n, 1, D/2) float32 of the rotary angles at pos (n,)."""
+        angles = (pos[:, None] * rotary_frequencies(self.config, pos.device))[:, None]
+        return angles.cos(), angles.sin()
+
+    def head(self, x: Tensor) -> Tensor:
+        """The LM head: x (..., C) -> logits (..., padded V), before the soft cap."""
+        if self.config.tie_embeddings:
+            return F.linear(x, self.wte.weight)
+        return self.lm_head(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (..., C) -> logits (..., V) float32, without the padding of the vocabulary."""
+        c = self.config
+        logits = self.head(x).float()[..., : c.vocab_size]
+        if c.logit_softcap:
+            logits = c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+        return logits
+
+    def logprobs(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of targets (...) at x (..., C), without a (tokens, V) matrix."""
+        c = self.config
+        weight = self.wte.weight if c.tie_embeddings else self.lm_head.weight
+        return linear_logprobs(x, weight, targets, c.logit_softcap, c.vocab_size)
+
+    def scalars(self, x: Tensor) -> Tensor:
+        """The scalar head: x (r, C) -> (r,), float32 or wider. A matmul would be autocast."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (x * self.scalar.weight.to(x.dtype)).sum(-1)
+        return (x * self.scalar_head.weight.to(x.dtype)).sum(-1)
 
-    def num_params(self):
+    # ---- sizes
+
+    def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, length=None, asked=1.0):
-        """FLOPs of a training step a token: 6 a weight that is multiplied, and attention's 12 L C T
-        (PaLM, arXiv 2204.02311, appendix B), T = `length` or block_size; `asked` is the share of tokens with a target,
-        which alone reach the head, and in the last block more than keys and values."""
+    def flops_per_token(self, context_length=None, target_fraction: float = 1.0) -> float:
+        """FLOPs of a training step per token: 6 per multiplied weight, plus attention's 12 L C T
+        (PaLM, arXiv 2204.02311, appendix B) with T = context_length, or block_size.
+
+        target_fraction: share of the tokens that have a target. Only they reach the LM head, and in
+        the last block more than keys and values.
+        """
         c = self.config
         block = sum(p.numel() for p in self.h[-1].parameters() if p.dim() == 2)
-        last = block - 2 * c.n_kv_head * c.head_dim * c.n_embd
-        weights = c.n_layer * block - (1 - asked) * last + asked * c.padded_vocab * c.n_embd
-        return 6 * weights + 12 * (c.n_layer - 1 + asked) * c.n_head * c.head_dim * (
-            length or c.block_size
-        )
+        only_for_targets = block - 2 * c.n_kv_head * c.head_dim * c.n_embd
+        weights = c.n_layer * block - (1 - target_fraction) * only_for_targets
+        weights += target_fraction * c.padded_vocab_size * c.n_embd
+        layers = c.n_layer - 1 + target_fraction
+        context_length = context_length or c.block_size
+        return 6 * weights + 12 * layers * c.n_head * c.head_dim * context_length
 
 
-def init_mean_std(name, shape, config):
-    """Mean and standard deviation of a parameter by its name: 1 for a norm's weight and 0 for biases, with no deviation but
-    `init_noise`. GPT-2's table: what is added to the residual stream is scaled down by the number of additions."""
-    if name.endswith("bias"):
-        mean, std = 0.0, 0.0
-    elif ".ln_" in "." + name or "_norm." in name:
-        mean, std = 1.0, 0.0
-    elif config.init_scheme == "glorot":
-        fans = (
-            2 * config.n_embd if name.endswith("c_attn.weight") else sum(shape)
-        )  # queries, keys and values are a matrix each
-        mean, std = 0.0, math.sqrt(2 / fans)
-    else:
-        mean, std = (
-            0.0,
-            0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02,
-        )
-    return mean, math.hypot(std, config.init_noise)
+def take(x: Tensor, computed: Tensor, positions: Tensor) -> Tensor:
+    """The rows of x (m, C) at `positions`; x holds the positions `computed` (m,), ascending."""
+    return x.index_select(0, torch.searchsorted(computed, positions))

@@ -1,369 +1,373 @@
-"""PPO's collect (arXiv 1707.06347; on language models 1909.08593, 2203.02155).
+"""Collect for PPO (arXiv 1707.06347; on language models 1909.08593, 2203.02155).
 
-A round samples one response y to each of its prompts from the policy and makes a trajectory of its tokens:
+A round samples one response y to each of its prompts from the policy. Its tokens are a trajectory:
 
     r_t = - kl_coef (log pi(y_t | ...) - log pi_ref(y_t | ...)),  and at the last token + R(x, y)
-    R   = the reward, by its mean and deviation over the first round's samples if `whiten_rewards`, less `eot_penalty`
-          where y did not end
-    A_t = sum_l (discount gae_lambda)^l delta_{t+l},  delta_t = r_t + discount V_{t+1} - V_t       GAE, 1506.02438, eq. 16
-    G_t = A_t + V_t, what the value head is fitted to; A is whitened over the round's tokens if `whiten_advantages`
+    R   = the reward, normalised by mean and deviation of the first round's samples if
+          `whiten_rewards`, minus `missing_eos_penalty` if y did not end
+    A_t = sum_l (discount gae_lambda)^l delta_{t+l},
+          delta_t = r_t + discount V_{t+1} - V_t                       GAE, 1506.02438, eq. 16
+    G_t = A_t + V_t, the target of the value head
 
-pi_ref is `init`, V the policy's scalar head, read where a token is predicted; behind the last token it is 0. In
-RUN/round_R lie self_train.jsonl (samples), train.jsonl (with their scores), rollout.npz (log-probabilities, values,
-advantages, returns of every token), collect.json (report and provenance), made once, by the policy that sampled.
+A is whitened over the round's tokens if `whiten_advantages`. pi_ref is `init`. V is the policy's
+scalar head, read where a token is predicted, and 0 after the last token.
+
+RUN/round_R/ holds self_train.jsonl (samples), train.jsonl (with their scores), rollout.npz
+(log-probabilities, values, advantages and returns of every token) and collect.json (the report and
+what it was made from), all made once, by the policy that sampled.
 """
 
-import importlib
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanospin import checkpoint
-from nanospin import distributed
-from data.batch import batch_indices, batch_rows, pin_memory
-from data.rows import encode_rows, prompt_fields, read_rows, write_rows
-from data.files import read_arrays, read_json, sha256, write_json
 from data import tokenizer
-from eval import validation_rows, map_batches, retokenize, reward_scores
+from data.batch import Batch, batch_indices, ppo_batch
+from data.files import read_arrays, read_json, sha256, write_json
+from data.rows import encode_rows, prompt_fields, read_rows, write_rows
+from eval import map_batches, retokenize, reward_scores, validation_rows
 from loss import kl_estimates
-from rollout import match_responses, drop_overlong_prompts, unique_prompts, write_samples
+from model import GPT
+from nanospin import checkpoint, distributed
+from nanospin.config import import_function
+from nanospin.distributed import broadcast_from_rank0
+from rollout import (
+    drop_overlong_prompts,
+    match_responses,
+    round_folder,
+    sample_policy,
+    unique_prompts,
+)
 
 
-def collect(cfg, round_id, model, enc, device, dtype, say):
-    """(train, val, report) of a round. train: encoded rows of one response with logps, values, advantages, returns, each
-    (tokens,) float32; val: the held-out rows to be sampled when the run is evaluated; report: figures of the samples."""
-    start, folder, block_size = (
-        time.time(),
-        os.path.join(cfg.out_dir, f"round_{round_id}"),
-        model.config.block_size,
-    )
+@dataclass
+class Trajectories:
+    """One response to each of n prompts. Lists have an entry per response."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    ended: list[bool]
+    scores: np.ndarray  # (n,) float64 rewards as the scorer gives them
+    logps: list[np.ndarray]  # (tokens,) float32 under the policy
+    refs: list[np.ndarray]  # (tokens,) float32 under the reference
+    values: list[np.ndarray]  # (tokens,) float32
+
+
+def collect(cfg, round_id: int, model, enc, device, dtype, say):
+    """(train, val, report) of a round.
+
+    train: encoded rows of one response, with logps, values, advantages and returns, each (tokens,)
+    float32. val: held-out rows, sampled when the run is evaluated. report: metrics of the samples.
+    """
+    folder, block_size = round_folder(cfg, round_id), model.config.block_size
+    rows = unique_prompts(read_rows(f"{cfg.data}/train.jsonl"))
     rows = drop_overlong_prompts(
-        cfg,
-        unique_prompts(read_rows(f"{cfg.data}/train.jsonl")),
-        enc,
-        block_size,
-        say if round_id == 0 else None,
-        "train",
+        cfg, rows, enc, block_size, say if round_id == 0 else None, "train"
     )
-    rows = [
-        rows[i]
-        for i in batch_indices(
-            len(rows), min(cfg.max_rows or len(rows), len(rows)), cfg.seed, round_id
-        )
-    ]
-    val = drop_overlong_prompts(
-        cfg, unique_prompts(validation_rows(cfg.data, cfg.eval_rows)), enc, block_size
-    )
-    done, kept, arrays = (
-        os.path.join(folder, name) for name in ("collect.json", "train.jsonl", "rollout.npz")
-    )
-    if not distributed.broadcast_from_rank0(os.path.exists(done)):
-        if distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
+    n = min(cfg.max_rows or len(rows), len(rows))
+    rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
+    val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows))
+    val = drop_overlong_prompts(cfg, val, enc, block_size)
+
+    manifest_path = os.path.join(folder, "collect.json")
+    if not broadcast_from_rank0(os.path.exists(manifest_path)):
+        if broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
             raise SystemExit(
-                f"{done} is missing, and the policy of round {round_id} is no longer the one that sampled; remove that round's folder"
+                f"{manifest_path} is missing, and the policy of round {round_id} has been trained, "
+                "so it is no longer the one that sampled; remove the folder of that round"
             )
-        t = sample_trajectories(
-            cfg,
-            os.path.join(folder, "self_train.jsonl"),
-            f"{round_id} self train",
-            rows,
-            model,
-            enc,
-            device,
-            dtype,
+        make_round(cfg, round_id, rows, model, enc, device, dtype)
+    train, report = read_round(cfg, folder, enc, block_size)
+    num_tokens = sum(len(row["values"]) for row in train)
+    say(f"round {round_id}: {len(train)} responses of {num_tokens} tokens")
+    return train, val, report
+
+
+def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
+    """Sample, score and write a round's files."""
+    start, folder = time.time(), round_folder(cfg, round_id)
+    path = os.path.join(folder, "self_train.jsonl")
+    what = f"{round_id} self train"
+    samples = sample_trajectories(cfg, path, what, rows, model, enc, device, dtype)
+    scaling = reward_scaling(cfg, round_id, samples.scores)
+    arrays, report = advantages(cfg, scaling, samples)
+    report = sample_report(samples) | report
+    if distributed.rank() == 0:
+        rows_path = os.path.join(folder, "train.jsonl")
+        arrays_path = os.path.join(folder, "rollout.npz")
+        write_rows(rows_path, scored_rows(rows, samples))
+        with open(arrays_path + ".tmp", "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(arrays_path + ".tmp", arrays_path)
+        previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
+        policy = previous or checkpoint.resolve(cfg.init)
+        manifest = {
+            "policy": checkpoint.read_meta(policy)["weights_sha256"],
+            "reward": cfg.reward,
+            "tokenizer": tokenizer.fingerprint(enc),
+            "seed": cfg.seed,
+            "files": {
+                "train.jsonl": sha256(rows_path),
+                "rollout.npz": sha256(arrays_path),
+            },
+            "now": scaling,
+            "report": report,
+            "seconds": time.time() - start,
+        }
+        write_json(os.path.join(folder, "collect.json"), manifest)
+    distributed.barrier()
+
+
+def scored_rows(rows, samples: Trajectories) -> list[dict]:
+    """The samples as rows with their score and their KL to the reference."""
+    scored = []
+    for i, row in enumerate(rows):
+        scored.append(
+            prompt_fields(row)
+            | {
+                "responses": [samples.texts[i]],
+                "ids": [samples.ids[i]],
+                "scores": [float(samples.scores[i])],
+                "kl": float(np.sum(samples.logps[i] - samples.refs[i])),
+                "ended": samples.ended[i],
+            }
         )
-        now = reward_scaling(cfg, round_id, t["scores"])
-        tokens, report = advantages(cfg, now, t)
-        report = sample_report(t) | report
-        if distributed.rank() == 0:
-            write_rows(
-                kept,
-                [
-                    prompt_fields(row)
-                    | {
-                        "responses": [text],
-                        "ids": [y],
-                        "scores": [s],
-                        "kl": float(np.sum(p - r)),
-                        "ended": ended,
-                    }
-                    for row, text, y, s, p, r, ended in zip(
-                        rows,
-                        t["texts"],
-                        t["ids"],
-                        t["scores"].tolist(),
-                        t["logps"],
-                        t["refs"],
-                        t["ended"],
-                    )
-                ],
-            )
-            with open(arrays + ".tmp", "wb") as f:
-                np.savez(f, **tokens)
-            os.replace(arrays + ".tmp", arrays)
-            write_json(
-                done,
-                {
-                    "policy": checkpoint.read_meta(
-                        checkpoint.latest(cfg.out_dir, round_id - 1)
-                        if round_id
-                        else checkpoint.resolve(cfg.init)
-                    )["weights_sha256"],
-                    "reward": cfg.reward,
-                    "tokenizer": tokenizer.fingerprint(enc),
-                    "seed": cfg.seed,
-                    "files": {os.path.basename(path): sha256(path) for path in (kept, arrays)},
-                    "now": now,
-                    "report": report,
-                    "seconds": time.time() - start,
-                },
-            )
-        distributed.barrier()
-    written = read_json(done, ("files", "now", "report"))
-    for path in (kept, arrays):
-        if not os.path.exists(path) or sha256(path) != written["files"].get(os.path.basename(path)):
+    return scored
+
+
+def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict]:
+    """(rows to train on, report) of a round that was made. Exits if a file was changed."""
+    manifest = read_json(os.path.join(folder, "collect.json"), ("files", "now", "report"))
+    rows_path = os.path.join(folder, "train.jsonl")
+    arrays_path = os.path.join(folder, "rollout.npz")
+    for path in (rows_path, arrays_path):
+        expected = manifest["files"].get(os.path.basename(path))
+        if not os.path.exists(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
     train, _ = encode_rows(
-        read_rows(kept), enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+        read_rows(rows_path), enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
     )
-    tokens = read_arrays(arrays)
+    arrays = read_arrays(arrays_path)
     ends = np.cumsum([len(row["responses"][0]) for row in train])
     for name in ("logps", "values", "advantages", "returns"):
-        if name not in tokens or tokens[name].shape != (ends[-1],):
-            raise SystemExit(f"{arrays} is damaged: its {name} are not those of {ends[-1]} tokens")
-        for row, part in zip(train, np.split(tokens[name], ends[:-1]), strict=True):
+        if name not in arrays or arrays[name].shape != (ends[-1],):
+            raise SystemExit(
+                f"{arrays_path} is damaged: its {name} are not those of {ends[-1]} tokens"
+            )
+        for row, part in zip(train, np.split(arrays[name], ends[:-1]), strict=True):
             row[name] = part
-    say(
-        f"round {round_id}: {len(train)} responses of {sum(len(row['values']) for row in train)} tokens"
-    )
-    return train, val, written["report"]
+    return train, manifest["report"]
 
 
-def evaluate(cfg, round_id, step, model, rows, enc, device):
-    """Held-out figures of the policy as it is: `summary` of one response to each row, with the same random numbers at every
-    evaluation. The samples stay in RUN/round_R/val_step_S.jsonl."""
-    path = os.path.join(cfg.out_dir, f"round_{round_id}", f"val_step_{step:06d}.jsonl")
+def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[str, float]:
+    """Held-out metrics of the policy: `sample_report` of one response to each row, drawn with the
+    same random numbers at every evaluation and kept in RUN/round_R/val_step_S.jsonl."""
+    path = os.path.join(round_folder(cfg, round_id), f"val_step_{step:06d}.jsonl")
+    dtype = distributed.compute_dtype(cfg, device)
     return sample_report(
-        sample_trajectories(
-            cfg, path, "held out", rows, model, enc, device, distributed.compute_dtype(cfg, device)
-        )
+        sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
     )
 
 
-def ppo_batch(rows, layout="packed"):
-    """Rows of `collect` -> `data.batch_rows` with read: a state's value is read where its token is predicted; and old_logps,
-    old_values, advantages, returns (m,), in the order of the targets that are asked."""
-    batch = batch_rows(rows, layout)
-    batch["read"] = (
-        batch["at"] if "at" in batch else (batch["targets"] >= 0).flatten().nonzero().squeeze(1)
-    )
-    for name, key in (
-        ("old_logps", "logps"),
-        ("old_values", "values"),
-        ("advantages", "advantages"),
-        ("returns", "returns"),
-    ):
-        if key in rows[0]:
-            batch[name] = torch.from_numpy(np.concatenate([row[key] for row in rows]))
-    return pin_memory(batch)
+# -------------------------------------------------------------------------------- trajectories
 
 
-# ------------------------------------------------------------------------------------------------------ the trajectories
-
-
-def sample_trajectories(cfg, path, what, rows, model, enc, device, dtype):
-    """Sample one response to each row into a ranked file, and measure it -> {"texts", "ids", "ended": one each; "scores"
-    (rows,) the rewards as they are; "logps", "refs", "values": for each row (tokens,) float32}, on every rank."""
-    policy = model if cfg.sample_sharded else distributed.gather_full_model(model, dtype)
-    write_samples(path, policy, enc, cfg, rows, what)
-    del policy
-    texts, ids = zip(*match_responses(path, rows, enc))
-    played = [
-        prompt_fields(row) | {"responses": [text], "ids": [y]}
-        for row, text, y in zip(rows, texts, ids)
-    ]
+def sample_trajectories(cfg, path, what, rows, model, enc, device, dtype) -> Trajectories:
+    """Sample one response to each row into a ranked file and score it, on every rank."""
+    sample_policy(path, cfg, rows, what, model, enc, dtype)
+    texts, ids = [], []
+    for text, response in match_responses(path, rows, enc):
+        texts.append(text)
+        ids.append(response)
+    sampled = []
+    for row, text, y in zip(rows, texts, ids):
+        sampled.append(prompt_fields(row) | {"responses": [text], "ids": [y]})
     encoded, _ = encode_rows(
-        played, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
+        sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )
     logps, values = token_scores(model, encoded, cfg, device)
-    reference, _, _ = checkpoint.load_model(cfg.init, device, dtype)
+    reference, _, _ = GPT.from_checkpoint(cfg.init, device, dtype)
     refs, _ = token_scores(reference, encoded, cfg, device)
     del reference
-    return {
-        "texts": texts,
-        "ids": ids,
-        "ended": [y[-1] == enc.eot_token for y in ids],
-        "logps": logps,
-        "values": values,
-        "refs": refs,
-        "scores": rewards(cfg, rows, texts, ids, enc, device, dtype),
-    }
-
-
-def token_scores(model, rows, cfg, device):
-    """Log-probabilities, and values if the model has a scalar head, of every response token: two lists of (tokens,) float32."""
-
-    def pick(output, batch):
-        logps, values = output if model.config.scalar else (output, output)
-        lengths = batch["lengths"].flatten().tolist()
-        return list(
-            zip(
-                *(
-                    (x[batch["targets"] >= 0] if x.shape == batch["targets"].shape else x)
-                    .cpu()
-                    .split(lengths)
-                    for x in (logps, values)
-                )
-            )
-        )
-
-    def make(rows, layout):
-        batch = ppo_batch(rows, layout)
-        return (
-            batch
-            if model.config.scalar
-            else {name: t for name, t in batch.items() if name != "read"}
-        )
-
-    results = map_batches(
-        model,
-        rows,
-        distributed.micro_batch_tokens(cfg, device),
-        device,
-        make,
-        pick,
-        layout=cfg.layout,
+    return Trajectories(
+        texts=texts,
+        ids=ids,
+        ended=[y[-1] == enc.eot_token for y in ids],
+        scores=rewards(cfg, rows, texts, ids, enc, device, dtype),
+        logps=logps,
+        refs=refs,
+        values=values,
     )
-    return [[np.asarray(row[n], dtype=np.float32) for row in results] for n in (0, 1)]
 
 
-def rewards(cfg, rows, texts, ids, enc, device, dtype):
-    """R(x, y) as it is (rows,), float64: of a reward model under its own template and limits, or of module:function, which
-    is called with the data's row and the response's text."""
+def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Log-probability and value of every response token: two lists of (tokens,) float32, one entry
+    per row. Without a scalar head the values are the log-probabilities again."""
+
+    def score(batch: Batch):
+        if model.config.scalar_head:
+            logps, values = model.logps_and_values(
+                batch.idx, batch.targets, batch.value_positions, **batch.layout()
+            )
+        else:
+            logps = model(batch.idx, batch.targets, **batch.layout())
+            values = None
+        logps = logps[batch.targets >= 0]
+        values = logps if values is None else values
+        lengths = batch.lengths.flatten().tolist()
+        return list(zip(logps.cpu().split(lengths), values.cpu().split(lengths)))
+
+    budget = distributed.micro_batch_tokens(cfg, device)
+    results = map_batches(model, rows, budget, device, ppo_batch, score, layout=cfg.layout)
+    logps = [np.asarray(row[0], dtype=np.float32) for row in results]
+    values = [np.asarray(row[1], dtype=np.float32) for row in results]
+    return logps, values
+
+
+def rewards(cfg, rows, texts, ids, enc, device, dtype) -> np.ndarray:
+    """R(x, y) of each response (n,) float64, from module:function, called with the data's row and
+    the response's text, or from a reward model with its own template and limits."""
     if ":" in cfg.reward:
-        function = reward_function(cfg.reward)
+        function = import_function(cfg.reward)
         return np.array([float(function(row, text)) for row, text in zip(rows, texts)])
-    judge, its_enc, meta = checkpoint.load_model(cfg.reward, device, dtype)
-    limits = [meta["config"][name] for name in ("max_prompt", "max_response")]
-    played = [
-        prompt_fields(row) | {"responses": [text], "ids": [retokenize(its_enc, enc, text, y)]}
-        for row, text, y in zip(rows, texts, ids)
-    ]
+    judge, judge_enc, meta = GPT.from_checkpoint(cfg.reward, device, dtype)
+    config = meta["config"]
+    responded = []
+    for row, text, y in zip(rows, texts, ids):
+        judge_ids = retokenize(judge_enc, enc, text, y)
+        responded.append(prompt_fields(row) | {"responses": [text], "ids": [judge_ids]})
     encoded, counts = encode_rows(
-        played, its_enc, meta["config"]["template"], judge.config.block_size, *limits
+        responded,
+        judge_enc,
+        config["template"],
+        judge.config.block_size,
+        config["max_prompt"],
+        config["max_response"],
     )
     if None in encoded:
         raise SystemExit(
-            f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after {counts['dropped']} prompts; set max_prompt of that run"
+            f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after "
+            f"{counts['dropped']} prompts; set max_prompt of that run"
         )
-    return reward_scores(judge, encoded, distributed.micro_batch_tokens(cfg, device), device)[
-        :, 0
-    ].astype(np.float64)
+    budget = distributed.micro_batch_tokens(cfg, device)
+    return reward_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
 
 
-def reward_function(name):
-    """The function that module:function names."""
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-        if not callable(found):
-            raise TypeError("it is no function")
-        return found
-    except Exception as e:  # whatever the module raises
-        raise SystemExit(
-            f"reward {name}: {' '.join(str(e).split())}; it is a reward model's run folder, or module:function"
-        )
+# ---------------------------------------------------------------------------------- arithmetic
 
 
-# --------------------------------------------------------------------------------------------------------- the arithmetic
+def reward_scaling(cfg, round_id: int, scores: np.ndarray) -> dict[str, float]:
+    """{"kl_coef", "mean", "std"} of a round.
 
+    Mean and deviation of the rewards stay those of the first round, so that neither the objective
+    nor its price in KL moves. Scores that are all equal are not scaled. With kl_target the
+    coefficient adapts (1909.08593, section 2.2):
 
-def reward_scaling(cfg, round_id, scores):
-    """What a round takes from the one before it: {"kl_coef", "mean", "std"}. The scores' mean and deviation stay the first round's,
-    so that neither what is maximised nor its price in KL moves (scores that do not differ yet are not scaled); the coefficient
-    follows kl_target (1909.08593, section 2.2): kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))."""
+        kl_coef <- kl_coef (1 + kl_adapt clip(KL / kl_target - 1, -0.2, 0.2))
+    """
     if round_id == 0:
-        return {
-            "kl_coef": cfg.kl_coef,
-            "mean": float(scores.mean()),
-            "std": float(scores.std()) if np.ptp(scores) else 1.0,
-        }
-    before = read_json(
-        os.path.join(cfg.out_dir, f"round_{round_id - 1}", "collect.json"), ("now", "report")
-    )
-    error = before["report"]["kl"] / cfg.kl_target - 1 if cfg.kl_target else 0.0
-    return before["now"] | {
-        "kl_coef": before["now"]["kl_coef"] * (1 + cfg.kl_adapt * min(0.2, max(-0.2, error)))
-    }
+        std = float(scores.std()) if np.ptp(scores) else 1.0
+        return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": std}
+    path = os.path.join(round_folder(cfg, round_id - 1), "collect.json")
+    previous = read_json(path, ("now", "report"))
+    error = 0.0
+    if cfg.kl_target:
+        error = previous["report"]["kl"] / cfg.kl_target - 1
+    factor = 1 + cfg.kl_adapt * min(0.2, max(-0.2, error))
+    return previous["now"] | {"kl_coef": previous["now"]["kl_coef"] * factor}
 
 
-def advantages(cfg, now, t):
-    """Of a round's trajectories -> ({"logps", "values", "advantages", "returns"} (tokens,) float32, row after row, figures)."""
-    lengths = np.array([len(y) for y in t["ids"]])
+def advantages(
+    cfg, scaling: dict[str, float], samples: Trajectories
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """({"logps", "values", "advantages", "returns"} (tokens,) float32, response after response,
+    metrics) of a round's samples."""
+    lengths = np.array([len(y) for y in samples.ids])
     n, T = len(lengths), lengths.max()
-    inside = np.arange(T) < lengths[:, None]  # (rows, T)
+    inside = np.arange(T) < lengths[:, None]  # (n, T)
+    logps = np.concatenate(samples.logps)  # (tokens,)
+    log_ratio = logps.astype(np.float64) - np.concatenate(samples.refs)
     rewards, values = np.zeros((n, T)), np.zeros((n, T))
-    rewards[inside] = -now["kl_coef"] * (
-        np.concatenate(t["logps"]).astype(np.float64) - np.concatenate(t["refs"])
-    )
-    values[inside] = np.concatenate(t["values"])
-    scores = (t["scores"] - now["mean"]) / now["std"] if cfg.whiten_rewards else t["scores"]
-    rewards[np.arange(n), lengths - 1] += scores - cfg.missing_eos_penalty * ~np.array(t["ended"])
-    advantage = gae(rewards, values, lengths, cfg.discount, cfg.gae_lambda)
-    returns = (advantage + values)[inside]
-    figures = {
-        "explained_variance": float(
-            1 - np.var(returns - values[inside]) / max(np.var(returns), 1e-12)
-        ),
-        "value": float(values[inside].mean()),
+    rewards[inside] = -scaling["kl_coef"] * log_ratio
+    values[inside] = np.concatenate(samples.values)
+    scores = samples.scores
+    if cfg.whiten_rewards:
+        scores = (scores - scaling["mean"]) / scaling["std"]
+    missing_eos = ~np.array(samples.ended)
+    rewards[np.arange(n), lengths - 1] += scores - cfg.missing_eos_penalty * missing_eos
+
+    padded = gae(rewards, values, lengths, cfg.discount, cfg.gae_lambda)
+    returns = (padded + values)[inside]
+    values, advantage = values[inside], padded[inside]
+    metrics = {
+        "explained_variance": float(1 - np.var(returns - values) / max(np.var(returns), 1e-12)),
+        "value": float(values.mean()),
         "return": float(rewards.sum(1).mean()),
-        "kl_coef": now["kl_coef"],
+        "kl_coef": scaling["kl_coef"],
     }
-    advantage = whiten(advantage[inside]) if cfg.whiten_advantages else advantage[inside]
-    arrays = {
-        "logps": np.concatenate(t["logps"]),
-        "values": values[inside],
-        "advantages": advantage,
-        "returns": returns,
-    }
-    return {name: a.astype(np.float32) for name, a in arrays.items()}, figures
+    if cfg.whiten_advantages:
+        advantage = whiten(advantage)
+    arrays = {"logps": logps, "values": values, "advantages": advantage, "returns": returns}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}, metrics
 
 
-def gae(rewards, values, lengths, discount=1.0, gae_lambda=0.95):
-    """Generalised advantage estimates (arXiv 1506.02438, eq. 16) of trajectories of some lengths (n,): rewards, values (n, T),
-    right-padded -> (n, T), 0 in the padding."""
-    result, last, after = np.zeros_like(values), np.zeros(len(values)), np.zeros(len(values))
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    lengths: np.ndarray,
+    discount: float = 1.0,
+    gae_lambda: float = 0.95,
+) -> np.ndarray:
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16).
+
+    rewards, values (n, T), right-padded; lengths (n,). Returns (n, T), 0 in the padding.
+    """
+    result = np.zeros_like(values)
+    last_advantage = np.zeros(len(values))
+    next_value = np.zeros(len(values))
     for t in reversed(range(values.shape[1])):
-        there = t < lengths
-        delta = rewards[:, t] + discount * after - values[:, t]
-        last = np.where(there, delta + discount * gae_lambda * last, 0.0)
-        after = np.where(there, values[:, t], 0.0)
-        result[:, t] = last
+        inside = t < lengths
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        last_advantage = np.where(inside, delta + discount * gae_lambda * last_advantage, 0.0)
+        next_value = np.where(inside, values[:, t], 0.0)
+        result[:, t] = last_advantage
     return result
 
 
-def whiten(x):
-    """Mean 0 and deviation 1."""
+def whiten(x: np.ndarray) -> np.ndarray:
+    """Mean 0 and standard deviation 1."""
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
-def sample_report(t):
-    """Figures of sampled responses: `reward` as the scorer gives it, its deviation and standard error; `kl` = KL(pi || pi_ref) of a
-    response, k1 of `loss.kl_estimates` summed over its tokens and averaged, with its standard error, `kl_token` the mean of k3 over tokens;
-    `entropy` the mean of -log pi over tokens (of what is sampled: at temperature 1 the policy's); length; share ended by eot."""
-    logps, refs = (torch.from_numpy(np.concatenate(t[name])).double() for name in ("logps", "refs"))
-    kl = np.array([float(np.sum(p.astype(np.float64) - r)) for p, r in zip(t["logps"], t["refs"])])
+def sample_report(samples: Trajectories) -> dict[str, float]:
+    """Metrics of sampled responses.
+
+    reward, reward_std, reward_se   as the scorer gives it, with deviation and standard error
+    kl, kl_se                       KL(pi || pi_ref) of a response: k1 of `loss.kl_estimates` summed
+                                    over its tokens, with standard error
+    kl_token                        mean of k3 over tokens
+    entropy                         mean of -log pi over the sampled tokens
+    length, ended                   mean tokens; share that ended with end-of-text
+    """
+    logps = torch.from_numpy(np.concatenate(samples.logps)).double()
+    refs = torch.from_numpy(np.concatenate(samples.refs)).double()
+    kl = []
+    for logp, ref in zip(samples.logps, samples.refs):
+        kl.append(float(np.sum(logp.astype(np.float64) - ref)))
+    kl = np.array(kl)
     n = len(kl)
+    _, _, k3 = kl_estimates(logps, refs)
     return {
-        "reward": float(t["scores"].mean()),
-        "reward_std": float(t["scores"].std()),
-        "reward_se": float(t["scores"].std() / n**0.5),
+        "reward": float(samples.scores.mean()),
+        "reward_std": float(samples.scores.std()),
+        "reward_se": float(samples.scores.std() / n**0.5),
         "kl": float(kl.mean()),
         "kl_se": float(kl.std() / n**0.5),
-        "kl_token": float(kl_estimates(logps, refs)[2].mean()),
+        "kl_token": float(k3.mean()),
         "entropy": float(-logps.mean()),
         "length": len(logps) / n,
-        "ended": float(np.mean(t["ended"])),
+        "ended": float(np.mean(samples.ended)),
     }

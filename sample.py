@@ -1,355 +1,327 @@
-r"""Batched generation with a KV cache; also a command line.
+"""Sample responses from a checkpoint; also the batched generation that training uses.
 
-python sample.py out/demo/sft --prompt "what does \`os.getcwd()\` do?"
-python sample.py out/demo/sft --chat
-python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
+    python sample.py out/demo/sft --prompt 'What does `os.getcwd()` do?'
+    python sample.py out/demo/sft --chat
+    python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
+
+Start reading at `generate`. Continuous batching means that finished requests leave the batch and
+waiting ones join it (Orca, OSDI 2022), so a long response does not hold up the others. Keys and
+values are cached (nanospin/kv_cache.py); nanospin/decoding.py makes single steps fast.
 """
 
-import argparse
-import contextlib
 import functools
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from nanospin.kv_cache import KVCache
-from nanospin.attention import small_matmuls
+from data import tokenizer
 from data.files import printable
 from data.rows import prompt_fields, read_rows, write_rows
-from data import tokenizer
-from data.template import with_bos, prompt_ids
+from data.template import prompt_ids, with_bos
+from model import GPT
+from nanospin import distributed
+from nanospin.cli import ArgumentParser, default_device, device_type, number_type
+from nanospin.decoding import DecodeStep, prepacked_weights
+from nanospin.kv_cache import KVCache
+
+PREFILL_TOKENS = 8192  # prompts are processed about so many tokens at a time
+BURST = {"cpu": 1, "cuda": 16}  # tokens per row between two checks for ends, which a GPU waits for
 
 
-def sample_token(logits, uniform, temperature=1.0, top_k=None, top_p=None):
-    """One id a row by inverse CDF: logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,).
+# ---- one token
 
-    temperature 0 is greedy. top_k keeps the k most likely; top_p the fewest whose probability reaches p
-    (nucleus sampling, arXiv 1904.09751), after temperature and top_k.
+
+def sample_token(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> torch.Tensor:
+    """Sample one id per row: logits (B, V) float32, uniform (B,) float64 in [0, 1) -> (B,).
+
+    temperature 0 is greedy. top_k keeps the k most likely tokens. top_p keeps the fewest tokens
+    whose probability reaches p (nucleus sampling, arXiv 1904.09751), after temperature and top_k.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature if temperature != 1 else logits
+    if temperature != 1:
+        logits = logits / temperature
     if top_k and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        kth_largest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
     probs = logits.softmax(-1)
     if top_p and top_p < 1:
-        ordered, where = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # what the more likely ones already reach
-        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, where, outside), 0.0)
-    blocks = F.pad(probs, (0, -probs.shape[-1] % 64)).unflatten(
-        -1, (-1, 64)
-    )  # a sum is ten times as fast as a cumulative one
-    weights = blocks.sum(-1)
-    block, rest = searchsorted_weights(
-        weights, uniform.float()[:, None] * weights.sum(-1, keepdim=True)
-    )
-    return (
-        64 * block
-        + searchsorted_weights(blocks.take_along_dim(block[..., None], 1).squeeze(1), rest)[0]
-    ).squeeze(-1)
+        sorted_probs, order = probs.sort(-1, descending=True)
+        before = sorted_probs.cumsum(-1) - sorted_probs  # probability of the more likely tokens
+        outside = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        probs = probs.masked_fill(outside, 0.0)
+    return inverse_cdf(probs, uniform)
 
 
-def searchsorted_weights(weights, point):
-    """Which of weights (B, n) >= 0 first brings their sum above point (B, 1), and how far into it that is (both (B, 1)). The point
-    is kept in [0, total) against rounding, so what is found has a weight."""
-    total = weights.cumsum(-1)
-    point = torch.minimum(point.clamp(min=0.0), total[:, -1:] * (1 - 2**-23))
-    found = torch.searchsorted(total, point, right=True)
-    return found, point - (total - weights).gather(-1, found)
+def inverse_cdf(probs, uniform):
+    """The id at which the cumulative probability exceeds `uniform`: (B, V), (B,) -> (B,).
+
+    First the block of 64 ids, then the id in the block: a sum is ten times as fast as a cumsum.
+    """
+    blocks = F.pad(probs, (0, -probs.shape[-1] % 64)).unflatten(-1, (-1, 64))  # (B, V / 64, 64)
+    block_probs = blocks.sum(-1)
+    point = uniform.float()[:, None] * block_probs.sum(-1, keepdim=True)  # (B, 1)
+    block, rest = find_bin(block_probs, point)
+    ids_in_block = blocks.take_along_dim(block[..., None], 1).squeeze(1)  # (B, 64)
+    index, _ = find_bin(ids_in_block, rest)
+    return (64 * block + index).squeeze(-1)
 
 
-@contextlib.contextmanager
-def prepacked_weights(model, rows):
-    """The model with a CPU's products for some `rows` a step: weights lie as oneDNN reads them, which every call else brings about
-    anew, GELU is made in the same kernel, and attention has its `small_products`. The weights are there twice meanwhile. A GPU's,
-    FSDP2's and other dtypes are left as they are."""
-    weight = model.wte.weight
-    dtype = model.products or weight.dtype
-    # FSDP2's models have `reshard`; a look at one weight would not do, which may be whole between two steps
-    if (
-        weight.device.type != "cpu"
-        or hasattr(model, "reshard")
-        or not (
-            torch.backends.mkldnn.is_available()
-            and (
-                dtype == torch.float32
-                or dtype == torch.bfloat16
-                and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            )
-        )
-    ):
-        yield
-        return
-
-    def product(weight, bias=None, then=("none", [], "")):
-        laid = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows)
-        bias = None if bias is None else bias.detach().to(dtype)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), laid, bias, *then)
-
-    changed = [
-        (
-            model,
-            "head",
-            product(weight)
-            if model.config.tie
-            else product(model.lm_head.weight, model.lm_head.bias),
-        )
-    ]
-    for block in model.h:
-        gelu = block.mlp.c_fc if model.config.mlp == "gelu" else None
-        changed += [
-            (m, "forward", product(m.weight, m.bias))
-            for m in block.modules()
-            if isinstance(m, torch.nn.Linear) and m is not gelu
-        ]
-        changed += (
-            [(block.mlp, "inner", product(gelu.weight, gelu.bias, ("gelu", [], "tanh")))]
-            if gelu
-            else []
-        )
-    try:
-        for module, name, made in changed:
-            setattr(module, name, made)
-        with (
-            small_matmuls(),
-            torch.inference_mode(),
-        ):  # the latter spares every operation some bookkeeping
-            yield
-    finally:
-        for module, name, _ in changed:
-            module.__dict__.pop(name, None)
+def find_bin(weights, point):
+    """The first bin at which the cumulative sum of weights (B, n) exceeds point (B, 1), and how far
+    into this bin the point is; both (B, 1). The point is first clamped to [0, total), because with
+    rounding it could otherwise fall into a bin of weight 0."""
+    cumulative = weights.cumsum(-1)
+    point = torch.minimum(point.clamp(min=0.0), cumulative[:, -1:] * (1 - 2**-23))
+    found = torch.searchsorted(cumulative, point, right=True)
+    return found, point - (cumulative - weights).gather(-1, found)
 
 
-GRAPHS = {"cuda"}  # where a step is captured
+# ---- batched generation
 
 
-class DecodeStep:
-    """One more token for every row of a cache: ids (B,) the last ones, pos (B,) where they stand, t (B,) how many were drawn, all of
-    which it goes on in place; choose(logits (B, V), t) -> ids. On a GPU the step is captured, and made again by a CUDA graph, one
-    launch for its hundreds of kernels, until the cache has to grow. An FSDP2 model's is not: its ranks meet within a step."""
+@dataclass
+class Request:
+    """A prompt and the tokens sampled for it so far."""
 
-    def __init__(self, model, cache, ids, pos, t, choose):
-        self.model, self.cache, self.ids, self.pos, self.t, self.choose = (
-            model,
-            cache,
-            ids,
-            pos,
-            t,
-            choose,
-        )
-        self.replay = None
+    index: int  # its place in the list of prompts
+    prompt: list[int]
+    max_new_tokens: int
+    new_ids: list[int] = field(default_factory=list)
 
-    def __call__(self):
-        if self.replay is not None and self.cache.room():
-            self.replay()
-            self.cache.ends = [end + 1 for end in self.cache.ends]
-            return
-        self.once()
-        self.replay = None
-        if (
-            self.ids.device.type in GRAPHS
-            and self.cache.room()
-            and not hasattr(self.model, "reshard")
-        ):
-            ends = self.cache.ends
-            self.replay = capture_cuda_graph(self.once)
-            self.cache.ends = ends  # nothing was done yet
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.new_ids)
 
-    def once(self):
-        logits = self.model(
-            self.ids, pos=self.pos.clamp(max=self.model.config.block_size - 1), cache=self.cache
-        )  # (B, V)
-        self.ids.copy_(self.choose(logits, self.t))
-        self.pos += 1
-        self.t += 1
+    def has_ended(self, eot) -> bool:
+        if not self.new_ids:
+            return False
+        return self.new_ids[-1] == eot or len(self.new_ids) == self.max_new_tokens
+
+    def extend(self, ids, eot):
+        """Append sampled ids, up to the end."""
+        for token in ids:
+            if not self.has_ended(eot):
+                self.new_ids.append(token)
 
 
-def capture_cuda_graph(work):
-    """A function that does again, by a CUDA graph, what `work` does to tensors, which must have been done before; None, and a line, where
-    `work` does what a graph cannot."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(
-            graph, capture_error_mode="thread_local"
-        ):  # other threads, a save's, may go on
-            work()
-    except RuntimeError as e:
-        if (
-            torch.cuda.current_stream() != stream
-        ):  # the capture could not be ended: neither memory nor random numbers are what they were
-            raise
-        GRAPHS.clear()
-        print(
-            f"sampling goes on without CUDA graphs ({str(e).splitlines()[0]})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return None
-    return graph.replay
+@dataclass
+class Row:
+    """A request in the batch, and the place of its keys and values (of all tokens but the last)."""
 
-
-PREFILL_TOKENS = 8192  # prompts are read about so many tokens at a time
-BURST = {
-    "cpu": 1,
-    "cuda": 16,
-}  # tokens drawn between two looks at who has ended: a GPU waits for each look
+    request: Request
+    last_id: torch.Tensor  # (1,) on the device
+    cache: KVCache
+    cache_row: int
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiled blocks would compile again for each length
+@torch.compiler.set_stance("force_eager")  # compiled blocks would be compiled for each length
 def generate(
     model,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    eot=None,
-    generator=None,
+    prompts: list[list[int]],
+    max_new_tokens: int | list[int],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eot: int | None = None,
+    generator: torch.Generator | None = None,
     *,
-    batch_size=128,
-    numbers=None,
-    progress=None,
-    heard=None,
-):
-    """Continue each prompt (a list of ids) -> the new ids of each, eot included where it ended.
+    batch_size: int = 128,
+    request_ids=None,
+    progress: tqdm | None = None,
+    on_token: Callable[[int, list[int]], None] | None = None,
+) -> list[list[int]]:
+    """Sample a continuation of each prompt. Returns the new ids of each, with eot if it ended so.
 
-    A continuation is at most max_new_tokens long (an int, or one for each prompt), and prompt and continuation fit
-    block_size. At most batch_size requests are under way; when a quarter of them has ended, they leave and the next ones
-    come in, the shortest prompts first (continuous batching; Orca, OSDI 2022). Equal prompts that come in together are read once. generator (torch) seeds the
-    draws: the t-th draw of a request is a function of (one number from the generator, the request's number, t), so neither
-    the batch size nor the other prompts change it; `numbers` gives the requests' numbers, else 0, 1, 2 ...
-    progress: a tqdm bar to advance. heard(i, ids): called with what request i has said so far, as it grows. Raises ValueError for a prompt that is empty or leaves no room.
+    max_new_tokens: a limit for all, or one per prompt. Prompt and continuation fit block_size.
+    batch_size: most requests in the batch. Once a quarter of them has ended, others join.
+    request_ids: numbers of the requests, default 0, 1, 2, ... The t-th token of a request depends
+        on the generator, its number and t, but not on batch_size or on the other prompts.
+    progress: a bar that advances with every finished request.
+    on_token: called as on_token(i, new ids of request i so far) while they grow.
+
+    Raises ValueError for a prompt that is empty or leaves no room in block_size.
     """
-    block_size, device = model.config.block_size, model.wte.weight.device
-    for i, p in enumerate(prompts):
-        if not 0 < len(p) < block_size:
-            raise ValueError(f"prompt {i} has {len(p)} tokens; it must have 1 to {block_size - 1}")
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    if min(limits, default=1) < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    key = int(torch.randint(2**62, (), generator=generator))
-    numbers = range(len(prompts)) if numbers is None else numbers
-    longest = max(limits, default=1)
-    draws = [np.random.Generator(np.random.Philox(key=[key, n])).random(longest) for n in numbers]
-    uniform = torch.from_numpy(np.array(draws)).to(device)  # (requests, longest) float64
-    room = [min(limit, block_size - len(p)) for limit, p in zip(limits, prompts)]
-    new = [[] for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    device = model.wte.weight.device
+    requests = make_requests(prompts, max_new_tokens, model.config.block_size)
+    waiting = sorted(requests, key=lambda request: len(request.prompt), reverse=True)
 
-    def choose(where, logits, t):
-        return sample_token(
-            logits, uniform[where, t.clamp(max=longest - 1)], temperature, top_k, top_p
-        )
+    longest = max((request.max_new_tokens for request in requests), default=1)
+    if request_ids is None:
+        request_ids = range(len(requests))
+    uniform = uniform_numbers(request_ids, longest, generator).to(device)
 
-    rows, cache, burst = (
-        [],
-        KVCache(),
-        BURST[device.type],
-    )  # rows: the request of each row of the cache
-    ids = torch.zeros(
-        0, dtype=torch.long, device=device
-    )  # (B,): each row's last token, not yet read
+    def sample(request_index, logits, num_sampled):
+        """One token per row: (B,), (B, V), (B,) -> (B,)."""
+        u = uniform[request_index, num_sampled.clamp(max=longest - 1)]
+        return sample_token(logits, u, temperature, top_k, top_p)
+
     was_training = model.training
     model.eval()
-    # one autocast around all steps casts the weights once
-    with (
-        torch.autocast(
-            device.type, model.products or torch.bfloat16, enabled=model.products is not None
-        ),
-        prepacked_weights(model, min(batch_size, len(prompts))),
-    ):
+    rows = []  # the batch, in the order of the KV cache's rows
+    # A single autocast around all steps casts the weights once.
+    with model.autocast(device), prepacked_weights(model, min(batch_size, len(prompts))):
         while rows or waiting:
-            live = [b for b, i in enumerate(rows) if new[i][-1] != eot and len(new[i]) < room[i]]
-            if len(live) <= 0.75 * (batch_size if waiting else len(rows)):
+            running = [row for row in rows if not row.request.has_ended(eot)]
+            if len(running) <= 0.75 * (batch_size if waiting else len(rows)):
+                # Finished requests leave, waiting ones join, the shortest prompts first.
                 if progress is not None:
-                    progress.update(len(rows) - len(live))
-                coming = [waiting.pop() for _ in range(min(len(waiting), batch_size - len(live)))]
-                there = [
-                    (rows[b], ids[b : b + 1], (cache, b)) for b in live
-                ]  # (request, its last token, where its row is)
-                while coming:
-                    group, coming, logits, places = prefill(model, prompts, coming)
-                    drawn = sample_token(logits, uniform[group, 0], temperature, top_k, top_p)
-                    for i, token in zip(group, drawn.tolist()):
-                        new[i].append(token)
-                        if heard is not None:
-                            heard(i, new[i])
-                    there += zip(group, drawn.split(1), places)
-                there.sort(key=lambda it: len(prompts[it[0]]) + len(new[it[0]]))
-                rows = [i for i, _, _ in there]
+                    progress.update(len(rows) - len(running))
+                num_joining = min(len(waiting), batch_size - len(running))
+                joining = [waiting.pop() for _ in range(num_joining)]
+                rows = running + admit(model, joining, sample, on_token)
                 if rows:
-                    lengths = [len(prompts[i]) + len(new[i]) - 1 for i in rows]  # in the cache
-                    ids, cache = torch.cat([token for _, token, _ in there]), KVCache()
-                    cache.rebuild([place for _, _, place in there], lengths)
-                    where, pos, t = torch.tensor(
-                        [rows, lengths, [len(new[i]) for i in rows]], device=device
-                    )
-                    step = DecodeStep(model, cache, ids, pos, t, functools.partial(choose, where))
+                    step = regroup(model, rows, sample)
                 continue
-            drawn = []
-            for _ in range(
-                burst
-            ):  # a row that has ended goes on until it leaves; nobody reads what it says
+
+            # Rows that have ended are decoded on until they leave; their tokens are ignored.
+            sampled = []
+            for _ in range(BURST[device.type]):
                 step()
-                drawn.append(ids.clone())
-            drawn = torch.stack(drawn, 1).tolist()
-            for b in live:
-                said, i = drawn[b], rows[b]
-                said = said[: said.index(eot) + 1] if eot in said else said
-                new[i] += said[: room[i] - len(new[i])]
-                if heard is not None:
-                    heard(i, new[i])
+                sampled.append(step.ids.clone())
+            new_ids = torch.stack(sampled, 1).tolist()  # (B, BURST)
+            for row, ids in zip(rows, new_ids):
+                request = row.request
+                if request.has_ended(eot):
+                    continue
+                request.extend(ids, eot)
+                if on_token is not None:
+                    on_token(request.index, request.new_ids)
     model.train(was_training)
-    return new
+    return [request.new_ids for request in requests]
 
 
-def prefill(model, prompts, coming):
-    """Read the first of some requests' prompts, right-padded, equal ones once -> (those requests, the rest, logits (B, V) of
-    what follows each, [(KVCache, row)] of each)."""
-    n = 1
-    while n < len(coming) and (n + 1) * len(prompts[coming[n]]) <= PREFILL_TOKENS:
-        n += 1
-    group, device = coming[:n], model.wte.weight.device
-    texts = list(dict.fromkeys(tuple(prompts[i]) for i in group))
-    rows = {text: b for b, text in enumerate(texts)}
-    T = max(map(len, texts))
-    idx = torch.tensor([[*text, *[0] * (T - len(text))] for text in texts], device=device)
-    last = torch.tensor([b * T + len(text) - 1 for b, text in enumerate(texts)], device=device)
-    cache, mine = KVCache(map(len, texts)), [rows[tuple(prompts[i])] for i in group]
-    logits = model(idx, at=last, cache=cache)[mine]
-    return group, coming[n:], logits, [(cache, b) for b in mine]
+def make_requests(prompts, max_new_tokens, block_size) -> list[Request]:
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < block_size:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; it must have 1 to {block_size - 1}"
+            )
+    if min(max_new_tokens, default=1) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(max_new_tokens)}")
+    requests = []
+    for i, (prompt, limit) in enumerate(zip(prompts, max_new_tokens)):
+        requests.append(Request(i, prompt, min(limit, block_size - len(prompt))))
+    return requests
+
+
+def uniform_numbers(request_ids, n, generator) -> torch.Tensor:
+    """Random numbers (requests, n) float64 in [0, 1). Each row depends only on its request's number
+    and on one number from the generator."""
+    key = int(torch.randint(2**62, (), generator=generator))
+    rows = []
+    for request_id in request_ids:
+        philox = np.random.Philox(key=[key, request_id])
+        rows.append(np.random.Generator(philox).random(n))
+    return torch.from_numpy(np.array(rows))
+
+
+def admit(model, requests, sample, on_token) -> list[Row]:
+    """Prefill the prompts and sample each request's first token."""
+    rows = []
+    for group in prefill_groups(requests):
+        logits, places = prefill(model, [request.prompt for request in group])
+        index = torch.tensor([request.index for request in group], device=logits.device)
+        ids = sample(index, logits, torch.zeros_like(index))
+        for request, token in zip(group, ids.tolist()):
+            request.new_ids.append(token)
+            if on_token is not None:
+                on_token(request.index, request.new_ids)
+        for request, last_id, (cache, cache_row) in zip(group, ids.split(1), places):
+            rows.append(Row(request, last_id, cache, cache_row))
+    return rows
+
+
+def prefill_groups(requests) -> list[list[Request]]:
+    """Split requests, shortest prompt first, into groups of about PREFILL_TOKENS padded tokens."""
+    groups = []
+    for request in requests:
+        if groups and (len(groups[-1]) + 1) * len(request.prompt) <= PREFILL_TOKENS:
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
+
+
+def prefill(model, prompts) -> tuple[torch.Tensor, list[tuple[KVCache, int]]]:
+    """Process prompts, right-padded and equal ones once. Returns the logits (N, V) of the token
+    after each prompt, and for each the cache and its row there."""
+    unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    row_of = {prompt: b for b, prompt in enumerate(unique)}
+    rows = [row_of[tuple(prompt)] for prompt in prompts]
+
+    lengths = [len(prompt) for prompt in unique]
+    T = max(lengths)
+    device = model.wte.weight.device
+    idx = torch.tensor([list(ids) + [0] * (T - len(ids)) for ids in unique], device=device)
+    last = torch.tensor([b * T + n - 1 for b, n in enumerate(lengths)], device=device)
+    cache = KVCache(lengths)
+    logits = model(idx, logit_positions=last, cache=cache)
+    return logits[rows], [(cache, b) for b in rows]
+
+
+def regroup(model, rows: list[Row], sample) -> DecodeStep:
+    """Sort the rows by length, move them to one new KV cache, and return the step that decodes
+    them."""
+    rows.sort(key=lambda row: row.request.num_tokens())
+    cached = [row.request.num_tokens() - 1 for row in rows]  # all but the last token
+    cache = KVCache()
+    cache.rebuild([(row.cache, row.cache_row) for row in rows], cached)
+    ids = torch.cat([row.last_id for row in rows])
+    for b, row in enumerate(rows):
+        row.last_id, row.cache, row.cache_row = ids[b : b + 1], cache, b  # ids changes in place
+
+    index = torch.tensor([row.request.index for row in rows], device=ids.device)
+    pos = torch.tensor(cached, device=ids.device)
+    num_sampled = torch.tensor([len(row.request.new_ids) for row in rows], device=ids.device)
+    return DecodeStep(model, cache, ids, pos, num_sampled, functools.partial(sample, index))
+
+
+# ---- text
 
 
 def respond(
     model,
     enc,
-    template,
-    rows,
-    max_prompt=0,
-    max_response=0,
-    seed=0,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
+    template: str,
+    rows: list[dict],
+    max_prompt: int = 0,
+    max_response: int = 0,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    request_ids=None,
     **options,
-):
-    """Responses to the prompts of rows under the template and limits that training and scoring use -> (texts, ids).
-    A prompt that is empty or leaves no room gets None for both."""
+) -> tuple[list[str | None], list[list[int] | None]]:
+    """Sample a response to the prompt of each row. Returns (texts, ids).
+
+    Template and limits are those of training and scoring. Both results are None for a prompt that
+    is empty or leaves no room. options: batch_size, progress and on_token of `generate`.
+    """
     block_size = model.config.block_size
-    prompts = [
-        prompt_ids(enc, template, row["prompt"], row.get("history", ()))[
-            -(max_prompt or block_size) :
-        ]
-        for row in rows
-    ]
-    fits = [i for i, p in enumerate(prompts) if rows[i]["prompt"] and 0 < len(p) < block_size]
-    numbers = options.pop("numbers", range(len(rows)))
-    ids = generate(
+    prompts = []
+    for row in rows:
+        ids = prompt_ids(enc, template, row["prompt"], row.get("history", ()))
+        prompts.append(ids[-(max_prompt or block_size) :])
+    fits = [i for i, row in enumerate(rows) if row["prompt"] and 0 < len(prompts[i]) < block_size]
+    if request_ids is None:
+        request_ids = range(len(rows))
+    sampled = generate(
         model,
         [prompts[i] for i in fits],
         max_response or block_size,
@@ -358,135 +330,127 @@ def respond(
         top_p,
         enc.eot_token,
         torch.Generator().manual_seed(seed),
-        numbers=[numbers[i] for i in fits],
+        request_ids=[request_ids[i] for i in fits],
         **options,
     )
-    by_row = dict(zip(fits, ids))
-    ids = [by_row.get(i) for i in range(len(rows))]
-    return [None if r is None else response_text(enc, r) for r in ids], ids
+    texts, ids = [None] * len(rows), [None] * len(rows)
+    for i, new_ids in zip(fits, sampled):
+        texts[i] = response_text(enc, new_ids)
+        ids[i] = new_ids
+    return texts, ids
 
 
-def number_type(kind, least, most=float("inf")):
-    """An argparse type: an int or float from `least` to `most`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
-        return value
-
-    return parse
-
-
-def device_type(text):
-    """An argparse type: a device that is there."""
-    if text not in ("cpu", "cuda") or text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            f"must be cpu, or cuda where torch sees a GPU, got {text!r}"
-        )
-    return text
-
-
-def response_text(enc, ids):
-    """The text of response ids, without the end-of-text that ends it."""
+def response_text(enc, ids: list[int]) -> str:
+    """The text of a response, without the end-of-text token."""
     return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
 
 
 def chat(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
-    """Answer a line after the other, each in the light of those before; the oldest are forgotten where they leave no room for an
-    answer, of half a block if max_response does not say. What is said is printed as it grows."""
-    block_size, history = model.config.block_size, []
-    limit = min(max_prompt or block_size, max(1, block_size - (max_response or block_size // 2)))
+    """Answer one line after the other, with the earlier turns as context.
+
+    The oldest turns are dropped if they leave no room for a response of max_response tokens, or of
+    half of block_size if that is 0. Responses are printed while they grow.
+    """
+    block_size = model.config.block_size
+    room = max_response or block_size // 2
+    limit = min(max_prompt or block_size, max(1, block_size - room))
+    history = []
     for turn, line in enumerate(lines):
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
-        prompt = prompt_ids(enc, template, line.strip(), history)
+        prompt = prompt_ids(enc, template, line, history)
         while history and len(prompt) > limit:
             history.pop(0)
-            prompt = prompt_ids(enc, template, line.strip(), history)
+            prompt = prompt_ids(enc, template, line, history)
         prompt = prompt[-limit:]
         if not prompt:
             print("(the tokenizer has no tokens for this)", flush=True)
             continue
-        printed = [0]
-
-        def heard(_, ids):
-            text = response_text(enc, ids)
-            whole = text.rstrip("\ufffd")  # a character of several tokens is not there yet
-            print(printable(whole[printed[0] :]), end="", flush=True)
-            printed[0] = max(printed[0], len(whole))
-
-        (new,) = generate(
+        stream = StreamPrinter(enc)
+        (new_ids,) = generate(
             model,
             [prompt],
             max_response or block_size,
             eot=enc.eot_token,
             generator=torch.Generator().manual_seed(seed),
-            numbers=[turn],
-            heard=heard,
+            request_ids=[turn],
+            on_token=stream.on_token,
             **sampling,
         )
-        print(printable(response_text(enc, new)[printed[0] :]), flush=True)
-        history.append((line.strip(), [i for i in new if i != enc.eot_token]))
+        stream.finish(new_ids)
+        history.append((line, [i for i in new_ids if i != enc.eot_token]))
 
 
-def main(argv=None):
-    from nanospin import checkpoint
-    from nanospin import distributed
+class StreamPrinter:
+    """Prints a response while it is sampled."""
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
-    parser.add_argument("checkpoint", help="a run folder or a checkpoint in it")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="answer this one, and print the answer")
-    what.add_argument(
+    def __init__(self, enc):
+        self.enc = enc
+        self.num_printed = 0  # characters
+
+    def on_token(self, _, ids):
+        # A character of several tokens decodes to U+FFFD until its last token is there.
+        text = response_text(self.enc, ids).rstrip("\ufffd")
+        print(printable(text[self.num_printed :]), end="", flush=True)
+        self.num_printed = max(self.num_printed, len(text))
+
+    def finish(self, ids):
+        print(printable(response_text(self.enc, ids)[self.num_printed :]), flush=True)
+
+
+# ---- command line
+
+
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="a run folder, or a checkpoint in it")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="print a response to this prompt")
+    source.add_argument(
         "--chat",
         action="store_true",
-        help="a prompt a line; each sees what was said before, as far as it fits",
+        help="read prompts from standard input, one per line, as a conversation",
     )
-    what.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
-    parser.add_argument("--out", help="where the ranked file goes")
-    parser.add_argument(
-        "--raw", action="store_true", help="continue the text as it is, without the template"
-    )
+    source.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
+    parser.add_argument("--out", help="the .jsonl file to write the responses to")
+    parser.add_argument("--raw", action="store_true", help="continue the text, without a template")
     parser.add_argument(
         "--temperature",
         type=number_type(float, 0),
         default=1.0,
-        help="0: the likeliest token each time",
+        help="divides the logits; 0 is greedy",
     )
     parser.add_argument(
         "--top_k",
         type=number_type(int, 0),
         default=0,
-        help="of the so many likeliest tokens; 0: of all",
+        help="sample from the k most likely tokens; 0: from all",
     )
     parser.add_argument(
         "--top_p",
         type=number_type(float, 1e-9, 1),
         default=1.0,
-        help="of the fewest tokens that are so likely together; 1: of all",
+        help="sample from the fewest tokens of this total probability; 1: from all",
     )
     parser.add_argument(
         "--max_new_tokens",
         type=number_type(int, 0),
         default=0,
-        help="of a response; 0: the checkpoint's max_response",
+        help="most tokens of a response; 0: max_response of the checkpoint",
     )
-    parser.add_argument("--seed", type=number_type(int, 0), default=0, help="of the sampling")
+    parser.add_argument("--seed", type=number_type(int, 0), default=0, help="of the samples")
     parser.add_argument(
         "--device",
         type=device_type,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda; else cuda if there is one",
+        default=default_device(),
+        help="cpu or cuda; default: cuda if torch sees a GPU",
     )
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     if bool(args.prompts) != bool(args.out):
         parser.error("--prompts and --out go together")
@@ -496,58 +460,57 @@ def main(argv=None):
         parser.error("the prompt is empty")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: No such folder")
+
     distributed.configure_torch(args.device)
-    model, enc, meta = checkpoint.load_model(args.checkpoint, args.device)
-    if model.config.scalar:
-        parser.error(
-            f"{args.checkpoint} is a reward model, no policy: it scores responses (eval.py)"
-        )
-    settings = dict(
-        template=with_bos(enc, "{prompt}") if args.raw else meta["config"]["template"],
-        max_prompt=meta["config"]["max_prompt"],
-        max_response=args.max_new_tokens or meta["config"]["max_response"],
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    model, enc, meta = GPT.from_checkpoint(args.checkpoint, args.device)
+    if model.config.scalar_head:
+        parser.error(f"{args.checkpoint} is a reward model. It scores responses (eval.py)")
+    cfg = meta["config"]
+    settings = {
+        "template": with_bos(enc, "{prompt}") if args.raw else cfg["template"],
+        "max_prompt": cfg["max_prompt"],
+        "max_response": args.max_new_tokens or cfg["max_response"],
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
     if args.prompts:
-        rows = read_rows(args.prompts)
-        with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
-            texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
-        kept = [(row, text, i) for row, text, i in zip(rows, texts, ids) if i is not None]
-        made_by = tokenizer.fingerprint(enc)
-        write_rows(
-            args.out,
-            [
-                prompt_fields(row)
-                | {
-                    "responses": [text],
-                    "ids": [i],
-                    "tokenizer": made_by,
-                    "ended": i[-1] == enc.eot_token,
-                }
-                for row, text, i in kept
-            ],
-        )
-        print(
-            f"{args.out}: {len(kept)} rows"
-            + (f", {len(rows) - len(kept)} prompts left no room" if len(kept) < len(rows) else "")
-        )
-        return
-    if args.prompt is not None:
+        respond_to_file(model, enc, args.prompts, args.out, settings)
+    elif args.prompt is not None:
         texts, _ = respond(model, enc, rows=[{"prompt": args.prompt}], **settings)
-        print(
-            "(the prompt leaves no room for a response)"
-            if texts[0] is None
-            else printable(texts[0])
-        )
-        return
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
-    if sys.stdin.isatty():
-        print("a prompt a line; end with control-D")
-    chat(model, enc, lines=sys.stdin, **settings)
+        if texts[0] is None:
+            print("(the prompt leaves no room for a response)")
+        else:
+            print(printable(texts[0]))
+    else:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")
+        if sys.stdin.isatty():
+            print("one prompt per line; end with Ctrl-D")
+        chat(model, enc, lines=sys.stdin, **settings)
+
+
+def respond_to_file(model, enc, prompts_path, out_path, settings):
+    """Write rows with a sampled response to each prompt of a file: ranked rows with K = 1."""
+    rows = read_rows(prompts_path)
+    with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
+        texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
+    written = []
+    for row, text, new_ids in zip(rows, texts, ids):
+        if new_ids is None:
+            continue
+        sampled = {
+            "responses": [text],
+            "ids": [new_ids],
+            "tokenizer": tokenizer.fingerprint(enc),
+            "ended": new_ids[-1] == enc.eot_token,
+        }
+        written.append(prompt_fields(row) | sampled)
+    write_rows(out_path, written)
+    no_room = len(rows) - len(written)
+    note = f", {no_room} prompts left no room" if no_room else ""
+    print(f"{out_path}: {len(written)} rows{note}")
 
 
 if __name__ == "__main__":

@@ -1,161 +1,154 @@
-"""The trainer: config -> round -> collect -> fit.
+"""The trainer: config -> rounds -> collect -> fit.
 
-    python train.py config/demo/sft.py --lr=1e-3                           one process
-    torchrun --nproc_per_node=8 train.py config/spin_k3.py                 FSDP2 over eight
+    python train.py config/demo/sft.py --lr=1e-3              one process
+    torchrun --nproc_per_node=8 train.py config/spin_k3.py    eight, sharded by FSDP2
 
-Started again, the same command goes on where it stopped. `python train.py --help` lists the settings.
+The same command resumes a run that was stopped. `python train.py --help` lists the settings.
 """
 
-import functools
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # before torch is loaded: of a rank that leaves it says a page
+# must be set before torch is imported; without it a rank that leaves prints a page of errors
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import numpy as np
 import torch
 
-from nanospin import checkpoint
-from nanospin import config
-from nanospin import elastic
-from nanospin import distributed
 import ppo
-from nanospin.preflight import prepare_run, resolve_template
-from nanospin.wandb_logger import wandb_sender
-from nanospin.config import per_round
-from studies.taylor.calibration import calibration
+import rollout
+from data import tokenizer
 from data.batch import (
+    Batch,
     batch_indices,
     batch_rows,
-    reward_batch,
     count_row_tokens,
+    ppo_batch,
+    reward_batch,
     split_by_tokens,
     stream_batch,
 )
 from data.folder import find_invalid_token, read_meta, read_stream, tokenizer_path
-from data import tokenizer
 from eval import (
     loss_metrics,
+    pad_rows_to_K,
     ranking_metrics,
+    response_logprobs,
     reward_metrics,
     reward_scores,
-    forward_batch,
-    response_logprobs,
     stream_loss,
     stream_micro_batches,
 )
-from nanospin.metrics_logger import write_config, make_logger
-from loss import (
-    focal_nll,
-    ppo_loss,
-    preference_loss,
-    reward_loss,
-    sequence_logprobs,
-    smoothed_nll,
-    taylor_nll,
-)
-from model import GPT, GPTConfig
+from loss import ppo_loss, preference_loss, reward_loss, sequence_logprobs, taylor_nll
+from model import GPT
+from nanospin import checkpoint, distributed, elastic, metrics_logger, preflight
+from nanospin import config as config_module
+from nanospin.config import Config, per_round, pretrain_config
+from nanospin.distributed import all_reduce_sum, world_size
 from nanospin.optim import lr_factor, make_optimizers
-from rollout import collect, prepare_teacher
+from nanospin.wandb_logger import wandb_sender
 
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}  # dense bfloat16
+# bfloat16 without sparsity; a GPU that is not listed has no MFU rather than a wrong one
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-# ------------------------------------------------------------------------------------------------------ the objectives
-# the model's output for a batch, logps of its targets -> the loss summed over what is counted, and metrics summed alike
+# ------------------------------------------------------------------------------- objectives
+# objective(model, batch, cfg, beta) -> (loss, metrics), both summed over the units of the batch:
+# prompts for reward, preference and spin, supervised tokens for the others. To add an objective,
+# write one of these and put it into OBJECTIVES.
 
 
-def token_objective(logps, batch, cfg, beta):
-    """Next-token loss, counted by target token. logps are the logits (N, T, V) where the loss needs them."""
-    asked = batch["targets"] >= 0
-    if needs_logits(cfg):
-        return smoothed_nll(
-            logps[asked], batch["targets"][asked], cfg.label_smoothing, cfg.confidence_penalty
-        ).sum(), {}
-    return (
-        focal_nll(logps[asked], cfg.focal)
-        if cfg.focal
-        else taylor_nll(logps[asked], cfg.taylor_order)
-    ).sum(), {}
+def token_objective(model, batch: Batch, cfg: Config, beta: float):
+    """Next-token loss: cross-entropy, or T_n."""
+    logps = model(batch.idx, batch.targets, **batch.layout())
+    return taylor_nll(logps[batch.targets >= 0], cfg.taylor_order).sum(), {}
 
 
-def needs_logits(cfg):
-    return cfg.stage in ("pretrain", "sft") and bool(cfg.label_smoothing or cfg.confidence_penalty)
+def pretrain_objective(model, batch: Batch, cfg: Config, beta: float):
+    """The pretraining loss beside another objective."""
+    loss, _ = token_objective(model, batch, cfg, beta)
+    return loss, {"pretrain_loss": loss.detach()}
 
 
-def ranking_objective(logps, batch, cfg, beta):
-    """Preference loss, counted by prompt."""
-    B, K = batch["present"].shape
-    policy = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
-    return sum_over_rows(policy, batch, cfg, beta)
+def ranking_objective(model, batch: Batch, cfg: Config, beta: float):
+    """Plackett-Luce on implicit rewards, or another preference loss: K responses in one forward."""
+    B, K = batch.response_mask.shape
+    logps = model(batch.idx, batch.targets, **batch.layout())
+    policy_logps = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
+    return ranking_loss(policy_logps, batch, cfg, beta)
 
 
-def sum_over_rows(policy, batch, cfg, beta):
+def reward_objective(model, batch: Batch, cfg: Config, beta: float):
+    """Bradley-Terry or Plackett-Luce on the scores of a reward model."""
+    scores = model.values(batch.idx, batch.value_positions, **batch.layout())
+    return reward_model_loss(scores, batch, cfg)
+
+
+def ppo_objective(model, batch: Batch, cfg: Config, beta: float):
+    """Clipped surrogate, value loss and entropy."""
+    logps, values = model.logps_and_values(
+        batch.idx, batch.targets, batch.value_positions, **batch.layout()
+    )
+    return policy_gradient_loss(logps[batch.targets >= 0], values, batch, cfg)
+
+
+def ranking_loss(policy_logps, batch: Batch, cfg: Config, beta: float):
     loss, metrics = preference_loss(
-        policy,
-        batch["ref"],
-        batch["present"],
+        policy_logps,
+        batch.ref_logps,
+        batch.response_mask,
         beta,
         cfg.loss_type,
-        ranks=batch["ranks"],
+        ranks=batch.ranks,
         depth=cfg.rank_depth or None,
         label_smoothing=cfg.label_smoothing,
         taylor_order=cfg.taylor_order,
         nll_coef=cfg.nll_coef,
         margin=cfg.margin,
-        lengths=batch["lengths"],
+        lengths=batch.lengths,
     )
-    B = len(policy)
-    return loss * B, {name: value * B for name, value in metrics.items()}
+    return times(batch.num_rows, loss, metrics)
 
 
-def reward_objective(scores, batch, cfg, beta):
-    """A reward model's loss on the scores (r,) of the responses that are there, counted by prompt."""
-    B, K = batch["present"].shape
-    scores = scores.new_zeros(B * K).index_put((batch["slot"],), scores).view(B, K)
+def reward_model_loss(scores, batch: Batch, cfg: Config):
+    B, K = batch.response_mask.shape
+    scores = scores.new_zeros(B * K).index_put((batch.slot,), scores).view(B, K)
     loss, metrics = reward_loss(
         scores,
-        batch["present"],
+        batch.response_mask,
         cfg.loss_type,
-        ranks=batch["ranks"],
-        gaps=batch.get("gaps"),
+        ranks=batch.ranks,
+        data_scores=batch.data_scores,
         score_margin=cfg.score_margin,
         center_coef=cfg.center_coef,
     )
-    return loss * B, {name: value * B for name, value in metrics.items()}
+    return times(B, loss, metrics)
 
 
-def ppo_objective(output, batch, cfg, beta):
-    """PPO's loss, counted by token."""
-    logps, values = output
+def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
     loss, metrics = ppo_loss(
-        logps[batch["targets"] >= 0],
+        logps,
         values,
-        *(batch[name] for name in ("old_logps", "old_values", "advantages", "returns")),
+        batch.old_logps,
+        batch.old_values,
+        batch.advantages,
+        batch.returns,
         clip=cfg.clip_range,
         value_clip=cfg.value_clip_range,
         value_coef=cfg.value_coef,
         entropy_coef=cfg.entropy_coef,
     )
-    return loss * len(values), {name: value * len(values) for name, value in metrics.items()}
+    return times(len(values), loss, metrics)
 
 
-def stream_objective(logps, batch, cfg, beta):
-    """The pretraining loss beside another, counted by token."""
-    loss, _ = token_objective(logps, batch, cfg, beta)
-    return loss, {"pretrain_loss": loss.detach()}
+def times(n: int, loss, metrics: dict):
+    """Means over n units -> sums."""
+    return loss * n, {name: value * n for name, value in metrics.items()}
 
 
 OBJECTIVES = {
@@ -166,494 +159,454 @@ OBJECTIVES = {
     "spin": ranking_objective,
     "ppo": ppo_objective,
 }
-PER_PROMPT = (
-    "reward",
-    "preference",
-    "spin",
-)  # whose losses are counted by prompt, the others' by token
+PER_PROMPT = ("reward", "preference", "spin")  # averaged over prompts; the others over tokens
 
 
-# ----------------------------------------------------------------------------------------------------------- the batch
+# ------------------------------------------------------------------------- terms and batches
 
 
-def micro_batches(cfg, round_id, step, train, model_config, device, eot):
-    """This rank's micro-batches of a step, a function of (data, seed, round, step): as many on every rank, of like size."""
-    world, rank = distributed.world_size(), distributed.rank()
-    budget, seed = distributed.micro_batch_tokens(cfg, device), cfg.seed + 1000 * round_id
+@dataclass
+class LossTerm:
+    """A summand of the loss. There is one, and the pretraining loss beside it if pretrain_coef."""
+
+    cfg: Config
+    data: list | np.ndarray  # encoded rows, or a token stream
+    weight: float
+    objective: Callable
+
+    def count_units(self, batch: Batch) -> int:
+        """What the loss of a batch is averaged over: prompts or supervised tokens."""
+        return batch.num_rows if self.cfg.stage in PER_PROMPT else batch.num_targets
+
+
+def loss_terms(cfg: Config, train, objectives: dict) -> list[LossTerm]:
+    terms = [LossTerm(cfg, train, 1.0, objectives[cfg.stage])]
+    if cfg.pretrain_coef:
+        other = pretrain_config(cfg)
+        stream = read_stream(other.data, "train")
+        terms.append(LossTerm(other, stream, cfg.pretrain_coef, pretrain_objective))
+    return terms
+
+
+def micro_batches(term: LossTerm, round_id: int, step: int, model_config, device, eot: int):
+    """This rank's micro-batches of a step: a function of (data, seed, round, step).
+
+    Every rank has the same number of them, and about the same number of tokens in each.
+    """
+    cfg, data = term.cfg, term.data
+    seed = cfg.seed + 1000 * round_id
     if cfg.stage == "pretrain":
-        for part in stream_micro_batches(cfg, model_config.block_size, device):
+        length, vocab_size = model_config.block_size, model_config.vocab_size
+        document_end = eot if cfg.document_mask else None
+        for part in stream_micro_batches(cfg, length, device):
             yield stream_batch(
-                train,
-                model_config.block_size,
-                cfg.batch_size,
-                seed,
-                step,
-                model_config.vocab_size,
-                part,
-                eot if cfg.document_mask else None,
+                data, length, cfg.batch_size, seed, step, vocab_size, part, document_end
             )
         return
-    tokens = {
-        i: count_row_tokens(train[i], cfg.layout)
-        for i in batch_indices(len(train), cfg.batch_size, seed, step)
-    }
-    indices = sorted(batch_indices(len(train), cfg.batch_size, seed, step), key=tokens.get)
-    dealt = [indices[r::world] for r in range(world)]
-    n = min(
-        len(indices) // world,
-        max(math.ceil(sum(tokens[i] for i in mine) / budget) for mine in dealt),
-    )
-    for part in split_by_tokens([tokens[i] for i in dealt[rank]], n):
-        rows = [train[dealt[rank][i]] for i in part]
-        batch = MAKE_BATCH.get(cfg.stage, batch_rows)(rows, cfg.layout)
-        K = batch["present"].shape[1]
-        for key, name in (("ref", "ref"), ("scores", "gaps")):
-            if key in rows[0]:
-                batch[name] = torch.tensor(
-                    [row[key] + [0.0] * (K - len(row[key])) for row in rows], dtype=torch.float32
-                )
-        yield batch
+
+    budget = distributed.micro_batch_tokens(cfg, device)
+    chosen = batch_indices(len(data), cfg.batch_size, seed, step)
+    tokens = {i: count_row_tokens(data[i], cfg.layout) for i in chosen}
+    chosen = sorted(chosen, key=tokens.get)
+    by_rank = [chosen[rank :: world_size()] for rank in range(world_size())]
+    largest = max(sum(tokens[i] for i in indices) for indices in by_rank)
+    n = min(len(chosen) // world_size(), math.ceil(largest / budget))
+    mine = by_rank[distributed.rank()]
+    make_batch = {"reward": reward_batch, "ppo": ppo_batch}.get(cfg.stage, batch_rows)
+    for part in split_by_tokens([tokens[i] for i in mine], n):
+        yield make_batch([data[mine[i]] for i in part], cfg.layout)
 
 
-MAKE_BATCH = {"reward": reward_batch, "ppo": ppo.ppo_batch}
+def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[int, Batch]]:
+    """This rank's micro-batches of a step, each with the index of its loss term."""
+    batches = []
+    eot = run.enc.eot_token
+    for n, term in enumerate(terms):
+        for batch in micro_batches(term, round_id, step, run.model.config, run.device, eot):
+            batches.append((n, batch))
+    return batches
 
 
-def loss_terms(cfg, train):
-    """What a step is made of, [(config, data, weight, objective)]: the round's rows, and the pretraining stream beside them if
-    the config asks, as a stage of its own would take it."""
-    mine = [(cfg, train, 1.0, OBJECTIVES[cfg.stage])]
-    if cfg.pretrain_coef:
-        other = config.pretrain_config(cfg)
-        mine.append((other, read_stream(other.data, "train"), cfg.pretrain_coef, stream_objective))
-    return mine
-
-
-def prefetch(make, steps):
-    """make(step) of each step, the next one made by another thread while this one is worked on."""
+def prefetch(make: Callable, steps: range):
+    """make(step) of each step. A thread makes the next one while this one is trained on."""
     with ThreadPoolExecutor(1) as thread:
         coming = None
         for step in steps:
-            now, coming = (
-                coming or thread.submit(make, step),
-                thread.submit(make, step + 1) if step + 1 in steps else None,
-            )
-            yield now.result()
+            current = coming or thread.submit(make, step)
+            coming = thread.submit(make, step + 1) if step + 1 in steps else None
+            yield current.result()
 
 
-def at_step(cfg, step, steps):
-    """The config with n of T_n at a step."""
-    if cfg.taylor_end is None:
-        return cfg
-    return replace(
-        cfg,
-        taylor_order=cfg.taylor_order
-        + (cfg.taylor_end - cfg.taylor_order) * step / max(1, steps - 1),
-    )
+class Meter:
+    """Averages over the micro-batches of a step, reduced over the ranks once."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, sums: dict, denominator: float):
+        for name, value in sums.items():
+            value = torch.as_tensor(value).double() / denominator
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def all_reduce(self, device) -> dict[str, float]:
+        return dict(zip(self.sums, all_reduce_sum([*self.sums.values()], device)))
 
 
-def num_steps_of_round(cfg, train):
+def num_steps_of_round(cfg: Config, train) -> int:
     return cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
 
 
-# ------------------------------------------------------------------------------------------------------------- the fit
+# --------------------------------------------------------------------------------- the loop
 
 
-def fit(cfg, round_id, model, enc, tokenizer_name, train, val, start, device, log):
-    """Train one round from step `start` to its last. The one loop, the one step."""
-    steps = num_steps_of_round(cfg, train)
+@dataclass
+class Run:
+    """What stays the same over the rounds of a run."""
+
+    cfg: Config
+    model: GPT
+    enc: object  # the tokenizer
+    device: torch.device
+    log: metrics_logger.MetricsLogger
+    saver: checkpoint.Saver
+    objectives: dict
+    evaluators: dict
+
+
+def fit(run: Run, round_id: int, train, val, start: int):
+    """Train one round from step `start` to its end. The only training loop there is."""
+    cfg, model, device = run.cfg, run.model, run.device
+    num_steps = num_steps_of_round(cfg, train)
     beta, lr = per_round(cfg.beta, round_id), per_round(cfg.lr, round_id)
     optimizers = make_optimizers(model, cfg, lr, device)
-    one_run = cfg.stage == "ppo"  # whose rounds are some steps each of one optimisation
-    before = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
-    history = checkpoint.read_meta(before)["history"] if before else {"skipped": 0, "losses": []}
-    if start or one_run and round_id:
-        checkpoint.resume(before, model, optimizers)
-    else:
-        history["losses"] = []
+    history = resume(run, round_id, start, optimizers)
+    terms = loss_terms(cfg, train, run.objectives)
     params = list(model.parameters())
-    mix = loss_terms(cfg, train)
-    peak = next(
-        (
-            f
-            for chip, f in PEAK_FLOPS.items()
-            if device.type == "cuda" and chip in torch.cuda.get_device_name(device)
-        ),
-        None,
-    )
-    saving, held_out = None, {}
     loader = prefetch(
-        lambda step: [
-            (n, b)
-            for n, part in enumerate(mix)
-            for b in micro_batches(
-                part[0], round_id, step, part[1], model.config, device, enc.eot_token
-            )
-        ],
-        range(start, steps),
+        lambda step: step_batches(run, terms, round_id, step), range(start, num_steps)
     )
-    for step in range(start, steps + 1):
+    stop = False
+    for step in range(start, num_steps + 1):
         distributed.heartbeat.set_stage(f"round {round_id} step {step}")
-        if should_evaluate(cfg, round_id, step, steps) and (step > start or not start):
-            held_out = evaluate_all(cfg, round_id, step, model, val, device, enc)
-            if cfg.keep_best and cfg.keep_best.lstrip("-") not in held_out:
-                raise SystemExit(
-                    f"config: keep_best {cfg.keep_best!r} is no held-out figure; there are {', '.join(held_out)}"
-                )
-            log({"kind": "eval", "round": round_id, "step": step} | held_out)
-        stop = step > start and bool(record["stop"])
-        if (step % cfg.save_interval == 0 or step == steps or stop) and step > start:
-            wait_for_save(saving, cfg, round_id, step, log)
-            saving = checkpoint.save(
-                cfg.out_dir,
-                round_id,
-                step,
-                model,
-                optimizers,
-                cfg,
-                enc,
-                tokenizer_name,
-                held_out if should_evaluate(cfg, round_id, step, steps) else {},
-                history,
-            )
-        if step == steps or stop:
-            wait_for_save(saving, cfg, round_id, step, log, last=True)
+        eval_metrics = {}
+        if should_evaluate(cfg, round_id, step, num_steps) and (step > start or step == 0):
+            eval_metrics = evaluate(run, round_id, step, train, val)
+            run.log.eval(round_id, step, eval_metrics)
+        last = step == num_steps or stop
+        if step > start and (step % cfg.save_interval == 0 or last):
+            run.saver.save(round_id, step, model, optimizers, eval_metrics, history)
+        if last:
+            run.saver.wait(round_id, step, last=True)
             elastic.exit_if_signalled()
             break
 
         # ---- one training step
-        began = time.time()
-        torch.manual_seed(
-            hash((cfg.seed, round_id, step, distributed.rank())) % 2**62
-        )  # dropout is a function of the step
+        step_start = time.time()
+        # dropout is a function of (seed, round, step, rank), so that a resumed run repeats it
+        torch.manual_seed(hash((cfg.seed, round_id, step, distributed.rank())) % 2**62)
         model.train()
-        batches = next(loader)  # [(its part of the mix, batch)]
-        asked = [int((b["targets"] >= 0).sum()) if "targets" in b else 0 for _, b in batches]
-        counted = [
-            (n, len(b["present"]) if mix[n][0].stage in PER_PROMPT else m)
-            for (n, b), m in zip(batches, asked)
-        ]
-        *counts, asked, tokens = distributed.all_reduce_sum(
-            [sum(m for part, m in counted if part == n) for n in range(len(mix))]
-            + [sum(asked), sum(b["tokens"] for _, b in batches)],
-            device,
-        )
-        sums = {}
+        batches = next(loader)  # this rank's micro-batches: [(index of its term, Batch)]
+        units, num_targets, num_tokens = count_units(terms, batches, device)
+        meter = Meter()
         for n, batch in batches:
-            of, _, weight, objective = mix[n]
-            output, batch = forward_batch(model, batch, device, needs_logits(of))
-            loss, metrics = objective(output, batch, at_step(of, step, steps), beta)
-            backward(
-                loss * (weight * distributed.world_size() / counts[n])
-            )  # FSDP means gradients over the ranks
-            for name, value in ({"loss": weight * loss.detach()} | metrics).items():
-                sums[name] = sums.get(name, 0.0) + value.double() / counts[n]
+            term = terms[n]
+            loss, sums = term.objective(model, batch.to(device), term.cfg, beta)
+            backward(loss * (term.weight * world_size() / units[n]))  # FSDP averages over ranks
+            meter.add({"loss": term.weight * loss.detach()} | sums, units[n])
         norm = distributed.clip_grad_norm_(params, cfg.grad_clip)
-        record = dict(
-            zip(
-                [*sums, "norm", "stop"],
-                distributed.all_reduce_sum(
-                    [
-                        *sums.values(),
-                        norm / distributed.world_size(),
-                        len(elastic.received_signals),
-                    ],
-                    device,
-                ),
-            )
-        )
-        if not is_finite_step(cfg, round_id, step, record, history, train, enc, saving, log):
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+        meter.add({"norm": norm / world_size(), "stop": len(elastic.received_signals)}, 1)
+        metrics = meter.all_reduce(device)
+        stop = metrics.pop("stop") > 0
+        if not is_finite_step(run, round_id, step, metrics, history, train):
+            zero_grad(optimizers)
             continue
-        factor = (
-            lr_factor(cfg, round_id * steps + step, cfg.rounds * steps)
-            if one_run
-            else lr_factor(cfg, step, steps)
-        )
+        factor = schedule_factor(cfg, round_id, step, num_steps)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+            set_lr(optimizer, factor)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        zero_grad(optimizers)
         # ----
 
-        if step == 0 and cfg.stage in INITIAL_LOSS:
-            check_initial_loss(
-                cfg,
-                round_id,
-                record,
-                [b for n, b in batches if n == 0],
-                beta,
-                counts[0],
-                model,
-                log,
-            )
-        seconds = time.time() - began
-        log(
-            {"kind": "step", "round": round_id, "step": step}
-            | {name: value for name, value in record.items() if name != "stop"}
-            | {
-                "lr": lr * factor,
-                "ms": 1000 * seconds,
-                "tokens_per_second": tokens / seconds,
-                "mfu": peak
-                and model.flops_per_token(mean_context_length(batches[0][1]), asked / tokens)
-                * tokens
-                / seconds
-                / peak
-                / distributed.world_size(),
-            },
-            steps,
-        )
+        if step == 0:
+            check_initial_loss(run, round_id, metrics, batches, beta, units[0])
+        seconds = time.time() - step_start
+        metrics["lr"] = lr * factor
+        metrics["ms"] = 1000 * seconds
+        metrics["tokens_per_second"] = num_tokens / seconds
+        metrics["mfu"] = mfu(model, batches[0][1], num_targets, num_tokens, seconds, device)
+        run.log.step(round_id, step, metrics, num_steps)
+
+
+def resume(run: Run, round_id: int, start: int, optimizers) -> dict:
+    """Load the optimizer state if the round goes on from a checkpoint. Returns what the loop has to
+    remember: the number of skipped steps and the recent losses."""
+    cfg = run.cfg
+    latest = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
+    history = {"skipped": 0, "losses": []}
+    if latest:
+        history = checkpoint.read_meta(latest)["history"]
+    continues = cfg.stage == "ppo" and round_id > 0  # rounds of ppo are parts of one optimization
+    if start or continues:
+        checkpoint.resume(latest, run.model, optimizers)
+    else:
+        history["losses"] = []
+    return history
+
+
+def count_units(terms, batches, device) -> tuple[list[float], float, float]:
+    """Over all ranks: units of each loss term, supervised tokens, tokens read."""
+    units = [0] * len(terms)
+    num_targets = num_tokens = 0
+    for n, batch in batches:
+        units[n] += terms[n].count_units(batch)
+        num_targets += batch.num_targets
+        num_tokens += batch.num_tokens
+    *units, num_targets, num_tokens = all_reduce_sum([*units, num_targets, num_tokens], device)
+    return units, num_targets, num_tokens
 
 
 def backward(loss):
-    """A micro-batch's backward pass. Each reduces its gradients over the ranks: kept back for a step's last one, they would be whole
-    on every rank. bench.py's steps, ours and the peers', take it too."""
+    """The backward pass of a micro-batch, the only one in this repository. Each one reduces the
+    gradients over the ranks: accumulated unreduced, they would not be sharded."""
     loss.backward()
 
 
-def is_finite_step(cfg, round_id, step, record, history, train, enc, saving, log):
-    """Whether a step may be taken. A loss or gradient that is not finite ends the run, or is skipped and counted; a spike is said."""
-    loss, usual = (
-        record["loss"],
-        abs(float(np.median(history["losses"]))) if len(history["losses"]) >= 10 else math.inf,
-    )
-    finite = math.isfinite(loss) and math.isfinite(record["norm"])
+def set_lr(optimizer, factor: float):
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def zero_grad(optimizers):
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def schedule_factor(cfg, round_id, step, num_steps) -> float:
+    """Share of the learning rate. The schedule spans a round, and for ppo all of them."""
+    if cfg.stage == "ppo":
+        return lr_factor(cfg, round_id * num_steps + step, cfg.rounds * num_steps)
+    return lr_factor(cfg, step, num_steps)
+
+
+def is_finite_step(run: Run, round_id, step, metrics, history, train) -> bool:
+    """Whether to take the optimizer step. A loss or gradient that is not finite ends the run, or is
+    skipped and counted. A loss spike is only reported. Each names the rows of the batch."""
+    cfg, log = run.cfg, run.log
+    loss, norm = metrics["loss"], metrics["norm"]
+    finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
-        history["losses"] = [*history["losses"][-49:], loss]
+        recent = history["losses"]
+        usual = abs(float(np.median(recent))) if len(recent) >= 10 else math.inf
+        history["losses"] = [*recent[-49:], loss]
         if not cfg.loss_spike_factor or loss <= cfg.loss_spike_factor * usual:
             return True
-    text = f"loss {loss}, gradient norm {record['norm']}; rows: {prompts_of_step(cfg, round_id, step, train, enc)}"
+
+    rows = prompts_of_step(cfg, round_id, step, train, run.enc)
+    text = f"loss {loss}, gradient norm {norm}; rows: {rows}"
     if finite:
-        log(
-            {
-                "kind": "warning",
-                "round": round_id,
-                "step": step,
-                "text": f"more than {cfg.loss_spike_factor} times the median loss of the steps before: {text}",
-            }
-        )
+        factor = cfg.loss_spike_factor
+        log.warning(round_id, step, f"more than {factor} times the recent median loss: {text}")
         return True
     if cfg.on_nonfinite == "stop":
-        wait_for_save(saving, cfg, round_id, step, log)
+        run.saver.wait(round_id, step)
         raise SystemExit(
-            f"round {round_id} step {step}: {text}; last checkpoint: {checkpoint.latest(cfg.out_dir)}"
+            f"round {round_id} step {step}: {text}; "
+            f"last checkpoint: {checkpoint.latest(cfg.out_dir)}"
         )
     history["skipped"] += 1
-    log(
-        {
-            "kind": "warning",
-            "round": round_id,
-            "step": step,
-            "skipped": history["skipped"],
-            "text": f"this step is skipped: {text}",
-        }
-    )
+    log.warning(round_id, step, f"this step is skipped: {text}", skipped=history["skipped"])
     return False
 
 
-def wait_for_save(saving, cfg, round_id, step, log, last=False):
-    """Wait for the save before. One that failed is said; the run goes on, unless there will be no other."""
-    failed = checkpoint.wait_for_save(saving)
-    if failed and last:
-        raise SystemExit(
-            f"the checkpoint at round {round_id} step {step} could not be saved ({failed}); the newest there is: {checkpoint.latest(cfg.out_dir)}"
-        )
-    if failed:
-        log(
-            {
-                "kind": "warning",
-                "round": round_id,
-                "step": step,
-                "text": f"the checkpoint before this one could not be saved ({failed}); the run goes on",
-            }
-        )
+def prompts_of_step(cfg, round_id, step, train, enc):
+    """The ends of the prompts in a step's global batch, as text."""
+    if cfg.stage == "pretrain":
+        return "windows of the stream"
+    indices = batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round_id, step)
+    return [enc.decode(train[i]["prompt"])[-60:] for i in indices]
 
 
-def mean_context_length(batch):
-    """How many tokens a row of a batch has, for its attention: twice the mean position where rows are ragged."""
-    return 2 * float(batch["pos"].float().mean()) + 1 if "pos" in batch else batch["idx"].shape[1]
+def check_initial_loss(run: Run, round_id, metrics, batches, beta, units):
+    """At the first step of a round the policy is the reference: every implicit reward is 0 and the
+    ranking loss is ln K!. A reward model's scores are 0, and PPO's policy is the one that sampled.
 
-
-def check_initial_loss(cfg, round_id, record, batches, beta, count, model, log):
-    """At a round's first step the policy is its reference: every implicit reward is 0 and the ranking's nll, if it is full,
-    ln K!. A loss that starts elsewhere was scored otherwise than it is trained (with dropout it is). So with a reward model,
-    whose head starts at 0, and with PPO, whose policy is the one that sampled."""
-    device = next(model.parameters()).device
-    expected = (
-        distributed.all_reduce_sum(
-            [sum(INITIAL_LOSS[cfg.stage](b, cfg, beta)[0] for b in batches)], device
-        )[0]
-        / count
-    )
-    loss = record["loss"] - cfg.pretrain_coef * record.get("pretrain_loss", 0.0)
+    Another loss means that rows are scored in another way than they are trained on.
+    """
+    cfg, device = run.cfg, run.device
+    if cfg.stage in ("pretrain", "sft"):
+        return
+    total = 0.0
+    for n, batch in batches:
+        if n == 0:
+            total += initial_loss(cfg, batch, beta)
+    expected = all_reduce_sum([total], device)[0] / units
+    loss = metrics["loss"] - cfg.pretrain_coef * metrics.get("pretrain_loss", 0.0)
     off = abs(loss - expected)
-    log(
-        {"kind": "start", "round": round_id, "step": 0, "loss": loss, "expected": expected}
-        | ({"ranking": record["nll"]} if "nll" in record else {})
-        | {"off": off}
-    )
-    if (
-        off > (1e-4 if distributed.compute_dtype(cfg, device) == torch.float32 else 0.05)
-        and not model.config.dropout
-    ):
-        log(
-            {
-                "kind": "warning",
-                "round": round_id,
-                "step": 0,
-                "text": f"the round starts at {loss:.5f}, not at {expected:.5f}: policy and reference are not the same",
-            }
+    report = {"loss": loss, "expected": expected}
+    if "nll" in metrics:
+        report["ranking"] = metrics["nll"]
+    run.log.initial_loss(round_id, report | {"off": off})
+    tolerance = 1e-4 if distributed.compute_dtype(cfg, device) == torch.float32 else 0.05
+    if off > tolerance and not run.model.config.dropout:
+        run.log.warning(
+            round_id,
+            0,
+            f"the round starts at loss {loss:.5f}, not at {expected:.5f}: policy and reference "
+            "are not the same",
         )
 
 
-INITIAL_LOSS = {  # the objective of what the model gives at a round's first step
-    "preference": lambda b, cfg, beta: sum_over_rows(b["ref"], b, cfg, beta),
-    "spin": lambda b, cfg, beta: sum_over_rows(b["ref"], b, cfg, beta),
-    "reward": lambda b, cfg, beta: reward_objective(torch.zeros(len(b["read"])), b, cfg, beta),
-    "ppo": lambda b, cfg, beta: ppo_objective(
-        (
-            torch.zeros(b["targets"].shape).masked_scatter(b["targets"] >= 0, b["old_logps"]),
-            b["old_values"],
-        ),
-        b,
-        cfg,
-        beta,
-    ),
+def initial_loss(cfg, batch: Batch, beta: float) -> float:
+    """The loss that a round starts with, summed over the units of a batch."""
+    if cfg.stage == "reward":
+        zeros = torch.zeros(len(batch.value_positions))
+        loss, _ = reward_model_loss(zeros, batch, cfg)
+    elif cfg.stage == "ppo":
+        loss, _ = policy_gradient_loss(batch.old_logps, batch.old_values, batch, cfg)
+    else:
+        loss, _ = ranking_loss(batch.ref_logps, batch, cfg, beta)
+    return loss
+
+
+def mfu(model, batch: Batch, num_targets, num_tokens, seconds, device) -> float | None:
+    """Model FLOPs utilization; None on a CPU and on GPUs whose peak is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for chip, peak in PEAK_FLOPS.items():
+        if chip in name:
+            flops = model.flops_per_token(mean_context_length(batch), num_targets / num_tokens)
+            return flops * num_tokens / seconds / peak / world_size()
+    return None
+
+
+def mean_context_length(batch: Batch) -> float:
+    """The context length that attention's FLOPs are counted with: twice the mean position."""
+    if batch.pos is None:
+        return batch.idx.shape[1]
+    return 2 * float(batch.pos.float().mean()) + 1
+
+
+# ------------------------------------------------------------------------------- evaluation
+# evaluator(run, round_id, step, train, val) -> metrics of held-out data. val_loss is plain
+# cross-entropy, whatever is trained.
+
+
+def evaluate_pretrain(run: Run, round_id: int, step: int, train, val) -> dict:
+    return {"val_loss": validation_stream_loss(run, run.cfg, val)}
+
+
+def validation_stream_loss(run: Run, cfg: Config, stream) -> float:
+    document_end = run.enc.eot_token if cfg.document_mask else None
+    return stream_loss(run.model, stream, cfg, run.device, document_end)
+
+
+def evaluate_sft(run: Run, round_id: int, step: int, train, val) -> dict:
+    return loss_metrics(validation_logps(run, val), val)
+
+
+def evaluate_reward(run: Run, round_id: int, step: int, train, val) -> dict:
+    cfg = run.cfg
+    budget = distributed.micro_batch_tokens(cfg, run.device)
+    return reward_metrics(reward_scores(run.model, val, budget, run.device, layout=cfg.layout), val)
+
+
+def evaluate_ranking(run: Run, round_id: int, step: int, train, val) -> dict:
+    cfg = run.cfg
+    logps = validation_logps(run, val)
+    K = logps.shape[1]
+    rows = pad_rows_to_K(val, K)
+    refs = np.array([row["ref"] for row in rows], dtype=np.float32)
+    players = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
+    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), players)
+
+
+def evaluate_ppo(run: Run, round_id: int, step: int, train, val) -> dict:
+    return ppo.evaluate(run.cfg, round_id, step, run.model, val, run.enc, run.device)
+
+
+def validation_logps(run: Run, val) -> np.ndarray:
+    """Log-probabilities of the responses of validation rows (rows, K)."""
+    cfg = run.cfg
+    budget = distributed.micro_batch_tokens(cfg, run.device)
+    return response_logprobs(run.model, val, budget, run.device, layout=cfg.layout)
+
+
+EVALUATORS = {
+    "pretrain": evaluate_pretrain,
+    "sft": evaluate_sft,
+    "reward": evaluate_reward,
+    "preference": evaluate_ranking,
+    "spin": evaluate_ranking,
+    "ppo": evaluate_ppo,
 }
 
 
-def prompts_of_step(cfg, round_id, step, train, enc):
-    """The prompts of a step's global batch, as text."""
-    if cfg.stage == "pretrain":
-        return "windows of the stream"
-    return [
-        enc.decode(train[i]["prompt"])[-60:]
-        for i in batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round_id, step)
-    ]
-
-
-def should_evaluate(cfg, round_id, step, steps):
-    """Whether the model is evaluated at a step. PPO's held-out figures are samples, taken at the beginning and at the end of rounds."""
+def should_evaluate(cfg, round_id, step, num_steps) -> bool:
+    """Every eval_interval steps and at the end of a round. For ppo, whose evaluation samples: at
+    the start, every eval_interval rounds and at the end of the run."""
     if cfg.stage == "ppo":
-        return (
-            round_id == step == 0
-            or step == steps
-            and ((round_id + 1) % cfg.eval_interval == 0 or round_id + 1 == cfg.rounds)
-        )
-    return step % cfg.eval_interval == 0 or step == steps
+        if step == num_steps:
+            return (round_id + 1) % cfg.eval_interval == 0 or round_id + 1 == cfg.rounds
+        return round_id == 0 and step == 0
+    return step % cfg.eval_interval == 0 or step == num_steps
 
 
-def evaluate_all(cfg, round_id, step, model, val, device, enc):
-    """The held-out figures of a round's stage, and of the stream beside it."""
+def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
+    """The held-out metrics of a stage, and of the pretraining stream beside it."""
+    cfg = run.cfg
+    metrics = run.evaluators[cfg.stage](run, round_id, step, train, val)
     if cfg.pretrain_coef:
-        other = config.pretrain_config(cfg)
-        stream = evaluate(
-            other, round_id, model, read_stream(other.data, "val"), device, enc.eot_token
+        other = pretrain_config(cfg)
+        stream = read_stream(other.data, "val")
+        metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
+    if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
+        raise SystemExit(
+            f"config: keep_best {cfg.keep_best!r} is not a metric of this run; "
+            f"there are {', '.join(metrics)}"
         )
-        return evaluate_all(
-            replace(cfg, pretrain_coef=0.0), round_id, step, model, val, device, enc
-        ) | {"pretrain_loss": stream["val_loss"]}
-    return (
-        ppo.evaluate(cfg, round_id, step, model, val, enc, device)
-        if cfg.stage == "ppo"
-        else evaluate(cfg, round_id, model, val, device, enc.eot_token)
-    )
+    return metrics
 
 
-def evaluate(cfg, round_id, model, val, device, eot):
-    """The held-out figures of a stage; val_loss is plain cross-entropy, whatever is trained."""
-    if cfg.stage == "pretrain":
-        return {
-            "val_loss": stream_loss(model, val, cfg, device, eot if cfg.document_mask else None)
-        }
-    if cfg.stage == "reward":
-        return reward_metrics(
-            reward_scores(
-                model, val, distributed.micro_batch_tokens(cfg, device), device, layout=cfg.layout
-            ),
-            val,
-        )
-    if cfg.calibration:
-        return calibration(model, val, distributed.micro_batch_tokens(cfg, device), device)
-    logps = response_logprobs(
-        model, val, distributed.micro_batch_tokens(cfg, device), device, layout=cfg.layout
-    )
-    if cfg.stage == "sft":
-        return loss_metrics(logps, val)
-    K = logps.shape[1]
-    refs = np.array([row["ref"] + [0.0] * (K - len(row["ref"])) for row in val], dtype=np.float32)
-    rows = [
-        row
-        | {
-            "responses": row["responses"] + [None] * (K - len(row["responses"])),
-            "ranks": row["ranks"] + [K] * (K - len(row["ranks"])),
-        }
-        for row in val
-    ]
-    names = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
-    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), names)
+# ---------------------------------------------------------------------------------- the run
 
 
-# ------------------------------------------------------------------------------------------------------------ the run
-
-
-def build(cfg, device, dtype):
-    """(model, tokenizer, its name) from the newest checkpoint of this run, of `init`, or from scratch. A later stage takes
-    shape and tokenizer from the checkpoint; a setting that conflicts ends the run."""
-    path = checkpoint.latest(cfg.out_dir) or (cfg.init and checkpoint.resolve(cfg.init))
-    given = config.model_settings(cfg)
+def build_model(cfg, model_class, device, dtype):
+    """(model, tokenizer, its name) from the newest checkpoint of this run, from `init`, or from
+    scratch. Settings that contradict the checkpoint end the run."""
+    path = checkpoint.latest(cfg.out_dir)
+    if not path and cfg.init:
+        path = checkpoint.resolve(cfg.init)
     if path:
         meta = checkpoint.read_meta(path)
         enc, name = checkpoint.read_tokenizer(path, meta), meta["tokenizer"]
-        if (
-            cfg.tokenizer
-            and tokenizer.fingerprint(tokenizer.load(cfg.tokenizer)) != meta["tokenizer_sha256"]
-        ):
-            raise SystemExit(f"config: tokenizer {cfg.tokenizer} is not the checkpoint's ({path})")
-        shape = meta["model"] | given
+        check_tokenizer(cfg, path, meta)
+        shape = meta["model"] | cfg.model
     else:
         name = cfg.tokenizer or read_meta(cfg.data, [])["tokenizer"]
         if not name:
             raise SystemExit(
-                f"config: from scratch on {cfg.data}, which names no tokenizer: set tokenizer"
+                f"config: {cfg.data} names no tokenizer, and there is no checkpoint to take one "
+                "from: set tokenizer"
             )
         name = cfg.tokenizer or tokenizer_path(cfg.data, name)
         enc = tokenizer.load(name)
-        shape = given | {"vocab_size": enc.n_vocab}
+        shape = cfg.model | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
-        data = read_meta(config.pretrain_config(cfg).data, [])
-        if data["tokenizer_sha256"] != tokenizer.fingerprint(enc):
-            raise SystemExit(
-                f"{config.pretrain_config(cfg).data} was written with the tokenizer {data['tokenizer']}, the model has another ({name})"
-            )
-        for split in ("train", "val"):
-            tokens = read_stream(config.pretrain_config(cfg).data, split)
-            first = min(
-                distributed.all_gather_object(
-                    find_invalid_token(
-                        tokens, enc.n_vocab, distributed.rank(), distributed.world_size()
-                    )
-                )
-            )
-            if first < len(tokens):
-                raise SystemExit(
-                    f"{config.pretrain_config(cfg).data}/{split}.bin: token id {tokens[first]} at position {first} is outside the vocabulary of {enc.n_vocab}"
-                )
+        check_stream(pretrain_config(cfg).data, enc, name)
+
+    shape["scalar_head"] = cfg.stage in ("reward", "ppo")
     try:
-        shape = GPTConfig(**shape | {"scalar": cfg.stage in ("reward", "ppo")})
+        model_config = model_class.config_class(**shape)
     except ValueError as e:
         raise SystemExit(f"config: {e}")
-    for key in given if path else ():
-        if getattr(shape, key) != getattr(GPTConfig(**meta["model"]), key) and key != "dropout":
-            raise SystemExit(
-                f"config: {key} is {given[key]!r}, but the checkpoint {path} has {getattr(GPTConfig(**meta['model']), key)!r}"
-            )
+    if path:
+        check_model_settings(cfg, model_config, model_class.config_class(**meta["model"]), path)
     if cfg.stage == "spin":
-        prepare_teacher(cfg, enc, shape.block_size, device, dtype)
+        rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
+
     with torch.device("meta"):
-        model = GPT(shape)
+        model = model_class(model_config)
     model = distributed.prepare_model(model, device, dtype, cfg)
     if path:
         checkpoint.load_weights(path, model)
@@ -662,34 +615,87 @@ def build(cfg, device, dtype):
     return model, enc, name
 
 
-def main(argv):
-    began = time.time()
-    cfg = resolve_template(config.load(argv))
+def check_tokenizer(cfg, path, meta):
+    """A tokenizer in the config must be that of the checkpoint."""
+    if not cfg.tokenizer:
+        return
+    if tokenizer.fingerprint(tokenizer.load(cfg.tokenizer)) != meta["tokenizer_sha256"]:
+        raise SystemExit(f"config: tokenizer {cfg.tokenizer} is not the checkpoint's ({path})")
+
+
+def check_stream(folder, enc, tokenizer_name):
+    """A token stream must be of this tokenizer. The ranks share the work of looking at every id."""
+    meta = read_meta(folder, [])
+    if meta["tokenizer_sha256"] != tokenizer.fingerprint(enc):
+        raise SystemExit(
+            f"{folder} was written with the tokenizer {meta['tokenizer']}, "
+            f"the model has another ({tokenizer_name})"
+        )
+    for split in ("train", "val"):
+        tokens = read_stream(folder, split)
+        found = find_invalid_token(tokens, enc.n_vocab, distributed.rank(), world_size())
+        first = min(distributed.all_gather_object(found))
+        if first < len(tokens):
+            raise SystemExit(
+                f"{folder}/{split}.bin: token id {tokens[first]} at position {first} is outside "
+                f"the vocabulary of {enc.n_vocab}"
+            )
+
+
+def check_model_settings(cfg, model_config, its_config, path):
+    """Model settings in the config must be those of the checkpoint; only dropout may differ."""
+    for name, value in cfg.model.items():
+        its_value = getattr(its_config, name)
+        if name != "dropout" and getattr(model_config, name) != its_value:
+            raise SystemExit(
+                f"config: {name} is {value!r}, but the checkpoint {path} has {its_value!r}"
+            )
+
+
+def main(
+    argv: list[str],
+    config_class: type = Config,
+    model_class: type = GPT,
+    objectives: dict = OBJECTIVES,
+    evaluators: dict = EVALUATORS,
+):
+    """Run all rounds of a config. A study may pass its own settings, model, objectives (by stage)
+    and evaluators (by stage)."""
+    run_start = time.time()
+    cfg = config_module.load(argv, model_class.config_class, config_class)
+    cfg = preflight.resolve_template(cfg)
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)
     dtype = distributed.compute_dtype(cfg, device)
-    at, settings = prepare_run(cfg)
+    start, settings = preflight.prepare_run(cfg)  # start: the (round, step) to resume from
     if distributed.rank() == 0:
-        write_config(cfg, settings, at, device, dtype)
-    model, enc, tokenizer_name = build(cfg, device, dtype)
-    say = functools.partial(print, flush=True) if distributed.rank() == 0 else lambda text: None
+        metrics_logger.write_config(cfg, settings, start, device, dtype)
+
+    def say(text: str):
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
+    model, enc, tokenizer_name = build_model(cfg, model_class, device, dtype)
     say(
-        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {device.type} x {distributed.world_size()}, {dtype}, "
-        f"float32 products {torch.get_float32_matmul_precision()}"
+        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, "
+        f"{device.type} x {world_size()}, {dtype}, "
+        f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )
-    with wandb_sender(cfg, at) as send:
-        log = make_logger(cfg, at, began, send)
-        for round_id in range(at[0], cfg.rounds):
+    collect = ppo.collect if cfg.stage == "ppo" else rollout.collect
+    first_round, first_step = start
+    with wandb_sender(cfg, start) as send:
+        log = metrics_logger.MetricsLogger(cfg, start, run_start, send)
+        saver = checkpoint.Saver(cfg, enc, tokenizer_name, log)
+        run = Run(cfg, model, enc, device, log, saver, objectives, evaluators)
+        for round_id in range(first_round, cfg.rounds):
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
-            train, val, report = (ppo.collect if cfg.stage == "ppo" else collect)(
-                cfg, round_id, model, enc, device, dtype, say
-            )
-            start = max(0, at[1]) if round_id == at[0] else 0
+            train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)
+            step = max(0, first_step) if round_id == first_round else 0
             elastic.exit_if_signalled()
-            if report and not start:
-                log({"kind": "collect", "round": round_id, "step": 0} | report)
-            if start < num_steps_of_round(cfg, train):
-                fit(cfg, round_id, model, enc, tokenizer_name, train, val, start, device, log)
+            if report and not step:
+                log.collect(round_id, report)
+            if step < num_steps_of_round(cfg, train):
+                fit(run, round_id, train, val, step)
             if cfg.keep_rounds:
                 checkpoint.prune_rounds(cfg.out_dir, round_id - cfg.keep_rounds)
         say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")

@@ -1,11 +1,13 @@
-"""What bench.py times against, nanoGPT's model and step in plain PyTorch, and transformers' and TRL's own code; and the work that
-both sides are given."""
+"""What bench.py compares with: nanoGPT's model and step in plain PyTorch, transformers and TRL.
+
+Also the inputs that both sides get, and the count of the work that they need.
+"""
 
 import gzip
 import json
 import os
 import tempfile
-import typing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,162 +18,203 @@ from data.batch import batch_rows
 from loss import preference_loss
 from train import backward
 
-SHAPE = dict(vocab_size=8192, block_size=1024, n_layer=4, n_head=4, n_embd=256)  # GPT-2's block
-ROWS = os.path.join(
-    os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data", "ranked.jsonl.gz"
-)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LOCAL_DATA = os.path.join(ROOT, "..", "shared", "data")
+RANKED_ROWS = os.path.join(LOCAL_DATA, "ranked.jsonl.gz")
+SHAKESPEARE = os.path.join(LOCAL_DATA, "tinyshakespeare.txt")
+
+SHAPE = {  # of GPT-2's block
+    "vocab_size": 8192,
+    "block_size": 1024,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 256,
+}
 
 
-# --------------------------------------------------------------------------------------------------------------- the work
+# -------------------------------------------------------------------------------------- the inputs
 
 
-def windows():
-    """(idx, targets) of a pretraining step."""
+def random_windows():
+    """(idx, targets) of a pretraining step, each (8, 256)."""
     return torch.randint(1, 8192, (8, 256)), torch.randint(1, 8192, (8, 256))
 
 
-def random_row(rng, prompt, responses, vocab_size=SHAPE["vocab_size"]):
-    ids = [rng.integers(1, vocab_size, n).tolist() for n in (prompt, *responses)]
-    return {
-        "prompt": ids[0],
-        "responses": [y[:-1] + [0] for y in ids[1:]],
-        "ranks": list(range(len(responses))),
-    }
+def random_row(rng, prompt_length, response_lengths, vocab_size=SHAPE["vocab_size"]):
+    """An encoded row of random tokens. Lengths of responses include end-of-text, token 0."""
+    prompt = rng.integers(1, vocab_size, prompt_length).tolist()
+    responses = []
+    for length in response_lengths:
+        tokens = rng.integers(1, vocab_size, length).tolist()
+        responses.append(tokens[:-1] + [0])
+    return {"prompt": prompt, "responses": responses, "ranks": list(range(len(responses)))}
 
 
 def real_lengths():
-    """[(prompt, responses)] in tokens, of the ranked rows with at least three responses; without them a like distribution."""
-    if os.path.exists(ROWS):
-        with gzip.open(ROWS, "rt", encoding="utf-8") as f:
-            rows = [json.loads(text) for text in f]
-        # four characters a token, the usual figure for English
-        return [
-            (
-                max(1, len(r["prompt"]) // 4),
-                [max(1, len(y["text"]) // 4) for y in r["responses"][:3]],
-            )
-            for r in rows
-        ]
-    rng = np.random.default_rng(0)
-    return [
-        (
-            int(np.clip(rng.lognormal(4.4, 0.6), 8, 350)),
-            np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400).astype(int).tolist(),
-        )
-        for _ in range(2000)
-    ]
+    """[(prompt length, three response lengths)] in tokens, of real ranked rows.
+
+    Without the file of ranked rows they are drawn from a similar distribution.
+    """
+    if not os.path.exists(RANKED_ROWS):
+        rng = np.random.default_rng(0)
+        lengths = []
+        for _ in range(2000):
+            prompt = int(np.clip(rng.lognormal(4.4, 0.6), 8, 350))
+            responses = np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400)
+            lengths.append((prompt, responses.astype(int).tolist()))
+        return lengths
+    with gzip.open(RANKED_ROWS, "rt", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    lengths = []
+    for row in rows:
+        responses = [text_tokens(response["text"]) for response in row["responses"][:3]]
+        lengths.append((text_tokens(row["prompt"]), responses))
+    return lengths
+
+
+def text_tokens(text):
+    """Tokens of a text, at the usual four characters per token of English."""
+    return max(1, len(text) // 4)
 
 
 def ragged_rows(n, K=3):
+    """n encoded rows of K responses, with the lengths of real rows."""
     rng = np.random.default_rng(0)
-    fitting = [(P, lengths) for P, lengths in real_lengths() if P + max(lengths) < 1000]
-    return [
-        random_row(rng, P, lengths[:K])
-        for P, lengths in (fitting[i] for i in rng.permutation(len(fitting))[:n])
-    ]
+    lengths = [(prompt, responses) for prompt, responses in real_lengths()]
+    fitting = [(prompt, some) for prompt, some in lengths if prompt + max(some) < 1000]
+    chosen = [fitting[i] for i in rng.permutation(len(fitting))[:n]]
+    return [random_row(rng, prompt, responses[:K]) for prompt, responses in chosen]
 
 
-def requests():
-    """{what: [(prompt's length, new tokens)]}"""
-    return {
-        "32 x 128 new tokens": [(64, 128)] * 32,
-        "128 ragged requests": [
-            (min(P, 256), min(lengths[0], 256)) for P, lengths in real_lengths()[:128]
-        ],
-    }
+@dataclass(frozen=True)
+class Request:
+    """A prompt to sample from."""
+
+    prompt_length: int
+    new_tokens: int
 
 
-def prompts_of(lengths):
+def sampling_requests():
+    """{name: [Request]}: equal lengths, and those of real rows."""
+    ragged = []
+    for prompt_length, response_lengths in real_lengths()[:128]:
+        ragged.append(Request(min(prompt_length, 256), min(response_lengths[0], 256)))
+    return {"32 x 128 new tokens": [Request(64, 128)] * 32, "128 ragged requests": ragged}
+
+
+def random_prompts(requests):
     rng = np.random.default_rng(0)
-    return [rng.integers(1, 8192, P).tolist() for P, _ in lengths]
+    return [rng.integers(1, 8192, request.prompt_length).tolist() for request in requests]
 
 
-class Work(typing.NamedTuple):
-    tokens: int  # read
-    pairs: float  # of tokens that see each other
-    places: (
-        int  # whose output is asked for: of the others the last block needs keys and values alone
-    )
-    place_pairs: float  # of such a place and what it sees
-    asked: int  # targets: a prompt's last place has one for each response
+# ------------------------------------------------------------------------------ the work they need
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass cannot avoid.
+
+    Output positions are those that predict something. Of all other positions the last block
+    needs no more than keys and values.
+    """
+
+    tokens: int  # that enter the model, each prompt once
+    pairs: float  # (query, key) of all tokens, under the causal mask
+    outputs: int  # output positions
+    output_pairs: float  # (query, key) of the output positions
+    targets: int  # the last token of a prompt has one target for each response
 
 
 def work_of_windows(idx):
-    n, pairs = idx.numel(), idx.numel() * (idx.shape[1] + 1) / 2
-    return Work(n, pairs, n, pairs, n)
-
-
-def work_of(rows):
-    """Work of rows with shared prompts."""
-    tokens = pairs = places = place_pairs = asked = 0
-    for row in rows:
-        P, lengths = len(row["prompt"]), [len(y) for y in row["responses"]]
-        answers = sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
-        tokens, pairs = tokens + P + sum(lengths) - len(lengths), pairs + P * (P + 1) / 2 + answers
-        places, place_pairs, asked = (
-            places + 1 + sum(lengths) - len(lengths),
-            place_pairs + P + answers,
-            asked + sum(lengths),
-        )
-    return Work(tokens, pairs, places, place_pairs, asked)
-
-
-def work_of_requests(lengths):
-    new = sum(R for _, R in lengths)
+    """Work of pretraining windows (B, T): every position has a target."""
+    pairs = idx.numel() * (idx.shape[1] + 1) / 2
     return Work(
-        sum(P + R for P, R in lengths),
-        sum((P + R) ** 2 / 2 for P, R in lengths),
-        new,
-        sum(R * (P + R / 2) for P, R in lengths),
-        new,
+        tokens=idx.numel(),
+        pairs=pairs,
+        outputs=idx.numel(),
+        output_pairs=pairs,
+        targets=idx.numel(),
     )
 
 
-# ------------------------------------------------------------------------------------------------- the plain way to do it
+def work_of_rows(rows):
+    """Work of encoded rows, if the responses of a row share its prompt."""
+    tokens = pairs = outputs = output_pairs = targets = 0
+    for row in rows:
+        P = len(row["prompt"])
+        lengths = [len(response) for response in row["responses"]]
+        inputs = sum(n - 1 for n in lengths)  # the last token of a response is only a target
+        response_pairs = sum((n - 1) * P + n * (n - 1) / 2 for n in lengths)
+        tokens += P + inputs
+        pairs += P * (P + 1) / 2 + response_pairs
+        outputs += 1 + inputs
+        output_pairs += P + response_pairs
+        targets += sum(lengths)
+    return Work(tokens, pairs, outputs, output_pairs, targets)
 
 
-class Plain(nn.Module):
-    """nanoGPT's model in plain PyTorch: rectangular batches, fused attention, the logits of every position."""
+def work_of_requests(requests):
+    """Work of sampling with a key-value cache."""
+    tokens = pairs = new_tokens = output_pairs = 0
+    for request in requests:
+        P = request.prompt_length
+        R = request.new_tokens
+        tokens += P + R
+        pairs += (P + R) ** 2 / 2
+        new_tokens += R
+        output_pairs += R * (P + R / 2)
+    return Work(tokens, pairs, new_tokens, output_pairs, new_tokens)
+
+
+# --------------------------------------------------------------------------------- in plain PyTorch
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, n_head, n_embd):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
+        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
+        self.out = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class PlainGPT(nn.Module):
+    """nanoGPT's model: rectangular batches, fused attention, the logits of every position."""
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
         super().__init__()
-        self.n_head = n_head
-        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
-        self.h = nn.ModuleList(
-            nn.ModuleDict(
-                dict(
-                    ln_1=nn.LayerNorm(n_embd),
-                    c_attn=nn.Linear(n_embd, 3 * n_embd),
-                    c_proj=nn.Linear(n_embd, n_embd),
-                    ln_2=nn.LayerNorm(n_embd),
-                    c_fc=nn.Linear(n_embd, 4 * n_embd),
-                    out=nn.Linear(4 * n_embd, n_embd),
-                )
-            )
-            for _ in range(n_layer)
-        )
+        self.wte = nn.Embedding(vocab_size, n_embd)
+        self.wpe = nn.Embedding(block_size, n_embd)
+        self.h = nn.ModuleList(PlainBlock(n_head, n_embd) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, 0.0, 0.02)
 
     def forward(self, idx):
-        B, T = idx.shape
-        x = self.wte(idx) + self.wpe(torch.arange(T))
+        """(B, T) -> logits (B, T, V)."""
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
         for block in self.h:
-            q, k, v = (
-                block["c_attn"](block["ln_1"](x))
-                .view(B, T, 3, self.n_head, -1)
-                .permute(2, 0, 3, 1, 4)
-            )
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block["c_proj"](y.transpose(1, 2).reshape(B, T, -1))
-            x = x + block["out"](F.gelu(block["c_fc"](block["ln_2"](x)), approximate="tanh"))
+            x = block(x)
         return self.ln_f(x) @ self.wte.weight.T
 
 
 def update(model, losses, optimizers=()):
-    """The backward pass of each loss, one after the other, and a step of the optimizers."""
+    """The backward pass of each loss, one after the other, then a step of the optimizers.
+
+    losses: an iterable; each loss is computed when it is its turn.
+    """
     for loss in losses:
         backward(loss)
     if optimizers:
@@ -181,87 +224,92 @@ def update(model, losses, optimizers=()):
         optimizer.zero_grad(set_to_none=True)
 
 
-def plain_step(model, optimizer, loss, dtype):
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        value = loss(model)
-    update(model, [value], [optimizer])
-
-
-def plain_logps(model, idx, targets):
-    logps = torch.log_softmax(model(idx).float(), -1)
-    return (
-        logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1).masked_fill(targets < 0, 0.0)
-    )
-
-
 def plain_optimizer(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def padded_step(plain, rows, dtype):
-    whole, optimizer = batch_rows(rows, "padded"), plain_optimizer(plain)
+def plain_step(model, optimizer, loss_function, dtype):
+    """A training step as nanoGPT takes it. loss_function(model) -> loss ()."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = loss_function(model)
+    update(model, [loss], [optimizer])
 
-    def together(model):
-        scores = plain_logps(model, whole["idx"], whole["targets"]).sum(1).view(len(rows), -1)
+
+def plain_logprobs(model, idx, targets):
+    """Log-probability of each target (B, T), 0 where it is -1, by a softmax of all logits."""
+    logps = torch.log_softmax(model(idx).float(), -1)
+    of_targets = logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return of_targets.masked_fill(targets < 0, 0.0)
+
+
+def padded_step(model, rows, dtype):
+    """-> function: a preference step in one padded forward pass over all responses."""
+    batch = batch_rows(rows, "padded")
+    optimizer = plain_optimizer(model)
+
+    def loss_function(model):
+        scores = plain_logprobs(model, batch.idx, batch.targets).sum(1).view(len(rows), -1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
 
-    return lambda: plain_step(plain, optimizer, together, dtype)
+    return lambda: plain_step(model, optimizer, loss_function, dtype)
 
 
-# ----------------------------------------------------------------------------------------------- the peers' own packages
+# --------------------------------------------------------------------------- transformers and TRL
 
 
-def transformers_model(**shape):
+def transformers_model():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    s = SHAPE | shape
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=s["vocab_size"],
-            n_positions=s["block_size"],
-            n_embd=s["n_embd"],
-            n_layer=s["n_layer"],
-            n_head=s["n_head"],
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+    config = GPT2Config(
+        vocab_size=SHAPE["vocab_size"],
+        n_positions=SHAPE["block_size"],
+        n_embd=SHAPE["n_embd"],
+        n_layer=SHAPE["n_layer"],
+        n_head=SHAPE["n_head"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
+    return GPT2LMHeadModel(config)
+
+
+def number_tokenizer():
+    """A tokenizer whose text for token i is " i", so that TRL sees the same ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0}
+    for i in range(1, SHAPE["vocab_size"]):
+        vocab[str(i)] = i
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def number_text(ids):
+    return "".join(f" {i}" if i else " <eos>" for i in ids)
 
 
 def trl_trainer(rows):
-    """TRL's DPOTrainer over these rows with kept reference log-probabilities, and its batch of them."""
+    """TRL's DPOTrainer on encoded rows of two responses, and their batch as trainer.batch.
+
+    The reference log-probabilities are computed beforehand, as nanoSPIN does.
+    """
     from datasets import Dataset, disable_progress_bars
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     disable_progress_bars()
-    tokenizer = Tokenizer(
-        models.WordLevel(
-            {"<eos>": 0} | {str(i): i for i in range(1, SHAPE["vocab_size"])}, unk_token="<eos>"
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"
-    )
-
-    def text(ids):
-        return "".join(f" {i}" if i else " <eos>" for i in ids)
-
-    data = Dataset.from_list(
-        [
+    texts = []
+    for row in rows:
+        texts.append(
             {
-                "prompt": text(r["prompt"]),
-                "chosen": text(r["responses"][0]),
-                "rejected": text(r["responses"][1]),
+                "prompt": number_text(row["prompt"]),
+                "chosen": number_text(row["responses"][0]),
+                "rejected": number_text(row["responses"][1]),
             }
-            for r in rows
-        ]
-    )
+        )
     args = DPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=len(rows),
@@ -274,17 +322,20 @@ def trl_trainer(rows):
         disable_tqdm=True,
     )
     trainer = DPOTrainer(
-        transformers_model(), args=args, train_dataset=data, processing_class=tokenizer
+        transformers_model(),
+        args=args,
+        train_dataset=Dataset.from_list(texts),
+        processing_class=number_tokenizer(),
     )
     trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
     trainer.batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
-    assert trainer.batch["completion_mask"].sum() == sum(
-        len(y) for r in rows for y in r["responses"]
-    )
+    num_targets = sum(len(response) for row in rows for response in row["responses"])
+    assert trainer.batch["completion_mask"].sum() == num_targets
     return trainer
 
 
 def trl_step(trainer):
+    """-> function: one training step of the trainer on its batch."""
     optimizer = plain_optimizer(trainer.model)
 
     def step():
@@ -294,17 +345,22 @@ def trl_step(trainer):
     return step
 
 
-def hf_generate(hf, prompts, limits, batch_size=32):
-    """By batches of like prompts, left-padded, each until its longest response has ended, as its `generate` goes on."""
+def transformers_generate(model, prompts, limits, batch_size=32):
+    """Sample with transformers' generate, in left-padded batches of prompts of similar length.
+
+    A batch runs until its longest response has ended. limits: new tokens of each prompt.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        width, new = max(len(prompts[i]) for i in rows), max(limits[i] for i in rows)
-        idx = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in rows])
-        hf.generate(
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in batch)
+        new_tokens = max(limits[i] for i in batch)
+        idx = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch])
+        model.generate(
             idx,
             attention_mask=(idx > 0).long(),
-            max_new_tokens=new,
-            min_new_tokens=new,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
             do_sample=True,
             top_k=0,
             pad_token_id=0,

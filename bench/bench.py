@@ -1,17 +1,22 @@
-"""The benchmarks, beside their peers, in one run: what | ours | peer | ratio | products alone | floor | % of floor.
+"""The benchmarks: nanoSPIN beside plain PyTorch, transformers and TRL, in one run.
 
-    python bench.py                     # against plain PyTorch: nanoGPT's step, a forward a response, one padded forward, full logits
-    python bench.py --peers             # and against transformers and TRL (bench/requirements.txt), as `make bench` does
-    python bench.py pretrain sampling   # some of them; --help names all
-    python bench.py profile             # where our time goes, and how near the products come to the large one's rate
-    python bench.py growth              # bench/growth.png: how the cost grows with K, prompt, vocabulary and model
-    python bench.py shakespeare         # time to nanoGPT's validation loss, three seeds
+    python -m bench.bench                    # against plain PyTorch
+    python -m bench.bench --peers            # and transformers and TRL (bench/requirements.txt)
+    python -m bench.bench pretrain sampling  # some of them; --help names all
+    python -m bench.bench profile            # where our time goes
+    python -m bench.bench growth             # bench/growth.png: cost against K, prompt, V, model
+    python -m bench.bench shakespeare        # time to nanoGPT's validation loss, three seeds
 
-One thread, processor time. Ours and the peer take turns; a time is the median of the repeats, the ratio that of the paired
-repeats with its range. "Products alone" is what it would be if nothing of our time but the matrix products, as slow as they
-were, was left (their share by the profiler). The floor is the FLOPs that the work needs, at the rate of a large product
-(2048^3) in the same turn, and the bytes of a cache at that of a copy. Both sides have the same allocator settings; ours has
-the library that parallel.tune chooses for float32 products, a peer PyTorch's default.
+One thread, processor time. nanoSPIN and the baseline take turns on the same work. Times are medians
+of the repeats; the ratio is the median of the paired repeats, with its range. The columns:
+
+    matmuls only  the ratio if all of our time but the matrix products vanished (by the profiler)
+    floor         time for the FLOPs that the work needs at the rate of a 2048^3 matmul, measured in
+                  the same turn; for sampling also for the cache's bytes at the rate of a copy
+    of floor      the floor as a share of our time
+
+Both sides have the same allocator settings. nanoSPIN uses the library that configure_torch chooses
+for float32 matmuls, the baseline PyTorch's default.
 """
 
 import argparse
@@ -23,626 +28,703 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanospin import distributed
-from data.batch import INPUTS, batch_rows, count_row_tokens, split_by_tokens
-from eval import response_logprobs
-from loss import linear_logprobs, preference_loss, sequence_logprobs
-from model import GPT, GPTConfig
 from bench.baselines import (
-    ROWS,
+    ROOT,
+    SHAKESPEARE,
     SHAPE,
-    Plain,
-    hf_generate,
+    PlainGPT,
     padded_step,
-    plain_logps,
+    plain_logprobs,
     plain_optimizer,
     plain_step,
-    prompts_of,
     ragged_rows,
+    random_prompts,
     random_row,
-    requests,
+    random_windows,
+    sampling_requests,
+    transformers_generate,
     transformers_model,
     trl_step,
     trl_trainer,
     update,
-    windows,
-    work_of,
     work_of_requests,
+    work_of_rows,
     work_of_windows,
 )
+from data.batch import batch_rows, count_row_tokens, split_by_tokens
+from data.files import read_json, write_json
+from eval import response_logprobs
+from loss import linear_logprobs, preference_loss, sequence_logprobs
+from model import GPT, GPTConfig
+from nanospin import distributed
+from nanospin.config import Config
+from nanospin.optim import make_optimizers
 from sample import generate
-from train import backward, make_optimizers
+from train import backward
 
 REPEATS = 5
-BUDGET = distributed.MICRO_BATCH_TOKENS["cpu"]
+MICRO_BATCH_TOKENS = distributed.MICRO_BATCH_TOKENS["cpu"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TABLE_HEADER = """\
+| what | nanoSPIN | baseline | ratio | matmuls only | floor | of floor |
+|---|---|---|---|---|---|---|"""
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# --------------------------------------------------------------------------------------- measuring
 
 
-def seconds(work):
+@dataclass(frozen=True)
+class Need:
+    """What a work cannot do without."""
+
+    flops: float
+    dtype: str = "fp32"  # of the matmuls: a key of DTYPES
+    num_bytes: float = 0  # read from the key-value cache
+
+
+@dataclass
+class Timing:
+    """Seconds of each paired repeat."""
+
+    ours: list[float] = field(default_factory=list)
+    baseline: list[float] = field(default_factory=list)
+    floor: list[float] = field(default_factory=list)
+    matmul_share: float = 0.0  # of our time
+
+
+def cpu_seconds(work):
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
-def take_turns(ours, peer, need, repeats=None):
-    """(times of ours, times of the peer, floors, [products' share of ours]), each at its own precision of float32 products; need: what
-    `floor` takes. The machine's rates are measured before each turn, since they change while others use the machine."""
-    times = [], [], []
-    for repeat in range(-1, repeats or REPEATS):  # the first turn warms up
-        torch.set_float32_matmul_precision(OURS)
-        least, mine = floor(*need), seconds(ours)
+def take_turns(ours, baseline, need, repeats=REPEATS):
+    """Run both in turns -> Timing. Each side has its own precision of float32 matmuls.
+
+    The floor is measured before each turn: its rates change while others use the machine.
+    """
+    our_precision = torch.get_float32_matmul_precision()
+    timing = Timing()
+    for repeat in range(-1, repeats):  # repeat -1 warms up
+        floor = floor_seconds(need)
+        our_seconds = cpu_seconds(ours)
         torch.set_float32_matmul_precision("highest")
-        theirs = seconds(peer)
+        baseline_seconds = cpu_seconds(baseline)
+        torch.set_float32_matmul_precision(our_precision)
         if repeat >= 0:
-            for kept, value in zip(times, (mine, theirs, least)):
-                kept.append(value)
-    torch.set_float32_matmul_precision(OURS)
-    spent, total = by_operation(ours)
-    return *times, [sum(spent[name] for name in PRODUCTS) / total]
+            timing.floor.append(floor)
+            timing.ours.append(our_seconds)
+            timing.baseline.append(baseline_seconds)
+    profile = profile_operations(ours)
+    timing.matmul_share = sum(profile.seconds[name] for name in MATMULS) / profile.total
+    return timing
 
 
 OPERATIONS = {
-    "products with weights": (
+    "matmuls with weights": (
         "aten::mm",
         "aten::addmm",
         "aten::addmm_",
         "mkldnn::_linear_pointwise",
     ),
-    "attention's products": ("aten::bmm", "aten::baddbmm"),
+    "attention matmuls": ("aten::bmm", "aten::baddbmm"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::amax"),
     "GELU": ("aten::gelu", "aten::gelu_backward"),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
 }
-PRODUCTS = list(OPERATIONS)[:2]
+MATMULS = ("matmuls with weights", "attention matmuls")
 
 
-def by_operation(work):
-    """({seconds of each of OPERATIONS}, of all)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+@dataclass
+class Profile:
+    seconds: dict[str, float]  # of each of OPERATIONS
+    total: float
+
+
+def profile_operations(work):
+    """Run work under PyTorch's profiler -> Profile."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu]) as profiler:
         work()
-    times = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()}
-    return {
-        name: sum(times.get(operation, 0.0) for operation in operations)
-        for name, operations in OPERATIONS.items()
-    }, sum(times.values())
+    times = {}
+    for event in profiler.key_averages():
+        times[event.key] = event.self_cpu_time_total / 1e6
+    seconds = {}
+    for name, operations in OPERATIONS.items():
+        seconds[name] = sum(times.get(operation, 0.0) for operation in operations)
+    return Profile(seconds, sum(times.values()))
 
 
 @functools.cache
-def material(name):
-    """What a rate is measured with: two 2048 x 2048 matrices in a dtype, or two buffers of 256 MiB."""
-    return tuple(
-        torch.randn(2048, 2048, dtype=DTYPES[name]) if name in DTYPES else torch.ones(1 << 26)
-        for _ in "xy"
-    )
+def rate_operands(name):
+    """Two 2048 x 2048 matrices of a dtype, or for "bytes" two buffers of 256 MiB."""
+    if name == "bytes":
+        return torch.ones(1 << 26), torch.ones(1 << 26)
+    dtype = DTYPES[name]
+    return torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
 
 
-def rate(name):
-    """FLOPs a second of a 2048^3 product in a dtype, or bytes a second of a copy, on one thread, now: the best of three."""
-    x, y = material(name)
-    if name in DTYPES:
-        return 2 * 2048**3 / min(seconds(lambda: x @ y) for _ in range(3))
-    return 2 * x.nbytes / min(seconds(lambda: y.copy_(x)) for _ in range(3))
+def measure_rate(name):
+    """FLOPs per second of a 2048^3 matmul of a dtype, or bytes per second of a copy.
+
+    On one thread, now: the best of three.
+    """
+    x, y = rate_operands(name)
+    if name == "bytes":
+        return 2 * x.nbytes / min(cpu_seconds(lambda: y.copy_(x)) for _ in range(3))
+    return 2 * 2048**3 / min(cpu_seconds(lambda: x @ y) for _ in range(3))
 
 
-def floor(n_flops, dtype="fp32", n_bytes=0):
-    """Seconds that the FLOPs take at the large product's rate, and the bytes at a copy's."""
-    return n_flops / rate(dtype) + (n_bytes and n_bytes / rate("bytes"))
+def floor_seconds(need):
+    seconds = need.flops / measure_rate(need.dtype)
+    if need.num_bytes:
+        seconds += need.num_bytes / measure_rate("bytes")
+    return seconds
 
 
-def line(what, peer_name, times, tokens):
-    """One row of the table, of a work of so many tokens; medians."""
-    ours, peer, floor, products = (statistics.median(t) for t in times)
-    ratios, shares = [b / a for a, b in zip(*times[:2])], [c / a for a, _, c in zip(*times[:3])]
+def format_range(values, digits=2):
+    return f"{min(values):.{digits}f}-{max(values):.{digits}f}"
+
+
+def print_speed(what, baseline_name, timing, tokens):
+    """Print one row of the table, for a work of so many tokens."""
+    ours = statistics.median(timing.ours)
+    baseline = statistics.median(timing.baseline)
+    ratios = [b / a for a, b in zip(timing.ours, timing.baseline)]
+    percents = [100 * f / a for a, f in zip(timing.ours, timing.floor)]
     ratio = statistics.median(ratios)
-    print(
-        f"| {what} | {tokens / ours:8,.0f} tok/s | {tokens / peer:8,.0f} tok/s, {peer_name} | {ratio:.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | {ratio / products:.2f}x | "
-        f"{1000 * floor:.0f} ms | {100 * statistics.median(shares):.0f} % ({100 * min(shares):.0f}-{100 * max(shares):.0f}) |",
-        flush=True,
-    )
+    cells = [
+        what,
+        f"{tokens / ours:8,.0f} tok/s",
+        f"{tokens / baseline:8,.0f} tok/s, {baseline_name}",
+        f"{ratio:.2f}x ({format_range(ratios)})",
+        f"{ratio / timing.matmul_share:.2f}x",
+        f"{1000 * statistics.median(timing.floor):.0f} ms",
+        f"{statistics.median(percents):.0f} % ({format_range(percents, 0)})",
+    ]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def flops(model, work, backward=3):
-    """backward 3 is a training step, 1 a forward pass."""
-    c = model.config
+def count_flops(model, work, passes=3):
+    """FLOPs that the work needs. passes: 3 for a training step, 1 for a forward pass."""
+    config = model.config
     block = sum(p.numel() for p in model.h[-1].parameters() if p.dim() == 2)
-    kv = 2 * c.n_kv_head * c.head_dim * c.n_embd
-    weights = (
-        (c.n_layer - 1) * block * work.tokens
-        + kv * work.tokens
-        + (block - kv) * work.places
-        + c.padded_vocab * c.n_embd * work.asked
+    keys_values = 2 * config.n_kv_head * config.head_dim * config.n_embd
+    head = config.padded_vocab_size * config.n_embd
+    other_layers = config.n_layer - 1  # the last block computes its output positions alone
+    with_weights = (
+        other_layers * block * work.tokens
+        + keys_values * work.tokens
+        + (block - keys_values) * work.outputs
+        + head * work.targets
     )
-    return (
-        2
-        * backward
-        * (weights + 2 * c.n_head * c.head_dim * ((c.n_layer - 1) * work.pairs + work.place_pairs))
-    )
+    pairs = other_layers * work.pairs + work.output_pairs
+    attention = 2 * config.n_head * config.head_dim * pairs  # q k^T, and the weights times v
+    return 2 * passes * (with_weights + attention)
 
 
-# ----------------------------------------------------------------------------------------------------------------- ours
+# ---------------------------------------------------------------------------------------- nanoSPIN
 
 
-class Ours:
-    """A model and a step over micro-batches as the trainer takes it."""
+class OurTrainer:
+    """A model, and a step over micro-batches as train.py takes it."""
 
-    def __init__(self, dtype, **shape):
-        from nanospin.config import Config
-
-        self.model = distributed.set_autocast_dtype(GPT(GPTConfig(**SHAPE | shape)), dtype)
+    def __init__(self, dtype=torch.float32, **shape):
+        self.model = GPT(GPTConfig(**SHAPE | shape))
+        distributed.set_autocast_dtype(self.model, dtype)
         self.optimizers = make_optimizers(self.model, Config(), 1e-4, torch.device("cpu"))
 
-    def step(self, batches, loss):
-        losses = (
-            loss(self.model(**{name: batch[name] for name in INPUTS if name in batch}), batch)
-            for batch in batches
-        )  # each made when it is its turn
+    def pretraining_step(self, idx, targets):
+        loss = -self.model(idx, targets).mean()
+        update(self.model, [loss], self.optimizers)
+
+    def preference_step(self, batches):
+        num_rows = sum(len(batch.response_mask) for batch in batches)
+        losses = (self.preference_loss(batch) / num_rows for batch in batches)
         update(self.model, losses, self.optimizers)
 
-
-def mean_loss(logps, batch):
-    return -logps.mean()
-
-
-def ranking_loss(rows):
-    def loss(logps, batch):
-        B, K = batch["present"].shape
-        scores = sequence_logprobs(logps, batch["seq"], B * K).view(B, K)
-        return preference_loss(scores, torch.zeros(B, K), batch["present"])[0] * B / rows
-
-    return loss
+    def preference_loss(self, batch):
+        """Plackett-Luce, summed over the rows of a micro-batch; the reference gives 0."""
+        B, K = batch.response_mask.shape
+        logps = self.model(batch.idx, batch.targets, **batch.layout())
+        scores = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
+        loss, _ = preference_loss(scores, torch.zeros(B, K), batch.response_mask)
+        return loss * B
 
 
 def micro_batches(rows, layout="packed"):
-    """As the trainer makes them."""
+    """Batches of similar rows, as train.py makes them."""
     rows = sorted(rows, key=count_row_tokens)
     sizes = [count_row_tokens(row, layout) for row in rows]
-    return [
-        batch_rows([rows[i] for i in part], layout)
-        for part in split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // BUDGET)))
-    ]
+    num_batches = min(len(rows), -(-sum(sizes) // MICRO_BATCH_TOKENS))
+    batches = []
+    for part in split_by_tokens(sizes, num_batches):
+        batches.append(batch_rows([rows[i] for i in part], layout))
+    return batches
 
 
-# ----------------------------------------------------------------------------------------------------------- benchmarks
+# -------------------------------------------------------------------------------------- benchmarks
 
 
-def pretrain(peers):
+@dataclass
+class Options:
+    """Of the command line and the machine."""
+
+    peers: bool = False  # also transformers and TRL
+    dtypes: dict = field(default_factory=DTYPES.copy)
+
+
+def pretrain(options):
     """A pretraining step of 8 x 256 tokens."""
-    idx, targets = windows()
-    for name, dtype in DTYPES.items():
-        ours = Ours(dtype)
+    idx, targets = random_windows()
+    work = work_of_windows(idx)
 
-        def step():
-            ours.step([{"idx": idx, "targets": targets}], mean_loss)
+    def plain_loss(model):
+        return F.cross_entropy(model(idx).float().view(-1, 8192), targets.view(-1))
 
-        need = flops(ours.model, work_of_windows(idx)), name
-        plain = Plain(**SHAPE)
-        optimizer = plain_optimizer(plain)
+    def transformers_loss(model):
+        return model(idx, labels=idx).loss
 
-        def loss(model):
-            return F.cross_entropy(model(idx).float().view(-1, 8192), targets.view(-1))
-
-        line(
-            f"pretraining step, {name}",
-            "nanoGPT's step",
-            take_turns(step, lambda: plain_step(plain, optimizer, loss, dtype), need),
-            idx.numel(),
-        )
-        if peers:
-            hf = transformers_model()
-            optimizer = plain_optimizer(hf)
-            times = take_turns(
-                step,
-                lambda: plain_step(hf, optimizer, lambda model: model(idx, labels=idx).loss, dtype),
-                need,
-            )
-            line(f"pretraining step, {name}", "transformers", times, idx.numel())
+    for name, dtype in options.dtypes.items():
+        ours = OurTrainer(dtype)
+        step = functools.partial(ours.pretraining_step, idx, targets)
+        need = Need(count_flops(ours.model, work), name)
+        baselines = {"nanoGPT's step": (PlainGPT(**SHAPE), plain_loss)}
+        if options.peers:
+            baselines["transformers"] = transformers_model(), transformers_loss
+        for baseline_name, (model, loss) in baselines.items():
+            baseline = functools.partial(plain_step, model, plain_optimizer(model), loss, dtype)
+            timing = take_turns(step, baseline, need)
+            print_speed(f"pretraining step, {name}", baseline_name, timing, work.tokens)
 
 
-def preference(peers):
-    """A preference step of full-length rows, against a forward pass a response with full logits."""
+def preference(options):
+    """A preference step of rows of equal length, against one forward pass for each response."""
     for K in (2, 3, 8):
         for P, R in ((128, 128), (256, 64)):
             n = max(2, 16 // K)
-            line(
-                f"preference step, K={K}, prompt:response {P}:{R}",
-                "a forward a response",
-                against_one_by_one(K, P, R, n),
-                n * K * R,
-            )
+            what = f"preference step, K={K}, prompt:response {P}:{R}"
+            timing = time_preference_step(K, P, R, n)
+            print_speed(what, "a forward pass per response", timing, n * K * R)
 
 
-def against_one_by_one(K, P, R, n, repeats=None, **shape):
-    """Times of a float32 step over n rows of a prompt of P and K responses of R tokens."""
-    rng, V = np.random.default_rng(0), (SHAPE | shape)["vocab_size"]
-    rows = [random_row(rng, P, [R] * K, V) for _ in range(n)]
-    ours, batches, loss = Ours(torch.float32, **shape), micro_batches(rows), ranking_loss(len(rows))
-    plain, whole = Plain(**SHAPE | shape), batch_rows(rows, "padded")
+def time_preference_step(K, P, R, n, repeats=REPEATS, **shape):
+    """Time a float32 step over n rows with a prompt of P tokens and K responses of R tokens."""
+    rng = np.random.default_rng(0)
+    vocab_size = (SHAPE | shape)["vocab_size"]
+    rows = [random_row(rng, P, [R] * K, vocab_size) for _ in range(n)]
+    ours = OurTrainer(**shape)
+    batches = micro_batches(rows)
+    plain = PlainGPT(**SHAPE | shape)
     optimizer = plain_optimizer(plain)
+    padded = batch_rows(rows, "padded")
 
-    def one_by_one(model):
-        scores = torch.stack(
-            [
-                plain_logps(model, whole["idx"][k::K], whole["targets"][k::K]).sum(1)
-                for k in range(K)
-            ],
-            1,
-        )
+    def plain_loss(model):
+        of_response = []
+        for k in range(K):
+            logps = plain_logprobs(model, padded.idx[k::K], padded.targets[k::K])
+            of_response.append(logps.sum(1))
+        scores = torch.stack(of_response, 1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
 
     return take_turns(
-        lambda: ours.step(batches, loss),
-        lambda: plain_step(plain, optimizer, one_by_one, torch.float32),
-        (flops(ours.model, work_of(rows)),),
+        lambda: ours.preference_step(batches),
+        lambda: plain_step(plain, optimizer, plain_loss, torch.float32),
+        Need(count_flops(ours.model, work_of_rows(rows))),
         repeats,
     )
 
 
-def ragged(peers):
-    """A preference step of rows of real lengths: K = 3 against one padded forward with full logits, K = 2 against TRL (whose default
-    batch is 8)."""
+def ragged(options):
+    """A preference step of rows with real lengths.
+
+    K = 3 against one padded forward pass with full logits, K = 2 against TRL. TRL's default batch
+    size is 8; the larger a batch, the more of it is padding.
+    """
     rows = ragged_rows(8)
-    for name, dtype in DTYPES.items():
-        ours, batches, loss = Ours(dtype), micro_batches(rows), ranking_loss(len(rows))
-        plain = Plain(**SHAPE)
-        step = padded_step(plain, rows, dtype)
-        times = take_turns(
-            lambda: ours.step(batches, loss), step, (flops(ours.model, work_of(rows)), name)
+    work = work_of_rows(rows)
+    batches = micro_batches(rows)
+    for name, dtype in options.dtypes.items():
+        ours = OurTrainer(dtype)
+        timing = take_turns(
+            lambda ours=ours: ours.preference_step(batches),
+            padded_step(PlainGPT(**SHAPE), rows, dtype),
+            Need(count_flops(ours.model, work), name),
         )
-        line(f"8 ragged rows, K=3, {name}", "one padded forward", times, work_of(rows).asked)
-    for n in (8, 16) if peers else ():  # the larger a batch, the more of it is padding
-        rows = ragged_rows(n, K=2)
-        ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
-        times = take_turns(
-            lambda: ours.step(batches, loss),
-            trl_step(trl_trainer(rows)),
-            (flops(ours.model, work_of(rows)),),
-        )
-        line(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", times, work_of(rows).asked)
+        print_speed(f"8 ragged rows, K=3, {name}", "one padded forward", timing, work.targets)
+    if options.peers:
+        for n in (8, 16):
+            time_against_trl(n)
 
 
-def sampling(peers):
-    """128 new tokens for 32 prompts of 64 tokens; and 128 requests of real lengths. Against transformers alone."""
-    if not peers:
-        return
-    for what, lengths in requests().items():
-        prompts, limits = prompts_of(lengths), [R for _, R in lengths]
-        for name, dtype in DTYPES.items():
-            model, hf = (
-                distributed.set_autocast_dtype(GPT(GPTConfig(**SHAPE)), dtype),
-                transformers_model().eval().to(dtype),
-            )
-            forward, read = need_of_sampling(model, lengths, dtype)
-            times = take_turns(
-                lambda: generate(model, prompts, limits),
-                lambda: hf_generate(hf, prompts, limits),
-                (forward, name, read),
-            )
-            line(f"sampling {what}, {name}", "transformers' generate", times, sum(limits))
-
-
-def need_of_sampling(model, lengths, dtype):
-    """(FLOPs, bytes): at each step the keys and values of what is there are read."""
-    c = model.config
-    forward = flops(model, work_of_requests(lengths), backward=1)
-    return forward, 2 * c.n_layer * c.n_embd * dtype.itemsize * sum(
-        P * R + R * R / 2 for P, R in lengths
+def time_against_trl(n):
+    rows = ragged_rows(n, K=2)
+    work = work_of_rows(rows)
+    ours = OurTrainer()
+    batches = micro_batches(rows)
+    timing = take_turns(
+        lambda: ours.preference_step(batches),
+        trl_step(trl_trainer(rows)),
+        Need(count_flops(ours.model, work)),
     )
+    print_speed(f"{n} ragged rows, K=2, fp32", "TRL's DPOTrainer", timing, work.targets)
 
 
-def spin_round(peers):
-    """A round of self-play on 16 prompts: sample, score under the reference, one epoch of K = 2. Against TRL alone."""
-    if not peers:
-        return
+def sampling(options):
+    """128 new tokens for 32 prompts of 64 tokens; and 128 requests with real lengths."""
+    if not options.peers:
+        return  # transformers is the only baseline
+    for what, requests in sampling_requests().items():
+        prompts = random_prompts(requests)
+        limits = [request.new_tokens for request in requests]
+        for name, dtype in options.dtypes.items():
+            model = GPT(GPTConfig(**SHAPE))
+            distributed.set_autocast_dtype(model, dtype)
+            baseline = transformers_model().eval().to(dtype)
+            timing = take_turns(
+                functools.partial(generate, model, prompts, limits),
+                functools.partial(transformers_generate, baseline, prompts, limits),
+                sampling_need(model, requests, name),
+            )
+            what_dtype = f"sampling {what}, {name}"
+            print_speed(what_dtype, "transformers' generate", timing, sum(limits))
+
+
+def sampling_need(model, requests, dtype):
+    """A forward pass over all tokens; each step reads the keys and values of those before it."""
+    config = model.config
+    cached = sum(r.new_tokens * (r.prompt_length + r.new_tokens / 2) for r in requests)
+    num_bytes = 2 * config.n_layer * config.n_embd * DTYPES[dtype].itemsize * cached
+    return Need(count_flops(model, work_of_requests(requests), passes=1), dtype, num_bytes)
+
+
+def spin_round(options):
+    """A round of self-play on 16 prompts: sample, score under the reference, one epoch at K = 2."""
+    if not options.peers:
+        return  # TRL is the only baseline
     rows = ragged_rows(16, K=2)
-    needed = flops(GPT(GPTConfig(**SHAPE)), work_of(rows), backward=5)
-    line(
-        "a round of self-play, K=2, fp32",
-        "generate + DPOTrainer",
-        take_turns(our_round(rows), their_round(rows), (needed,)),
-        sum(len(r["responses"][1]) for r in rows),
-    )
+    # training, the reference's forward pass, and about as much again for sampling
+    flops = count_flops(GPT(GPTConfig(**SHAPE)), work_of_rows(rows), passes=5)
+    timing = take_turns(our_round(rows), trl_round(rows), Need(flops))
+    num_sampled = sum(len(row["responses"][1]) for row in rows)
+    what = "a round of self-play, K=2, fp32"
+    print_speed(what, "generate + DPOTrainer", timing, num_sampled)
 
 
 def our_round(rows):
-    prompts, limits = [r["prompt"] for r in rows], [len(r["responses"][1]) for r in rows]
-    ours, loss = Ours(torch.float32), ranking_loss(len(rows))
+    """-> function: a round of self-play on these rows, whose second response is sampled anew."""
+    prompts = [row["prompt"] for row in rows]
+    limits = [len(row["responses"][1]) for row in rows]
+    ours = OurTrainer()
 
-    def round_id():
+    def play():
         sampled = generate(ours.model, prompts, limits)
-        played = [row | {"responses": [row["responses"][0], y]} for row, y in zip(rows, sampled)]
-        response_logprobs(ours.model, played, BUDGET, torch.device("cpu"))
-        ours.step(micro_batches(played), loss)
+        ranked = []
+        for row, response in zip(rows, sampled):
+            ranked.append(row | {"responses": [row["responses"][0], response]})
+        response_logprobs(ours.model, ranked, MICRO_BATCH_TOKENS, torch.device("cpu"))
+        ours.preference_step(micro_batches(ranked))
 
-    return round_id
+    return play
 
 
-def their_round(rows):
-    prompts, limits = [r["prompt"] for r in rows], [len(r["responses"][1]) for r in rows]
+def trl_round(rows):
+    """-> function: the same with transformers' generate and TRL's trainer."""
+    prompts = [row["prompt"] for row in rows]
+    limits = [len(row["responses"][1]) for row in rows]
+    model = transformers_model().eval()
     trainer = trl_trainer(rows)
-    hf, step = transformers_model().eval(), trl_step(trainer)
+    step = trl_step(trainer)
 
-    def round_id():
-        hf_generate(hf, prompts, limits)
+    def play():
+        transformers_generate(model, prompts, limits)
         with torch.no_grad():
             trainer.compute_ref_log_probs(trainer.model, dict(trainer.batch))
         step()
 
-    return round_id
+    return play
 
 
-def memory(peers):
-    """Peak memory over idle, each side in a process of its own: of the head, and of a preference step of ragged rows."""
+def memory(options):
+    """Peak memory over idle, of each side in its own process."""
     for V in (8192, 50304, 128256):
-        line_of_memory(
-            f"head, 2048 tokens, V={V}", "full logits", f"head {V} ours", f"head {V} plain"
-        )
-    line_of_memory(
-        "8 ragged rows, K=3, fp32", "one padded forward", "ragged 3 ours", "ragged 3 plain"
-    )
-    if peers:
-        line_of_memory(
-            "8 ragged rows, K=2, fp32", "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl"
-        )
-        line_of_memory(
-            "a round of self-play, K=2, fp32",
-            "generate + DPOTrainer",
-            "round 16 ours",
-            "round 16 trl",
-        )
+        what = f"head, 2048 tokens, V={V}"
+        print_memory(what, "full logits", f"head {V} ours", f"head {V} plain")
+    what = "8 ragged rows, K=3, fp32"
+    print_memory(what, "one padded forward", "ragged 3 ours", "ragged 3 plain")
+    if options.peers:
+        what = "8 ragged rows, K=2, fp32"
+        print_memory(what, "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
+        what = "a round of self-play, K=2, fp32"
+        print_memory(what, "generate + DPOTrainer", "round 16 ours", "round 16 trl")
 
 
-def line_of_memory(what, peer_name, ours, peer):
-    mib = [
-        int(
-            subprocess.run(
-                [sys.executable, __file__, "--alone", side],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()[-1]
-        )
-        for side in (ours, peer)
-    ]
+def print_memory(what, baseline_name, ours, baseline):
+    our_mib = peak_mib(ours)
+    baseline_mib = peak_mib(baseline)
     print(
-        f"| {what}: peak memory | {mib[0]:,} MiB | {mib[1]:,} MiB, {peer_name} | {mib[1] / max(1, mib[0]):.1f}x less | | | |",
+        f"| {what}: peak memory | {our_mib:,} MiB | {baseline_mib:,} MiB, {baseline_name} "
+        f"| {baseline_mib / max(1, our_mib):.1f}x less | | | |",
         flush=True,
     )
 
 
-def alone(what, size, side):
-    """One side's work in this process; prints the MiB of its peak over what stood before it."""
-    size = int(size)
-    if what == "head":
-        hidden, weight, targets = (
-            torch.randn(2048, 256, requires_grad=True),
-            torch.empty(size, 256).normal_(0.0, 0.02).requires_grad_(),
-            torch.randint(0, size, (2048,)),
-        )
+def peak_mib(spec):
+    """Peak memory of `measure_peak` in a process of its own. spec: its arguments, as text."""
+    command = [sys.executable, "-m", "bench.bench", "--alone", spec]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(done.stdout.split()[-1])
 
-        def work():
-            logps = (
-                linear_logprobs(hidden, weight, targets)
-                if side == "ours"
-                else torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
-            )
-            backward(logps.sum())
 
-        hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
-    elif what == "round":
-        work = (our_round if side == "ours" else their_round)(ragged_rows(size, K=2))
-    else:
-        rows = ragged_rows(8, K=size)
-        if side == "ours":
-            ours, batches, loss = Ours(torch.float32), micro_batches(rows), ranking_loss(len(rows))
-            work = lambda: ours.step(batches, loss)
-        else:
-            work = (
-                padded_step(Plain(**SHAPE), rows, torch.float32)
-                if side == "plain"
-                else trl_step(trl_trainer(rows))
-            )
+def measure_peak(what, size, side):
+    """Do one side's work in this process; print the MiB of its peak over what it held before."""
+    work = memory_work(what, int(size), side)
     with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # the peak starts anew
-    before = resident("VmRSS")
+        f.write("5")  # resets the peak
+    before = memory_kib("VmRSS")
     work()
-    print((resident("VmHWM") - before) // 1024)
+    print((memory_kib("VmHWM") - before) // 1024)
 
 
-def resident(name):
+def memory_work(what, size, side):
+    """-> function. size: vocabulary of the head, K of the ragged rows, or rows of the round."""
+    if what == "head":
+        return head_work(size, side)
+    if what == "round":
+        rows = ragged_rows(size, K=2)
+        return our_round(rows) if side == "ours" else trl_round(rows)
+    rows = ragged_rows(8, K=size)
+    if side == "ours":
+        ours = OurTrainer()
+        batches = micro_batches(rows)
+        return lambda: ours.preference_step(batches)
+    if side == "plain":
+        return padded_step(PlainGPT(**SHAPE), rows, torch.float32)
+    return trl_step(trl_trainer(rows))
+
+
+def head_work(vocab_size, side):
+    """-> function: log-probabilities of 2,048 targets and their gradients."""
+    hidden = torch.randn(2048, 256, requires_grad=True)
+    weight = torch.empty(vocab_size, 256).normal_(0.0, 0.02).requires_grad_()
+    targets = torch.randint(0, vocab_size, (2048,))
+    hidden.grad = torch.zeros_like(hidden)
+    weight.grad = torch.zeros_like(weight)
+
+    def work():
+        if side == "ours":
+            logps = linear_logprobs(hidden, weight, targets)
+        else:
+            logps = torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])
+        backward(logps.sum())
+
+    return work
+
+
+def memory_kib(name):
+    """VmRSS or VmHWM of this process."""
     with open("/proc/self/status") as f:
-        return next(int(text.split()[1]) for text in f if text.startswith(name))
+        return next(int(line.split()[1]) for line in f if line.startswith(name))
 
 
-def profile(peers):
-    """Where our time goes in float32; and the rate of the FLOPs that the work needs in the two kinds of products, as a share of the large one's."""
-    print(
-        "\n| where the time goes, fp32 | ours | rate of products with weights | of attention's | "
-        + " | ".join(OPERATIONS)
-        + " | the rest |\n"
-        + "|---" * (5 + len(OPERATIONS))
-        + "|"
-    )
-    idx, targets = windows()
-    pretraining, model, rng = Ours(torch.float32), GPT(GPTConfig(**SHAPE)), np.random.default_rng(0)
-    works = {
-        "pretraining step": (
-            lambda: pretraining.step([{"idx": idx, "targets": targets}], mean_loss),
-            work_of_windows(idx),
-            3,
-        )
-    }
-    for what, rows in {
+def profile(options):
+    """Where our time goes in float32, and how near the matmuls come to the large one's rate.
+
+    The rates count the FLOPs that the work needs, so what masks hide counts against them.
+    """
+    columns = [
+        "where the time goes, fp32",
+        "nanoSPIN",
+        "rate of matmuls with weights",
+        "rate of attention matmuls",
+        *OPERATIONS,
+        "other",
+    ]
+    print("\n| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
+
+    idx, targets = random_windows()
+    ours = OurTrainer()
+    step = functools.partial(ours.pretraining_step, idx, targets)
+    print_profile("pretraining step", step, ours.model, work_of_windows(idx), passes=3)
+    rng = np.random.default_rng(0)
+    ranked = {
         "8 rows, K=2, prompt:response 256:64": [
             random_row(rng, 256, [64] * 2, 8192) for _ in range(8)
         ],
         "8 ragged rows, K=3": ragged_rows(8),
-    }.items():
-        works[what] = (
-            functools.partial(
-                Ours(torch.float32).step, micro_batches(rows), ranking_loss(len(rows))
-            ),
-            work_of(rows),
-            3,
-        )
-    for what, lengths in requests().items():
-        prompts, limits = prompts_of(lengths), [R for _, R in lengths]
-        works[f"sampling {what}"] = (
-            functools.partial(generate, model, prompts, limits),
-            work_of_requests(lengths),
-            1,
-        )
-    for what, (work, needed, backward) in works.items():
-        work()
-        large, weights = (
-            rate("fp32"),
-            flops(model, needed._replace(pairs=0, place_pairs=0), backward),
-        )
-        spent, total = by_operation(work)
-        reached = (
-            weights / spent["products with weights"],
-            (flops(model, needed, backward) - weights) / spent["attention's products"],
-        )
-        shares = [
-            f"{100 * t / total:.0f} %" for t in (*spent.values(), total - sum(spent.values()))
-        ]
-        print(
-            f"| {what} | {total:.2f} s | "
-            + " | ".join(
-                [f"{r / 1e9:.0f} GFLOP/s, {100 * r / large:.0f} %" for r in reached] + shares
-            )
-            + " |",
-            flush=True,
-        )
+    }
+    for what, rows in ranked.items():
+        ours = OurTrainer()
+        step = functools.partial(ours.preference_step, micro_batches(rows))
+        print_profile(what, step, ours.model, work_of_rows(rows), passes=3)
+    model = GPT(GPTConfig(**SHAPE))
+    for what, requests in sampling_requests().items():
+        limits = [request.new_tokens for request in requests]
+        step = functools.partial(generate, model, random_prompts(requests), limits)
+        print_profile(f"sampling {what}", step, model, work_of_requests(requests), passes=1)
 
 
-def growth(peers):
-    """Seconds of a preference step of four rows, ours and a forward pass a response with full logits, as one size grows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 4, figsize=(15, 3.4))
-    start = dict(K=3, P=128, V=8192, model=(4, 256))
-    for ax, (name, sizes, label) in zip(
-        axes,
-        (
-            ("K", (2, 3, 5, 8), "responses K"),
-            ("P", (32, 128, 256, 512), "prompt, tokens"),
-            ("V", (2048, 8192, 24576, 50304), "vocabulary"),
-            ("model", ((2, 128), (4, 256), (4, 384), (6, 512)), "parameters in blocks, millions"),
-        ),
-    ):
-        x, seconds = [], []
-        for size in sizes:
-            at = start | {name: size}
-            shape = dict(vocab_size=at["V"], n_layer=at["model"][0], n_embd=at["model"][1])
-            times = against_one_by_one(at["K"], at["P"], 128, 4, repeats=3, **shape)
-            x.append(size if name != "model" else 12 * size[0] * size[1] ** 2 / 1e6)
-            seconds.append(times)
-            ours, peer, floor, _ = (statistics.median(t) for t in times)
-            print(
-                f"| {label} {x[-1]:g} | {ours:.2f} s | {peer:.2f} s, a forward a response | {peer / ours:.2f}x | {1000 * floor:.0f} ms | {100 * floor / ours:.0f} % |",
-                flush=True,
-            )
-        for i, (what, style) in enumerate(
-            (
-                ("shared prompt, chunked head", "C0o-"),
-                ("a forward a response, full logits", "C1s-"),
-                ("floor of the FLOPs", "k:"),
-            )
-        ):
-            points = [[min(s[i]), statistics.median(s[i]), max(s[i])] for s in seconds]
-            ax.plot(x, [p[1] for p in points], style, label=what)
-            ax.fill_between(
-                x,
-                [p[0] for p in points],
-                [p[2] for p in points],
-                color=style[:2] if i < 2 else "k",
-                alpha=0.2,
-            )
-        ax.set_xlabel(label)
-        ax.set_ylim(0)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step, one thread")
-    axes[0].legend(fontsize=8)
-    fig.suptitle(
-        "A preference step of 4 rows; elsewhere K = 3, prompts and responses of 128 tokens, V = 8,192, 4 layers of 256; median and range of 3",
-        fontsize=10,
-    )
-    fig.tight_layout()
-    fig.savefig(
-        os.path.join(os.path.dirname(os.path.abspath(__file__)), "bench", "growth.png"), dpi=110
-    )
+def print_profile(what, step, model, work, passes):
+    step()  # warm up
+    large = measure_rate("fp32")
+    without_attention = replace(work, pairs=0, output_pairs=0)
+    weight_flops = count_flops(model, without_attention, passes)
+    attention_flops = count_flops(model, work, passes) - weight_flops
+    found = profile_operations(step)
+    rates = [
+        weight_flops / found.seconds["matmuls with weights"],
+        attention_flops / found.seconds["attention matmuls"],
+    ]
+    parts = [*found.seconds.values(), found.total - sum(found.seconds.values())]
+    cells = [what, f"{found.total:.2f} s"]
+    cells += [f"{rate / 1e9:.0f} GFLOP/s, {100 * rate / large:.0f} %" for rate in rates]
+    cells += [f"{100 * seconds / found.total:.0f} %" for seconds in parts]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def shakespeare(peers):
-    """Training time to nanoGPT's validation loss by its own recipe for a CPU, and by ours; both through train.py."""
-    text = os.path.join(os.path.dirname(ROWS), "tinyshakespeare.txt")
-    if not os.path.exists(text):
-        print("| time to nanoGPT's loss | tinyshakespeare.txt is not there | | | | | |")
+# ------------------------------------------------------------------------------------------ growth
+
+
+def growth(options):
+    """Time of a preference step of four rows as one size grows -> bench/growth.json, growth.png."""
+    start = {"K": 3, "P": 128, "R": 128, "n": 4}
+    panels = {
+        "responses K": [(K, {"K": K}) for K in (2, 3, 5, 8)],
+        "prompt (tokens)": [(P, {"P": P}) for P in (32, 128, 256, 512)],
+        "vocabulary": [(V, {"vocab_size": V}) for V in (2048, 8192, 24576, 50304)],
+        "parameters in blocks (millions)": [
+            (12 * n_layer * n_embd**2 / 1e6, {"n_layer": n_layer, "n_embd": n_embd})
+            for n_layer, n_embd in ((2, 128), (4, 256), (4, 384), (6, 512))
+        ],
+    }
+    measured = {}
+    for label, sizes in panels.items():
+        measured[label] = []
+        for x, size in sizes:
+            timing = time_preference_step(**start | size, repeats=3)
+            measured[label].append({"x": x} | asdict(timing))
+            ours = statistics.median(timing.ours)
+            baseline = statistics.median(timing.baseline)
+            floor = statistics.median(timing.floor)
+            cells = [
+                f"{label} {x:g}",
+                f"{ours:.2f} s",
+                f"{baseline:.2f} s, a forward pass per response",
+                f"{baseline / ours:.2f}x",
+                "",
+                f"{1000 * floor:.0f} ms",
+                f"{100 * floor / ours:.0f} %",
+            ]
+            print("| " + " | ".join(cells) + " |", flush=True)
+    path = os.path.join(ROOT, "bench", "growth.json")
+    write_json(path, measured)
+    draw_growth(path)
+
+
+def draw_growth(path):
+    """Draw growth.json as growth.png and growth.svg beside it."""
+    from tools.plot import BAND_ALPHA, GREY, PALETTE, figure_legend, plt, save_figure, style
+
+    sides = {
+        # key -> (label, colour, line style)
+        "ours": ("nanoSPIN: shared prompt, chunked head", PALETTE[0], "o-"),
+        "baseline": ("a forward pass per response, full logits", PALETTE[1], "s-"),
+        "floor": ("floor of the FLOPs", GREY, ":"),
+    }
+    panels = read_json(path)
+    with style():
+        fig, axes = plt.subplots(1, len(panels), figsize=(11, 3.1))
+        for ax, (label, points) in zip(axes, panels.items()):
+            x = [point["x"] for point in points]
+            for key, (name, color, line) in sides.items():
+                seconds = [point[key] for point in points]
+                ax.plot(x, list(map(statistics.median, seconds)), line, color=color, label=name)
+                low = list(map(min, seconds))
+                high = list(map(max, seconds))
+                if low != high:
+                    band = {"color": color, "alpha": BAND_ALPHA, "lw": 0}
+                    ax.fill_between(x, low, high, label="range of the repeats", **band)
+            ax.set(xlabel=label, ylim=(0, None))
+        axes[0].set_ylabel("seconds per step, one thread")
+        figure_legend(fig)
+        save_figure(fig, path.removesuffix(".json") + ".png")
+
+
+# ------------------------------------------------------------------------------------- shakespeare
+
+
+def shakespeare(options):
+    """Training time to nanoGPT's validation loss, by its CPU recipe and by ours; three seeds."""
+    if not os.path.exists(SHAKESPEARE):
+        print("| Shakespeare's characters | no tinyshakespeare.txt | | | | | |")
         return
+    names = ("shakespeare", "shakespeare_nanogpt")
+    seconds = {name: [] for name in names}
+    losses = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, "-m", "data.shakespeare.prepare", text, f"--out={folder}/data"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        times, losses = ([], []), ([], [])
+        data = f"{folder}/data"
+        run_python("-m", "data.shakespeare.prepare", SHAKESPEARE, f"--out={data}")
         for seed in (1, 2, 3):
-            for which, name in enumerate(("shakespeare", "shakespeare_nanogpt")):
-                out = f"{folder}/{name}_{seed}"
-                subprocess.run(
-                    [
-                        sys.executable,
-                        "train.py",
-                        f"config/{name}.py",
-                        f"--data={folder}/data",
-                        f"--out_dir={out}",
-                        f"--seed={seed}",
-                        "--device=cpu",
-                    ],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+            for name in names:
+                out_dir = f"{folder}/{name}_{seed}"
+                run_python(
+                    "train.py",
+                    f"config/{name}.py",
+                    f"--data={data}",
+                    f"--out_dir={out_dir}",
+                    f"--seed={seed}",
+                    "--device=cpu",
                 )
-                with open(f"{out}/metrics.jsonl") as f:
-                    records = [json.loads(r) for r in f]
-                times[which].append(sum(r["ms"] for r in records if r["kind"] == "step") / 1000)
-                losses[which].append([r["val_loss"] for r in records if r["kind"] == "eval"][-1])
-        ours, theirs = (
-            f"{min(t):.0f}-{max(t):.0f} s to {min(l):.3f}-{max(l):.3f}"
-            for t, l in zip(times, losses)
-        )
-        ratios = [b / a for a, b in zip(*times)]
-        print(
-            f"| Shakespeare's characters, validation loss | {ours} | {theirs}, nanoGPT's recipe | {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}) | | | |",
-            flush=True,
-        )
+                with open(f"{out_dir}/metrics.jsonl") as f:
+                    records = [json.loads(line) for line in f]
+                steps = [record["ms"] for record in records if record["kind"] == "step"]
+                evals = [record["val_loss"] for record in records if record["kind"] == "eval"]
+                seconds[name].append(sum(steps) / 1000)
+                losses[name].append(evals[-1])
+    ours, nanogpt = (
+        f"{format_range(seconds[name], 0)} s to {format_range(losses[name], 3)}" for name in names
+    )
+    ratios = [b / a for a, b in zip(*seconds.values())]
+    print(
+        f"| Shakespeare's characters, validation loss | {ours} | {nanogpt}, nanoGPT's recipe "
+        f"| {statistics.median(ratios):.2f}x ({format_range(ratios)}) | | | |",
+        flush=True,
+    )
+
+
+def run_python(*args):
+    """A command of the repository, on one thread and without its output."""
+    subprocess.run(
+        [sys.executable, *args],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+# --------------------------------------------------------------------------------- the command line
 
 
 BENCHMARKS = {
-    f.__name__: f
-    for f in (
-        pretrain,
-        preference,
-        ragged,
-        sampling,
-        spin_round,
-        memory,
-        profile,
-        growth,
-        shakespeare,
-    )
+    "pretrain": pretrain,
+    "preference": preference,
+    "ragged": ragged,
+    "sampling": sampling,
+    "spin_round": spin_round,
+    "memory": memory,
+    "profile": profile,
+    "growth": growth,
+    "shakespeare": shakespeare,
 }
+ON_REQUEST = ("growth", "shakespeare")  # not run unless named
 
 
 def main(argv=None):
@@ -650,37 +732,40 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="*", help=", ".join(BENCHMARKS) + "; none: all but the last two"
+        "what",
+        nargs="*",
+        help=f"{', '.join(BENCHMARKS)}; default: all but {' and '.join(ON_REQUEST)}",
     )
     parser.add_argument(
-        "--peers",
-        action="store_true",
-        help="and what they are measured against, which bench/requirements.txt installs",
+        "--peers", action="store_true", help="also transformers and TRL (bench/requirements.txt)"
     )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    for name in set(args.what) - set(BENCHMARKS):
-        raise SystemExit(f"{name}: no such benchmark; there are {', '.join(BENCHMARKS)}")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["TQDM_DISABLE"] = "1"
+    for name in args.what:
+        if name not in BENCHMARKS:
+            names = ", ".join(BENCHMARKS)
+            raise SystemExit(f"{name}: no such benchmark, expected one of {names}")
     torch.set_num_threads(1)
     distributed.configure_torch("cpu")
-    global OURS
-    OURS = torch.get_float32_matmul_precision()
     if args.alone:
-        return alone(*args.alone.split())
-    fp32, bf16, copy = (rate(name) / 1e9 for name in ("fp32", "bf16", "bytes"))
+        return measure_peak(*args.alone.split())
+
+    options = Options(peers=args.peers)
+    rates = {name: measure_rate(name) / 1e9 for name in ("fp32", "bf16", "bytes")}
     print(
-        f"one thread of {distributed.cpu_info('model name') or 'an unknown chip'}: {fp32:.0f} GFLOP/s in float32 ({OURS}), {bf16:.0f} in bfloat16, {copy:.1f} GB/s; torch {torch.__version__}"
+        f"one thread of {distributed.cpu_info('model name') or 'an unknown chip'}: "
+        f"{rates['fp32']:.0f} GFLOP/s in float32 ({torch.get_float32_matmul_precision()}), "
+        f"{rates['bf16']:.0f} in bfloat16, {rates['bytes']:.1f} GB/s; torch {torch.__version__}"
     )
-    if bf16 < fp32:
-        del DTYPES["bf16"]
-        print("bfloat16 is emulated on this chip: its rows are left out")
-    print()
-    print(
-        "| what | ours | peer | ratio | products alone | floor | of floor |\n|---|---|---|---|---|---|---|"
-    )
-    for name in args.what or list(BENCHMARKS)[:-2]:
-        BENCHMARKS[name](args.peers)
+    if rates["bf16"] < rates["fp32"]:
+        del options.dtypes["bf16"]
+        print("This chip emulates bfloat16: its rows are left out.")
+    print(f"\n{TABLE_HEADER}")
+    for name in args.what or [name for name in BENCHMARKS if name not in ON_REQUEST]:
+        BENCHMARKS[name](options)
 
 
 if __name__ == "__main__":

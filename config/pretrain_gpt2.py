@@ -1,10 +1,12 @@
-"""GPT-2 124M from scratch, 10B tokens.
+"""GPT-2 124M from scratch on 10B tokens.
 
     torchrun --nproc_per_node=8 train.py config/pretrain_gpt2.py
 
-8 x 80 GB GPUs: on paper 8.6e8 FLOPs a token x 1e10 tokens at 40 % of 8 x 989 TFLOP/s is 45 minutes; not yet run at this
-size. The figure to expect is llm.c's for this model and 10B tokens of FineWeb, validation loss 3.28; FineWeb-Edu's is its own.
-Data, a stream in GPT-2's BPE (20 GB; the header of data/fineweb/prepare.py names FineWeb and OpenWebText too):
+Not run at this size yet. On paper, on 8 x 80 GB GPUs: 8.6e8 FLOPs per token x 1e10 tokens at 40 %
+of 8 x 989 TFLOP/s is 45 minutes. llm.c reaches validation loss 3.28 with this model on 10B tokens
+of FineWeb; FineWeb-Edu has another loss.
+
+Data, a stream in GPT-2's BPE (20 GB; data/fineweb/prepare.py also takes FineWeb and OpenWebText):
     python -m data.fineweb.prepare
 or any JSON lines of {"text"}, with --data=data/pretrain:
     python -m data.jsonl.prepare FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2

@@ -1,10 +1,12 @@
-"""Fine-tune it on instructions, the first turn of UltraChat's conversations.
+"""Fine-tune GPT-2 124M on instructions: the first turn of UltraChat's conversations.
 
     torchrun --nproc_per_node=8 train.py config/sft_ultrachat.py
 
-8 x 80 GB GPUs: on paper 50k rows x 3 epochs x up to 1,024 tokens x 8.6e8 FLOPs at 30 % of 8 x 989 TFLOP/s is 1 minute. Not yet run at this size, so no figure
-to expect but that its validation loss falls from the base model's in the first epoch.
-Data, 50,000 of them by the hash of a prompt (SPIN's own 50,000 are not published as a list):
+Not run at this size yet. On paper, on 8 x 80 GB GPUs: 50k rows x 3 epochs x up to 1,024 tokens x
+8.6e8 FLOPs at 30 % of 8 x 989 TFLOP/s is 1 minute. The validation loss should fall from that of the
+base model in the first epoch.
+
+Data, 50,000 rows chosen by a hash of the prompt (SPIN's own 50,000 are not published as a list):
     python -m data.ultrachat.prepare
 """
 

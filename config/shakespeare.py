@@ -1,7 +1,10 @@
-"""To the same validation loss in a quarter of the time: a tenth of the steps, twice the batch, Muon, rotary positions, QK-norm.
+"""Shakespeare in characters, to nanoGPT's validation loss in a quarter of the time.
 
-python -m data.shakespeare.prepare tinyshakespeare.txt
-OMP_NUM_THREADS=1 python train.py config/shakespeare.py             35 seconds on one core, validation loss 1.87
+    python -m data.shakespeare.prepare tinyshakespeare.txt
+    OMP_NUM_THREADS=1 python train.py config/shakespeare.py
+
+35 seconds on one CPU core; validation loss 1.87. Against nanoGPT's recipe: a tenth of the steps,
+twice the batch, Muon, rotary positions, QK-norm.
 """
 
 from config.shakespeare_nanogpt import *

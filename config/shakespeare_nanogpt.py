@@ -1,7 +1,9 @@
-"""nanoGPT's recipe for a CPU: characters of Shakespeare, 0.8M parameters, 2,000 steps of 12 x 64 tokens.
+"""nanoGPT's recipe for a CPU: characters of Shakespeare, 0.8M parameters, 2,000 steps of 12 x 64.
 
-python -m data.shakespeare.prepare tinyshakespeare.txt
-OMP_NUM_THREADS=1 python train.py config/shakespeare_nanogpt.py     2.5 minutes on one core, validation loss 1.88
+    python -m data.shakespeare.prepare tinyshakespeare.txt
+    OMP_NUM_THREADS=1 python train.py config/shakespeare_nanogpt.py
+
+2.5 minutes on one CPU core; validation loss 1.88.
 """
 
 stage = "pretrain"

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node=8 train.py config/spin_k2.py
 
-8 x 80 GB GPUs. On paper a round is 50k samples of up to 512 tokens (minutes, by the sampler), one forward pass over them
-and the data for the reference (100k x 1,024 x 2.9e8 FLOPs, 10 seconds at 40 %), and 2 epochs of training (1 minute).
-Every round starts at ln 2 = 0.6931 + nll_coef x loss. Not yet run at this size.
+Not run at this size yet. On paper, on 8 x 80 GB GPUs, a round is: 50k samples of up to 512 tokens
+(minutes), one forward pass over samples and data for the reference (10 seconds), and two epochs of
+training (1 minute). Every round starts at ln 2 = 0.6931 + nll_coef x next-token loss.
+
 Data, the rows of config/sft_ultrachat.py:
     python -m data.ultrachat.prepare
 """

@@ -1,9 +1,32 @@
-"""Rows and token streams -> batches. Every batch is a pure function of (data, seed, step).
+"""Data folders, and the way from their rows and token streams to batches.
 
-A data folder holds
-    {train,val}.bin      a token stream: uint16, or uint32 above 65,535 tokens; documents end in end-of-text
-    {train,val}.jsonl    ranked rows: {"prompt": str, "responses": [best, ..., worst], "group": str?, "scores": [float]?,
-                         "history": [[prompt, response], ...]?}, the earlier turns of a conversation, which are not asked for;
-                         or whole texts: {"text": str, "group": str?}, a response without a prompt or template
-    meta.json            written last: tokenizer, vocabulary, dtype, sizes, source, sha256 of each file
+A data folder holds some of
+
+    train.bin, val.bin        token streams, uint16, or uint32 for a vocabulary above 65,536 ids;
+                              every document ends in the end-of-text token
+    train.jsonl, val.jsonl    ranked rows, one JSON object a line, see below
+    *.tiktoken, tokenizer.*   the tokenizer, if it is not "gpt2" or "bytes"
+    meta.json                 written last: tokenizer and its checksum, vocabulary size, dtype,
+                              source, sizes, and the bytes and sha256 of every file
+
+A ranked row is {"prompt": str, "responses": [best, ..., worst]}. A response may be null (absent).
+Optional fields:
+
+    "group"      rows of one group are never on both sides of the train/val split
+    "scores"     a number for each response, highest first; equal scores are ties
+    "history"    [[prompt, response], ...], the earlier turns of a conversation; they have no loss
+    "ids"        token ids of sampled responses, used as they are; "tokenizer" is the checksum of
+                 the tokenizer that they belong to
+
+A row {"text": str, "group": str?} is a whole text: one response without a prompt and without a
+template.
+
+    files.py        JSON and .npz files, checksums, text for a terminal
+    tokenizer.py    tokenizers: "gpt2", "bytes", .tiktoken files, other models' tokenizer.json
+    template.py     how a prompt becomes token ids
+    rows.py         read, check, write and encode ranked rows
+    folder.py       read and write data folders and token streams
+    batch.py        encoded rows and token streams -> batches
+    hub.py          data sets of the Hugging Face hub -> data folders, resumable
+    NAME/prepare.py makes data/NAME: python -m data.NAME.prepare
 """

@@ -1,33 +1,253 @@
-"""Encoded rows and token streams -> batches."""
+"""Encoded rows and token streams -> batches. A batch is a function of (data, seed, step) alone.
+
+Encoded rows come from `data.rows.encode_rows`. There are two layouts of a row's K responses:
+
+    packed   the prompt once, its responses after it, all rows in one flat list: no padding
+    padded   each response a right-padded row with a copy of its prompt: the slow reference
+"""
 
 import functools
+from dataclasses import dataclass, field, fields, replace
+
 import numpy as np
 import torch
+from torch import Tensor
 
 
-INPUTS = (
-    "idx",
-    "targets",
-    "pos",
-    "doc",
-    "branch",
-    "at",
-    "read",
-)  # what of a batch model.GPT.forward takes
+@dataclass
+class Batch:
+    """One micro-batch. B rows (prompts) of K responses; n tokens, m of them supervised. Packed rows
+    are flat, (n,); padded ones and windows of a token stream are (N, T)."""
+
+    # model inputs
+    idx: Tensor  # (n,) or (N, T) token ids
+    pos: Tensor | None = None  # (n,) position in the prompt + response
+    sequence_id: Tensor | None = None  # (n,) the row
+    response_id: Tensor | None = None  # (n,) 0 in the prompt, k in the k-th response
+    logit_positions: Tensor | None = None  # (m,) where in idx each target is predicted
+
+    # what is predicted
+    targets: Tensor | None = None  # (m,) or (N, T); -1 where not supervised
+    seq: Tensor | None = None  # like targets: b K + k of each target, -1 for none
+    response_mask: Tensor | None = None  # (B, K) bool: the response is there
+    ranks: Tensor | None = None  # (B, K) smaller is better, equal is a tie
+    lengths: Tensor | None = None  # (B, K) supervised tokens of each response
+
+    # preference and spin
+    ref_logps: Tensor | None = None  # (B, K) log-probability of each response under the reference
+
+    # reward
+    value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read
+    slot: Tensor | None = None  # (r,) b K + k of each scalar
+    data_scores: Tensor | None = None  # (B, K) the data's own scores
+
+    # ppo, by token, from when the tokens were sampled
+    old_logps: Tensor | None = None  # (m,)
+    old_values: Tensor | None = None  # (m,)
+    advantages: Tensor | None = None  # (m,)
+    returns: Tensor | None = None  # (m,)
+
+    num_tokens: int = 0  # tokens read, without padding
+    num_targets: int = field(default=0)  # supervised tokens; set from targets
+
+    def __post_init__(self):
+        if self.targets is not None and not self.num_targets:
+            self.num_targets = int((self.targets >= 0).sum())
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.response_mask)
+
+    def layout(self) -> dict[str, Tensor]:
+        """The layout of the tokens, as keyword arguments of the model: model(idx, **layout())."""
+        names = ("pos", "sequence_id", "response_id", "logit_positions")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def map_tensors(self, function) -> "Batch":
+        """A copy with function(tensor) in place of every tensor."""
+        changed = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                changed[f.name] = function(value)
+        return replace(self, **changed)
+
+    def to(self, device) -> "Batch":
+        return self.map_tensors(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU can copy from while it computes, if there is a GPU."""
+        if not torch.cuda.is_available():
+            return self
+        return self.map_tensors(lambda t: t.pin_memory())
 
 
-def count_row_tokens(row, layout="packed"):
-    """Tokens that an encoded row costs in a layout."""
-    P, lengths = len(row["prompt"]), [len(y) for y in row["responses"] if y is not None]
-    return (
-        P + sum(lengths) - len(lengths)
-        if layout == "packed"
-        else len(lengths) * (P + max(lengths) - 1)
-    )
+# --------------------------------------------------------------------------- rows -> batches
 
 
-def split_by_tokens(sizes, n):
-    """Cut a sequence of sizes into n parts of about the same sum -> [indices of each], none empty. Needs n <= len(sizes)."""
+def batch_rows(rows: list[dict], layout: str = "packed", multiple: int | None = None) -> Batch:
+    """Encoded rows -> one batch, whose targets are the response tokens.
+
+    The last token of a response is predicted but not read. The first token of a text without a
+    prompt is read but not predicted. `multiple`: packed tokens are padded to a multiple of this, by
+    default 64, and 128 for a GPU, the block size of its attention kernel.
+    """
+    B, K = len(rows), max(len(row["responses"]) for row in rows)
+    response_mask = np.zeros((B, K), bool)
+    ranks = np.full((B, K), K)
+    lengths = np.zeros((B, K), int)
+    for b, row in enumerate(rows):
+        for k, response in enumerate(row["responses"]):
+            if response is not None:
+                response_mask[b, k] = True
+                ranks[b, k] = row["ranks"][k]
+                lengths[b, k] = len(response) if row["prompt"] else len(response) - 1
+    if layout == "packed":
+        multiple = multiple or (128 if torch.cuda.is_available() else 64)
+        tokens = pack_rows(rows, K, multiple)
+    else:
+        tokens = pad_rows(rows, K)
+    num_tokens = tokens.pop("num_tokens")
+    arrays = tokens | {"response_mask": response_mask, "ranks": ranks, "lengths": lengths}
+    tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
+    for key, name in (("ref", "ref_logps"), ("scores", "data_scores")):
+        if key in rows[0]:
+            tensors[name] = pad_columns([row[key] for row in rows], K)
+    return Batch(**tensors, num_tokens=num_tokens).pin_memory()
+
+
+def reward_batch(rows: list[dict], layout: str = "packed") -> Batch:
+    """Encoded rows -> a batch for a reward model. The scalar head is read at the last token of
+    every response; there are no targets."""
+    # One more token at the end, so that the last one is read too. It is never read itself.
+    longer = []
+    for row in rows:
+        responses = [None if y is None else [*y, 0] for y in row["responses"]]
+        longer.append(row | {"responses": responses})
+    batch = batch_rows(longer, layout)
+    seq = batch.seq[batch.targets >= 0]
+    is_last = torch.cat([seq[1:] != seq[:-1], torch.ones(1, dtype=torch.bool)])
+    return replace(
+        batch,
+        value_positions=target_positions(batch)[is_last],
+        slot=seq[is_last],
+        lengths=batch.lengths - batch.response_mask.long(),
+        logit_positions=None,
+        targets=None,
+        seq=None,
+        num_targets=0,
+    ).pin_memory()
+
+
+def ppo_batch(rows: list[dict], layout: str = "packed") -> Batch:
+    """Rows of `ppo.collect` -> a batch. A state's value is read where its token is predicted."""
+    batch = batch_rows(rows, layout)
+    batch.value_positions = target_positions(batch)
+    if "logps" in rows[0]:
+
+        def join(key: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([row[key] for row in rows]))
+
+        batch.old_logps = join("logps")
+        batch.old_values = join("values")
+        batch.advantages = join("advantages")
+        batch.returns = join("returns")
+    return batch.pin_memory()
+
+
+def target_positions(batch: Batch) -> Tensor:
+    """Where in the flat list of tokens each target is predicted (m,)."""
+    if batch.logit_positions is not None:
+        return batch.logit_positions
+    return (batch.targets >= 0).flatten().nonzero().squeeze(1)
+
+
+def pad_columns(values: list[list[float]], K: int) -> Tensor:
+    """Lists of at most K numbers -> (B, K) float32, padded with 0."""
+    return torch.tensor([row + [0.0] * (K - len(row)) for row in values], dtype=torch.float32)
+
+
+def pack_rows(rows: list[dict], K: int, multiple: int) -> dict:
+    """The packed layout: each prompt once, its responses after it, row after row. Positions of each
+    response continue those of the prompt. A prompt's last token predicts the first token of every
+    response. The end is padded to a multiple of `multiple` tokens, which belong to no row."""
+    idx, pos, sequence_id, response_id = [], [], [], []
+    logit_positions, targets, seq = [], [], []
+    for b, row in enumerate(rows):
+        prompt = row["prompt"]
+        end_of_prompt = len(idx) + len(prompt)
+        idx += prompt
+        pos += range(len(prompt))
+        response_id += [0] * len(prompt)
+        sequence_id += [b] * len(prompt)
+        for k, response in enumerate(row["responses"]):
+            if response is None:
+                continue
+            start, read = len(idx), len(response) - 1
+            predicted = response if prompt else response[1:]
+            if prompt:
+                logit_positions.append(end_of_prompt - 1)
+            logit_positions += range(start, start + read)
+            targets += predicted
+            seq += [b * K + k] * len(predicted)
+            idx += response[:-1]
+            pos += range(len(prompt), len(prompt) + read)
+            response_id += [k + 1] * read
+            sequence_id += [b] * read
+    num_tokens, padding = len(idx), -len(idx) % multiple
+    return {
+        "idx": idx + [0] * padding,
+        "pos": pos + [0] * padding,
+        "sequence_id": sequence_id + [len(rows)] * padding,
+        "response_id": response_id + [0] * padding,
+        "logit_positions": np.array(logit_positions, int),
+        "targets": np.array(targets, int),
+        "seq": np.array(seq, int),
+        "num_tokens": num_tokens,
+    }
+
+
+def pad_rows(rows: list[dict], K: int) -> dict:
+    """The padded layout: each response is a right-padded row with its prompt. It reads the prompt K
+    times, and padding up to the longest."""
+    sequences = []  # (b K + k, prompt, response)
+    for b, row in enumerate(rows):
+        for k, response in enumerate(row["responses"]):
+            if response is not None:
+                sequences.append((b * K + k, row["prompt"], response))
+    T = max(len(prompt) + len(response) for _, prompt, response in sequences) - 1
+    N = len(sequences)
+    idx = np.zeros((N, T), int)
+    targets = np.full((N, T), -1)
+    seq = np.full((N, T), -1)
+    num_tokens = 0
+    for n, (slot, prompt, response) in enumerate(sequences):
+        ids = prompt + response
+        start, end = max(len(prompt) - 1, 0), len(ids) - 1
+        idx[n, :end] = ids[:-1]
+        targets[n, start:end] = ids[start + 1 :]
+        seq[n, start:end] = slot
+        num_tokens += end
+    return {"idx": idx, "targets": targets, "seq": seq, "num_tokens": num_tokens}
+
+
+# ------------------------------------------------------------- which rows are in which batch
+
+
+def count_row_tokens(row: dict, layout: str = "packed") -> int:
+    """Tokens that an encoded row takes in a layout, padding to its longest response included."""
+    prompt = len(row["prompt"])
+    lengths = [len(response) for response in row["responses"] if response is not None]
+    if layout == "packed":
+        return prompt + sum(lengths) - len(lengths)
+    return len(lengths) * (prompt + max(lengths) - 1)
+
+
+def split_by_tokens(sizes: list[int], n: int) -> list[np.ndarray]:
+    """Cut a list of sizes into n runs of about the same sum -> the indices of each, none empty.
+
+    Needs n <= len(sizes).
+    """
     middles = np.cumsum(sizes) - np.array(sizes) / 2
     part = np.minimum(middles * n / sum(sizes), n - 1).astype(int)
     if len(set(part)) < n:
@@ -35,171 +255,69 @@ def split_by_tokens(sizes, n):
     return [np.flatnonzero(part == i) for i in range(n)]
 
 
-def batch_rows(rows, layout="packed", multiple=None):
-    """Encoded rows -> one batch of int64 tensors, as `pack_rows` or `pad_rows` lays the tokens out, with
-
-    seq: b K + k of what is asked, the shape of targets; present (B, K) bool; ranks (B, K); lengths (B, K) of what is asked;
-    tokens () that are read, without the padding. Masks come from lengths, never from an id. The last token of a response is
-    not read, and what an empty prompt leaves without a predecessor is not asked.
-    """
-    B, K = len(rows), max(len(r["responses"]) for r in rows)
-    multiple = multiple or (
-        128 if torch.cuda.is_available() else 64
-    )  # a GPU's attention works on blocks of 128
-    present, ranks, lengths = np.zeros((B, K), bool), np.full((B, K), K), np.zeros((B, K), int)
-    for b, row in enumerate(rows):
-        for k, y in enumerate(row["responses"]):
-            if y is not None:
-                present[b, k], ranks[b, k], lengths[b, k] = (
-                    True,
-                    row["ranks"][k],
-                    len(y) - (not row["prompt"]),
-                )
-    batch = (pack_rows(rows, K, multiple) if layout == "packed" else pad_rows(rows, K)) | dict(
-        present=present, ranks=ranks, lengths=lengths
-    )
-    return pin_memory({name: torch.from_numpy(np.asarray(a)) for name, a in batch.items()})
-
-
-def reward_batch(rows, layout="packed"):
-    """Encoded rows -> a batch that reads a scalar at every response's last token instead of asking for next tokens: read (r,),
-    places in the flat list of tokens; slot (r,): b K + k of each. The last token is read here, so a row has one more of
-    each response; idx, present, ranks and the rest as in `batch_rows`."""
-    longer = [
-        row | {"responses": [y and [*y, 0] for y in row["responses"]]} for row in rows
-    ]  # what follows is never read
-    batch = batch_rows(longer, layout)
-    targets, seq = batch.pop("targets"), batch.pop("seq")
-    at = batch.pop("at") if "at" in batch else (targets >= 0).flatten().nonzero().squeeze(1)
-    seq = seq[targets >= 0]
-    last = torch.cat([seq[1:] != seq[:-1], torch.ones(1, dtype=torch.bool)])
-    return pin_memory(
-        batch
-        | {
-            "read": at[last],
-            "slot": seq[last],
-            "lengths": batch["lengths"] - batch["present"].long(),
-        }
-    )
-
-
-def pin_memory(batch):
-    """In memory that a GPU copies from while it computes, where there is one."""
-    return (
-        {name: t.pin_memory() for name, t in batch.items()} if torch.cuda.is_available() else batch
-    )
-
-
-def pack_rows(rows, K, multiple):
-    """The shared layout: each prompt once, its responses after it, row after row, up to a multiple of some tokens.
-
-    idx, pos, doc, branch (n,): ids, positions, which restart after the prompt, and what model.Packed says; at, targets, seq (m,):
-    every response token, and the place that predicts it: a prompt's last token predicts the first one of each response.
-    """
-    idx, pos, doc, branch, at, targets, seq = [], [], [], [], [], [], []
-    for b, row in enumerate(rows):
-        prompt, first = row["prompt"], len(idx)
-        idx += prompt
-        pos += range(len(prompt))
-        branch += [0] * len(prompt)
-        for k, y in enumerate(row["responses"]):
-            if y is not None:
-                at += [first + len(prompt) - 1] * bool(prompt) + list(
-                    range(len(idx), len(idx) + len(y) - 1)
-                )
-                targets += y if prompt else y[1:]
-                seq += [b * K + k] * (len(y) - (not prompt))
-                idx += y[:-1]
-                pos += range(len(prompt), len(prompt) + len(y) - 1)
-                branch += [k + 1] * (len(y) - 1)
-        doc += [b] * (len(idx) - first)
-    tokens, pad = len(idx), -len(idx) % multiple
-    return dict(
-        idx=idx + [0] * pad,
-        pos=pos + [0] * pad,
-        doc=doc + [len(rows)] * pad,
-        branch=branch + [0] * pad,
-        at=np.array(at, int),
-        targets=np.array(targets, int),
-        seq=np.array(seq, int),
-        tokens=tokens,
-    )
-
-
-def pad_rows(rows, K):
-    """The padded layout, one right-padded sequence a response: idx, targets, seq (N, T), -1 where nothing is asked. It costs the
-    prompt K times, and the difference to the longest."""
-    texts = [
-        (b * K + k, row["prompt"], y)
-        for b, row in enumerate(rows)
-        for k, y in enumerate(row["responses"])
-        if y is not None
-    ]
-    T = max(len(p) + len(y) for _, p, y in texts) - 1
-    idx, targets, seq = (
-        np.zeros((len(texts), T), int),
-        np.full((len(texts), T), -1),
-        np.full((len(texts), T), -1),
-    )
-    for n, (slot, prompt, y) in enumerate(texts):
-        ids, start = prompt + y, max(len(prompt) - 1, 0)
-        idx[n, : len(ids) - 1] = ids[:-1]
-        targets[n, start : len(ids) - 1] = ids[start + 1 :]
-        seq[n, start : len(ids) - 1] = slot
-    return dict(
-        idx=idx, targets=targets, seq=seq, tokens=sum(len(p) + len(y) - 1 for _, p, y in texts)
-    )
-
-
 @functools.lru_cache(maxsize=4)
-def permutation(n, seed, epoch):
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def batch_indices(n, batch_size, seed, step):
-    """Which of n samples make the global batch of a step: permutations without replacement, one after the other."""
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of n samples are in the global batch of a step: one permutation after the other."""
     where = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([permutation(n, seed, int(e))[i] for e, i in zip(where // n, where % n)])
+    epochs, places = np.divmod(where, n)
+    return np.array([permutation(n, seed, int(e))[i] for e, i in zip(epochs, places)])
 
 
-def stream_batch(tokens, length, batch_size, seed, step, vocab_size, part=slice(None), apart=None):
-    """{"idx", "targets"} (B, T) and {"tokens"} () of a step: windows of a token stream, without replacement, T = length.
+# ------------------------------------------------------------------- token stream -> batches
 
-    Each epoch shifts the windows by a seeded offset, so that no two cut the text at the same places. `part` takes some
-    of the global batch. apart: the id of end-of-text, if documents are not to see each other; then all is flat, (B T,), with
-    pos and doc, and an end-of-text stands at the beginning of what follows it.
-    Exits if a token is outside the vocabulary or the stream is shorter than two windows.
+
+def stream_batch(
+    tokens: np.ndarray,
+    length: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    vocab_size: int,
+    part: slice = slice(None),
+    document_end: int | None = None,
+) -> Batch:
+    """Windows of a token stream, (B, length), drawn without replacement. Each epoch shifts the
+    windows by a seeded offset, so that the text is cut at other places.
+
+    part: take these windows of the global batch. document_end: the id of end-of-text, if documents
+    must not attend to each other. The batch is then packed, and each end-of-text begins the
+    document after it. Exits if a token is outside the vocabulary, or the stream is shorter than two
+    windows.
     """
     n = (len(tokens) - 1) // length - 1
     if n < 1:
         raise SystemExit(
             f"the token stream has {len(tokens)} tokens; block_size {length} needs {2 * length + 1}"
         )
-    epochs = np.arange(step * batch_size, (step + 1) * batch_size) // n
-    starts = [
-        w * length + int(np.random.default_rng([seed, int(e), 1]).integers(length))
-        for w, e in zip(batch_indices(n, batch_size, seed, step)[part], epochs[part])
-    ]
-    rows = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
+    windows = batch_indices(n, batch_size, seed, step)[part]
+    epochs = (np.arange(step * batch_size, (step + 1) * batch_size) // n)[part]
+    starts = []
+    for window, epoch in zip(windows, epochs):
+        offset = np.random.default_rng([seed, int(epoch), 1]).integers(length)
+        starts.append(window * length + int(offset))
+    rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     if rows.max() >= vocab_size:
         raise SystemExit(
-            f"token id {rows.max()} near position {starts[0]} of the stream is outside the vocabulary of {vocab_size}"
+            f"token id {rows.max()} near position {starts[0]} of the stream is outside the "
+            f"vocabulary of {vocab_size}"
         )
     idx, targets = rows[:, :-1], rows[:, 1:]
-    batch = {"idx": idx, "targets": targets}
-    if apart is not None:
-        begins = idx == apart
-        begins[:, 0] = True
+    arrays = {"idx": idx, "targets": targets}
+    if document_end is not None:
+        is_start = idx == document_end
+        is_start[:, 0] = True
         places = np.arange(idx.size)
-        pos = places - np.maximum.accumulate(np.where(begins.ravel(), places, 0))
-        batch |= {
+        last_start = np.maximum.accumulate(np.where(is_start.ravel(), places, 0))
+        arrays = {
             "idx": idx.ravel(),
             "targets": targets.ravel(),
-            "pos": pos,
-            "doc": begins.ravel().cumsum(),
-            "branch": np.zeros_like(pos),
+            "pos": places - last_start,
+            "sequence_id": is_start.ravel().cumsum(),
+            "response_id": np.zeros_like(places),
         }
-    return pin_memory(
-        {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
-        | {"tokens": torch.tensor(idx.size)}
-    )
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    return Batch(**tensors, num_tokens=idx.size).pin_memory()

@@ -1,27 +1,40 @@
-"""Files."""
+"""JSON and .npz files, checksums, and text for a terminal."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+
 import numpy as np
 
 
 def sha256(path):
+    """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_json(path, value):
-    """Write beside and rename, so that the file is whole or absent."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.write("\n")
+@contextlib.contextmanager
+def atomic_write(path: str, mode: str = "w"):
+    """Open PATH.tmp and rename it to PATH at the end: PATH is either complete or untouched."""
+    encoding = None if "b" in mode else "utf-8"
+    with open(path + ".tmp", mode, encoding=encoding) as f:
+        yield f
     os.replace(path + ".tmp", path)
 
 
-def read_json(path, need=(), advice=""):
-    """The object in a JSON file, with the names in `need`. Exits with one line if it is not there."""
+def write_json(path: str, value):
+    with atomic_write(path) as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: str, required=(), advice: str = "") -> dict:
+    """Read a JSON object that has the keys in `required`.
+
+    Exits with one line, which ends in `advice`, if it cannot.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
@@ -29,23 +42,27 @@ def read_json(path, need=(), advice=""):
         raise SystemExit(f"{path}: {e.strerror}{advice}")
     except (ValueError, RecursionError) as e:
         raise SystemExit(f"{path} is not JSON ({e}){advice}")
-    missing = [name for name in need if name not in value] if isinstance(value, dict) else need
-    if missing or not isinstance(value, dict):
-        raise SystemExit(f"{path} is not what it should be: it has no {', '.join(missing)}{advice}")
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path} must hold a JSON object, got a {type(value).__name__}{advice}")
+    missing = [key for key in required if key not in value]
+    if missing:
+        raise SystemExit(f"{path} has no {', '.join(missing)}{advice}")
     return value
 
 
-def read_arrays(path):
-    """The arrays of an .npz file, by name; none of objects, which would be pickles. Exits with one line if it cannot be read."""
+def read_arrays(path: str) -> dict:
+    """Read an .npz file: {name: array}. Arrays of objects are refused: they are pickles."""
     try:
         with np.load(path, allow_pickle=False) as f:
             return {name: f[name] for name in f.files}
     except Exception as e:  # numpy and zipfile raise many kinds
-        raise SystemExit(f"{path} is damaged: it is no .npz file of numbers ({type(e).__name__})")
+        raise SystemExit(f"{path} is damaged: not an .npz file of numbers ({type(e).__name__})")
 
 
-def printable(text):
-    """A text for a terminal, which must not obey it: control characters but newline and tab are escaped."""
-    return re.sub(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text
-    )
+def printable(text: str) -> str:
+    """Escape control characters but newline and tab, so that a text cannot drive the terminal."""
+
+    def escape(match):
+        return ascii(match[0])[1:-1]
+
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", escape, text)

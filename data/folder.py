@@ -1,96 +1,128 @@
-"""A data folder."""
+"""Read and write data folders: meta.json, token streams, the train/val split."""
 
-import glob
 import hashlib
 import os
+
 import numpy as np
-from data import tokenizer as tokenizers
-from data.files import read_json, sha256, write_json
+
+from data import tokenizer
+from data.files import atomic_write, read_json, sha256, write_json
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# How to make the folders that no data/NAME/prepare.py writes without arguments.
+JSONL = "python -m data.jsonl.prepare"
+COMMANDS = {
+    "data/shakespeare": "python -m data.shakespeare.prepare FILE",
+    "data/pretrain": f"{JSONL} FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2",
+    # config/local
+    "data/local": f"{JSONL} pretrain.jsonl.gz --out=data/local --tokenizer=gpt2",
+    "data/local_sft": f"{JSONL} sft.jsonl.gz --out=data/local_sft",
+    "data/ranked": f"{JSONL} ranked.jsonl.gz --out=data/ranked",
+    "data/gsm8k_sft": f"{JSONL} sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train",
+    "data/gsm8k": f"{JSONL} ranked.jsonl.gz --out=data/gsm8k"
+    " --where=source=gsm8k --authors=human,175b_verification",
+    # studies
+    "out/frontier/ranked": "python -m studies.frontier.frontier",
+    # other forms of the hub's data sets
+    "data/fineweb_all": "python -m data.fineweb.prepare --hub=HuggingFaceFW/fineweb"
+    " --out=data/fineweb_all",
+    "data/openwebtext": "python -m data.fineweb.prepare --hub=Skylion007/openwebtext"
+    " --out=data/openwebtext",
+    "data/shp_pairs": "python -m data.shp_ranked.prepare --pairs --out=data/shp_pairs",
+    "data/tldr_sft": "python -m data.tldr.prepare --sft --out=data/tldr_sft",
+    "data/ultrachat_full": "python -m data.ultrachat.prepare --full --sample=0"
+    " --out=data/ultrachat_full",
+    "data/ultrafeedback_overall": "python -m data.ultrafeedback.prepare --by=overall_score"
+    " --out=data/ultrafeedback_overall",
+}
 
 
-def split_of(group, val_share=0.1):
-    """ "train" or "val" by a hash of the group: rows that share a group stand together, and adding rows moves none."""
-    return (
-        "val"
-        if int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 < val_share
-        else "train"
-    )
+def prepare_command(folder: str) -> str:
+    """The command that makes a data folder, for error messages."""
+    path = os.path.relpath(os.path.abspath(folder), ROOT)
+    if path in COMMANDS:
+        return COMMANDS[path]
+    parts = path.split(os.sep)
+    if parts[0] == "data" and len(parts) > 1:
+        if os.path.exists(os.path.join(ROOT, "data", parts[1], "prepare.py")):
+            command = f"python -m data.{parts[1]}.prepare"
+            if len(parts) > 3:  # data/shp/prepare.py writes OUT/row and OUT/group
+                command += f" --out={os.path.dirname(os.path.normpath(folder))}"
+            return command
+    return f"{JSONL} FILE.jsonl --out={folder}"
 
 
-def write_stream(path, documents, enc):
-    """Encode documents (strings) into one stream, each ended by end-of-text. Returns the number of tokens."""
-    dtype, n = np.uint16 if enc.n_vocab <= 2**16 else np.uint32, 0
-    with open(path + ".tmp", "wb") as f:
+# ---- writing
+
+
+def split_of(group: str, val_share: float = 0.1) -> str:
+    """The side of the split, "train" or "val", that a group falls on.
+
+    It is a hash of the group: rows of one group stay together, and new rows move no old one.
+    """
+    digest = hashlib.sha256(group.encode()).hexdigest()
+    fraction = int(digest[:8], 16) / 2**32  # in [0, 1)
+    return "val" if fraction < val_share else "train"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of a token stream."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def write_stream(path: str, documents, enc) -> int:
+    """Encode documents (strings) into one token stream, an end-of-text token after each.
+
+    Returns the number of tokens.
+    """
+    dtype = token_dtype(enc.n_vocab)
+    num_tokens = 0
+    with atomic_write(path, "wb") as f:
         for text in documents:
             ids = enc.encode_ordinary(text) + [enc.eot_token]
             np.array(ids, dtype=dtype).tofile(f)
-            n += len(ids)
-    os.replace(path + ".tmp", path)
-    return n
+            num_tokens += len(ids)
+    return num_tokens
 
 
-def write_meta(folder, tokenizer, source, **sizes):
-    """meta.json, last of all. tokenizer: "gpt2", "bytes", the name of a .tiktoken or .json file in the folder; None for rows alone."""
-    enc = tokenizers.load(tokenizer_path(folder, tokenizer)) if tokenizer else None
-    of_tokenizer = (
-        {
-            "tokenizer": tokenizer,
-            "tokenizer_sha256": tokenizers.fingerprint(enc),
-            "vocab_size": enc.n_vocab,
-            "dtype": "uint16" if enc.n_vocab <= 2**16 else "uint32",
-        }
-        if enc
-        else {"tokenizer": None}
-    )
-    paths = {
-        f: os.path.join(folder, f)
-        for f in sorted(os.listdir(folder))
-        if f.endswith((".bin", ".jsonl", ".tiktoken")) or f.startswith("tokenizer")
-    }
-    write_json(
-        os.path.join(folder, "meta.json"),
-        of_tokenizer
-        | {"source": source}
-        | sizes
-        | {
-            "files": {
-                f: {"sha256": sha256(path), "bytes": os.path.getsize(path)}
-                for f, path in paths.items()
-            }
-        },
-    )
-
-
-def tokenizer_path(folder, name):
+def tokenizer_path(folder: str, name: str) -> str:
+    """What `tokenizer.load` takes for the tokenizer named in a folder's meta.json."""
     return name if name in ("gpt2", "bytes") else os.path.join(folder, name)
 
 
-def prepare_command(folder):
-    """What makes this folder: its own prepare.py, or what a header in config/ or data/ says."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    name = os.path.relpath(os.path.abspath(folder), here).split(os.sep)[0]
-    script = os.path.join(here, name, "prepare.py")
-    if os.path.exists(script):
-        with open(script, encoding="utf-8") as f:
-            command = f"python -m data.{name}.prepare" + (
-                " FILE" if 'add_argument("file",' in f.read() else ""
-            )
-        deeper = os.path.relpath(os.path.abspath(folder), os.path.join(here, name)).count(
-            os.sep
-        )  # as data/shp/small/row
-        return command + (f" --out={os.path.dirname(os.path.normpath(folder))}" if deeper else "")
-    for file in sorted(glob.glob(os.path.join(here, "..", "config", "*.py"))) + sorted(
-        glob.glob(os.path.join(here, "*", "prepare.py"))
-    ):
-        with open(file, encoding="utf-8") as f:
-            for line in f:
-                if f"--out={os.path.normpath(folder)} " in line.strip() + " ":
-                    return line.partition(" #")[0].strip()
-    return f"python -m data.jsonl.prepare FILE.jsonl --out={folder}"
+def write_meta(folder: str, tokenizer_name: str | None, source, **details):
+    """Write meta.json, after all other files of the folder.
+
+    tokenizer_name: "gpt2", "bytes", or the name of a tokenizer file in the folder; None for rows
+    without one. source: where the data comes from. details: further entries, such as
+    train_rows=100.
+    """
+    meta = {"tokenizer": tokenizer_name or None}
+    if tokenizer_name:
+        enc = tokenizer.load(tokenizer_path(folder, tokenizer_name))
+        meta["tokenizer_sha256"] = tokenizer.fingerprint(enc)
+        meta["vocab_size"] = enc.n_vocab
+        meta["dtype"] = token_dtype(enc.n_vocab).name
+    meta["source"] = source
+    meta |= details
+    meta["files"] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((".bin", ".jsonl", ".tiktoken")) or name.startswith("tokenizer"):
+            path = os.path.join(folder, name)
+            meta["files"][name] = {"sha256": sha256(path), "bytes": os.path.getsize(path)}
+    write_json(os.path.join(folder, "meta.json"), meta)
 
 
-def read_meta(folder, need):
-    """meta.json of a data folder, checked for the files in `need`. Exits with one line and the command that makes them."""
+# ---- reading
+
+
+def read_meta(folder: str, files_needed) -> dict:
+    """Read meta.json and check the files named in `files_needed` against it.
+
+    Sizes are checked, and the sha256 too unless the file is a token stream, which may be large.
+    Exits with one line: what is wrong, and the command that makes the folder.
+    """
     advice = f"; make it with: {prepare_command(folder)}"
     meta = read_json(f"{folder}/meta.json", ("tokenizer", "source", "files"), advice)
 
@@ -98,66 +130,81 @@ def read_meta(folder, need):
         if not ok:
             raise SystemExit(message + advice)
 
-    name, files = meta["tokenizer"], meta["files"]
-    must(
-        isinstance(files, dict)
-        and all(
-            isinstance(f, dict) and type(f.get("bytes")) is int and type(f.get("sha256")) is str
-            for f in files.values()
-        ),
-        f"{folder}/meta.json: files must say the bytes and the sha256 of each",
-    )
-    must(
-        name is None
-        or type(name) is str
-        and name.isprintable()
-        and name == os.path.basename(name) not in ("", ".", ".."),
-        f"{folder}/meta.json: tokenizer must be gpt2, bytes or the name of a file in the folder, got {name!r}",
-    )
-    must(
-        name is None
-        or meta.get("dtype") in ("uint16", "uint32")
-        and type(meta.get("tokenizer_sha256")) is str,
-        f"{folder}/meta.json: with a tokenizer go its tokenizer_sha256 and a dtype, uint16 or uint32, got {meta.get('dtype')!r}",
-    )
-    for file in need:
+    files = meta["files"]
+    must(isinstance(files, dict), f"{folder}/meta.json: files must be an object")
+    for entry in files.values():
+        must(
+            is_file_entry(entry),
+            f"{folder}/meta.json: files must give bytes and sha256 for each file",
+        )
+    name = meta["tokenizer"]
+    if name is not None:
+        must(
+            is_file_name(name),
+            f"{folder}/meta.json: tokenizer must be gpt2, bytes or the name of a file in the"
+            f" folder, got {name!r}",
+        )
+        dtype = meta.get("dtype")
+        must(
+            dtype in ("uint16", "uint32"),
+            f"{folder}/meta.json: dtype must be uint16 or uint32, got {dtype!r}",
+        )
+        must(
+            isinstance(meta.get("tokenizer_sha256"), str),
+            f"{folder}/meta.json: tokenizer_sha256 must be given with the tokenizer",
+        )
+    for file in files_needed:
         path = os.path.join(folder, file)
         must(os.path.exists(path) and file in files, f"{path} is missing")
-        size = os.path.getsize(path)
-        must(
-            size == files[file]["bytes"],
-            f"{path} has {size} bytes, meta.json says {files[file]['bytes']}",
-        )
-        must(
-            file.endswith(".bin") or sha256(path) == files[file]["sha256"],
-            f"{path} was changed: its sha256 is not the one in meta.json",
-        )
-        must(
-            name or not file.endswith(".bin"),
-            f"{folder}/meta.json names no tokenizer that {file} was written with",
-        )
+        size, expected = os.path.getsize(path), files[file]["bytes"]
+        must(size == expected, f"{path} has {size} bytes, meta.json says {expected}")
+        if file.endswith(".bin"):
+            must(name is not None, f"{folder}/meta.json names no tokenizer for {file}")
+        else:
+            must(
+                sha256(path) == files[file]["sha256"],
+                f"{path} was changed: its sha256 differs from the one in meta.json",
+            )
     return meta
 
 
-def read_stream(folder, split):
-    """The token stream as a read-only memory map."""
+def is_file_entry(entry) -> bool:
+    """Whether it is {"bytes": int, "sha256": str}."""
+    if not isinstance(entry, dict):
+        return False
+    return type(entry.get("bytes")) is int and type(entry.get("sha256")) is str
+
+
+def is_file_name(name) -> bool:
+    """Whether it is the name of a file inside a folder, safe to join to the folder and to print."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return name.isprintable() and name == os.path.basename(name)
+
+
+def read_stream(folder: str, split: str) -> np.memmap:
+    """The token stream of a split as a read-only memory map, (num_tokens,)."""
     meta = read_meta(folder, [f"{split}.bin"])
-    if not meta["files"][f"{split}.bin"]["bytes"]:
-        raise SystemExit(
-            f"{folder}/{split}.bin is empty: no document fell to its side of the split"
-        )
-    if meta["files"][f"{split}.bin"]["bytes"] % np.dtype(meta["dtype"]).itemsize:
-        raise SystemExit(
-            f"{folder}/{split}.bin: its {meta['files'][f'{split}.bin']['bytes']} bytes are no multiple of a token's, of {meta['dtype']}"
-        )
-    return np.memmap(os.path.join(folder, f"{split}.bin"), dtype=meta["dtype"], mode="r")
+    path = os.path.join(folder, f"{split}.bin")
+    size = meta["files"][f"{split}.bin"]["bytes"]
+    dtype = np.dtype(meta["dtype"])
+    if size == 0:
+        raise SystemExit(f"{path} is empty: no document fell on this side of the split")
+    if size % dtype.itemsize:
+        raise SystemExit(f"{path}: {size} bytes are no multiple of the size of {dtype}")
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
-def find_invalid_token(tokens, vocab_size, part=0, of=1, length=2**24):
-    """Where the first id outside the vocabulary stands in a stream, len(tokens) if there is none; a `part` of some looks at every so
-    many pieces of it."""
-    for start in range(part * length, len(tokens), of * length):
-        piece = tokens[start : start + length]
-        if piece.max() >= vocab_size:
-            return start + int((piece >= vocab_size).argmax())
+def find_invalid_token(
+    tokens, vocab_size: int, part: int = 0, num_parts: int = 1, chunk_size: int = 2**24
+) -> int:
+    """Position of the first token id outside the vocabulary, or len(tokens) if there is none.
+
+    The stream is read in chunks; process `part` of `num_parts` reads every num_parts-th one.
+    """
+    for start in range(part * chunk_size, len(tokens), num_parts * chunk_size):
+        chunk = tokens[start : start + chunk_size]
+        invalid = chunk >= vocab_size
+        if invalid.any():
+            return start + int(invalid.argmax())
     return len(tokens)

@@ -1,12 +1,14 @@
-"""The hub's data sets, streamed at a fixed commit, and what becomes of their rows, written as they come.
+"""Data sets of the Hugging Face hub -> data folders. Rows are streamed and written as they arrive.
 
-A preparation that was killed goes on where it stopped: OUT/state.json says how many rows were read, at which commit, and how
-many bytes they made of each OUT/FILE.partial; what stands behind those is cut off. Files get their names when all is there,
-meta.json last. A folder that holds a set's files (parquet or JSON lines, named as on the hub) serves in place of its id.
+A data set is read at a fixed commit. A folder with its files (parquet or JSON lines, named as on
+the hub) can be given instead of its id.
+
+A preparation that was killed continues where it stopped. OUT/state.json holds the commit, the
+number of rows read, and the number of bytes that they made of each OUT/FILE.partial; anything
+after those bytes is cut off. At the end the files get their names, meta.json last.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -15,11 +17,12 @@ import sys
 
 from tqdm import tqdm
 
-from data.rows import check_row, write_rows
 from data.files import printable, read_json, write_json
 from data.folder import split_of, write_meta
+from data.rows import check_row, write_rows
 
-# Commits that others' code names for these sets. One that is not here is read at what `main` is at the first run, and says so in meta.json
+# The commits that other projects' code names for these sets. A set that is not listed is read at
+# the commit that `main` is at in the first run; meta.json records it.
 PINNED = {
     "Anthropic/hh-rlhf": "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
     "HuggingFaceFW/fineweb": "9bb295ddab0e05d785b879661af7260fed5140fc",
@@ -31,11 +34,15 @@ PINNED = {
     "stanfordnlp/SHP": "e94b5f32602712d78ed494fe79105b1959396686",
     "trl-lib/tldr": "21233da376667088e6eb1ce4ce19ed832c2935d3",
 }
-CHUNK = 1000  # rows between two states
+CHUNK = 1000  # rows between two writes of state.json
 
 
-def arguments(doc, hub, out):
-    """The parser that every prepare.py begins with."""
+def argument_parser(doc: str, hub: str, script: str) -> argparse.ArgumentParser:
+    """The options that every prepare.py for a hub data set has.
+
+    script: the prepare.py; its folder is the default of --out.
+    """
+    out = os.path.dirname(os.path.abspath(script))
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,325 +50,403 @@ def arguments(doc, hub, out):
     parser.add_argument(
         "--hub",
         default=hub,
-        help="the set's id, or a folder that holds its files (default %(default)s)",
+        help="id of the data set, or a folder with its files (default %(default)s)",
     )
     parser.add_argument(
         "--revision",
-        help="of the hub's set (default: the commit in data/hub.py, else that of main at the first run)",
+        help="commit or branch (default: the commit in data/hub.py, or main at the first run)",
     )
     parser.add_argument(
-        "--rows", type=count, default=0, help="read only the first so many of each split, to try it"
+        "--rows",
+        type=nonnegative_int,
+        default=0,
+        help="read only the first N rows of each split, for a trial; 0: all",
     )
-    parser.add_argument("--out", default=out, help="the data folder to write")
+    parser.add_argument("--out", default=out, help="data folder to write")
     return parser
 
 
-def count(text):
-    """An argparse type: a whole number from 0."""
+def add_val_share(parser: argparse.ArgumentParser, default: float):
+    """The option for sets that have no validation split of their own."""
+    parser.add_argument(
+        "--val_share",
+        type=float,
+        default=default,
+        help="share of the groups that go to validation, by a hash of the group",
+    )
+
+
+def nonnegative_int(text: str) -> int:
+    """An argparse type."""
     if not text.replace("_", "").isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
     return int(text)
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ---- reading
 
 
-def refused(hub, e):
-    """One line of whatever the packages raise, which raise whatever their HTTP client does."""
+def read_error(hub: str, e: Exception) -> SystemExit:
+    """One line for whatever `datasets` raises, which is whatever its HTTP client raises."""
+    lines = str(e).splitlines()
+    reason = f"{type(e).__name__}: {lines[0] if lines else ''}"
     return SystemExit(
         printable(
-            f"{hub}: datasets could not read it ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); without a network "
-            "give a folder that holds its files: --hub=FOLDER"
+            f"{hub}: datasets could not read it ({reason});"
+            " without a network give a folder that holds its files: --hub=FOLDER"
         )
     )
 
 
-def commit_of(hub, revision=None):
-    """The commit to read a set at, so that a later run reads the same rows; None of a folder."""
+def resolve_commit(hub: str, revision: str | None = None) -> str | None:
+    """The commit to read a data set at, so that all runs read the same rows; None for a folder."""
+    if os.path.isdir(hub):
+        return None
     revision = revision or PINNED.get(hub, "main")
-    if os.path.isdir(hub) or re.fullmatch("[0-9a-f]{40}", revision):
-        return None if os.path.isdir(hub) else revision
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     import huggingface_hub
 
     try:
         return huggingface_hub.HfApi().dataset_info(hub, revision=revision).sha
     except Exception as e:
-        raise refused(hub, e)
+        raise read_error(hub, e)
 
 
-def name_of(hub, commit):
+def source_name(hub: str, commit: str | None) -> str:
+    """The source as meta.json names it."""
     return f"{hub} @ {commit}" if commit else os.path.basename(os.path.abspath(hub))
 
 
-def stream(hub, split, commit, need, config=None, place=None):
-    """(dataset, rows) of a split; dataset.state_dict() is a place to go on from. Exits with one line if it cannot be read, or if
-    its first row lacks one of the fields in `need`."""
+def open_split(hub: str, split: str, commit, fields, config=None, position=None):
+    """Open a split for streaming. Returns (dataset, iterator over its rows).
+
+    fields: names that the first row must have. position: a dataset.state_dict() to continue from.
+    Exits with one line if the split cannot be read.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # it tries for 20 seconds, then there is one line
+    huggingface_hub.logging.set_verbosity_error()  # it retries for 20 seconds; we print one line
     if os.path.isdir(hub) and not os.path.exists(os.path.join(hub, "README.md")):
-        config = None  # the card is what names configs
+        config = None  # configs are defined in the README
     try:
         dataset = datasets.load_dataset(hub, config, split=split, revision=commit, streaming=True)
-        if place:
-            dataset.load_state_dict(place)
+        if position:
+            dataset.load_state_dict(position)
     except Exception as e:
-        raise refused(hub, e)
-    return dataset, checked(hub, dataset, need)
+        raise read_error(hub, e)
+    return dataset, iterate(hub, dataset, fields)
 
 
-def checked(hub, dataset, need):
-    rows, first = iter(dataset), True
+def iterate(hub: str, dataset, fields):
+    """The rows of a dataset, with errors as one line; the first row must have the fields."""
+    rows = iter(dataset)
+    is_first = True
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
         except Exception as e:
-            raise refused(hub, e)
-        if first and any(name not in row for name in need):
-            raise SystemExit(
-                printable(
-                    f"{hub}: its rows have no {', '.join(name for name in need if name not in row)}; they have {', '.join(row)}, "
-                    f"and {', '.join(need)} are needed"
-                )
-            )
-        first = False
+            raise read_error(hub, e)
+        if is_first:
+            check_fields(hub, row, fields)
+            is_first = False
         yield row
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
-def collect(args, parts, need, convert, config=None, limit=0):
-    """Rows of the splits in `parts`, [(split, side)], through convert(rows, side, dropped) -> (file, bytes), ..., appended to
-    OUT/FILE.partial until there are `limit` bytes in all. Returns the state; `dropped` counts what was left out, by reason."""
-    path, asked = (
-        os.path.join(args.out, "state.json"),
-        {name: value for name, value in vars(args).items() if name != "out"},
-    )
-    if os.path.exists(path):
-        state = read_json(
-            path,
-            ("asked", "commit", "part", "rows", "place", "bytes", "dropped"),
-            "; remove it to begin anew",
+def check_fields(hub: str, row: dict, fields):
+    missing = [name for name in fields if name not in row]
+    if missing:
+        raise SystemExit(
+            printable(
+                f"{hub}: its rows have no {', '.join(missing)}; they have {', '.join(row)},"
+                f" and {', '.join(fields)} are needed"
+            )
         )
-        if state["asked"] != asked:
-            other = ", ".join(
-                f"--{k}={state['asked'].get(k)}"
-                for k in sorted(asked | state["asked"])
-                if asked.get(k) != state["asked"].get(k)
-            )
-            raise SystemExit(
-                f"{path}: this preparation was begun with {other}; go on with that, or remove the file to begin anew"
-            )
-    else:
-        state = {
-            "asked": asked,
-            "commit": commit_of(args.hub, args.revision),
+
+
+# ---- writing
+
+
+def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> dict:
+    """Read the splits of a data set and append their converted rows to OUT/FILE.partial.
+
+    splits: [(split on the hub, side)], side "train", "val", or None if `convert` decides.
+    convert(rows, side, dropped) yields (file name, bytes) and counts what it leaves out in
+    `dropped`, {reason: number}. max_bytes: stop when the files have so many bytes together; 0:
+    never. Returns the state; state["part"] is the index of the current split.
+    """
+    state = load_state(args)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"{args.out}: {e.strerror}")
+    if state["part"] == len(splits):  # all is read; only `finish` is missing
+        return state
+    files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
+    while state["part"] < len(splits):
+        split, side = splits[state["part"]]
+        dataset, rows = open_split(args.hub, split, state["commit"], fields, config, state["place"])
+        progress = tqdm(
+            desc=split,
+            unit=" rows",
+            initial=state["rows"],
+            total=args.rows or num_examples(dataset, split),
+            disable=None,
+        )
+        with progress:
+            part = state["part"]
+            while state["part"] == part:
+                size = min(CHUNK, args.rows - state["rows"]) if args.rows else CHUNK
+                chunk = list(itertools.islice(rows, size))
+                try:
+                    pieces = convert(chunk, side, state["dropped"])
+                    is_full = append_pieces(args.out, pieces, files, state, max_bytes)
+                    state["rows"] += len(chunk)
+                    state["place"] = dataset.state_dict()
+                    if is_full or len(chunk) < CHUNK:
+                        state["part"] = len(splits) if is_full else part + 1
+                        state["rows"] = 0
+                        state["place"] = None
+                    write_json(state_path(args), state)
+                except KeyError as e:
+                    raise SystemExit(
+                        printable(
+                            f"{args.hub}: its rows have no {e} inside;"
+                            " the header of the prepare.py describes what is expected"
+                        )
+                    )
+                except OSError as e:
+                    raise SystemExit(
+                        f"{args.out}: {e.strerror}; the same command continues from here"
+                    )
+                progress.update(len(chunk))
+                progress.set_postfix_str(describe_sizes(state["bytes"]))
+    for f in files.values():
+        f.close()
+    return state
+
+
+def state_path(args) -> str:
+    return os.path.join(args.out, "state.json")
+
+
+def load_state(args) -> dict:
+    """The state of a preparation that was begun with the same options, or a new one."""
+    path = state_path(args)
+    options = {name: value for name, value in vars(args).items() if name != "out"}
+    if not os.path.exists(path):
+        return {
+            "asked": options,
+            "commit": resolve_commit(args.hub, args.revision),
             "part": 0,
             "rows": 0,
             "place": None,
             "bytes": {},
             "dropped": {},
         }
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f"{args.out}: {e.strerror}")
-    dropped, going_on = state["dropped"], state["part"] < len(parts)
-    files = {
-        name: partial(args.out, name, size) for name, size in state["bytes"].items() if going_on
-    }
-    while state["part"] < len(parts):
-        split, side = parts[state["part"]]
-        dataset, rows = stream(args.hub, split, state["commit"], need, config, state["place"])
-        known = (
-            dataset.info.splits[split].num_examples
-            if split in (dataset.info.splits or {})
-            else None
+    keys = ("asked", "commit", "part", "rows", "place", "bytes", "dropped")
+    state = read_json(path, keys, "; remove it to start again")
+    begun = state["asked"]
+    if begun != options:
+        different = [
+            f"--{name}={begun.get(name)}"
+            for name in sorted(options | begun)
+            if options.get(name) != begun.get(name)
+        ]
+        raise SystemExit(
+            f"{path}: this preparation was begun with {', '.join(different)};"
+            " continue with that, or remove the file to start again"
         )
-        with tqdm(
-            desc=split, unit=" rows", initial=state["rows"], total=args.rows or known, disable=None
-        ) as bar:
-            while True:
-                chunk = list(
-                    itertools.islice(
-                        rows, min(CHUNK, args.rows - state["rows"]) if args.rows else CHUNK
-                    )
-                )
-                full = False
-                try:
-                    for name, piece in convert(chunk, side, dropped):
-                        if name not in files:
-                            files[name] = partial(args.out, name, 0)
-                            state["bytes"][name] = 0
-                        files[name].write(piece)
-                        state["bytes"][name] += len(piece)
-                        full = bool(limit) and sum(state["bytes"].values()) >= limit
-                        if full:
-                            break
-                    for f in files.values():
-                        f.flush()
-                        os.fsync(f.fileno())
-                    state |= {"rows": state["rows"] + len(chunk), "place": dataset.state_dict()}
-                    if full or len(chunk) < CHUNK:
-                        state |= {
-                            "part": len(parts) if full else state["part"] + 1,
-                            "rows": 0,
-                            "place": None,
-                        }
-                    write_json(path, state)
-                except KeyError as e:
-                    raise SystemExit(
-                        printable(
-                            f"{args.hub}: its rows have no {e} inside; the header of the prepare.py says what they should be"
-                        )
-                    )
-                except OSError as e:
-                    raise SystemExit(
-                        f"{args.out}: {e.strerror}; the same command goes on from here"
-                    )
-                bar.update(len(chunk))
-                bar.set_postfix_str(
-                    ", ".join(
-                        f"{name} {size / 1e6:,.0f} MB" for name, size in state["bytes"].items()
-                    )
-                )
-                if full or len(chunk) < CHUNK:
-                    break
-    for f in files.values():
-        f.close()
     return state
 
 
-def partial(out, name, size):
-    """OUT/NAME.partial, open to go on behind its first `size` bytes."""
+def open_partial(out: str, name: str, size: int):
+    """Open OUT/NAME.partial to append after its first `size` bytes."""
     path = os.path.join(out, name + ".partial")
     if size and (not os.path.exists(path) or os.path.getsize(path) < size):
-        raise SystemExit(f"{path} is shorter than {out}/state.json says; remove that to begin anew")
+        raise SystemExit(
+            f"{path} is shorter than {out}/state.json says; remove state.json to start again"
+        )
     f = open(path, "r+b" if size else "wb")
     f.truncate(size)
     f.seek(size)
     return f
 
 
-def finish(args, state, choose=None, tokenizer=None, itemsize=1):
-    """Give a data folder's files their names, meta.json last. choose(rows, side, dropped): what is made of the rows that rows() reads;
-    of streams the tokenizer, and the bytes of a token."""
-    out, dropped, sizes, groups = args.out, dict(state["dropped"]), {"train": 0, "val": 0}, set()
-    kind = next(iter(state["bytes"]), "train.jsonl").rpartition(".")[2]
+def append_pieces(out: str, pieces, files: dict, state: dict, max_bytes: int) -> bool:
+    """Append (file name, bytes) pieces up to max_bytes, and sync. Returns whether it is reached."""
+    is_full = False
+    for name, piece in pieces:
+        if name not in files:
+            files[name] = open_partial(out, name, 0)
+            state["bytes"][name] = 0
+        files[name].write(piece)
+        state["bytes"][name] += len(piece)
+        if max_bytes and sum(state["bytes"].values()) >= max_bytes:
+            is_full = True
+            break
+    for f in files.values():
+        f.flush()
+        os.fsync(f.fileno())
+    return is_full
 
-    def must(sides):
-        if not all(sides):
-            os.remove(os.path.join(out, "state.json"))
-            raise SystemExit(
-                f"{name_of(args.hub, state['commit'])}: too few rows, one side of the split is empty; {said(dropped)}"
-            )
 
-    must(state["bytes"].get(f"{side}.{kind}") for side in sizes)
-    if os.path.exists(os.path.join(out, "meta.json")):
-        os.remove(os.path.join(out, "meta.json"))  # it speaks of what stood here before
+def num_examples(dataset, split: str) -> int | None:
+    """The number of rows of a split, where the hub knows it."""
+    splits = dataset.info.splits or {}
+    return splits[split].num_examples if split in splits else None
+
+
+def describe_sizes(sizes: dict) -> str:
+    return ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in sizes.items())
+
+
+def describe_dropped(dropped: dict) -> str:
+    counts = [f"{n:,} {reason}" for reason, n in sorted(dropped.items())]
+    return "dropped: " + (", ".join(counts) or "nothing")
+
+
+# ---- finishing
+
+
+def finish_rows(args, state: dict, choose=None):
+    """Write train.jsonl and val.jsonl from the .partial files, then meta.json.
+
+    choose(rows, side, dropped) -> rows; rows() reads the rows of the side. It can select or merge
+    rows. Validation rows whose group is also in training are dropped: a published split need not
+    be by group.
+    """
+    dropped = dict(state["dropped"])
+    sizes = {"train": 0, "val": 0}
+    require_both_sides(args, state, "jsonl")
+    remove_old_meta(args.out)
+    train_groups = set()
+
+    def kept_rows(side):
+        def read_side():
+            return read_partial(os.path.join(args.out, f"{side}.jsonl.partial"))
+
+        for row in choose(read_side, side, dropped) if choose else read_side():
+            if side == "train":
+                train_groups.add(row["group"])
+            elif row["group"] in train_groups:
+                drop(dropped, "validation rows whose group is in training too")
+                continue
+            sizes[side] += 1
+            yield row
+
     for side in sizes:
-        path = os.path.join(out, f"{side}.{kind}")
-        if kind == "jsonl":
-            rows = functools.partial(read_lines, path + ".partial")
-            write_rows(
-                path,
-                apart(
-                    choose(rows, side, dropped) if choose else rows(), side, groups, sizes, dropped
-                ),
-            )
-        elif os.path.exists(path + ".partial"):  # else a run before this one was killed right here
+        write_rows(os.path.join(args.out, f"{side}.jsonl"), kept_rows(side))
+    if not all(sizes.values()):
+        too_few_rows(args, state, dropped)
+    finish(args, state, None, "rows", sizes, dropped)
+    for side in sizes:
+        os.remove(os.path.join(args.out, f"{side}.jsonl.partial"))
+
+
+def finish_streams(args, state: dict, tokenizer_name: str, itemsize: int):
+    """Rename the .partial token streams to train.bin and val.bin, then write meta.json."""
+    sizes = {}
+    require_both_sides(args, state, "bin")
+    remove_old_meta(args.out)
+    for side in ("train", "val"):
+        path = os.path.join(args.out, f"{side}.bin")
+        if os.path.exists(path + ".partial"):  # else a run was killed after this line
             os.replace(path + ".partial", path)
-        if kind == "bin":
-            sizes[side] = os.path.getsize(path) // itemsize
-    must(sizes.values())
-    unit = "rows" if kind == "jsonl" else "tokens"
-    write_meta(
-        out,
-        tokenizer,
-        name_of(args.hub, state["commit"]),
-        **{f"{side}_{unit}": n for side, n in sizes.items()},
-        dropped=dropped,
-    )
-    os.remove(os.path.join(out, "state.json"))
-    for side in sizes:
-        if kind == "jsonl":
-            os.remove(os.path.join(out, f"{side}.jsonl.partial"))
-    print(
-        f"{out}: "
-        + ", ".join(f"{n:,} {side} {unit}" for side, n in sizes.items())
-        + f"; {said(dropped)}"
+        sizes[side] = os.path.getsize(path) // itemsize
+    if not all(sizes.values()):
+        too_few_rows(args, state, state["dropped"])
+    finish(args, state, tokenizer_name, "tokens", sizes, state["dropped"])
+
+
+def finish(args, state: dict, tokenizer_name, unit: str, sizes: dict, dropped: dict):
+    """Write meta.json, remove state.json and print the sizes."""
+    details = {f"{side}_{unit}": n for side, n in sizes.items()}
+    source = source_name(args.hub, state["commit"])
+    write_meta(args.out, tokenizer_name, source, **details, dropped=dropped)
+    os.remove(state_path(args))
+    counts = ", ".join(f"{n:,} {side} {unit}" for side, n in sizes.items())
+    print(f"{args.out}: {counts}; {describe_dropped(dropped)}")
+
+
+def require_both_sides(args, state: dict, extension: str):
+    """Exit if a side of the split got nothing."""
+    for side in ("train", "val"):
+        if not state["bytes"].get(f"{side}.{extension}"):
+            too_few_rows(args, state, state["dropped"])
+
+
+def too_few_rows(args, state: dict, dropped: dict):
+    os.remove(state_path(args))
+    raise SystemExit(
+        f"{source_name(args.hub, state['commit'])}: too few rows, one side of the split is empty;"
+        f" {describe_dropped(dropped)}"
     )
 
 
-def read_lines(path):
+def remove_old_meta(out: str):
+    """Remove the meta.json of what an earlier run wrote: it no longer describes the folder."""
+    path = os.path.join(out, "meta.json")
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def read_partial(path: str):
     with open(path, encoding="utf-8") as f:
         yield from map(json.loads, f)
 
 
-def apart(rows, side, groups, sizes, dropped):
-    """Rows as they come, counted; validation rows whose group is a training row's are left out: a published split need not be by group."""
-    for row in rows:
-        if side == "train":
-            groups.add(row["group"])
-        elif row["group"] in groups:
-            drop(dropped, "validation rows whose group is in training too")
-            continue
-        sizes[side] += 1
-        yield row
+# ---- rows
 
 
-def said(dropped):
-    return "dropped: " + (
-        ", ".join(f"{n:,} {why}" for why, n in sorted(dropped.items())) or "nothing"
-    )
+def prepare_rows(args, splits, fields, convert, choose=None):
+    """Make a data folder of ranked rows.
 
+    convert(row, dropped) -> the list of ranked rows that a row of the data set makes. A split
+    with side None is divided by a hash of the group. choose: see `finish_rows`.
+    """
 
-# ---------------------------------------------------------------------------------------------- rows
-
-
-def prepare_rows(args, parts, need, convert, choose=None):
-    """A data folder of ranked rows. convert(row, dropped) -> the rows that one of the set's makes; a side of None is split by group."""
-
-    def lines(chunk, side, dropped):
+    def to_json_lines(chunk, side, dropped):
         for row in chunk:
-            try:
-                made = [check_row(m, "malformed rows") for m in convert(row, dropped)]
-            except SystemExit as e:  # what check_row says is the reason
-                made = drop(dropped, str(e))
-            except (
-                TypeError,
-                ValueError,
-                AttributeError,
-                IndexError,
-            ) as e:  # a null where a text should be
-                made = drop(dropped, f"malformed rows: {type(e).__name__}")
-            for m in made:
-                yield (
-                    f"{side or split_of(m['group'], args.val_share)}.jsonl",
-                    (json.dumps(m, ensure_ascii=False) + "\n").encode(),
-                )
+            for ranked_row in convert_checked(row, convert, dropped):
+                target = side or split_of(ranked_row["group"], args.val_share)
+                line = json.dumps(ranked_row, ensure_ascii=False) + "\n"
+                yield f"{target}.jsonl", line.encode()
 
-    finish(args, collect(args, parts, need, lines), choose)
+    state = collect(args, splits, fields, to_json_lines)
+    finish_rows(args, state, choose)
 
 
-def drop(dropped, why, n=1):
-    """Counts in place; returns the rows that are left: none."""
-    dropped[why] = dropped.get(why, 0) + n
+def convert_checked(row: dict, convert, dropped: dict) -> list[dict]:
+    """convert(row), every result checked; a malformed row is dropped and its reason counted."""
+    try:
+        return [check_row(ranked_row, "malformed rows") for ranked_row in convert(row, dropped)]
+    except SystemExit as e:  # from check_row
+        return drop(dropped, str(e))
+    except (TypeError, ValueError, AttributeError, IndexError) as e:  # null instead of a text
+        return drop(dropped, f"malformed rows: {type(e).__name__}")
+
+
+def drop(dropped: dict, reason: str, n: int = 1) -> list:
+    """Count n dropped things in place. Returns [], the rows that are left."""
+    dropped[reason] = dropped.get(reason, 0) + n
     return []
 
 
-def ranked(prompt, answers, group, dropped, history=()):
-    """[the ranked row] of [(response, score)] in any order, equal scores a tie; [] if fewer than two different responses are left.
-    Texts lose the space around them; of equal responses the best stays."""
-    best = {}
-    for text, score in sorted(
-        (a for a in answers if a[1] is not None and a[1] == a[1]), key=lambda a: -a[1]
-    ):
+def rank_responses(prompt: str, answers, group: str, dropped: dict, history=()) -> list[dict]:
+    """Make a ranked row of [(response, score)] in any order; equal scores tie.
+
+    Returns [row], or [] if fewer than two different responses are left. Responses without a score
+    are ignored. White space around texts is removed. Of equal responses the best is kept.
+    """
+    scored = [(text, score) for text, score in answers if score is not None and score == score]
+    scored.sort(key=lambda answer: -answer[1])
+    best = {}  # response -> score
+    for text, score in scored:
         text = (text or "").strip()
         if not text:
             drop(dropped, "empty responses")
@@ -371,27 +456,28 @@ def ranked(prompt, answers, group, dropped, history=()):
             best[text] = score
     if len(best) < 2:
         return drop(dropped, "rows without two different responses")
-    return [
-        {
-            "prompt": prompt.strip(),
-            "responses": list(best),
-            "scores": list(best.values()),
-            "group": group,
-        }
-        | ({"history": history} if history else {})
-    ]
+    row = {
+        "prompt": prompt.strip(),
+        "responses": list(best),
+        "scores": list(best.values()),
+        "group": group,
+    }
+    if history:
+        row["history"] = history
+    return [row]
 
 
-def transcript(text):
-    """ "\\n\\nHuman: a\\n\\nAssistant: b\\n\\nHuman: c" -> ([["a", "b"]], "c"): the history and the last prompt. None if the turns do not
-    alternate from a human to a human, or one is empty."""
+def parse_transcript(text: str):
+    r"""Parse "\n\nHuman: a\n\nAssistant: b\n\nHuman: c" into ([["a", "b"]], "c").
+
+    Returns None if the turns do not alternate from a human to a human, or if one is empty.
+    """
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    said = [part.strip() for part in parts[1::2]]
-    if (
-        before.strip()
-        or parts[::2] != [("Human", "Assistant")[i % 2] for i in range(len(said))]
-        or len(said) % 2 == 0
-        or not all(said)
-    ):
+    speakers = parts[::2]
+    turns = [part.strip() for part in parts[1::2]]
+    if before.strip() or len(turns) % 2 == 0 or not all(turns):
         return None
-    return [list(pair) for pair in zip(said[:-1:2], said[1::2])], said[-1]
+    if any(speaker != ("Human", "Assistant")[i % 2] for i, speaker in enumerate(speakers)):
+        return None
+    history = [list(pair) for pair in zip(turns[:-1:2], turns[1::2])]
+    return history, turns[-1]

@@ -1,38 +1,31 @@
-"""Ranked rows: reading, checking, writing and encoding them."""
+"""Ranked rows: read, check, write and encode them. data/__init__.py describes a row."""
 
 import bisect
 import json
 import os
-from data import tokenizer as tokenizers
-from data.template import prompt_ids
-from data.files import printable
+
+from data import tokenizer
+from data.files import atomic_write
 from data.folder import prepare_command
+from data.template import prompt_ids
 
 
-def write_rows(path, rows):
-    """Ranked rows as JSON lines, whole or absent."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(path + ".tmp", path)
-
-
-def read_rows(path):
-    """Ranked rows of a .jsonl file, each checked. Exits with file, line and what is wrong."""
+def read_rows(path: str) -> list[dict]:
+    """Read and check the rows of a .jsonl file. Exits with the file, the line and what is wrong."""
     rows = []
+    number = 0
     try:
         f = open(path, encoding="utf-8")
     except OSError as e:
-        raise SystemExit(
-            f"{path}: {e.strerror}; make it with: {prepare_command(os.path.dirname(path))}"
-        )
+        command = prepare_command(os.path.dirname(path))
+        raise SystemExit(f"{path}: {e.strerror}; make it with: {command}")
     with f:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     rows.append(check_row(json.loads(line), f"{path}:{number}"))
         except UnicodeDecodeError as e:
-            raise SystemExit(f"{path}: not UTF-8 after line {len(rows)}: {e.reason}")
+            raise SystemExit(f"{path}: not UTF-8 after line {number}: {e.reason}")
         except (ValueError, RecursionError) as e:
             raise SystemExit(f"{path}:{number}: not JSON: {e}")
     if not rows:
@@ -40,154 +33,218 @@ def read_rows(path):
     return rows
 
 
-def is_unicode(text):
-    """Whether UTF-8 can write it; JSON may smuggle in half a surrogate pair."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def write_rows(path: str, rows):
+    """Write rows as JSON lines."""
+    with atomic_write(path) as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def check_row(row, where):
+# ---- checking
+
+
+def check_row(row, where: str) -> dict:
+    """Return a row that is well formed, a whole text as a row with an empty prompt.
+
+    Exits with `where` (such as train.jsonl:3) and what is wrong.
+    """
+
     def must(ok, message):
         if not ok:
             raise SystemExit(f"{where}: {message}")
 
     must(isinstance(row, dict), "a row must be an object with prompt and responses, or a text")
+    group = row.get("group")
     must(
-        row.get("group") is None or isinstance(row["group"], str) and is_unicode(row["group"]),
+        group is None or isinstance(group, str) and is_unicode(group),
         "group must be a string",
     )
     if "text" in row and "prompt" not in row and "responses" not in row:
-        must(
-            isinstance(row["text"], str) and row["text"].strip() and is_unicode(row["text"]),
-            "text must be a Unicode string that is not empty",
-        )
-        return {"prompt": "", "responses": [row["text"]]} | (
-            {"group": row["group"]} if "group" in row else {}
-        )
+        must(is_text(row["text"]), "text must be a Unicode string that is not empty")
+        whole_text = {"prompt": "", "responses": [row["text"]]}
+        if "group" in row:
+            whole_text["group"] = group
+        return whole_text
+
+    prompt, responses = row.get("prompt"), row.get("responses")
     must(
-        isinstance(row.get("prompt"), str) and row["prompt"].strip(),
+        isinstance(prompt, str) and prompt.strip(),
         "prompt must be a string that is not empty",
     )
-    responses = row.get("responses")
     must(
-        isinstance(responses, list)
-        and responses
-        and all(isinstance(r, str) or r is None for r in responses),
+        isinstance(responses, list) and responses and all(map(is_response, responses)),
         "responses must be a list of strings, best first (null: absent)",
     )
     must(responses[0] is not None, "the best response must be there")
-    must(
-        all(is_unicode(text) for text in [row["prompt"], *responses] if text is not None),
-        "text must be Unicode, without lone surrogates",
-    )
+    for text in [prompt, *responses]:
+        must(text is None or is_unicode(text), "text must be Unicode, without lone surrogates")
+
     scores = row.get("scores")
-    must(
-        scores is None
-        or (
-            isinstance(scores, list)
-            and len(scores) == len(responses)
-            and all(type(s) in (int, float) and abs(s) < 1e30 for s in scores)
-        ),
-        "scores must be a number for each response",
-    )
-    must(
-        scores is None or all(a >= b for a, b in zip(scores, scores[1:])),
-        "scores must fall from best to worst",
-    )
+    if scores is not None:
+        must(
+            is_list_of(scores, len(responses)) and all(map(is_score, scores)),
+            "scores must be a number for each response",
+        )
+        must(
+            all(better >= worse for better, worse in zip(scores, scores[1:])),
+            "scores must fall from best to worst",
+        )
     history = row.get("history", [])
     must(
-        isinstance(history, list)
-        and all(
-            isinstance(turn, list)
-            and len(turn) == 2
-            and all(isinstance(said, str) and said.strip() and is_unicode(said) for said in turn)
-            for turn in history
-        ),
+        isinstance(history, list) and all(map(is_turn, history)),
         "history must be a list of [prompt, response], Unicode strings that are not empty",
     )
     ids = row.get("ids")
     must(
-        ids is None
-        or isinstance(ids, list)
-        and len(ids) == len(responses)
-        and all(
-            y is None or isinstance(y, list) and set(map(type, y)) == {int} and min(y) >= 0
-            for y in ids
-        ),
+        ids is None or is_list_of(ids, len(responses)) and all(map(is_ids_or_none, ids)),
         "ids must be a list of token ids, or null, for each response",
     )
     return row
 
 
-def prompt_key(row):
-    """What of a row a response answers, to look it up by."""
-    return tuple(map(tuple, row.get("history", []))) + (row["prompt"],)
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode it; JSON can hold half a surrogate pair, which UTF-8 cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def prompt_fields(row):
-    """The part of a row that asks: prompt, history and group, where it has them."""
+def is_text(value) -> bool:
+    """Whether it is a Unicode string with more than white space."""
+    return isinstance(value, str) and value.strip() != "" and is_unicode(value)
+
+
+def is_response(value) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def is_score(value) -> bool:
+    """Whether it is a finite number."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def is_turn(value) -> bool:
+    """Whether it is [prompt, response]."""
+    return is_list_of(value, 2) and all(map(is_text, value))
+
+
+def is_ids_or_none(value) -> bool:
+    """Whether it is None or a list of one or more token ids."""
+    if value is None:
+        return True
+    return isinstance(value, list) and value != [] and all(map(is_id, value))
+
+
+def is_id(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_list_of(value, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
+# ---- encoding
+
+
+def prompt_key(row: dict) -> tuple:
+    """A dictionary key for what the responses of a row answer: its history and prompt."""
+    history = tuple(tuple(turn) for turn in row.get("history", []))
+    return history + (row["prompt"],)
+
+
+def prompt_fields(row: dict) -> dict:
+    """The row without its responses: prompt, history and group."""
     return {name: row[name] for name in ("prompt", "history", "group") if name in row}
 
 
-def encode_rows(rows, enc, template, block_size, max_prompt=0, max_response=0):
-    """Rows to ids under one template and one set of limits, the same for every player.
+def encode_rows(
+    rows, enc, template: str, block_size: int, max_prompt: int = 0, max_response: int = 0
+):
+    """Encode rows to token ids, under one template and one set of limits for every response.
 
-    A row becomes {"prompt": ids, "responses": [ids or None], "ranks": [int], "group": its group?}; a response is
-    encode(text) + [eot], cut at its end (then it has no eot), a prompt is cut at its start. Responses that come with "ids"
-    were sampled: taken as they are, unless another "tokenizer" made them; a whole text has no prompt and no template. Returns the rows, None for those whose prompt
-    leaves no room, and counts of what was cut and dropped.
+    Returns (encoded rows, counts). An encoded row is a dict
+
+        prompt      token ids; [] for a whole text, which has no prompt and no template
+        responses   K lists of token ids, text + end-of-text; None where a response is absent
+        ranks       K ints, the number of responses with a higher score
+        group       as in the row, if it has one
+
+    or None where a row is dropped: the prompt leaves no room for a response, or a whole text has
+    fewer than two tokens (its first token is never predicted). A prompt longer than max_prompt is
+    cut at its start. A response is cut at its end to max_response and to what the prompt leaves of
+    block_size; it then has no end-of-text. 0: block_size. counts: rows, prompts cut, responses cut,
+    dropped.
     """
-    max_prompt, max_response = max_prompt or block_size, max_response or block_size
+    max_prompt = max_prompt or block_size
+    max_response = max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
-    encoded, mine = [], tokenizers.fingerprint(enc)
+    encoded = []
     for row in rows:
-        prompt = (
-            prompt_ids(enc, template, row["prompt"], row.get("history", ()))
-            if row["prompt"]
-            else []
-        )
+        prompt = []
+        if row["prompt"]:
+            prompt = prompt_ids(enc, template, row["prompt"], row.get("history", ()))
         room = min(max_response, block_size - min(max_prompt, len(prompt)))
         if room < 1:
             counts["dropped"] += 1
             encoded.append(None)
             continue
-        counts["prompts cut"] += len(prompt) > max_prompt
-        prompt = prompt[-max_prompt:]
-        responses = []
-        for text, ids in zip(
-            row["responses"],
-            (row.get("tokenizer") or mine) == mine
-            and row.get("ids")
-            or [None] * len(row["responses"]),
-        ):
-            if ids is not None and max(ids) >= enc.n_vocab:
-                raise SystemExit(
-                    f"the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}"
-                )
-            if ids is None and text is not None:
-                ids = tokenizers.encode(enc, text, "within" if prompt else "start") + [
-                    enc.eot_token
-                ]
-                counts["responses cut"] += len(ids) > room
-            responses.append(None if ids is None else ids[:room])
-        if not prompt and max(len(y or []) for y in responses) < 2:  # a first token is not asked
+        if len(prompt) > max_prompt:
+            counts["prompts cut"] += 1
+            prompt = prompt[-max_prompt:]
+        responses, num_cut = encode_responses(row, enc, room, follows_prompt=len(prompt) > 0)
+        counts["responses cut"] += num_cut
+        if not prompt and max(len(ids or []) for ids in responses) < 2:
             counts["dropped"] += 1
             encoded.append(None)
             continue
         scores = row.get("scores") or range(len(responses), 0, -1)
-        ranks = [sum(better > s for better in scores) for s in scores]
-        encoded.append(
-            {"prompt": prompt, "responses": responses, "ranks": ranks}
-            | ({"group": row["group"]} if "group" in row else {})
-        )
+        encoded_row = {"prompt": prompt, "responses": responses, "ranks": ranks_of(scores)}
+        if "group" in row:
+            encoded_row["group"] = row["group"]
+        encoded.append(encoded_row)
     return encoded, counts
 
 
-def longest_shared_prefix(texts, others):
-    """For each of some texts (lists of ids) how many of its first tokens begin one of the others too."""
-    ordered, shared = sorted(others), []
+def encode_responses(row: dict, enc, room: int, follows_prompt: bool):
+    """Encode the responses of a row, each cut to `room` tokens. Returns (lists of ids, number cut).
+
+    Sampled responses keep their token ids, unless another tokenizer made them; they are not
+    counted.
+    """
+    sampled = row.get("ids") or [None] * len(row["responses"])
+    made_by = row.get("tokenizer")
+    if made_by and made_by != tokenizer.fingerprint(enc):
+        sampled = [None] * len(row["responses"])
+    responses = []
+    num_cut = 0
+    for text, ids in zip(row["responses"], sampled):
+        if ids is not None and max(ids) >= enc.n_vocab:
+            raise SystemExit(
+                f"the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)},"
+                f" outside the vocabulary of {enc.n_vocab}"
+            )
+        if ids is None and text is not None:
+            where = "within" if follows_prompt else "start"
+            ids = tokenizer.encode(enc, text, where) + [enc.eot_token]
+            if len(ids) > room:
+                num_cut += 1
+        responses.append(None if ids is None else ids[:room])
+    return responses, num_cut
+
+
+def ranks_of(scores) -> list[int]:
+    """For each score the number of higher ones: 0 for the best; equal scores share a rank."""
+    ranks = []
+    for score in scores:
+        higher = [other for other in scores if other > score]
+        ranks.append(len(higher))
+    return ranks
+
+
+def longest_shared_prefix(texts, others) -> list[int]:
+    """The length of the longest prefix that each of `texts` (lists of ids) shares with `others`."""
+    ordered = sorted(others)
+    lengths = []
     for ids in texts:
-        i = bisect.bisect(ordered, ids)  # of all others a neighbour in their order shares most
-        shared.append(
-            max(len(os.path.commonprefix([ids, other])) for other in ordered[max(0, i - 1) : i + 1])
-        )
-    return shared
+        i = bisect.bisect(ordered, ids)
+        neighbours = ordered[max(0, i - 1) : i + 1]  # in sorted order a neighbour shares most
+        lengths.append(max(len(os.path.commonprefix([ids, other])) for other in neighbours))
+    return lengths

@@ -1,194 +1,244 @@
-"""How a prompt is put to a model, for all who do it: sampling, scoring, fine-tuning, chat, the exported chat template.
+"""Prompt templates: how a prompt becomes token ids in training, scoring, sampling and export.
 
-A template is a text around {prompt}. For conversations, and for models that are used to something else, it may have all of
+A template is a text with {prompt} in it. For conversations, and to follow another model's format,
+it can have
 
     BEGIN{turn}BEFORE{prompt}AFTER{response}END
 
-BEGIN stands once, before the first turn (a beginning-of-text token, a system message); END between a response and the next turn,
-in place of the end-of-text that a response has in training: two line breaks if there is no {response}. A special token of the
-tokenizer is that token where the template spells it, and plain text where a prompt does.
+BEGIN comes once, before the first turn: a beginning-of-text token, a system message. END comes
+between a response and the next turn, in place of the end-of-text token that a response has in
+training; without {response} it is two line breaks. Special tokens of the tokenizer are recognised
+in the template. In a prompt their text is encoded as plain text.
 """
 
 import json
 import os
 import re
+from typing import NamedTuple
 
 from data import tokenizer
+from data.tokenizer import JsonTokenizer
 
-MARKS = re.compile(
-    r"(?s)(?:(?P<begin>.*)\{turn\})?(?P<before>.*)\{prompt\}(?P<after>.*?)(?:\{response\}(?P<end>.*))?"
-)
-
-
-def split_template(template):
-    """(BEGIN, BEFORE, AFTER, END) of a template: config.is_template."""
-    found = MARKS.fullmatch(template)
-    return (
-        found["begin"] or "",
-        found["before"],
-        found["after"],
-        "\n\n" if found["end"] is None else found["end"],
-    )
+TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # the default
 
 
-def prompt_ids(enc, template, prompt, history=()):
-    """The ids of a prompt under a template, after a conversation's earlier turns: history is [(prompt, response)], a response a text
-    or the ids of one, without its end-of-text. What stands between two responses is encoded as one text, each response on its own."""
+class TemplateParts(NamedTuple):
+    begin: str  # before the first turn
+    before: str  # before each prompt
+    after: str  # between a prompt and its response
+    end: str  # between a response and the next turn
+
+
+def is_template(text: str) -> bool:
+    """Whether it has one {prompt}, at most one {turn} before and one {response} after it."""
+    fields = re.findall(r"\{(?:turn|prompt|response)\}", text)
+    in_order = [field for field in ("{turn}", "{prompt}", "{response}") if field in fields]
+    return fields.count("{prompt}") == 1 and fields == in_order
+
+
+def split_template(template: str) -> TemplateParts:
+    """The parts of a template, which `is_template` accepts."""
+    begin, turn, rest = template.partition("{turn}")
+    if not turn:
+        begin, rest = "", template
+    before, _, rest = rest.partition("{prompt}")
+    after, response, end = rest.partition("{response}")
+    return TemplateParts(begin, before, after, end if response else "\n\n")
+
+
+def prompt_ids(enc, template: str, prompt: str, history=()) -> list[int]:
+    """The token ids of a prompt under a template, after the earlier turns of the conversation.
+
+    history: [(prompt, response)]; a response is a text, or token ids without the end-of-text token.
+    The text between two responses is encoded in one piece, each response by itself.
+    """
     begin, before, after, end = split_template(template)
-    ids, lead, where = [], begin + before, "start"
-    for said, answered in history:
-        ids += encode_framed(enc, lead, said, after, where) + (
-            tokenizer.encode(enc, answered, "within")
-            if isinstance(answered, str)
-            else list(answered)
-        )
+    ids = []
+    lead, where = begin + before, "start"
+    for earlier_prompt, response in history:
+        ids += encode_framed(enc, lead, earlier_prompt, after, where)
+        if isinstance(response, str):
+            ids += tokenizer.encode(enc, response, "within")
+        else:
+            ids += response
         lead, where = end + before, "within"
     return ids + encode_framed(enc, lead, prompt, after, where)
 
 
-def encode_framed(enc, before, text, after, where):
-    """before + text + after -> ids; the special tokens that are named in before and after are tokens."""
-    specials = tokenizer.specials(enc)
-    cut = re.compile(
-        "(" + ("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)") + ")"
-    )  # the last: never
-    *heads, left = cut.split(before)  # text, special, text, special ... text
-    right, *tails = cut.split(after)
+def encode_framed(enc, before: str, text: str, after: str, where: str) -> list[int]:
+    """The token ids of before + text + after, with special tokens in before and after only.
+
+    where: what comes before it, see `tokenizer.encode`.
+    """
+    special_ids = tokenizer.specials(enc)
+    left = split_at_specials(before, special_ids)
+    right = split_at_specials(after, special_ids)
+    # text, special, text, ..., special, text: the ends that touch `text` are one piece with it
+    pieces = [*left[:-1], left[-1] + text + right[0], *right[1:]]
     ids = []
-    for piece, special in (
-        [(piece, n % 2) for n, piece in enumerate(heads)]
-        + [(left + text + right, 0)]
-        + [(piece, 1 - n % 2) for n, piece in enumerate(tails)]
-    ):
-        ids += (
-            [specials[piece]] if special else tokenizer.encode(enc, piece, where) if piece else []
-        )
-        where = "special" if special else where
+    for i, piece in enumerate(pieces):
+        if i % 2 == 1:
+            ids.append(special_ids[piece])
+            where = "special"
+        elif piece:
+            ids += tokenizer.encode(enc, piece, where)
     return ids
 
 
-def to_jinja(template):
-    """The template as transformers wants it, in Jinja. A last response gets the end-of-text."""
-    begin, before, after, end = (
-        json.dumps(part, ensure_ascii=False) for part in split_template(template)
-    )
+def split_at_specials(text: str, special_ids: dict) -> list[str]:
+    """Split a text into [text, special, text, ..., special, text]; longer special tokens win."""
+    if not special_ids:
+        return [text]
+    names = sorted(special_ids, key=len, reverse=True)
+    return re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+
+
+# ---- chat templates in Jinja
+
+
+def to_jinja(template: str) -> str:
+    """The template as a chat template of transformers. It ends a last response in end-of-text."""
+    parts = split_template(template)
+    begin, before, after, end = (json.dumps(part, ensure_ascii=False) for part in parts)
     return (
-        "{{ "
-        + begin
-        + " }}{% for m in messages %}{% if m['role'] == 'user' %}{{ "
-        + before
-        + " + m['content'] + "
-        + after
-        + " }}"
-        "{% elif m['role'] == 'assistant' %}{{ m['content'] + (eos_token if loop.last else "
-        + end
-        + ") }}"
-        "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}{% endfor %}"
+        "{{ " + begin + " }}"
+        "{% for m in messages %}"
+        "{% if m['role'] == 'user' %}"
+        "{{ " + before + " + m['content'] + " + after + " }}"
+        "{% elif m['role'] == 'assistant' %}"
+        "{{ m['content'] + (eos_token if loop.last else " + end + ") }}"
+        "{% else %}"
+        "{{ raise_exception('roles are user and assistant') }}"
+        "{% endif %}"
+        "{% endfor %}"
     )
 
 
-def from_jinja(source, **tokens):
-    """The template of a chat template in Jinja, or None where it is no text around what is said: found by two turns whose texts are
-    marks. It runs in Jinja's sandbox, as in transformers; tokens: eos_token and the like, by their names."""
+def from_jinja(source: str, **special_tokens) -> str | None:
+    """Our template for a chat template in Jinja, or None if there is no equivalent.
+
+    It is rendered for one turn and for two, with placeholders as contents, in Jinja's sandbox as in
+    transformers. special_tokens: eos_token="..." and the like.
+    """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def refuse(message):
+    def raise_exception(message):
         raise TemplateError(message)
 
-    marks = ["{prompt}", "{response}", "{second prompt}"]
     try:
         env = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        env.globals["raise_exception"] = refuse
-        chat = env.from_string(source)
-        said = [
-            {"role": "user" if n % 2 == 0 else "assistant", "content": mark}
-            for n, mark in enumerate(marks)
-        ]
-        one, two = (
-            chat.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **tokens
+        env.globals["raise_exception"] = raise_exception
+        chat_template = env.from_string(source)
+
+        def render(messages):
+            return chat_template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **special_tokens,
             )
-            for messages in (said[:1], said)
-        )
-        end = re.fullmatch(r"(?s)(.*)\{prompt\}(.*)\{response\}(.*)\{second prompt\}(.*)", two)
-        head, after = one.split("{prompt}")
-        assert end[1] == head and end[2] == end[4] == after
-        # the second turn begins where the first one did, as far as they end alike, at a token or a line
-        borders = ("\n", *tokens.values())
-        before = next(
-            head[i:]
-            for i in range(len(head) + 1)
-            if end[3].endswith(head[i:]) and (i in (0, len(head)) or head[:i].endswith(borders))
-        )
-        template = (
-            head[: len(head) - len(before)]
-            + "{turn}"
-            + before
-            + "{prompt}"
-            + after
-            + "{response}"
-            + end[3][: len(end[3]) - len(before)]
+
+        messages = [
+            {"role": "user", "content": "{prompt}"},
+            {"role": "assistant", "content": "{response}"},
+            {"role": "user", "content": "{second prompt}"},
+        ]
+        return template_from_renders(
+            render(messages[:1]), render(messages), list(special_tokens.values())
         )
     except Exception:  # a template may raise anything
         return None
+
+
+def template_from_renders(one_turn: str, two_turns: str, special_tokens: list[str]) -> str:
+    """Our template from what a chat template renders for one turn and for two, or a ValueError."""
+    head, after = one_turn.split("{prompt}")
+    pattern = r"(?s)(.*)\{prompt\}(.*)\{response\}(.*)\{second prompt\}(.*)"
+    match = re.fullmatch(pattern, two_turns)
+    if not match or match[1] != head or match[2] != after or match[4] != after:
+        raise ValueError("it is not the same text around each turn")
+    between = match[3]  # END + BEFORE
+    before = common_turn_start(head, between, special_tokens)
+    begin = head.removesuffix(before)
+    end = between.removesuffix(before)
+    template = begin + "{turn}" + before + "{prompt}" + after + "{response}" + end
     return template.removeprefix("{turn}").removesuffix("{response}\n\n")
 
 
-def with_bos(enc, template):
-    """A template after what the tokenizer itself puts before a text."""
-    first = tokenizer.begin(enc)
-    return first + "{turn}" * bool(first) + template
+def common_turn_start(head: str, between: str, special_tokens: list[str]) -> str:
+    """BEFORE: the longest text that ends both BEGIN + BEFORE and END + BEFORE.
+
+    It starts at the start of `head`, after a line break or after a special token; else it is "".
+    """
+    borders = ("\n", *special_tokens)
+    for i in range(len(head)):
+        if between.endswith(head[i:]) and (i == 0 or head[:i].endswith(borders)):
+            return head[i:]
+    return ""
 
 
-def read_template(folder, enc, usual):
-    """How a prompt is put to the model in a folder, by its chat template; without one as `usual`, after the beginning-of-text that its
-    tokenizer sets."""
-    path, settings = (
-        os.path.join(folder, "chat_template.jinja"),
-        os.path.join(folder, "tokenizer_config.json"),
-    )
-    theirs = {}
-    if os.path.exists(settings):
-        with open(settings, encoding="utf-8") as f:
-            theirs = json.load(f)
-        if not isinstance(theirs, dict):
-            raise SystemExit(f"{settings} is not what it should be: an object")
-    chat = theirs.get("chat_template")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            chat = f.read()
-    usual = with_bos(enc, usual)
-    if not chat:
-        return usual
-    text = {
-        name: token.get("content") if isinstance(token, dict) else token
-        for name, token in theirs.items()
-        if name.endswith("_token")
-    }
-    text = {
-        name: token for name, token in text.items() if isinstance(token, str)
-    }  # add_bos_token is none
-    found = (
-        from_jinja(chat, **text | {"eos_token": tokenizer.eos(enc)})
-        if isinstance(chat, str)
-        else None
-    )
-    if not found:
+# ---- other models' templates
+
+
+def with_bos(enc, template: str) -> str:
+    """A template after the beginning-of-text token that the tokenizer itself puts before a text."""
+    bos = tokenizer.begin(enc)
+    return bos + "{turn}" + template if bos else template
+
+
+def read_template(folder: str, enc, default: str) -> str:
+    """The template of the chat template in a model's folder (in the Hugging Face format).
+
+    Without one, or if it has no equivalent, it is `default` after the tokenizer's
+    beginning-of-text token.
+    """
+    config_path = os.path.join(folder, "tokenizer_config.json")
+    jinja_path = os.path.join(folder, "chat_template.jinja")
+    tokenizer_config = {}
+    if os.path.exists(config_path):
+        with open(config_path, encoding="utf-8") as f:
+            tokenizer_config = json.load(f)
+        if not isinstance(tokenizer_config, dict):
+            raise SystemExit(f"{config_path} must hold a JSON object")
+    chat_template = tokenizer_config.get("chat_template")
+    if os.path.exists(jinja_path):
+        with open(jinja_path, encoding="utf-8") as f:
+            chat_template = f.read()
+    default = with_bos(enc, default)
+    if not chat_template:
+        return default
+    special_tokens = {}
+    for name, token in tokenizer_config.items():
+        if isinstance(token, dict):
+            token = token.get("content")
+        if name.endswith("_token") and isinstance(token, str):  # add_bos_token is a bool
+            special_tokens[name] = token
+    special_tokens["eos_token"] = tokenizer.eos(enc)
+    template = None
+    if isinstance(chat_template, str):
+        template = from_jinja(chat_template, **special_tokens)
+    if not template:
         print(
-            f"the chat template is no text around what is said; {usual!r} is taken, unless --template says another"
+            "the chat template is not text around prompts and responses;"
+            f" using {default!r} (--template sets another)"
         )
-    return found or usual
+        return default
+    return template
 
 
-def check_template(enc, template, folder):
-    """That what we make of a prompt is what the tokenizer itself makes of the whole text."""
-    begin, before, after, _ = split_template(template)
-    if isinstance(enc, tokenizer.Json) and prompt_ids(
-        enc, template, "What is 12 + 30?"
-    ) != enc.with_specials(begin + before + "What is 12 + 30?" + after):
+def check_template(enc, template: str, folder: str):
+    """Check that our ids of a prompt are those that the tokenizer gives for the whole text."""
+    if not isinstance(enc, JsonTokenizer):
+        return
+    parts = split_template(template)
+    prompt = "What is 12 + 30?"
+    whole = parts.begin + parts.before + prompt + parts.after
+    if prompt_ids(enc, template, prompt) != enc.encode_with_specials(whole):
         raise SystemExit(
-            f"{folder}: its tokenizer makes other ids of the template {template!r} than its parts have; its special tokens may take the spaces beside them"
+            f"{folder}: the tokenizer encodes the template {template!r} differently as a whole and"
+            " in parts; its special tokens may take the spaces beside them"
         )

@@ -1,6 +1,13 @@
-"""Tokenizers, each with encode_ordinary, decode, n_vocab and eot_token: a `tiktoken.Encoding`, which is "gpt2", "bytes", or a
-byte-level BPE that `train` left in a .tiktoken file (tiktoken's own format: base64 of a token's bytes, a space, its rank), with
-end-of-text as the last id; or a `Json`, any other model's tokenizer.json."""
+"""Tokenizers. Each has encode_ordinary(text), decode(ids), n_vocab and eot_token.
+
+There are two kinds:
+
+    tiktoken.Encoding    "gpt2", "bytes", or a byte-level BPE that `train` made. Its file is
+                         .tiktoken, in tiktoken's own format: on each line base64 of a token's
+                         bytes, a space, its rank. End-of-text is the last id.
+    JsonTokenizer        any other model's tokenizer.json (of the `tokenizers` package), with the
+                         tokenizer_config.json beside it.
+"""
 
 import base64
 import functools
@@ -10,77 +17,109 @@ import os
 
 import tiktoken
 
-# GPT-2's way to cut text before merging (tiktoken_ext/openai_public.py); the `tokenizers` package's ByteLevel does the same
+# GPT-2's regular expression that cuts text before merging (tiktoken_ext/openai_public.py).
+# ByteLevel of the `tokenizers` package does the same.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 EOT = "<|endoftext|>"
 
 
-def load(name):
-    """ "gpt2", "bytes", the path of a .tiktoken file or of a tokenizer.json -> a tokenizer. Exits with one line if it cannot."""
+# ---- load, train, save
+
+
+def load(name: str):
+    """Load a tokenizer: "gpt2", "bytes", the path of a .tiktoken file or of a tokenizer.json.
+
+    Exits with one line if it cannot.
+    """
     if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as e:  # the package raises whatever its HTTP client does
-            raise SystemExit(
-                f"tokenizer gpt2: tiktoken could not fetch the vocabulary ({type(e).__name__}); without a "
-                "network set TIKTOKEN_CACHE_DIR to a folder that holds it"
-            )
+        return load_gpt2()
     if name == "bytes":
-        return encoding("bytes", {bytes([i]): i for i in range(256)})
+        return make_encoding("bytes", {bytes([i]): i for i in range(256)})
     if name.endswith(".json"):
         return load_json(name)
+    return load_tiktoken(name)
+
+
+def load_gpt2() -> tiktoken.Encoding:
     try:
-        with open(name, "rb") as f:
-            lines = [line.split() for line in f]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        return tiktoken.get_encoding("gpt2")
+    except Exception as e:  # tiktoken raises whatever its HTTP client does
+        raise SystemExit(
+            f"tokenizer gpt2: tiktoken could not download the vocabulary ({type(e).__name__});"
+            " without a network set TIKTOKEN_CACHE_DIR to a folder that holds it"
+        )
+
+
+def load_tiktoken(path: str) -> tiktoken.Encoding:
+    ranks = {}
+    try:
+        with open(path, "rb") as f:
+            for line in f:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
     except OSError as e:
         raise SystemExit(
-            f"tokenizer {name}: {e.strerror}; it is gpt2, bytes, a .tiktoken file or a tokenizer.json"
+            f"tokenizer {path}: {e.strerror};"
+            " a tokenizer is gpt2, bytes, a .tiktoken file or a tokenizer.json"
         )
     except ValueError:
-        raise SystemExit(f"tokenizer {name}: not a .tiktoken file (lines of base64 token and rank)")
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(
-        bytes([i]) not in ranks for i in range(256)
-    ):
-        raise SystemExit(f"tokenizer {name}: ranks must be 0..n-1 and hold every byte")
-    return encoding(os.path.basename(name), ranks)
+        raise SystemExit(f"tokenizer {path}: not a .tiktoken file (lines of base64 token and rank)")
+    has_every_byte = all(bytes([i]) in ranks for i in range(256))
+    if not has_every_byte or sorted(ranks.values()) != list(range(len(ranks))):
+        raise SystemExit(f"tokenizer {path}: ranks must be 0..n-1 and hold every byte")
+    return make_encoding(os.path.basename(path), ranks)
 
 
-def encoding(name, ranks):
+def make_encoding(name: str, ranks: dict) -> tiktoken.Encoding:
+    """A byte-level BPE from {token in bytes: rank}, with end-of-text as the last id."""
     return tiktoken.Encoding(
         name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
     )
 
 
-def file_of(enc, name):
-    """What a tokenizer is called in a checkpoint: "gpt2", "bytes" or the file that `save` writes."""
-    return (
-        name
-        if name in ("gpt2", "bytes")
-        else "tokenizer.json"
-        if isinstance(enc, Json)
-        else "tokenizer.tiktoken"
+def train(texts, vocab_size: int) -> tiktoken.Encoding:
+    """Train a byte-level BPE on an iterable of texts: vocab_size ids, end-of-text the last one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(texts, trainer)
+    vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    return make_encoding("bpe", {token_bytes(token): i for token, i in vocab})
 
 
-def save(enc, path):
-    """Write an Encoding's ranks as a .tiktoken file, or a tokenizer.json and the tokenizer_config.json beside it."""
-    if isinstance(enc, Json):
+def save(enc, path: str):
+    """Write a .tiktoken file, or a tokenizer.json and the tokenizer_config.json beside it."""
+    if isinstance(enc, JsonTokenizer):
         to_json(enc, path)
-        with open(
-            os.path.join(os.path.dirname(path), "tokenizer_config.json"), "w", encoding="utf-8"
-        ) as f:
-            json.dump({"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}, f)
+        config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        with open(config_path(path), "w", encoding="utf-8") as f:
+            json.dump(config, f)
         return
     with open(path, "wb") as f:
-        for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]):
+        for token, rank in by_rank(enc._mergeable_ranks):
             f.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
 
 
-def adopt(name, folder):
-    """(tokenizer, its name in a data folder) of "gpt2", "bytes" or a file, which is copied there."""
+def file_name(enc, name: str) -> str:
+    """The name of a tokenizer in a checkpoint or data folder: "gpt2", "bytes" or its file."""
+    if name in ("gpt2", "bytes"):
+        return name
+    return "tokenizer.json" if isinstance(enc, JsonTokenizer) else "tokenizer.tiktoken"
+
+
+def load_into(folder: str, name: str):
+    """Load "gpt2", "bytes" or a tokenizer file, and copy the file to a data folder.
+
+    Returns (tokenizer, its name in that folder's meta.json).
+    """
     enc = load(name)
-    name = file_of(enc, name)
+    name = file_name(enc, name)
     if name not in ("gpt2", "bytes"):
         os.makedirs(folder, exist_ok=True)
         save(enc, os.path.join(folder, name))
@@ -88,273 +127,300 @@ def adopt(name, folder):
 
 
 @functools.cache
-def fingerprint(enc):
-    """sha256 of every (token, id) pair: equal for equal tokenizers, whatever their file; of a `Json` of its text."""
-    if isinstance(enc, Json):
+def fingerprint(enc) -> str:
+    """A checksum that is equal for equal tokenizers, whatever their files are called.
+
+    It is the sha256 of every (token, id) pair; of a JsonTokenizer, of its text.
+    """
+    if isinstance(enc, JsonTokenizer):
         return hashlib.sha256(f"{enc.eos}\n{enc.text}".encode()).hexdigest()
     h = hashlib.sha256()
-    for token, rank in sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]):
+    for token, rank in by_rank(enc._mergeable_ranks):
         h.update(len(token).to_bytes(4, "big") + token + rank.to_bytes(4, "big"))
     return h.hexdigest()
 
 
-def train(texts, vocab_size):
-    """Train a byte-level BPE on an iterable of texts: `vocab_size` ids, end-of-text the last. Returns an Encoding."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    to_byte = byte_of_char()
-    vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    return encoding("bpe", {bytes(to_byte[c] for c in token): i for token, i in vocab})
+def by_rank(ranks: dict) -> list:
+    """[(token, rank)], lowest rank first."""
+    return sorted(ranks.items(), key=lambda item: item[1])
 
 
-def byte_of_char():
-    """GPT-2's printable stand-ins for bytes (its `bytes_to_unicode`), inverted."""
-    plain = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    other = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
+# ---- use
 
 
-def specials(enc):
-    """{text: id} of the special tokens."""
-    return (
-        enc.specials
-        if isinstance(enc, Json)
-        else {name: enc.encode_single_token(name) for name in enc.special_tokens_set}
-    )
+def encode(enc, text: str, where: str = "start") -> list[int]:
+    """The token ids of a text; special tokens in it are encoded as plain text.
+
+    where: the text is at the "start" of what the model reads, after a "special" token, or continues
+    "within" a text. Some tokenizers put a space before what they take for a beginning.
+    """
+    if isinstance(enc, JsonTokenizer):
+        return enc.encode_ordinary(text, where)
+    return enc.encode_ordinary(text)
 
 
-def eos(enc):
-    """The text of end-of-text."""
-    return enc.eos if isinstance(enc, Json) else EOT
+def specials(enc) -> dict[str, int]:
+    """The special tokens: {text: id}."""
+    if isinstance(enc, JsonTokenizer):
+        return enc.specials
+    return {name: enc.encode_single_token(name) for name in enc.special_tokens_set}
 
 
-def begin(enc):
-    """The special tokens that the tokenizer itself puts before a text, as text."""
-    if not isinstance(enc, Json):
+def eos(enc) -> str:
+    """The text of the end-of-text token."""
+    return enc.eos if isinstance(enc, JsonTokenizer) else EOT
+
+
+def begin(enc) -> str:
+    """The text of the special tokens that the tokenizer itself puts before a text (such as <s>)."""
+    if not isinstance(enc, JsonTokenizer):
         return ""
-    ids, plain = (enc.whole.encode("a", add_special_tokens=added).ids for added in (True, False))
-    return "".join(enc.whole.id_to_token(i) for i in ids[: ids.index(plain[0])])
+    with_bos = enc.full.encode("a", add_special_tokens=True).ids
+    first_id = enc.full.encode("a", add_special_tokens=False).ids[0]
+    bos = with_bos[: with_bos.index(first_id)]
+    return "".join(enc.full.id_to_token(i) for i in bos)
 
 
-def encode(enc, text, where="start"):
-    """Ids of a text that is the start of what a model reads, or comes after a "special" token, or goes on "within" a text: some
-    tokenizers put a space before what they take for a beginning. What spells a special token is plain text."""
-    return enc.encode_ordinary(text, where) if isinstance(enc, Json) else enc.encode_ordinary(text)
+# ---- tokenizer.json
 
 
-# ------------------------------------------------------------------------------- tokenizer.json, of the `tokenizers` package
+class JsonTokenizer:
+    """A tokenizer.json with the methods of a tiktoken.Encoding.
 
+    text: the file's content. eos: the text of the token that ends a response.
+    """
 
-class Json:
-    """A tokenizer.json with the methods of an Encoding. eos: the text of the token that ends a response."""
-
-    def __init__(self, text, eos):
+    def __init__(self, text: str, eos: str):
         from tokenizers import Tokenizer
 
-        self.text, self.eos, parts = text, eos, json.loads(text)
-        self.whole, self.bare = (
-            Tokenizer.from_str(text),
-            Tokenizer.from_str(json.dumps(without_prefix(parts))),
-        )
-        for each in (self.whole, self.bare):
-            each.no_truncation()
-            each.no_padding()
-            each.encode_special_tokens = True
-        first = '"prepend_scheme": "first"' in json.dumps(
-            parts
-        )  # the prefix stands before the whole text alone
-        self.by_place = {
-            "start": self.whole,
-            "special": self.bare if first else self.whole,
+        self.text = text
+        self.eos = eos
+        spec = json.loads(text)
+        self.full = Tokenizer.from_str(text)  # may put a space before a text
+        self.bare = Tokenizer.from_str(json.dumps(without_prefix_space(spec)))
+        for backend in (self.full, self.bare):
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
+        # "first": the space comes before the whole text only, else also after each special token
+        only_first = '"prepend_scheme": "first"' in json.dumps(spec)
+        self.backends = {
+            "start": self.full,
+            "special": self.bare if only_first else self.full,
             "within": self.bare,
         }
-        self.n_vocab = 1 + max(self.whole.get_vocab(with_added_tokens=True).values())
-        self.eot_token = self.whole.token_to_id(eos)
-        self.specials = {
-            token.content: i
-            for i, token in self.whole.get_added_tokens_decoder().items()
-            if token.special
-        } | {eos: self.eot_token}
+        self.n_vocab = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
+        self.eot_token = self.full.token_to_id(eos)
+        self.specials = {}
+        for i, token in self.full.get_added_tokens_decoder().items():
+            if token.special:
+                self.specials[token.content] = i
+        self.specials[eos] = self.eot_token
 
-    def encode_ordinary(self, text, where="start"):
-        return (
-            self.by_place[where]
-            .encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
-            .ids
-        )  # halves of surrogate pairs: "?"
+    def encode_ordinary(self, text: str, where: str = "start") -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair: "?"
+        return self.backends[where].encode(text, add_special_tokens=False).ids
 
-    def with_specials(self, text):
-        """As the package does it by default: what spells a special token is that token."""
-        self.whole.encode_special_tokens = False
-        ids = self.whole.encode(text, add_special_tokens=False).ids
-        self.whole.encode_special_tokens = True
+    def encode_with_specials(self, text: str) -> list[int]:
+        """The ids that the `tokenizers` package gives by default, special tokens recognised."""
+        self.full.encode_special_tokens = False
+        ids = self.full.encode(text, add_special_tokens=False).ids
+        self.full.encode_special_tokens = True
         return ids
 
-    def decode(self, ids):
-        """The text of ids that go on from another text."""
+    def decode(self, ids) -> str:
+        """The text of ids that continue another text."""
         return self.bare.decode(ids, skip_special_tokens=False)
 
 
-def without_prefix(parts):
-    """A parsed tokenizer.json that neither puts a space before a text nor, when decoding, takes one away."""
-
-    def strip(part):
-        if not isinstance(part, dict):
-            return part
-        for inside in ("normalizers", "pretokenizers", "decoders"):
-            if inside in part:
-                return part | {
-                    inside: [
-                        strip(p) for p in part[inside] if p["type"] not in ("Prepend", "Strip")
-                    ]
-                }
-        if part.get("type") in ("Prepend", "Strip"):
-            return None
-        return part | {
-            name: off
-            for name, off in (("prepend_scheme", "never"), ("add_prefix_space", False))
-            if name in part
-        }
-
-    return parts | {
-        name: strip(parts.get(name)) for name in ("normalizer", "pre_tokenizer", "decoder")
-    }
+def without_prefix_space(spec: dict) -> dict:
+    """A parsed tokenizer.json that puts no space before a text and, when decoding, removes none."""
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    return spec | {name: strip_prefix_space(spec.get(name)) for name in parts}
 
 
-def load_json(path):
-    """The `Json` of a tokenizer.json; its end-of-text is the eos_token of the tokenizer_config.json beside it."""
+def strip_prefix_space(part):
+    """A normalizer, pre-tokenizer or decoder without the steps that add or remove a space."""
+    if not isinstance(part, dict):
+        return part
+    for name in ("normalizers", "pretokenizers", "decoders"):  # a sequence
+        if name in part:
+            kept = [step for step in part[name] if step["type"] not in ("Prepend", "Strip")]
+            return part | {name: [strip_prefix_space(step) for step in kept]}
+    if part.get("type") in ("Prepend", "Strip"):
+        return None
+    part = dict(part)
+    if "prepend_scheme" in part:
+        part["prepend_scheme"] = "never"
+    if "add_prefix_space" in part:
+        part["add_prefix_space"] = False
+    return part
+
+
+def config_path(path: str) -> str:
+    """The tokenizer_config.json beside a tokenizer.json."""
+    return os.path.join(os.path.dirname(path), "tokenizer_config.json")
+
+
+def load_json(path: str) -> JsonTokenizer:
+    """Load a tokenizer.json. The tokenizer_config.json beside it names the end-of-text token."""
     try:
         with open(path, encoding="utf-8") as f:
             text = f.read()
-        with open(
-            os.path.join(os.path.dirname(path), "tokenizer_config.json"), encoding="utf-8"
-        ) as f:
+        with open(config_path(path), encoding="utf-8") as f:
             eos = json.load(f).get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
+        if isinstance(eos, dict):
+            eos = eos.get("content")
         if not isinstance(eos, str):
             raise SystemExit(
-                f"tokenizer {path}: the tokenizer_config.json beside it must say its eos_token, got {eos!r}"
+                f"tokenizer {path}: the tokenizer_config.json beside it must give its eos_token,"
+                f" got {eos!r}"
             )
-        enc = Json(text, eos)
-        begin(enc), enc.encode_ordinary("a 1")  # some break here
+        enc = JsonTokenizer(text, eos)
+        begin(enc)  # some broken files fail only when they encode
+        enc.encode_ordinary("a 1")
     except OSError as e:
         raise SystemExit(f"tokenizer {e.filename}: {e.strerror}")
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as e:  # the package raises plain ones, and panics
-        raise SystemExit(
-            f"tokenizer {path} cannot be read ({type(e).__name__}: {ascii(' '.join(str(e).split()))[1:-1]})"
-        )
+    except BaseException as e:  # the package raises plain exceptions, and panics
+        reason = ascii(" ".join(str(e).split()))[1:-1]
+        raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {reason})")
     if enc.eot_token is None:
-        raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is none of its tokens")
+        raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is not one of its tokens")
     return enc
 
 
-def merges_of(ranks):
-    """[(left, right)] in the order of ranks: a token's own bytes, merged under the ranks before it, end as the two that it is made of."""
+# ---- conversion
+
+
+def unicode_to_bytes() -> dict[str, int]:
+    """GPT-2's {printable character: byte}, the inverse of its bytes_to_unicode."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable}
+    for i, b in enumerate(others):
+        table[chr(256 + i)] = b
+    return table
+
+
+BYTE_OF = unicode_to_bytes()
+CHAR_OF = {b: c for c, b in BYTE_OF.items()}
+
+
+def token_bytes(token: str) -> bytes:
+    """A token as tokenizer.json spells it -> its bytes."""
+    return bytes(BYTE_OF[c] for c in token)
+
+
+def token_chars(token: bytes) -> str:
+    """The bytes of a token -> as tokenizer.json spells it."""
+    return "".join(CHAR_OF[b] for b in token)
+
+
+def merges_from_ranks(ranks: dict) -> list[tuple[bytes, bytes]]:
+    """The merges [(left, right)] of a byte-level BPE, in the order of ranks.
+
+    A token's bytes, merged with lower ranks only, end as the two parts that the token is made of.
+    """
     merges = []
-    for token, own in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            rank, i = min(
-                (ranks.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))
+    for token, rank in by_rank(ranks):
+        parts = merge_below(token, rank, ranks)
+        if len(parts) < 2:
+            continue
+        if len(parts) > 2 or max(ranks[part] for part in parts) > rank:
+            raise SystemExit(
+                f"the tokenizer's {token!r} is not the merge of two tokens of lower rank"
             )
-            if rank >= own:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) > 2 or len(parts) == 2 and max(ranks[part] for part in parts) > own:
-            raise SystemExit(f"the tokenizer's {token!r} is no merge of two tokens before it")
-        merges += [tuple(parts)] if len(parts) == 2 else []
+        merges.append((parts[0], parts[1]))
     return merges
 
 
-def to_json(enc, path):
-    """Write a tokenizer as a tokenizer.json; an Encoding's gives the ids of `encode_ordinary`, end-of-text a special token."""
+def merge_below(token: bytes, limit: int, ranks: dict) -> list[bytes]:
+    """Merge the bytes of a token by ranks below `limit`, lowest first, until two parts are left."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [left + right for left, right in zip(parts, parts[1:])]
+        pair_ranks = [ranks.get(pair, limit) for pair in pairs]
+        lowest = min(pair_ranks)
+        if lowest >= limit:
+            break
+        i = pair_ranks.index(lowest)
+        parts[i : i + 2] = [pairs[i]]
+    return parts
+
+
+def to_json(enc, path: str):
+    """Write a tokenizer as tokenizer.json. An Encoding's gives the ids of `encode_ordinary`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    if isinstance(enc, Json):
+    if isinstance(enc, JsonTokenizer):
         with open(path, "w", encoding="utf-8") as f:
             f.write(enc.text)
         return
-    to_char = {b: c for c, b in byte_of_char().items()}
-    spelt = {token: "".join(to_char[b] for b in token) for token in enc._mergeable_ranks}
-    bpe = Tokenizer(
-        models.BPE(
-            vocab={spelt[token]: rank for token, rank in enc._mergeable_ranks.items()},
-            merges=[(spelt[a], spelt[b]) for a, b in merges_of(enc._mergeable_ranks)],
-        )
-    )
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    ranks = enc._mergeable_ranks
+    vocab = {token_chars(token): rank for token, rank in ranks.items()}
+    merges = [(token_chars(a), token_chars(b)) for a, b in merges_from_ranks(ranks)]
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([EOT])
     bpe.save(path)
 
 
-def from_json(parts):
-    """A parsed tokenizer.json -> tiktoken.Encoding with the same ids, or None if it is not byte-level BPE that cuts text as PATTERN does,
-    with EOT as its last id and only special token."""
-    to_byte = byte_of_char()
+def from_json(spec: dict) -> tiktoken.Encoding | None:
+    """The tiktoken.Encoding with the same ids as a parsed tokenizer.json, or None if there is none.
+
+    There is one for a byte-level BPE that cuts text as GPT-2 does, with EOT as its last id and only
+    special token.
+    """
     try:
-        bpe, before = parts["model"], parts["pre_tokenizer"]
-        pieces = before.get(
-            "pretokenizers", [before]
-        )  # one, or Split and a ByteLevel without a pattern of its own
-        kinds = [(piece["type"], piece.get("use_regex", True)) for piece in pieces]
-        plain = not any(
-            piece.get("add_prefix_space")
-            or piece.get("invert")
-            or piece.get("behavior", "Isolated") != "Isolated"
-            or "pattern" in piece
-            and piece["pattern"] != {"Regex": PATTERN}
-            for piece in pieces
-        )
-        odd = [
-            bpe.get(name)
-            for name in (
-                "byte_fallback",
-                "dropout",
-                "continuing_subword_prefix",
-                "end_of_word_suffix",
-            )
-        ] + [parts.get("normalizer")]
-        vocab = {token: i for token, i in bpe["vocab"].items() if token != EOT}
-        specials = {EOT: bpe["vocab"].get(EOT, len(vocab))} | {
-            token["content"]: token["id"] for token in parts.get("added_tokens", [])
-        }
-        if (
-            bpe["type"] != "BPE"
-            or kinds not in ([("ByteLevel", True)], [("Split", True), ("ByteLevel", False)])
-            or not plain
-            or any(odd)
-            or (parts.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel"
-            or specials != {EOT: len(vocab)}
-            or sorted(vocab.values()) != list(range(len(vocab)))
-            or not set("".join(vocab)) <= set(to_byte) <= set(vocab)
-        ):
+        if not is_plain_bpe(spec) or not cuts_as_gpt2(spec["pre_tokenizer"]):
             return None
-        ranks = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
-        merges = [
-            tuple(
-                bytes(to_byte[c] for c in half)
-                for half in (pair.split(" ") if isinstance(pair, str) else pair)
-            )
-            for pair in bpe["merges"]
-        ]
-        return encoding("bpe", ranks) if merges == merges_of(ranks) else None
+        vocab = dict(spec["model"]["vocab"])
+        eot_id = vocab.pop(EOT, len(vocab))
+        special_ids = {EOT: eot_id}
+        for token in spec.get("added_tokens", []):
+            special_ids[token["content"]] = token["id"]
+        if special_ids != {EOT: len(vocab)} or sorted(vocab.values()) != list(range(len(vocab))):
+            return None
+        ranks = {token_bytes(token): i for token, i in vocab.items()}
+        if not all(c in vocab for c in BYTE_OF):
+            return None
+        merges = []
+        for pair in spec["model"]["merges"]:
+            left, right = pair.split(" ") if isinstance(pair, str) else pair
+            merges.append((token_bytes(left), token_bytes(right)))
+        return make_encoding("bpe", ranks) if merges == merges_from_ranks(ranks) else None
     except (KeyError, TypeError, AttributeError, ValueError, SystemExit):
         return None
+
+
+def is_plain_bpe(spec: dict) -> bool:
+    """Whether a parsed tokenizer.json is a BPE without options, normalizer or post-processor."""
+    model = spec["model"]
+    options = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model["type"] != "BPE" or any(model.get(name) for name in options):
+        return False
+    post_processor = spec.get("post_processor") or {"type": "ByteLevel"}
+    return not spec.get("normalizer") and post_processor["type"] == "ByteLevel"
+
+
+def cuts_as_gpt2(pre_tokenizer: dict) -> bool:
+    """Whether it is ByteLevel, or Split by PATTERN and then ByteLevel without a regex."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [(step["type"], step.get("use_regex", True)) for step in steps]
+    if kinds not in ([("ByteLevel", True)], [("Split", True), ("ByteLevel", False)]):
+        return False
+    for step in steps:
+        if step.get("add_prefix_space") or step.get("invert"):
+            return False
+        if step.get("behavior", "Isolated") != "Isolated":
+            return False
+        if "pattern" in step and step["pattern"] != {"Regex": PATTERN}:
+            return False
+    return True

@@ -1,247 +1,440 @@
-"""Who attends to whom. Everything in the model but attention works on a flat list of tokens (n, C), of texts of any lengths.
-What a token sees of the others is told by an object with one method,
+"""Attention over packed sequences.
 
-    attend(layer, q (n, H, D), k, v (n, Hkv, D)) -> (n, H, D)
+The model keeps all tokens of a batch in one flat list (n, C), without padding. Only attention has
+to know which tokens belong together. A sequence is one prompt followed by its K responses, so the
+prompt is computed once and not K times (prefix sharing, arXiv 2410.20305). Here are two
+sequences: a prompt p with two responses a and b, and a prompt q with one response c.
 
-`Packed` of whole texts, `KVCache` of one more token for each.
+    token         p0 p1 p2 a0 a1 b0 b1 q0 q1 c0
+    sequence_id    0  0  0  0  0  0  0  1  1  1
+    response_id    0  0  0  1  1  2  2  0  0  1     0: the prompt; k >= 1: the k-th response
+    pos            0  1  2  3  4  3  4  0  1  2     each response continues right after the prompt
+
+A token sees the prompt of its own sequence and its own response, up to and including itself:
+
+          p0 p1 p2 a0 a1 b0 b1 q0 q1 c0
+      p0   x
+      p1   x  x
+      p2   x  x  x
+      a0   x  x  x  x
+      a1   x  x  x  x  x
+      b0   x  x  x  .  .  x
+      b1   x  x  x  .  .  x  x
+      q0   .  .  .  .  .  .  .  x
+      q1   .  .  .  .  .  .  .  x  x
+      c0   .  .  .  .  .  .  .  x  x  x
+
+The attention layers call `attend(layer, q, k, v)` of an object that knows this mask:
+`PackedSequences` here, or `KVCache` (kv_cache.py) while decoding. The queries are (n, H, D), the
+keys and values (n, Hkv, D), the result (n, H, D).
+
+Three kernels compute it: `TiledAttention` on a CPU; on a GPU `scaled_dot_product_attention` for
+plain (B, T) batches, and FlexAttention for everything else.
 """
 
 import contextlib
 import functools
 import itertools
-import math
-import typing
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 
-class Packed:
-    """Texts, one after the other. doc (n,): the row a token belongs to; branch (n,): 0 in its prompt, k >= 1 in its k-th
-    response. A token sees its row's prompt and its own branch, up to itself: K responses share one prompt
-    (arXiv 2410.20305). shape (B, T): B whole rows of T without branches; their keys and values go into `keep`, a KVCache.
-    window: of its text a token sees only so many, by their pos (n,), itself the last (arXiv 2310.06825); 0: all.
-    asked (m,): the places that are answered, rising; None: all."""
+class PackedSequences:
+    """The layout of a batch of whole sequences, and attention over it.
 
-    def __init__(self, doc, branch, pos=None, window=0, shape=None, keep=None, asked=None):
-        self.doc, self.branch, self.pos, self.window, self.shape, self.keep, self.asked = (
-            doc,
-            branch,
-            pos,
-            window,
-            shape,
-            keep,
-            asked,
+    sequence_id, response_id, pos: (n,) each, as in the picture above.
+    sliding_window: number of tokens that a token sees, itself included (arXiv 2310.06825); 0: all.
+    shape: (B, T) if the batch is B rows of T tokens without responses, for which there are faster
+        kernels.
+    kv_cache: a KVCache that receives the keys and values of every layer; needs `shape`.
+    query_positions: (m,), increasing: compute the output of these tokens only; None: of all.
+    """
+
+    def __init__(
+        self,
+        sequence_id: torch.Tensor,
+        response_id: torch.Tensor,
+        pos: torch.Tensor | None = None,
+        sliding_window: int = 0,
+        shape: tuple[int, int] | None = None,
+        kv_cache=None,
+        query_positions: torch.Tensor | None = None,
+    ):
+        self.sequence_id = sequence_id
+        self.response_id = response_id
+        self.pos = pos
+        self.sliding_window = sliding_window
+        self.shape = shape
+        self.kv_cache = kv_cache
+        self.query_positions = query_positions
+        self.mask = None  # tiles or a BlockMask: made by the first layer, used by all
+
+    def with_queries(self, positions: torch.Tensor) -> "PackedSequences":
+        """The same sequences, with the output of these positions only."""
+        return PackedSequences(
+            self.sequence_id,
+            self.response_id,
+            self.pos,
+            self.sliding_window,
+            self.shape,
+            self.kv_cache,
+            query_positions=positions,
         )
-        self.tiles = None
-
-    def only(self, asked):
-        return Packed(self.doc, self.branch, self.pos, self.window, self.shape, self.keep, asked)
 
     @torch.compiler.disable
-    def attend(self, layer, q, k, v):
-        if (
-            self.keep is not None
-        ):  # copied: as they are, they would hold the queries that c_attn made with them
-            self.keep.store(
-                layer, *(x.unflatten(0, self.shape).transpose(1, 2).contiguous() for x in (k, v))
-            )
+    def attend(self, layer: int, q, k, v) -> torch.Tensor:
+        """q (n, H, D), k and v (n, Hkv, D) -> (n, H, D), or (m, H, D) with query_positions."""
+        if self.kv_cache is not None:
+            self.store(layer, k, v)
         on_gpu = q.device.type == "cuda"
-        if self.shape and on_gpu and not 0 < self.window < self.shape[1]:
+        if on_gpu and self.is_causal_rectangle():
             y = rectangular_attention(q, k, v, self.shape)
-            return y if self.asked is None else y.index_select(0, self.asked)
-        q = q if self.asked is None else q.index_select(0, self.asked)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (H, m, D), (Hkv, n, D)
-        if self.tiles is None:  # of the first layer, for all of them
-            what = self.doc, self.branch, self.pos, self.window, self.asked
-            whole = self.shape and self.asked is None
-            self.tiles = (
-                flex_mask(*what)
-                if on_gpu
-                else rectangular_tiles(*self.shape, q.dtype, self.window)
-                if whole
-                else attention_tiles(*what, q.dtype)
-            )
-        y = (
-            flex_attend(q, k, v, self.tiles)
-            if on_gpu
-            else TiledAttention.apply(q, k, v, self.tiles)
-        )
+            return y if self.query_positions is None else y.index_select(0, self.query_positions)
+
+        if self.query_positions is not None:
+            q = q.index_select(0, self.query_positions)
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (heads, tokens, D)
+        if on_gpu:
+            if self.mask is None:
+                self.mask = flex_mask(self)
+            y = flex_attend(q, k, v, self.mask)
+        else:
+            if self.mask is None:
+                self.mask = self.make_tiles(q.dtype)
+            y = TiledAttention.apply(q, k, v, self.mask)
         return y.transpose(0, 1)
 
+    def store(self, layer, k, v):
+        """Copy keys and values to the cache, as (B, Hkv, T, D). Views would not do: they would
+        keep the whole output of the fused q, k, v projection in memory."""
+        k = k.unflatten(0, self.shape).transpose(1, 2).contiguous()
+        v = v.unflatten(0, self.shape).transpose(1, 2).contiguous()
+        self.kv_cache.store(layer, k, v)
 
-def is_visible(doc, branch, i, j, pos=None, window=0):
-    """Whether token i sees token j."""
-    seen = (doc[i] == doc[j]) & ((branch[j] == 0) | (branch[i] == branch[j])) & (i >= j)
-    return seen & (pos[i] - pos[j] < window) if window else seen
+    def is_causal_rectangle(self):
+        """Whether this is plain causal attention over (B, T), with no window shorter than T."""
+        return bool(self.shape) and not 0 < self.sliding_window < self.shape[1]
+
+    def make_tiles(self, dtype):
+        if self.shape and self.query_positions is None:
+            return rectangular_tiles(*self.shape, dtype, self.sliding_window)
+        return attention_tiles(self, dtype)
+
+
+def is_visible(sequence_id, response_id, i, j, pos=None, sliding_window=0):
+    """Whether token i sees token j. i and j are integers or index tensors that broadcast."""
+    same_sequence = sequence_id[i] == sequence_id[j]
+    in_prompt_or_own_response = (response_id[j] == 0) | (response_id[i] == response_id[j])
+    visible = same_sequence & in_prompt_or_own_response & (i >= j)
+    if sliding_window:
+        visible = visible & (pos[i] - pos[j] < sliding_window)
+    return visible
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ---- GPU -----------------------------------------------------------------------------------------
 
 
 def rectangular_attention(q, k, v, shape):
-    """Causal attention of B whole rows of T, shape (B, T): q (B T, H, D), k, v (B T, Hkv, D) -> (B T, H, D)."""
-    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    if (
-        q.dtype == torch.float32 and q.shape[1] != k.shape[1]
-    ):  # PyTorch's fused kernels have no groups of heads in it; the one that does holds all scores
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return (
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        .transpose(1, 2)
-        .flatten(0, 1)
-    )
+    """Causal attention over rows, shape = (B, T): q (B T, H, D), k and v (B T, Hkv, D)."""
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.dtype == torch.float32:
+        # In float32 only the unfused kernel supports grouped heads, and it holds all scores.
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        grouped = False
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2).flatten(0, 1)
 
 
 @torch.no_grad()
-def flex_mask(doc, branch, pos=None, window=0, asked=None):
-    """Who sees whom, for FlexAttention. On a GPU the mask is compiled, which never holds all pairs."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def flex_mask(packed: PackedSequences):
+    """The BlockMask of FlexAttention. Compiled, on a GPU, it is built without holding all pairs."""
+    from torch.nn.attention.flex_attention import create_block_mask  # slow to import
 
-    on_gpu = doc.device.type == "cuda"
-    asked = torch.arange(len(doc), device=doc.device) if asked is None else asked
-    return (compile_dynamic(create_block_mask) if on_gpu else create_block_mask)(
-        lambda b, h, i, j: is_visible(doc, branch, asked[i], j, pos, window),
-        None,
-        None,
-        len(asked),
-        len(doc),
-        device=doc.device,
-    )
+    sequence_id, response_id, pos = packed.sequence_id, packed.response_id, packed.pos
+    sliding_window, query_positions = packed.sliding_window, packed.query_positions
+    n, device = len(sequence_id), sequence_id.device
+    if query_positions is None:
+        query_positions = torch.arange(n, device=device)
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        i = query_positions[q_idx]
+        return is_visible(sequence_id, response_id, i, kv_idx, pos, sliding_window)
+
+    make = compile_dynamic(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(mask_mod, None, None, len(query_positions), n, device=device)
 
 
 def flex_attend(q, k, v, mask):
-    """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D). Its kernels take heads from 16 on, and not all between 128 and 256; the one
-    for less than 128 queries, which does not take every group of heads, is not used."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D).
 
-    D = q.shape[-1]
-    width = max(16 if D <= 128 else 256, D)
-    if width > D:
-        q, k, v = (F.pad(x, (0, width - D)) for x in (q, k, v))
-    q, k, v = (x[None] for x in (q, k, v))
-    return compile_dynamic(flex_attention)(
-        q,
-        k,
-        v,
+    Heads are padded with zeros where the kernels do not support the width: below 16, and between
+    128 and 256. FORCE_USE_FLEX_ATTENTION avoids the separate kernel for fewer than 128 queries,
+    which does not support every number of grouped heads.
+    """
+    from torch.nn.attention.flex_attention import flex_attention  # slow to import
+
+    head_dim = q.shape[-1]
+    width = max(16 if head_dim <= 128 else 256, head_dim)
+    if width > head_dim:
+        q, k, v = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
+    y = compile_dynamic(flex_attention)(
+        q[None],
+        k[None],
+        v[None],
         block_mask=mask,
-        scale=D**-0.5,
-        enable_gqa=q.shape[1] != k.shape[1],
+        scale=head_dim**-0.5,
+        enable_gqa=len(q) != len(k),
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-    )[0, ..., :D]
+    )
+    return y[0, ..., :head_dim]
 
 
 @functools.cache
 def compile_dynamic(function):
-    """A function of FlexAttention's, compiled for any length, in the sampler too, which else compiles nothing. Each pairing of
-    lengths, heads and gradient is compiled for itself; beyond Dynamo's limit (8) it would be run as it is, and hold all scores."""
+    """A FlexAttention function, compiled for any length. This holds in generate() too, which runs
+    everything else eagerly.
+
+    Each combination of lengths, heads and gradients may compile once more. Beyond Dynamo's limit
+    (8 by default) it would silently run uncompiled and hold all scores, so the limit is raised.
+    """
     torch._dynamo.config.recompile_limit = 64
     return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 
 
-TILE_QUERIES = 128  # of a tile: enough for the products to run at their rate, few enough that the scores stay in a cache
+# ---- CPU: attention by tiles ---------------------------------------------------------------------
+#
+# A tile is a block of queries and the keys that they need: at most two spans of consecutive
+# tokens, the prompt and the queries' own response. Inside a tile attention is dense, with a mask.
+# Keys that no query of a tile sees are not computed:
+#
+#     keys:     prompt  response 1  response 2
+#     tile 1    #####   ####                        queries of response 1
+#     tile 2    #####               #######         queries of response 2
+#
+# Short sequences share a tile. So do the end of a long prompt and the short responses after it.
+#
+# `attention_tiles` plans the tiles in three steps: cut the tokens into segments (one prompt or one
+# response each), cut the segments into query blocks, merge small neighbouring blocks.
+
+TILE_QUERIES = 128  # most queries of a tile: enough for fast matmuls, and the scores stay in cache
 
 
-class Tile(typing.NamedTuple):
-    """Attention of the queries [i, i + R), of which those in [lo, hi) are meant, to S keys of one or two spans."""
+@dataclass
+class Tile:
+    """R queries, from `start` on, and the S keys in `spans`. Only the queries [first, last) of the
+    R are meant; the others round R up. mask (R, M) is added to the scores of the last M keys: 0,
+    or a large negative number. Every query sees the other keys."""
 
-    i: int
-    lo: int
-    hi: int
-    spans: list  # [(start, stop)]: of the prompt, and of the branch up to the last query
-    mask: (
-        torch.Tensor
-    )  # (R, last keys) 0, or too low to be seen; what stands before them all queries see
+    start: int
+    first: int
+    last: int
+    spans: list[tuple[int, int]]  # one or two, [start, stop) each
+    mask: torch.Tensor
 
 
-def attention_tiles(doc, branch, pos=None, window=0, asked=None, dtype=torch.float32):
-    """Tiles that cover every pair of tokens that see each other; asked (m,): the places of the queries, in rising order, if not
-    all are asked for. Short rows share a tile, and so do the end of a long prompt and its short responses; what is longer is
-    cut at QUERIES, and no key behind a tile's last query is touched. Sizes are rounded up by tokens that the mask hides: each
-    new size of a product costs the library's compiler a millisecond."""
-    n = len(doc)
-    asked = torch.arange(n) if asked is None else asked
-    starts = [
-        0,
-        *(((doc[1:] != doc[:-1]) | (branch[1:] != branch[:-1])).nonzero()[:, 0] + 1).tolist(),
-    ]
-    stops = [*starts[1:], n]
-    docs, branches = doc[starts].tolist(), branch[starts].tolist()
-    edges, places = torch.searchsorted(asked, torch.tensor([*starts, n])).tolist(), asked.tolist()
-    parts = []  # (queries i to j, prompt's span, where the keys of its own branch begin, keys that all queries see, with whom it may share a tile)
-    for row in [list(g) for _, g in itertools.groupby(range(len(starts)), key=lambda r: docs[r])]:
-        first, last = starts[row[0]], stops[row[-1]]
-        if last - first <= TILE_QUERIES:
-            parts.append(
-                (edges[row[0]], edges[row[-1] + 1], (first, first), first, 0, "short rows")
-            )
-            continue
-        end = first if branches[row[0]] else stops[row[0]]  # of the prompt
-        for r in row:
-            for i in range(edges[r], edges[r + 1], TILE_QUERIES):
-                j = min(i + TILE_QUERIES, edges[r + 1])
-                if branches[r]:
-                    parts.append(
-                        (i, j, (first, end), starts[r], end - first + places[i] - starts[r], first)
-                    )
-                elif places[j - 1] < end - 1:
-                    parts.append((i, j, (first, first), first, places[i] - first, None))
-                else:  # the last of it sees the whole prompt, as the responses do
-                    parts.append((i, j, (first, end), end, places[i] - first, first))
-    merged = []
-    for i, j, prompt, own, clear, shares in parts:
-        if (
-            merged
-            and shares is not None
-            and shares == merged[-1][5]
-            and j - merged[-1][0] <= TILE_QUERIES
-            and places[j - 1] - merged[-1][3] < TILE_QUERIES
-        ):
-            i, _, prompt, own, clear, _ = merged.pop()
-            clear = min(clear, prompt[1] - prompt[0])
-        if i < j:
-            merged.append((i, j, prompt, own, clear, shares))
-    tiles, index = [], torch.arange(n)
-    for i, j, prompt, own, clear, _ in merged:
-        R = min(round_up(j - i, 32), len(asked))
-        shared = prompt[1] - prompt[0]
-        S = min(round_up(shared + places[j - 1] + 1 - own, 64) - shared, n)
-        clear = 0 if window or own > n - S else clear
-        start, own = min(i, len(asked) - R), min(own, n - S)
-        spans = (
-            [(prompt[0], own + S)]
-            if prompt[1] == own
-            else [prompt] * (shared > 0) + [(own, own + S)] * (S > 0)
-        )
-        keys, queries = (
-            torch.cat([index[a:b] for a, b in spans])[clear:],
-            asked[start : start + R, None],
-        )
-        seen = is_visible(doc, branch, queries, keys, pos, window)
-        seen[:, max(shared - clear, 0) :] &= (
-            keys[max(shared - clear, 0) :] >= prompt[1]
-        )  # the rounding may reach back into the prompt
-        mask = (~seen).to(dtype) * (
-            torch.finfo(dtype).min / 2
-        )  # of -inf alone softmax would be NaN
-        tiles.append(Tile(start, i - start, j - start, spans, mask))
-    return tiles
+@dataclass
+class Segment:
+    """The tokens [start, stop) of one prompt or one response."""
+
+    start: int
+    stop: int
+    sequence_id: int
+    is_prompt: bool
+    query_start: int  # the queries among them: query_positions[query_start:query_stop]
+    query_stop: int
+
+
+@dataclass
+class QueryBlock:
+    """The queries query_positions[start:stop], and the keys they need: of the two spans
+    [prompt_start, prompt_stop) and [own_start, last query]."""
+
+    start: int
+    stop: int
+    prompt_start: int
+    prompt_stop: int
+    own_start: int
+    num_unmasked: int  # every query of the block sees the first so many of these keys
+    merge_key: int | str | None  # neighbours with the same key may share a tile; None: never
+
+    @property
+    def prompt_len(self):
+        return self.prompt_stop - self.prompt_start
+
+
+def attention_tiles(packed: PackedSequences, dtype=torch.float32) -> list[Tile]:
+    """Tiles in which every pair of tokens that see each other occurs exactly once."""
+    if packed.query_positions is None:
+        query_positions = torch.arange(len(packed.sequence_id))
+    else:
+        query_positions = packed.query_positions
+    positions = query_positions.tolist()
+    segments = find_segments(packed, query_positions)
+    blocks = []
+    for _, sequence in itertools.groupby(segments, key=lambda segment: segment.sequence_id):
+        blocks += query_blocks(list(sequence), positions)
+    blocks = merge_blocks(blocks, positions)
+    return [make_tile(block, packed, query_positions, positions, dtype) for block in blocks]
 
 
 @functools.lru_cache(maxsize=8)
-def rectangular_tiles(B, T, dtype, window=0):
+def rectangular_tiles(B, T, dtype, sliding_window=0):
     """Tiles of B rows of T tokens."""
-    doc = torch.arange(B).repeat_interleave(T)
-    return attention_tiles(
-        doc, torch.zeros_like(doc), torch.arange(T).repeat(B), window, dtype=dtype
+    sequence_id = torch.arange(B).repeat_interleave(T)
+    response_id = torch.zeros_like(sequence_id)
+    pos = torch.arange(T).repeat(B)
+    return attention_tiles(PackedSequences(sequence_id, response_id, pos, sliding_window), dtype)
+
+
+def find_segments(packed, query_positions) -> list[Segment]:
+    """Cut the packed tokens where a prompt or a response begins."""
+    sequence_id, response_id = packed.sequence_id, packed.response_id
+    new_sequence = sequence_id[1:] != sequence_id[:-1]
+    new_response = response_id[1:] != response_id[:-1]
+    starts = [0] + (torch.nonzero(new_sequence | new_response)[:, 0] + 1).tolist()
+    edges = starts + [len(sequence_id)]
+    query_edges = torch.searchsorted(query_positions, torch.tensor(edges)).tolist()
+    sequence_ids = sequence_id[starts].tolist()
+    response_ids = response_id[starts].tolist()
+    segments = []
+    for s, start in enumerate(starts):
+        segment = Segment(
+            start=start,
+            stop=edges[s + 1],
+            sequence_id=sequence_ids[s],
+            is_prompt=response_ids[s] == 0,
+            query_start=query_edges[s],
+            query_stop=query_edges[s + 1],
+        )
+        segments.append(segment)
+    return segments
+
+
+def query_blocks(sequence: list[Segment], positions: list[int]) -> list[QueryBlock]:
+    """The blocks of one sequence, of at most TILE_QUERIES queries each; none without queries."""
+    start, stop = sequence[0].start, sequence[-1].stop
+    query_start, query_stop = sequence[0].query_start, sequence[-1].query_stop
+    if query_start == query_stop:
+        return []
+    if stop - start <= TILE_QUERIES:  # short: one block, whose mask does the rest
+        block = QueryBlock(
+            start=query_start,
+            stop=query_stop,
+            prompt_start=start,
+            prompt_stop=start,
+            own_start=start,
+            num_unmasked=0,
+            merge_key="short sequences",
+        )
+        return [block]
+
+    prompt_stop = sequence[0].stop if sequence[0].is_prompt else start
+    blocks = []
+    for segment in sequence:
+        for i in range(segment.query_start, segment.query_stop, TILE_QUERIES):
+            j = min(i + TILE_QUERIES, segment.query_stop)
+            block = QueryBlock(
+                start=i,
+                stop=j,
+                prompt_start=start,
+                prompt_stop=prompt_stop,
+                own_start=segment.start,
+                num_unmasked=positions[i] - segment.start,  # the keys before the first query
+                merge_key=start,
+            )
+            if not segment.is_prompt:
+                block.num_unmasked += block.prompt_len
+            elif positions[j - 1] < prompt_stop - 1:
+                block.prompt_stop = start
+                block.merge_key = None
+            else:
+                # The prompt's last token sees the whole prompt, as the responses do: share a tile.
+                block.own_start = prompt_stop
+            blocks.append(block)
+    return blocks
+
+
+def merge_blocks(blocks: list[QueryBlock], positions: list[int]) -> list[QueryBlock]:
+    """Let small neighbouring blocks share a tile."""
+    merged = []
+    for block in blocks:
+        last = merged[-1] if merged else None
+        if last is not None and fit_one_tile(last, block, positions):
+            last.stop = block.stop
+            last.num_unmasked = min(last.num_unmasked, last.prompt_len)
+        else:
+            merged.append(block)
+    return merged
+
+
+def fit_one_tile(a: QueryBlock, b: QueryBlock, positions: list[int]) -> bool:
+    """Whether b may join a, the block before it: at most TILE_QUERIES queries and own keys."""
+    if b.merge_key is None or b.merge_key != a.merge_key:
+        return False
+    num_queries = b.stop - a.start
+    num_own_keys = positions[b.stop - 1] + 1 - a.own_start
+    return num_queries <= TILE_QUERIES and num_own_keys <= TILE_QUERIES
+
+
+def make_tile(block, packed, query_positions, positions, dtype) -> Tile:
+    """Round the sizes up and mask what this adds: each new size costs the matmul library 1 ms."""
+    n, num_queries = len(packed.sequence_id), len(query_positions)
+    R = min(round_up(block.stop - block.start, 32), num_queries)
+    start = min(block.start, num_queries - R)
+
+    prompt_len = block.prompt_len
+    own_len = positions[block.stop - 1] + 1 - block.own_start
+    own_len = min(round_up(prompt_len + own_len, 64) - prompt_len, n)
+    own_start = min(block.own_start, n - own_len)
+    if block.prompt_stop == own_start:
+        spans = [(block.prompt_start, own_start + own_len)]
+    else:
+        spans = [(block.prompt_start, block.prompt_stop), (own_start, own_start + own_len)]
+        spans = [(a, b) for a, b in spans if a < b]
+
+    num_unmasked = block.num_unmasked
+    if packed.sliding_window or own_start < block.own_start:
+        num_unmasked = 0
+    keys = torch.cat([torch.arange(a, b) for a, b in spans])[num_unmasked:]
+    visible = is_visible(
+        packed.sequence_id,
+        packed.response_id,
+        query_positions[start : start + R, None],
+        keys,
+        packed.pos,
+        packed.sliding_window,
     )
+    # Rounding may extend the second span back into the prompt, whose keys are in the first span.
+    first_own = max(prompt_len - num_unmasked, 0)
+    visible[:, first_own:] &= keys[first_own:] >= block.prompt_stop
+    # A finite value, because a row of nothing but -inf would become NaN in the softmax.
+    mask = (~visible).to(dtype) * (torch.finfo(dtype).min / 2)
+    return Tile(start, block.start - start, block.stop - start, spans, mask)
 
 
-def round_up(n, multiple):
-    return -(-n // multiple) * multiple
+def gather_spans(x, spans):
+    """The tokens of one or more spans of x (heads, n, D)."""
+    if len(spans) == 1:
+        start, stop = spans[0]
+        return x[:, start:stop]
+    return torch.cat([x[:, start:stop] for start, stop in spans], 1)
 
 
 @contextlib.contextmanager
 def small_matmuls():
-    """Float32 products of a CPU by MKL, whatever parallel.tune has chosen for the large ones: where oneDNN is the faster for those, it
-    is the slower for attention's, of few rows and a head's width, and by far for a single query's."""
+    """Run float32 matmuls on a CPU with MKL, whatever distributed.configure_torch has chosen.
+
+    oneDNN may be faster for the large matmuls of the model. It is slower for those of attention,
+    which have few rows and a head's width, and much slower for a single query.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -251,26 +444,34 @@ def small_matmuls():
 
 
 class TiledAttention(torch.autograd.Function):
-    """Softmax attention by tiles, whose probabilities are kept. PyTorch's kernel for a CPU takes 1.7 times as long at 256 causal
-    tokens, and knows no tiles."""
+    """Softmax attention by tiles: q (H, n, D), k and v (Hkv, n, D) -> (H, n, D).
+
+    The probabilities are kept for backward. PyTorch's CPU kernel takes 1.7 times as long for 256
+    causal tokens, and cannot skip tiles.
+
+    With grouped-query attention a key/value head serves g = H / Hkv query heads. Their queries are
+    stacked, so that a tile is one matmul per key/value head: (g R, D) @ (D, S).
+    """
 
     @staticmethod
     @small_matmuls()
     def forward(ctx, q, k, v, tiles):
-        # q (H, n, D), k, v (Hkv, n, D), in memory token by token; the queries of a group's heads stand one below the other: (Hkv, g R, D)
         q = (q * q.shape[-1] ** -0.5).unflatten(0, (len(k), -1))  # (Hkv, g, n, D)
-        out, probs = torch.empty_like(q), []
-        for i, lo, hi, spans, mask in tiles:
-            R = len(mask)
-            scores = torch.bmm(
-                q[:, :, i : i + R].flatten(1, 2), gather_spans(k, spans).mT
-            ).unflatten(1, (-1, R))  # (Hkv, g, R, S)
-            scores[..., -mask.shape[1] :] += mask
+        out = torch.empty_like(q)
+        probs = []
+        for tile in tiles:
+            R, M = tile.mask.shape
+            tile_q = q[:, :, tile.start : tile.start + R].flatten(1, 2)  # (Hkv, g R, D)
+            scores = torch.bmm(tile_q, gather_spans(k, tile.spans).mT)  # (Hkv, g R, S)
+            scores = scores.unflatten(1, (-1, R))  # (Hkv, g, R, S)
+            scores[..., -M:] += tile.mask
             p = torch.softmax(scores, -1)
-            if hi - lo < R:
-                p[:, :, :lo] = p[:, :, hi:] = 0.0
-            y = torch.bmm(p.flatten(1, 2), gather_spans(v, spans)).unflatten(1, (-1, R))
-            out[:, :, i + lo : i + hi] = y[:, :, lo:hi]
+            if tile.last - tile.first < R:
+                p[:, :, : tile.first] = 0.0
+                p[:, :, tile.last :] = 0.0
+            y = torch.bmm(p.flatten(1, 2), gather_spans(v, tile.spans)).unflatten(1, (-1, R))
+            written = slice(tile.start + tile.first, tile.start + tile.last)
+            out[:, :, written] = y[:, :, tile.first : tile.last]
             probs.append(p)
         ctx.save_for_backward(q, k, v, *probs)
         ctx.tiles = tiles
@@ -280,36 +481,26 @@ class TiledAttention(torch.autograd.Function):
     @small_matmuls()
     def backward(ctx, grad):
         q, k, v, *probs = ctx.saved_tensors
-        g = grad.unflatten(0, q.shape[:2])
+        grad = grad.unflatten(0, q.shape[:2])  # (Hkv, g, n, D)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (i, lo, hi, spans, mask), p in zip(ctx.tiles, probs):
-            R = len(mask)
-            d_out, p = (
-                g[:, :, i : i + R].flatten(1, 2),
-                p.flatten(1, 2),
-            )  # (Hkv, g R, D), (Hkv, g R, S)
-            d_scores = torch._softmax_backward_data(
-                torch.bmm(d_out, gather_spans(v, spans).mT), p, -1, p.dtype
-            )
-            dq[:, :, i + lo : i + hi] = torch.bmm(d_scores, gather_spans(k, spans)).unflatten(
-                1, (-1, R)
-            )[:, :, lo:hi]
-            d_k, d_v, at = (
-                torch.bmm(d_scores.mT, q[:, :, i : i + R].flatten(1, 2)),
-                torch.bmm(p.mT, d_out),
-                0,
-            )
-            for a, b in spans:
-                dk[:, a:b] += d_k[:, at : at + b - a]
-                dv[:, a:b] += d_v[:, at : at + b - a]
-                at += b - a
+        for tile, p in zip(ctx.tiles, probs):
+            R = len(tile.mask)
+            p = p.flatten(1, 2)  # (Hkv, g R, S)
+            tile_q = q[:, :, tile.start : tile.start + R].flatten(1, 2)  # (Hkv, g R, D)
+            tile_grad = grad[:, :, tile.start : tile.start + R].flatten(1, 2)
+            d_probs = torch.bmm(tile_grad, gather_spans(v, tile.spans).mT)
+            d_scores = torch._softmax_backward_data(d_probs, p, -1, p.dtype)
+            tile_dq = torch.bmm(d_scores, gather_spans(k, tile.spans)).unflatten(1, (-1, R))
+            written = slice(tile.start + tile.first, tile.start + tile.last)
+            dq[:, :, written] = tile_dq[:, :, tile.first : tile.last]
+            add_to_spans(dk, tile.spans, torch.bmm(d_scores.mT, tile_q))
+            add_to_spans(dv, tile.spans, torch.bmm(p.mT, tile_grad))
         return dq.flatten(0, 1).mul_(q.shape[-1] ** -0.5), dk, dv, None
 
 
-def gather_spans(x, spans):
-    """The tokens of some spans, x (H, n, D)."""
-    return (
-        x[:, spans[0][0] : spans[0][1]]
-        if len(spans) == 1
-        else torch.cat([x[:, a:b] for a, b in spans], 1)
-    )
+def add_to_spans(x, spans, values):
+    """Add values (heads, S, D) to the tokens in the spans of x (heads, n, D)."""
+    offset = 0
+    for start, stop in spans:
+        x[:, start:stop] += values[:, offset : offset + stop - start]
+        offset += stop - start

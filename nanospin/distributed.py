@@ -1,7 +1,9 @@
-"""FSDP2, means over ranks, collective calls: all that knows of ranks. One process needs none of it and is not wrapped.
+"""Everything that knows about ranks: FSDP2, collective calls and sums over ranks.
 
-The parallel code stands beside the model: `wrap` shards the blocks of a GPT built on the meta device, `copy_` fills a
-parameter, sharded or not, from a whole tensor, and `whole` gathers a plain copy for sampling.
+The model's code does not know about ranks. `prepare_model` gives storage to a GPT that was built
+on the meta device and shards it if there are several ranks, `copy_parameter_` fills a parameter
+from a full tensor, and `gather_full_model` makes an unsharded copy for sampling. With one process
+the model is not wrapped, and the collective calls return their input.
 """
 
 import contextlib
@@ -14,39 +16,61 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-process_groups = {}  # launch.join's: "saves", the process group of checkpoint.py's thread; "store", this start's
-heartbeat = {"at": "the start", "since": time.monotonic(), "leaving": False}
+# Tokens of a micro-batch: about what the caches of a CPU hold, and what keeps a GPU busy.
+MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
 
+# The methods of a GPT, besides forward, that run the network.
+FORWARD_METHODS = ("values", "logps_and_values")
 
-def at(text):
-    """Note what this rank is about."""
-    heartbeat.update(at=text, since=time.monotonic())
-
-
-def meet():
-    """Note that this rank has come as far as the next collective call."""
-    heartbeat["since"] = time.monotonic()
+# Filled by elastic.join_process_group: "saves" is the process group of the thread that writes
+# checkpoints, "store" the key-value store that the ranks of this start share.
+process_groups = {}
 
 
-def rank():
+class Heartbeat:
+    """What this rank is doing, and when it last made progress. elastic.py reports it."""
+
+    def __init__(self):
+        self.stage = "startup"
+        self.since = time.monotonic()  # seconds, the time of the last progress
+        self.leaving = False  # the process is about to exit: do not report a loss
+
+    def set_stage(self, text):
+        """Record what this rank starts to do now, for example "round 0 step 12"."""
+        self.stage = text
+        self.touch()
+
+    def touch(self):
+        """Record progress. Every collective call does so when it starts."""
+        self.since = time.monotonic()
+
+
+heartbeat = Heartbeat()
+
+
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def setup_device(cfg):
-    """Choose device and precision. Returns the device."""
-    if (cfg.device or "cuda") == "cuda" and torch.cuda.is_available():
+# --------------------------------------------------------------------------- device and precision
+
+
+def setup_device(cfg) -> torch.device:
+    """Choose the device and configure torch for it."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("config: device is cuda, but torch finds no GPU")
+    if cfg.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    elif cfg.device == "cuda":
-        raise SystemExit("device is cuda, and torch sees no GPU")
     else:
         device = torch.device("cpu")
     if cfg.deterministic:
@@ -58,84 +82,114 @@ def setup_device(cfg):
     return device
 
 
-def configure_torch(device, precision=""):
-    """Process-wide settings. On a CPU "highest" takes MKL for float32 products and "medium" oneDNN, which is still float32 but
-    on chips with AMX or its like. On AMD's, which have none, oneDNN is up to twice as fast; on Intel's MKL is the faster
-    (Cascade Lake: by a fifth of a training step). "high" is TF32 on a GPU. Where the C library is glibc, freed memory stays
-    with the process: by default each step's large buffers go back to the system and are faulted in again, a fifth of a small
-    model's step. A GPU's memory is taken in segments that grow, unless the environment says, before CUDA starts: a freed buffer is no
-    room for a longer one, and batches and caches have every length. What standard output cannot encode is escaped: a row's text must not end a run."""
+def configure_torch(device, precision: str = ""):
+    """Process-wide settings: output encoding, float32 matmul precision ("": the default of this
+    device, see `default_matmul_precision`) and memory allocators. Call it before CUDA starts."""
+    device_type = torch.device(device).type
     if hasattr(sys.stdout, "reconfigure"):
+        # Text that the terminal cannot encode is escaped: a row's text must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
-    torch.set_float32_matmul_precision(
-        precision
-        or (
-            "high"
-            if torch.device(device).type == "cuda"
-            else "medium"
-            if cpu_info("vendor_id") == "AuthenticAMD"
-            else "highest"
-        )
-    )
-    if (
-        torch.device(device).type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
-    ):  # the variable's older name
+    torch.set_float32_matmul_precision(precision or default_matmul_precision(device_type))
+    # Batches and caches have every length, and a freed buffer is too small for a longer one. With
+    # expandable segments they share memory. PYTORCH_CUDA_ALLOC_CONF is the older name.
+    if device_type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    keep_freed_memory()
 
 
-def cpu_info(key):
-    """What Linux says of the processor, "vendor_id" or "model name"; "" elsewhere."""
+def default_matmul_precision(device_type: str) -> str:
+    """The argument of torch.set_float32_matmul_precision that is fastest here.
+
+    On a GPU "high" is TF32. On a CPU "highest" selects MKL and "medium" oneDNN, which still
+    computes in float32 on chips without AMX or the like. On AMD chips, which have none of these,
+    oneDNN is up to twice as fast. On Intel chips MKL is faster (Cascade Lake: by a fifth of a
+    training step).
+    """
+    if device_type == "cuda":
+        return "high"
+    return "medium" if cpu_info("vendor_id") == "AuthenticAMD" else "highest"
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory in the process. By default the large buffers of each step are
+    returned to the system and faulted in again, which costs a fifth of a small model's step."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_THRESHOLD = -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def cpu_info(key: str) -> str:
+    """A field of /proc/cpuinfo, for example "vendor_id" or "model name"; "" if there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
-            return next((text.split(":", 1)[1].strip() for text in f if text.startswith(key)), "")
+            for line in f:
+                if line.startswith(key):
+                    return line.split(":", 1)[1].strip()
     except OSError:
-        return ""
+        pass
+    return ""
 
 
-def compute_dtype(cfg, device):
-    """The dtype of the products: bfloat16 where the GPU has it, unless the config says."""
+def compute_dtype(cfg, device) -> torch.dtype:
+    """The dtype of matrix products: cfg.dtype, or bfloat16 where the GPU supports it."""
     if cfg.dtype:
         return getattr(torch, cfg.dtype)
-    return (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float32
-    )
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def micro_batch_tokens(cfg, device) -> int:
+    """How many tokens a rank processes at a time."""
+    return cfg.micro_batch_tokens or MICRO_BATCH_TOKENS[torch.device(device).type]
+
+
+# -------------------------------------------------------------------------------- a sharded model
 
 
 def prepare_model(model, device, dtype, cfg):
-    """Give a GPT of the meta device its storage, sharded if there are several ranks. Weights and reductions are float32,
-    products are `dtype`. The embedding and the head it may be tied to stand in the root unit. With `shards` there is a copy
-    of the weights for every so many ranks (HSDP)."""
-    for block in (
-        model.h[:: cfg.activation_checkpointing or len(model.h)]
-        if cfg.activation_checkpointing
-        else []
-    ):
-        block.forward = functools.partial(checkpointed_forward, block.forward)
+    """Give storage to a GPT on the meta device and shard it if there are several ranks. The values
+    are uninitialised. Weights and gradient reductions are float32, matrix products `dtype`."""
+    if cfg.activation_checkpointing:
+        for block in model.h[:: cfg.activation_checkpointing]:
+            block.forward = functools.partial(checkpointed_forward, block.forward)
     if cfg.compile:
         for block in model.h:
             block.compile()
     if world_size() == 1:
         return set_autocast_dtype(model.to_empty(device=device), dtype)
-    shards = cfg.hsdp_shard_size or world_size()
-    if world_size() % shards:
+    shard_model(model, device, dtype, cfg)
+    return model.to_empty(device=device)
+
+
+def checkpointed_forward(forward, *args):
+    """A block's forward pass that stores only its inputs if there will be a backward pass. (Without
+    one, `activation_checkpoint` would still read the random state, which fails during CUDA graph
+    capture.)"""
+    if torch.is_grad_enabled():
+        return activation_checkpoint(forward, *args, use_reentrant=False)
+    return forward(*args)
+
+
+def shard_model(model, device, dtype, cfg):
+    """Apply FSDP2 to each block and to the root, which holds the embedding and the LM head: the two
+    may be tied. With hsdp_shard_size each group of that many ranks has a copy of the weights."""
+    shard_size = cfg.hsdp_shard_size or world_size()
+    if world_size() % shard_size:
         raise SystemExit(
-            f"config: shards {cfg.hsdp_shard_size} must divide the number of ranks, {world_size()}"
+            f"config: hsdp_shard_size {cfg.hsdp_shard_size} must divide the number of ranks, "
+            f"{world_size()}"
         )
-    mesh = (
-        init_device_mesh(device.type, (world_size(),))
-        if shards == world_size()
-        else init_device_mesh(
-            device.type, (world_size() // shards, shards), mesh_dim_names=("replicate", "shard")
-        )
-    )
-    # inputs stay as they are: the rotary angles must not become bfloat16
+    if shard_size == world_size():
+        mesh = init_device_mesh(device.type, (world_size(),))
+    else:
+        shape = (world_size() // shard_size, shard_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    # Inputs keep their dtype: the rotary angles must not become bfloat16.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -144,147 +198,136 @@ def prepare_model(model, device, dtype, cfg):
             block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward
         )
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for i in range(len(model.h)) if cfg.prefetch else ():
-        model.h[i].set_modules_to_forward_prefetch(list(model.h[i + 1 : i + 1 + cfg.prefetch]))
-        model.h[i].set_modules_to_backward_prefetch(
-            list(model.h[max(0, i - cfg.prefetch) : i])[::-1]
-        )
-    return model.to_empty(device=device)
-
-
-def checkpointed_forward(forward, *args):
-    """A forward pass that keeps its inputs alone, where there will be a backward one. (Elsewhere too `checkpoint` would ask for the random
-    state, which a GPU that captures a step cannot tell.)"""
-    return (
-        checkpoint(forward, *args, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else forward(*args)
-    )
+    if hasattr(fsdp, "register_fsdp_forward_method"):
+        for name in FORWARD_METHODS:
+            fsdp.register_fsdp_forward_method(model, name)
+    if cfg.prefetch:
+        blocks = list(model.h)
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + cfg.prefetch])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - cfg.prefetch) : i][::-1])
 
 
 def set_autocast_dtype(model, dtype):
-    """Products of an unsharded model in `dtype`, by autocast."""
-    model.products = dtype if dtype != torch.float32 else None
+    """Matrix products of an unsharded model in `dtype`, by autocast. Returns the model."""
+    model.autocast_dtype = dtype if dtype != torch.float32 else None
     return model
 
 
 @torch.no_grad()
 def copy_parameter_(p, tensor):
-    """Fill a parameter from the whole tensor, which every rank has; a sharded one takes its part."""
+    """Fill a parameter from a full tensor, which every rank has. A sharded one takes its part."""
     if isinstance(p, DTensor):
         tensor = distribute_tensor(
             tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None
         )
-    p.copy_parameter_(tensor)
+    p.copy_(tensor)
 
 
 def gather_full_model(model, dtype):
-    """A plain copy of a sharded model on every rank, in the dtype of its products, which runs without the others; an
-    unsharded model itself."""
+    """An unsharded copy of a sharded model on every rank, its weights in `dtype`. Each rank can run
+    it without the others. An unsharded model is returned as it is."""
     if not isinstance(model, FSDPModule):
         return model
+    model_class = type(model).__mro__[2]  # FSDP2 makes a class with bases (FSDPModule, the model's)
     with torch.device("meta"):
-        plain = type(model).__mro__[2](
-            model.config
-        )  # FSDP2 makes a class of (FSDPModule, the model's own)
-    plain.load_state_dict(
-        {k: v.full_tensor().to(dtype) for k, v in model.state_dict().items()}, assign=True
-    )
-    return plain
+        full_model = model_class(model.config)
+    weights = {name: p.full_tensor().to(dtype) for name, p in model.state_dict().items()}
+    full_model.load_state_dict(weights, assign=True)
+    return full_model
 
 
 @contextlib.contextmanager
 def lockstep_forward(model):
-    """A sharded model that each rank may run as often as it likes: before every forward pass the ranks say that they go on,
-    and one that is done runs along, on a token of its own, until all are. Its weights stay sharded between the blocks."""
+    """Let each rank run a sharded model as often as it needs to; the weights stay sharded.
+
+    A sharded forward pass needs all ranks. So before each one the ranks tell each other that they
+    go on, and a rank that is done runs the model on one dummy token until all are done.
+    """
     if not isinstance(model, FSDPModule):
         yield model
         return
-    along = [False]
+    device = model.wte.weight.device
 
-    def go_on(*_):
-        if not along[0]:
-            all_reduce_sum([1], model.wte.weight.device)
+    def announce(*_):
+        all_reduce_sum([1], device)
 
-    hook = model.register_forward_pre_hook(go_on, prepend=True)
+    hook = model.register_forward_pre_hook(announce, prepend=True)
     try:
         yield model
-        along[0] = True
-        while all_reduce_sum([0], model.wte.weight.device)[0]:
-            with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.long, device=model.wte.weight.device))
     finally:
         hook.remove()
+    while all_reduce_sum([0], device)[0] > 0:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
     reshard(model)
 
 
 def reshard(model):
-    """After a forward pass without a backward one: FSDP2 would leave the root unit's weights whole, as other tensors than
-    the optimizer's, and the blocks' if they are not resharded after forward."""
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
+    """Call this after forward passes without a backward pass. FSDP2 would leave the root's weights
+    unsharded (and the blocks', without reshard_after_forward), as tensors that are not the
+    optimizer's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
-MICRO_BATCH_TOKENS = {
-    "cpu": 1536,
-    "cuda": 32768,
-}  # on a CPU about what its caches hold, on a GPU what fills it
-
-
-def micro_batch_tokens(cfg, device):
-    """How many tokens a rank takes at a time."""
-    return cfg.micro_batch_tokens or MICRO_BATCH_TOKENS[torch.device(device).type]
-
-
-def all_reduce_sum(values, device):
-    """Sum a list of numbers or 0-dim tensors over the ranks, in float64, with one message. Returns floats."""
-    t = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(device).detach() for v in values])
-    if world_size() > 1:
-        meet()
-        dist.all_reduce(t)
-    return t.tolist()
-
-
-def clip_grad_norm_(parameters, max_norm):
-    """Clip by the global norm (0: do not). Returns the norm before, a 0-dim tensor."""
+def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
+    """Clip the gradients by their global norm (0: do not clip). Returns the norm before, ()."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def all_gather_object(value):
-    """[value of each rank], on every rank."""
+# ------------------------------------------------------------------------------- collective calls
+
+
+def all_reduce_sum(values, device) -> list[float]:
+    """Sum a list of numbers or 0-dim tensors over the ranks, in float64, in one message."""
+    values = [torch.as_tensor(v, dtype=torch.float64).to(device).detach() for v in values]
+    sums = torch.stack(values)
+    if world_size() > 1:
+        heartbeat.touch()
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def all_gather_object(value) -> list:
+    """[the value of each rank], on every rank."""
     values = [value]
     if world_size() > 1:
         values = [None] * world_size()
-        meet()
+        heartbeat.touch()
         dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_from_rank0(value):
-    """Rank 0's value, on every rank: what is on disk is asked once, or ranks that look at different instants part ways."""
+    """Rank 0's value, on every rank. Use it for what is read from disk: ranks that look at
+    different times could take different decisions."""
     values = [value]
     if world_size() > 1:
-        meet()
+        heartbeat.touch()
         dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def barrier():
     if world_size() > 1:
-        meet()
+        heartbeat.touch()
         dist.barrier()
 
 
 def batches_of_rank(batches):
-    """This rank's part of a list of batches (lists). Every rank gets the same number, so that they may run a sharded model
-    together; where the batches run out a rank gets one of the first one's again."""
-    for i in range(0, len(batches), world_size()):
-        yield batches[i + rank()] if i + rank() < len(batches) else batches[0][:1]
+    """Yield this rank's share of a list of batches (lists). Every rank gets the same number, so
+    that all can run a sharded model together. A rank without a batch gets one item of the first."""
+    for start in range(0, len(batches), world_size()):
+        i = start + rank()
+        yield batches[i] if i < len(batches) else batches[0][:1]
 
 
-def merge_results(n, results):
-    """{index: value} of each rank -> the n values, on every rank."""
-    everything = {i: v for part in all_gather_object(results) for i, v in part.items()}
-    return [everything[i] for i in range(n)]
+def merge_results(n: int, results: dict) -> list:
+    """{index: value} of each rank -> the n values in order, on every rank."""
+    merged = {}
+    for part in all_gather_object(results):
+        merged.update(part)
+    return [merged[i] for i in range(n)]

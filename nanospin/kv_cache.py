@@ -1,134 +1,185 @@
-"""x"""
+"""Keys and values of the tokens so far, for decoding one token per row at a time.
+
+Rows are right-aligned, so that the next token of every row goes to the same column:
+
+    column     0  1  2  3  4  5 |6  7
+    row 0      .  .  a0 a1 a2 a3|           a mask hides the columns before a row's first token
+    row 1      .  .  .  .  b0 b1|           end = 6: the next tokens go to column 6
+    row 2      c0 c1 c2 c3 c4 c5|           columns 6 and 7 are room to grow
+
+Rows of similar length form a group with its own tensors. Without groups, every row would cost as
+much as the longest one.
+"""
 
 import itertools
 import math
+from dataclasses import dataclass
+
 import torch
+
 from nanospin.attention import round_up
 
+GROUP_SIZE = {"cpu": 16, "cuda": 4096}  # most rows of a group
 
-GROUP = {"cpu": 16, "cuda": 4096}  # rows of a cache that share a length
-
-
-ROOM = {
-    "cpu": 32,
-    "cuda": 128,
-}  # columns that it grows by, which cost time until they are used: more where growing costs a new graph
+# A full group grows to a multiple of so many columns. Unused columns cost time. On a GPU growing
+# costs a new CUDA graph too, hence the larger number.
+GROWTH = {"cpu": 32, "cuda": 128}
 
 
 class KVCache:
-    """Keys and values of every layer. Rows stand in groups of like length, so that work grows with the tokens that are there.
-    In a group all rows end at one column, and the next token of each goes there; where a row begins, a mask says."""
+    """Keys and values of every layer. Row b of the batch is the b-th row of all groups in order.
 
-    asked = None  # the next token of every row is
+    ends: the column after the last tokens of each group. The caller gives the lengths of the rows
+    here if the model is to `store` prompts.
+    """
+
+    query_positions = None  # as in PackedSequences: attend() returns the output of every token
 
     def __init__(self, ends=()):
-        self.k, self.v = (
-            {},
-            {},
-        )  # layer -> the groups' (b, Hkv, length, D), which make up the rows (B, ...)
-        self.ends = list(ends)  # the column behind each group's last tokens
-        self.column = None  # (groups,): that of the last tokens, for the device
+        self.k = {}  # layer -> [(b, Hkv, columns, D) for each group]
+        self.v = {}
+        self.ends = list(ends)
+        self.column = None  # (groups,) on the device: the column of the last tokens
+        self.masks = []  # (b Hkv, 1, columns) for each group: 0 if visible, -inf if not
 
-    def store(self, layer, k, v):
-        """Whole rows (B, Hkv, T, D), right-padded from `ends` on: each is a group."""
-        self.k[layer], self.v[layer] = list(k.split(1)), list(v.split(1))
+    def store(self, layer: int, k, v):
+        """Keep a right-padded batch of prompts (B, Hkv, T, D). Each row is a group."""
+        self.k[layer] = list(k.split(1))
+        self.v[layer] = list(v.split(1))
 
-    def rebuild(self, rows, lengths):
-        """Take over `rows`, [(cache, its row)], of so many tokens each. They are grouped as they come, so sort them by length."""
-        first = next(iter(rows[0][0].k))
-        device = rows[0][0].k[first][0].device
-        stands = {
-            id(cache): [(g, b) for g, group in enumerate(cache.k[first]) for b in range(len(group))]
-            for cache, _ in rows
-        }
-        spans = [slice(i, i + GROUP[device.type]) for i in range(0, len(rows), GROUP[device.type])]
-        self.ends = [max(lengths[span]) for span in spans]
+    def rebuild(self, rows: list[tuple["KVCache", int]], lengths: list[int]):
+        """Fill this empty cache with rows (cache, row) of other caches, which have these lengths.
+
+        Neighbours form groups, so sort the rows by length.
+        """
+        places = {}
+        for cache, _ in rows:
+            if cache not in places:
+                places[cache] = cache.row_places()
+
+        layers = list(rows[0][0].k)
+        device = rows[0][0].k[layers[0]][0].device
+        groups = []
+        for start in range(0, len(rows), GROUP_SIZE[device.type]):
+            group = slice(start, start + GROUP_SIZE[device.type])
+            groups.append(find_sources(rows[group], places, device))
+            self.ends.append(max(lengths[group]))
         self.column = torch.tensor(self.ends, device=device) - 1
-        runs = []  # of each new group: (cache, its group, rows of that) that it takes over, one after the other
-        for span in spans:
-            placed = [(cache, *stands[id(cache)][r]) for cache, r in rows[span]]
-            runs.append(
-                [
-                    (*key, torch.tensor([b for *_, b in run], device=device))
-                    for key, run in itertools.groupby(placed, key=lambda p: p[:2])
-                ]
-            )
-        for name in ("k", "v"):
-            for layer in rows[0][0].k:
-                getattr(self, name)[layer] = [
-                    grown(
-                        [
-                            getattr(cache, name)[layer][g][:, :, : cache.ends[g]].index_select(
-                                0, taken
-                            )
-                            for cache, g, taken in run
-                        ],
-                        end,
-                    )
-                    for run, end in zip(runs, self.ends)
-                ]
 
-    def room(self):
-        """How many steps there is room for before keys and values move."""
-        return min(
-            group.shape[2] - end for group, end in zip(next(iter(self.k.values())), self.ends)
-        )
+        for layer in layers:
+            self.k[layer], self.v[layer] = [], []
+            for sources, end in zip(groups, self.ends):
+                keys = [source.take(source.cache.k[layer]) for source in sources]
+                values = [source.take(source.cache.v[layer]) for source in sources]
+                self.k[layer].append(right_align(keys, end))
+                self.v[layer].append(right_align(values, end))
 
-    def at(self, pos, window=0):
-        """Before a step: the next token of each row stands at pos (B,) of its text, and sees the last `window` up to itself; 0: all.
-        With room, all that a step does is done to tensors, so that a CUDA graph of one step is one of the next."""
-        if not self.room():
-            for groups in (*self.k.values(), *self.v.values()):
-                groups[:] = [
-                    grown([group], end) if end == group.shape[2] else group
-                    for group, end in zip(groups, self.ends)
-                ]
-        groups, self.masks = next(iter(self.k.values())), []
+    def row_places(self) -> list[tuple[int, int]]:
+        """(group, index in the group) of each row."""
+        places = []
+        for group, keys in enumerate(self.groups()):
+            places += [(group, index) for index in range(len(keys))]
+        return places
+
+    def groups(self) -> list[torch.Tensor]:
+        """The keys of the first layer, from which the sizes of the groups can be read."""
+        return next(iter(self.k.values()))
+
+    def room(self) -> int:
+        """Number of steps until a group is full."""
+        return min(keys.shape[2] - end for keys, end in zip(self.groups(), self.ends))
+
+    def begin_step(self, pos: torch.Tensor, sliding_window: int = 0):
+        """Call this before the layers of a decoding step. pos (B,): the position of each new token.
+
+        A token sees the last `sliding_window` tokens up to itself, or all if it is 0. Unless the
+        cache has to grow, a step only changes tensors in place and never reads one on the CPU, so
+        that a CUDA graph of one step can be replayed for the next.
+        """
+        if self.room() == 0:
+            self.grow()
+        groups = self.groups()
         self.ends = [end + 1 for end in self.ends]
         self.column += 1
-        for group, column, p in zip(
-            groups, self.column, pos.split([len(group) for group in groups])
-        ):
-            ago = column - torch.arange(
-                group.shape[2], device=pos.device
-            )  # (length,): so many tokens before this one
-            seen = (ago >= 0) & (ago <= p[:, None])  # (b, length)
-            seen = seen & (ago < window) if window else seen
-            mask = torch.zeros(seen.shape, dtype=group.dtype, device=pos.device).masked_fill_(
-                ~seen, -math.inf
-            )
-            self.masks.append(
-                mask.repeat_interleave(group.shape[1], 0)[:, None]
-            )  # (b Hkv, 1, length)
+        self.masks = []
+        group_pos = pos.split([len(keys) for keys in groups])
+        for keys, column, row_pos in zip(groups, self.column, group_pos):
+            num_kv_heads, num_columns = keys.shape[1:3]
+            # (columns,): how many tokens before the new one
+            distance = column - torch.arange(num_columns, device=pos.device)
+            visible = (distance >= 0) & (distance <= row_pos[:, None])  # (b, columns)
+            if sliding_window:
+                visible = visible & (distance < sliding_window)
+            mask = torch.zeros(visible.shape, dtype=keys.dtype, device=pos.device)
+            mask.masked_fill_(~visible, -math.inf)
+            self.masks.append(mask.repeat_interleave(num_kv_heads, 0)[:, None])
+
+    def grow(self):
+        """Make room in the groups that are full."""
+        for tensors in (*self.k.values(), *self.v.values()):
+            for group, end in enumerate(self.ends):
+                if end == tensors[group].shape[2]:
+                    tensors[group] = right_align([tensors[group]], end)
 
     @torch.compiler.disable
-    def attend(self, layer, q, k, v):
-        sizes, out = [len(group) for group in self.k[layer]], []
-        for q, k, v, K, V, column, mask in zip(
-            *(x.split(sizes) for x in (q, k, v)),
-            self.k[layer],
-            self.v[layer],
-            self.column.split(1),
-            self.masks,
-        ):
-            K.index_copy_(2, column, k[:, :, None])
-            V.index_copy_(2, column, v[:, :, None])
-            b, H, S, D = K.shape
-            scores = torch.baddbmm(
-                mask, q.reshape(b * H, -1, D), K.view(b * H, S, D).mT, alpha=D**-0.5
-            )  # (b Hkv, g, S)
-            out.append((torch.softmax(scores, -1) @ V.view(b * H, S, D)).view(b, -1, D))
+    def attend(self, layer: int, q, k, v) -> torch.Tensor:
+        """Add one token per row, q (B, H, D), k and v (B, Hkv, D) -> (B, H, D)."""
+        sizes = [len(keys) for keys in self.k[layer]]
+        q, k, v = q.split(sizes), k.split(sizes), v.split(sizes)
+        out = []
+        for group, mask in enumerate(self.masks):
+            keys, values = self.k[layer][group], self.v[layer][group]
+            column = self.column[group : group + 1]
+            keys.index_copy_(2, column, k[group][:, :, None])
+            values.index_copy_(2, column, v[group][:, :, None])
+
+            b, num_kv_heads, num_columns, head_dim = keys.shape
+            keys = keys.view(b * num_kv_heads, num_columns, head_dim)
+            values = values.view(b * num_kv_heads, num_columns, head_dim)
+            queries = q[group].reshape(b * num_kv_heads, -1, head_dim)  # (b Hkv, g, D)
+            scores = torch.baddbmm(mask, queries, keys.mT, alpha=head_dim**-0.5)
+            y = torch.softmax(scores, -1) @ values  # (b Hkv, g, D)
+            out.append(y.view(b, -1, head_dim))
         return torch.cat(out)
 
 
-def grown(parts, end):
-    """Rows, in parts (b, Hkv, length, D), as one tensor where all end at this column, with room behind it, rounded up."""
-    _, H, _, D = parts[0].shape
+@dataclass
+class Source:
+    """Some rows of one group of a cache."""
+
+    cache: KVCache
+    group: int
+    rows: torch.Tensor  # int64: indices in the group
+
+    def take(self, tensors):
+        """A copy of these rows, without the room behind them. tensors: one for each group."""
+        end = self.cache.ends[self.group]
+        return tensors[self.group][:, :, :end].index_select(0, self.rows)
+
+
+def find_sources(rows, places, device) -> list[Source]:
+    """Where `rows` are to be copied from, in order. Neighbours in one group are copied together."""
+    located = []
+    for cache, row in rows:
+        group, index = places[cache][row]
+        located.append((cache, group, index))
+    sources = []
+    for (cache, group), run in itertools.groupby(located, key=lambda place: place[:2]):
+        indices = [index for _, _, index in run]
+        sources.append(Source(cache, group, torch.tensor(indices, device=device)))
+    return sources
+
+
+def right_align(parts: list[torch.Tensor], end: int) -> torch.Tensor:
+    """Stack rows (b, Hkv, columns, D), each of which ends with its last token, so that they all end
+    at column `end`. Behind it there is room to grow."""
+    _, num_kv_heads, _, head_dim = parts[0].shape
     sizes = [len(part) for part in parts]
-    whole = parts[0].new_empty(sum(sizes), H, round_up(end + 1, ROOM[parts[0].device.type]), D)
-    whole[:, :, end:].zero_()
-    for new, part in zip(whole.split(sizes), parts):
-        n = min(part.shape[2], end)
-        new[:, :, : end - n].zero_()
-        new[:, :, end - n : end] = part[:, :, part.shape[2] - n :]
-    return whole
+    num_columns = round_up(end + 1, GROWTH[parts[0].device.type])
+    aligned = parts[0].new_empty(sum(sizes), num_kv_heads, num_columns, head_dim)
+    aligned[:, :, end:].zero_()
+    for rows, part in zip(aligned.split(sizes), parts):
+        length = min(part.shape[2], end)
+        rows[:, :, : end - length].zero_()
+        rows[:, :, end - length : end] = part[:, :, part.shape[2] - length :]
+    return aligned

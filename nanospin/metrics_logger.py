@@ -1,36 +1,69 @@
-"""What a run says of itself: config.json, metrics.jsonl, a line a step.
+"""What a run reports: config.json, metrics.jsonl and lines on the console.
 
-metrics.jsonl holds a record a line: {"kind": step | eval | start | collect | warning, "round", "step", "seconds", ...}.
+metrics.jsonl has one record per line, in the order of the run:
+
+    {"kind": ..., "round": ..., "step": ..., the metrics ..., "seconds": since the record before}
+
+kind is "step" (one optimizer step), "eval" (validation metrics), "collect" (about the samples of a
+round), "start" (the loss at a round's first step, and what it should be) or "warning". The console
+shows the few metrics listed below, metrics.jsonl has all.
 """
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
+import statistics
 import subprocess
 import time
+from collections import deque
 
 import numpy as np
 import torch
 
+from data.files import atomic_write, read_json, write_json
 from nanospin import distributed
-from data.files import read_json, write_json
+
+RANKING_METRICS = ["val_loss", "rank_nll", "acc", "margin", "kl_from_ref"]
+
+# stage -> the metrics of an evaluation that the console shows
+EVAL_METRICS = {
+    "pretrain": ["val_loss"],
+    "sft": ["val_loss", "pretrain_loss"],
+    "reward": ["acc", "pair_nll"],
+    "preference": RANKING_METRICS,
+    "spin": RANKING_METRICS,
+    "ppo": ["reward", "kl", "length", "ended", "pretrain_loss"],
+}
+# stage -> the metrics of a round's samples that the console shows
+COLLECT_METRICS = {
+    "spin": ["length/data", "length/self", "ended/self", "tie/self"],
+    "ppo": ["reward", "kl", "length", "ended"],
+}
+# of the check of a round's first loss
+START_METRICS = ["loss", "expected"]
+
+RECENT_STEPS = 50  # whose median time gives the estimate of the time that is left
 
 
-def write_config(cfg, settings, at, device, dtype):
-    """out_dir/config.json: the settings, and what each start of the run ran on."""
-    path, starts = os.path.join(cfg.out_dir, "config.json"), []
-    if at[1] >= 0 and os.path.exists(path):
+# ------------------------------------------------------------------------------------ config.json
+
+
+def write_config(cfg, settings: dict, start: tuple[int, int], device, dtype):
+    """Write out_dir/config.json: the settings, and for each start of the run the (round, step) that
+    it began at and what it ran on."""
+    path = os.path.join(cfg.out_dir, "config.json")
+    starts = []
+    if start[1] >= 0 and os.path.exists(path):
         starts = read_json(path, ("starts",))["starts"]
+    starts.append({"at": start} | versions(device, dtype))
     os.makedirs(cfg.out_dir, exist_ok=True)
-    write_json(
-        path, {"config": settings, "starts": starts + [{"at": at} | versions(device, dtype)]}
-    )
+    write_json(path, {"config": settings, "starts": starts})
 
 
-def versions(device, dtype):
-    """What a number's last digits depend on, beside the settings."""
+def versions(device, dtype) -> dict:
+    """What the last digits of a result depend on besides the settings."""
+    on_gpu = device.type == "cuda"
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -38,7 +71,7 @@ def versions(device, dtype):
         "tiktoken": importlib.metadata.version("tiktoken"),
         "tokenizers": importlib.metadata.version("tokenizers"),
         "git": git_describe(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "dtype": str(dtype),
         "matmul_precision": torch.get_float32_matmul_precision(),
@@ -47,80 +80,143 @@ def versions(device, dtype):
     }
 
 
-def git_describe():
-    """The commit, and "-dirty" if the files differ from it."""
+def git_describe() -> str:
+    """The commit of this code, with "-dirty" if files were changed since."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def make_logger(cfg, at, began, send):
-    """A function that appends a record to metrics.jsonl, prints it, and hands it to `send`, which is handed the kept ones first; rank
-    0's does. What a killed run had logged past its checkpoint `at` = (round, step) is dropped: it will be logged again."""
-    if distributed.rank():
-        return lambda record, steps=None: None
-    path, kept = os.path.join(cfg.out_dir, "metrics.jsonl"), []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            try:
-                for number, text in enumerate(f, 1):
-                    record = (
-                        json.loads(text) if text.endswith("\n") else {"round": math.inf}
-                    )  # cut short by a kill
-                    if (
-                        record["round"] < at[0]
-                        or record["round"] == at[0]
-                        and record["step"] + (record["kind"] == "step") <= at[1]
-                    ):
-                        kept.append(text)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise SystemExit(
-                    f"{path}:{number}: not a record of a run; mend or remove this line"
-                )
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
-    out = open(path, "a", encoding="utf-8", buffering=1)
-    for text in kept:
-        send(json.loads(text))
-    last = [began]  # loading and a teacher's samples are part of the run's time
+# ---------------------------------------------------------------------------------- metrics.jsonl
 
-    def log(record, steps=None):
+
+class MetricsLogger:
+    """Writes records to out_dir/metrics.jsonl, prints them and passes them to `send` (W&B).
+
+    start: the (round, step) of the checkpoint that the run resumes from. Records of later steps are
+    removed: a killed run wrote them, and the steps will be taken again. The others are sent.
+    began: when the program was started, so that the first record's seconds include loading.
+    On ranks other than 0 every method does nothing.
+    """
+
+    def __init__(self, cfg, start: tuple[int, int], began: float, send):
+        self.cfg = cfg
+        self.last_time = began
+        self.send = send
+        self.step_seconds = deque(maxlen=RECENT_STEPS)
+        self.file = None
+        if distributed.rank() == 0:
+            path = os.path.join(cfg.out_dir, "metrics.jsonl")
+            kept = remove_later_records(path, start)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)
+            for line in kept:
+                send(json.loads(line))
+
+    def step(self, round_id: int, step: int, metrics: dict, num_steps: int):
+        """Log an optimizer step: loss, norm, lr, ms, tokens_per_second, mfu and the stage's own."""
+        self.step_seconds.append(metrics["ms"] / 1000)
+        self.write("step", round_id, step, metrics, num_steps)
+
+    def eval(self, round_id: int, step: int, metrics: dict):
+        self.write("eval", round_id, step, metrics)
+
+    def collect(self, round_id: int, metrics: dict):
+        self.write("collect", round_id, 0, metrics)
+
+    def initial_loss(self, round_id: int, metrics: dict):
+        """Log the loss at a round's first step (`loss`) beside what it should be (`expected`)."""
+        self.write("start", round_id, 0, metrics)
+
+    def warning(self, round_id: int, step: int, text: str, **more):
+        self.write("warning", round_id, step, more | {"text": text})
+
+    def write(self, kind: str, round_id: int, step: int, metrics: dict, num_steps: int = 0):
+        if self.file is None:
+            return
         now = time.time()
-        record = record | {"seconds": now - last[0]}
-        last[0] = now
-        out.write(json.dumps(record) + "\n")
-        if record["kind"] != "step" or (record["step"] + 1) % cfg.log_interval == 0:
-            print(format_record(record, steps), flush=True)
-        send(record)
+        record = {"kind": kind, "round": round_id, "step": step} | metrics
+        record["seconds"] = now - self.last_time
+        self.last_time = now
+        self.file.write(json.dumps(record) + "\n")
+        if kind != "step":
+            print(format_record(record, self.cfg.stage), flush=True)
+        elif (step + 1) % self.cfg.log_interval == 0:
+            seconds_left = statistics.median(self.step_seconds) * (num_steps - step - 1)
+            print(format_step(record, num_steps, seconds_left), flush=True)
+        self.send(record)
 
-    return log
+
+def remove_later_records(path: str, start: tuple[int, int]) -> list[str]:
+    """Keep only the lines of metrics.jsonl up to the checkpoint `start`. Returns them."""
+    if not os.path.exists(path):
+        return []
+    kept = []
+    number = 0
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                number += 1
+                is_complete = line.endswith("\n")  # the last line is not, if a kill cut it short
+                if is_complete and is_before(json.loads(line), start):
+                    kept.append(line)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SystemExit(f"{path}:{number}: not a record of a run; fix or remove this line")
+    with atomic_write(path) as f:
+        f.writelines(kept)
+    return kept
 
 
-def format_record(record, steps=None):
-    """A record as one line."""
-    head = f"round {record['round']} step {record['step'] + (steps is not None)}" + (
-        f"/{steps}" if steps else ""
-    )
-    if record["kind"] == "step":
-        acc = f" | acc {record['acc']:.2f}" if "acc" in record else ""
-        mfu = "-" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
-        return (
-            f"{head} | loss {record['loss']:.4f}{acc} | lr {record['lr']:.1e} | norm {record['norm']:.2f} | {record['ms']:.0f} ms "
-            f"| {record['tokens_per_second'] / 1000:.1f}k tok/s | mfu {mfu}"
-        )
-    rest = {
-        k: v
-        for k, v in record.items()
-        if k not in ("kind", "round", "step", "seconds") and not isinstance(v, list)
-    }
-    return f"{head} | {record['kind']}: " + ", ".join(
-        f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()
-    )
+def is_before(record: dict, start: tuple[int, int]) -> bool:
+    """Whether the checkpoint at start = (round, step) was saved after this record. A record of step
+    s is of the step from s to s + 1."""
+    end = record["step"] + 1 if record["kind"] == "step" else record["step"]
+    return (record["round"], end) <= start
+
+
+# ------------------------------------------------------------------------------------ the console
+
+
+def format_record(record: dict, stage: str) -> str:
+    """The console's line for a record that is not a step's."""
+    kind = record["kind"]
+    head = f"round {record['round']} step {record['step']} | {kind}: "
+    if kind == "warning":
+        return head + record["text"]
+    names = {
+        "eval": EVAL_METRICS[stage],
+        "collect": COLLECT_METRICS.get(stage, []),
+        "start": START_METRICS,
+    }[kind]
+    return head + ", ".join(f"{name} {record[name]:.4f}" for name in names if name in record)
+
+
+def format_step(record: dict, num_steps: int, seconds_left: float) -> str:
+    """The console's line for a step. Steps are counted from 1 here, and time is of this round."""
+    parts = [
+        f"round {record['round']} step {record['step'] + 1}/{num_steps}",
+        f"loss {record['loss']:.4f}",
+    ]
+    if "acc" in record:
+        parts.append(f"acc {record['acc']:.2f}")
+    parts += [
+        f"lr {record['lr']:.1e}",
+        f"norm {record['norm']:.2f}",
+        f"{record['ms']:.0f} ms",
+        f"{record['tokens_per_second'] / 1000:.1f}k tok/s",
+    ]
+    if record["mfu"] is not None:
+        parts.append(f"mfu {100 * record['mfu']:.1f}%")
+    parts.append(f"eta {format_duration(seconds_left)}")
+    return " | ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """3:12, or 1:03:12."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"

@@ -1,54 +1,60 @@
-"""The optimizers and the schedule of their learning rates."""
+"""The optimizers, and the schedule of their learning rates."""
 
 import math
 
 import torch
 
 
-def make_optimizers(model, cfg, lr, device):
-    """Decay on matrices and embeddings, none on norms and biases. Muon takes the blocks' matrices alone
-    (kellerjordan.github.io/posts/muon) and AdamW the rest."""
-    params = dict(model.named_parameters())
-    matrices = {n: p for n, p in params.items() if p.dim() >= 2}
-    muon = (
-        {n: p for n, p in matrices.items() if n.startswith("h.")} if cfg.optimizer == "muon" else {}
-    )
+def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer]:
+    """AdamW or RMSprop, with weight decay on matrices and embeddings, none on norms and biases.
+
+    With `optimizer = "muon"` the matrices of the blocks go to Muon
+    (kellerjordan.github.io/posts/muon) and everything else to AdamW.
+    """
+    muon = []
+    decay = []
+    no_decay = []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            no_decay.append(p)
+        elif cfg.optimizer == "muon" and name.startswith("h."):
+            muon.append(p)
+        else:
+            decay.append(p)
     groups = [
-        {
-            "params": [p for n, p in matrices.items() if n not in muon],
-            "weight_decay": cfg.weight_decay,
-        },
-        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decay, "weight_decay": cfg.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
+    groups = [group for group in groups if group["params"]]
     if cfg.optimizer == "rmsprop":
         optimizers = [torch.optim.RMSprop(groups, lr=lr)]
     else:
-        optimizers = [
-            torch.optim.AdamW(
-                groups, lr=lr, betas=cfg.adam_betas, fused=device.type in ("cpu", "cuda")
-            )
-        ]
+        fused = device.type in ("cpu", "cuda")
+        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=fused)]
     if muon:
         if not hasattr(torch.optim, "Muon"):
             raise SystemExit(
-                f"optimizer muon: torch {torch.__version__} has no torch.optim.Muon; use adamw"
+                f"config: optimizer muon needs torch.optim.Muon, which torch {torch.__version__} "
+                "does not have; use adamw or a newer torch"
             )
-        optimizers.append(
-            torch.optim.Muon(list(muon.values()), lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
-        )
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["initial_lr"] = group["lr"]
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def lr_factor(cfg, step, steps):
-    """Share of the learning rate at a step: linear warmup, then the schedule down to min_lr."""
-    warmup = int(cfg.warmup_ratio * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-        cfg.schedule
-    ]
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share
+def lr_factor(cfg, step: int, num_steps: int) -> float:
+    """The learning rate at a step, as a share of `lr`: linear warmup over `warmup_ratio` of the
+    steps, then the schedule, which ends at `min_lr_ratio` (constant: stays at 1)."""
+    warmup_steps = int(cfg.warmup_ratio * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    if cfg.schedule == "cosine":
+        decayed = 0.5 * (1 + math.cos(math.pi * progress))
+    elif cfg.schedule == "linear":
+        decayed = 1 - progress
+    else:
+        decayed = 1.0
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * decayed

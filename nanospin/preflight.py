@@ -1,4 +1,4 @@
-"""What must hold before a run's first step: ranks that are alike, inputs that are there, a folder of this very run."""
+"""Checks before a run's first step: the ranks agree, the inputs exist, out_dir is this run's."""
 
 import glob
 import json
@@ -9,146 +9,30 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from nanospin import checkpoint
-from nanospin import config
-from nanospin import distributed
-import ppo
 from data.files import read_json, sha256
 from data.folder import read_meta
+from data.template import TEMPLATE
+from nanospin import checkpoint, config, distributed
 
+# Stages whose `init` is the reference too, for as long as the run lasts.
+POLICY_STAGES = ("preference", "spin", "ppo")
 
-def check_ranks_agree(cfg):
-    """End the run if a rank has another config, other data, code or package versions than rank 0."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    code = [
-        sha256(f)
-        for f in sorted(
-            glob.glob(os.path.join(glob.escape(here), "*.py"))
-            + glob.glob(os.path.join(glob.escape(here), "config", "__init__.py"))
-            + glob.glob(os.path.join(glob.escape(here), "data", "*.py"))
-        )
-    ]
-    mine = {f"setting {name}": value for name, value in asdict(cfg).items()} | {
-        "data": read_meta(cfg.data, [])["files"],
-        "code": code,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    everyone = distributed.all_gather_object(mine)
-    for rank, its in enumerate(everyone):
-        for name, value in its.items():
-            if value != everyone[0][name]:
-                raise SystemExit(
-                    f"rank {rank} has another {name} than rank 0"
-                    + (
-                        f": {value!r}, not {everyone[0][name]!r}"
-                        if name != "code" and name != "data"
-                        else ""
-                    )
-                )
-
-
-def prepare_run(cfg):
-    """Check the batch arithmetic and what the run reads, and return where it stands, (round, step), step -1 at the very
-    beginning, and its `settings`, which a run that was begun keeps."""
-    world = distributed.world_size()
-    for name in ["batch_size"] + ["pretrain_batch_size"] * bool(cfg.pretrain_coef):
-        if getattr(cfg, name) % world:
-            raise SystemExit(
-                f"config: {name} {getattr(cfg, name)} must be a multiple of the number of ranks, {world}"
-            )
-    check_ranks_agree(cfg)
-    now = run_settings(cfg)
-    if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
-        raise SystemExit(
-            f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER --prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
-            "and the same for val.jsonl, appended"
-        )
-    sampled = cfg.stage in (
-        "preference",
-        "spin",
-        "ppo",
-    )  # whose init is the reference too, as long as the run goes on
-    policies = {"init": cfg.init} if sampled or not checkpoint.latest(cfg.out_dir) else {}
-    policies |= (
-        {"teacher": cfg.teacher}
-        if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher)
-        else {}
-    )
-    for name, path in policies.items():
-        if (
-            path
-            and checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward"
-            and sampled
-        ):
-            raise SystemExit(f"{name} {path} is a reward model, no policy; it goes into reward")
-    if ":" in cfg.reward:
-        ppo.reward_function(cfg.reward)
-    elif (
-        cfg.reward
-        and checkpoint.read_meta(checkpoint.resolve(cfg.reward))["config"]["stage"] != "reward"
-    ):
-        raise SystemExit(
-            f"reward {cfg.reward} is not a reward model: it was not trained by stage reward"
-        )
-    if os.path.exists(cfg.out_dir) and not os.path.isdir(cfg.out_dir):
-        raise SystemExit(f"out_dir {cfg.out_dir} is a file")
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f"out_dir {cfg.out_dir}: {e.strerror}")
-    if not os.access(cfg.out_dir, os.W_OK):
-        raise SystemExit(f"out_dir {cfg.out_dir}: it cannot be written to")
-    if distributed.rank() == 0:
-        for name in ("writing_*", "removing_*"):
-            for folder in glob.glob(os.path.join(glob.escape(cfg.out_dir), "round_*", name)):
-                shutil.rmtree(folder)
-    newest, path = checkpoint.latest_valid(cfg.out_dir), os.path.join(cfg.out_dir, "config.json")
-    written = glob.glob(os.path.join(glob.escape(cfg.out_dir), "**", "*.jsonl*"), recursive=True)
-    before = (
-        read_json(path, ("config", "starts"), "; it is of no run: use another out_dir")["config"]
-        if os.path.exists(path)
-        else {}
-    )
-    if newest or any(os.path.getsize(f) for f in written):
-        for key, value in now.items():
-            if key not in MAY_CHANGE and key in before and before[key] != value:
-                raise SystemExit(
-                    f"{cfg.out_dir} was begun with {key} = {before[key]!r}, now it is {value!r}; "
-                    "use another out_dir, or remove that one"
-                )
-    meta = checkpoint.read_meta(newest) if newest else {"round": 0, "step": -1}
-    distributed.barrier()
-    return (meta["round"], meta["step"]), now
-
-
-def resolve_template(cfg):
-    """The config with the template that it leaves to the checkpoint: that of the run, once it has one, of init, or config.TEMPLATE."""
-    if cfg.template:
-        return cfg
-    path, template = os.path.join(cfg.out_dir, "config.json"), None
-    if checkpoint.latest(cfg.out_dir) and os.path.exists(path):
-        template = read_json(path, ("config", "starts"))["config"].get("template")
-    elif cfg.init:
-        template = checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
-    return replace(cfg, template=template or config.TEMPLATE)
-
-
+# Settings that may differ when a run is resumed: they do not change its results.
 MAY_CHANGE = {
     "out_dir",
     "device",
     "compile",
-    "recompute",
+    "activation_checkpointing",
     "deterministic",
-    "shards",
+    "hsdp_shard_size",
     "reshard_after_forward",
     "prefetch",
     "sample_sharded",
     "timeout",
     "keep_last",
     "keep_best",
-    "nonfinite",
-    "spike",
+    "on_nonfinite",
+    "loss_spike_factor",
     "log_interval",
     "save_interval",
     "wandb",
@@ -161,28 +45,203 @@ MAY_CHANGE = {
 }
 
 
-def run_settings(cfg):
-    """What a run keeps from its first start to its last: the config as JSON has it, and the hashes of its data and, where
-    they are a game's players or a reference, of init and teacher."""
-    names = ["train.bin", "val.bin"] if cfg.stage == "pretrain" else ["train.jsonl", "val.jsonl"]
+def resolve_template(cfg):
+    """Return the config with its template filled in: that of the run if it has checkpoints, else
+    that of `init`, else the default."""
+    if cfg.template:
+        return cfg
+    template = ""
+    path = os.path.join(cfg.out_dir, "config.json")
+    if checkpoint.latest(cfg.out_dir) and os.path.exists(path):
+        template = read_json(path, ("config", "starts"))["config"].get("template")
+    elif cfg.init:
+        template = checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
+    return replace(cfg, template=template or TEMPLATE)
+
+
+def prepare_run(cfg) -> tuple[tuple[int, int], dict]:
+    """Check the config and everything that the run reads. Exits with one line on a mistake.
+
+    Returns where the run starts, (round, step), with step -1 if it has no checkpoint yet, and its
+    settings for config.json. All ranks call this together.
+    """
+    check_batch_sizes(cfg)
+    check_ranks_agree(cfg)
+    settings = run_settings(cfg)
+    check_teacher(cfg)
+    check_policies(cfg)
+    check_reward(cfg)
+    check_out_dir(cfg.out_dir)
+    if distributed.rank() == 0:
+        remove_unfinished_checkpoints(cfg.out_dir)
+    newest = checkpoint.latest_valid(cfg.out_dir)
+    check_same_run(cfg, settings, newest)
+    start = (0, -1)
+    if newest:
+        meta = checkpoint.read_meta(newest)
+        start = (meta["round"], meta["step"])
+    distributed.barrier()  # all have read config.json: rank 0 may write it
+    return start, settings
+
+
+# ----------------------------------------------------------------------------------------- checks
+
+
+def check_batch_sizes(cfg):
+    names = ["batch_size"]
+    if cfg.pretrain_coef:
+        names.append("pretrain_batch_size")
+    for name in names:
+        value = getattr(cfg, name)
+        if value % distributed.world_size():
+            raise SystemExit(
+                f"config: {name} {value} must be a multiple of the number of ranks, "
+                f"{distributed.world_size()}"
+            )
+
+
+def check_ranks_agree(cfg):
+    """All ranks must have the same settings, data, code and versions of torch and numpy."""
+    own = {f"setting {name}": value for name, value in flat_settings(cfg).items()}
+    own["data"] = read_meta(cfg.data, [])["files"]
+    own["code"] = [sha256(path) for path in code_files()]
+    own["torch"] = torch.__version__
+    own["numpy"] = np.__version__
+    everyone = distributed.all_gather_object(own)
+    reference = everyone[0]
+    for rank, values in enumerate(everyone):
+        for name in reference | values:
+            if values.get(name) != reference.get(name):
+                message = f"rank {rank} has a different {name} than rank 0"
+                if name not in ("code", "data"):
+                    message += f": {values.get(name)!r}, not {reference.get(name)!r}"
+                raise SystemExit(message)
+
+
+def code_files() -> list[str]:
+    """The source files that a run may import: the root's, nanospin/'s and data/'s."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    files = []
+    for folder in ("", "nanospin", "data"):
+        files += glob.glob(os.path.join(glob.escape(os.path.join(root, folder)), "*.py"))
+    return sorted(files)
+
+
+def check_teacher(cfg):
+    """A teacher that is a file of rows must exist. (Checkpoints: `check_policies`.)"""
+    if cfg.teacher.endswith(".jsonl") and not os.path.isfile(cfg.teacher):
+        raise SystemExit(
+            f"{cfg.teacher}: no such file; make it with: python sample.py TEACHER "
+            f"--prompts {cfg.data}/train.jsonl --out {cfg.teacher}, "
+            "then append the output for val.jsonl"
+        )
+
+
+def check_policies(cfg):
+    """init and teacher must be readable checkpoints, and policies where they are sampled from or
+    compared with."""
+    needs_policy = cfg.stage in POLICY_STAGES
+    paths = {}
+    if needs_policy or not checkpoint.latest(cfg.out_dir):
+        paths["init"] = cfg.init
+    if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher):
+        paths["teacher"] = cfg.teacher
+    for name, path in paths.items():
+        if not path:
+            continue
+        stage = checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"]
+        if needs_policy and stage == "reward":
+            raise SystemExit(
+                f"{name} {path} is a reward model, not a policy; a reward model is set as `reward`"
+            )
+
+
+def check_reward(cfg):
+    """`reward` must be a function that can be imported, or a reward model."""
+    if ":" in cfg.reward:
+        config.import_function(cfg.reward)
+    elif cfg.reward:
+        meta = checkpoint.read_meta(checkpoint.resolve(cfg.reward))
+        if meta["config"]["stage"] != "reward":
+            raise SystemExit(
+                f"reward {cfg.reward} is not a reward model: it was not trained by stage reward"
+            )
+
+
+def check_out_dir(out_dir: str):
+    """Make out_dir if it does not exist; it must be a folder that can be written to."""
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise SystemExit(f"out_dir {out_dir} is a file")
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"out_dir {out_dir}: {e.strerror}")
+    if not os.access(out_dir, os.W_OK):
+        raise SystemExit(f"out_dir {out_dir}: no permission to write to it")
+
+
+def remove_unfinished_checkpoints(out_dir: str):
+    """Remove what a killed run was writing or removing."""
+    for name in ("writing_*", "removing_*"):
+        for folder in glob.glob(os.path.join(glob.escape(out_dir), "round_*", name)):
+            shutil.rmtree(folder)
+
+
+def check_same_run(cfg, settings: dict, newest: str | None):
+    """If out_dir has results, they must come from the same settings, except for MAY_CHANGE."""
+    path = os.path.join(cfg.out_dir, "config.json")
+    before = {}
+    if os.path.exists(path):
+        advice = "; it does not belong to a run: use another out_dir"
+        before = read_json(path, ("config", "starts"), advice)["config"]
+        if not isinstance(before, dict):
+            raise SystemExit(f"{path}: config must be an object{advice}")
+    if not newest and not has_rows(cfg.out_dir):
+        return
+    for name in settings | before:
+        if name in MAY_CHANGE:
+            continue
+        if name not in before and name not in cfg.model:
+            continue  # a setting that did not exist yet
+        if before.get(name) != settings.get(name):
+            raise SystemExit(
+                f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
+                f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
+            )
+
+
+def has_rows(out_dir: str) -> bool:
+    """Whether a run has written samples or metrics: a .jsonl file, or part of one, with content."""
+    files = glob.glob(os.path.join(glob.escape(out_dir), "**", "*.jsonl*"), recursive=True)
+    return any(os.path.getsize(file) for file in files)
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+def flat_settings(cfg) -> dict:
+    """{setting: value}. The settings of the model that the config sets are among the others."""
+    settings = asdict(cfg)
+    model_settings = settings.pop("model")
+    return settings | model_settings
+
+
+def run_settings(cfg) -> dict:
+    """What a run must keep from its first start to its last: the settings as JSON has them, the
+    sha256 of the data, and that of the weights that it samples from or compares with."""
+    settings = json.loads(json.dumps(flat_settings(cfg)))  # tuples become lists
+    kind = "bin" if cfg.stage == "pretrain" else "jsonl"
+    names = [f"train.{kind}", f"val.{kind}"]
     meta = read_meta(cfg.data, names)
-    files = meta["files"]
-    stream = (
-        read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
-        if cfg.pretrain_coef
-        else {}
-    )
-    players = [
-        path
-        for path in (cfg.init, cfg.teacher, cfg.reward)
-        if path and cfg.stage in ("preference", "spin", "ppo")
-    ]
-    hashes = {path: checkpoint.weights_sha256(path) for path in players if os.path.exists(path)}
-    of_data = {name: files[name]["sha256"] for name in names} | {
-        f"beside/{name}": stream[name]["sha256"] for name in stream if name.endswith(".bin")
-    }
-    return json.loads(json.dumps(asdict(cfg))) | {
-        "data_source": meta["source"],
-        "data_sha256": of_data,
-        "players_sha256": hashes,
-    }
+    settings["data_source"] = meta["source"]
+    settings["data_sha256"] = {name: meta["files"][name]["sha256"] for name in names}
+    if cfg.pretrain_coef:
+        stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
+        for name in ("train.bin", "val.bin"):
+            settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
+    settings["players_sha256"] = {}
+    if cfg.stage in POLICY_STAGES:
+        for path in (cfg.init, cfg.teacher, cfg.reward):
+            if path and os.path.exists(path):
+                settings["players_sha256"][path] = checkpoint.weights_sha256(path)
+    return settings

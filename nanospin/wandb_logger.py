@@ -1,10 +1,13 @@
-"""What a run sends to Weights & Biases, if its config asks: the records of metrics.jsonl, and tables of sampled responses.
+"""Weights & Biases: sends the records of metrics.jsonl, and tables of sampled responses.
 
-A record's names are those of TRL's trainers there, as Hugging Face's callback writes them, so that curves lie on one another:
-train/ and eval/ before NAMES, over train/global_step, the optimisation steps before it, of all rounds. Its step there is its number
-among the records. A start goes through all that metrics.jsonl has kept, and leaves out what was sent: online what the server has,
-offline what RUN/wandb.txt says, for `wandb sync` appends a start's part to those before it. So what a kill had sent past the
-checkpoint is not said twice, and a run that was offline, or had none of this, is sent whole when it is started online.
+Metrics get the names of TRL's trainers, as Hugging Face's callback writes them, so that the curves
+can be compared: train/... and eval/..., over train/global_step, which counts optimizer steps over
+all rounds. The W&B step of a record is its index in metrics.jsonl, warnings left out.
+
+Resumed runs keep their W&B id, and no record is sent twice. When a run is started again it goes
+through metrics.jsonl from the first record and skips what was sent: online by asking the server,
+offline by reading out_dir/wandb.txt, because `wandb sync` appends each start to those before it.
+A run that was offline, or not logged to W&B at all, is sent completely once it is started online.
 """
 
 import contextlib
@@ -15,13 +18,15 @@ import secrets
 from dataclasses import asdict
 from urllib.parse import urlsplit
 
-from nanospin import distributed
 from data.files import printable
 from data.rows import read_rows
+from nanospin import distributed
 
-# ours -> theirs, by stage; a name that ends in / is a beginning. Their rewards are beta (log pi - log pi_ref), their logps sums over a
-# response, as ours (DPOTrainer of TRL 1.16). At K > 2 rejected is the mean of the others, and rewards/PLAYER stands beside it
-RANKED = {
+# Our names of metrics -> TRL's (DPOTrainer and RewardTrainer of TRL 1.16), by stage. A name that
+# ends in "/" stands for every name that begins with it. As in TRL, rewards are
+# beta (log pi - log pi_ref) and logps are sums over a response. For K > 2 "rejected" is the mean of
+# all but the best response, and rewards/PLAYER is that of each player.
+RANKING_NAMES = {
     "rank_nll": "loss",
     "acc": "rewards/accuracies",
     "margin": "rewards/margins",
@@ -32,221 +37,278 @@ RANKED = {
     "reward/": "rewards/",
     "logp/": "logps/",
 }
-NAMES = {
+STAGE_NAMES = {
     "pretrain": {"val_loss": "loss"},
     "sft": {"val_loss": "loss"},
-    "preference": RANKED,
-    "spin": RANKED,
+    "preference": RANKING_NAMES,
+    "spin": RANKING_NAMES,
     "reward": {"pair_nll": "loss", "acc": "accuracy", "score": "mean_reward"},
     "ppo": {},
 }
-ALL = {"lr": "learning_rate", "norm": "grad_norm"}
-ROWS = 16  # of a table
-PATIENCE = {"init_timeout": 30, "finish_timeout": 60}  # seconds for a network that is not there
+COMMON_NAMES = {"lr": "learning_rate", "norm": "grad_norm"}
+
+TABLE_ROWS = 16
+TIMEOUTS = {"init_timeout": 30, "finish_timeout": 60}  # seconds to wait for the network
 
 
-@contextlib.contextmanager
-def wandb_sender(cfg, at):
-    """A function that is told every record, from the run's first, and sends it; at = (round, step) is where this start begins. No
-    key, no network or an error of the package cost a line, not the run."""
-    if cfg.wandb == "off" or distributed.rank():
-        yield lambda record: None
-        return
-    path = os.path.join(
-        cfg.out_dir, "wandb.txt"
-    )  # the run's id there, then the number of each record that was sent, a line each
-    if not os.path.exists(path):
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(secrets.token_hex(4) + "\n")
-    with open(path, encoding="utf-8") as f:
-        id, *told = f.read().split() or [""]
-    if not id.isalnum() or not all(map(str.isdecimal, told)):
-        raise SystemExit(
-            printable(
-                f"{path} is damaged; without it the run would be another one at Weights & Biases"
-            )
+def wandb_sender(cfg, start: tuple[int, int]):
+    """A context manager whose value is a function that sends a record, or does nothing.
+
+    It must be called with every record of the run, from the first. start: the (round, step) that
+    this start of the run begins at.
+    """
+    if cfg.wandb == "off" or distributed.rank() != 0:
+        return contextlib.nullcontext(lambda record: None)
+    return WandbSender(cfg, start)
+
+
+class WandbSender:
+    """Sends a run's records. A missing key or network, or an error in the package, is reported in
+    one line and never ends the run."""
+
+    def __init__(self, cfg, start: tuple[int, int]):
+        self.cfg = cfg
+        self.start_round = start[0]
+        self.run_per_round = cfg.wandb_runs == "rounds"
+        self.mode = cfg.wandb  # online, offline, or failed: nothing is sent any more
+        self.run = None  # the open W&B run
+        self.sent_file = (
+            None  # wandb.txt: the run's id, then the index of each record that was sent
         )
-    told, sent = max(map(int, told), default=-1), open(path, "a", encoding="utf-8", buffering=1)
-    folders = {
-        f"WANDB_{name}_DIR": os.path.join(os.path.abspath(cfg.out_dir), "wandb", name.lower())
-        for name in ("DATA", "CACHE")
-    }
-    folders = {name: path for name, path in folders.items() if name not in os.environ}
-    os.environ.update(folders)
-    mode, run, first, number, before, round_id, last, of_rounds = (
-        cfg.wandb,
-        None,
-        0,
-        -1,
-        0,
-        0,
-        0,
-        cfg.wandb_runs == "rounds",
-    )
+        self.run_id = ""
+        self.last_sent = -1  # the highest index in wandb.txt
+        self.first_to_send = 0  # the first index that the open run does not have yet
+        self.index = -1  # of the current record in metrics.jsonl
+        self.round_id = 0  # of the current record
+        self.step = 0  # optimizer steps of this round, up to the current record
+        self.steps_before = 0  # optimizer steps of the rounds before, in the same W&B run
+        self.added_variables = []  # environment variables to remove at the end
 
-    def send(record):
-        nonlocal mode, run, first, told, number, before, round_id, last
-        if mode == "lost" or record["kind"] == "warning":
+    def __enter__(self):
+        self.open_sent_file()
+        folder = os.path.join(os.path.abspath(self.cfg.out_dir), "wandb")
+        for name in ("DATA", "CACHE"):  # wandb's own files go to out_dir too
+            variable = f"WANDB_{name}_DIR"
+            if variable not in os.environ:
+                os.environ[variable] = os.path.join(folder, name.lower())
+                self.added_variables.append(variable)
+        return self.send
+
+    def __exit__(self, error_type, error, traceback):
+        finish_run(self.run, 1 if error_type else 0)
+        self.sent_file.close()
+        for variable in self.added_variables:
+            os.environ.pop(variable, None)
+
+    def open_sent_file(self):
+        path = os.path.join(self.cfg.out_dir, "wandb.txt")
+        if not os.path.exists(path):
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(secrets.token_hex(4) + "\n")
+        with open(path, encoding="utf-8") as f:
+            words = f.read().split()
+        if not words or not words[0].isalnum() or not all(w.isdecimal() for w in words[1:]):
+            raise SystemExit(
+                printable(f"{path} is damaged; without it the run would get another W&B id")
+            )
+        self.run_id = words[0]
+        self.last_sent = max([int(word) for word in words[1:]], default=-1)
+        self.sent_file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def send(self, record: dict):
+        """Send a record unless it was sent before."""
+        if self.mode == "failed" or record["kind"] == "warning":
             return
-        number += 1
+        self.index += 1
         try:
-            if record["round"] > round_id:
-                before, round_id = 0 if of_rounds else before + last, record["round"]
-                if of_rounds and run:
-                    run = run.finish_run()
-            last = record["step"] + (record["kind"] == "step")
-            if of_rounds and round_id < at[0] or mode == "offline" and number <= told:
-                return  # that round's run is complete; that record was told
-            if not run:
-                run, mode = init_run(
-                    cfg,
-                    id + f"-round-{round_id}" * of_rounds,
-                    f" round {round_id}" * of_rounds,
-                    mode,
-                )
-                first = run.starting_step if mode == "online" else told + 1
-            if number >= first:
-                run.log(
-                    wandb_names(record, cfg.stage)
-                    | sample_table(cfg, record)
-                    | {"round": round_id, "train/global_step": before + last},
-                    step=number,
-                    commit=True,
-                )
-                told = max(told, number)
-                sent.write(f"{number}\n")
-        except (
-            Exception,
-            SystemExit,
-        ) as e:  # whatever the package raises; a table's file that is gone
-            mode = "lost"
-            print_line(
-                f"{error_text(e)}; the run goes on without it, and this command sends what is missing"
+            if record["round"] > self.round_id:
+                self.begin_round(record["round"])
+            self.step = record["step"] + 1 if record["kind"] == "step" else record["step"]
+            if self.was_sent():
+                return
+            if self.run is None:
+                self.open_run()
+            if self.index >= self.first_to_send:
+                self.log(record)
+        except (Exception, SystemExit) as e:  # whatever the package raises, or a missing table file
+            self.mode = "failed"
+            report(
+                f"{error_text(e)}; training continues without it, and running the same command "
+                "again sends what is missing"
             )
 
-    try:
-        yield send
-    except BaseException:
-        finish_run(run, 1)
-        raise
-    else:
-        finish_run(run, 0)
-    finally:
-        for name in folders:
-            os.environ.pop(name, None)
+    def begin_round(self, round_id: int):
+        self.round_id = round_id
+        if self.run_per_round:
+            if self.run is not None:
+                self.run.finish()
+                self.run = None
+        else:
+            self.steps_before += self.step
+
+    def was_sent(self) -> bool:
+        """Whether the current record was sent by an earlier start, as far as is known here."""
+        if self.run_per_round and self.round_id < self.start_round:
+            return True  # the W&B run of that round is complete
+        return self.mode == "offline" and self.index <= self.last_sent
+
+    def open_run(self):
+        run_id = self.run_id
+        name = group_name(self.cfg)
+        if self.run_per_round:
+            run_id += f"-round-{self.round_id}"
+            name += f" round {self.round_id}"
+        self.run, self.mode = init_run(self.cfg, run_id, name, self.mode)
+        if self.mode == "online":
+            self.first_to_send = self.run.starting_step  # the server's
+        else:
+            self.first_to_send = self.last_sent + 1
+
+    def log(self, record: dict):
+        values = wandb_names(record, self.cfg.stage) | sample_table(self.cfg, record)
+        values["round"] = self.round_id
+        values["train/global_step"] = self.steps_before + self.step
+        self.run.log(values, step=self.index, commit=True)
+        self.last_sent = max(self.last_sent, self.index)
+        self.sent_file.write(f"{self.index}\n")
 
 
-def init_run(cfg, id, suffix, mode):
-    """(a wandb run, its mode): online if asked and possible, else offline."""
+# ----------------------------------------------------------------------------------- a run at W&B
+
+
+def group_name(cfg) -> str:
+    return cfg.out_dir.strip("/").replace("/", "-")[-100:]
+
+
+def init_run(cfg, run_id: str, name: str, mode: str):
+    """Open a W&B run. Returns (run, mode): online if configured and possible, else offline."""
     import wandb
 
-    name = cfg.out_dir.strip("/").replace("/", "-")[-100:]
-    what = dict(
-        project=cfg.wandb_project,
-        group=name,
-        name=name + suffix,
-        id=id,
-        job_type=cfg.stage,
-        dir=cfg.out_dir,
-        config=asdict(cfg),
-        allow_val_change=True,
-        settings=wandb.Settings(silent=True, x_transaction_log_flush_interval=1, **PATIENCE),
-    )
+    options = {
+        "project": cfg.wandb_project,
+        "group": group_name(cfg),
+        "name": name,
+        "id": run_id,
+        "job_type": cfg.stage,
+        "dir": cfg.out_dir,
+        "config": asdict(cfg),
+        "allow_val_change": True,
+        "settings": wandb.Settings(silent=True, x_transaction_log_flush_interval=1, **TIMEOUTS),
+    }
     run = None
     if mode == "online":
         try:
             if not has_key(wandb.setup().settings):
                 raise LookupError("no API key (WANDB_API_KEY, or wandb login)")
-            run = wandb.init(mode="online", resume="allow", **what)
-            for path in glob.glob(
-                os.path.join(glob.escape(cfg.out_dir), "wandb", f"offline-run-*-{id}", "*.wandb")
-            ):
-                open(
-                    path + ".synced", "a"
-                ).close()  # all of it is sent now: wandb sync is not to append it again
+            run = wandb.init(mode="online", resume="allow", **options)
+            mark_as_synced(cfg.out_dir, run_id)
         except Exception as e:  # whatever the package raises
-            print_line(
-                f"{error_text(e)}; offline in {cfg.out_dir}/wandb: send it with wandb sync, or with this command"
+            report(
+                f"{error_text(e)}; logging offline to {cfg.out_dir}/wandb: "
+                "send it with wandb sync, or run the same command again"
             )
-            wandb.teardown()  # it holds on to the id
-    run, mode = (run, mode) if run else (wandb.init(mode="offline", **what), "offline")
+            wandb.teardown()  # it would not let another run have the id
+    if run is None:
+        mode = "offline"
+        run = wandb.init(mode=mode, **options)
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step")
     return run, mode
 
 
-def has_key(settings):
-    """Whether wandb would find a key by itself, and not ask for one."""
+def mark_as_synced(out_dir: str, run_id: str):
+    """Keep `wandb sync` from sending what earlier offline starts wrote: this start sends it all."""
+    folder = os.path.join(glob.escape(out_dir), "wandb", f"offline-run-*-{run_id}")
+    for path in glob.glob(os.path.join(folder, "*.wandb")):
+        with open(path + ".synced", "a"):
+            pass
+
+
+def has_key(settings) -> bool:
+    """Whether wandb will find an API key by itself. Otherwise it would ask for one."""
     if settings.api_key or settings.identity_token_file:
         return True
-    for path in (
-        [os.environ["NETRC"]]
-        if "NETRC" in os.environ
-        else [os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")]
-    ):
+    if "NETRC" in os.environ:
+        paths = [os.environ["NETRC"]]
+    else:
+        paths = [os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")]
+    host = urlsplit(settings.base_url).netloc
+    for path in paths:
         with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(path).authenticators(urlsplit(settings.base_url).netloc):
+            if netrc.netrc(path).authenticators(host):
                 return True
     return False
 
 
-def finish_run(run, status):
-    """End the run, and wandb's own process, which may still be writing."""
+def finish_run(run, status: int):
+    """End a W&B run, and wandb's own process, which may still be writing."""
+    if run is None:
+        return
     try:
-        if run:
-            import wandb
+        import wandb
 
-            run.finish_run(exit_code=status)
-            wandb.teardown()
+        run.finish(exit_code=status)
+        wandb.teardown()
     except Exception as e:  # whatever the package raises
-        print_line(f"{error_text(e)}; send the rest with wandb sync, or with this command")
+        report(f"{error_text(e)}; send the rest with wandb sync, or run the same command again")
 
 
-def print_line(text):
+def report(text: str):
     print(printable(f"wandb: {text}"), flush=True)
 
 
-def error_text(e):
-    return " ".join(str(e).split()) or type(e).__name__
+def error_text(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def wandb_names(record, stage):
-    """A record's numbers under their names there."""
-    names, kind = ALL | NAMES[stage], {"step": "train"}.get(record["kind"], record["kind"])
-
-    def there(name):
-        head, slash, rest = name.partition("/")
-        return names.get(name) or names.get(head + slash, head + slash) + rest
-
-    return {
-        f"{kind}/{there(name)}": value
-        for name, value in record.items()
-        if name not in ("kind", "round", "step") and isinstance(value, (int, float))
-    }
+# --------------------------------------------------------------------------------- what is logged
 
 
-def sample_table(cfg, record):
-    """{"samples": some held-out prompts with what was said to them} of a game's round, or of a PPO evaluation."""
+def wandb_names(record: dict, stage: str) -> dict:
+    """The numbers of a record under their W&B names."""
+    prefix = "train" if record["kind"] == "step" else record["kind"]
+    names = COMMON_NAMES | STAGE_NAMES[stage]
+    values = {}
+    for name, value in record.items():
+        if name not in ("kind", "round", "step") and isinstance(value, (int, float)):
+            values[f"{prefix}/{wandb_name(name, names)}"] = value
+    return values
+
+
+def wandb_name(name: str, names: dict) -> str:
+    """acc -> rewards/accuracies, reward/self -> rewards/self; other names do not change."""
+    if name in names:
+        return names[name]
+    head, slash, rest = name.partition("/")
+    return names.get(head + slash, head + slash) + rest
+
+
+def sample_table(cfg, record: dict) -> dict:
+    """{"samples": a table of validation prompts with their responses}, for the samples of a spin
+    round and for an evaluation of ppo; otherwise {}."""
     folder = os.path.join(cfg.out_dir, f"round_{record['round']}")
     if cfg.stage == "spin" and record["kind"] == "collect":
-        path, columns = os.path.join(folder, "val.jsonl"), cfg.players
+        path = os.path.join(folder, "val.jsonl")
+        columns = cfg.players
     elif cfg.stage == "ppo" and record["kind"] == "eval":
-        path, columns = os.path.join(folder, f"val_step_{record['step']:06d}.jsonl"), ["response"]
+        path = os.path.join(folder, f"val_step_{record['step']:06d}.jsonl")
+        columns = ["response"]
     else:
         return {}
     import wandb
 
-    rows = []
-    for row in read_rows(path)[:ROWS]:
-        said = [text for turn in row.get("history", []) for text in turn]
-        same_as = row.get("same_as", [None] * len(columns))
-        rows.append(
-            [
-                "\n\n".join([*said, row["prompt"]]),
-                *(
-                    text if same is None else f"(as {columns[same]})"
-                    for text, same in zip(row["responses"], same_as)
-                ),
-            ]
-        )
+    rows = [table_row(row, columns) for row in read_rows(path)[:TABLE_ROWS]]
     return {"samples": wandb.Table(columns=["prompt", *columns], data=rows)}
+
+
+def table_row(row: dict, columns: list[str]) -> list[str]:
+    """[the conversation up to the prompt, the response of each column]. A response that equals a
+    better one, and is absent for that reason, is written as "(as teacher)"."""
+    turns = []
+    for prompt, response in row.get("history", []):
+        turns += [prompt, response]
+    cells = ["\n\n".join([*turns, row["prompt"]])]
+    same_as = row.get("same_as", [None] * len(columns))
+    for text, better in zip(row["responses"], same_as):
+        cells.append(text if better is None else f"(as {columns[better]})")
+    return cells

@@ -1,4 +1,5 @@
 import contextlib
+import glob
 import importlib
 import io
 import json
@@ -22,6 +23,8 @@ import train
 from data import tokenizer
 from data.folder import write_meta, write_stream
 from data.rows import write_rows
+from model import GPTConfig
+from nanospin import checkpoint, config
 
 SHARED = os.path.join(
     ROOT, "..", "shared", "data"
@@ -91,6 +94,19 @@ def make_runs(root, data):
         ]
     )
     return runs
+
+
+def source_files():
+    """Every program file of the repository but experiments and tests."""
+    files = glob.glob("*.py")
+    for package in ("data", "nanospin", "tools", "studies", "bench"):
+        files += glob.glob(f"{package}/**/*.py", recursive=True)
+    return [file for file in sorted(files) if "/config/" not in file]
+
+
+def load_config(argv):
+    """The Config of config files and overrides, as train.py loads it."""
+    return config.load(argv, GPTConfig)
 
 
 @pytest.fixture(scope="session")

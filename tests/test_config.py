@@ -1,131 +1,159 @@
-import os
+"""Settings: files, overrides, types, ranges, renamed and foreign names."""
+
+import glob
 import re
 import subprocess
 import sys
 
 import pytest
 
-from nanospin import config
-from nanospin.config import load, per_round
+from conftest import load_config
+from nanospin.config import RENAMED, command_for_run, field_hints, import_function, per_round
+from nanospin.config import Config, ELSEWHERE
+from model import GPTConfig
+
+SPIN = ["--stage=spin", "--init=x"]
 
 
 def test_files_overrides_and_inheritance(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from config.demo.spin_k2 import *\nimport math\n_half = 0.5\nlr = [1e-4, _half * 1e-4]\nbeta = math.e\n"
+        "from config.demo.spin_k2 import *\n"
+        "import math\n"
+        "_half = 0.5\n"
+        "lr = [1e-4, _half * 1e-4]\n"
+        "beta = math.e\n"
+        "n_layer = 3\n"
     )
-    cfg = load(
-        [
-            str(path),
-            "--batch_size=16",
-            "--players=data,self,self-1",
-            "--compile=true",
-            "--lr=[0.1, 1]",
-        ]
-    )
-    assert (
-        cfg.stage == "spin"
-        and cfg.lr == [0.1, 1.0]
-        and cfg.batch_size == 16
-        and cfg.compile is True
-    )
-    assert cfg.players == ["data", "self", "self-1"] and abs(cfg.beta - 2.718) < 1e-3
-    assert per_round(cfg.lr, 1) == 1.0 and per_round([3.0], 5) == 3.0 and per_round(2.0, 7) == 2.0
-    assert load(["--lr=1", "--max_steps=1"]).lr == 1.0  # an int where a float is asked
+    overrides = ["--batch_size=16", "--players=data,self,self-1", "--compile=true", "--lr=[0.1, 1]"]
+    cfg = load_config([str(path), *overrides])
+    assert cfg.stage == "spin"
+    assert cfg.lr == [0.1, 1.0]
+    assert cfg.batch_size == 16
+    assert cfg.compile is True
+    assert cfg.players == ["data", "self", "self-1"]
+    assert cfg.beta == pytest.approx(2.718, abs=1e-3)
+    assert cfg.model == {"n_layer": 3}
+
+
+def test_values_convert_to_the_type_of_the_setting():
+    assert load_config(["--lr=1", "--max_steps=1"]).lr == 1.0
+    assert load_config(["--lr", "1e-3", "--max_steps", "1"]).lr == 1e-3
+    assert load_config(["--rope_theta=5", "--max_steps=1"]).model == {"rope_theta": 5.0}
+
+
+def test_per_round():
+    assert per_round([0.1, 1.0], 1) == 1.0
+    assert per_round([3.0], 5) == 3.0
+    assert per_round(2.0, 7) == 2.0
+
+
+def test_fewer_rounds_take_the_first_values():
+    cfg = load_config(["config/spin_k2.py", "--rounds=2"])
+    assert [per_round(cfg.lr, r) for r in range(cfg.rounds)] == [5e-7, 5e-7]
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
         (["--bta=0.1"], "unknown setting 'bta', did you mean 'beta'"),
-        (["--lr"], "--name=value"),
+        (["--lr"], "--lr needs a value: --lr=VALUE"),
+        (["--compile", "--max_steps=1"], "--compile needs a value"),
         (["--max_steps=1.5"], "max_steps must be int"),
         (["--lr=fast"], "lr must be float"),
         (["--lr=[1,'a']"], "lr must be float"),
         (["--compile=1"], "compile must be bool"),
         (["--batch_size=True"], "must be int"),
+        (["--n_layer='2'"], "n_layer must be int"),
         (["--stage=dpo"], "stage must be one of"),
         (["--batch_size=0"], "at least 1"),
         (["--temperature=-1"], "not be negative"),
         (["--top_p=0"], "top_p"),
         (["--template=Q"], "must contain {prompt}"),
         ([], "needs max_steps"),
-        (["--stage=spin"], "needs init"),
+        (SPIN[:1], "needs init"),
         (["--max_steps=1", "--rounds=2"], "has one round"),
-        (["--stage=spin", "--init=x", "--rounds=3", "--lr=[1,2]"], "2 values for 3 rounds"),
-        (["--stage=spin", "--init=x", "--players=data,teacher,self"], "teacher"),
-        (["--stage=spin", "--init=x", "--teacher=y"], "teacher"),
-        (["--stage=spin", "--init=x", "--players=self,data"], "begin with data"),
-        (["--stage=spin", "--init=x", "--players=data,selfie"], "players are"),
-        (["--stage=spin", "--init=x", "--players=data,self-1"], "must name self"),
-        (["--label_smoothing=0.5", "--max_steps=1"], "label_smoothing"),
+        ([*SPIN, "--rounds=3", "--lr=[1,2]"], "2 values for 3 rounds"),
+        ([*SPIN, "--players=data,teacher,self"], "teacher"),
+        ([*SPIN, "--teacher=y"], "teacher"),
+        ([*SPIN, "--players=self,data"], "begin with data"),
+        ([*SPIN, "--players=data,selfie"], "players are"),
+        ([*SPIN, "--players=data,self-1"], "must include self"),
+        ([*SPIN, "--label_smoothing=0.5"], "label_smoothing must be in"),
+        (["--max_steps=1", "--label_smoothing=0.1"], "stage pretrain has no label_smoothing"),
         (["--seed=-1"], "seed must not"),
         (["--taylor_order=21"], "at most 20"),
-        (["--taylor_end=-1"], "taylor_end"),
-        (["--max_steps=1", "--focal=1", "--taylor_order=1"], "taylor_order and focal"),
-        (["--max_steps=1", "--label_smoothing=0.1", "--taylor_end=1"], "set one"),
-        (["--stage=spin", "--init=x", "--focal=1"], "token losses"),
-        (["--stage=preference", "--init=x", "--loss_type=ipo", "--taylor_end=1"], "no depth"),
-        (["--max_steps=1", "--calibration=True"], "stage sft"),
+        (["--stage=preference", "--init=x", "--loss_type=ipo", "--rank_depth=1"], "no rank_depth"),
         (["nothing.py"], "No such file"),
         (["--lr=0", "--max_steps=1"], "above 0"),
+        (["--model={}"], "here it is 'init'"),
+        (["--vocab_size=5"], "unknown setting 'vocab_size'"),
     ],
 )
 def test_mistakes_are_one_line(args, message):
     with pytest.raises(SystemExit) as e:
-        load(args)
-    assert message in str(e.value) and "\n" not in str(e.value)
+        load_config(args)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
 
 
-def test_mistakes_in_a_file(tmp_path):
-    for text, message in (
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_a_renamed_setting_names_the_new_one(old, new):
+    with pytest.raises(SystemExit, match=f"{old!r} is now called {new!r}"):
+        load_config([f"--{old}=1"])
+
+
+def test_suggested_names_exist():
+    known = [*field_hints(Config), *field_hints(GPTConfig)]
+    for name in [*RENAMED.values(), *ELSEWHERE.values()]:
+        assert name in known, name
+    with pytest.raises(SystemExit, match="'learning_rate'; here it is 'lr'"):
+        load_config(["--learning_rate=1"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
         ("lr = (\n", "a.py:1: "),
-        ("learning_rate = 1\n", "unknown setting 'learning_rate'"),
+        ("learning_rate = 1\n", "'learning_rate'"),
         ("lr = 1 / 0\n", "ZeroDivisionError"),
-        ("n_layer = '2'\n", "n_layer must be int | None"),
-    ):
-        (tmp_path / "a.py").write_text(text)
-        with pytest.raises(SystemExit) as e:
-            load([str(tmp_path / "a.py")])
-        assert message in str(e.value) and "\n" not in str(e.value)
+        ("n_layer = '2'\n", "n_layer must be int"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        load_config([str(tmp_path / "a.py")])
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
 
 
-def test_as_a_user_sees_it():
-    done = subprocess.run([sys.executable, "train.py", "--bta=1"], capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr.strip() == "command line: unknown setting 'bta', did you mean 'beta'?"
-    )
+def test_a_mistake_as_a_user_sees_it():
+    command = [sys.executable, "train.py", "--bta=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "command line: unknown setting 'bta', did you mean 'beta'?"
 
 
-def test_every_file_in_config_loads_and_says_how_it_is_run():
-    files = sorted(f for f in os.listdir("config") if f.endswith(".py") and f != "__init__.py")
-    for name in (
-        "pretrain_gpt2",
-        "sft_ultrachat",
-        "spin_k2",
-        "spin_k3",
-        "spin_k3_gsm8k",
-        "tn_shp_first",
-        "tn_shp_later",
-        "tn_shp_clean",
-    ):
-        assert f"{name}.py" in files
-    for file in files:
-        load([f"config/{file}"])
-        text = open(f"config/{file}", encoding="utf-8").read()
-        header = text.split('"""')[1]
-        assert f"train.py config/{file}" in header, file
-        assert re.search(r"\bcores?\b|GPU", header) and re.search(
-            r"minute|hour|second|\d s on", header
-        ), file  # hardware and time
-        assert re.search(r"\d %|loss|reward|starts at|cross-entropy|minimum|falls to", header), (
-            file
-        )  # what to expect
+@pytest.mark.parametrize("path", sorted(glob.glob("config/**/*.py", recursive=True)))
+def test_every_config_says_how_it_is_run(path):
+    """The header of a config has its command, the hardware, the time and the result to expect."""
+    load_config([path])
+    with open(path, encoding="utf-8") as f:
+        header = f.read().split('"""')[1]
+    assert f"train.py {path}" in header
+    assert re.search(r"\bcores?\b|GPU", header)
+    assert re.search(r"minute|hour|second", header)
+    assert re.search(r"\d %|loss|reward|starts at", header)
 
 
-def test_maker_names_the_command():
-    assert (
-        config.maker("out/demo/sft") == "python train.py config/demo/sft.py"
-        and config.maker("out/nowhere") == ""
-    )
+def test_command_for_run():
+    assert command_for_run("out/demo/sft") == "python train.py config/demo/sft.py"
+    assert command_for_run("out/nowhere") == ""
+
+
+def test_import_function():
+    assert import_function("math:sqrt")(9.0) == 3.0
+    for name in ("nowhere:f", "math:nothing", "math:pi"):
+        with pytest.raises(SystemExit, match=f"reward {name}"):
+            import_function(name)

@@ -1,3 +1,4 @@
+from model import GPT
 from data.rows import check_row
 import json
 import math
@@ -10,7 +11,6 @@ import torch
 
 from nanospin import checkpoint
 import data
-from tools import plot
 from studies.taylor import analysis
 from conftest import command, read_metrics
 from data.rows import encode_rows, read_rows
@@ -46,7 +46,7 @@ def slow_logprob(model, prompt, response):
 
 @torch.no_grad()
 def test_score_equals_one_sequence_at_a_time(tiny_runs):
-    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
     rows, _ = encode_rows(
         [
             {
@@ -111,7 +111,7 @@ def slow_distributions(model, rows, temperature):
 @torch.no_grad()
 def test_calibration_token_by_token(tiny_runs):
     """Every figure against loops over single tokens; the temperature against a grid."""
-    model, enc, _ = checkpoint.load_model(tiny_runs["pretrain"])
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["pretrain"])
     texts = [{"text": "the model reads " * 2 + f"{i} and stops"} for i in range(6)] + [
         {"prompt": "Q", "responses": ["the loss falls", "no"]}
     ]
@@ -202,7 +202,7 @@ def test_a_long_text_is_asked_for_once():
 @torch.no_grad()
 def test_bits_and_choices_one_sequence_at_a_time(tiny_runs):
     """Against loops over single responses and single ids: without end-of-text, by UTF-8 bytes, cut where the limits cut, long texts in windows."""
-    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
     rng = np.random.default_rng(0)
     rows = [
         {
@@ -281,7 +281,7 @@ def test_answers_and_overlap():
 
 def test_win_rate(tiny_runs):
     """Data-like text beats noise under a model of the data; a response against itself is a half."""
-    judge, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    judge, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
 
     def pairs(a, b):
         return encode_rows(
@@ -299,7 +299,7 @@ def run(*args):
     return command(args[0].removesuffix(".py"), *args[1:])
 
 
-def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
+def test_command_line(tiny_runs, tiny_data, tmp_path):
     done = run(
         "eval.py",
         f"sft={tiny_runs['sft']}",
@@ -324,22 +324,6 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
     )
     assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
     done = run(
-        "plot.py",
-        "loss",
-        f"{tmp_path}/loss.png",
-        f"a={tiny_runs['pretrain']},{tiny_runs['pretrain']}",
-        f"b={tiny_runs['sft']}",
-    )
-    assert done.returncode == 0 and open(f"{tmp_path}/loss.png", "rb").read(4) == b"\x89PNG", (
-        done.stderr
-    )
-    done = run("plot.py", "table", f"{tmp_path}/table", tiny_runs["sft"])
-    first, *_, last = read_metrics(tiny_runs["sft"], "eval")
-    assert (
-        f"| val_loss | {first['val_loss']:.4f} | {last['val_loss']:.4f} |  |" in done.stdout
-        and "report.md" in os.listdir(f"{tmp_path}/table")
-    ), done.stderr
-    done = run(
         "eval.py",
         f"a={tiny_runs['sft']}",
         f"--reference={tiny_runs['pretrain']}",
@@ -354,10 +338,6 @@ def test_command_line_and_figures(tiny_runs, tiny_data, tmp_path):
         ["eval.py", f"a={tiny_runs['sft']}@hot", "--device=cpu", f"--data={tiny_data}"],
         ["eval.py", "sft"],
         ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"],
-        ["plot.py", "loss", "x.png", "a=nowhere"],
-        ["plot.py", "rounds", "x.png", tiny_runs["sft"]],
-        ["plot.py", "table", "x", "nowhere"],
-        ["plot.py"],
     ):
         assert run(*bad).returncode != 0
 
@@ -480,36 +460,3 @@ def test_the_taylor_study(tmp_path):
     ):
         done = run("taylor.py", *args)
         assert done.returncode == 1 and message in done.stderr, done.stderr
-
-
-def test_a_verdict_follows_the_figures():
-    def table(spin, more, loss=3.0):
-        ours = {"win_rate": spin, "win_rate_se": 0.01, "val_loss": loss}
-        return {
-            "sft": {"val_loss": 2.95},
-            "sft_more": {"win_rate": more, "win_rate_se": 0.01, "val_loss": 2.9},
-            "spin_k2.round_1": ours,
-            "spin_k3.round_1": ours,
-        }
-
-    def line(what, tables):
-        (found,) = [text for text in plot.verdict(tables) if what in text and "spin_k2" in text]
-        return found
-
-    more = "sft_more**"
-    assert "is better than sft_more" in line(
-        more, [table(0.6, 0.5)]
-    ) and "is worse than sft_more" in line(more, [table(0.4, 0.5)])
-    assert "not told apart" in line(
-        more, [table(0.51, 0.5)]
-    ) and "worse than, in this one training, sft_more" in line(
-        "loss spin_k2.round_1 is worse than, in this one training, sft_more", [table(0.5, 0.5)]
-    )
-    assert "not told apart" in line(more, [table(0.6, 0.5), table(0.5, 0.55), table(0.55, 0.5)])
-    assert "is better than sft**" in line(
-        "sft**", [table(0.6, 0.5), table(0.61, 0.5), table(0.62, 0.5)]
-    )
-    assert "worse than sft:" in line(
-        "loss spin_k2.round_1 is worse than sft:",
-        [table(0.6, 0.5, 3.0), table(0.6, 0.5, 3.01), table(0.6, 0.5, 2.99)],
-    )

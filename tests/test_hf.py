@@ -1,370 +1,376 @@
-"""hf.py without transformers: out and in again is the identity, and what is not understood is refused in a line."""
+"""tools/hf.py without transformers: import undoes export; what is not supported is refused."""
 
 import json
 import os
 import random
 import shutil
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanospin import checkpoint
-from nanospin import config
-from tools import hf
+import eval as evaluation
+import sample
+import train
 from data import tokenizer
+from data.template import TEMPLATE
 from model import GPT, GPTConfig
+from nanospin import checkpoint, config
 from tests.conftest import SHARED
+from tools import hf
 
-CLASSIC = dict(vocab_size=257, block_size=48, n_layer=2, n_head=4, n_embd=32)
-MODERN = dict(
-    CLASSIC, n_kv_head=2, position="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie_embeddings=False
-)
-QWEN3 = dict(MODERN, qk_norm=True, head_dim=16)
-OURS = {
-    "classic": CLASSIC,
-    "untied": dict(CLASSIC, tie_embeddings=False, mlp="relu", n_inner=40),
-    "modern": MODERN,
-    "tied": dict(MODERN, tie_embeddings=True, norm_eps=1e-6),
-    "qkv_bias": dict(MODERN, qkv_bias=True),
-    "bias": dict(MODERN, bias=True),
-    "scaled": dict(MODERN, rope_scaling=[8.0, 1.0, 4.0, 32.0], rope_theta=5e5),
-    "qk_norm and wide heads": QWEN3,
-    "windowed": dict(MODERN, sliding_window=9),
-    "windowed, qkv_bias": dict(MODERN, sliding_window=9, qkv_bias=True),
-    "windowed, qk_norm": dict(QWEN3, sliding_window=9),
+CLASSIC = {"vocab_size": 257, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
+MODERN = CLASSIC | {
+    "n_kv_head": 2,
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
 }
+QWEN3 = MODERN | {"qk_norm": True, "head_dim": 16}
+MODELS = {
+    "classic": CLASSIC,
+    "untied": CLASSIC | {"tie_embeddings": False, "mlp": "relu", "n_inner": 40},
+    "modern": MODERN,
+    "tied": MODERN | {"tie_embeddings": True, "norm_eps": 1e-6},
+    "qkv_bias": MODERN | {"qkv_bias": True},
+    "bias": MODERN | {"bias": True},
+    "scaled": MODERN | {"rope_scaling": [8.0, 1.0, 4.0, 32.0], "rope_theta": 5e5},
+    "qk_norm and wide heads": QWEN3,
+    "windowed": MODERN | {"sliding_window": 9},
+    "windowed, qkv_bias": MODERN | {"sliding_window": 9, "qkv_bias": True},
+    "windowed, qk_norm": QWEN3 | {"sliding_window": 9},
+}
+VOCAB_TABLES = ("wte.weight", "lm_head.weight")
+SENTENCE = "the loss of a model falls when it reads what people write"
 
 
-def make_run(run, shape, enc=None, name="bytes", **settings):
-    """A run with one checkpoint, every parameter of it random. Returns the model."""
+def make_run(run, fields, enc=None, name="bytes", **settings):
+    """Write a run with one checkpoint whose parameters are all random. Returns the model."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape)).eval()
+    model = GPT(GPTConfig(**fields)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    optimizers, cfg = (
-        [torch.optim.SGD(model.parameters())],
-        config.Config(out_dir=run, **{"template": config.TEMPLATE} | settings),
-    )
+    cfg = config.Config(out_dir=run, **{"template": TEMPLATE} | settings)
     saving = checkpoint.save(
         run,
         0,
         7,
         model,
-        optimizers,
-        cfg,
-        enc or tokenizer.load("bytes"),
-        name,
-        {"val_loss": 4.25},
-        {},
+        [torch.optim.SGD(model.parameters())],
+        cfg=cfg,
+        enc=enc or tokenizer.load("bytes"),
+        tokenizer_name=name,
+        metrics={"val_loss": 4.25},
+        history={},
     )
     assert checkpoint.wait_for_save(saving) == ""
     return model
+
+
+def load(run):
+    model, _, _ = GPT.from_checkpoint(str(run))
+    return model
+
+
+def read_meta(run):
+    return checkpoint.read_meta(checkpoint.resolve(str(run)))
 
 
 def write_tokenizer(folder, enc=None):
     tokenizer.to_json(enc or tokenizer.load("bytes"), os.path.join(folder, "tokenizer.json"))
 
 
-def files(folder):
-    return {
-        name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))
-    }
+def import_model(source, out, *options):
+    hf.main(["import", str(source), f"--out={out}", *options])
+
+
+def export_model(run, out, *options):
+    hf.main(["export", str(run), f"--out={out}", *options])
 
 
 def refused(*argv):
+    """The error message of a command line: one line."""
     with pytest.raises(SystemExit) as e:
-        hf.main(list(map(str, argv)))
-    assert isinstance(e.value.code, str) and "\n" not in e.value.code
-    return e.value.code
+        hf.main([str(arg) for arg in argv])
+    message = e.value.code
+    assert isinstance(message, str) and "\n" not in message
+    return message
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_out_and_in_again_is_the_identity(name, tmp_path):
-    """Config, every tensor (the padding comes back as zeros), the logits; and out once more, every byte."""
-    model = make_run(str(tmp_path / "run"), OURS[name])
-    hf.main(["export", str(tmp_path / "run"), f"--out={tmp_path / 'out'}"])
-    hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])
-    back, enc, meta = checkpoint.load_model(str(tmp_path / "back"))
-    assert (
-        back.config == model.config
-        and meta["tokenizer"] == "bytes"
-        and checkpoint.find_corruption(checkpoint.latest(str(tmp_path / "back"))) == ""
-    )
-    for (parameter, mine), its in zip(model.named_parameters(), back.parameters()):
-        rows = 257 if parameter in ("wte.weight", "lm_head.weight") else None
-        assert torch.equal(mine[:rows], its[:rows]) and (
-            rows is None or len(its) == 320 and not its[rows:].any()
-        )
+def read_folder(folder):
+    """{name: bytes} of a folder's files."""
+    contents = {}
+    for name in os.listdir(folder):
+        with open(os.path.join(folder, name), "rb") as f:
+            contents[name] = f.read()
+    return contents
+
+
+def edit_json(path, change):
+    """Rewrite a JSON file after change(its value)."""
+    with open(path, encoding="utf-8") as f:
+        value = json.load(f)
+    change(value)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(value, f)
+
+
+def update_json(path, **settings):
+    edit_json(path, lambda value: value.update(settings))
+
+
+# -------------------------------------------------------------------------------- export and import
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_then_import_is_the_identity(name, tmp_path):
+    """Config, parameters and logits are the same; a second export has the same bytes."""
+    run, exported, imported, again = (tmp_path / x for x in ("run", "export", "import", "again"))
+    model = make_run(str(run), MODELS[name])
+    export_model(run, exported)
+    import_model(exported, imported)
+    back, _, meta = GPT.from_checkpoint(str(imported))
+    assert back.config == model.config
+    assert meta["tokenizer"] == "bytes"
+    assert checkpoint.find_corruption(checkpoint.latest(str(imported))) == ""
+
+    for (parameter, before), after in zip(model.named_parameters(), back.parameters()):
+        if parameter in VOCAB_TABLES:  # the padding becomes 0
+            assert len(after) == 320 and not after[257:].any()
+            before, after = before[:257], after[:257]
+        assert torch.equal(before, after), parameter
     idx = torch.randint(0, 257, (2, 40))
     assert torch.equal(model(idx), back(idx))
-    hf.main(["export", str(tmp_path / "back"), f"--out={tmp_path / 'again'}"])
-    first, second = files(tmp_path / "out"), files(tmp_path / "again")
-    assert first.pop("README.md") != second.pop("README.md") and first == second
-    card = open(tmp_path / "out" / "README.md").read()
-    assert "| val_loss | 4.25 |" in card and "### Instruction: {prompt}" in card
+
+    export_model(imported, again)
+    first, second = read_folder(exported), read_folder(again)
+    card = first.pop("README.md").decode()
+    assert card != second.pop("README.md").decode()
+    assert first == second
+    assert "| val_loss | 4.25 |" in card
+    assert "### Instruction: {prompt}" in card
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_and_bfloat16(dtype, tmp_path):
-    """Every file keeps the limit, the index names each tensor's, and what comes in again is what went out, rounded once."""
-    model = make_run(str(tmp_path / "run"), MODERN)
-    hf.main(
-        [
-            "export",
-            str(tmp_path / "run"),
-            f"--out={tmp_path / 'out'}",
-            f"--dtype={dtype}",
-            "--shard_gb=2.5e-5",
-        ]
-    )
-    shards = {
-        name: load_file(tmp_path / "out" / name)
-        for name in os.listdir(tmp_path / "out")
-        if name.endswith(".safetensors")
-    }
-    sizes = {name: [t.nbytes for t in tensors.values()] for name, tensors in shards.items()}
-    assert len(shards) > 2 and set(shards) == {
-        f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
-    }
-    assert (
-        all(sum(size) <= 25000 or len(size) == 1 for size in sizes.values())
-        and max(map(len, sizes.values())) > 1
-    )
-    with open(tmp_path / "out" / "model.safetensors.index.json") as f:
+    """Files respect the limit, the index is right, and weights are rounded once."""
+    run, exported = tmp_path / "run", tmp_path / "export"
+    model = make_run(str(run), MODERN)
+    export_model(run, exported, f"--dtype={dtype}", "--shard_gb=2.5e-5")
+    names = sorted(name for name in os.listdir(exported) if name.endswith(".safetensors"))
+    shards = {name: load_file(exported / name) for name in names}
+    n = len(shards)
+    assert n > 2
+    assert names == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+
+    total_size, weight_map = 0, {}
+    for name, tensors in shards.items():
+        size = sum(t.nbytes for t in tensors.values())
+        assert size <= 25000 or len(tensors) == 1
+        total_size += size
+        weight_map |= dict.fromkeys(tensors, name)
+    assert max(len(tensors) for tensors in shards.values()) > 1
+    with open(exported / "model.safetensors.index.json") as f:
         index = json.load(f)
-    assert index == {
-        "metadata": {"total_size": sum(map(sum, sizes.values()))},
-        "weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors},
-    }
-    hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])
-    back = checkpoint.load_model(str(tmp_path / "back"))[0]
-    for (name, mine), its in zip(model.named_parameters(), back.parameters()):
-        rows = 257 if name in ("wte.weight", "lm_head.weight") else None
-        assert torch.equal(mine[:rows].to(getattr(torch, dtype)).float(), its[:rows]), name
-    hf.main(["export", str(tmp_path / "back"), f"--out={tmp_path / 'whole'}", f"--dtype={dtype}"])
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
-    assert whole.keys() == index["weight_map"].keys() and all(
-        torch.equal(whole[name], shards[file][name]) for name, file in index["weight_map"].items()
-    )
-    assert "--shard_gb must be above 0, got 0.0" in refused(
-        "export", tmp_path / "run", f"--out={tmp_path / 'no'}", "--shard_gb=0"
-    )
-    assert "invalid choice: 'float16'" in refused(
-        "export", tmp_path / "run", f"--out={tmp_path / 'no'}", "--dtype=float16"
-    ) and not os.path.exists(tmp_path / "no")
+    assert index == {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+
+    import_model(exported, tmp_path / "import")
+    back = load(tmp_path / "import")
+    for (name, before), after in zip(model.named_parameters(), back.parameters()):
+        if name in VOCAB_TABLES:
+            before, after = before[:257], after[:257]
+        assert torch.equal(before.to(getattr(torch, dtype)).float(), after), name
+
+    export_model(tmp_path / "import", tmp_path / "single", f"--dtype={dtype}")
+    single = load_file(tmp_path / "single" / "model.safetensors")
+    assert single.keys() == weight_map.keys()
+    for name, file in weight_map.items():
+        assert torch.equal(single[name], shards[file][name])
+
+    out = f"--out={tmp_path / 'no'}"
+    assert "--shard_gb must be above 0, got 0.0" in refused("export", run, out, "--shard_gb=0")
+    assert "invalid choice: 'float16'" in refused("export", run, out, "--dtype=float16")
+    assert not os.path.exists(tmp_path / "no")
 
 
 @pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("position", "sinusoidal"),
-        ("softcap", 5.0),
-        ("mlp", "relu2"),
-        ("attn_scale", "embd"),
-        ("attn_proj", False),
-    ],
+    "field, value", [("norm", "layernorm"), ("logit_softcap", 5.0), ("mlp", "relu2")]
 )
-def test_what_has_no_equivalent_is_named(setting, value, tmp_path):
-    make_run(str(tmp_path / "run"), MODERN | {setting: value})
-    assert f"{setting} is {value!r}" in refused(
-        "export", tmp_path / "run", f"--out={tmp_path / 'out'}"
-    ) and not os.path.exists(tmp_path / "out")
+def test_fields_that_llama_lacks_are_refused(field, value, tmp_path):
+    make_run(str(tmp_path / "run"), MODERN | {field: value})
+    message = refused("export", tmp_path / "run", f"--out={tmp_path / 'out'}")
+    assert f"cannot be exported: {field} is {value!r}, llama has" in message
+    assert not os.path.exists(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    "setting, value",
+    "field, value",
     [
         ("bias", False),
         ("n_kv_head", 2),
         ("norm", "rmsnorm"),
         ("mlp", "swiglu"),
-        ("mlp_alone", True),
-        ("window", 8),
+        ("sliding_window", 8),
     ],
 )
-def test_what_gpt2_has_not_is_named(setting, value):
-    with pytest.raises(SystemExit, match=f"{setting} is {value!r}"):
-        hf.equivalent(GPTConfig(**CLASSIC | {setting: value}))
+def test_fields_that_gpt2_lacks_are_refused(field, value):
+    with pytest.raises(SystemExit, match=f"{field} is {value!r}, gpt2 has"):
+        hf.to_hf_config(GPTConfig(**CLASSIC | {field: value}))
 
 
-def test_a_scalar_head_is_left_out(tmp_path, capsys):
-    model = make_run(str(tmp_path / "run"), dict(MODERN, scalar_head=True), stage="reward")
-    hf.main(["export", str(tmp_path / "run"), f"--out={tmp_path / 'out'}"])
+def test_the_scalar_head_is_not_exported(tmp_path, capsys):
+    model = make_run(str(tmp_path / "run"), MODERN | {"scalar_head": True}, stage="reward")
+    export_model(tmp_path / "run", tmp_path / "export")
     assert "scalar head" in capsys.readouterr().out
-    hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])
+    import_model(tmp_path / "export", tmp_path / "import")
     idx = torch.randint(0, 257, (2, 40))
-    assert torch.equal(checkpoint.load_model(str(tmp_path / "back"))[0](idx), model(idx))
+    assert torch.equal(load(tmp_path / "import")(idx), model(idx))
 
 
-# ---------------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------- what is refused
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
+    """A folder with three exports, and the runs that they come from."""
     root = tmp_path_factory.mktemp("hf")
     for name in ("classic", "modern", "tied"):
-        make_run(str(root / f"{name}_run"), OURS[name])
-        hf.main(["export", str(root / f"{name}_run"), f"--out={root / name}"])
+        make_run(str(root / f"{name}_run"), MODELS[name])
+        export_model(root / f"{name}_run", root / name)
     return root
 
 
-def edit(file, change):
-    with open(file, encoding="utf-8") as f:
-        value = json.load(f)
-    change(value)
-    with open(file, "w", encoding="utf-8") as f:
-        json.dump(value, f)
+@dataclass
+class BadSetting:
+    export: str
+    settings: dict[str, Any]  # changes of config.json
+    message: str
 
 
-def retensor(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-
-
-K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.input_layernorm.weight"
-DAMAGE = [
-    (
+BAD_SETTINGS = [
+    BadSetting("modern", {"model_type": "bloom"}, "model_type 'bloom' is not supported"),
+    BadSetting("modern", {"model_type": ["llama"]}, "model_type must be str"),
+    BadSetting("modern", {"layer_types": ["chunked_attention"] * 2}, "layer_types"),
+    BadSetting("modern", {"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    BadSetting("modern", {"hidden_size": "32"}, "hidden_size must be int"),
+    BadSetting("modern", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    BadSetting("modern", {"attention_bias": True}, "attention_bias and mlp_bias"),
+    BadSetting(
         "modern",
-        "config.json",
-        lambda d: d.update(model_type="bloom"),
-        "model_type 'bloom' is not supported",
+        {"attn_logit_softcapping": 50.0},
+        "not supported: attn_logit_softcapping = 50.0",
     ),
-    ("modern", "config.json", lambda d: d.update(model_type=["llama"]), "model_type must be str"),
-    (
+    BadSetting("modern", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    BadSetting("modern", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions"),
+    BadSetting(
         "modern",
-        "config.json",
-        lambda d: d.update(layer_types=["chunked_attention"] * 2),
-        "layer_types",
-    ),
-    ("modern", "config.json", lambda d: d.pop("rms_norm_eps"), "rms_norm_eps is missing"),
-    ("modern", "config.json", lambda d: d.update(hidden_size="32"), "hidden_size must be int"),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(hidden_act="gelu"),
-        "hidden_act 'gelu' is not supported",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(attention_bias=True),
-        "attention_bias and mlp_bias",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(attn_logit_softcapping=50.0),
-        "attn_logit_softcapping = 50.0 is not supported",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(quantization_config={"bits": 4}),
-        "quantization_config",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(rope_scaling={"type": "linear", "factor": 2.0}),
-        "rotary positions",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor",
     ),
-    ("modern", "config.json", lambda d: d.update(head_dim=16), "q_proj.weight has shape (32, 32)"),
-    ("modern", "config.json", lambda d: d.update(num_attention_heads=6), "q_proj.weight has shape"),
-    (
+    BadSetting("modern", {"head_dim": 16}, "q_proj.weight has shape (32, 32)"),
+    BadSetting("modern", {"num_attention_heads": 6}, "q_proj.weight has shape"),
+    BadSetting("modern", {"num_key_value_heads": 3}, "n_head 4 must be a multiple of n_kv_head 3"),
+    BadSetting("modern", {"num_key_value_heads": 1}, "k_proj.weight has shape (16, 32)"),
+    BadSetting(
         "modern",
-        "config.json",
-        lambda d: d.update(num_key_value_heads=3),
-        "n_head 4 must be a multiple of n_kv_head 3",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(num_key_value_heads=1),
-        "k_proj.weight has shape (16, 32)",
-    ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(num_hidden_layers=3),
+        {"num_hidden_layers": 3},
         "the tensor model.layers.2.input_layernorm.weight is missing",
     ),
-    ("modern", "config.json", lambda d: d.update(num_hidden_layers=1), "no use for 9 tensors"),
-    (
+    BadSetting("modern", {"num_hidden_layers": 1}, "9 tensors have no counterpart here"),
+    BadSetting(
         "modern",
-        "config.json",
-        lambda d: d.update(vocab_size=256),
-        "vocab_size 256 is below the tokenizer's 257",
+        {"vocab_size": 256},
+        "vocab_size 256 is smaller than the tokenizer's vocabulary of 257",
     ),
-    (
-        "modern",
-        "config.json",
-        lambda d: d.update(tie_word_embeddings=True),
-        "lm_head.weight is not the embedding",
-    ),
-    (
-        "tied",
-        "config.json",
-        lambda d: d.update(tie_word_embeddings=False),
-        "lm_head.weight is missing",
-    ),
-    ("classic", "config.json", lambda d: d.update(scale_attn_weights=False), "scale_attn_weights"),
-    (
+    BadSetting("modern", {"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
+    BadSetting("tied", {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    BadSetting("classic", {"scale_attn_weights": False}, "scale_attn_weights"),
+    BadSetting(
         "classic",
-        "config.json",
-        lambda d: d.update(scale_attn_by_inverse_layer_idx=True),
+        {"scale_attn_by_inverse_layer_idx": True},
         "scale_attn_by_inverse_layer_idx = True",
     ),
-    (
+    BadSetting(
         "classic",
-        "config.json",
-        lambda d: d.update(activation_function="gelu"),
-        "activation_function 'gelu' is not supported; gelu_new",
+        {"activation_function": "gelu"},
+        "activation_function 'gelu' is not supported; use one of gelu_new",
     ),
-    ("modern", "model.safetensors", lambda t: t.pop(K), f"the tensor {K} is missing"),
-    (
-        "classic",
-        "model.safetensors",
-        lambda t: t.update({"wte.weight": t["transformer.wte.weight"].clone()}),
-        "wte.weight is there twice",
-    ),
-    (
-        "modern",
-        "model.safetensors",
-        lambda t: t.update(extra=torch.zeros(2)),
-        "no use for 1 tensors: extra",
-    ),
-    ("modern", "model.safetensors", lambda t: t.update({K: t[K].T}), f"{K} has shape (32, 16)"),
-    (
-        "modern",
-        "model.safetensors",
-        lambda t: t.update({NORM: t[NORM].long()}),
-        f"{NORM} has shape (32,) and dtype I64",
-    ),
-    ("modern", "tokenizer.json", lambda d: d.pop("model"), "has no model"),
-    ("modern", "tokenizer.json", lambda d: d.update(model=[]), "cannot be read"),
 ]
 
 
-@pytest.mark.parametrize("which, file, change, message", DAMAGE, ids=range(len(DAMAGE)))
-def test_what_is_not_understood_is_refused(which, file, change, message, exported, tmp_path):
-    shutil.copytree(exported / which, tmp_path / "in")
-    retensor(tmp_path / "in", change) if file.endswith("safetensors") else edit(
-        tmp_path / "in" / file, change
-    )
+@pytest.mark.parametrize("case", BAD_SETTINGS, ids=lambda case: "-".join(case.settings))
+def test_unsupported_settings_are_refused(case, exported, tmp_path):
+    shutil.copytree(exported / case.export, tmp_path / "in")
+    update_json(tmp_path / "in" / "config.json", **case.settings)
+    assert case.message in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_a_missing_setting_is_refused(exported, tmp_path):
+    shutil.copytree(exported / "modern", tmp_path / "in")
+    edit_json(tmp_path / "in" / "config.json", lambda settings: settings.pop("rms_norm_eps"))
+    message = refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
+    assert "rms_norm_eps is missing" in message
+
+
+KEY = "model.layers.0.self_attn.k_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+BAD_TENSORS = {
+    "missing": (
+        "modern",
+        lambda tensors: tensors.pop(KEY),
+        f"the tensor {KEY} is missing",
+    ),
+    "twice": (
+        "classic",
+        lambda tensors: tensors.update({"wte.weight": tensors["transformer.wte.weight"].clone()}),
+        "wte.weight appears twice",
+    ),
+    "unknown": (
+        "modern",
+        lambda tensors: tensors.update(extra=torch.zeros(2)),
+        "1 tensors have no counterpart here: extra",
+    ),
+    "shape": (
+        "modern",
+        lambda tensors: tensors.update({KEY: tensors[KEY].T}),
+        f"{KEY} has shape (32, 16)",
+    ),
+    "dtype": (
+        "modern",
+        lambda tensors: tensors.update({NORM: tensors[NORM].long()}),
+        f"{NORM} has shape (32,) and dtype I64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_unexpected_tensors_are_refused(name, exported, tmp_path):
+    export, change, message = BAD_TENSORS[name]
+    shutil.copytree(exported / export, tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     assert message in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_files_that_are_not_there_or_no_safetensors(exported, tmp_path, monkeypatch):
+def test_damaged_tokenizers_are_refused(exported, tmp_path):
+    shutil.copytree(exported / "modern", tmp_path / "in")
+    path = tmp_path / "in" / "tokenizer.json"
+    update_json(path, model=[])
+    assert "cannot be read" in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
+    edit_json(path, lambda parts: parts.pop("model"))
+    assert "has no model" in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
+
+
+def test_missing_files_and_pickles_are_refused(exported, tmp_path):
     folder, out = tmp_path / "in", f"--out={tmp_path / 'out'}"
     shutil.copytree(exported / "modern", folder)
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
@@ -374,347 +380,315 @@ def test_files_that_are_not_there_or_no_safetensors(exported, tmp_path, monkeypa
     assert "is a pickle" in refused("import", folder / "pytorch_model.bin", out)
     os.remove(folder / "config.json")
     assert "config.json: No such file" in refused("import", folder, out)
-    assert "40 hexadecimal digits" in refused("import", "org/name@main", out)
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: 1 / 0)
-    assert "could not be fetched (ZeroDivisionError)" in refused(
-        "import", "org/name@" + "0" * 40, out
-    )
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, revision, **kw: str(exported / "modern")
-    )
-    hf.main(["import", "org/name@" + "0" * 40, out])
-    assert "is there already" in refused("import", exported / "modern", out)
-    assert "is there already" in refused("export", tmp_path / "out", out)
-    assert "no checkpoint there" in refused(
-        "export", tmp_path / "nothing", f"--out={tmp_path / 'other'}"
-    )
     assert "the following arguments are required" in refused("import", folder)
 
 
-def test_block_size_and_window(exported, tmp_path, capsys):
-    """A window of all layers is the model's; one of some limits how long a text may be."""
-    shutil.copytree(exported / "modern", tmp_path / "in")
-    config_json, out = tmp_path / "in" / "config.json", tmp_path / "out"
-    edit(config_json, lambda d: d.update(model_type="mistral", sliding_window=16))
-    hf.main(
-        [
-            "import",
-            str(tmp_path / "in"),
-            f"--out={out}",
-            "--template=Q: {prompt}\nA: ",
-            "--block_size=40",
-        ]
-    )
-    meta = checkpoint.read_meta(checkpoint.resolve(str(out)))
-    assert (
-        meta["model"]["block_size"] == 40
-        and meta["model"]["window"] == 16
-        and meta["config"]["template"] == "Q: {prompt}\nA: "
-    )
-    edit(config_json, lambda d: d.update(model_type="qwen3", max_window_layers=1, head_dim=8))
-    some = f"--out={tmp_path / 'some'}"
-    assert (
-        "block_size 32 is not within the model's 16, the sliding window of some of its layers"
-        in refused("import", tmp_path / "in", some, "--block_size=32")
-    )
-    edit(
-        config_json,
-        lambda d: d.update(
-            model_type="mistral", layer_types=["full_attention", "sliding_attention"]
-        ),
-    )
-    hf.main(["import", str(tmp_path / "in"), some])
+def test_models_of_the_hub(exported, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    def download(name, revision, **kwargs):
+        return str(exported / "modern")
+
+    out = f"--out={tmp_path / 'out'}"
+    model = "org/name@" + "0" * 40
+    assert "40 hexadecimal digits" in refused("import", "org/name@main", out)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert "could not be downloaded (ZeroDivisionError)" in refused("import", model, out)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    import_model(model, tmp_path / "out")
+    assert read_meta(tmp_path / "out")["source"] == model
+
+
+def test_existing_folders_are_kept(exported, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    out = f"--out={tmp_path / 'out'}"
+    assert "already exists" in refused("import", exported / "modern", out)
+    assert "already exists" in refused("export", exported / "modern_run", out)
+    other = f"--out={tmp_path / 'other'}"
+    assert "no checkpoint" in refused("export", tmp_path / "nothing", other)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# ----------------------------------------------------------------------------- variants of a folder
+
+
+def test_block_size_and_sliding_window(exported, tmp_path, capsys):
+    """A window of all layers is kept; one of some layers limits block_size."""
+    folder, path = tmp_path / "in", tmp_path / "in" / "config.json"
+    shutil.copytree(exported / "modern", folder)
+    update_json(path, model_type="mistral", sliding_window=16)
+    import_model(folder, tmp_path / "all", "--template=Q: {prompt}\nA: ", "--block_size=40")
+    meta = read_meta(tmp_path / "all")
+    assert meta["model"]["block_size"] == 40
+    assert meta["model"]["sliding_window"] == 16
+    assert meta["config"]["template"] == "Q: {prompt}\nA: "
+
+    update_json(path, model_type="qwen3", max_window_layers=1, head_dim=8)
+    message = refused("import", folder, f"--out={tmp_path / 'some'}", "--block_size=32")
+    assert "block_size must be from 1 to 16, the sliding window of some of its layers" in message
+    layer_types = ["full_attention", "sliding_attention"]
+    update_json(path, model_type="mistral", layer_types=layer_types)
+    import_model(folder, tmp_path / "some")
     assert "block_size 16: the sliding window of some layers" in capsys.readouterr().out
-    assert checkpoint.read_meta(checkpoint.resolve(str(tmp_path / "some")))["model"]["window"] == 0
-    hf.main(["import", str(exported / "classic"), f"--out={tmp_path / 'short'}", "--block_size=20"])
-    short, whole = (
-        checkpoint.load_model(str(path))[0]
-        for path in (tmp_path / "short", exported / "classic_run")
-    )
+    assert read_meta(tmp_path / "some")["model"]["sliding_window"] == 0
+
+
+def test_a_smaller_block_size(exported, tmp_path):
+    """The position table is cut."""
+    import_model(exported / "classic", tmp_path / "short", "--block_size=20")
+    short = load(tmp_path / "short")
+    assert short.wpe.weight.shape == (20, 32)
     idx = torch.randint(0, 257, (2, 20))
-    assert short.wpe.weight.shape == (20, 32) and torch.equal(short(idx), whole(idx))
-    assert "not within the model's 48" in refused(
-        "import", exported / "classic", f"--out={tmp_path / 'long'}", "--block_size=49"
-    )
+    assert torch.equal(short(idx), load(exported / "classic_run")(idx))
+    message = refused("import", exported / "classic", f"--out={tmp_path / 'l'}", "--block_size=49")
+    assert "block_size must be from 1 to 48, got 49" in message
 
 
-def test_old_names_shards_and_other_dtypes(exported, tmp_path):
-    """GPT-2 as the hub has it: no `transformer.`, the masks, the head twice; in two files; bfloat16; vocab.json and merges.txt."""
+@pytest.fixture
+def hub_gpt2(exported, tmp_path):
+    """A folder like GPT-2's on the hub, and its index.
+
+    Names without "transformer.", stored masks, the head stored twice, two bfloat16 files,
+    vocab.json and merges.txt.
+    """
+    folder = tmp_path / "in"
+    shutil.copytree(exported / "classic", folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors[name.removeprefix("transformer.")] = tensor.bfloat16()
+    for i in range(2):
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    os.remove(folder / "model.safetensors")
+    index = save_shards(folder, tensors)
+
+    with open(folder / "tokenizer.json", encoding="utf-8") as f:
+        vocab = json.load(f)["model"]["vocab"]
+    os.remove(folder / "tokenizer.json")
+    vocab = {token: i for token, i in vocab.items() if i < 256} | {tokenizer.EOT: 256}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder, index
+
+
+def save_shards(folder, tensors):
+    """Save tensors in two files and their index. Returns {name: file}."""
+    weight_map = {}
+    for i, name in enumerate(tensors):
+        weight_map[name] = f"model-0000{1 + i % 2}-of-00002.safetensors"
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        save_file(part, os.path.join(folder, file))
+    with open(os.path.join(folder, "model.safetensors.index.json"), "w") as f:
+        json.dump({"weight_map": weight_map}, f)
+    return weight_map
+
+
+def test_gpt2_as_on_the_hub(hub_gpt2, exported, tmp_path):
+    import_model(hub_gpt2[0], tmp_path / "out")
+    original, imported = load(exported / "classic_run"), load(tmp_path / "out")
+    for (name, before), after in zip(original.named_parameters(), imported.parameters()):
+        if name == "wte.weight":
+            before, after = before[:257], after[:257]
+        assert torch.equal(before.bfloat16().float(), after)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(exported, tmp_path):
     shutil.copytree(exported / "classic", tmp_path / "in")
-    tensors = {
-        name.removeprefix("transformer."): t
-        for name, t in load_file(tmp_path / "in" / "model.safetensors").items()
-    }
-    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 48, 48).tril() for i in range(2)} | {
-        "lm_head.weight": tensors["wte.weight"].clone()
-    }
-    os.remove(tmp_path / "in" / "model.safetensors")
-    index = {
-        name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(tensors)
-    }
-    for file in set(index.values()):
-        save_file(
-            {name: tensors[name].bfloat16() for name in tensors if index[name] == file},
-            tmp_path / "in" / file,
-        )
-    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    enc = tokenizer.train(["the loss of a model falls when it reads what people write"] * 3, 300)
-    write_tokenizer(tmp_path / "in", enc)
-    with open(tmp_path / "in" / "tokenizer.json", encoding="utf-8") as f:
-        bpe = json.load(f)["model"]
-    assert "vocab_size 257 is below the tokenizer's" in refused(
-        "import", tmp_path / "in", f"--out={tmp_path / 'out'}"
-    )
-    os.remove(tmp_path / "in" / "tokenizer.json")
-    (tmp_path / "in" / "vocab.json").write_text(
-        json.dumps(
-            {token: i for token, i in bpe["vocab"].items() if i < 256} | {tokenizer.EOT: 256}
-        )
-    )
-    (tmp_path / "in" / "merges.txt").write_text("#version: 0.2\n")
-    hf.main(["import", str(tmp_path / "in"), f"--out={tmp_path / 'out'}"])
-    mine, its = (
-        checkpoint.load_model(str(exported / "classic_run"))[0],
-        checkpoint.load_model(str(tmp_path / "out"))[0],
-    )
-    for (name, a), b in zip(mine.named_parameters(), its.parameters()):
-        assert torch.equal(
-            a.bfloat16().float()[:257] if name == "wte.weight" else a.bfloat16().float(),
-            b[:257] if name == "wte.weight" else b,
-        )
-    for change, message in (
-        (
-            lambda w: w.update(more="model-00001-of-00002.safetensors"),
-            "names tensors that no file holds",
-        ),
-        (lambda w: w.update({"wpe.weight": "../x"}), "same folder"),
-        (lambda w: w.update(dict.fromkeys(w, "y.safetensors")), "y.safetensors"),
-        (lambda w: w.update({"ln_f.weight": index["ln_f.bias"]}), "not there by the index"),
-    ):
-        edit(
-            tmp_path / "in" / "model.safetensors.index.json",
-            lambda d: (d.update(weight_map=dict(index)), change(d["weight_map"])),
-        )
-        assert message in refused("import", tmp_path / "in", f"--out={tmp_path / 'other'}")
+    write_tokenizer(tmp_path / "in", tokenizer.train([SENTENCE] * 3, 300))
+    message = refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
+    assert "vocab_size 257 is smaller than the tokenizer's" in message
 
 
-# -------------------------------------------------------------------------------------------------------------- tokenizers
+def test_a_wrong_index_is_refused(hub_gpt2, tmp_path):
+    folder, index = hub_gpt2
+    first = "model-00001-of-00002.safetensors"
+    cases = [
+        (index | {"more": first}, "lists tensors that no file has"),
+        (index | {"wpe.weight": "../x"}, "same folder"),
+        (dict.fromkeys(index, "y.safetensors"), "y.safetensors"),
+        (index | {"ln_f.weight": index["ln_f.bias"]}, "the index does not list it there"),
+    ]
+    for weight_map, message in cases:
+        update_json(folder / "model.safetensors.index.json", weight_map=weight_map)
+        assert message in refused("import", folder, f"--out={tmp_path / 'out'}")
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+
+PIECES = [
+    *("the", " loss", "It's", "we'LL", "'ve", "  ", "\n\n", "\t", " \n ", "\r\n"),
+    *("naïve", "e\u0301", "日本語", "русский", "ß", "½", "٣", "१२", "123456", " 7"),
+    *("🙂", "👩‍👩‍👧", "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff", "\u0085", "\u2028"),
+    *("\x1c", "\x00", "\x7f", "<|endoftext|>", "<|", "!?...", "__init__", "ÄÖ", "ﬁ"),
+    *("\U0001d54f", "\u0e33"),
+]
 
 
 def fuzzed(n):
-    """Texts of words, other scripts, control characters, whole ranges of Unicode, white space of every kind, end-of-text's own spelling."""
+    """n texts: half of PIECES, half of random characters, most of them rare."""
     rng = random.Random(0)
-    pieces = [
-        "the",
-        " loss",
-        "It's",
-        "we'LL",
-        "'ve",
-        "  ",
-        "\n\n",
-        "\t",
-        " \n ",
-        "\r\n",
-        "naïve",
-        "e\u0301",
-        "日本語",
-        "русский",
-        "ß",
-        "½",
-        "٣",
-        "१२",
-        "123456",
-        " 7",
-        "🙂",
-        "👩‍👩‍👧",
-        "\u00a0",
-        "\u2003",
-        "\u3000",
-        "\u200b",
-        "\ufeff",
-        "\u0085",
-        "\u2028",
-        "\x1c",
-        "\x00",
-        "\x7f",
-        "<|endoftext|>",
-        "<|",
-        "!?...",
-        "__init__",
-        "ÄÖ",
-        "ﬁ",
-        "\U0001d54f",
-        "\u0e33",
-    ]
-    texts = ["", " ", "\n"] + [
-        "".join(rng.choice(pieces) for _ in range(rng.randint(1, 30))) for _ in range(n // 2)
-    ]
+    texts = ["", " ", "\n"]
+    for _ in range(n // 2):
+        texts.append("".join(rng.choice(PIECES) for _ in range(rng.randint(1, 30))))
     while len(texts) < n:
-        text = "".join(
-            chr(rng.choice([rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0x11000)]))
-            for _ in range(rng.randint(1, 40))
-        )
-        texts.append("".join(c for c in text if not 0xD800 <= ord(c) < 0xE000))
+        text = ""
+        for _ in range(rng.randint(1, 40)):
+            blocks = [rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0x11000)]
+            code = rng.choice(blocks)
+            if not 0xD800 <= code < 0xE000:  # half a surrogate pair
+                text += chr(code)
+        texts.append(text)
     return texts
 
 
+def make_tokenizer(kind, monkeypatch):
+    if kind == "trained":
+        with open("README.md", encoding="utf-8") as f:
+            return tokenizer.train([*fuzzed(200), f.read()], 700)
+    if kind == "gpt2":
+        cache = os.path.join(SHARED, "tiktoken_cache")
+        if not os.path.isdir(cache):
+            pytest.skip("GPT-2's vocabulary is not available")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+    return tokenizer.load(kind)
+
+
 @pytest.mark.parametrize("kind", ["bytes", "trained", "gpt2"])
-def test_tokenizer_out_and_in(kind, tmp_path, monkeypatch):
-    """The same ids on 300 fuzzed texts, and the same tokenizer back."""
+def test_tokenizers_round_trip(kind, tmp_path, monkeypatch):
+    """tokenizer.json gives the same ids on 300 fuzzed texts, and the same tokenizer back."""
     from tokenizers import Tokenizer
 
-    if kind == "gpt2":
-        if not os.path.isdir(os.path.join(SHARED, "tiktoken_cache")):
-            pytest.skip("GPT-2's vocabulary is not here")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken_cache"))
-    enc = (
-        tokenizer.train(fuzzed(200) + [open("README.md", encoding="utf-8").read()], 700)
-        if kind == "trained"
-        else tokenizer.load(kind)
-    )
+    enc = make_tokenizer(kind, monkeypatch)
     write_tokenizer(tmp_path, enc)
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    theirs.encode_special_tokens = (
-        True  # as tiktoken's encode_ordinary: end-of-text's spelling in a text is text
-    )
+    theirs.encode_special_tokens = True  # like tiktoken's encode_ordinary
     for text in fuzzed(300):
         ids = enc.encode_ordinary(text)
-        assert theirs.encode(text).ids == ids and theirs.decode(ids) == text
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids) == text
     assert theirs.token_to_id(tokenizer.EOT) == enc.eot_token
+
     back, name = hf.read_tokenizer(tmp_path)
-    assert (
-        tokenizer.fingerprint(back) == tokenizer.fingerprint(enc)
-        and back.eot_token == enc.eot_token
-    )
-    assert name == (kind if kind != "trained" else "tokenizer.tiktoken")
-    if kind == "gpt2":  # without the vocabulary and a network it is converted
+    assert tokenizer.fingerprint(back) == tokenizer.fingerprint(enc)
+    assert back.eot_token == enc.eot_token
+    assert name == ("tokenizer.tiktoken" if kind == "trained" else kind)
 
-        def offline(name):
-            raise SystemExit("no network")
+    def offline(name):
+        raise SystemExit("no network")
 
+    if kind == "gpt2":  # without a network the tokenizer is saved as a file
         monkeypatch.setattr(tokenizer, "load", offline)
         back, name = hf.read_tokenizer(tmp_path)
-        assert name == "tokenizer.tiktoken" and tokenizer.fingerprint(
-            back
-        ) == tokenizer.fingerprint(enc)
+        assert name == "tokenizer.tiktoken"
+        assert tokenizer.fingerprint(back) == tokenizer.fingerprint(enc)
 
 
-def with_config(folder, **settings):
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": tokenizer.EOT} | settings)
-    )
+def split_digits(parts):
+    digits = {"type": "Digits", "individual_digits": True}
+    parts["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [digits, parts["pre_tokenizer"]],
+    }
 
 
-OTHERS = {  # what makes of a byte-level BPE a tokenizer that tiktoken does not have
-    "merges in another order": lambda d: d["model"]["merges"].reverse(),
-    "digits": lambda d: d.update(
-        pre_tokenizer={
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, d["pre_tokenizer"]],
-        }
-    ),
-    "a space before": lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
-    "normalised": lambda d: d.update(normalizer={"type": "NFC"}),
-    "more special tokens": lambda d: d["added_tokens"].append(
-        d["added_tokens"][0] | {"id": d["added_tokens"][0]["id"] + 1, "content": "<|im_start|>"}
-    ),
+def add_special_token(parts):
+    last = parts["added_tokens"][0]
+    parts["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<|im_start|>"})
+
+
+OTHER_TOKENIZERS = {  # changes after which tiktoken cannot represent a byte-level BPE
+    "merges in another order": lambda parts: parts["model"]["merges"].reverse(),
+    "digits one by one": split_digits,
+    "a space before": lambda parts: parts["pre_tokenizer"].update(add_prefix_space=True),
+    "normalised": lambda parts: parts.update(normalizer={"type": "NFC"}),
+    "more special tokens": add_special_token,
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_other_tokenizers_are_taken_as_they_are(what, tmp_path):
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_other_tokenizers_are_kept_as_they_are(name, tmp_path):
     from tokenizers import Tokenizer
 
-    trained = tokenizer.train(
-        ["the loss of a model falls when it reads what people write"] * 3, 300
-    )
+    trained = tokenizer.train([SENTENCE] * 3, 300)
     write_tokenizer(tmp_path, trained)
-    edit(tmp_path / "tokenizer.json", OTHERS[what])
+    edit_json(tmp_path / "tokenizer.json", OTHER_TOKENIZERS[name])
+    settings = tmp_path / "tokenizer_config.json"
     with pytest.raises(SystemExit, match="tokenizer_config.json: No such file"):
         hf.read_tokenizer(tmp_path)
-    with_config(tmp_path, eos_token="</s>")
-    with pytest.raises(SystemExit, match="its eos_token '</s>' is none of its tokens"):
+    settings.write_text(json.dumps({"eos_token": "</s>"}))
+    with pytest.raises(SystemExit, match="eos_token '</s>'"):
         hf.read_tokenizer(tmp_path)
-    with_config(tmp_path, eos_token={"content": tokenizer.EOT})
-    enc, name = hf.read_tokenizer(tmp_path)
+
+    settings.write_text(json.dumps({"eos_token": {"content": tokenizer.EOT}}))
+    enc, file = hf.read_tokenizer(tmp_path)
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     theirs.encode_special_tokens = True
-    assert (
-        name == "tokenizer.json"
-        and enc.eot_token == trained.eot_token
-        and enc.n_vocab
-        == theirs.get_vocab_size()
-        == trained.n_vocab + (what == "more special tokens")
-    )
+    assert file == "tokenizer.json"
+    assert enc.eot_token == trained.eot_token
+    assert enc.n_vocab == theirs.get_vocab_size()
+    assert enc.n_vocab == trained.n_vocab + (1 if name == "more special tokens" else 0)
     for text in fuzzed(60):
         assert enc.encode_ordinary(text) == theirs.encode(text).ids
-        assert what == "normalised" or enc.decode(tokenizer.encode(enc, text, "within")) == text
+        if name != "normalised":
+            assert enc.decode(tokenizer.encode(enc, text, "within")) == text
 
 
-def test_gpt2s_ways_in_two_pieces_are_tiktokens(tmp_path):
-    enc = tokenizer.train(["the loss of a model falls when it reads what people write"] * 3, 300)
+def test_gpt2_pre_tokenizer_in_two_parts(tmp_path):
+    """Split by GPT-2's pattern, then ByteLevel without it: the same tokenizer."""
+    enc = tokenizer.train([SENTENCE] * 3, 300)
     write_tokenizer(tmp_path, enc)
-    edit(
-        tmp_path / "tokenizer.json",
-        lambda d: d.update(
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {
-                        "type": "Split",
-                        "pattern": {"Regex": tokenizer.PATTERN},
-                        "behavior": "Isolated",
-                        "invert": False,
-                    },
-                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-                ],
-            }
-        ),
-    )
-    assert tokenizer.fingerprint(hf.read_tokenizer(tmp_path)[0]) == tokenizer.fingerprint(enc)
-    with pytest.raises(SystemExit, match="is no merge of two tokens"):
-        tokenizer.to_json(
-            tokenizer.encoding("odd", {bytes([i]): i for i in range(256)} | {b"abc": 256}),
-            str(tmp_path / "odd.json"),
-        )
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    update_json(tmp_path / "tokenizer.json", pre_tokenizer=pre_tokenizer)
+    back, _ = hf.read_tokenizer(tmp_path)
+    assert tokenizer.fingerprint(back) == tokenizer.fingerprint(enc)
 
 
-def test_a_trained_tokenizer_goes_along(tmp_path):
-    enc = tokenizer.train(["the loss of a model falls when it reads what people write"] * 3, 300)
-    make_run(
-        str(tmp_path / "run"), dict(MODERN, vocab_size=enc.n_vocab), enc, "some/tokenizer.tiktoken"
-    )
-    hf.main(["export", str(tmp_path / "run"), f"--out={tmp_path / 'out'}"])
-    hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])
-    _, back, meta = checkpoint.load_model(str(tmp_path / "back"))
-    assert meta["tokenizer"] == "tokenizer.tiktoken" and tokenizer.fingerprint(
-        back
-    ) == tokenizer.fingerprint(enc)
+def test_a_vocabulary_that_merges_cannot_make_is_refused(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"abc": 256}
+    enc = tokenizer.make_encoding("odd", ranks)
+    with pytest.raises(SystemExit, match="merge of two"):
+        tokenizer.to_json(enc, str(tmp_path / "odd.json"))
+
+
+def test_a_trained_tokenizer_is_exported_and_imported(tmp_path):
+    enc = tokenizer.train([SENTENCE] * 3, 300)
+    fields = MODERN | {"vocab_size": enc.n_vocab}
+    make_run(str(tmp_path / "run"), fields, enc, "some/tokenizer.tiktoken")
+    export_model(tmp_path / "run", tmp_path / "export")
+    import_model(tmp_path / "export", tmp_path / "import")
+    _, back, meta = GPT.from_checkpoint(str(tmp_path / "import"))
+    assert meta["tokenizer"] == "tokenizer.tiktoken"
+    assert tokenizer.fingerprint(back) == tokenizer.fingerprint(enc)
+
+
+# ------------------------------------------------------------------------------- use of an import
 
 
 def test_an_import_is_a_run(exported, tiny_data, tmp_path, capsys):
-    """As init and teacher of a round of self-play, for sample.py and for eval.py."""
-    import eval
-    import sample
-    import train
-
-    hf.main(
-        [
-            "import",
-            str(exported / "modern"),
-            f"--out={tmp_path / 'in'}",
-            "--template=Q: {prompt}\nA: ",
-        ]
-    )
+    """It serves as init and teacher of self-play, and with sample.py and eval.py."""
+    template = "--template=Q: {prompt}\nA: "
+    imported = tmp_path / "import"
+    import_model(exported / "modern", imported, template)
     train.main(
         [
             "--stage=spin",
             f"--out_dir={tmp_path / 'spin'}",
             f"--data={tiny_data}",
-            f"--init={tmp_path / 'in'}",
-            f"--teacher={tmp_path / 'in'}",
+            f"--init={imported}",
+            f"--teacher={imported}",
             "--players=data,teacher,self",
             "--max_rows=8",
             "--batch_size=4",
@@ -723,12 +697,12 @@ def test_an_import_is_a_run(exported, tiny_data, tmp_path, capsys):
             "--max_prompt=24",
             "--eval_rows=4",
             "--device=cpu",
-            "--template=Q: {prompt}\nA: ",
+            template,
         ]
     )
     capsys.readouterr()
-    sample.main([str(tmp_path / "in"), "--prompt=why?", "--max_new_tokens=4"])
-    eval.main(
-        [f"in={tmp_path / 'in'}", f"spin={tmp_path / 'spin'}", f"--data={tiny_data}", "--rows=4"]
+    sample.main([str(imported), "--prompt=why?", "--max_new_tokens=4"])
+    evaluation.main(
+        [f"in={imported}", f"spin={tmp_path / 'spin'}", f"--data={tiny_data}", "--rows=4"]
     )
     assert "val_loss" in capsys.readouterr().out

@@ -1,7 +1,5 @@
-"""The hub's data sets, each on a little local stand-in of its schema."""
+"""The hub's data sets, each on a small local stand-in of its schema."""
 
-from data.files import write_json
-from data.folder import prepare_command, read_stream
 import gzip
 import importlib
 import json
@@ -13,48 +11,48 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-
-import data
 from conftest import ROOT
+
 from data import hub
-from data.folder import read_meta
+from data.files import write_json
+from data.folder import prepare_command, read_meta, read_stream
 from data.rows import read_rows
 
 
 def parquet(folder, **splits):
-    """A set as the hub keeps it: data/SPLIT-00000-of-00001.parquet of some rows."""
+    """Write a set as the hub has it: data/SPLIT-00000-of-00001.parquet, of some rows."""
+    os.makedirs(f"{folder}/data", exist_ok=True)
     for split, rows in splits.items():
-        os.makedirs(f"{folder}/data", exist_ok=True)
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows),
-            f"{folder}/data/{split}-00000-of-00001.parquet",
-            row_group_size=7,
-        )
+        table = pyarrow.Table.from_pylist(rows)
+        path = f"{folder}/data/{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
     return str(folder)
 
 
+def run_main(name, *args):
+    importlib.import_module(f"data.{name}.prepare").main(list(args))
+
+
 def prepare(name, folder, out, *args):
-    """(training rows, validation rows, what was dropped) of data/NAME/prepare.py on a folder."""
-    importlib.import_module(f"data.{name}.prepare").main([f"--hub={folder}", f"--out={out}", *args])
+    """Run data/NAME/prepare.py on a folder. Returns (training rows, validation rows, dropped)."""
+    run_main(name, f"--hub={folder}", f"--out={out}", *args)
     meta = read_meta(str(out), ["train.jsonl", "val.jsonl"])
-    assert meta["source"] == os.path.basename(folder) and sorted(os.listdir(out)) == [
-        "meta.json",
-        "train.jsonl",
-        "val.jsonl",
-    ]
+    assert meta["source"] == os.path.basename(folder)
+    assert sorted(os.listdir(out)) == ["meta.json", "train.jsonl", "val.jsonl"]
     train, val = read_rows(f"{out}/train.jsonl"), read_rows(f"{out}/val.jsonl")
-    assert (len(train), len(val)) == (meta["train_rows"], meta["val_rows"]) and not {
-        row["group"] for row in train
-    } & {row["group"] for row in val}
+    assert len(train) == meta["train_rows"]
+    assert len(val) == meta["val_rows"]
+    assert not {row["group"] for row in train} & {row["group"] for row in val}
     return train, val, meta["dropped"]
 
 
-def chat(name, *said, roles=("user", "assistant")):
-    return {
-        "prompt": said[0],
-        "prompt_id": name,
-        "messages": [{"content": text, "role": roles[i % 2]} for i, text in enumerate(said)],
-    }
+# ---- the sets
+
+
+def chat(name, *texts, roles=("user", "assistant")):
+    """A conversation as UltraChat has it."""
+    messages = [{"content": text, "role": roles[i % 2]} for i, text in enumerate(texts)]
+    return {"prompt": texts[0], "prompt_id": name, "messages": messages}
 
 
 def test_ultrachat(tmp_path):
@@ -65,11 +63,8 @@ def test_ultrachat(tmp_path):
         chat("d", "x"),
         chat("e", "", "y"),
     ]
-    folder = parquet(
-        tmp_path / "set",
-        train_sft=train,
-        test_sft=[chat("v", "q", "r"), chat("a", " one", "other")],
-    )
+    val = [chat("v", "q", "r"), chat("a", " one", "other")]
+    folder = parquet(tmp_path / "set", train_sft=train, test_sft=val)
     rows, val, dropped = prepare("ultrachat", folder, tmp_path / "first")
     assert rows == [
         {"prompt": "one", "responses": ["two"], "group": "a"},
@@ -90,36 +85,33 @@ def test_ultrachat(tmp_path):
     assert dropped["turns from an empty one on"] == 2
 
 
-def test_a_sample_is_of_conversations_and_no_matter_of_their_order(tmp_path):
-    chats, kept = [chat(f"c{i}", f"p{i}", "r", "s", "t") for i in range(40)], []
-    for name, some, args in (
-        ("there", chats, []),
-        ("back", chats[::-1], []),
-        ("other", chats, ["--seed=1"]),
-    ):
-        rows, _, _ = prepare(
-            "ultrachat",
-            parquet(tmp_path / name, train_sft=some, test_sft=[chat("v", "q", "r")]),
-            tmp_path / f"{name}_out",
-            "--full",
-            "--sample=10",
-            *args,
-        )
+def test_a_sample_is_of_conversations_and_does_not_depend_on_their_order(tmp_path):
+    chats = [chat(f"c{i}", f"p{i}", "r", "s", "t") for i in range(40)]
+
+    def sampled_groups(name, chats, *args):
+        folder = parquet(tmp_path / name, train_sft=chats, test_sft=[chat("v", "q", "r")])
+        args = ["--full", "--sample=10", *args]
+        rows, _, _ = prepare("ultrachat", folder, tmp_path / f"{name}_out", *args)
         assert len(rows) == 20
-        kept.append({row["group"] for row in rows})
-    assert kept[0] == kept[1] != kept[2] and len(kept[0]) == 10
+        return {row["group"] for row in rows}
+
+    groups = sampled_groups("forwards", chats)
+    assert len(groups) == 10
+    assert sampled_groups("backwards", chats[::-1]) == groups
+    assert sampled_groups("seed", chats, "--seed=1") != groups
 
 
 def shp(post, a, b, scores, labels, texts=None):
-    texts = texts or [f"comment {name} of {post}" for name in (a, b)]
+    """A pair of comments as SHP has it."""
+    text_a, text_b = texts or (f"comment {a} of {post}", f"comment {b} of {post}")
     return {
         "post_id": post,
         "domain": "ask_train",
         "history": f"Why {post}?\n",
         "c_root_id_A": a,
         "c_root_id_B": b,
-        "human_ref_A": texts[0],
-        "human_ref_B": texts[1],
+        "human_ref_A": text_a,
+        "human_ref_B": text_b,
         "score_A": scores[0],
         "score_B": scores[1],
         "labels": labels,
@@ -128,7 +120,7 @@ def shp(post, a, b, scores, labels, texts=None):
 
 
 def test_shp_ranked(tmp_path):
-    """Posts whose pairs are apart, mention a comment twice, tie, or say the same."""
+    """Posts whose pairs are not adjacent, repeat a comment, tie, or have equal texts."""
     train = [
         shp("p", "a", "b", (9, 3), 1),
         shp("q", "k", "l", (5, 5), 0),
@@ -168,13 +160,13 @@ def test_shp_ranked(tmp_path):
         "responses that repeat a better one": 1,
         "empty responses": 1,
     }
-    rows, _, dropped = prepare("shp_ranked", folder, tmp_path / "apart", "--min_ratio=3")
-    assert [(row["group"], row["scores"]) for row in rows] == [("p", [9, 3])] and dropped[
-        "comments below --min_ratio"
-    ] == 5
-    rows, _, dropped = prepare(
-        "shp_ranked", folder, tmp_path / "pairs", "--pairs", "--min_ratio=1.5"
-    )
+
+    rows, _, dropped = prepare("shp_ranked", folder, tmp_path / "ratio", "--min_ratio=3")
+    assert [(row["group"], row["scores"]) for row in rows] == [("p", [9, 3])]
+    assert dropped["comments below --min_ratio"] == 5
+
+    options = ["--pairs", "--min_ratio=1.5"]
+    rows, _, dropped = prepare("shp_ranked", folder, tmp_path / "pairs", *options)
     assert [(row["group"], row["responses"][0], row["scores"]) for row in rows] == [
         ("p", "comment a of p", [9, 3]),
         ("p", "comment a of p", [9, 2]),
@@ -183,34 +175,35 @@ def test_shp_ranked(tmp_path):
     assert dropped["pairs below --min_ratio"] == 1
 
 
-def test_hh_rlhf(tmp_path):
-    def row(
-        chosen, rejected, context="\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?", other=None
-    ):
-        return {
-            "chosen": f"{context}\n\nAssistant:{chosen}",
-            "rejected": f"{other or context}\n\nAssistant:{rejected}",
-        }
+def hh_pair(chosen, rejected, context=None, rejected_context=None):
+    """A pair of transcripts as HH-RLHF has it."""
+    context = context or "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?"
+    return {
+        "chosen": f"{context}\n\nAssistant:{chosen}",
+        "rejected": f"{rejected_context or context}\n\nAssistant:{rejected}",
+    }
 
+
+def test_hh_rlhf(tmp_path):
+    other = "\n\nHuman: hi\n\nAssistant: hallo\n\nHuman: how?"
     train = [
-        row(" well", " badly"),
-        row(" a", " b", "\n\nHuman: one turn"),
-        row(" a", " b", other="\n\nHuman: hi\n\nAssistant: hallo\n\nHuman: how?"),
-        row(" a", ""),
-        row("", " b"),
-        row(" a", " a"),
-        row(" a\n\nHuman: and I", " b"),
-        row(" a", " b", "\n\nHuman: hi\n\nHuman: again"),
-        row(" a", " b", "\n\nHuman: hi\n\nAssistant:\n\nHuman: again"),
-        row(" a", " b", "no one: hi"),
+        hh_pair(" well", " badly"),
+        hh_pair(" a", " b", "\n\nHuman: one turn"),
+        hh_pair(" a", " b", rejected_context=other),
+        hh_pair(" a", ""),
+        hh_pair("", " b"),
+        hh_pair(" a", " a"),
+        hh_pair(" a\n\nHuman: and I", " b"),
+        hh_pair(" a", " b", "\n\nHuman: hi\n\nHuman: again"),
+        hh_pair(" a", " b", "\n\nHuman: hi\n\nAssistant:\n\nHuman: again"),
+        hh_pair(" a", " b", "no one: hi"),
     ]
-    val = [
-        row(" a", " b", "\n\nHuman: new"),
-        row(" a", " b", "\n\nHuman: hi\n\nAssistant: hey\n\nHuman: else"),
+    test = [
+        hh_pair(" a", " b", "\n\nHuman: new"),
+        hh_pair(" a", " b", "\n\nHuman: hi\n\nAssistant: hey\n\nHuman: else"),
     ]
-    rows, val, dropped = prepare(
-        "hh_rlhf", parquet(tmp_path / "set", train=train, test=val), tmp_path / "out"
-    )
+    folder = parquet(tmp_path / "set", train=train, test=test)
+    rows, val, dropped = prepare("hh_rlhf", folder, tmp_path / "out")
     assert rows == [
         {
             "prompt": "how?",
@@ -219,7 +212,12 @@ def test_hh_rlhf(tmp_path):
             "group": "hi",
             "history": [["hi", "hello"]],
         },
-        {"prompt": "one turn", "responses": ["a", "b"], "scores": [1, 0], "group": "one turn"},
+        {
+            "prompt": "one turn",
+            "responses": ["a", "b"],
+            "scores": [1, 0],
+            "group": "one turn",
+        },
     ]
     assert [row["group"] for row in val] == ["new"]
     assert dropped == {
@@ -233,65 +231,61 @@ def test_hh_rlhf(tmp_path):
     }
 
 
-def feedback(i, ratings, overall, source="flan", responses=None):
-    """Four answers, `ratings` of each in all aspects, or in each of the four."""
+def feedback(i, ratings, overall, source="flan", responses=("A", "B", "C", "D")):
+    """An instruction as UltraFeedback has it. ratings: of each answer, one or one for each aspect."""
     aspects = ("instruction_following", "honesty", "truthfulness", "helpfulness")
-    ratings = [r if isinstance(r, tuple) else (r,) * 4 for r in ratings]
+    completions = []
+    for k, rating in enumerate(ratings):
+        annotations = {}
+        for n, aspect in enumerate(aspects):
+            value = rating[n] if isinstance(rating, tuple) else rating
+            annotations[aspect] = {"Rating": value, "Rationale": "because"}
+        completion = {
+            "model": "abcd"[k],
+            "principle": "honesty",
+            "custom_system_prompt": "Be honest.",
+            "response": responses[k],
+            "critique": "so so",
+            "overall_score": overall[k],
+            "fine-grained_score": 3.0,
+            "annotations": annotations,
+        }
+        completions.append(completion)
     return {
         "source": source,
         "instruction": f"Do {i}.",
         "models": list("abcd"),
         "correct_answers": ["None"],
         "incorrect_answers": ["None"],
-        "completions": [
-            {
-                "model": "abcd"[k],
-                "principle": "honesty",
-                "custom_system_prompt": "Be honest.",
-                "response": (responses or ["A", "B", "C", "D"])[k],
-                "critique": "so so",
-                "overall_score": overall[k],
-                "fine-grained_score": 3.0,
-                "annotations": {
-                    aspect: {"Rating": r, "Rationale": "because"}
-                    for aspect, r in zip(aspects, ratings[k])
-                },
-            }
-            for k in range(len(ratings))
-        ],
+        "completions": completions,
     }
 
 
 def test_ultrafeedback(tmp_path):
+    rising = ["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0]
     rows = [
         feedback(0, ["3", "5", "1", "3"], [2.0, 1.0, 10.0, 4.0]),
         feedback(1, [("4", "N/A", "4", "4"), ("5", "1", "5", "5"), "3", "2"], [1.0] * 4),
         feedback(2, ["N/A", "1", "2", "3"], [5.0, 6.0, 7.0, 8.0]),
-        feedback(3, ["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0], "truthful_qa"),
+        feedback(3, *rising, "truthful_qa"),
         feedback(4, [], []),
-        feedback(5, ["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0], responses=["a", "b", "", None]),
+        feedback(5, *rising, responses=["a", "b", "", None]),
     ]
-    rows += [feedback(i, ["1", "2", "3", "4"], [1.0, 2.0, 3.0, 4.0]) for i in range(6, 40)]
+    rows += [feedback(i, *rising) for i in range(6, 40)]
     folder = parquet(tmp_path / "set", train=rows)
     train, val, dropped = prepare("ultrafeedback", folder, tmp_path / "out", "--val_share=0.2")
-    by = {row["group"]: row for row in train + val}
-    assert by["Do 0."] == {
+    by_group = {row["group"]: row for row in train + val}
+    assert by_group["Do 0."] == {
         "prompt": "Do 0.",
         "responses": ["B", "A", "D", "C"],
-        "scores": [5.0, 3.0, 3.0, 1.0],
+        "scores": [5.0, 3.0, 3.0, 1.0],  # a tie
         "group": "Do 0.",
-    }  # a tie is kept
-    assert by["Do 1."]["responses"] == ["B", "A", "C", "D"] and by["Do 1."]["scores"] == [
-        5.0,
-        4.0,
-        3.0,
-        2.0,
-    ]  # compared without honesty
-    assert (
-        by["Do 5."]["responses"] == ["b", "a"]
-        and len(by) == 37
-        and not {"Do 2.", "Do 3.", "Do 4."} & set(by)
-    )
+    }
+    assert by_group["Do 1."]["responses"] == ["B", "A", "C", "D"]
+    assert by_group["Do 1."]["scores"] == [5.0, 4.0, 3.0, 2.0]  # compared without honesty
+    assert by_group["Do 5."]["responses"] == ["b", "a"]
+    assert len(by_group) == 37
+    assert not {"Do 2.", "Do 3.", "Do 4."} & set(by_group)
     assert dropped == {
         "aspects (not rows) that not all answers are rated in": 1,
         "rows without an aspect that all answers are rated in": 1,
@@ -299,46 +293,39 @@ def test_ultrafeedback(tmp_path):
         "rows without two different responses": 1,
         "empty responses": 2,
     }
-    train, val, _ = prepare(
-        "ultrafeedback",
-        folder,
-        tmp_path / "overall",
-        "--val_share=0.2",
-        "--by=overall_score",
-        "--without=",
-    )
-    by = {row["group"]: row for row in train + val}
-    assert (
-        by["Do 0."]["responses"] == ["C", "D", "A", "B"]
-        and by["Do 1."]["scores"] == [1.0] * 4
-        and {"Do 2.", "Do 3."} <= set(by)
-    )
+
+    options = ["--val_share=0.2", "--by=overall_score", "--without="]
+    train, val, _ = prepare("ultrafeedback", folder, tmp_path / "overall", *options)
+    by_group = {row["group"]: row for row in train + val}
+    assert by_group["Do 0."]["responses"] == ["C", "D", "A", "B"]
+    assert by_group["Do 1."]["scores"] == [1.0] * 4
+    assert {"Do 2.", "Do 3."} <= set(by_group)
+
+
+def nectar(prompt, ranks, texts="abcdefg"):
+    """A ranking as Nectar has it."""
+    answers = [{"answer": f" {t}", "model": "m", "rank": r} for t, r in zip(texts, ranks)]
+    return {
+        "prompt": prompt,
+        "answers": answers,
+        "turns": 1,
+        "num_responses": 7,
+        "source": ["flan"],
+        "good_natured": True,
+    }
 
 
 def test_nectar(tmp_path):
-    def row(prompt, ranks, texts="abcdefg"):
-        return {
-            "prompt": prompt,
-            "answers": [{"answer": f" {t}", "model": "m", "rank": r} for t, r in zip(texts, ranks)],
-            "turns": 1,
-            "num_responses": 7,
-            "source": ["flan"],
-            "good_natured": True,
-        }
-
+    two_turns = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: on?\n\nAssistant: "
     rows = [
-        row("\n\nHuman: hi\n\nAssistant: ", [3.0, 1.0, 2.0, 7.0, 6.0, 5.0, 4.0]),
-        row(
-            "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: on?\n\nAssistant: ",
-            [2.0, 1.0, None, 3.0, 4.0, 5.0, 6.0],
-            "abccaab",
-        ),
-        row("\n\nHuman: hi\n\nAssistant: I began", [1.0, 2.0]),
-        row("hi", [1.0, 2.0]),
-    ] + [row(f"\n\nHuman: {i}\n\nAssistant: ", [1.0, 2.0]) for i in range(30)]
-    train, val, dropped = prepare(
-        "nectar", parquet(tmp_path / "set", train=rows), tmp_path / "out", "--val_share=0.2"
-    )
+        nectar("\n\nHuman: hi\n\nAssistant: ", [3.0, 1.0, 2.0, 7.0, 6.0, 5.0, 4.0]),
+        nectar(two_turns, [2.0, 1.0, None, 3.0, 4.0, 5.0, 6.0], "abccaab"),
+        nectar("\n\nHuman: hi\n\nAssistant: I began", [1.0, 2.0]),
+        nectar("hi", [1.0, 2.0]),
+    ]
+    rows += [nectar(f"\n\nHuman: {i}\n\nAssistant: ", [1.0, 2.0]) for i in range(30)]
+    folder = parquet(tmp_path / "set", train=rows)
+    train, val, dropped = prepare("nectar", folder, tmp_path / "out", "--val_share=0.2")
     first, second = [row for row in train + val if row["group"] == "hi"]
     assert first == {
         "prompt": "hi",
@@ -353,7 +340,8 @@ def test_nectar(tmp_path):
         "group": "hi",
         "history": [["hi", "ho"]],
     }
-    assert len(train + val) == 32 and dropped == {
+    assert len(train) + len(val) == 32
+    assert dropped == {
         "rows whose turns do not alternate or are empty": 2,
         "responses that repeat a better one": 3,
     }
@@ -361,266 +349,277 @@ def test_nectar(tmp_path):
 
 def test_tldr(tmp_path):
     post = "SUBREDDIT: r/tifu\n\nTITLE: me\n\nPOST: I fell.\n\nTL;DR:"
-    pairs = {
-        "train": [
+    news = "TITLE: News\n\nAn article.\n\nTL;DR:"
+    folder = parquet(
+        tmp_path / "pairs",
+        train=[
             {"prompt": post, "chosen": " fell", "rejected": " flew"},
             {"prompt": post, "chosen": " fell", "rejected": " fell"},
             {"prompt": None, "chosen": " fell", "rejected": " flew"},
         ],
-        "validation": [
-            {
-                "prompt": "TITLE: News\n\nAn article.\n\nTL;DR:",
-                "chosen": " news",
-                "rejected": " no",
-            },
+        validation=[
+            {"prompt": news, "chosen": " news", "rejected": " no"},
             {"prompt": post.replace("me", "you"), "chosen": " b", "rejected": " a"},
         ],
-    }
-    train, val, dropped = prepare("tldr", parquet(tmp_path / "pairs", **pairs), tmp_path / "out")
-    assert (
-        train == [{"prompt": post, "responses": ["fell", "flew"], "scores": [1, 0], "group": post}]
-        and val[0]["responses"] == ["b", "a"]
-        and len(val) == 1
     )
+    train, val, dropped = prepare("tldr", folder, tmp_path / "out")
+    assert train == [
+        {"prompt": post, "responses": ["fell", "flew"], "scores": [1, 0], "group": post}
+    ]
+    assert [row["responses"] for row in val] == [["b", "a"]]
     assert dropped == {
         "rows that are no Reddit post": 1,
         "responses that repeat a better one": 1,
         "rows without two different responses": 1,
         "malformed rows: AttributeError": 1,
     }
-    sft = {
-        split: [
+
+
+def test_tldr_sft(tmp_path):
+    post = "SUBREDDIT: r/tifu\n\nTITLE: me\n\nPOST: I fell.\n\nTL;DR:"
+    splits = {}
+    for split in ("train", "validation"):
+        splits[split] = [
             {"prompt": post + split, "completion": " fell"},
             {"prompt": " ", "completion": " fell"},
             {"prompt": post, "completion": " "},
         ]
-        for split in ("train", "validation")
-    }
-    train, val, dropped = prepare(
-        "tldr", parquet(tmp_path / "sft", **sft), tmp_path / "out_sft", "--sft"
-    )
-    assert (
-        train == [{"prompt": post + "train", "responses": ["fell"], "group": post + "train"}]
-        and len(val) == 1
-    )
+    folder = parquet(tmp_path / "sft", **splits)
+    train, val, dropped = prepare("tldr", folder, tmp_path / "out", "--sft")
+    prompt = post + "train"
+    assert train == [{"prompt": prompt, "responses": ["fell"], "group": prompt}]
+    assert len(val) == 1
     assert dropped == {
         "empty responses": 2,
         "malformed rows: prompt must be a string that is not empty": 2,
     }
 
 
+def test_every_set_states_its_command():
+    names = ("fineweb", "ultrachat", "shp_ranked", "hh_rlhf", "ultrafeedback", "nectar", "tldr")
+    for name in names:
+        doc = importlib.import_module(f"data.{name}.prepare").__doc__
+        assert f"    python -m data.{name}.prepare" in doc
+        assert prepare_command(f"data/{name}") == f"python -m data.{name}.prepare"
+    assert prepare_command("data/tldr_sft") == (
+        "python -m data.tldr.prepare --sft --out=data/tldr_sft"
+    )
+    assert prepare_command("data/openwebtext") == (
+        "python -m data.fineweb.prepare --hub=Skylion007/openwebtext --out=data/openwebtext"
+    )
+
+
+# ---- killed preparations
+
+
 class Killed(Exception):
     pass
 
 
-def killed_at(monkeypatch, when):
-    """As a kill between the bytes and the state that speaks of them: write_json fails at its `when`-th call."""
-    calls = []
+def kill_at(monkeypatch, call):
+    """A kill between writing rows and writing the state: the call-th write_json raises."""
+    num_calls = 0
 
-    def write_json(path, value):
-        calls.append(path)
-        if len(calls) == when:
+    def failing_write_json(path, value):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == call:
             raise Killed
         write_json(path, value)
 
+    monkeypatch.setattr(hub, "write_json", failing_write_json)
+
+
+def run_killed(monkeypatch, call, name, *args):
+    kill_at(monkeypatch, call)
+    with pytest.raises(Killed):
+        run_main(name, *args)
     monkeypatch.setattr(hub, "write_json", write_json)
 
 
 def contents(folder):
-    return {name: open(f"{folder}/{name}", "rb").read() for name in sorted(os.listdir(folder))}
+    """{file name: bytes} of a folder."""
+    found = {}
+    for name in os.listdir(folder):
+        with open(f"{folder}/{name}", "rb") as f:
+            found[name] = f.read()
+    return found
 
 
-def documents(folder):
-    rows = [{"text": f"Document {i}. " + "Words. " * (i % 7), "id": str(i)} for i in range(200)] + [
-        {"text": " ", "id": "x"}
-    ]
+def write_documents(folder):
+    """A set of 201 documents in three files, one of them without a text. Returns its rows."""
+    rows = [{"text": f"Document {i}. " + "Words. " * (i % 7), "id": str(i)} for i in range(200)]
+    rows.append({"text": " ", "id": "x"})
     os.makedirs(folder / "data")
     for k in range(3):
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows[k::3]),
-            f"{folder}/data/train-0000{k}-of-00003.parquet",
-            row_group_size=11,
-        )
+        table = pyarrow.Table.from_pylist(rows[k::3])
+        path = f"{folder}/data/train-0000{k}-of-00003.parquet"
+        pyarrow.parquet.write_table(table, path, row_group_size=11)
     return rows
 
 
-def test_a_killed_stream_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    from data.fineweb.prepare import main
+def read_documents(folder):
+    """The texts of both streams of a data folder, in bytes."""
+    texts = []
+    for side in ("train", "val"):
+        stream = read_stream(str(folder), side)
+        for ids in np.split(stream, np.flatnonzero(stream == 256) + 1)[:-1]:
+            texts.append(bytes(ids[:-1].astype(np.uint8)).decode())
+    return texts
 
-    rows = documents(tmp_path / "set")
+
+def test_a_killed_stream_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    rows = write_documents(tmp_path / "set")
     monkeypatch.setattr(hub, "CHUNK", 16)
     args = [f"--hub={tmp_path}/set", "--tokenizer=bytes", "--val_share=0.2"]
-    main([*args, f"--out={tmp_path}/whole"])
-    meta = read_meta(f"{tmp_path}/whole", ["train.bin", "val.bin"])
-    streams = np.concatenate([read_stream(f"{tmp_path}/whole", side) for side in ("train", "val")])
-    texts = [
-        bytes(ids[ids < 256].astype(np.uint8)).decode()
-        for ids in np.split(streams, np.flatnonzero(streams == 256) + 1)[:-1]
-    ]
-    assert sorted(texts) == sorted(row["text"] for row in rows if row["text"].strip()) and meta[
-        "dropped"
-    ] == {"documents without a text": 1}
-    assert (
-        meta["train_tokens"] + meta["val_tokens"] == sum(len(text) + 1 for text in texts)
-        and meta["tokenizer"] == "bytes"
-    )
+    whole = tmp_path / "whole"
+    run_main("fineweb", *args, f"--out={whole}")
+    meta = read_meta(str(whole), ["train.bin", "val.bin"])
+    texts = read_documents(whole)
+    assert sorted(texts) == sorted(row["text"] for row in rows if row["text"].strip())
+    assert meta["dropped"] == {"documents without a text": 1}
+    assert meta["train_tokens"] + meta["val_tokens"] == sum(len(text) + 1 for text in texts)
+    assert meta["tokenizer"] == "bytes"
     for kills in ([1], [2, 1, 5], [13]):
         out = f"{tmp_path}/killed{kills}"
-        for when in kills:
-            killed_at(monkeypatch, when)
-            with pytest.raises(Killed):
-                main([*args, f"--out={out}"])
+        for call in kills:
+            run_killed(monkeypatch, call, "fineweb", *args, f"--out={out}")
             assert not os.path.exists(f"{out}/meta.json")
             with open(f"{out}/train.bin.partial", "ab") as f:
                 f.write(b"half a docu")
-        monkeypatch.setattr(hub, "write_json", write_json)
-        main([*args, f"--out={out}"])
-        assert contents(out) == contents(f"{tmp_path}/whole")
+        run_main("fineweb", *args, f"--out={out}")
+        assert contents(out) == contents(whole)
 
 
-def test_killed_while_it_finishes(tmp_path, monkeypatch):
-    """Between the two names that a stream's files get, and while rows are sampled."""
-    from data.fineweb.prepare import main
-
-    documents(tmp_path / "set")
+def test_a_stream_killed_between_its_two_renames(tmp_path, monkeypatch):
+    write_documents(tmp_path / "set")
     args = [f"--hub={tmp_path}/set", "--tokenizer=bytes", "--val_share=0.2"]
-    main([*args, f"--out={tmp_path}/whole"])
-    replace, done = os.replace, []
+    run_main("fineweb", *args, f"--out={tmp_path}/whole")
+    replace = os.replace
 
-    def failing(source, target):
-        if source.endswith("val.bin.partial") and not done:
-            done.append(target)
+    def failing_replace(source, target):
+        if source.endswith("val.bin.partial"):
             raise Killed
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(Killed):
-        main([*args, f"--out={tmp_path}/killed"])
-    main([*args, f"--out={tmp_path}/killed"])
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and done
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", failing_replace)
+        with pytest.raises(Killed):
+            run_main("fineweb", *args, f"--out={tmp_path}/killed")
+    assert os.path.exists(tmp_path / "killed" / "train.bin")
+    run_main("fineweb", *args, f"--out={tmp_path}/killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_killed_rows_go_on_and_keep_their_settings(tmp_path, monkeypatch):
-    from data.ultrachat.prepare import main
-
+def test_killed_rows_continue_with_their_settings_only(tmp_path, monkeypatch):
     folder = parquet(
         tmp_path / "set",
         train_sft=[chat(f"c{i}", f"p{i}", "r") for i in range(50)],
         test_sft=[chat(f"v{i}", f"q{i}", "r") for i in range(20)],
     )
     args = [f"--hub={folder}", "--sample=30", "--rows=45"]
-    main([*args, f"--out={tmp_path}/whole"])
+    whole = tmp_path / "whole"
+    run_main("ultrachat", *args, f"--out={whole}")
+    assert len(read_rows(f"{whole}/train.jsonl")) == 30
+    assert len(read_rows(f"{whole}/val.jsonl")) == 20
     monkeypatch.setattr(hub, "CHUNK", 16)
-    for when in (2, 3, 4, 5):
-        out = f"{tmp_path}/killed{when}"
-        killed_at(monkeypatch, when)
-        with pytest.raises(Killed):
-            main([*args, f"--out={out}"])
-        monkeypatch.setattr(hub, "write_json", write_json)
+    for call in (2, 3, 4, 5):
+        out = f"{tmp_path}/killed{call}"
+        run_killed(monkeypatch, call, "ultrachat", *args, f"--out={out}")
         with pytest.raises(SystemExit, match="was begun with --sample=30;") as e:
-            main([f"--hub={folder}", "--sample=31", "--rows=45", f"--out={out}"])
+            run_main("ultrachat", f"--hub={folder}", "--sample=31", "--rows=45", f"--out={out}")
         assert "\n" not in str(e.value)
-        main([*args, f"--out={out}"])
-        assert contents(out) == contents(f"{tmp_path}/whole")
-    assert (
-        len(read_rows(f"{tmp_path}/whole/train.jsonl")) == 30
-        and len(read_rows(f"{tmp_path}/whole/val.jsonl")) == 20
-    )
+        run_main("ultrachat", *args, f"--out={out}")
+        assert contents(out) == contents(whole)
 
 
-def test_the_layout_of_a_json_set_killed_and_resumed(tmp_path, monkeypatch):
-    """HH-RLHF lies on the hub as gzipped JSON lines in folders, beside one of another schema that is no part of its splits."""
-    from data.hh_rlhf.prepare import main
+def write_gzip(path, objects):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with gzip.open(path, "wt") as f:
+        f.writelines(json.dumps(value) + "\n" for value in objects)
 
+
+def test_a_json_set_killed_and_resumed(tmp_path, monkeypatch):
+    """HH-RLHF is gzipped JSON lines in folders, beside one of another schema and in no split."""
     for part in ("harmless-base", "helpful-base"):
-        os.makedirs(tmp_path / "set" / part)
         for split in ("train", "test"):
-            with gzip.open(tmp_path / "set" / part / f"{split}.jsonl.gz", "wt") as f:
-                for i in range(30):
-                    context = f"\n\nHuman: {part} {split} {i}\n\nAssistant:"
-                    f.write(
-                        json.dumps({"chosen": context + " yes", "rejected": context + " no"}) + "\n"
-                    )
-    os.makedirs(tmp_path / "set" / "red-team-attempts")
-    with gzip.open(
-        tmp_path / "set" / "red-team-attempts" / "red_team_attempts.jsonl.gz", "wt"
-    ) as f:
-        f.write('{"transcript": "a", "rating": 1}\n')
-    main([f"--hub={tmp_path}/set", f"--out={tmp_path}/whole"])
-    assert (
-        len(read_rows(f"{tmp_path}/whole/train.jsonl"))
-        == len(read_rows(f"{tmp_path}/whole/val.jsonl"))
-        == 60
-    )
+            contexts = [f"\n\nHuman: {part} {split} {i}" for i in range(30)]
+            rows = [hh_pair(" yes", " no", context) for context in contexts]
+            write_gzip(f"{tmp_path}/set/{part}/{split}.jsonl.gz", rows)
+    other = [{"transcript": "a", "rating": 1}]
+    write_gzip(f"{tmp_path}/set/red-team-attempts/red_team_attempts.jsonl.gz", other)
+    run_main("hh_rlhf", f"--hub={tmp_path}/set", f"--out={tmp_path}/whole")
+    assert len(read_rows(f"{tmp_path}/whole/train.jsonl")) == 60
+    assert len(read_rows(f"{tmp_path}/whole/val.jsonl")) == 60
     monkeypatch.setattr(hub, "CHUNK", 16)
-    for when in (2, 1, 3):
-        killed_at(monkeypatch, when)
-        with pytest.raises(Killed):
-            main([f"--hub={tmp_path}/set", f"--out={tmp_path}/killed"])
-    monkeypatch.setattr(hub, "write_json", write_json)
-    main([f"--hub={tmp_path}/set", f"--out={tmp_path}/killed"])
+    args = [f"--hub={tmp_path}/set", f"--out={tmp_path}/killed"]
+    for call in (2, 1, 3):
+        run_killed(monkeypatch, call, "hh_rlhf", *args)
+    run_main("hh_rlhf", *args)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_limit_of_tokens(tmp_path):
-    from data.fineweb.prepare import main
-
-    rows = documents(tmp_path / "set")
-    main(
-        [
-            f"--hub={tmp_path}/set",
-            "--tokenizer=bytes",
-            "--val_share=0.2",
-            "--tokens=1000",
-            f"--out={tmp_path}/out",
-        ]
-    )
+    rows = write_documents(tmp_path / "set")
+    args = ["--tokenizer=bytes", "--val_share=0.2", "--tokens=1000", f"--out={tmp_path}/out"]
+    run_main("fineweb", f"--hub={tmp_path}/set", *args)
     meta = read_meta(f"{tmp_path}/out", ["train.bin", "val.bin"])
-    assert (
-        1000
-        <= meta["train_tokens"] + meta["val_tokens"]
-        < 1000 + max(len(row["text"]) + 1 for row in rows)
-    )
+    num_tokens = meta["train_tokens"] + meta["val_tokens"]
+    longest = max(len(row["text"]) + 1 for row in rows)
+    assert 1000 <= num_tokens < 1000 + longest
 
 
-def test_the_commit_is_found_once_and_kept(tmp_path, monkeypatch):
-    """A set that is not pinned is read at what main was at the first run, however often it is killed."""
+# ---- commits and errors
+
+
+def test_the_commit_is_resolved_once_and_kept(tmp_path, monkeypatch):
+    """A set that is not pinned is read at what main was in the first run, also after a kill."""
     import huggingface_hub
 
+    sha = "c0ffee" * 6 + "c0ff"
     folder = parquet(tmp_path / "set", train=[{"text": f"text {i}"} for i in range(50)])
-    asked, read = [], hub.stream
+    asked, read_at = [], []
+    open_split = hub.open_split
+
+    class Info:
+        pass
 
     class Api:
         def dataset_info(self, name, revision):
             asked.append((name, revision))
-            return type("Info", (), {"sha": "c0ffee" * 6 + "c0ff"})
+            info = Info()
+            info.sha = sha
+            return info
+
+    def open_local_split(name, split, commit, *rest):
+        read_at.append(commit)
+        return open_split(folder, split, None, *rest)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(
-        hub,
-        "stream",
-        lambda name, split, commit, *rest: asked.append(commit) or read(folder, split, None, *rest),
-    )
+    monkeypatch.setattr(hub, "open_split", open_local_split)
     monkeypatch.setattr(hub, "CHUNK", 20)
-    from data.fineweb.prepare import main
-
     args = ["--hub=some/set", "--tokenizer=bytes", "--val_share=0.2", f"--out={tmp_path}/out"]
-    killed_at(monkeypatch, 2)
-    with pytest.raises(Killed):
-        main(args)
-    monkeypatch.setattr(hub, "write_json", write_json)
-    main(args)
-    sha = "c0ffee" * 6 + "c0ff"
-    assert (
-        asked == [("some/set", "main"), sha, sha]
-        and read_meta(f"{tmp_path}/out", [])["source"] == f"some/set @ {sha}"
-    )
-    assert (
-        hub.commit_of("Anthropic/hh-rlhf") == hub.PINNED["Anthropic/hh-rlhf"]
-        and hub.commit_of("some/set", "ab" * 20) == "ab" * 20
-        and len(asked) == 3
-    )
+    run_killed(monkeypatch, 2, "fineweb", *args)
+    run_main("fineweb", *args)
+    assert asked == [("some/set", "main")]
+    assert read_at == [sha, sha]
+    assert read_meta(f"{tmp_path}/out", [])["source"] == f"some/set @ {sha}"
+
+
+def test_pinned_and_given_commits_need_no_network():
     assert all(len(commit) == 40 for commit in hub.PINNED.values())
+    assert hub.resolve_commit("Anthropic/hh-rlhf") == hub.PINNED["Anthropic/hh-rlhf"]
+    assert hub.resolve_commit("some/set", "ab" * 20) == "ab" * 20
+    assert hub.resolve_commit("data") is None  # a folder
+
+
+SAME_PROMPT = [
+    {
+        "chosen": f"\n\nHuman: a\n\nAssistant: {answer}",
+        "rejected": "\n\nHuman: a\n\nAssistant: d",
+    }
+    for answer in "bc"
+]
 
 
 @pytest.mark.parametrize(
@@ -642,35 +641,20 @@ def test_the_commit_is_found_once_and_kept(tmp_path, monkeypatch):
             [{"chosen": "a", "rejected": "b"}],
             "too few rows, one side of the split is empty; dropped: 2 rows whose turns do not",
         ),
-        (
-            "hh_rlhf",
-            [
-                {
-                    "chosen": f"\n\nHuman: a\n\nAssistant: {c}",
-                    "rejected": "\n\nHuman: a\n\nAssistant: d",
-                }
-                for c in "bc"
-            ],
-            "is empty; dropped: 2 validation rows whose group",
-        ),
+        ("hh_rlhf", SAME_PROMPT, "is empty; dropped: 2 validation rows whose group"),
         ("ultrachat", [{"prompt": "a"}], "Bad split: train_sft"),
     ],
 )
 def test_another_schema_is_one_line(tmp_path, name, rows, message):
     folder = parquet(tmp_path / "set", train=rows, test=rows)
+    args = [f"--hub={folder}", f"--out={tmp_path}/out"]
+    if name == "fineweb":
+        args.append("--tokenizer=bytes")
     with pytest.raises(SystemExit) as e:
-        importlib.import_module(f"data.{name}.prepare").main(
-            [
-                f"--hub={folder}",
-                f"--out={tmp_path}/out",
-                *["--tokenizer=bytes"] * (name == "fineweb"),
-            ]
-        )
-    assert (
-        message in str(e.value)
-        and "\n" not in str(e.value)
-        and not os.path.exists(f"{tmp_path}/out/meta.json")
-    )
+        run_main(name, *args)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    assert not os.path.exists(f"{tmp_path}/out/meta.json")
 
 
 def test_without_a_network_there_is_one_line(tmp_path):
@@ -681,46 +665,17 @@ def test_without_a_network_there_is_one_line(tmp_path):
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    assert (
-        done.returncode == 1
-        and "could not read it" in done.stderr
-        and "--hub=FOLDER" in done.stderr
-        and done.stderr.count("\n") == 1
-    ), done.stderr
+    assert done.returncode == 1
+    assert "could not read it" in done.stderr
+    assert "--hub=FOLDER" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_commit_that_cannot_be_asked_for_is_one_line(tmp_path, monkeypatch):
+def test_a_commit_that_cannot_be_resolved_is_one_line(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    from data.tldr.prepare import main
-
-    with pytest.raises(
-        SystemExit, match="trl-lib/tldr-preference: datasets could not read it"
-    ) as e:
-        main([f"--out={tmp_path}/out"])
+    message = "trl-lib/tldr-preference: datasets could not read it"
+    with pytest.raises(SystemExit, match=message) as e:
+        run_main("tldr", f"--out={tmp_path}/out")
     assert "\n" not in str(e.value)
-
-
-def test_every_set_states_its_command():
-    for name in (
-        "fineweb",
-        "ultrachat",
-        "shp_ranked",
-        "hh_rlhf",
-        "ultrafeedback",
-        "nectar",
-        "tldr",
-    ):
-        assert (
-            f"    python -m data.{name}.prepare"
-            in importlib.import_module(f"data.{name}.prepare").__doc__
-        )
-        assert prepare_command(f"data/{name}") == f"python -m data.{name}.prepare"
-    assert (
-        prepare_command("data/openwebtext")
-        == "python -m data.fineweb.prepare --hub=Skylion007/openwebtext --out=data/openwebtext"
-    )
-    assert (
-        prepare_command("data/tldr_sft") == "python -m data.tldr.prepare --sft --out=data/tldr_sft"
-    )

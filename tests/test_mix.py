@@ -6,7 +6,7 @@ import torch
 
 from nanospin import config
 import train
-from conftest import final_weights, read_metrics
+from conftest import load_config, final_weights, read_metrics
 from test_train import Killed, assert_same_run, killing, refused
 
 
@@ -129,7 +129,7 @@ def test_its_data_must_fit(tiny_runs, tiny_data, tmp_path):
 
 def test_preferred_ft_is_sft_on_the_rows_of_dpo(tiny_runs, tiny_data, tmp_path):
     """DPO's config but for the stage, its start and its steps: SFT on the best response, then the reference of DPO, which starts at its ln 2."""
-    dpo, ft = (config.load([f"config/{name}_local.py"]) for name in ("dpo", "preferred_ft"))
+    dpo, ft = (load_config([f"config/{name}_local.py"]) for name in ("dpo", "preferred_ft"))
     assert {n for n in vars(dpo) if getattr(dpo, n) != getattr(ft, n)} == {
         "stage",
         "out_dir",

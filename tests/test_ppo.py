@@ -14,7 +14,7 @@ from nanospin import checkpoint
 from nanospin import config
 import ppo
 import train
-from conftest import final_weights, read_metrics
+from conftest import load_config, final_weights, read_metrics
 from data.rows import encode_rows, read_rows, write_rows
 from data import tokenizer
 from data.folder import write_meta
@@ -211,7 +211,7 @@ def test_the_first_step_is_the_policy_gradient():
     batch = ppo.ppo_batch(rows)
     with torch.no_grad():
         batch["old_logps"], batch["old_values"] = forward_batch(model, batch, CPU)[0]
-    cfg = config.load(
+    cfg = load_config(
         [
             "--stage=ppo",
             "--init=x",
@@ -250,7 +250,7 @@ def test_advantages_by_hand():
         "refs": [np.float32([-1.5, -2]), np.float32([-1, -3, -1])],
         "values": [np.float32([0.5, 0.25]), np.float32([0, 0, 1])],
     }
-    cfg = config.load(
+    cfg = load_config(
         [
             "--stage=ppo",
             "--init=x",
@@ -379,10 +379,10 @@ def test_a_run_says_what_it_should(ppo_run, tiny_runs):
     )  # the next prompts of the permutation, then round again
     assert (
         "scalar.weight" in final_weights(ppo_run)
-        and not checkpoint.load_model(ppo_run)[0].config.scalar
+        and not GPT.from_checkpoint(ppo_run)[0].config.scalar
     )
     # the stored log-probabilities are those of the policy that sampled, one sequence at a time
-    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
     rows = read_rows(f"{ppo_run}/round_0/train.jsonl")
     stored = np.load(f"{ppo_run}/round_0/rollout.npz")["logps"]
     prompt, y = enc.encode_ordinary(f"Q: {rows[0]['prompt']}\nA: "), rows[0]["ids"][0]
@@ -567,7 +567,7 @@ def test_a_reward_model_scores_under_its_own_template(tiny_runs, tiny_data, rewa
     rm, out = f"{tmp_path}/rm", f"{tmp_path}/r"
     shutil.copytree(reward_run, rm)
     train.main(ppo_args(tiny_runs, tiny_data, out, f"--reward={rm}", "--rounds=1", "--max_steps=1"))
-    model, enc, _ = checkpoint.load_model(rm)
+    model, enc, _ = GPT.from_checkpoint(rm)
     for row in read_rows(f"{out}/round_0/train.jsonl")[:3]:
         with torch.no_grad():
             ids = enc.encode_ordinary(f"{row['prompt']} -> ") + row["ids"][0]

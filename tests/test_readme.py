@@ -252,9 +252,7 @@ def world(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as m:
         m.chdir(here)
-        m.setattr(
-            data, "__file__", str(here / "data" / "__init__.py")
-        )  # whose prepare_command looks beside it
+        m.setattr(data.folder, "ROOT", str(here))  # where prepare_command looks
         pydocs, shp = (
             importlib.import_module(f"data.{name}.prepare") for name in ("pydocs", "shp")
         )
@@ -280,7 +278,7 @@ def world(tmp_path_factory):
             tiktoken,
             "get_encoding",
             functools.cache(
-                lambda name: tokenizer.encoding(name, {bytes([i]): i for i in range(256)})
+                lambda name: tokenizer.make_encoding(name, {bytes([i]): i for i in range(256)})
             ),
         )
         frontier = importlib.import_module("frontier")

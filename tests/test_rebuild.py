@@ -1,27 +1,49 @@
-"""A round is made again from its manifest alone, bit for bit, or what is in the way is named."""
+"""tools/rebuild.py makes a round again from its manifest, or names what has changed."""
 
 import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from nanospin import checkpoint
-from tools import rebuild
 import train
-from conftest import make_data
-from data.rows import read_rows, write_rows
 from data.files import sha256, write_json
-from test_train import spin_args
+from data.rows import read_rows, write_rows
+from nanospin import checkpoint
+from rollout import with_checksum
+from tests.conftest import make_data
+from tests.test_train import spin_args
+from tools import rebuild
+
+
+@dataclass
+class Inputs:
+    """A run of two rounds, and the inputs that it was made from."""
+
+    run: str
+    data: str
+    teacher: str
+
+    def copy(self, folder):
+        copies = {}
+        for name, path in vars(self).items():
+            copies[name] = shutil.copytree(path, f"{folder}/{os.path.basename(path)}")
+        return Inputs(**copies)
+
+    def moved(self):
+        """The options that say where data and teacher are now."""
+        return [f"--data={self.data}", f"--teacher={self.teacher}"]
 
 
 @pytest.fixture(scope="module")
-def played(tiny_runs, tmp_path_factory):
-    """(run, data, teacher) of two rounds with a teacher and history, whose config.json is gone."""
-    folder = str(tmp_path_factory.mktemp("played"))
-    run, data, teacher = f"{folder}/run", make_data(f"{folder}/data"), f"{folder}/teacher"
+def original(tiny_runs, tmp_path_factory):
+    """Two rounds with a teacher and replay, without the run's config.json."""
+    folder = str(tmp_path_factory.mktemp("original"))
+    run, teacher = f"{folder}/run", f"{folder}/teacher"
+    data = make_data(f"{folder}/data")
     shutil.copytree(tiny_runs["pretrain"], teacher)
     train.main(
         spin_args(
@@ -40,146 +62,129 @@ def played(tiny_runs, tmp_path_factory):
         )
     )
     os.remove(f"{run}/config.json")
-    return run, data, teacher
+    return Inputs(run, data, teacher)
 
 
 def refused(*args):
+    """The error message of a command line: one line."""
     with pytest.raises(SystemExit) as e:
         rebuild.main(list(args))
-    assert isinstance(e.value.code, str) and "\n" not in e.value.code
-    return e.value.code
+    message = e.value.code
+    assert isinstance(message, str) and "\n" not in message
+    return message
 
 
-def edited(run, **changes):
-    """The run's second manifest with other contents, sealed again."""
+def read_manifest(run):
     with open(f"{run}/round_1/collect.json", encoding="utf-8") as f:
-        manifest = json.load(f)
-    write_json(
-        f"{run}/round_1/collect.json",
-        rebuild.sealed(
-            {name: changes.get(name, value) for name, value in manifest.items() if name != "sha256"}
-        ),
-    )
+        return json.load(f)
 
 
-@pytest.mark.parametrize("round", [0, 1])
-def test_a_round_is_made_again_bit_for_bit(played, tmp_path, capsys, round_id):
-    run, _, _ = played
-    rebuild.main([f"{run}/round_{round_id}", f"--out={tmp_path}/again"])
-    said = capsys.readouterr().out
-    assert (
-        "bit for bit the same: self_train.jsonl, train.jsonl, train.ref.npz, self_val.jsonl, val.jsonl, val.ref.npz"
-        in said
-        and "warning" not in said
-    )
-    for name in ("train.jsonl", "val.jsonl", "self_train.jsonl", "train.ref.npz"):
-        assert sha256(f"{run}/round_{round_id}/{name}") == sha256(
-            f"{tmp_path}/again/round_{round_id}/{name}"
-        )
-    assert len(read_rows(f"{tmp_path}/again/round_{round_id}/train.jsonl")) == 24
-    assert "no empty folder" in refused(f"{run}/round_{round_id}", f"--out={tmp_path}/again")
+def edit_manifest(run, **changes):
+    """Change the manifest of round 1, its checksum included."""
+    manifest = read_manifest(run) | changes
+    del manifest["sha256"]
+    write_json(f"{run}/round_1/collect.json", with_checksum(manifest))
 
 
-def test_what_moved_is_found_where_it_is_said_to_be(played, tmp_path, capsys):
-    run, data, teacher = (
-        shutil.move(
-            shutil.copytree(path, f"{tmp_path}/copy/{os.path.basename(path)}"),
-            f"{tmp_path}/{os.path.basename(path)}",
-        )
-        for path in played
-    )
-    base = shutil.move(checkpoint.latest(run, 0), f"{tmp_path}/base")
-    edited(
-        run,
-        config=json.load(open(f"{run}/round_1/collect.json"))["config"]
-        | {"data": "nowhere", "teacher": "nowhere"},
-    )
-    assert "--data and --teacher say where" in refused(
-        f"{run}/round_1", f"--out={tmp_path}/again", f"--init={base}"
-    )
-    rebuild.main(
-        [
-            f"{run}/round_1",
-            f"--out={tmp_path}/again",
-            f"--init={base}",
-            f"--data={data}",
-            f"--teacher={teacher}",
-        ]
-    )
-    assert "bit for bit the same" in capsys.readouterr().out
+@pytest.mark.parametrize("round_id", [0, 1])
+def test_a_rebuilt_round_is_identical(original, tmp_path, capsys, round_id):
+    folder, out = f"{original.run}/round_{round_id}", f"{tmp_path}/again"
+    rebuild.main([folder, f"--out={out}"])
+    output = capsys.readouterr().out
+    files = "self_train.jsonl, train.jsonl, train.ref.npz, self_val.jsonl, val.jsonl, val.ref.npz"
+    assert f"identical, bit for bit: {files}" in output
+    assert "warning" not in output
+    for name in files.split(", "):
+        assert sha256(f"{folder}/{name}") == sha256(f"{out}/round_{round_id}/{name}")
+    assert len(read_rows(f"{out}/round_{round_id}/train.jsonl")) == 24
+    assert "must be a new or an empty folder" in refused(folder, f"--out={out}")
 
 
-def test_what_is_not_as_it_was_is_named(played, tiny_runs, tmp_path, capsys):
-    run, data, teacher = (
-        shutil.copytree(path, f"{tmp_path}/{os.path.basename(path)}") for path in played
-    )
-    again, where = f"--out={tmp_path}/again", [f"--data={data}", f"--teacher={teacher}"]
+def test_moved_inputs(original, tmp_path, capsys):
+    inputs = original.copy(tmp_path)
+    init = shutil.move(checkpoint.latest(inputs.run, 0), f"{tmp_path}/init")
+    settings = read_manifest(inputs.run)["config"] | {"data": "nowhere", "teacher": "nowhere"}
+    edit_manifest(inputs.run, config=settings)
+    args = [f"{inputs.run}/round_1", f"--out={tmp_path}/again", f"--init={init}"]
+    assert "--init, --data or --teacher" in refused(*args)
+    rebuild.main([*args, *inputs.moved()])
+    assert "identical, bit for bit" in capsys.readouterr().out
 
-    rows = read_rows(f"{data}/train.jsonl")
-    write_rows(f"{data}/train.jsonl", [rows[0] | {"prompt": rows[0]["prompt"] + "?"}, *rows[1:]])
-    assert (
-        "data/train.jsonl is not the train.jsonl that the round was made of: its sha256 is"
-        in refused(f"{run}/round_1", again, *where)
-    )
-    write_rows(f"{data}/train.jsonl", rows)
-    assert f"{tiny_runs['pretrain']} is not the reference" in refused(
-        f"{run}/round_1", again, *where, f"--init={tiny_runs['pretrain']}"
-    )
-    assert f"{tiny_runs['sft']} is not the teacher" in refused(
-        f"{run}/round_1", again, where[0], f"--teacher={tiny_runs['sft']}"
-    )
-    earlier = f"{run}/round_0/self_train.jsonl"
-    write_rows(earlier, read_rows(earlier)[::-1])
-    assert f"{earlier} is not the round_0/self_train.jsonl" in refused(
-        f"{run}/round_1", again, *where
-    )
-    shutil.copy(f"{played[0]}/round_0/self_train.jsonl", earlier)
 
-    manifest = f"{run}/round_1/collect.json"
-    with open(manifest, encoding="utf-8") as f:
+def test_changed_inputs_are_named(original, tiny_runs, tmp_path):
+    inputs = original.copy(tmp_path)
+    args = [f"{inputs.run}/round_1", f"--out={tmp_path}/again", *inputs.moved()]
+
+    path = f"{inputs.data}/train.jsonl"
+    rows = read_rows(path)
+    changed = rows[0] | {"prompt": rows[0]["prompt"] + "?"}
+    write_rows(path, [changed, *rows[1:]])
+    message = refused(*args)
+    assert f"{path} is not the train.jsonl that the round was made from: its sha256 is" in message
+    write_rows(path, rows)
+
+    other = tiny_runs["pretrain"]
+    assert f"{other} is not the reference" in refused(*args, f"--init={other}")
+    other = tiny_runs["sft"]
+    assert f"{other} is not the teacher" in refused(*args, f"--teacher={other}")
+
+    path = f"{inputs.run}/round_0/self_train.jsonl"
+    write_rows(path, read_rows(path)[::-1])
+    assert f"{path} is not the round_0/self_train.jsonl" in refused(*args)
+
+
+def test_damaged_manifests_are_refused(original, tmp_path):
+    inputs = original.copy(tmp_path)
+    folder, out = f"{inputs.run}/round_1", f"--out={tmp_path}/again"
+    path = f"{folder}/collect.json"
+    manifest = read_manifest(inputs.run)
+
+    with open(path, encoding="utf-8") as f:
         text = f.read()
-    with open(manifest, "w", encoding="utf-8") as f:
+    with open(path, "w", encoding="utf-8") as f:
         f.write(text.replace('"temperature": 0.9', '"temperature": 0.8'))
-    assert "collect.json was edited" in refused(f"{run}/round_1", again, *where)
-    assert "No such file" in refused(f"{run}/round_2", again)
-    write_json(manifest, {"policy": "ppo's", "files": {}})
-    assert "takes the folder of a round of preference or spin" in refused(f"{run}/round_1", again)
-    write_json(manifest, json.loads(text) | {"round": "1"})
-    assert "round must be int" in refused(f"{run}/round_1", again)
+    assert "collect.json was edited" in refused(folder, out)
+    write_json(path, {"policy": "ppo's", "files": {}})
+    assert "expected the folder of a round of stage preference or spin" in refused(folder, out)
+    write_json(path, manifest | {"round": "1"})
+    assert "round must be int" in refused(folder, out)
+    assert "No such file" in refused(f"{inputs.run}/round_2", out)
 
-    # one who edits it and seals it again is told by the samples, from the line where they part
-    said = json.loads(text)
-    write_json(manifest, said)
-    edited(
-        run,
-        config=said["config"] | {"temperature": 0.8},
-        made_by=said["made_by"] | {"torch": "1.0", "threads": 64},
+
+def test_the_first_different_line_is_named(original, tmp_path, capsys):
+    """With an edited temperature and a matching checksum the samples differ."""
+    inputs = original.copy(tmp_path)
+    args = [f"{inputs.run}/round_1", f"--out={tmp_path}/again", *inputs.moved()]
+    manifest = read_manifest(inputs.run)
+    edit_manifest(
+        inputs.run,
+        config=manifest["config"] | {"temperature": 0.8},
+        made_by=manifest["made_by"] | {"torch": "1.0", "threads": 64},
     )
-    line = refused(f"{run}/round_1", again, *where)
-    assert re.search(
-        r"round_1/self_train.jsonl is the first file that differs: line \d+, '.+' for '", line
-    )
-    assert (
-        "warning: it was made by torch '1.0', here '" in (out := capsys.readouterr().out)
-        and "threads 64, here 1: last digits" in out
-    )
-    os.remove(f"{run}/round_1/self_train.jsonl")
+    pattern = r"round_1/self_train.jsonl is the first file that differs: line \d+, '.+', originally"
+    assert re.search(pattern, refused(*args))
+    output = capsys.readouterr().out
+    assert "warning: the round was made with torch '1.0' (now '" in output
+    assert "threads 64 (now 1); last digits" in output
+
+    os.remove(f"{inputs.run}/round_1/self_train.jsonl")
     shutil.rmtree(f"{tmp_path}/again")
-    assert "is not there as it was, to say where" in refused(f"{run}/round_1", again, *where)
+    assert "is missing or changed, so no line can be named" in refused(*args)
 
 
-def test_where_log_probabilities_part(tmp_path):
-    for name, refs in (
-        ("a", [[-1.0, -2.0], [-3.0, 0.0]]),
-        ("b", [[-1.0, -2.0], [-3.5, 1.0]]),
-        ("c", [[-1.0, -2.0]]),
-    ):
+def test_the_first_different_log_probability_is_named(tmp_path):
+    arrays = {
+        "a": [[-1.0, -2.0], [-3.0, 0.0]],
+        "b": [[-1.0, -2.0], [-3.5, 1.0]],
+        "c": [[-1.0, -2.0]],
+    }
+    for name, refs in arrays.items():
         np.savez(f"{tmp_path}/{name}.npz", refs=np.array(refs, dtype=np.float32), of=name)
-    assert (
-        rebuild.first_difference(f"{tmp_path}/a.npz", f"{tmp_path}/b.npz")
-        == ": row 1, response 0: -3.5 for -3.0, and 1 more"
-    )
-    assert (
-        rebuild.first_difference(f"{tmp_path}/a.npz", f"{tmp_path}/c.npz")
-        == ": it is of other rows"
-    )
+
+    def difference(old, new):
+        return rebuild.first_difference(f"{tmp_path}/{old}.npz", f"{tmp_path}/{new}.npz")
+
+    expected = ": row 1, response 0: -3.5, originally -3.0; 2 numbers differ"
+    assert difference("a", "b") == expected
+    assert difference("a", "c") == ": it has shape (1, 2), originally (2, 2)"
+    assert "different rows" in difference("a", "a")

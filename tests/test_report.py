@@ -1,8 +1,6 @@
-"""The page of a run: what it says against the run's own files, foreign text, missing pieces; and in a real browser, where there is one
-(NANOSPIN_BROWSER, or a Chromium on PATH), how it looks there."""
+"""The page of a run against the run's own files: foreign text, missing pieces; and, where there is a
+browser (NANOSPIN_BROWSER, or a Chromium on PATH), how it looks there."""
 
-from data.folder import write_meta, write_stream
-from data.rows import write_rows
 import base64
 import contextlib
 import html.parser
@@ -11,19 +9,20 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
-
-import data
-import eval
-from tools import report
-import train
 from conftest import TINY, make_data
-from data.batch import batch_rows, reward_batch
-from data.rows import encode_rows, read_rows
+
+import train
 from data import tokenizer
-from tools.report.page import curve, ticks, visible
-from tools.report.runs import asked_for, batch_of, kind, read_run
+from data.batch import batch_rows, reward_batch
+from data.folder import write_meta, write_stream
+from data.rows import encode_rows, read_rows, write_rows
+from tools.plot import HEADLINE_METRICS
+from tools.report.__main__ import main, visible
+from tools.report.charts import Chart, format_number, ticks
+from tools.report.runs import read_run, supervised_tokens, training_batch
 
 EVIL = "<script>alert(1)</script> \x1b[31m & \u202eabc \"'"
 SMALL = [
@@ -37,11 +36,12 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def runs(tiny_runs, tiny_data, tmp_path_factory):
-    """A run of every stage; spin's prompts are evil and its tokenizer has the token "<script>", which a teacher says."""
+    """A run of every stage. Spin's prompts are evil, and its tokenizer has the token "<script>",
+    which the teacher's responses contain."""
     root = str(tmp_path_factory.mktemp("report"))
     folder, runs = make_data(f"{root}/data"), dict(tiny_runs)
     tokenizer.save(
-        tokenizer.encoding("evil", {bytes([i]): i for i in range(256)} | {b"<script>": 256}),
+        tokenizer.make_encoding("evil", {bytes([i]): i for i in range(256)} | {b"<script>": 256}),
         f"{folder}/evil.tiktoken",
     )
     enc = tokenizer.load(f"{folder}/evil.tiktoken")
@@ -139,18 +139,18 @@ class Checked(html.parser.HTMLParser):
 
 
 def page_of(*folders, tmp_path):
-    eval.main(["report", *folders, f"--out={tmp_path}/page.html"])
+    main([*folders, f"--out={tmp_path}/page.html"])
     with open(f"{tmp_path}/page.html", encoding="utf-8") as f:
         page = f.read()
     return page, Checked(page)
 
 
 @pytest.mark.parametrize(
-    "stage, panels",
+    "stage, titles",
     [
-        ("pretrain", ["Loss", "Learning rate"]),
-        ("sft", ["Loss", "Gradient norm"]),
-        ("reward", ["Ranking loss", "Pairs ranked right"]),
+        ("pretrain", ["Cross-entropy", "Learning rate"]),
+        ("sft", ["Cross-entropy", "Gradient norm"]),
+        ("reward", ["Ranking loss", "Ranking accuracy"]),
         ("preference", ["Ranking loss", "Implicit reward"]),
         (
             "spin",
@@ -164,58 +164,63 @@ def page_of(*folders, tmp_path):
         ("ppo", ["Reward", "KL to the reference", "Entropy", "Value loss"]),
     ],
 )
-def test_a_page_of_every_stage(runs, stage, panels, tmp_path):
+def test_a_page_of_every_stage(runs, stage, titles, tmp_path):
     page, checked = page_of(runs[stage], tmp_path=tmp_path)
-    assert (
-        "cannot be shown" not in page and "not at its end" not in page and "class=notes" not in page
-    )
+    for text in ("cannot be shown", "not finished", "class=notes"):
+        assert text not in page
     drawn = re.findall("<figcaption>(.*?)</figcaption>", page)
-    assert set(panels) <= set(drawn) and len(set(drawn)) == len(drawn) == checked.tags.count("svg")
+    assert set(titles) <= set(drawn)
+    assert len(set(drawn)) == len(drawn) == checked.tags.count("svg")
     # self-contained: no script, nothing to fetch, and a policy that would stop it
-    assert not {
-        "script",
-        "link",
-        "img",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "form",
-        "use",
-        "image",
-    } & set(checked.tags)
-    assert not {"src", "href", "srcset", "style", "action"} & {
-        name for name, _ in checked.attributes
-    } and not any(name.startswith("on") for name, _ in checked.attributes)
+    fetching = "script link img iframe object embed base form use image".split()
+    assert not set(fetching) & set(checked.tags)
+    names = {name for name, _ in checked.attributes}
+    assert not {"src", "href", "srcset", "style", "action"} & names
+    assert not any(name.startswith("on") for name in names)
     assert "default-src 'none'" in page and "url(" not in page and "@import" not in page
-    # its last held-out figure is the log's
-    last = kind(read_run(runs[stage]), "eval")[-1]
-    key = report.FIGURES.get(stage, ["val_loss"])[0]
-    assert visible(report.figure(last[key])) in page
+    # its last validation metric is the log's
+    last = read_run(runs[stage]).of_kind("eval")[-1]
+    key = HEADLINE_METRICS.get(stage, ["val_loss"])[0]
+    assert format_number(last[key]) in page
 
 
 def test_several_runs_are_compared(runs, tmp_path):
     page, checked = page_of(runs["pretrain"], runs["sft"], runs["spin"], tmp_path=tmp_path)
     links = [value for name, value in checked.attributes if name == "href"]
-    assert links == ["#run1", "#run2", "#run3"] and all(
-        ("id", link[1:]) in checked.attributes for link in links
-    )
-    assert "Cross-entropy, held out" in page and page.count("<section") == 4
+    assert links == ["#run1", "#run2", "#run3"]
+    assert all(("id", link[1:]) in checked.attributes for link in links)
+    assert "Cross-entropy, validation" in page and page.count("<section") == 4
+    assert all(f"{i} {name}" in page for i, name in ((1, "pretrain"), (2, "sft"), (3, "spin")))
 
 
 def test_foreign_text_is_text(runs, tmp_path):
     page, checked = page_of(runs["spin"], tmp_path=tmp_path)
     assert "<script" not in page and not set("\x1b\u202e") & set(page)
-    assert (
-        "<script>alert(1)</script> \\x1b[31m & \\u202eabc \"'" in checked.text
-    )  # the prompt, as it is
-    assert re.search('title="id 256">&lt;script&gt;</span>', page)  # the token
-    assert (
-        "<script>alert(1)" in checked.text.partition("Settings and provenance")[2]
-    )  # a setting: data_source
-    assert (
-        page.count("<mark>same as data</mark>") >= 2
-    )  # the teacher's ties, each with the text that it equals
+    # the prompt, a token, and a setting (data_source)
+    assert "<script>alert(1)</script> \\x1b[31m & \\u202eabc \"'" in checked.text
+    assert re.search('title="id 256">&lt;script&gt;</span>', page)
+    assert "<script>alert(1)" in checked.text.partition("Settings and provenance")[2]
+    # the teacher's ties, each with the text that it equals
+    assert page.count("<mark>same as data</mark>") >= 2
+
+
+def test_every_value_of_the_template_is_escaped(tmp_path):
+    """Whatever a log holds: keys, warnings, names of players and of the run's folder."""
+    run = tmp_path / "<i>\x1b"
+    run.mkdir()
+    evil = "<b onclick=x>\x1b\u202e\"'{{ 7 * 7 }}"
+    (run / "config.json").write_text(
+        json.dumps({"config": {"stage": evil, evil: evil}, "starts": [{evil: evil}]})
+    )
+    records = [
+        {"kind": "eval", "round": 0, "step": 1, evil: 1.0, f"reward/{evil}": 2.0, "val_loss": 3.0},
+        {"kind": "warning", "round": 0, "step": 1, "text": evil},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    page, checked = page_of(str(run), str(run), tmp_path=tmp_path)
+    assert not {"b", "onclick"} & {*checked.tags, *(name for name, _ in checked.attributes)}
+    assert not set("\x1b\u202e") & set(page) and "49" not in page
+    assert checked.text.count("<b onclick=x>\\x1b\\u202e\"'{{ 7 * 7 }}") >= 10
 
 
 def test_samples_are_the_rounds_own(runs, tmp_path):
@@ -239,14 +244,12 @@ def test_samples_are_the_rounds_own(runs, tmp_path):
         f"round {t}, step {s}" in checked.text for t, s in ((0, 0), (0, 2), (1, 2))
     )
     scores = sorted(row["scores"][0] for row in read_rows(f"{runs['ppo']}/round_1/train.jsonl"))
-    assert (
-        f"score {report.figure(scores[0])}" in checked.text
-        and f"score {report.figure(scores[-1])}" in checked.text
-    )
+    for score in (scores[0], scores[-1]):
+        assert f"score {format_number(score)}" in checked.text
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_what_is_asked_is_the_responses_with_their_end(layout):
+def test_supervised_are_the_responses_with_their_end(layout):
     enc, template = tokenizer.load("bytes"), "Q: {prompt} A: "
     rows, _ = encode_rows(
         [{"prompt": "ab", "responses": ["cde", None, "f"]}, {"prompt": "", "responses": ["xyz"]}],
@@ -261,24 +264,23 @@ def test_what_is_asked_is_the_responses_with_their_end(layout):
         (2, [(i, True) for i in [*b"f", eot]]),
     ]
     batch = batch_rows([rows[0]], layout)
-    assert asked_for(batch) == wanted
-    assert asked_for(batch_rows([rows[1]], layout)) == [
+    assert supervised_tokens(batch) == wanted
+    assert supervised_tokens(batch_rows([rows[1]], layout)) == [
         (-1, [(ord("x"), False)]),
         (0, [(i, True) for i in [*b"yz", eot]]),
     ]
-    batch["targets"][batch["targets"] == eot] = -1  # a mask that forgets the end is seen
-    assert [(k, tokens[:-1]) for k, tokens in wanted[1:]] == asked_for(batch)[1:]
-    again = (
-        prompt if layout == "padded" else []
-    )  # a reward model reads its score at the end of each
-    assert asked_for(reward_batch([rows[0]], layout)) == [
+    batch.targets[batch.targets == eot] = -1  # a mask that forgets the end would be seen
+    assert supervised_tokens(batch)[1:] == [(k, tokens[:-1]) for k, tokens in wanted[1:]]
+    # a reward model's score is read at the end of each response
+    again = prompt if layout == "padded" else []
+    assert supervised_tokens(reward_batch([rows[0]], layout)) == [
         (0, [(i, i == eot) for i in [*prompt, *b"cde", eot]]),
         (2, [(i, i == eot) for i in [*again, *b"f", eot]]),
     ]
 
 
 def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path, monkeypatch):
-    """Whatever a run's own batches are made of at its first step has the row that is shown, token for token."""
+    """The row that is shown is one that the run trains on, token for token."""
     made = []
     monkeypatch.setattr(
         train, "batch_rows", lambda rows, layout: made.extend(rows) or batch_rows(rows, layout)
@@ -301,7 +303,7 @@ def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path, monkeypatch):
         )
     ]
     train.main([*again, f"--out_dir={tmp_path}/again"])
-    row, _ = batch_of(read_run(runs["sft"]))
+    row, _ = training_batch(read_run(runs["sft"]))
     assert any(
         row["prompt"] == other["prompt"] and row["responses"] == other["responses"]
         for other in made
@@ -322,7 +324,7 @@ def test_missing_pieces_are_said(runs, tmp_path):
     spin = copied(runs["spin"], tmp_path)
     log = (spin / "metrics.jsonl").read_text()
     (spin / "metrics.jsonl").write_text(log[: len(log) * 2 // 3])  # cut in the middle of a line
-    said(spin, "lines cannot be read", "The run is not at its end", "Implicit reward")
+    said(spin, "lines cannot be read", "The run is not finished", "Implicit reward")
     (spin / "metrics.jsonl").write_text(
         "\n".join(line for line in log.split("\n") if '"round": 1' not in line)
     )
@@ -339,13 +341,13 @@ def test_missing_pieces_are_said(runs, tmp_path):
     )
     row = read_rows(spin / "round_1" / "val.jsonl")
     write_rows(str(spin / "round_1" / "val.jsonl"), row[:4])
-    said(spin, "round_1/val.jsonl is no longer what the run took", "self, round 0")
+    said(spin, "round_1/val.jsonl has changed since the run used it", "self, round 0")
     (spin / "round_1" / "val.jsonl").write_text("{}\n")
     (spin / "round_1" / "collect.json").unlink()
     said(spin, "val.jsonl:1: prompt must be a string")
     shutil.rmtree(spin / "round_1")
     shutil.rmtree(spin / "round_0" / "step_000003")
-    said(spin, "There is no checkpoint (yet)", "self, round 0", "It cannot be shown")
+    said(spin, "There is no checkpoint yet", "self, round 0", "The loss mask cannot be shown")
     for name in ("train.jsonl", "val.jsonl"):
         (spin / "round_0" / name).unlink()
     (spin / "config.json").write_text(
@@ -354,10 +356,9 @@ def test_missing_pieces_are_said(runs, tmp_path):
     (spin / "metrics.jsonl").unlink()
     said(
         spin,
-        "No held-out prompt is answered (yet)",
+        "No validation prompt has samples yet",
         "metrics.jsonl: No such file",
-        "No step and no evaluation is logged (yet)",
-        "This cannot be shown",
+        "No step and no evaluation is logged yet",
     )
     ppo = copied(runs["ppo"], tmp_path)
     shutil.rmtree(ppo / "round_1")
@@ -366,51 +367,39 @@ def test_missing_pieces_are_said(runs, tmp_path):
     sft = copied(runs["sft"], tmp_path)
     weights = sft / "round_0" / "step_000008" / "meta.json"
     weights.write_text(weights.read_text().replace("8", "9"))
-    said(sft, "meta.json is damaged", "It cannot be shown")
+    said(sft, "meta.json is damaged", "The loss mask cannot be shown")
 
 
 def test_mistakes_are_one_line(runs, tmp_path):
     def refused(*args):
         with pytest.raises(SystemExit) as e:
-            eval.main(["report", *args])
+            main(list(args))
         assert "\n" not in str(e.value), e.value
         return str(e.value)
 
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     for folder in (f"{tmp_path}/none", str(tmp_path), f"{tmp_path}/hf"):
-        assert "no run there" in refused(folder)
+        assert "not a run's out_dir" in refused(folder)
     assert "required: RUN" in refused()
     assert "--rows" in refused(runs["sft"], "--rows=0")
     assert "No such file or directory" in refused(runs["sft"], f"--out={tmp_path}/no/page.html")
-    assert "\\x1bnone: no run there" in refused("\x1bnone")
+    assert "\\x1bnone: not a run's out_dir" in refused("\x1bnone")
 
 
-def test_a_curve_is_where_its_figures_are():
-    picture = curve(
-        "t",
-        "u",
-        {"a": [[(0, 1.0), (10, 3.0)], [(10, 2.0), (20, 2.0)]]},
-        (0, 20),
-        [(10, "round 1")],
-        (1.5, "level"),
-    )
-    first, second = (
-        [tuple(map(float, p.split(","))) for p in line.split()]
-        for line in re.findall('polyline points="(.*?)"', picture)
-    )
-    assert (
-        first[0][0] < first[1][0] == second[0][0] < second[1][0]
-        and first[0][1] > second[0][1] == second[1][1] > first[1][1]
-    )
-    assert (first[1][0] - first[0][0]) == pytest.approx(second[1][0] - second[0][0], abs=0.11)
-    level = float(re.search('class=level .*?y1="(.*?)"', picture)[1])
-    assert level == pytest.approx((3 * first[0][1] + first[1][1]) / 4, abs=0.11)  # 1.5 of 1 to 3
-    assert [text for _, text in ticks(0, 1, 4)] == ["0", "0.5", "1.0"] and [
-        text for _, text in ticks(-9e4, 9e4, 4)
-    ] == ["\u221250,000", "0", "50,000"]
-    assert len({text for _, text in ticks(4.5e-4, 5.5e-4, 4)}) == len(ticks(4.5e-4, 5.5e-4, 4)) > 2
-    curve("constant", "", {"a": [[(0, 0.0)]]}, (0, 0))
+def test_a_curve_is_where_its_values_are():
+    series = {"a": [[(0, 1.0), (10, 3.0)], [(10, 2.0), (20, 2.0)]]}
+    chart = Chart("t", "u", series, (0, 20), [(10, "round 1")], (1.5, "level"))
+    assert chart.x(0) < chart.x(10) < chart.x(20) and chart.y(1.0) > chart.y(2.0) > chart.y(3.0)
+    assert chart.x(10) - chart.x(0) == pytest.approx(chart.x(20) - chart.x(10), abs=0.11)
+    level = (3 * chart.y(1.0) + chart.y(3.0)) / 4  # 1.5 of 1 to 3
+    assert chart.y(1.5) == pytest.approx(level, abs=0.11)
+    assert chart.border_lines == [(chart.x(10), "round 1")]
+    assert [text for _, text in ticks(0, 1, 4)] == ["0", "0.5", "1.0"]
+    assert [text for _, text in ticks(-9e4, 9e4, 4)] == ["\u221250,000", "0", "50,000"]
+    close = ticks(4.5e-4, 5.5e-4, 4)
+    assert len({text for _, text in close}) == len(close) > 2
+    Chart("constant", "", {"a": [[(0, 0.0)]]}, (0, 0))
 
 
 # ------------------------------------------------------------------------------------------------------ in a real browser

@@ -339,5 +339,5 @@ def test_a_later_stage_leaves_the_head(reward_run, tiny_data, tmp_path):
         ]
     )
     assert "scalar.weight" not in final_weights(f"{tmp_path}/sft")
-    model, _, _ = checkpoint.load_model(reward_run)
-    assert model.config.scalar and not checkpoint.load_model(f"{tmp_path}/sft")[0].config.scalar
+    model, _, _ = GPT.from_checkpoint(reward_run)
+    assert model.config.scalar and not GPT.from_checkpoint(f"{tmp_path}/sft")[0].config.scalar

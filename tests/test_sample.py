@@ -1,20 +1,26 @@
-from nanospin.kv_cache import GROUP
+"""Batched generation against one prompt at a time without a cache; sampling against its
+distribution."""
+
 import pytest
 import torch
+from conftest import command
+from test_model import CLASSIC, MODERN, WINDOWED
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-from nanospin import attention
 import sample
-from nanospin.kv_cache import KVCache
-from conftest import command
+from data.rows import read_rows
 from model import GPT, GPTConfig
-from sample import sample_token, generate, prepacked_weights
-from test_model import CLASSIC, MODERN, WINDOWED
+from nanospin import decoding
+from nanospin.decoding import prepacked_weights
+from sample import generate, sample_token
+from studies.taylor.model import TaylorGPT, TaylorGPTConfig
+
+CONFIGS = {"classic": CLASSIC, "modern": MODERN, "windowed": WINDOWED}
 
 
 def slow_generate(model, prompt, n, eot):
-    """Greedy, one prompt, no cache, the whole text again for each token."""
+    """Greedy, one prompt, no cache: the whole sequence again for each token."""
     ids = list(prompt)
     while len(ids) - len(prompt) < n and len(ids) < model.config.block_size:
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
@@ -24,329 +30,106 @@ def slow_generate(model, prompt, n, eot):
 
 
 def far_from_ties(config):
+    """A model whose likeliest tokens are clear and depend on the tokens before."""
     model = GPT(GPTConfig(**config)).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(
-                4.0
-            ) if p.dim() == 2 else None  # so are the likely tokens, and what a token is depends on those before it
+            if p.dim() == 2:
+                p.mul_(4.0)
     return model
 
 
-@pytest.fixture(params=[CLASSIC, MODERN, WINDOWED], ids=["classic", "modern", "windowed"])
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
 def model(request):
     return far_from_ties(request.param)
 
 
-def ragged(n, seed=0):
+def random_prompts(n, seed=0):
+    """n prompts of 1 to 19 tokens."""
     g = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(0, 97, (int(torch.randint(1, 20, (), generator=g)),), generator=g).tolist()
-        for _ in range(n)
-    ]
+    prompts = []
+    for _ in range(n):
+        length = int(torch.randint(1, 20, (), generator=g))
+        prompts.append(torch.randint(0, 97, (length,), generator=g).tolist())
+    return prompts
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- generate
 
 
 @torch.no_grad()
-def test_cached_ragged_greedy_equals_one_at_a_time_without_cache(model):
-    prompts = ragged(13) + [[5], [1] * 31]  # one token; and room for one
+def test_cached_ragged_greedy_equals_one_prompt_at_a_time_without_cache(model):
+    prompts = random_prompts(13) + [[5], [1] * 31]  # a single token; room for a single token
     free = generate(model, prompts, 20, temperature=0)
-    eot = free[0][3]  # a token that does come up, so that some end early and some do not
+    eot = free[0][3]  # a token that occurs, so that some responses end early
     fast = generate(model, prompts, 20, temperature=0, eot=eot, batch_size=6)
-    assert fast == [slow_generate(model, p, 20, eot) for p in prompts]
-    assert any(y[-1] == eot and len(y) < 20 for y in fast) and any(eot not in y for y in fast)
-    assert all(eot not in y[:-1] for y in fast)
+    assert fast == [slow_generate(model, prompt, 20, eot) for prompt in prompts]
+    assert any(ids[-1] == eot and len(ids) < 20 for ids in fast)
+    assert any(eot not in ids for ids in fast)
+    assert all(eot not in ids[:-1] for ids in fast)
     assert len(fast[-1]) == 1
 
 
-def test_a_seed_fixes_the_output_whatever_the_batch(model):
-    prompts = ragged(40)
+def test_samples_depend_on_the_seed_but_not_on_the_batch(model):
+    prompts = random_prompts(40)
+    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "eot": 3}
 
-    def run(batch_size, seed=7, **options):
+    def run(batch_size, seed=7):
         return generate(
-            model,
-            prompts,
-            12,
-            temperature=0.9,
-            top_k=50,
-            top_p=0.95,
-            eot=3,
-            generator=torch.Generator().manual_seed(seed),
-            batch_size=batch_size,
-            **options,
+            model, prompts, 12, **options, generator=seeded(seed), batch_size=batch_size
         )
 
     together = run(32)
     assert together == run(1) == run(40)
     assert together != run(32, seed=8)
-    some = [5, 17, 39]  # a request's number, not its place, decides
+    some = [5, 17, 39]  # the request's id decides, not its place in the list
     alone = generate(
         model,
         [prompts[i] for i in some],
         12,
-        temperature=0.9,
-        top_k=50,
-        top_p=0.95,
-        eot=3,
-        generator=torch.Generator().manual_seed(7),
-        numbers=some,
+        **options,
+        generator=seeded(7),
+        request_ids=some,
     )
     assert alone == [together[i] for i in some]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "config", [CLASSIC, MODERN, WINDOWED], ids=["classic", "modern", "windowed"]
-)
-def test_a_cache_that_grows_says_what_whole_texts_say(config, monkeypatch):
-    """Rows of unlike lengths in groups of two, through several sizes of the cache, then dealt anew: in float64, a few hundred roundings of 2^-53."""
-    monkeypatch.setitem(GROUP, "cpu", 2)
-    model = GPT(GPTConfig(**config | {"block_size": 160})).double().eval()
-    lengths = [1, 31, 32, 70]
-    texts = torch.randint(0, 97, (4, 160), generator=torch.Generator().manual_seed(0))
-    expected = model.hidden(texts)
-    prefilled, cache = KVCache(lengths), KVCache()
-    model.hidden(texts[:, :70], cache=prefilled)  # what stands behind a row's end is not seen
-    cache.rebuild([(prefilled, b) for b in range(4)], lengths)
-    rows = list(range(4))
-    for t in range(80):
-        if t == 40:  # row 1 has left, the others change places
-            again, rows = KVCache(), [0, 2, 3]
-            again.rebuild([(cache, b) for b in rows], [lengths[b] + t for b in rows])
-            cache = again
-        pos = torch.tensor([lengths[b] + t for b in rows])
-        torch.testing.assert_close(
-            model.hidden(texts[rows, pos], pos=pos, cache=cache),
-            expected[rows, pos],
-            rtol=0,
-            atol=1e-12,
-        )
-
-
-@torch.no_grad()
 def test_requests_of_many_lengths_come_and_go(model):
-    """More requests than rows, each with its own limit, some prompts equal: as if each were alone."""
-    prompts = ragged(30, seed=3) * 2
+    """More requests than rows, each with its own limit, some prompts equal: as if each were
+    alone."""
+    prompts = random_prompts(30, seed=3) * 2
     limits = [1 + (7 * i) % 12 for i in range(60)]
     together = generate(model, prompts, limits, temperature=0, batch_size=8)
-    assert [len(y) for y in together] == limits
+    assert [len(ids) for ids in together] == limits
     assert together == [slow_generate(model, p, n, None) for p, n in zip(prompts, limits)]
-    drawn = generate(model, [[1, 2, 3]] * 50, 6, generator=torch.Generator().manual_seed(0))
-    assert (
-        len(set(map(tuple, drawn))) > 10
-    )  # equal prompts are read once, and drawn each for itself
+
+
+def test_equal_prompts_are_sampled_independently(model):
+    """They are prefilled once."""
+    samples = generate(model, [[1, 2, 3]] * 50, 6, generator=seeded(0))
+    assert len({tuple(ids) for ids in samples}) > 10
 
 
 @pytest.mark.parametrize("burst", [1, 3, 16])
-def test_looking_less_often_changes_nothing(model, burst, monkeypatch):
-    """As on a GPU, where several tokens are drawn between two looks at who has ended."""
-    prompts = ragged(20, seed=4) + [[1] * 31]
+def test_checking_for_ends_less_often_changes_nothing(model, burst, monkeypatch):
+    """On a GPU several tokens are sampled between two checks."""
+    prompts = random_prompts(20, seed=4) + [[1] * 31]
     expected = generate(model, prompts, 11, temperature=0, batch_size=8, eot=7)
     monkeypatch.setitem(sample.BURST, "cpu", burst)
     assert generate(model, prompts, 11, temperature=0, batch_size=8, eot=7) == expected
 
 
-def recorded(work):
-    """What a CUDA graph is to a GPU: all that a step does to tensors, recorded on copies of its own, and done again on those. Numbers that
-    Python would have changed from step to step are what they were."""
-    step = work.__self__
-
-    def put(ids, pos, t, column, k, v):
-        step.ids, step.pos, step.t, step.cache.column, step.cache.k, step.cache.v = (
-            ids,
-            pos,
-            t,
-            column,
-            k,
-            v,
-        )
-        work()
-
-    mine = step.ids, step.pos, step.t, step.cache.column, step.cache.k, step.cache.v
-    with torch.no_grad():
-        graph = make_fx(put)(*tree_map(torch.clone, mine))
-    step.ids, step.pos, step.t, step.cache.column, step.cache.k, step.cache.v = mine
-    said = {str(node.target) for node in graph.graph.nodes}
-    assert not [
-        name
-        for name in said
-        if any(waits in name for waits in ("_local_scalar_dense", "nonzero", "lift_fresh"))
-    ], "a graph cannot look at values, or fetch them"
-
-    def replay():
-        recorded.replays += 1
-        graph(*mine)
-
-    return replay
-
-
-@pytest.mark.parametrize(
-    "config", [CLASSIC, MODERN, WINDOWED], ids=["classic", "modern", "windowed"]
-)
-@pytest.mark.parametrize(
-    "options",
-    [dict(temperature=0), dict(temperature=0.9, top_k=50, top_p=0.95)],
-    ids=["greedy", "sampled"],
-)
-def test_a_step_recorded_once_is_every_step(config, options, monkeypatch):
-    """As a GPU's CUDA graphs need it; through growth and regrouping, several tokens between two looks."""
-    model = far_from_ties(
-        config | {"block_size": 100}
-    ).double()  # in float64 weights are not packed
-    prompts, limits = ragged(14, seed=5), [3 + (11 * i) % 60 for i in range(14)]
-
-    def run():
-        return generate(
-            model,
-            prompts,
-            limits,
-            eot=7,
-            batch_size=6,
-            generator=torch.Generator().manual_seed(1),
-            **options,
-        )
-
-    expected, recorded.replays = run(), 0
-    monkeypatch.setattr(sample, "GRAPHS", {"cpu"})
-    monkeypatch.setattr(sample, "captured", recorded)
-    monkeypatch.setitem(sample.BURST, "cpu", 8)
-    assert run() == expected
-    assert recorded.replays > 50
-
-
-@pytest.mark.parametrize("ended", [True, False])
-def test_a_step_that_no_graph_can_hold(model, ended, monkeypatch, capsys):
-    """Sampling goes on without, unless the capture could not be ended: its stream stays the current one then."""
-
-    class Capture:
-        def __init__(self, *args, **options):
-            pass
-
-        def __enter__(self):
-            raise RuntimeError("not permitted\nwhy")
-
-        def __exit__(self, *_):
-            pass
-
-    streams = iter(["own", "own" if ended else "capture's"])
-    for name, fake in (
-        ("CUDAGraph", object),
-        ("graph", Capture),
-        ("current_stream", lambda: next(streams)),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
-    prompts = ragged(5)
-    expected = generate(model, prompts, 9, temperature=0)
-    monkeypatch.setattr(sample, "GRAPHS", {"cpu"})
-    if not ended:
-        with pytest.raises(RuntimeError, match="not permitted"):
-            generate(model, prompts, 9, temperature=0)
-        return
-    assert generate(model, prompts, 9, temperature=0) == expected
-    assert capsys.readouterr().err == "sampling goes on without CUDA graphs (not permitted)\n"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("products", [None, torch.bfloat16])
-def test_a_gpus_graphs_say_what_its_steps_say(model, products, monkeypatch):
-    model.cuda().products = products
-    prompts, limits = ragged(14, seed=5), [3 + (5 * i) % 12 for i in range(14)]
-
-    def run():
-        return generate(
-            model, prompts, limits, eot=7, batch_size=6, generator=torch.Generator().manual_seed(1)
-        )
-
-    expected = run()
-    assert sample.GRAPHS == {"cuda"}, "none could be made"
-    monkeypatch.setattr(sample, "GRAPHS", set())
-    assert run() == expected
-
-
-def test_draw_has_the_distribution():
-    """Frequencies of 200,000 draws within five standard errors; top_k, top_p and padded ids leave nothing outside."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
-    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    many = logits.expand(len(uniform), -1)
-    for options, kept in (
-        (dict(), 5),
-        (dict(temperature=0.5), 5),
-        (dict(top_k=2), 2),
-        (dict(top_p=0.9), 3),
-        (dict(top_p=0.01), 1),
-    ):
-        probs = (logits / options.get("temperature", 1.0)).softmax(-1)
-        probs[kept:] = 0
-        probs /= probs.sum()
-        found = torch.bincount(sample_token(many, uniform, **options), minlength=5) / len(uniform)
-        assert (found[kept:] == 0).all()
-        assert ((found - probs).abs() <= 5 * (probs * (1 - probs) / len(uniform)).sqrt()).all()
-    assert sample_token(many[:1], uniform[:1], temperature=0).item() == 0
-
-
-def test_draw_is_the_inverse_of_the_cumulative_distribution():
-    """300 ids, of which the first and the last 100 have no probability, in sums of two levels: what float64 finds in one, up to
-    roundings of the uniform's own size, and never one of those 200."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(300, generator=g) * 3
-    logits[:100] = logits[200:] = -torch.inf
-    uniform = torch.cat(
-        [
-            torch.rand(20_000, generator=g, dtype=torch.float64),
-            torch.tensor([0.0, 1 - 2**-53, 1 - 2**-24], dtype=torch.float64),
-        ]
-    )
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    found = sample_token(logits.expand(len(uniform), -1), uniform)
-    assert 100 <= found.min() and found.max() < 200
-    for near in (-1e-6, 1e-6):
-        at_edge = torch.searchsorted(cdf, (uniform + near).clamp(0, 1 - 1e-12), right=True)
-        assert ((found - at_edge) * (1 if near < 0 else -1) >= 0).all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "config",
-    [CLASSIC, MODERN, dict(CLASSIC, tie_embeddings=False, head_bias=True)],
-    ids=["classic", "modern", "head_bias"],
-)
-@pytest.mark.parametrize("products, tolerance", [(None, 1e-5), (torch.bfloat16, 2**-6)])
-def test_packed_weights_make_the_same_logits(config, products, tolerance):
-    """Relative to the largest logit; two roundings of bfloat16 differ by up to 2^-7 of each of a few layers' outputs. Then the model is as it was."""
-    model = GPT(GPTConfig(**config)).eval()
-    for p in model.parameters():
-        p.add_(
-            0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-        )  # no bias is zero
-    model.products = products
-    idx = torch.randint(0, 97, (5, 20), generator=torch.Generator().manual_seed(1))
-    plain, precision = model(idx), torch.get_float32_matmul_precision()
-    with (
-        prepacked_weights(model, 5),
-        torch.autocast("cpu", torch.bfloat16, enabled=products is not None),
-    ):
-        made = model(idx)
-        assert "head" in model.__dict__ and all(
-            "forward" in block.attn.c_attn.__dict__ for block in model.h
-        )
-    assert (made - plain).abs().max() <= tolerance * plain.abs().max()
-    with pytest.raises(KeyboardInterrupt), prepacked_weights(model, 5):
-        raise KeyboardInterrupt
-    assert torch.equal(model(idx), plain) and torch.get_float32_matmul_precision() == precision
-    model.products = None
-    with prepacked_weights(model.double(), 5):  # left alone
-        assert "head" not in model.__dict__
-
-
-def test_no_id_from_the_padding():
+def test_no_id_from_the_padding_of_the_vocabulary():
     model = GPT(GPTConfig(**CLASSIC)).eval()
-    with torch.no_grad():
-        model.wte.weight[97:] = (
-            100 * model.wte.weight[:1].sign()
-        )  # the padding would win if it could
-    out = generate(
-        model, [[1, 2]] * 50, 8, temperature=5.0, generator=torch.Generator().manual_seed(0)
-    )
-    assert max(max(y) for y in out) < 97
+    with torch.no_grad():  # the padding would win if it could
+        model.wte.weight[97:] = 100 * model.wte.weight[:1].sign()
+    samples = generate(model, [[1, 2]] * 50, 8, temperature=5.0, generator=seeded(0))
+    assert max(max(ids) for ids in samples) < 97
 
 
 def test_bad_requests(model):
@@ -359,31 +142,244 @@ def test_bad_requests(model):
     assert generate(model, [], 5) == []
 
 
+# ---- CUDA graphs
+
+
+def tensors_of(step):
+    return step.ids, step.pos, step.num_sampled, step.cache.column, step.cache.k, step.cache.v
+
+
+def set_tensors(step, tensors):
+    step.ids, step.pos, step.num_sampled, step.cache.column, step.cache.k, step.cache.v = tensors
+
+
+def record_on_cpu(work):
+    """What capture_cuda_graph does, on a CPU: record the tensor operations of a step on copies, and
+    replay them. Python numbers that change from step to step would keep their first value."""
+    step = work.__self__
+
+    def traced(*tensors):
+        set_tensors(step, tensors)
+        work()
+
+    original = tensors_of(step)
+    with torch.no_grad():
+        graph = make_fx(traced)(*tree_map(torch.clone, original))
+    set_tensors(step, original)
+    for node in graph.graph.nodes:
+        for reads_a_value in ("_local_scalar_dense", "nonzero", "lift_fresh"):
+            assert reads_a_value not in str(node.target), "a CUDA graph cannot do this"
+
+    def replay():
+        record_on_cpu.replays += 1
+        graph(*original)
+
+    return replay
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 0.9, "top_k": 50, "top_p": 0.95}],
+    ids=["greedy", "sampled"],
+)
+def test_a_recorded_step_can_be_replayed(config, options, monkeypatch):
+    """Through growth and regrouping, with several tokens between two checks for ends."""
+    # float64, because prepacked weights cannot be traced
+    model = far_from_ties(config | {"block_size": 100}).double()
+    prompts = random_prompts(14, seed=5)
+    limits = [3 + (11 * i) % 60 for i in range(14)]
+
+    def run():
+        return generate(model, prompts, limits, eot=7, batch_size=6, generator=seeded(1), **options)
+
+    expected = run()
+    record_on_cpu.replays = 0
+    monkeypatch.setattr(decoding, "GRAPHS", {"cpu"})
+    monkeypatch.setattr(decoding, "capture_cuda_graph", record_on_cpu)
+    monkeypatch.setitem(sample.BURST, "cpu", 8)
+    assert run() == expected
+    assert record_on_cpu.replays > 50
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_failed_capture(model, ended, monkeypatch, capsys):
+    """Sampling continues without graphs, unless the capture could not be ended: then its stream is
+    still the current one."""
+
+    class FailingCapture:
+        def __init__(self, *args, **options):
+            pass
+
+        def __enter__(self):
+            raise RuntimeError("not permitted\nwhy")
+
+        def __exit__(self, *_):
+            pass
+
+    streams = iter(["own", "own" if ended else "capture's"])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", FailingCapture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: next(streams))
+    prompts = random_prompts(5)
+    expected = generate(model, prompts, 9, temperature=0)
+    monkeypatch.setattr(decoding, "GRAPHS", {"cpu"})
+    if ended:
+        assert generate(model, prompts, 9, temperature=0) == expected
+        assert capsys.readouterr().err == "sampling without CUDA graphs (not permitted)\n"
+    else:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            generate(model, prompts, 9, temperature=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_cuda_graphs_sample_what_eager_steps_sample(model, dtype, monkeypatch):
+    model.cuda().autocast_dtype = dtype
+    prompts = random_prompts(14, seed=5)
+    limits = [3 + (5 * i) % 12 for i in range(14)]
+
+    def run():
+        return generate(model, prompts, limits, eot=7, batch_size=6, generator=seeded(1))
+
+    expected = run()
+    assert decoding.GRAPHS == {"cuda"}, "the capture failed"
+    monkeypatch.setattr(decoding, "GRAPHS", set())
+    assert run() == expected
+
+
+# ---- sample_token
+
+
+@pytest.mark.parametrize(
+    "options, num_possible",
+    [
+        ({}, 5),
+        ({"temperature": 0.5}, 5),
+        ({"top_k": 2}, 2),
+        ({"top_p": 0.9}, 3),
+        ({"top_p": 0.01}, 1),
+    ],
+)
+def test_sample_token_has_the_distribution(options, num_possible):
+    """Frequencies of 200,000 samples, within five standard errors."""
+    n = 200_000
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+    uniform = torch.rand(n, generator=seeded(0), dtype=torch.float64)
+    probs = (logits / options.get("temperature", 1.0)).softmax(-1)
+    probs[num_possible:] = 0
+    probs /= probs.sum()
+    ids = sample_token(logits.expand(n, -1), uniform, **options)
+    found = torch.bincount(ids, minlength=5) / n
+    assert (found[num_possible:] == 0).all()
+    assert ((found - probs).abs() <= 5 * (probs * (1 - probs) / n).sqrt()).all()
+
+
+def test_temperature_0_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample_token(logits, torch.tensor([0.999]), temperature=0).item() == 1
+
+
+def test_sample_token_inverts_the_cumulative_distribution():
+    """300 ids, the first and last 100 of probability 0. Against float64: equal up to float32
+    rounding of the uniform number, and never an id of probability 0."""
+    g = seeded(0)
+    logits = torch.randn(300, generator=g) * 3
+    logits[:100] = logits[200:] = -torch.inf
+    extremes = torch.tensor([0.0, 1 - 2**-53, 1 - 2**-24], dtype=torch.float64)
+    uniform = torch.cat([torch.rand(20_000, generator=g, dtype=torch.float64), extremes])
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    found = sample_token(logits.expand(len(uniform), -1), uniform)
+    assert 100 <= found.min() and found.max() < 200
+    least = torch.searchsorted(cdf, (uniform - 1e-6).clamp(0, 1 - 1e-12), right=True)
+    most = torch.searchsorted(cdf, (uniform + 1e-6).clamp(0, 1 - 1e-12), right=True)
+    assert (least <= found).all() and (found <= most).all()
+
+
+# ---- prepacked weights
+
+
+def head_bias_model():
+    config = CLASSIC | {"tie_embeddings": False, "head_bias": True}
+    return TaylorGPT(TaylorGPTConfig(**config))
+
+
+MODELS = {
+    "classic": lambda: GPT(GPTConfig(**CLASSIC)),
+    "modern": lambda: GPT(GPTConfig(**MODERN)),
+    "head_bias": head_bias_model,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 2**-6)])
+def test_prepacked_weights_give_the_same_logits(make_model, dtype, tolerance):
+    """Relative to the largest logit: bfloat16 rounds by up to 2^-7 in each of a few layers.
+    Afterwards the model is as it was."""
+    model = make_model().eval()
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn(p.shape, generator=seeded(0)))  # no bias is 0
+    model.autocast_dtype = dtype
+    idx = torch.randint(0, 97, (5, 20), generator=seeded(1))
+    plain = model(idx)
+    precision = torch.get_float32_matmul_precision()
+    with prepacked_weights(model, 5), model.autocast(idx.device):
+        prepacked = model(idx)
+        assert "head" in model.__dict__
+        assert all("forward" in block.attn.c_attn.__dict__ for block in model.h)
+    assert (prepacked - plain).abs().max() <= tolerance * plain.abs().max()
+
+    with pytest.raises(KeyboardInterrupt), prepacked_weights(model, 5):
+        raise KeyboardInterrupt
+    assert torch.equal(model(idx), plain)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_float64_is_not_prepacked():
+    model = GPT(GPTConfig(**CLASSIC)).double()
+    with prepacked_weights(model, 5):
+        assert "head" not in model.__dict__
+
+
+# ---- the command line
+
+
 def test_command_line(tiny_runs, tiny_data, tmp_path):
-    def run(*args, **kw):
-        return command("sample", tiny_runs["sft"], *args, **kw)
+    def run(*args, **options):
+        return command("sample", tiny_runs["sft"], *args, **options)
 
     one = run("--prompt", "0 the loss", "--max_new_tokens", "8")
     assert one.returncode == 0, one.stderr
     chat = run("--chat", "--max_new_tokens", "8", input="0 the loss\n\nmodel\n")
     assert chat.returncode == 0 and chat.stdout.startswith(one.stdout), chat.stderr
-    out = tmp_path / "samples.jsonl"
-    many = run("--prompts", f"{tiny_data}/val.jsonl", "--out", str(out))
-    assert many.returncode == 0 and "12 rows" in many.stdout, many.stderr
-    from data.rows import read_rows
-
-    assert all(
-        len(row["ids"][0]) <= 16 for row in read_rows(str(out))
-    )  # the checkpoint's max_response
     assert len(chat.stdout) > len(one.stdout)
-    for bad in (
-        run("--prompt", "a", "--temperature=-1"),
-        run("--prompt", "a", "--device=tpu"),
-        run("--prompt", " "),
-        run("--prompts", "nothing.jsonl", "--out", str(out)),
-        run("--prompts", str(out)),
-    ):
-        assert bad.returncode != 0 and "Traceback" not in bad.stderr
+    out = str(tmp_path / "samples.jsonl")
+    many = run("--prompts", f"{tiny_data}/val.jsonl", "--out", out)
+    assert many.returncode == 0 and "12 rows" in many.stdout, many.stderr
+    assert all(len(row["ids"][0]) <= 16 for row in read_rows(out))  # the run's max_response
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--prompt", "a", "--temperature=-1"], "must be at least 0"),
+        (["--prompt", "a", "--temperature=hot"], "must be a number"),
+        (["--prompt", "a", "--top_p=1.5"], "must be at most 1"),
+        (["--prompt", "a", "--device=tpu"], "must be cpu, or cuda"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompts", "nothing.jsonl", "--out", "samples.jsonl"], "No such file"),
+        (["--prompts", "nothing.jsonl"], "go together"),
+        (["--prompt", "a", "--out", "nowhere/samples.jsonl"], "go together"),
+        (["--chat", "--prompt", "a"], "not allowed with"),
+        ([], "is required"),
+        (["--prompt", "a", "\x1b[31m"], r"unrecognized arguments: \x1b[31m"),
+    ],
+)
+def test_bad_arguments_are_one_line(tiny_runs, args, message):
+    found = command("sample", tiny_runs["sft"], *args)
+    assert found.returncode != 0 and not found.stdout
+    assert message in found.stderr and found.stderr.count("\n") == 1
 
 
 def test_a_chat_without_standard_input_is_one_line(tiny_runs, monkeypatch):

@@ -277,7 +277,7 @@ def test_another_models_tokenizer_for_a_stream(tmp_path):
         ]
     )
     enc, mine = (
-        checkpoint.load_model(str(tmp_path / "run"))[1],
+        GPT.from_checkpoint(str(tmp_path / "run"))[1],
         tokenizer.load(f"{theirs}/tokenizer.json"),
     )
     stream = read_stream(out, "train").tolist()

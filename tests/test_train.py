@@ -1,5 +1,6 @@
 """The main path, in this process: stages, resuming, refusing."""
 
+from model import GPT
 from data.folder import write_meta
 from data.rows import write_rows
 import glob
@@ -16,7 +17,7 @@ from nanospin import checkpoint
 from nanospin import config
 import rollout
 import train
-from conftest import TINY, WORDS, final_weights, read_metrics
+from conftest import load_config, TINY, WORDS, final_weights, read_metrics
 from data.rows import read_rows, write_rows
 from data.files import sha256
 from data.folder import write_meta
@@ -53,8 +54,8 @@ def test_training_learns(tiny_runs):
 
 
 def test_the_optimizer_is_as_asked(tiny_runs):
-    model, _, _ = checkpoint.load_model(tiny_runs["sft"])
-    cfg = config.load(["--max_steps=1", "--optimizer=muon", "--weight_decay=0.1"])
+    model, _, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    cfg = load_config(["--max_steps=1", "--optimizer=muon", "--weight_decay=0.1"])
     adamw, muon = train.make_optimizers(model, cfg, 1e-3, torch.device("cpu"))
     assert adamw.defaults["fused"] and len(muon.param_groups[0]["params"]) == sum(
         n.startswith("h.") and p.dim() == 2 for n, p in model.named_parameters()
@@ -65,14 +66,14 @@ def test_the_optimizer_is_as_asked(tiny_runs):
     assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
     grouped = sum(p.numel() for o in (adamw, muon) for g in o.param_groups for p in g["params"])
     assert grouped == model.num_params()
-    assert train.make_optimizers(model, config.load(["--max_steps=1"]), 1e-3, torch.device("cuda"))[
+    assert train.make_optimizers(model, load_config(["--max_steps=1"]), 1e-3, torch.device("cuda"))[
         0
     ].defaults["fused"]
 
 
 def test_schedules():
     for name, end in (("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)):
-        cfg = config.load(["--max_steps=1", f"--schedule={name}", "--warmup_ratio=0.1", "--min_lr_ratio=0.1"])
+        cfg = load_config(["--max_steps=1", f"--schedule={name}", "--warmup_ratio=0.1", "--min_lr_ratio=0.1"])
         shares = [train.lr_factor(cfg, s, 100) for s in range(101)]
         assert (
             shares[0] < shares[5] < shares[10] == 1.0
@@ -134,7 +135,7 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
         ["--temperature=0", "--players=data,teacher,self", "--teacher=rows"],
     )
     shutil.copytree(tiny_data, folder)
-    model, enc, _ = checkpoint.load_model(tiny_runs["sft"])
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
     for split in ("train", "val"):
         rows = read_rows(f"{folder}/{split}.jsonl")
         said, ids = rollout.respond(
@@ -156,7 +157,7 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
     train.main(spin_args(tiny_runs, folder, out, *cfg_args, "--max_steps=1"))
     rows, first = read_rows(f"{out}/round_0/val.jsonl"), read_rows(f"{folder}/val.jsonl")
     for row, source in zip(
-        rows, rollout.load_rows(config.load(spin_args(tiny_runs, folder, out, *cfg_args)))["val"]
+        rows, rollout.load_rows(load_config(spin_args(tiny_runs, folder, out, *cfg_args)))["val"]
     ):
         kind = first.index(source) % 3
         assert row["same_as"] == [None, None, [0, 1, None][kind]] and (row["ids"][2] is None) == (
@@ -451,7 +452,7 @@ def texts(folder):
     "file", sorted(os.path.basename(f) for f in glob.glob("config/*.py") if "__init__" not in f)
 )
 def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
-    cfg = config.load([f"config/{file}"])
+    cfg = load_config([f"config/{file}"])
     args = [
         f"config/{file}",
         f"--data={tiny_data}",
@@ -479,12 +480,12 @@ def test_every_config_shrunk_runs(file, tiny_runs, tiny_data, tmp_path):
     args = [a for a in args if not a.startswith("--n_layer") or cfg.stage == "pretrain"]
     args += [f"--pretrain_data={tiny_data}"] if cfg.pretrain_coef else []
     train.main(args)
-    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * config.load(args).rounds
+    assert len(read_metrics(f"{tmp_path}/run", "step")) == 3 * load_config(args).rounds
     assert all(math.isfinite(r["loss"]) for r in read_metrics(f"{tmp_path}/run", "step"))
 
 
 def test_taylor_order_on_a_schedule(tmp_path):
-    cfg = config.load(["--max_steps=5", "--taylor_order=2", "--taylor_end=0"])
+    cfg = load_config(["--max_steps=5", "--taylor_order=2", "--taylor_end=0"])
     assert [train.at_step(cfg, step, 5).taylor_order for step in range(5)] == [
         2.0,
         1.5,
@@ -493,7 +494,7 @@ def test_taylor_order_on_a_schedule(tmp_path):
         0.0,
     ]
     assert (
-        train.at_step(config.load(["--max_steps=5", "--taylor_order=0.5"]), 3, 5).taylor_order
+        train.at_step(load_config(["--max_steps=5", "--taylor_order=0.5"]), 3, 5).taylor_order
         == 0.5
     )
     args = [

@@ -1,30 +1,34 @@
-"""SPIN's recipe at 7B, end to end at toy size: a sharded bfloat16 Mistral with its kind of tokenizer comes in, plays four rounds on two
-processes by config/spin_zephyr_7b.py, and goes out."""
+"""SPIN's recipe at 7B, config/spin_zephyr_7b.py, at toy size from import to export.
+
+A sharded bfloat16 Mistral with its kind of tokenizer is imported, plays four rounds on two
+processes, and is exported.
+"""
 
 import json
 import math
 import os
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from nanospin import checkpoint
-from nanospin import config
-from tools import hf
 import sample
-from data.rows import read_rows
 from data import tokenizer
+from data.rows import read_rows
 from data.template import prompt_ids
+from model import GPT, GPTConfig
+from nanospin import config
 from tests.conftest import read_metrics
-from tests.test_parallel import torchrun
+from tests.test_distributed import torchrun
+from tests.test_hf import save_shards
 from tests.tokenizers_like import sentencepiece
+from tools import hf
 
 
-def random_mistral(folder):
-    """config.json, two files of bfloat16, their index, a tokenizer, zephyr's chat template."""
+def make_mistral(folder):
+    """Write config.json, two bfloat16 files and their index, a tokenizer with zephyr's template."""
     sentencepiece(folder)
-    shape = {
+    vocab_size = tokenizer.load(os.path.join(folder, "tokenizer.json")).n_vocab
+    settings = {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
         "hidden_size": 32,
@@ -32,7 +36,7 @@ def random_mistral(folder):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": tokenizer.load(os.path.join(folder, "tokenizer.json")).n_vocab,
+        "vocab_size": vocab_size,
         "max_position_embeddings": 256,
         "sliding_window": 24,
         "rms_norm_eps": 1e-5,
@@ -42,6 +46,9 @@ def random_mistral(folder):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+        json.dump(settings, f)
+
     block = {
         "input_layernorm": (32,),
         "post_attention_layernorm": (32,),
@@ -53,103 +60,85 @@ def random_mistral(folder):
         "mlp.up_proj": (48, 32),
         "mlp.down_proj": (32, 48),
     }
-    shapes = {
-        f"model.layers.{i}.{name}.weight": size for i in range(2) for name, size in block.items()
-    }
-    shapes |= {
-        "model.embed_tokens.weight": (shape["vocab_size"], 32),
-        "model.norm.weight": (32,),
-        "lm_head.weight": (shape["vocab_size"], 32),
-    }
+    shapes = {}
+    for i in range(2):
+        for name, shape in block.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    shapes["model.embed_tokens.weight"] = (vocab_size, 32)
+    shapes["model.norm.weight"] = (32,)
+    shapes["lm_head.weight"] = (vocab_size, 32)
+
     torch.manual_seed(0)
-    tensors = {
-        name: (torch.ones(size) if len(size) == 1 else 0.1 * torch.randn(size)).bfloat16()
-        for name, size in shapes.items()
-    }
-    index = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
-    for file in set(index.values()):
-        save_file(
-            {name: tensors[name] for name in tensors if index[name] == file},
-            os.path.join(folder, file),
-        )
-    for name, value in (
-        ("config.json", shape),
-        ("model.safetensors.index.json", {"weight_map": index}),
-    ):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-            json.dump(value, f)
+    tensors = {}
+    for name, shape in shapes.items():
+        is_norm = len(shape) == 1
+        tensor = torch.ones(shape) if is_norm else 0.1 * torch.randn(shape)
+        tensors[name] = tensor.bfloat16()
+    save_shards(folder, tensors)
     return tensors
 
 
 def test_the_recipe_on_two_processes(tiny_data, tmp_path, capsys):
-    theirs = random_mistral(str(tmp_path / "theirs"))
-    hf.main(["import", str(tmp_path / "theirs"), f"--out={tmp_path / 'base'}"])
-    said = capsys.readouterr().out
-    assert (
-        "block_size 256" in said
-        and checkpoint.load_model(str(tmp_path / "base"))[0].config.sliding_window == 24
-        and r"<|user|>\n{prompt}</s>\n<|assistant|>\n{response}" in said
-    )
-    run = str(tmp_path / "spin")
-    toy = [
-        "--max_rows=8",
-        "--max_prompt=40",
-        "--max_response=16",
-        "--batch_size=4",
-        "--micro_batch_tokens=0",
-        "--gen_batch_size=4",
-        "--eval_rows=4",
-        "--eval_interval=100",
-        "--device=cpu",
-    ]
+    theirs, base = tmp_path / "theirs", tmp_path / "base"
+    run, exported, back = str(tmp_path / "spin"), tmp_path / "export", tmp_path / "back"
+    tensors = make_mistral(str(theirs))
+    hf.main(["import", str(theirs), f"--out={base}"])
+    output = capsys.readouterr().out
+    assert "block_size 256" in output
+    assert r"<|user|>\n{prompt}</s>\n<|assistant|>\n{response}" in output
+    model, _, _ = GPT.from_checkpoint(str(base))
+    assert model.config.sliding_window == 24
+
     torchrun(
         [
             "config/spin_zephyr_7b.py",
-            f"--init={tmp_path / 'base'}",
+            f"--init={base}",
             f"--data={tiny_data}",
             f"--out_dir={run}",
-            *toy,
+            "--max_rows=8",
+            "--max_prompt=40",
+            "--max_response=16",
+            "--batch_size=4",
+            "--micro_batch_tokens=0",
+            "--gen_batch_size=4",
+            "--eval_rows=4",
+            "--eval_interval=100",
+            "--device=cpu",
         ]
     )
-    recipe, starts, steps = (
-        config.load(["config/spin_zephyr_7b.py"]),
-        read_metrics(run, "start"),
-        read_metrics(run, "step"),
-    )
-    assert [s["round"] for s in starts] == [0, 1, 2, 3] and all(
-        abs(s["loss"] - math.log(2)) < 0.05 for s in starts
-    )  # of bfloat16 products
-    assert [len([s for s in steps if s["round"] == r]) for r in range(4)] == [
-        4,
-        8,
-        8,
-        8,
-    ]  # two epochs over 8 rows, then over 16
-    assert [max(s["lr"] for s in steps if s["round"] == r) <= recipe.lr[r] for r in range(4)] == [
-        True
-    ] * 4
-    enc, meta = checkpoint.load_model(run)[1:]
-    assert (
-        meta["config"]["template"] == recipe.template
-        and prompt_ids(enc, recipe.template, "why?")[0] == 1 == enc.specials["<s>"]
-    )
-    assert all(
-        row["ids"][1] is None or 1 <= len(row["ids"][1]) <= 16
-        for row in read_rows(f"{run}/round_0/train.jsonl")
-    )
-    hf.main(["export", f"{run}/round_3", f"--out={tmp_path / 'out'}"])
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as f:
-        assert set(f.keys()) == set(theirs) and all(
-            f.get_slice(name).get_shape() == list(t.shape) for name, t in theirs.items()
-        )
-    moved = load_file(tmp_path / "out" / "model.safetensors")
-    assert any(not torch.equal(moved[name], t.float()) for name, t in theirs.items())
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        tmp_path / "theirs" / "tokenizer.json"
-    ).read_bytes()
-    hf.main(["import", str(tmp_path / "out"), f"--out={tmp_path / 'back'}"])
-    capsys.readouterr()
-    for each in (run, str(tmp_path / "back")):
-        sample.main([each, "--prompt=why?", "--temperature=0", "--max_new_tokens=8"])
-    one, two = capsys.readouterr().out.splitlines()[-2:]
-    assert one == two
+    starts = read_metrics(run, "start")
+    assert [record["round"] for record in starts] == [0, 1, 2, 3]
+    for record in starts:
+        assert abs(record["loss"] - math.log(2)) < 0.05  # bfloat16 matrix products
+
+    recipe = config.load(["config/spin_zephyr_7b.py"], GPTConfig)
+    steps = read_metrics(run, "step")
+    for round_id in range(4):
+        rates = [record["lr"] for record in steps if record["round"] == round_id]
+        num_rows = 8 if round_id == 0 else 16  # replay_rounds = 1
+        assert len(rates) == 2 * num_rows / 4  # two epochs of batches of 4
+        assert max(rates) <= recipe.lr[round_id]
+
+    _, enc, meta = GPT.from_checkpoint(run)
+    assert meta["config"]["template"] == recipe.template
+    assert prompt_ids(enc, recipe.template, "why?")[0] == enc.specials["<s>"] == 1
+    for row in read_rows(f"{run}/round_0/train.jsonl"):
+        sampled = row["ids"][1]
+        assert sampled is None or 1 <= len(sampled) <= 16
+
+    hf.main(["export", f"{run}/round_3", f"--out={exported}"])
+    trained = load_file(exported / "model.safetensors")
+    assert set(trained) == set(tensors)
+    for name, tensor in tensors.items():
+        assert trained[name].shape == tensor.shape
+    assert any(not torch.equal(trained[name], t.float()) for name, t in tensors.items())
+    tokenizer_json = (theirs / "tokenizer.json").read_bytes()
+    assert (exported / "tokenizer.json").read_bytes() == tokenizer_json
+
+    hf.main(["import", str(exported), f"--out={back}"])
+    answers = []
+    for checkpoint_dir in (run, back):
+        capsys.readouterr()
+        sample.main([str(checkpoint_dir), "--prompt=why?", "--temperature=0", "--max_new_tokens=8"])
+        answers.append(capsys.readouterr().out.splitlines()[-1])
+    assert answers[0] == answers[1]

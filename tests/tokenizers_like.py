@@ -1,4 +1,4 @@
-"""Tokenizers built as other models have theirs, small: what tests import in their place."""
+"""Small tokenizers built like those of other models, for tests."""
 
 import json
 import os
@@ -14,22 +14,38 @@ from tokenizers import (
     trainers,
 )
 
-TEXTS = [
-    open("README.md", encoding="utf-8").read(),
-    "the loss of a model falls when it reads what people write and stops at the end 0123456789 naïve 日本語",
-]
+with open("README.md", encoding="utf-8") as readme:
+    TEXTS = [
+        readme.read(),
+        "the loss of a model falls when it reads what people write and stops at the end"
+        " 0123456789 naïve 日本語",
+    ]
 CHATML = (
-    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ZEPHYR = (
-    "{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + eos_token }}\n{% elif m['role'] == 'assistant' %}\n"
-    "{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    "{% for m in messages %}\n"
+    "{% if m['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + m['content'] + eos_token }}\n"
+    "{% elif m['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n"
+    "{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n"
+    "{{ '<|assistant|>' }}\n"
+    "{% endif %}\n"
+    "{% endfor %}"
 )
 
 
 def chatml(folder):
-    """SmolLM's and Qwen's kind: byte-level BPE that takes digits one by one, turns in special tokens, a system message."""
+    """Like SmolLM's and Qwen's: a byte-level BPE with single digits, turns in special tokens, a
+    system message."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -38,74 +54,62 @@ def chatml(folder):
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     )
-    return finish(bpe, folder, CHATML, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    bpe.train_from_iterator(TEXTS, trainer)
+    return save(bpe, folder, CHATML, bos_token="<|im_start|>", eos_token="<|im_end|>")
 
 
 def sentencepiece(folder, scheme="legacy", chat=ZEPHYR):
-    """Llama's and Mistral's kind: BPE that falls back to bytes, a space before a text and after a special token ("legacy"), or before
-    the text alone ("first"), or nowhere ("never"); <s> before every text."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    learner.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=240, show_progress=False))
-    learnt = json.loads(learner.to_str())["model"]
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *[f"<0x{b:02X}>" for b in range(256)],
-        *sorted(learnt["vocab"], key=learnt["vocab"].get),
-    ]
+    """Like Llama's and Mistral's: a BPE that falls back to bytes, with <s> before every text.
+
+    scheme: "legacy": a space before a text and after a special token; "first": before the text
+    only; "never".
+    """
+    vocab, merges = learn_words()
     bpe = Tokenizer(
-        models.BPE(
-            vocab={word: i for i, word in enumerate(words)},
-            merges=[tuple(m) for m in learnt["merges"]],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
+    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if scheme == "legacy":
         bpe.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
-        bpe.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
     else:
         bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-        bpe.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-            + [decoders.Strip(" ", 1, 0)] * (scheme == "first")
-        )
-    bpe.add_special_tokens(
-        [AddedToken(word, normalized=False, special=True) for word in ("<unk>", "<s>", "</s>")]
-    )
+    if scheme != "never":
+        decode.append(decoders.Strip(" ", 1, 0))
+    bpe.decoder = decoders.Sequence(decode)
+    special = ("<unk>", "<s>", "</s>")
+    bpe.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return finish(bpe, folder, chat, bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    return save(bpe, folder, chat, bos_token="<s>", eos_token="</s>", add_bos_token=True)
 
 
-def finish(bpe, folder, chat, **names):
+def learn_words():
+    """(vocabulary, merges) of a BPE: special tokens, bytes, then what it learns from TEXTS."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=240, show_progress=False))
+    learned = json.loads(bpe.to_str())["model"]
+    words = ["<unk>", "<s>", "</s>"]
+    words += [f"<0x{b:02X}>" for b in range(256)]
+    words += sorted(learned["vocab"], key=learned["vocab"].get)
+    vocab = {word: i for i, word in enumerate(words)}
+    return vocab, [tuple(pair) for pair in learned["merges"]]
+
+
+def save(bpe, folder, chat, **config):
+    """Write tokenizer.json and tokenizer_config.json. Returns the folder."""
     os.makedirs(folder, exist_ok=True)
     bpe.save(os.path.join(folder, "tokenizer.json"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if chat:
+        config["chat_template"] = chat
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as f:
-        json.dump(
-            names
-            | {"tokenizer_class": "PreTrainedTokenizerFast"}
-            | ({"chat_template": chat} if chat else {}),
-            f,
-        )
+        json.dump(config, f)
     return str(folder)

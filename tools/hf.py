@@ -1,37 +1,38 @@
-"""Checkpoints from and to Hugging Face: GPT-2, Llama, Mistral, Qwen 2 and 3 come in; GPT-2, Llama, Qwen 2 and 3 go out.
+"""Convert checkpoints from and to the format of Hugging Face.
 
-    python hf.py import FOLDER --out=out/gpt2           # FOLDER: local, or org/name@COMMIT of the hub
-    python hf.py export out/demo/sft --out=out/export   # for transformers.AutoModelForCausalLM
-    python hf.py export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
+    python -m tools.hf import FOLDER --out=out/gpt2         # a local folder, or org/name@COMMIT
+    python -m tools.hf export out/demo/sft --out=out/export # for AutoModelForCausalLM
+    python -m tools.hf export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
 
-What is imported is a run with one checkpoint: an `init`, a `teacher`, for sample.py and eval.py. `table` says of which tensors
-of theirs a parameter of ours is made; both ways are read off it. Nothing is guessed: a setting or a tensor that has no
-counterpart here ends the program with its name.
+Both directions support GPT-2, Llama, Mistral, Qwen 2 and Qwen 3. An import is a run with one
+checkpoint: use it as `init` or `teacher`, or with sample.py and eval.py. `tensor_map` lists the
+tensors that each of our parameters is made of; import and export both read it. A setting or a
+tensor that has no counterpart here is an error that names it.
 """
 
-import argparse
 import contextlib
+import functools
 import math
 import os
 import re
 import shutil
 import sys
 import typing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from nanospin import checkpoint
-from nanospin import config
-from data.files import printable, read_json, write_json
 from data import tokenizer
-from data.template import check_template, read_template, to_jinja
+from data.files import printable, read_json, write_json
+from data.template import TEMPLATE, check_template, read_template, to_jinja
 from model import GPT, GPTConfig
+from nanospin import checkpoint, config
+from nanospin.cli import ArgumentParser
 
-# our settings by the names in config.json; Mistral's and Qwen's are Llama's
-SETTINGS = {
+# GPTConfig's fields and their names in config.json. Mistral and Qwen use Llama's names.
+FIELD_NAMES = {
     "gpt2": {
         "block_size": "n_positions",
         "n_layer": "n_layer",
@@ -40,7 +41,7 @@ SETTINGS = {
         "n_inner": "n_inner",
         "norm_eps": "layer_norm_epsilon",
         "mlp": "activation_function",
-        "tie": "tie_word_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
     },
     "llama": {
         "block_size": "max_position_embeddings",
@@ -52,687 +53,861 @@ SETTINGS = {
         "n_inner": "intermediate_size",
         "norm_eps": "rms_norm_eps",
         "mlp": "hidden_act",
-        "tie": "tie_word_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
     },
 }
+
+# The fields that a config.json may leave out, by its model_type, with transformers' defaults.
 DEFAULTS = {
-    "gpt2": {"n_inner": 0, "tie": True},
-    "llama": {"n_kv_head": 0, "head_dim": 0, "tie": False},
-    "mistral": {"head_dim": 0, "tie": False},
-    "qwen2": {"head_dim": 0, "tie": False},
-    "qwen3": {"head_dim": 128, "tie": False},
+    "gpt2": {"n_inner": 0, "tie_embeddings": True},
+    "llama": {"n_kv_head": 0, "head_dim": 0, "tie_embeddings": False},
+    "mistral": {"head_dim": 0, "tie_embeddings": False},
+    "qwen2": {"head_dim": 0, "tie_embeddings": False},
+    "qwen3": {"head_dim": 128, "tie_embeddings": False},
 }
+
+# The fields that all models of a family share.
+FAMILY_FIELDS = {
+    "gpt2": {"position": "learned", "norm": "layernorm"},
+    "llama": {"position": "rotary", "norm": "rmsnorm"},
+}
+
+# The activation in config.json and GPTConfig.mlp. Export uses the first name that fits.
 ACTIVATIONS = {
     "gpt2": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "relu2": "relu2"},
     "llama": {"silu": "swiglu"},
 }
-SHAPE = {
-    "gpt2": {"position": "learned", "norm": "layernorm"},
-    "llama": {"position": "rotary", "norm": "rmsnorm"},
-}
-ROPE = [
+
+# Llama 3's settings of rope_scaling, in the order of GPTConfig.rope_scaling.
+ROPE_SCALING = [
     "factor",
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
-]  # of model.py's rope_scaling
-# what does not change the function, nor does what is null or false; dropout is the training run's own
-IGNORED = """_name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop eos_token_id gradient_checkpointing initializer_range
-    is_llama_config n_ctx n_special output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn resid_pdrop
-    task_specific_params torch_dtype transformers.js_config transformers_version unk_token_id use_cache""".split()
+]
 
-# modules by their names in Llama; GPT-2's are ours
-LLAMA = {
+# Settings that do not change what the model computes. Dropout belongs to the training run.
+IGNORED_SETTINGS = set(
+    """
+    _name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop
+    eos_token_id gradient_checkpointing initializer_range is_llama_config n_ctx n_special
+    output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn
+    resid_pdrop task_specific_params torch_dtype transformers.js_config transformers_version
+    unk_token_id use_cache
+    """.split()
+)
+
+# Our modules and the Llama modules that they are made of. GPT-2 uses our names.
+LLAMA_MODULES = {
     "wte": ["model.embed_tokens"],
     "ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
     "ln_1": ["input_layernorm"],
     "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
     "attn.c_proj": ["self_attn.o_proj"],
     "ln_2": ["post_attention_layernorm"],
     "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.c_proj": ["mlp.down_proj"],
 }
-TABLES = ("wte.weight", "lm_head.weight")  # a row a token
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-BUFFERS = r".*\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # old files hold these constants too
+
+VOCAB_TABLES = ("wte.weight", "lm_head.weight")  # one row for each token id, padded
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# Constants that old files store beside the weights: rotary frequencies, causal masks.
+BUFFERS = r".*\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+
+REQUIRED = object()
 
 
-def shape_of(theirs, where):
-    """(family, GPTConfig's settings without the vocabulary, rows of the embedding, up to how many tokens it is that) by a config.json."""
+# ------------------------------------------------------------------------------------ config.json
 
-    def refuse(what):
-        raise SystemExit(printable(f"{where}: {what}"))
 
-    left = dict(theirs)
+@dataclass
+class HFModel:
+    """What a config.json says, in our terms."""
 
-    def take(name, kind, *default):
-        value = left.pop(name, None)
-        if value is None and not default:
-            refuse(f"{name} is missing")
-        return default[0] if value is None else config.convert(name, value, kind, where)
+    family: str  # gpt2 | llama: how parameters are named and stored
+    fields: dict  # GPTConfig's fields, without vocab_size
+    vocab_rows: int  # rows of the embedding; often more than the tokenizer has ids
+    max_block_size: int  # the longest sequence on which our GPT computes the same
 
-    model_type = take("model_type", str)
+
+class HFSettings:
+    """The settings of a config.json. Each is taken once; those left over are an error."""
+
+    def __init__(self, settings, path):
+        self.left = dict(settings)
+        self.path = path
+
+    def refuse(self, message) -> typing.NoReturn:
+        raise SystemExit(printable(f"{self.path}: {message}"))
+
+    def take(self, name, kind, default=REQUIRED):
+        """Remove a setting and return it, checked to be of a type. null counts as missing."""
+        value = self.left.pop(name, None)
+        if value is not None:
+            return config.convert(name, value, kind, self.path)
+        if default is REQUIRED:
+            self.refuse(f"{name} is missing")
+        return default
+
+    def check_none_left(self):
+        unknown = []
+        for name, value in self.left.items():
+            ignored = name in IGNORED_SETTINGS or name.startswith("summary_")
+            if not ignored and value not in (None, False):
+                unknown.append(f"{name} = {value!r}")
+        if unknown:
+            self.refuse(f"these settings are not supported: {', '.join(unknown)}")
+
+
+def parse_hf_config(hf_config: dict, path: str) -> HFModel:
+    """Translate a config.json. Exits with the name of the first setting we cannot represent."""
+    settings = HFSettings(hf_config, path)
+    model_type = settings.take("model_type", str)
     if model_type not in DEFAULTS:
-        refuse(f"model_type {model_type!r} is not supported; {', '.join(DEFAULTS)} are")
+        supported = ", ".join(DEFAULTS)
+        settings.refuse(f"model_type {model_type!r} is not supported; use one of {supported}")
     family = "gpt2" if model_type == "gpt2" else "llama"
-    hints, shape = typing.get_type_hints(GPTConfig), dict(SHAPE[family])
-    for ours, name in SETTINGS[family].items():
-        shape[ours] = take(
-            name, hints[ours], *[DEFAULTS[model_type][ours]] if ours in DEFAULTS[model_type] else []
-        )
-    if shape["mlp"] not in ACTIVATIONS[family]:
-        refuse(
-            f"{SETTINGS[family]['mlp']} {shape['mlp']!r} is not supported; {', '.join(ACTIVATIONS[family])} are"
-        )
-    shape["mlp"] = ACTIVATIONS[family][shape["mlp"]]
-    rows, limit = take("vocab_size", int), shape["block_size"]
+
+    types = config.field_hints(GPTConfig)
+    fields = dict(FAMILY_FIELDS[family])
+    for field, name in FIELD_NAMES[family].items():
+        default = DEFAULTS[model_type].get(field, REQUIRED)
+        fields[field] = settings.take(name, types[field], default)
+
+    activations = ACTIVATIONS[family]
+    if fields["mlp"] not in activations:
+        name = FIELD_NAMES[family]["mlp"]
+        supported = ", ".join(activations)
+        settings.refuse(f"{name} {fields['mlp']!r} is not supported; use one of {supported}")
+    fields["mlp"] = activations[fields["mlp"]]
+
+    vocab_rows = settings.take("vocab_size", int)
+    max_block_size = fields["block_size"]
     if family == "gpt2":
-        if not take("scale_attn_weights", bool, True):
-            refuse("scale_attn_weights = false is not supported")
+        if not settings.take("scale_attn_weights", bool, True):
+            settings.refuse("scale_attn_weights = false is not supported")
     else:
-        shape["bias"], shape["qkv_bias"], shape["qk_norm"] = (
-            take("attention_bias", bool, False),
-            model_type == "qwen2",
-            model_type == "qwen3",
-        )
-        if take("mlp_bias", bool, False) != shape["bias"]:
-            refuse("attention_bias and mlp_bias are supported only together")
-        rope = (
-            {"rope_type": "default"}
-            | take("rope_scaling", dict, {})
-            | take("rope_parameters", dict, {})
-        )
-        shape["rope_theta"] = config.convert(
-            "rope_theta", rope.pop("rope_theta", take("rope_theta", float, 10000.0)), float, where
-        )
-        kind = rope.pop("type", rope["rope_type"])
-        if kind == "llama3":
-            shape["rope_scaling"] = config.convert(
-                "rope_scaling", [rope.pop(name, None) for name in ROPE], list[float], where
-            )
-        if kind not in ("default", "llama3") or set(rope) != {"rope_type"}:
-            refuse(f"rotary positions {rope} are not supported")
-        window = take(
-            "sliding_window",
-            int,
-            4096 if model_type == "mistral" and "sliding_window" not in theirs else 0,
-        ) * take("use_sliding_window", bool, True)
-        full = take("max_window_layers", int, 28) * model_type.startswith("qwen")
-        kinds = take(
-            "layer_types",
-            list[str],
-            [
-                "full_attention" if i < full else "sliding_attention"
-                for i in range(shape["n_layer"])
-            ],
-        )
-        if not set(kinds) <= {"full_attention", "sliding_attention"}:
-            refuse(f"layer_types {theirs['layer_types']} are not supported")
-        if "sliding_attention" in kinds and window:
-            shape["window"], limit = (
-                (window, limit) if "full_attention" not in kinds else (0, min(limit, window))
-            )  # of some layers alone
-    odd = {
-        name: value
-        for name, value in left.items()
-        if name not in IGNORED and not name.startswith("summary_") and value not in (None, False)
-    }
-    if odd:
-        refuse(
-            f"the setting {', '.join(f'{name} = {value!r}' for name, value in odd.items())} is not supported"
-        )
-    return family, shape, rows, limit
+        fields["bias"] = settings.take("attention_bias", bool, False)
+        fields["qkv_bias"] = model_type == "qwen2"
+        fields["qk_norm"] = model_type == "qwen3"
+        if settings.take("mlp_bias", bool, False) != fields["bias"]:
+            settings.refuse("attention_bias and mlp_bias must be equal")
+        fields |= take_rope(settings)
+        window, in_all_layers = take_sliding_window(settings, model_type, fields["n_layer"])
+        if window and in_all_layers:
+            fields["sliding_window"] = window
+        elif window:  # up to this length a window of some layers makes no difference
+            max_block_size = min(max_block_size, window)
+
+    settings.check_none_left()
+    return HFModel(family, fields, vocab_rows, max_block_size)
 
 
-def table(model, family, rows, positions):
-    """{parameter: ([(their tensor, its shape)], whether it is transposed)}. Theirs stand one below the other in ours; GPT-2 keeps the
-    matrices of a block as (in, out). rows: of their embedding and head; positions: of their position table."""
-    c, found = model.config, {}
-    heights = {"wte": [rows], "lm_head": [rows], "wpe": [positions]}
-    if family == "llama":
-        heights |= {
-            "attn.c_attn": [
-                c.n_head * c.head_dim,
-                c.n_kv_head * c.head_dim,
-                c.n_kv_head * c.head_dim,
-            ],
-            "mlp.c_fc": [c.n_inner] * 2,
-        }
-    for name, p in model.named_parameters():
-        module, kind = name.rsplit(".", 1)
-        if module == "scalar":  # of a reward model
-            continue
-        _, layer, inner = module.split(".", 2) if module.startswith("h.") else ("", "", module)
-        names = (
-            ["transformer." * (module != "lm_head") + module]
-            if family == "gpt2"
-            else [f"model.layers.{layer}." * bool(layer) + theirs for theirs in LLAMA[inner]]
-        )
-        transposed = family == "gpt2" and p.dim() == 2 and bool(layer)
-        shapes = [(height, *p.shape[1:]) for height in heights.get(inner, [p.shape[0]])]
-        found[name] = (
-            [
-                (f"{theirs}.{kind}", shape[::-1] if transposed else shape)
-                for theirs, shape in zip(names, shapes)
-            ],
-            transposed,
-        )
-    return found
+def take_rope(settings):
+    """GPTConfig's rope_theta and rope_scaling. They are at the top level, or in a dictionary."""
+    rope = {"rope_type": "default"}
+    rope |= settings.take("rope_scaling", dict, {})
+    rope |= settings.take("rope_parameters", dict, {})
+
+    theta = settings.take("rope_theta", float, 10000.0)
+    theta = rope.pop("rope_theta", theta)
+    fields = {"rope_theta": config.convert("rope_theta", theta, float, settings.path)}
+
+    rope_type = rope.pop("type", rope["rope_type"])  # old files say "type"
+    if rope_type == "llama3":
+        scaling = [rope.pop(name, None) for name in ROPE_SCALING]
+        scaling = config.convert("rope_scaling", scaling, list[float], settings.path)
+        fields["rope_scaling"] = scaling
+    if rope_type not in ("default", "llama3") or set(rope) != {"rope_type"}:
+        settings.refuse(f"rotary positions {rope} are not supported")
+    return fields
 
 
-# -------------------------------------------------------------------------------------------------------------------- in
+def take_sliding_window(settings, model_type, n_layer):
+    """The sliding window, 0 if there is none, and whether it is that of all layers."""
+    default = 0
+    if model_type == "mistral" and "sliding_window" not in settings.left:  # null: no window
+        default = 4096
+    window = settings.take("sliding_window", int, default)
+    if not settings.take("use_sliding_window", bool, True):
+        window = 0
+
+    num_full = settings.take("max_window_layers", int, 28)  # Qwen's first layers have no window
+    if not model_type.startswith("qwen"):
+        num_full = 0
+    usual = ["full_attention" if i < num_full else "sliding_attention" for i in range(n_layer)]
+    layer_types = settings.take("layer_types", list[str], usual)
+    if not set(layer_types) <= {"full_attention", "sliding_attention"}:
+        settings.refuse(f"layer_types {layer_types} are not supported")
+
+    if "sliding_attention" not in layer_types:
+        window = 0
+    return window, "full_attention" not in layer_types
 
 
-def local(source):
-    """The folder of a model: itself, or what is fetched from the hub by its commit."""
-    if os.path.isdir(source):
-        return source
-    if source.endswith(PICKLES):
-        raise SystemExit(
-            f"{source} is a pickle, which can run code when it is read; safetensors alone are read"
-        )
-    name = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
-    if not name:
-        raise SystemExit(
-            printable(
-                f"{source}: neither a folder here nor org/name@COMMIT of the hub, 40 hexadecimal digits"
-            )
-        )
-    from huggingface_hub import logging, snapshot_download
-
-    logging.set_verbosity(logging.CRITICAL)  # it says each of its tries
-    try:
-        return snapshot_download(
-            name[1],
-            revision=name[2],
-            allow_patterns=["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"],
-        )
-    except Exception as e:  # the package raises whatever its HTTP client does
-        raise SystemExit(
-            f"{source} could not be fetched ({type(e).__name__}); fetch its folder where there is a network and give that"
-        )
-
-
-def open_tensors(folder, family, stack):
-    """{name: open file that holds the tensor}, of model.safetensors or of all files that its index names."""
-    path = os.path.join(folder, "model.safetensors")
-    index = (
-        read_json(path + ".index.json", ["weight_map"])["weight_map"]
-        if not os.path.exists(path) and os.path.exists(path + ".index.json")
-        else {}
-    )
-    if not isinstance(index, dict) or any(
-        type(file) is not str or os.path.basename(file) != file for file in index.values()
-    ):
-        raise SystemExit(f"{path}.index.json: weight_map must name files of the same folder")
-    if not index and not os.path.exists(path):
-        pickles = [name for name in sorted(os.listdir(folder)) if name.endswith(PICKLES)]
-        raise SystemExit(
-            f"{folder}: no model.safetensors there"
-            + (
-                f"; {pickles[0]} is a pickle, which can run code when it is read, and is refused"
-                if pickles
-                else ""
-            )
-        )
-    found = {}
-    for file in sorted(set(index.values())) or ["model.safetensors"]:
-        try:
-            f = stack.enter_context(safe_open(os.path.join(folder, file), framework="pt"))
-        except (SafetensorError, OSError) as e:
-            raise SystemExit(
-                printable(f"{folder}/{file} cannot be read ({' '.join(str(e).split())})")
-            )
-        for name in f.keys():
-            if index and index.get(name) != file:
-                raise SystemExit(printable(f"{folder}/{file}: {name} is not there by the index"))
-            bare = family == "gpt2" and not name.startswith(
-                ("transformer.", "lm_head.")
-            )  # the hub's gpt2 is saved without its head
-            if "transformer." * bare + name in found:
-                raise SystemExit(printable(f"{folder}/{file}: {name} is there twice"))
-            found["transformer." * bare + name] = f, name
-    if index and len(index) != len(found):
-        raise SystemExit(f"{path}.index.json names tensors that no file holds")
-    return found
-
-
-def check_tensors(found, wanted, tied, folder):
-    """Every tensor is used once, none is missing, each has its shape and a floating dtype."""
-    left = {name for name in found if not re.fullmatch(BUFFERS, name)}
-    for name, shape in (pair for parts, _ in wanted.values() for pair in parts):
-        if name not in left:
-            raise SystemExit(f"{folder}: the tensor {name} is missing")
-        left.remove(name)
-        part = found[name][0].get_slice(found[name][1])
-        if tuple(part.get_shape()) != tuple(shape) or part.get_dtype() not in (
-            "F32",
-            "BF16",
-            "F16",
-        ):
-            raise SystemExit(
-                f"{folder}: {name} has shape {tuple(part.get_shape())} and dtype {part.get_dtype()}; by config.json {tuple(shape)} of F32, BF16 or F16"
-            )
-    if tied and "lm_head.weight" in left:  # some write the shared table twice
-        embedding, head = (
-            found[name][0].get_tensor(found[name][1])
-            for name in (wanted["wte.weight"][0][0][0], "lm_head.weight")
-        )
-        if not torch.equal(embedding, head):
-            raise SystemExit(
-                f"{folder}: lm_head.weight is not the embedding, but tie_word_embeddings is true"
-            )
-        left.remove("lm_head.weight")
-    if left:
-        raise SystemExit(
-            printable(f"{folder}: no use for {len(left)} tensors: {', '.join(sorted(left)[:3])}")
-        )
-
-
-def import_(source, out, block_size=0, template=""):
-    """A folder of Hugging Face's -> out/round_0/step_000000."""
-    folder = local(source)
-    where, path = os.path.join(folder, "config.json"), os.path.join(out, "round_0", "step_000000")
-    family, shape, rows, limit = shape_of(read_json(where), where)
-    enc, name = read_tokenizer(folder)
-    template = template or read_template(folder, enc, config.TEMPLATE)
-    config.check(config.Config(max_steps=1, template=template))
-    check_template(enc, template, folder)
-    positions = shape["block_size"]
-    if not 0 <= block_size <= limit:
-        raise SystemExit(
-            f"block_size {block_size} is not within the model's {limit}"
-            + ", the sliding window of some of its layers" * (limit < positions)
-        )
-    if limit < positions and not block_size:
-        print(
-            f"block_size {limit}: the sliding window of some layers, up to which every layer sees the whole text"
-        )
-    if rows < enc.n_vocab:
-        raise SystemExit(f"{where}: vocab_size {rows} is below the tokenizer's {enc.n_vocab}")
-    if rows > enc.n_vocab:
-        print(
-            f"{rows - enc.n_vocab} of {rows} rows of the embedding are left out: the tokenizer has {enc.n_vocab} ids"
-        )
-    with torch.device("meta"):
-        model = GPT(
-            GPTConfig(**shape | {"block_size": block_size or limit, "vocab_size": enc.n_vocab})
-        )
-    wanted, beside = table(model, family, rows, positions), checkpoint.sibling_path(path, "writing")
-    with contextlib.ExitStack() as stack:
-        found = open_tensors(folder, family, stack)
-        check_tensors(found, wanted, model.config.tie, folder)
-
-        def make(parameter, p):
-            parts, transposed = wanted[parameter]
-            tensor = torch.cat(
-                [
-                    file.get_tensor(theirs).float()
-                    for file, theirs in (found[part] for part, _ in parts)
-                ]
-            )
-            tensor = (tensor.T if transposed else tensor)[
-                : enc.n_vocab if parameter in TABLES else p.shape[0]
-            ]
-            return (
-                F.pad(tensor, (0, 0, 0, p.shape[0] - len(tensor)))
-                if parameter in TABLES
-                else tensor
-            )
-
-        os.makedirs(beside)
-        checkpoint.write_safetensors(
-            os.path.join(beside, "model.safetensors"),
-            {n: (p.shape, lambda n=n, p=p: make(n, p)) for n, p in model.named_parameters()},
-        )
-    if name not in ("gpt2", "bytes"):
-        tokenizer.save(enc, os.path.join(beside, name))
-    checkpoint.publish(
-        beside,
-        path,
-        {
-            "round": 0,
-            "step": 0,
-            "model": asdict(model.config),
-            "config": asdict(config.Config(out_dir=out, template=template)),
-            "figures": {},
-            "history": {"skipped": 0, "losses": []},
-            "tokenizer": name,
-            "tokenizer_sha256": tokenizer.fingerprint(enc),
-            "source": source,
-        },
-    )
-    print(
-        f"{path}: {family} with {model.num_params() / 1e6:.2f}M parameters, tokenizer {name}, block_size {model.config.block_size}, template {template!r}"
-    )
-
-
-def read_tokenizer(folder):
-    """(tokenizer, its name in a checkpoint) by tokenizer.json, or by vocab.json and merges.txt: tiktoken's where it has GPT-2's ways."""
-    path = os.path.join(folder, "tokenizer.json")
-    if os.path.exists(path) or not os.path.exists(os.path.join(folder, "merges.txt")):
-        parts = read_json(path, ["model"])
-    else:
-        with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
-            merges = [line.rstrip("\n") for line in f if not line.startswith("#version")]
-        parts = {
-            "model": {
-                "type": "BPE",
-                "vocab": read_json(os.path.join(folder, "vocab.json")),
-                "merges": merges,
-            },
-            "pre_tokenizer": {"type": "ByteLevel"},
-        }
-    enc = tokenizer.from_json(parts)
-    if enc is None and not os.path.exists(path):
-        raise SystemExit(
-            f"{folder}: vocab.json and merges.txt are not GPT-2's kind of tokenizer, and there is no tokenizer.json"
-        )
-    if enc is None:
-        return tokenizer.load(path), "tokenizer.json"
-    for name in ["bytes"] * (enc.n_vocab == 257) + ["gpt2"] * (enc.n_vocab == 50257):
-        with contextlib.suppress(
-            SystemExit
-        ):  # tiktoken may have no vocabulary and no network: then it is a file
-            if tokenizer.fingerprint(tokenizer.load(name)) == tokenizer.fingerprint(enc):
-                return tokenizer.load(name), name
-    return enc, "tokenizer.tiktoken"
-
-
-def check(folder, run, most=1e-4):
-    """End with a line if transformers' model in a folder and ours in a run do not give the same logits, relative to the largest."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise SystemExit(
-            "--check compares with transformers, which is not installed: pip install transformers"
-        )
-    ours, theirs = (
-        checkpoint.load_model(run)[0],
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-    )
-    idx = torch.randint(
-        ours.config.vocab_size,
-        (2, min(ours.config.block_size, 512)),
-        generator=torch.Generator().manual_seed(0),
-    )
-    with torch.no_grad():
-        wanted = theirs(idx).logits[..., : ours.config.vocab_size]
-        off = ((ours(idx) - wanted).abs().max() / wanted.abs().max()).item()
-    if not off <= most:
-        raise SystemExit(
-            f"{folder}: transformers' logits are others than those of {run}, by {off:.1e} of the largest; the conversion is wrong"
-        )
-    print(f"logits are transformers' up to {off:.1e} of the largest")
-
-
-# ------------------------------------------------------------------------------------------------------------------- out
-
-
-def equivalent(c):
-    """(family, config.json's settings) of a GPTConfig. Exits with the setting that has no equivalent."""
+def to_hf_config(c: GPTConfig) -> tuple[str, dict]:
+    """The family and the config.json of a GPTConfig. Exits if no model type can represent it."""
     family = "gpt2" if c.position == "learned" else "llama"
-    usual = {
-        "softcap": 0.0,
-        "head_bias": False,
-        "attn_proj": True,
-        "attn_scale": "head",
-        "mlp_alone": False,
-    } | SHAPE[family]
+    required = FAMILY_FIELDS[family] | {"logit_softcap": 0.0}
     if family == "gpt2":
-        usual |= {
+        required |= {
             "bias": True,
             "n_kv_head": c.n_head,
             "head_dim": c.n_embd // c.n_head,
             "qk_norm": False,
-            "window": 0,
+            "sliding_window": 0,
         }
     elif c.qk_norm:  # Qwen 3
-        usual |= {"bias": False, "qkv_bias": False}
+        required |= {"bias": False, "qkv_bias": False}
     elif c.sliding_window:  # Mistral or Qwen 2
-        usual |= {"bias": False}
-    for name, value in usual.items():
-        if getattr(c, name) != value:
+        required |= {"bias": False}
+    for field, value in required.items():
+        found = getattr(c, field)
+        if found != value:
             raise SystemExit(
-                f"no Hugging Face equivalent: {name} is {getattr(c, name)!r}; {family} has {value!r}"
+                f"the model cannot be exported: {field} is {found!r}, {family} has {value!r}"
             )
-    back = {ours: theirs for theirs, ours in reversed(ACTIVATIONS[family].items())}
-    if c.mlp not in back:
+    activation = next((hf for hf, ours in ACTIVATIONS[family].items() if ours == c.mlp), None)
+    if activation is None:
+        supported = " or ".join(sorted(set(ACTIVATIONS[family].values())))
         raise SystemExit(
-            f"no Hugging Face equivalent: mlp is {c.mlp!r}; {family} has {' or '.join(back)}"
+            f"the model cannot be exported: mlp is {c.mlp!r}, {family} has {supported}"
         )
-    theirs = {name: getattr(c, ours) for ours, name in SETTINGS[family].items()} | {
-        SETTINGS[family]["mlp"]: back[c.mlp],
-        "vocab_size": c.vocab_size,
-    }
+
+    hf_config = architecture(c, family)
+    for field, name in FIELD_NAMES[family].items():
+        hf_config[name] = activation if field == "mlp" else getattr(c, field)
+    hf_config["vocab_size"] = c.vocab_size
+    if family == "llama":
+        hf_config["rope_theta"] = c.rope_theta
+        hf_config["rope_scaling"] = None
+        if c.rope_scaling:
+            scaling = dict(zip(ROPE_SCALING, c.rope_scaling))
+            length = "original_max_position_embeddings"
+            scaling[length] = int(scaling[length])
+            hf_config["rope_scaling"] = {"rope_type": "llama3"} | scaling
+    return family, hf_config
+
+
+def architecture(c, family):
+    """The settings of a config.json that depend on its model_type, that first."""
     if family == "gpt2":
-        return family, {
+        return {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
-        } | theirs
-    scaling = {"rope_type": "llama3"} | dict(
-        zip(ROPE, [*c.rope_scaling[:-1], *map(int, c.rope_scaling[-1:])])
-    )
-    theirs |= {"rope_theta": c.rope_theta, "rope_scaling": scaling if c.rope_scaling else None}
-    if c.qk_norm or c.qkv_bias and not c.bias:
-        kind = ("qwen3", "Qwen3ForCausalLM") if c.qk_norm else ("qwen2", "Qwen2ForCausalLM")
-        windows = {
+        }
+    if c.qk_norm or (c.qkv_bias and not c.bias):
+        return {
+            "model_type": "qwen3" if c.qk_norm else "qwen2",
+            "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "Qwen2ForCausalLM"],
+            "attention_bias": False,
             "use_sliding_window": bool(c.sliding_window),
             "sliding_window": c.sliding_window or None,
             "max_window_layers": 0 if c.sliding_window else c.n_layer,
         }
-        return family, {
-            "model_type": kind[0],
-            "architectures": [kind[1]],
-            "attention_bias": False,
-        } | windows | theirs
     if c.sliding_window:
-        return family, {
+        return {
             "model_type": "mistral",
             "architectures": ["MistralForCausalLM"],
             "sliding_window": c.sliding_window,
-        } | theirs
-    return family, {
+        }
+    return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": c.bias,
         "mlp_bias": c.bias,
-    } | theirs
+    }
 
 
-def write_shards(folder, tensors, dtype, limit):
-    """model.safetensors; or, where that has more than `limit` bytes, several files and the index that says which tensor is where."""
-    sizes = {name: dtype.itemsize * math.prod(shape) for name, (shape, _) in tensors.items()}
-    files, filled = [[]], 0
-    for name, size in sizes.items():
-        if files[-1] and filled + size > limit:
-            files, filled = [*files, []], 0
-        files[-1].append(name)
-        filled += size
-    index = {}
-    for n, names in enumerate(files, 1):
-        file = (
-            "model.safetensors"
-            if len(files) == 1
-            else f"model-{n:05d}-of-{len(files):05d}.safetensors"
+# ---------------------------------------------------------------------------------------- tensors
+
+
+@dataclass
+class HFTensors:
+    """The tensors of a Hugging Face checkpoint that make up one of our parameters."""
+
+    shapes: dict[str, tuple]  # {name: shape in the file}, top to bottom in our parameter
+    transposed: bool = False  # GPT-2 stores the matrices of its blocks as (in, out)
+
+    def join(self, tensors):
+        """The tensors in the order of `shapes` -> our parameter, without padding."""
+        joined = torch.cat(tensors)
+        return joined.T if self.transposed else joined
+
+    def split(self, parameter):
+        """Our parameter without padding -> {name: tensor}. The inverse of `join`."""
+        if self.transposed:
+            parameter = parameter.T
+        rows = [shape[0] for shape in self.shapes.values()]
+        return dict(zip(self.shapes, parameter.split(rows)))
+
+
+def tensor_map(model: GPT, family: str, vocab_rows: int, positions: int) -> dict[str, HFTensors]:
+    """For each parameter of a model the Hugging Face tensors that it is made of.
+
+    vocab_rows: rows of their embedding and head. positions: rows of their position table.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("scalar_head."):
+            continue
+        if family == "gpt2":
+            tensors[name] = gpt2_tensor(name, parameter, vocab_rows, positions)
+        else:
+            tensors[name] = llama_tensors(name, parameter, vocab_rows, model.config)
+    return tensors
+
+
+def gpt2_tensor(name, parameter, vocab_rows, positions):
+    hf_name = name if name == "lm_head.weight" else f"transformer.{name}"
+    shape = list(parameter.shape)
+    if name in VOCAB_TABLES:
+        shape[0] = vocab_rows
+    if name == "wpe.weight":
+        shape[0] = positions
+    transposed = name.startswith("h.") and parameter.dim() == 2
+    if transposed:
+        shape.reverse()
+    return HFTensors({hf_name: tuple(shape)}, transposed)
+
+
+def llama_tensors(name, parameter, vocab_rows, c):
+    prefix = ""
+    if name.startswith("h."):
+        _, layer, name = name.split(".", 2)
+        prefix = f"model.layers.{layer}."
+    module, kind = name.rsplit(".", 1)  # kind: weight | bias
+
+    if module == "attn.c_attn":
+        kv_width = c.n_kv_head * c.head_dim
+        rows = [c.n_head * c.head_dim, kv_width, kv_width]
+    elif module == "mlp.c_fc":
+        rows = [c.n_inner, c.n_inner]
+    elif name in VOCAB_TABLES:
+        rows = [vocab_rows]
+    else:
+        rows = [parameter.shape[0]]
+
+    shapes = {}
+    for hf_module, n in zip(LLAMA_MODULES[module], rows):
+        shapes[f"{prefix}{hf_module}.{kind}"] = (n, *parameter.shape[1:])
+    return HFTensors(shapes)
+
+
+# ----------------------------------------------------------------------------------------- import
+
+
+def import_model(source: str, out: str, block_size: int = 0, template: str = "") -> None:
+    """Write a Hugging Face model as the checkpoint out/round_0/step_000000.
+
+    block_size 0: the model's. template "": from the model's chat template, or our default.
+    """
+    folder = find_folder(source)
+    config_path = os.path.join(folder, "config.json")
+    hf_model = parse_hf_config(read_json(config_path), config_path)
+
+    enc, tokenizer_name = read_tokenizer(folder)
+    template = template or read_template(folder, enc, TEMPLATE)
+    cfg = config.Config(out_dir=out, template=template)
+    config.check(config.Config(max_steps=1, template=template))
+    check_template(enc, template, folder)
+
+    block_size = choose_block_size(hf_model, block_size)
+    unused = hf_model.vocab_rows - enc.n_vocab
+    if unused < 0:
+        raise SystemExit(
+            f"{config_path}: vocab_size {hf_model.vocab_rows} is smaller than the tokenizer's"
+            f" vocabulary of {enc.n_vocab}"
         )
-        checkpoint.write_safetensors(
-            os.path.join(folder, file), {name: tensors[name] for name in names}, dtype
+    if unused:
+        print(
+            f"dropping {unused} of {hf_model.vocab_rows} embedding rows:"
+            f" the tokenizer has {enc.n_vocab} ids"
         )
-        index |= dict.fromkeys(names, file)
-    if len(files) > 1:
-        write_json(
-            os.path.join(folder, "model.safetensors.index.json"),
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index},
+    fields = hf_model.fields | {"block_size": block_size, "vocab_size": enc.n_vocab}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**fields))
+
+    path = os.path.join(out, "round_0", "step_000000")
+    unfinished = checkpoint.sibling_path(path, "writing")
+    import_weights(folder, hf_model, model, unfinished)
+    if tokenizer_name not in ("gpt2", "bytes"):
+        tokenizer.save(enc, os.path.join(unfinished, tokenizer_name))
+    meta = {
+        "round": 0,
+        "step": 0,
+        "model": asdict(model.config),
+        "config": asdict(cfg),
+        "metrics": {},
+        "history": {"skipped": 0, "losses": []},
+        "tokenizer": tokenizer_name,
+        "tokenizer_sha256": tokenizer.fingerprint(enc),
+        "source": source,
+    }
+    checkpoint.publish(unfinished, path, meta)
+    print(
+        f"{path}: {hf_model.family}, {model.num_params() / 1e6:.2f}M parameters,"
+        f" tokenizer {tokenizer_name}, block_size {block_size}, template {template!r}"
+    )
+
+
+def find_folder(source):
+    """A local folder, or the folder to which a commit of the hub is downloaded."""
+    if os.path.isdir(source):
+        return source
+    if source.endswith(PICKLE_SUFFIXES):
+        raise SystemExit(
+            f"{source} is a pickle, which can run code when loaded; only safetensors are read"
+        )
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
+    if not match:
+        raise SystemExit(
+            printable(
+                f"{source}: expected a local folder, or org/name@COMMIT of the hub,"
+                " with a commit of 40 hexadecimal digits"
+            )
+        )
+    from huggingface_hub import logging, snapshot_download
+
+    logging.set_verbosity(logging.CRITICAL)  # it logs every retry
+    patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+    try:
+        return snapshot_download(match[1], revision=match[2], allow_patterns=patterns)
+    except Exception as e:  # whatever the HTTP client raises
+        raise SystemExit(
+            f"{source} could not be downloaded ({type(e).__name__});"
+            " download the folder elsewhere and pass its path"
         )
 
 
-def export(run, out, dtype="float32", shard_gb=math.inf):
-    """A run's checkpoint -> a folder of Hugging Face's, its files of at most shard_gb 10^9 bytes unless one tensor has more.
-    config.json comes last: without it a folder is no model."""
+def choose_block_size(hf_model, block_size):
+    """The block_size asked for, checked, or the model's."""
+    limit = hf_model.max_block_size
+    limited = limit < hf_model.fields["block_size"]
+    if not 0 <= block_size <= limit:
+        reason = ", the sliding window of some of its layers" if limited else ""
+        raise SystemExit(f"block_size must be from 1 to {limit}{reason}, got {block_size}")
+    if limited and not block_size:
+        print(
+            f"block_size {limit}: the sliding window of some layers;"
+            " longer sequences are not supported"
+        )
+    return block_size or limit
+
+
+def import_weights(folder, hf_model, model, out):
+    """Write out/model.safetensors from a folder's tensors, one parameter in memory at a time."""
+    positions = hf_model.fields["block_size"]
+    tensors = tensor_map(model, hf_model.family, hf_model.vocab_rows, positions)
+    with contextlib.ExitStack() as stack:
+        stored = open_tensors(folder, hf_model.family, stack)
+        check_tensors(stored, tensors, model.config.tie_embeddings, folder)
+        os.makedirs(out)
+        makers = {}
+        for name, parameter in model.named_parameters():
+            make = functools.partial(
+                import_parameter, name, parameter, tensors[name], stored, model.config.vocab_size
+            )
+            makers[name] = parameter.shape, make
+        checkpoint.write_safetensors(os.path.join(out, "model.safetensors"), makers)
+
+
+def import_parameter(name, parameter, hf_tensors, stored, vocab_size):
+    """One of our parameters, float32. The padding of vocabulary tables is 0."""
+    parts = [stored[hf_name].load().float() for hf_name in hf_tensors.shapes]
+    tensor = hf_tensors.join(parts)
+    num_rows = parameter.shape[0]
+    if name not in VOCAB_TABLES:
+        return tensor[:num_rows]  # a smaller block_size shortens the position table
+    tensor = tensor[:vocab_size]
+    return F.pad(tensor, (0, 0, 0, num_rows - len(tensor)))
+
+
+@dataclass
+class StoredTensor:
+    """A tensor in an open safetensors file."""
+
+    file: safe_open
+    name: str
+
+    def load(self):
+        return self.file.get_tensor(self.name)
+
+    def shape(self):
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def dtype(self):
+        """The dtype as safetensors writes it: "F32", "BF16" ..."""
+        return self.file.get_slice(self.name).get_dtype()
+
+
+def open_tensors(folder, family, stack):
+    """{name: StoredTensor} of all safetensors files of a folder, which `stack` closes."""
+    index = read_index(folder)
+    files = sorted(set(index.values())) or ["model.safetensors"]
+    stored = {}
+    for file in files:
+        path = os.path.join(folder, file)
+        try:
+            f = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as e:
+            raise SystemExit(printable(f"{path} cannot be read ({' '.join(str(e).split())})"))
+        for name in f.keys():
+            if index and index.get(name) != file:
+                raise SystemExit(
+                    printable(f"{path} has {name}, but the index does not list it there")
+                )
+            full_name = name
+            # the hub's gpt2 was saved without its head, so its names lack the prefix
+            if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
+                full_name = f"transformer.{name}"
+            if full_name in stored:
+                raise SystemExit(printable(f"{path}: {name} appears twice"))
+            stored[full_name] = StoredTensor(f, name)
+    if index and len(index) != len(stored):
+        raise SystemExit(f"{folder}/model.safetensors.index.json lists tensors that no file has")
+    return stored
+
+
+def read_index(folder):
+    """{tensor: file} of model.safetensors.index.json, {} if there is a single file."""
+    path = os.path.join(folder, "model.safetensors")
+    if os.path.exists(path):
+        return {}
+    index_path = f"{path}.index.json"
+    if not os.path.exists(index_path):
+        message = f"{folder}: model.safetensors is missing"
+        pickles = [name for name in sorted(os.listdir(folder)) if name.endswith(PICKLE_SUFFIXES)]
+        if pickles:
+            message += f"; {pickles[0]} is a pickle, which can run code when loaded, and is refused"
+        raise SystemExit(message)
+
+    index = read_json(index_path, ["weight_map"])["weight_map"]
+    if not isinstance(index, dict):
+        raise SystemExit(f"{index_path}: weight_map must be an object")
+    for file in index.values():
+        if not isinstance(file, str) or os.path.basename(file) != file:
+            raise SystemExit(f"{index_path}: weight_map must name files of the same folder")
+    return index
+
+
+def check_tensors(stored, tensors, tied, folder):
+    """Every tensor is used once, none is missing, each has the right shape and a float dtype."""
+    left = {name for name in stored if not re.fullmatch(BUFFERS, name)}
+    for hf_tensors in tensors.values():
+        for name, shape in hf_tensors.shapes.items():
+            if name not in left:
+                raise SystemExit(f"{folder}: the tensor {name} is missing")
+            left.remove(name)
+            found, dtype = stored[name].shape(), stored[name].dtype()
+            if found != shape or dtype not in ("F32", "BF16", "F16"):
+                raise SystemExit(
+                    f"{folder}: {name} has shape {found} and dtype {dtype};"
+                    f" config.json needs {shape} of F32, BF16 or F16"
+                )
+    if tied and "lm_head.weight" in left:  # some files store the shared table twice
+        embedding_name = next(iter(tensors["wte.weight"].shapes))
+        if not torch.equal(stored[embedding_name].load(), stored["lm_head.weight"].load()):
+            raise SystemExit(
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+            )
+        left.remove("lm_head.weight")
+    if left:
+        names = ", ".join(sorted(left)[:3])
+        raise SystemExit(
+            printable(f"{folder}: {len(left)} tensors have no counterpart here: {names}")
+        )
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a folder and its name in a checkpoint.
+
+    Read from tokenizer.json, or from vocab.json and merges.txt. It becomes a tiktoken encoding
+    if it is GPT-2's kind of byte-level BPE.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    merges_path = os.path.join(folder, "merges.txt")
+    old_format = not os.path.exists(path) and os.path.exists(merges_path)
+    if old_format:
+        with open(merges_path, encoding="utf-8") as f:
+            merges = [line.rstrip("\n") for line in f if not line.startswith("#version")]
+        vocab = read_json(os.path.join(folder, "vocab.json"))
+        parts = {
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+            "pre_tokenizer": {"type": "ByteLevel"},
+        }
+    else:
+        parts = read_json(path, ["model"])
+
+    enc = tokenizer.from_json(parts)
+    if enc is None and old_format:
+        raise SystemExit(
+            f"{folder}: vocab.json and merges.txt are not a tokenizer like GPT-2's,"
+            " and there is no tokenizer.json"
+        )
+    if enc is None:
+        return tokenizer.load(path), "tokenizer.json"
+
+    known = {257: "bytes", 50257: "gpt2"}.get(enc.n_vocab)
+    if known:
+        # without its vocabulary and a network tiktoken cannot load gpt2; then we save a file
+        with contextlib.suppress(SystemExit):
+            if tokenizer.fingerprint(tokenizer.load(known)) == tokenizer.fingerprint(enc):
+                return tokenizer.load(known), known
+    return enc, "tokenizer.tiktoken"
+
+
+def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
+    """Compare the logits of transformers' model in a folder with those of ours in a run.
+
+    Exits if they differ by more than tolerance times the largest logit.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SystemExit("--check needs transformers: pip install transformers")
+    ours, _, _ = GPT.from_checkpoint(run)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    vocab_size = ours.config.vocab_size
+    length = min(ours.config.block_size, 512)
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(vocab_size, (2, length), generator=generator)
+    with torch.no_grad():
+        expected = theirs(idx).logits[..., :vocab_size]
+        difference = (ours(idx) - expected).abs().max() / expected.abs().max()
+    if not difference <= tolerance:
+        raise SystemExit(
+            f"{folder}: transformers' logits differ from those of {run} by {difference:.1e}"
+            " of the largest; the conversion is wrong"
+        )
+    print(f"logits agree with transformers' to {difference:.1e} of the largest")
+
+
+# ----------------------------------------------------------------------------------------- export
+
+
+def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = math.inf) -> None:
+    """Write a run's checkpoint as a folder that transformers loads.
+
+    Files have at most shard_gb * 10^9 bytes, unless one tensor alone is larger. config.json is
+    written last: an unfinished folder is no model.
+    """
     if not shard_gb > 0:
         raise SystemExit(f"--shard_gb must be above 0, got {shard_gb}")
     path = checkpoint.resolve(run)
-    family, theirs = equivalent(GPTConfig(**checkpoint.read_meta(path)["model"]))
-    model, enc, meta = checkpoint.load_model(path)
-    c, cfg, params, tensors = model.config, meta["config"], dict(model.named_parameters()), {}
-    if meta["model"]["scalar"]:
-        print("the scalar head (reward, value) is left out: the language model alone is exported")
-    for name, (parts, transposed) in table(model, family, c.vocab_size, c.block_size).items():
-        ours = params[name].detach()[: c.vocab_size if name in TABLES else None]
-        for (their, shape), part in zip(
-            parts, [ours.T] if transposed else ours.split([shape[0] for _, shape in parts])
-        ):
-            tensors[their] = shape, lambda part=part: part
-    write_shards(out, tensors, getattr(torch, dtype), 1e9 * shard_gb)
-    tokenizer.to_json(enc, os.path.join(out, "tokenizer.json"))
-    eos, bos = tokenizer.eos(enc), tokenizer.begin(enc)
-    bos = bos if bos in tokenizer.specials(enc) else eos
-    ends = {
-        "bos_token_id": tokenizer.specials(enc)[bos],
+    fields = checkpoint.read_meta(path)["model"]
+    family, hf_config = to_hf_config(config.model_config_from(fields, GPTConfig, path))
+    model, enc, meta = GPT.from_checkpoint(path)
+    if meta["model"]["scalar_head"]:
+        print("the scalar head (reward or value) is not exported, only the language model")
+
+    torch_dtype = getattr(torch, dtype)
+    write_shards(out, hf_weights(model, family), torch_dtype, 1e9 * shard_gb)
+    token_ids = write_tokenizer(out, enc, meta["config"]["template"], model.config.block_size)
+    write_json(
+        os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
+    )
+    name = os.path.basename(os.path.normpath(run))
+    with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as f:
+        f.write(model_card(name, hf_config["model_type"], model, meta, enc, dtype))
+    write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
+    print(
+        f"{out}: {hf_config['model_type']}, {model.num_params() / 1e6:.2f}M parameters, of {path}"
+    )
+
+
+def hf_weights(model, family):
+    """{name: tensor} of a model under Hugging Face's names, without padding."""
+    c = model.config
+    params = dict(model.named_parameters())
+    weights = {}
+    for name, hf_tensors in tensor_map(model, family, c.vocab_size, c.block_size).items():
+        parameter = params[name].detach()
+        if name in VOCAB_TABLES:
+            parameter = parameter[: c.vocab_size]
+        weights |= hf_tensors.split(parameter)
+    return weights
+
+
+def write_shards(folder, weights, dtype, max_bytes):
+    """Write model.safetensors, or several files of at most max_bytes and their index."""
+    sizes = {name: dtype.itemsize * tensor.numel() for name, tensor in weights.items()}
+    shards = [[]]  # the names of each file's tensors
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        makers = {}
+        for name in names:
+            makers[name] = weights[name].shape, functools.partial(weights.get, name)
+            weight_map[name] = file
+        checkpoint.write_safetensors(os.path.join(folder, file), makers, dtype)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(os.path.join(folder, "model.safetensors.index.json"), index)
+
+
+def write_tokenizer(folder, enc, template, block_size):
+    """Write tokenizer.json and tokenizer_config.json. Returns the ids of the special tokens."""
+    tokenizer.to_json(enc, os.path.join(folder, "tokenizer.json"))
+    specials = tokenizer.specials(enc)
+    eos = tokenizer.eos(enc)
+    bos = tokenizer.begin(enc)
+    if bos not in specials:
+        bos = eos
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+        "chat_template": to_jinja(template),
+    }
+    write_json(os.path.join(folder, "tokenizer_config.json"), settings)
+    return {
+        "bos_token_id": specials[bos],
         "eos_token_id": enc.eot_token,
         "pad_token_id": enc.eot_token,
     }
-    sampling = {
-        "do_sample": cfg["temperature"] > 0,
-        "temperature": cfg["temperature"] or 1.0,
-        "top_k": cfg["top_k"],
-        "top_p": cfg["top_p"],
+
+
+def sampling_settings(run_config):
+    return {
+        "do_sample": run_config["temperature"] > 0,
+        "temperature": run_config["temperature"] or 1.0,
+        "top_k": run_config["top_k"],
+        "top_p": run_config["top_p"],
     }
-    write_json(os.path.join(out, "generation_config.json"), ends | sampling)
-    write_json(
-        os.path.join(out, "tokenizer_config.json"),
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": bos,
-            "eos_token": eos,
-            "pad_token": eos,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": c.block_size,
-            "chat_template": to_jinja(cfg["template"]),
-        },
-    )
-    with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as f:
-        f.write(
-            card(
-                os.path.basename(os.path.normpath(run)),
-                theirs["model_type"],
-                model,
-                meta,
-                eos,
-                dtype,
-            )
-        )
-    write_json(os.path.join(out, "config.json"), theirs | ends | {"dtype": dtype})
-    print(
-        f"{out}: {theirs['model_type']} with {model.num_params() / 1e6:.2f}M parameters, of {path}"
-    )
 
 
-def card(name, model_type, model, meta, eos, dtype):
-    """README.md of an export, by what its checkpoint says of itself."""
-    c, cfg = model.config, meta["config"]
-    figures = "".join(
+def model_card(name, model_type, model, meta, enc, dtype):
+    """The README.md of an export."""
+    c = model.config
+    run_config = meta["config"]
+    metrics = [
         f"| {key} | {value:.4g} |\n"
-        for key, value in meta["figures"].items()
-        if isinstance(value, (int, float))
+        for key, value in meta["metrics"].items()
+        if isinstance(value, int | float)
+    ]
+    text = (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
+        f"# {name}\n\n"
+        f"Trained with nanoSPIN (stage `{run_config['stage']}`, round {meta['round']},"
+        f" step {meta['step']}) and exported as `{model_type}`:\n"
+        f"{model.num_params() / 1e6:.2f}M {dtype} parameters,"
+        f" {c.n_layer} layers of width {c.n_embd},\n"
+        f"{c.n_head} attention heads ({c.n_kv_head} key/value heads),"
+        f" a vocabulary of {c.vocab_size}, a context of {c.block_size} tokens.\n\n"
     )
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {name}\n\n"
-        f"Trained with nanoSPIN (stage `{cfg['stage']}`, round {meta['round']}, step {meta['step']}) and exported as `{model_type}`:\n"
-        f"{model.num_params() / 1e6:.2f}M {dtype} parameters, {c.n_layer} layers of width {c.n_embd},\n"
-        f"{c.n_head} heads ({c.n_kv_head} of keys and values), {c.vocab_size} tokens, contexts of {c.block_size}.\n\n"
-        + (f"| held out, at that step | |\n|---|---:|\n{figures}\n" if figures else "")
-        + f"A prompt is put like this, the tokenizer's chat template; a response ends with `{eos}`.\n\n```\n{cfg['template']}\n```\n"
+    if metrics:
+        text += f"| validation metric | value |\n|---|---:|\n{''.join(metrics)}\n"
+    text += (
+        "The prompt format, which is also the tokenizer's chat template:\n\n"
+        f"```\n{run_config['template']}\n```\n\n"
+        f"A response ends with `{tokenizer.eos(enc)}`.\n"
     )
+    return text
+
+
+# ----------------------------------------------------------------------------------- command line
 
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Make a folder, which is gone again if what fills it fails."""
-    if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
-        raise SystemExit(f"{path} is there already; use another --out, or remove it")
-    there = os.path.exists(path)
+    """Make a folder, and remove it again if the code that fills it fails."""
+    existed = os.path.isdir(path)
+    if os.path.exists(path) and (not existed or os.listdir(path)):
+        raise SystemExit(f"{path} already exists; choose another --out, or remove it")
     os.makedirs(path, exist_ok=True)
     try:
         yield
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
-        if there:
+        if existed:
             os.makedirs(path)
         raise
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv):
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    into, outof = (
-        commands.add_parser(name, help=what, description=what)
-        for name, what in (
-            ("import", "a folder of Hugging Face's, or of the hub, as a run"),
-            ("export", "a run as a folder that transformers loads"),
-        )
-    )
-    parser.error = into.error = outof.error = lambda message: sys.exit(
-        printable(message)
-    )  # one line, without the usage
-    into.add_argument(
+
+    about = "convert a Hugging Face model, local or on the hub, to a run"
+    importer = commands.add_parser("import", help=about, description=about)
+    importer.add_argument(
         "source",
         help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub",
     )
-    into.add_argument(
+    importer.add_argument(
         "--block_size",
         type=int,
         default=0,
         help="longest sequence; 0: the model's, or its sliding window",
     )
-    into.add_argument(
+    importer.add_argument(
         "--template",
         default="",
-        help="how a prompt is put to the model, as data/template.py says; default: by its chat template, or else our own",
+        help="prompt template (see data/template.py); "
+        "default: from the model's chat template, or else our own",
     )
-    outof.add_argument("run", help="a run folder or a checkpoint in it")
-    outof.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="bfloat16: half the bytes, rounded",
+
+    about = "convert a run to a folder that transformers loads"
+    exporter = commands.add_parser("export", help=about, description=about)
+    exporter.add_argument("run", help="a run folder or one of its checkpoints")
+    exporter.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights"
     )
-    outof.add_argument(
+    exporter.add_argument(
         "--shard_gb",
         type=float,
         default=math.inf,
-        help="several files of at most so many 10^9 bytes, and their index",
+        help="split the weights into files of at most this many 10^9 bytes",
     )
-    for each in (into, outof):
+
+    for each in (importer, exporter):
+        each.add_argument("--out", required=True, help="the folder to write; must not exist")
         each.add_argument(
             "--check",
             action="store_true",
             help="compare the logits with transformers', which must be installed",
         )
-        each.add_argument(
-            "--out", required=True, help="the folder to write, which is not there yet"
-        )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         with new_folder(args.out):
-            if args.command == "export":
-                export(args.run, args.out, args.dtype, args.shard_gb)
-                args.check and check(args.out, args.run, 1e-4 if args.dtype == "float32" else 0.05)
+            if args.command == "import":
+                import_model(args.source, args.out, args.block_size, args.template)
+                if args.check:
+                    check_logits(find_folder(args.source), args.out)
             else:
-                import_(args.source, args.out, args.block_size, args.template)
-                args.check and check(local(args.source), args.out)
-    except (OSError, SafetensorError, ValueError) as e:  # the last of GPTConfig
+                export_model(args.run, args.out, args.dtype, args.shard_gb)
+                if args.check:
+                    tolerance = 1e-4 if args.dtype == "float32" else 0.05
+                    check_logits(args.out, args.run, tolerance)
+    except (OSError, SafetensorError, ValueError) as e:  # ValueError: GPTConfig's
         raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

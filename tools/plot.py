@@ -1,385 +1,602 @@
-"""metrics.jsonl of any runs -> the figures; and the report of the demo.
+"""Figures and tables from the metrics.jsonl of finished runs.
 
-python plot.py loss out.png T_0=out/a_1,out/a_2 T_1=out/b_1,out/b_2       validation loss, seeds as a band
-python plot.py rounds out.png out/demo/spin_k3                            rewards and log-probabilities of each player
-python plot.py report out/demo [out/demo_seeds/*]                         report.md and its plots; several: mean and spread
-python plot.py table studies/rlhf/results out/rlhf/*                              report.md: held-out figures, first and last; and the runs' logs
+python -m tools.plot loss OUT.png T_0=out/a_1,out/a_2 T_1=out/b_1,out/b_2   validation loss
+python -m tools.plot rounds OUT.png out/demo/spin_k3                        rewards of each player
+python -m tools.plot report out/demo                                        the demo's report.md
+python -m tools.plot table OUT out/rlhf/*                                   report.md of any runs
+
+"loss" takes the runs of several seeds separated by commas; "rounds" and "report" take one run or
+demo per seed. Other figures of the project share this style:
+`from tools.plot import style, save_figure, PALETTE, sequential_colors`.
+Every figure is written as PNG and as SVG.
 """
 
+import argparse
 import json
 import logging
 import os
 import shutil
 import sys
+from dataclasses import dataclass
+from itertools import cycle
 
-logging.getLogger("matplotlib").setLevel(
-    logging.ERROR
-)  # it warns at length where the home folder cannot be written to
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+
+from data.files import printable, read_json
+from nanospin.cli import ArgumentParser
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+plt.switch_backend("Agg")
+
+# ------------------------------------------------------------------------------------------ style
+
+# Okabe and Ito's palette: eight colours that people with any colour blindness can tell apart.
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
+GREY = "#6E6E6E"  # reference lines: chance, baseline, borders of rounds
+BAND_ALPHA = 0.2
+PLAYER_COLORS = {"data": PALETTE[0], "teacher": PALETTE[1], "self": PALETTE[2]}
+DASHED = {"ls": (0, (4, 3)), "lw": 1.1, "zorder": 1.5}
+
+STYLE = {
+    "figure.figsize": (5.2, 3.4),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.wspace": 0.05,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.06,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "nanospin",  # the same figure gives the same file
+    "path.simplify_threshold": 0.5,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.columnspacing": 1.4,
+    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3.5,
+    "patch.linewidth": 0,
+    "errorbar.capsize": 2,
+    "image.cmap": "viridis",
+}
+
+
+def style():
+    """The project's figure style, as a context: `with style(): fig, ax = plt.subplots()`."""
+    return plt.rc_context(STYLE)
+
+
+def sequential_colors(n, cmap="viridis"):
+    """n colours for an ordered quantity, dark to light, without the palest end of the map."""
+    return [plt.get_cmap(cmap)(x) for x in np.linspace(0.0, 0.85, n)]
+
+
+def reference_line(ax, y, label):
+    """A dashed horizontal line for chance or a baseline; `label` goes into the legend."""
+    return ax.axhline(y, color=GREY, label=label, **DASHED)
+
+
+def figure_legend(fig, axes=None, ncols=None):
+    """One legend below all panels, each label once, so that no legend covers data."""
+    entries = {}
+    for ax in fig.axes if axes is None else axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    return fig.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=ncols or min(len(entries), 5),
+    )
+
+
+def save_figure(fig, path):
+    """Write the figure as PNG (200 dpi) and as SVG beside it, and close it.
+
+    path: with or without the ending .png or .svg.
+    """
+    stem, ending = os.path.splitext(path)
+    if ending not in (".png", ".svg"):
+        stem = path
+    with style():
+        fig.savefig(stem + ".png")
+        fig.savefig(stem + ".svg", metadata={"Date": None})
+    plt.close(fig)
+    print(stem + ".png")
+
+
+def panel_legend(ax, extra=(), ncols=1):
+    """The legend of one panel, below its x axis. extra: handles beside those of the panel."""
+    handles = [*ax.get_legend_handles_labels()[0], *extra]
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=ncols)
+
+
+# ---------------------------------------------------------------------------------- reading runs
 
 
 def read_metrics(run, kind=None):
-    """Records of a run's metrics.jsonl, of one kind if asked."""
+    """The records of a run's metrics.jsonl, all of them or those of one kind."""
     path = os.path.join(run, "metrics.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
             records = [json.loads(line) for line in f]
+        return [r for r in records if kind in (None, r["kind"])]
     except OSError as e:
-        raise SystemExit(f"{path}: {e.strerror}; train the run first")
-    except ValueError as e:
-        raise SystemExit(f"{path}: not JSON lines ({e})")
-    return [r for r in records if kind in (None, r["kind"])]
+        raise SystemExit(printable(f"{path}: {e.strerror}; train this run first"))
+    except (ValueError, KeyError, TypeError) as e:
+        raise SystemExit(printable(f"{path}: not the metrics of a run ({e!r})"))
 
 
-def along(records):
-    """Steps since the run began, over its rounds."""
-    x, before = [], {}
+def global_steps(records):
+    """Steps since the start of the run, over all its rounds; in a record they count per round."""
+    length = {}  # of each round, in steps
     for r in records:
-        before[r["round"]] = max(before.get(r["round"], 0), r["step"])
-    for r in records:
-        x.append(
-            r["step"] + sum(steps for round_id, steps in before.items() if round_id < r["round"])
-        )
-    return x
+        length[r["round"]] = max(length.get(r["round"], 0), r["step"])
+    start, total = {}, 0
+    for round_id in sorted(length):
+        start[round_id] = total
+        total += length[round_id]
+    return [start[r["round"]] + r["step"] for r in records]
 
 
-def save(fig, path):
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
-    print(path)
+def minutes(run, last_round=None):
+    """Wall-clock minutes of a run, or of its rounds up to and with `last_round`."""
+    records = read_metrics(run)
+    if last_round is not None:
+        records = [r for r in records if r["round"] <= last_round]
+    return sum(r["seconds"] for r in records) / 60
+
+
+def eval_curve(run, metric):
+    """(steps, values) of one metric over the evaluations of a run."""
+    records = read_metrics(run, "eval")
+    points = dict(zip(global_steps(records), (r[metric] for r in records)))
+    return list(points), list(points.values())
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def draw_seeds(ax, curves, color, label):
+    """One thin line per seed and their mean as a thick one. curves: [(x, y)], one for each seed.
+
+    The mean is taken where all seeds have a value.
+    """
+    if len(curves) > 1:
+        for x, y in curves:
+            ax.plot(x, y, color=color, lw=0.8, alpha=0.45)
+    by_seed = [dict(zip(x, y)) for x, y in curves]
+    steps = sorted(set.intersection(*(set(points) for points in by_seed)))
+    mean = [np.mean([points[step] for points in by_seed]) for step in steps]
+    ax.plot(steps, mean, "o-", color=color, label=label)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+
+
+def seed_handles(n):
+    """Legend entries that say what thick and thin lines are; none if there is one seed."""
+    if n < 2:
+        return []
+    return [
+        Line2D([], [], color=GREY, marker="o", label=f"mean of {n} seeds"),
+        Line2D([], [], color=GREY, lw=0.8, alpha=0.6, label="one seed"),
+    ]
 
 
 def plot_loss(out, named):
-    """named: {label: [run of each seed]}. Raw values; the band is the seeds' least and greatest."""
-    fig, ax = plt.subplots(figsize=(7, 4.5))
-    for i, (label, runs) in enumerate(named.items()):
-        curves = [
-            (along(records), [r["val_loss"] for r in records])
-            for records in (read_metrics(run, "eval") for run in runs)
-        ]
-        steps = sorted(set.intersection(*(set(x) for x, _ in curves)))
-        values = np.array([[dict(zip(x, y))[s] for s in steps] for x, y in curves])
-        ax.plot(
-            steps,
-            values.mean(0),
-            "o-",
-            ms=3,
-            color=f"C{i}",
-            label=label + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
-        )
-        if len(runs) > 1:
-            ax.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.2, lw=0)
-    ax.set(xlabel="step", ylabel="validation cross-entropy (nats a token)")
-    ax.legend()
-    ax.grid(alpha=0.3)
-    save(fig, out)
+    """Validation loss of several settings. named: {label: [the run of each seed]}."""
+    with style():
+        fig, ax = plt.subplots(figsize=(5.6, 3.8))
+        for color, (label, runs) in zip(cycle(PALETTE), named.items()):
+            draw_seeds(ax, [eval_curve(run, "val_loss") for run in runs], color, label)
+        ax.set(xlabel="step", ylabel="validation loss (nats per token)")
+        panel_legend(ax, seed_handles(max(map(len, named.values()))), ncols=3)
+        save_figure(fig, out)
 
 
 def plot_stages(out, demos):
-    """Validation loss through the student's stages. demos: the demo folders, one a seed."""
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4))
-    panels = [
-        ("pretraining", ["pretrain"]),
-        ("fine-tuning", ["sft"]),
-        ("SFT continued, or self-play, from there", ["sft_more", "spin_k2", "spin_k3"]),
-    ]
-    for ax, (title, stages) in zip(axes, panels):
-        for i, stage in enumerate(stages):
-            for n, demo in enumerate(demos):
-                records = read_metrics(os.path.join(demo, stage), "eval")
-                ax.plot(
-                    along(records),
-                    [r["val_loss"] for r in records],
-                    "o-",
-                    ms=3,
-                    lw=1,
-                    color=f"C{i}",
-                    label=None if n else stage,
-                )
-        ax.set(title=title, xlabel="step")
-        ax.legend()
-        ax.grid(alpha=0.3)
-    axes[0].set(ylabel="validation cross-entropy (nats a token)")
-    save(fig, out)
+    """Validation loss of the demo: pretraining, SFT, and the change after SFT.
+
+    demos: the demo folders, one per seed. Seeds differ more than methods do, so the last panel
+    shows each run's difference from the SFT checkpoint that it started from.
+    """
+    with style():
+        fig, axes = plt.subplots(1, 3, figsize=(10, 3.7), width_ratios=[1, 1, 1.15])
+        for ax, title, stage in zip(axes, ("Pretraining", "SFT"), ("pretrain", "sft")):
+            for color, model, ending in zip(PALETTE, ("student", "teacher"), ("", "_teacher")):
+                runs = [os.path.join(demo, stage + ending) for demo in demos]
+                draw_seeds(ax, [eval_curve(run, "val_loss") for run in runs], color, model)
+            ax.set(title=title, xlabel="step", ylabel="validation loss (nats per token)")
+        panel_legend(axes[0])
+        panel_legend(axes[1], seed_handles(len(demos)))
+
+        ax = axes[2]
+        reference_line(ax, 0, "student after SFT")
+        names = {
+            "sft_more": "SFT continued",
+            "spin_k2": "self-play, K = 2",
+            "spin_k3": "self-play, K = 3 (with teacher)",
+        }
+        for color, (stage, label) in zip(("#000000", *PALETTE[2:]), names.items()):
+            curves = []
+            for demo in demos:
+                x, y = eval_curve(os.path.join(demo, stage), "val_loss")
+                curves.append((x, np.array(y) - y[0]))
+            draw_seeds(ax, curves, color, label)
+        ax.set(title="After SFT, paired by seed", xlabel="step after SFT")
+        ax.set_ylabel("change of validation loss\n(nats per token)")
+        panel_legend(ax)
+        save_figure(fig, out)
 
 
-def plot_rounds(out, run):
-    """Mean implicit reward and log-probability of each player on held-out rows; dashed lines part the rounds, each of which
-    has a reference and self samples of its own."""
-    records = read_metrics(run, "eval")
-    players = list(
-        dict.fromkeys(k[len("reward/") :] for r in records for k in r if k.startswith("reward/"))
-    )
+def plot_rounds(out, runs):
+    """Rewards, log-probabilities and ranking accuracy on held-out rows. runs: one per seed.
+
+    Each round has its own reference model and its own samples, so curves break between rounds.
+    """
+    by_seed = [read_metrics(run, "eval") for run in runs]
+    last = by_seed[0][-1] if by_seed[0] else {}
+    players = [key.removeprefix("reward/") for key in last if key.startswith("reward/")]
     if not players:
-        raise SystemExit(f"{run}: no round with ranked responses in its metrics")
-    colours = {player: f"C{i}" for i, player in enumerate(players)}
-    fig, axes = plt.subplots(1, 3, figsize=(14, 4))
-    x = along(records)
-    borders = [a for a, r in zip(x, records) if r["step"] == 0 and r["round"] > 0]
-    for ax, prefix, title in zip(
-        axes,
-        ("reward/", "logp/"),
-        ("mean implicit reward", "mean log-probability of the response (nats)"),
-    ):
+        raise SystemExit(printable(f"{runs[0]}: no evaluation of ranked responses in its metrics"))
+    colors = dict(zip(players, cycle(PALETTE[3:]))) | PLAYER_COLORS
+    with style():
+        fig, axes = plt.subplots(1, 3, figsize=(10, 3.9))
         for player in players:
-            for round_id in sorted({r["round"] for r in records}):
-                points = [
-                    (a, r[prefix + player])
-                    for a, r in zip(x, records)
-                    if r["round"] == round_id and prefix + player in r
-                ]
-                if points:
-                    ax.plot(
-                        *zip(*points),
-                        "o-",
-                        ms=3,
-                        color=colours[player],
-                        label=player if player not in ax.get_legend_handles_labels()[1] else None,
-                    )
-        ax.set(title=title, xlabel="step")
-        ax.legend()
-    for name, label in (
-        ("acc", "every pair"),
-        *((f"acc/{p}", f"{p} above the worse") for p in players[:-1]),
-    ):
-        points = [(a, r[name]) for a, r in zip(x, records) if name in r and r["step"] > 0]
-        if points:
-            axes[2].plot(*zip(*points), "o-", ms=3, label=label)
-    axes[2].set(title="held-out ranking accuracy", xlabel="step", ylim=(0, 1))
-    axes[2].legend()
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        for border in borders:
-            ax.axvline(border, color="0.5", ls="--", lw=1)
-    fig.suptitle(os.path.basename(os.path.normpath(run)))
-    save(fig, out)
+            draw_rounds(axes[0], by_seed, f"reward/{player}", colors[player], player)
+            draw_rounds(axes[1], by_seed, f"logp/{player}", colors[player], player)
+        reference_line(axes[0], 0, "reference model of the round")
+        reward = r"$\beta\,(\log \pi_\theta - \log \pi_{\mathrm{ref}})$ (nats)"
+        axes[0].set(title="Implicit reward", ylabel=reward)
+        axes[1].set(title="Log-probability of responses", ylabel="nats per response")
+        draw_accuracy(axes[2], by_seed, players, colors)
+        if players == ["data", "self"]:
+            draw_length_baseline(axes[2], runs)
+        for ax in axes:
+            mark_rounds(ax, by_seed[0])
+            ax.set_xlabel("step")
+        panel_legend(axes[0])
+        panel_legend(axes[1], seed_handles(len(runs)))
+        panel_legend(axes[2])
+        save_figure(fig, out)
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
+def draw_rounds(ax, by_seed, metric, color, label, after=-1):
+    """One metric over the evaluations, a piece per round; steps up to `after` are left out."""
+    for round_id in round_spans(by_seed[0]):
+        curves = []
+        for records in by_seed:
+            points = {}
+            for x, r in zip(global_steps(records), records):
+                if r["round"] == round_id and r["step"] > after and metric in r:
+                    points[x] = r[metric]
+            curves.append((list(points), list(points.values())))
+        if all(x for x, _ in curves):
+            draw_seeds(ax, curves, color, label)
+            label = None  # one legend entry for all rounds
 
 
-def minutes(run):
-    return sum(r["seconds"] for r in read_metrics(run)) / 60
+def draw_accuracy(ax, by_seed, players, colors):
+    """Ranking accuracy with its chance levels. players: the best first.
+
+    Step 0 is left out: all rewards are equal there, so nothing is ranked yet.
+    """
+    ax.axhline(1 / 2, color="#000000", **DASHED)
+    if len(players) == 2:
+        label, chance = " above ".join(players), "chance (1/2)"
+        draw_rounds(ax, by_seed, "acc", "#000000", label, after=0)
+    else:
+        chance = "chance (1/2"
+        draw_rounds(ax, by_seed, "acc", "#000000", "all pairs", after=0)
+        for k, player in enumerate(players[:-1]):
+            label = f"{player} above {' and '.join(players[k + 1 :])}"
+            draw_rounds(ax, by_seed, f"acc/{player}", colors[player], label, after=0)
+            n = len(players) - k
+            if n > 2:
+                ax.axhline(1 / n, color=colors[player], **DASHED)
+                chance += f"; {player}: 1/{n}"
+        chance += ")"
+    ax.plot([], [], color=GREY, label=chance, **DASHED)
+    ax.set(title="Ranking accuracy", ylabel="share ranked correctly, held out")
 
 
-def stage_rows(demo):
-    """(what, figures) of each line of the demo's table."""
-    try:
-        with open(os.path.join(demo, "eval", "eval.json"), encoding="utf-8") as f:
-            table = json.load(f)
-    except OSError as e:
-        raise SystemExit(f"{demo}/eval/eval.json: {e.strerror}; `make demo` writes it")
-    rows = {}
-    for name, figures in table.items():
-        stage, _, rest = name.partition(".")
-        run = os.path.join(demo, stage)
-        figures = dict(figures)
-        if os.path.isdir(run):
-            evals = [
-                r
-                for r in read_metrics(run, "eval")
-                if not rest.startswith("round_") or r["round"] == int(rest[6:])
-            ]
-            if stage.startswith("spin"):
-                figures |= {"acc": evals[-1]["acc"]}
-                figures["minutes"] = (
-                    sum(r["seconds"] for r in read_metrics(run) if r["round"] <= evals[-1]["round"])
-                    / 60
-                )
-            elif not rest:
-                figures["minutes"] = minutes(run)
-        rows[name] = figures
-    return rows
+def draw_length_baseline(ax, runs):
+    """How well the length of a response alone tells data from self, in each round."""
+    spans, by_round = round_spans(read_metrics(runs[0], "eval")), {}
+    for run in runs:
+        for r in read_metrics(run, "collect"):
+            by_round.setdefault(r["round"], []).append(r["length_acc/self"])
+    label = "length alone" + (", mean of seeds" if len(runs) > 1 else "")
+    for round_id, (first, last) in spans.items():
+        y = np.mean(by_round[round_id])
+        ax.plot([first, last], [y, y], color=PALETTE[3], ls=":", label=label)
+        label = None
 
 
-COLUMNS = [
-    ("val_loss", "validation loss", "{:.4f}", 1),
-    ("acc", "ranking accuracy", "{:.1f} %", 100),
-    ("win_rate", "win rate against sft", "{:.1f} %", 100),
-    ("f1", "F1 with the data", "{:.1f} %", 100),
-    ("length", "mean length", "{:.1f}", 1),
-    ("ended", "ended by eot", "{:.1f} %", 100),
-    ("minutes", "minutes", "{:.1f}", 1),
+def round_spans(records):
+    """{round: (first, last global step)} of some evaluations."""
+    spans = {}
+    for x, r in zip(global_steps(records), records):
+        first, _ = spans.get(r["round"], (x, x))
+        spans[r["round"]] = (first, x)
+    return spans
+
+
+def mark_rounds(ax, records):
+    """A vertical line where a round starts, and the round's number above the panel."""
+    spans = round_spans(records)
+    end = max(last for _, last in spans.values())
+    ax.set_xlim(-0.03 * end, 1.03 * end)
+    ax.set_title(ax.get_title(loc="left"), pad=16)
+    for round_id, (first, last) in spans.items():
+        if round_id:
+            ax.axvline(first, color=GREY, lw=0.8, zorder=1.2)
+        if len(spans) > 1:
+            above = ax.get_xaxis_transform()  # x in data, y in shares of the panel
+            where = ((first + last) / 2, 1.02)
+            ax.text(*where, f"round {round_id}", transform=above, ha="center", color=GREY, size=8)
+
+
+# ----------------------------------------------------------------------------- the demo's report
+
+
+@dataclass
+class Column:
+    """A column of a table: the metric's key, its title, its format, and a factor for percent."""
+
+    key: str
+    title: str
+    form: str
+    scale: float = 1
+
+    def cell(self, records):
+        return format_mean([r.get(self.key) for r in records], self.form, self.scale)
+
+
+STAGE_COLUMNS = [
+    Column("val_loss", "validation loss", "{:.4f}"),
+    Column("acc", "ranking accuracy", "{:.1f} %", 100),
+    Column("win_rate", "win rate against sft", "{:.1f} %", 100),
+    Column("f1", "F1 against the data", "{:.1f} %", 100),
+    Column("length", "mean length (tokens)", "{:.1f}"),
+    Column("ended", "ended with end-of-text", "{:.1f} %", 100),
+    Column("minutes", "training time (minutes)", "{:.1f}"),
+]
+
+COLLECT_COLUMNS = [
+    Column("length/data", "length: data", "{:.1f}"),
+    Column("length/teacher", "length: teacher", "{:.1f}"),
+    Column("length/self", "length: self", "{:.1f}"),
+    Column("ended/self", "self ended with end-of-text", "{:.1f} %", 100),
+    Column("tie/self", "self equal to a better response", "{:.1f} %", 100),
+    Column("length_acc/self", "data and self told apart by length alone", "{:.1f} %", 100),
 ]
 
 
-def cell(values, form, scale):
+def format_mean(values, form, scale=1):
+    """Mean over seeds, with ± standard deviation if there are several; "-" for no value."""
     values = [v * scale for v in values if v is not None]
     if not values:
         return "-"
     text = form.format(np.mean(values))
-    spread = np.std(values, ddof=1) if len(values) > 1 else None
-    return (
-        text
-        if spread is None
-        else text + (f" ± {spread:.2g}" if spread < 100 else f" ± {spread:.0f}")
-    )
+    if len(values) == 1:
+        return text
+    spread = np.std(values, ddof=1)
+    return text + (f" ± {spread:.2g}" if spread < 100 else f" ± {spread:.0f}")
+
+
+def markdown_table(head, rows):
+    """Lines of a table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def demo_metrics(demo):
+    """{row: metrics} of one seed: eval/eval.json, with accuracy and time from the runs' logs."""
+    path = os.path.join(demo, "eval", "eval.json")
+    table = read_json(path, advice="; `make demo` writes this file")
+    for name, metrics in table.items():
+        stage, _, rest = name.partition(".")  # spin_k2.round_1
+        run = os.path.join(demo, stage)
+        if not os.path.isdir(run):  # sft@0.7: the same run at another temperature
+            continue
+        round_id = int(rest.removeprefix("round_")) if rest else None
+        metrics["minutes"] = minutes(run, round_id)
+        if rest:
+            evals = [r for r in read_metrics(run, "eval") if r["round"] == round_id]
+            metrics["acc"] = evals[-1]["acc"]
+    return table
 
 
 def collect_table(demos):
-    """Lines of a table of what each round's collect saw on the held-out prompts, means over seeds."""
-    columns = [
-        ("length/data", "length: data", "{:.1f}", 1),
-        ("length/teacher", "teacher", "{:.1f}", 1),
-        ("length/self", "self", "{:.1f}", 1),
-        ("ended/self", "self ended by eot", "{:.1f} %", 100),
-        ("tie/self", "self equal to a better one", "{:.1f} %", 100),
-        ("length_acc/self", "length alone tells data from self", "{:.1f} %", 100),
-    ]
-    lines = [
-        "| round | " + " | ".join(title for _, title, _, _ in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
+    """A table of what each round sampled on the held-out prompts."""
+    rows = []
     for stage in ("spin_k2", "spin_k3"):
         by_seed = [read_metrics(os.path.join(demo, stage), "collect") for demo in demos]
         for records in zip(*by_seed):
-            lines.append(
-                f"| {stage}.round_{records[0]['round']} | "
-                + " | ".join(
-                    cell([r.get(key) for r in records], form, scale)
-                    for key, _, form, scale in columns
-                )
-                + " |"
-            )
-    return lines
+            name = f"{stage}.round_{records[0]['round']}"
+            rows.append([name, *(column.cell(records) for column in COLLECT_COLUMNS)])
+    return markdown_table(["round", *(column.title for column in COLLECT_COLUMNS)], rows)
 
 
-def verdict(tables):
-    """What the figures say of self-play against its controls, in words that they decide."""
-    lines = []
-    for spin in ("spin_k2", "spin_k3"):
-        last = max(n for n in tables[0] if n.startswith(spin))
-        for other in ("sft", "sft_more", "sft@1.0", "sft@0.7", "sft@0.5"):
-            pairs = [
-                (t[last], {"win_rate": 0.5, "win_rate_se": 0.0} | t[other])
-                for t in tables
-                if other in t
-            ]
-            if pairs:
-                lines.append(
-                    compare(
-                        f"In win rate **{last} is %s {other}**",
-                        [100 * (a["win_rate"] - b["win_rate"]) for a, b in pairs],
-                        "{:+.1f} points",
-                        [100 * np.hypot(a["win_rate_se"], b["win_rate_se"]) for a, b in pairs],
-                        +1,
-                    )
-                )
-        for other in ("sft", "sft_more"):
-            lines.append(
-                compare(
-                    f"In validation loss {last} is %s {other}",
-                    [t[last]["val_loss"] - t[other]["val_loss"] for t in tables],
-                    "{:+.4f} nats a token",
-                    None,
-                    -1,
-                )
-            )
-    return lines
+def t_interval(values):
+    """(mean, half width of Student's 95 % interval of the mean) of two or more values."""
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)  # 97.5 %; 6 or more
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / np.sqrt(len(values))
 
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % point for so many seeds
+def compare(sentence, differences, form, better, standard_error=None):
+    """(outcome, one line of Markdown): what the paired differences of the seeds show.
 
-
-def compare(sentence, differences, form, errors, better):
-    """One line: the mean difference over seeds, and which word it earns. Of several seeds the interval is Student's for their
-    mean; of one it is the error of the held-out prompts alone, where that is known, and says nothing of another training."""
-    mean, n = float(np.mean(differences)), len(differences)
-    if n > 1:
-        error = STUDENT.get(n, 2.57) * float(np.std(differences, ddof=1)) / np.sqrt(n)
-        about = f"95 % interval over {n} seeds"
-    elif errors:
-        error, about = 1.96 * errors[0], "95 % interval of the prompts, one training"
+    sentence: with %s for the outcome. better: +1 if larger is better, else -1.
+    Several seeds give Student's interval. One seed has the sampling error of the held-out prompts
+    only, if known: it says nothing about another training run.
+    """
+    interval = ""
+    if len(differences) > 1:
+        mean, error = t_interval(differences)
+        interval = f"95 % interval over {len(differences)} seeds"
     else:
-        word = ("better than" if mean * better > 0 else "worse than") + ", in this one training,"
-        return f"- {sentence % word}: {form.format(mean)}."
-    word = (
-        "not told apart from"
-        if abs(mean) <= error
-        else "better than"
-        if mean * better > 0
-        else "worse than"
+        mean, error = float(differences[0]), 0.0
+        if standard_error is not None:
+            error = 1.96 * standard_error
+            interval = "one training run, 95 % interval over the prompts"
+    if abs(mean) <= error:
+        outcome = "not distinguishable from"
+    else:
+        outcome = "better than" if mean * better > 0 else "worse than"
+    detail = "one training run, no interval"
+    if interval:
+        low, high = (form.format(x).split()[0] for x in (mean - error, mean + error))
+        detail = f"{interval}: {low} to {high}"
+    return outcome, f"- {sentence % f'**{outcome}**'}: {form.format(mean)} ({detail})."
+
+
+def comparisons(tables):
+    """[(outcome, line)]: the last round of self-play against its baselines. tables: one a seed."""
+    found = []
+    for spin in ("spin_k2", "spin_k3"):
+        last = max(name for name in tables[0] if name.startswith(spin))
+        for other in ("sft", "sft_more", "sft@1.0", "sft@0.7", "sft@0.5"):
+            if other not in tables[0]:
+                continue
+            differences, errors = [], []
+            for table in tables:
+                ours = table[last]
+                theirs = {"win_rate": 0.5, "win_rate_se": 0.0} | table[other]  # sft against itself
+                differences.append(100 * (ours["win_rate"] - theirs["win_rate"]))
+                errors.append(100 * np.hypot(ours["win_rate_se"], theirs["win_rate_se"]))
+            sentence = f"{last} is %s {other} in win rate"
+            found.append(compare(sentence, differences, "{:+.1f} points", +1, errors[0]))
+        for other in ("sft", "sft_more"):
+            differences = [table[last]["val_loss"] - table[other]["val_loss"] for table in tables]
+            sentence = f"{last} is %s {other} in validation loss"
+            found.append(compare(sentence, differences, "{:+.4f} nats per token", -1))
+    return found
+
+
+def summary(outcomes):
+    """The result in one sentence."""
+    n = {word: sum(word in outcome for outcome in outcomes) for word in ("better", "worse", "not")}
+    return (
+        f"Self-play was compared with its baselines in {len(outcomes)} ways: it is better in "
+        f"{n['better']}, worse in {n['worse']}, and not distinguishable in {n['not']}."
     )
-    return f"- {sentence % word}: {form.format(mean)}, {about} {form.format(mean - error).split()[0]} to {form.format(mean + error).split()[0]}."
+
+
+DEFINITIONS = """\
+- Rows: `data` is the response in the data set. `sft_more` continues SFT on the same rows for as
+  many steps as both rounds of self-play took. `sft@0.7` and `sft@0.5` are samples of `sft` at a
+  lower temperature, `sft@1.0` with another random seed. All other rows sample at temperature 1.0.
+- Validation loss: cross-entropy on held-out responses, in nats per token.
+- Ranking accuracy: share of held-out pairs that the implicit rewards of the round rank correctly.
+- Win rate: share of prompts on which the judge gives the response a higher mean log-probability
+  per token than the sample of `sft`.
+
+**The judge is the fine-tuned teacher.** K = 3 was trained on the judge's own samples, and such a
+judge prefers sharper samples: compare with `sft@0.7` and `sft@0.5`, which need no training. Win
+rate alone is no evidence for self-play."""
 
 
 def report(demos):
-    """report.md in the first demo's folder (or, of several seeds, beside them)."""
-    tables = [stage_rows(demo) for demo in demos]
+    """Write report.md and its figures into the demo's folder, or beside the folders of seeds."""
+    tables = [demo_metrics(demo) for demo in demos]
     folder = demos[0] if len(demos) == 1 else os.path.dirname(os.path.normpath(demos[0]))
     plot_stages(os.path.join(folder, "stages.png"), demos)
-    pictures = ["stages.png"]
+    starts = []
     for stage in ("spin_k2", "spin_k3"):
-        plot_rounds(os.path.join(folder, f"{stage}.png"), os.path.join(demos[0], stage))
-        pictures.append(f"{stage}.png")
-    with open(os.path.join(demos[0], "spin_k3", "config.json"), encoding="utf-8") as f:
-        setup = json.load(f)["starts"][0]
-    starts = [
-        r
-        for demo in demos
-        for stage in ("spin_k2", "spin_k3")
-        for r in read_metrics(os.path.join(demo, stage), "start")
-    ]
-    worst = max(r["off"] for r in starts)
-    out = [
-        f"# Self-play on the documentation of installed packages, {len(demos)} seed"
-        + ("s, mean ± standard deviation" if len(demos) > 1 else ""),
-        "",
-        f"Made by `{'make demo' if len(demos) == 1 else 'make demo-seeds'}`. torch {setup['torch']}, {setup['device']}, {setup['threads']} threads, "
-        f"commit {setup['git']}.",
-        "",
-        "| stage | " + " | ".join(title for _, title, _, _ in COLUMNS) + " |",
-        "|---|" + "---:|" * len(COLUMNS),
-    ]
+        runs = [os.path.join(demo, stage) for demo in demos]
+        plot_rounds(os.path.join(folder, f"{stage}.png"), runs)
+        for run in runs:
+            starts += read_metrics(run, "start")
+    setup = read_json(os.path.join(demos[0], "spin_k3", "config.json"), ["starts"])["starts"][0]
+    threads = f"{setup['threads']} thread" + ("s" if setup["threads"] != 1 else "")
+    several = len(demos) > 1
+
+    rows = []
     for name in tables[0]:
-        out.append(
-            f"| {name} | "
-            + " | ".join(
-                cell([t[name].get(key) for t in tables], form, scale)
-                for key, _, form, scale in COLUMNS
-            )
-            + " |"
-        )
-    out += [
+        metrics = [table[name] for table in tables]
+        rows.append([name, *(column.cell(metrics) for column in STAGE_COLUMNS)])
+    stages = markdown_table(["stage", *(column.title for column in STAGE_COLUMNS)], rows)
+    found = comparisons(tables)
+    lines = [line for _, line in found]
+    text = [
+        "# Self-play on the documentation of installed packages",
         "",
-        "`data` are the data's own responses, `sft_more` is SFT continued on the same rows for as many steps as both self-play rounds took, "
-        "`sft@0.5` and so on are SFT's own samples at other temperatures (`sft@1.0` with other random numbers); everyone else samples at 1.0. "
-        "Validation loss is cross-entropy a token on held-out responses. Ranking accuracy is of held-out pairs under the round's implicit rewards. "
-        "Win rate is the share of prompts on which the judge gives a response a higher mean log-probability a token than `sft`'s sample. "
-        "**The judge is the fine-tuned teacher**: K=3 has been trained on the judge's own samples and sharper samples please any such judge, "
-        "so win rate alone shows nothing that the temperatures do not show for free.",
+        summary([outcome for outcome, _ in found]),
         "",
-        "What each round sampled, on the held-out prompts:",
+        *stages,
+        "",
+        f"Values are mean ± standard deviation over {len(demos)} seeds."
+        if several
+        else "One seed.",
+        f"Made by `make {'demo-seeds' if several else 'demo'}` with torch {setup['torch']} on "
+        f"{setup['device']}, {threads}, commit {setup['git']}.",
+        "",
+        DEFINITIONS,
+        "",
+        "## Self-play against its baselines",
+        "",
+        *lines,
+        "",
+        "Differences are paired by seed. The intervals are not corrected for multiple comparisons.",
+        "",
+        "![Validation loss](stages.png)",
+        "",
+        "## The rounds",
+        "",
+        "What each round sampled on the held-out prompts:",
         "",
         *collect_table(demos),
         "",
-        "## What it says",
+        f"All {len(starts)} rounds started at the loss of equal scores (ln 2 for K = 2, ln 6 for "
+        "K = 3, less what absent responses take, plus the `nll_coef` term). The largest difference "
+        f"was {max(r['off'] for r in starts):.1e}.",
         "",
-        *verdict(tables),
+        "K = 2 (data, self):",
         "",
-        "No interval is widened for there being so many of them.",
+        "![Rounds of K = 2](spin_k2.png)",
         "",
-        f"Each of the {len(starts)} rounds started at the loss of equal scores (ln 2 or ln 6, less what absent responses take, plus the `nll_coef` term); "
-        f"the largest difference was {worst:.1e}.",
+        "K = 3 (data, teacher, self):",
+        "",
+        "![Rounds of K = 3](spin_k3.png)",
         "",
     ]
-    if len(demos) > 1:
-        out += ["The plots of the rounds are the first seed's.", ""]
-    out += [line for p in pictures for line in (f"![{p}]({p})", "")]
     path = os.path.join(folder, "report.md")
     with open(path, "w", encoding="utf-8") as f:
-        f.write("\n".join(out))
-    print("\n".join(out[4 : 6 + len(tables[0])] + [""] + verdict(tables)))
-    print(path)
+        f.write("\n".join(text))
+    print("\n".join([*stages, "", *lines, path]))
 
 
-FIGURES = {
+# ------------------------------------------------------------------------------ a table of runs
+
+
+HEADLINE_METRICS = {  # of each stage; val_loss for the others
     "reward": ["acc", "pair_nll"],
     "preference": ["acc", "rank_nll", "val_loss"],
     "spin": ["acc", "rank_nll", "val_loss"],
@@ -388,62 +605,64 @@ FIGURES = {
 
 
 def table(out, runs):
-    """report.md: each run's held-out figures at its first evaluation and at its last, and how long it took; its metrics.jsonl beside."""
+    """Write OUT/report.md, the first and last evaluation of each run, and copy the runs' logs."""
     lines = [
-        "| run | stage | steps | minutes | figure | first | last | standard error |",
+        "| run | stage | steps | minutes | metric | first | last | standard error |",
         "|---|---|---:|---:|---|---:|---:|---:|",
     ]
     for run in runs:
-        evals, name = read_metrics(run, "eval"), os.path.basename(os.path.normpath(run))
+        name, evals = os.path.basename(os.path.normpath(run)), read_metrics(run, "eval")
         if not evals:
-            raise SystemExit(f"{run}: no evaluation yet; train the run first")
-        with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
-            stage = json.load(f)["config"]["stage"]
+            raise SystemExit(printable(f"{run}: no evaluation yet; train this run first"))
+        stage = read_json(os.path.join(run, "config.json"), ["config"])["config"]["stage"]
         cells = [name, stage, str(len(read_metrics(run, "step"))), f"{minutes(run):.1f}"]
-        for figure in FIGURES.get(stage, ["val_loss"]):
-            if figure in evals[-1]:
-                error = f"{evals[-1][figure + '_se']:.4f}" if figure + "_se" in evals[-1] else ""
-                lines.append(
-                    "| "
-                    + " | ".join(
-                        [
-                            *cells,
-                            figure,
-                            f"{evals[0][figure]:.4f}",
-                            f"{evals[-1][figure]:.4f}",
-                            error,
-                        ]
-                    )
-                    + " |"
-                )
-                cells = [""] * 4
+        first, last = evals[0], evals[-1]
+        for metric in HEADLINE_METRICS.get(stage, ["val_loss"]):
+            if metric not in last:
+                continue
+            error = f"{last[metric + '_se']:.4f}" if metric + "_se" in last else ""
+            cells += [metric, f"{first[metric]:.4f}", f"{last[metric]:.4f}", error]
+            lines.append("| " + " | ".join(cells) + " |")
+            cells = [""] * 4  # the run is named once
         os.makedirs(os.path.join(out, name), exist_ok=True)
         shutil.copy(os.path.join(run, "metrics.jsonl"), os.path.join(out, name))
+    head = "# Held-out metrics at the first and the last evaluation of each run"
     with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
-        f.write(
-            "\n".join(
-                ["# Held-out figures at each run's first and last evaluation", "", *lines, ""]
-            )
-        )
+        f.write("\n".join([head, "", *lines, ""]))
     print("\n".join(lines))
 
 
-def main(args):
-    if args in (["-h"], ["--help"]):
-        print(__doc__)
-    elif args[:1] == ["loss"] and len(args) > 2 and all("=" in a for a in args[2:]):
-        plot_loss(
-            args[1],
-            {name: runs.split(",") for name, _, runs in (a.partition("=") for a in args[2:])},
-        )
-    elif args[:1] == ["rounds"] and len(args) == 3:
-        plot_rounds(args[1], args[2])
-    elif args[:1] == ["table"] and len(args) > 2:
-        table(args[1], args[2:])
-    elif args[:1] == ["report"] and len(args) > 1:
-        report([a for a in args[1:] if os.path.isdir(a)] or args[1:])
-    else:
-        raise SystemExit(__doc__)
+def named_runs(text):
+    """("T_0", ["out/a_1", "out/a_2"]) of "T_0=out/a_1,out/a_2"."""
+    name, equals, runs = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=RUN or NAME=RUN,RUN,...")
+    return name, runs.split(",")
+
+
+def main(argv):
+    parser = ArgumentParser(prog="python -m tools.plot", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    loss = commands.add_parser("loss", help="validation loss of several settings")
+    loss.add_argument("out", help="the figure, OUT.png; OUT.svg is written beside it")
+    loss.add_argument("runs", nargs="+", type=named_runs, metavar="NAME=RUN,RUN", help="seeds")
+    rounds = commands.add_parser("rounds", help="rewards, log-probabilities and accuracy by round")
+    rounds.add_argument("out", help="the figure, OUT.png; OUT.svg is written beside it")
+    rounds.add_argument("runs", nargs="+", metavar="RUN", help="a self-play run, one per seed")
+    demo = commands.add_parser("report", help="report.md and figures of the demo")
+    demo.add_argument("demos", nargs="+", metavar="DEMO", help="the demo's folder, one per seed")
+    runs = commands.add_parser("table", help="report.md of the first and last evaluation of runs")
+    runs.add_argument("out", help="folder of the report and of the copied logs")
+    runs.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run")
+    args = parser.parse_args(argv)
+    if args.command == "loss":
+        plot_loss(args.out, dict(args.runs))
+    elif args.command == "rounds":
+        plot_rounds(args.out, args.runs)
+    elif args.command == "table":
+        table(args.out, args.runs)
+    else:  # "out/demo_seeds/*" has files beside the folders
+        report([demo for demo in args.demos if os.path.isdir(demo)] or args.demos)
 
 
 if __name__ == "__main__":

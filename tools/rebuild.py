@@ -1,10 +1,11 @@
-"""Make a round of preference or spin again from its manifest, and what that names by hash: bit for bit on a CPU.
+"""Make a round of stage preference or spin again from its manifest, and compare the two.
 
-python rebuild.py out/demo/spin_k3/round_1 --out=out/again
+    python -m tools.rebuild out/demo/spin_k3/round_1 --out=out/again
+
+The manifest (collect.json) has the settings, the library versions, and the sha256 of every input
+and output file. On a CPU the files of the rebuilt round are the same bit for bit.
 """
 
-import argparse
-import functools
 import itertools
 import os
 import shutil
@@ -13,14 +14,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from nanospin import checkpoint
-from nanospin import config
-from nanospin import elastic
-from nanospin import metrics_logger
-from nanospin import distributed
-from data.files import printable, read_arrays, read_json, sha256
+from data.files import read_arrays, read_json, sha256
+from model import GPT, GPTConfig
+from nanospin import checkpoint, config, distributed, elastic, metrics_logger
+from nanospin.cli import ArgumentParser
 from rollout import collect, input_files, reference_checkpoint, with_checksum
-from train import build
+from train import build_model
 
 MANIFEST = {
     "round": int,
@@ -33,136 +32,171 @@ MANIFEST = {
 }
 
 
-def rebuild(folder, out, given):
-    """Make the round of RUN/round_R again in `out`, from its manifest and what that names, and compare. given: {setting: value},
-    where that lies now. Ends with a line that names what is not as it was."""
-    path, run = os.path.join(folder, "collect.json"), os.path.normpath(os.path.join(folder, ".."))
-    manifest = read_json(path, MANIFEST, "; it takes the folder of a round of preference or spin")
-    for name, kind in MANIFEST.items():
-        config.convert(name, manifest[name], kind, path)
-    if (
-        with_checksum({name: value for name, value in manifest.items() if name != "sha256"})
-        != manifest
-    ):
-        raise SystemExit(f"{path} was edited: its sha256 is not that of what it says")
-    round_id, by = manifest["round"], manifest["made_by"]
-    settings = (
-        manifest["config"]
-        | {"dtype": str(by.get("dtype")).removeprefix("torch."), "out_dir": run}
-        | given
-    )
-    cfg = config.load(
-        [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    )
+def rebuild(folder: str, out: str, overrides: dict) -> None:
+    """Make the round in the folder RUN/round_R again in `out`, and compare their files.
+
+    overrides: settings that differ from the manifest's, such as the new path of a moved input.
+    Exits with the first input, or the first output file, that is not the original.
+    """
+    run = os.path.normpath(os.path.join(folder, ".."))
+    manifest = read_manifest(folder)
+    round_id = manifest["round"]
+    cfg = load_config(manifest, run, overrides)
+
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)
-    dtype, say = (
-        distributed.compute_dtype(cfg, device),
-        functools.partial(print, flush=True) if distributed.rank() == 0 else lambda text: None,
-    )
-    if distributed.broadcast_from_rank0(
-        os.path.exists(out) and (not os.path.isdir(out) or bool(os.listdir(out)))
-    ):
-        raise SystemExit(f"--out {out} is there already, and no empty folder")
+    dtype = distributed.compute_dtype(cfg, device)
+    if distributed.broadcast_from_rank0(is_taken(out)):
+        raise SystemExit(f"--out {out} must be a new or an empty folder")
 
-    reference = given.get("init") or reference_checkpoint(cfg, round_id)
-    for name, at in input_files(cfg, round_id, reference).items():
-        if not os.path.exists(at):
-            raise SystemExit(
-                f"{at}, the round's {name}, is not there; --init, --data and --teacher say where they lie now"
-            )
-        if (now := checkpoint.weights_sha256(at)) != manifest["made_of"].get(name):
-            raise SystemExit(
-                f"{at} is not the {name} that the round was made of: its sha256 is {now[:16]}..., in the manifest {str(manifest['made_of'].get(name))[:16]}..."
-            )
+    reference = overrides.get("init") or reference_checkpoint(cfg, round_id)
+    for name, path in input_files(cfg, round_id, reference).items():
+        check_input(name, path, manifest)
         if name.startswith("round_") and distributed.rank() == 0:
             os.makedirs(os.path.join(out, os.path.dirname(name)), exist_ok=True)
-            shutil.copy(at, os.path.join(out, name))
-    others = [
-        f"{name} {by.get(name)!r}, here {value!r}"
-        for name, value in metrics_logger.versions(device, dtype).items()
-        if by.get(name) != value
-    ]
-    if others:
-        say(
-            f"warning: it was made by {'; '.join(others)}: last digits may differ, and samples after them"
+            shutil.copy(path, os.path.join(out, name))
+    reference = checkpoint.resolve(reference)
+    if checkpoint.read_meta(reference)["tokenizer_sha256"] != manifest["tokenizer"]:
+        raise SystemExit(f"{reference} has a different tokenizer from the round's")
+    print_on_rank0(version_warning(manifest, metrics_logger.versions(device, dtype)))
+
+    cfg = replace(cfg, init=reference, out_dir=out)
+    model, enc, _ = build_model(cfg, GPT, device, dtype)
+    collect(cfg, round_id, model, enc, device, dtype, print_on_rank0)
+
+    names = compare_files(manifest, folder, os.path.join(out, f"round_{round_id}"))
+    print_on_rank0(f"identical, bit for bit: {', '.join(names)}")
+
+
+def read_manifest(folder):
+    """collect.json of a round's folder, with the checksum of its contents verified."""
+    path = os.path.join(folder, "collect.json")
+    advice = "; expected the folder of a round of stage preference or spin"
+    manifest = read_json(path, MANIFEST, advice)
+    for name, kind in MANIFEST.items():
+        config.convert(name, manifest[name], kind, path)
+    contents = {name: value for name, value in manifest.items() if name != "sha256"}
+    if with_checksum(contents) != manifest:
+        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
+    return manifest
+
+
+def load_config(manifest, run, overrides):
+    """The settings that the round was made with, dtype included, and the overrides."""
+    settings = dict(manifest["config"])
+    settings |= settings.pop("model", {})
+    settings["dtype"] = str(manifest["made_by"].get("dtype")).removeprefix("torch.")
+    settings["out_dir"] = run
+    settings |= overrides
+    argv = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    return config.load(argv, GPTConfig)
+
+
+def is_taken(path):
+    return os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
+
+
+def check_input(name, path, manifest):
+    """Exit if an input file of the round is missing or has changed."""
+    if not os.path.exists(path):
+        raise SystemExit(
+            f"{path}, the round's {name}, is missing; if it has moved, pass its path"
+            " as --init, --data or --teacher"
+        )
+    expected = manifest["made_of"].get(name)
+    found = checkpoint.weights_sha256(path)
+    if found != expected:
+        raise SystemExit(
+            f"{path} is not the {name} that the round was made from: its sha256 is {found[:16]}...,"
+            f" the manifest has {str(expected)[:16]}..."
         )
 
-    cfg, reference = replace(cfg, init=reference, out_dir=out), checkpoint.resolve(reference)
-    if checkpoint.read_meta(reference)["tokenizer_sha256"] != manifest["tokenizer"]:
-        raise SystemExit(f"{reference} has another tokenizer than the round")
-    model, enc, _ = build(cfg, device, dtype)
-    collect(cfg, round_id, model, enc, device, dtype, say)
 
-    again = os.path.join(out, f"round_{round_id}")
-    made = read_json(os.path.join(again, "collect.json"), ("files",))["files"]
-    names = sorted(
-        manifest["files"], key=lambda name: ("val" in name, "ref" in name, "self" not in name)
-    )  # as they are made
+def version_warning(manifest, versions):
+    """A line about libraries and hardware that differ from the manifest's, or ""."""
+    made_by = manifest["made_by"]
+    changed = []
+    for name, value in versions.items():
+        if made_by.get(name) != value:
+            changed.append(f"{name} {made_by.get(name)!r} (now {value!r})")
+    if not changed:
+        return ""
+    return (
+        f"warning: the round was made with {', '.join(changed)};"
+        " last digits may differ, and then samples too"
+    )
+
+
+def print_on_rank0(text):
+    if text and distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def compare_files(manifest, folder, rebuilt_folder):
+    """The names of the round's files, in the order of `collect`. Exits at the first difference."""
+    expected = manifest["files"]
+    found = read_json(os.path.join(rebuilt_folder, "collect.json"), ("files",))["files"]
+
+    def order(name):
+        return "val" in name, "ref" in name, "self" not in name
+
+    names = sorted(expected, key=order)
     for name in names:
-        if made.get(name) != manifest["files"][name]:
-            old, new = (os.path.join(at, name) for at in (folder, again))
-            there = (
-                os.path.exists(new)
-                and os.path.exists(old)
-                and sha256(old) == manifest["files"][name]
-            )
-            raise SystemExit(
-                f"{new} is the first file that differs"
-                + (
-                    first_difference(old, new)
-                    if there
-                    else f" ({old} is not there as it was, to say where)"
-                )
-            )
-    say(f"bit for bit the same: {', '.join(names)}")
+        if found.get(name) == expected[name]:
+            continue
+        old = os.path.join(folder, name)
+        new = os.path.join(rebuilt_folder, name)
+        if not os.path.exists(new):
+            detail = ": it was not made"
+        elif os.path.exists(old) and sha256(old) == expected[name]:
+            detail = first_difference(old, new)
+        else:
+            detail = f" (the original {old} is missing or changed, so no line can be named)"
+        raise SystemExit(f"{new} is the first file that differs{detail}")
+    return names
 
 
 def first_difference(old, new):
-    """Where a round's own file and the one made again part."""
+    """Where an original file and the rebuilt one start to differ, to append to a message."""
     if old.endswith(".npz"):
-        a, b = read_arrays(old)["refs"], read_arrays(new)["refs"]
-        apart = np.argwhere(a != b).tolist() if a.shape == b.shape else []
-        return (
-            f": row {apart[0][0]}, response {apart[0][1]}: {b[*apart[0]]} for {a[*apart[0]]}, and {len(apart) - 1} more"
-            if apart
-            else ": it is of other rows"
-        )
+        return first_different_number(read_arrays(old)["refs"], read_arrays(new)["refs"])
     with open(old, encoding="utf-8") as f, open(new, encoding="utf-8") as g:
-        number, a, b = next(
-            (number, a, b)
-            for number, (a, b) in enumerate(itertools.zip_longest(f, g, fillvalue=""), 1)
-            if a != b
-        )
-    at = max(0, len(os.path.commonprefix([a, b])) - 20)
-    return f": line {number}, {b[at : at + 60]!r} for {a[at : at + 60]!r}"
+        for number, (a, b) in enumerate(itertools.zip_longest(f, g, fillvalue=""), 1):
+            if a != b:
+                start = max(0, len(os.path.commonprefix([a, b])) - 20)
+                excerpt = slice(start, start + 60)
+                return f": line {number}, {b[excerpt]!r}, originally {a[excerpt]!r}"
+    return ""
+
+
+def first_different_number(old, new):
+    """The same for arrays of log-probabilities (rows, K)."""
+    if old.shape != new.shape:
+        return f": it has shape {new.shape}, originally {old.shape}"
+    different = np.argwhere(old != new).tolist()
+    if not different:
+        return ": its numbers are the same, but they belong to different rows"
+    row, response = different[0]
+    return (
+        f": row {row}, response {response}: {new[row, response]}, originally {old[row, response]};"
+        f" {len(different)} numbers differ"
+    )
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
-    parser.add_argument(
-        "round",
-        metavar="RUN/round_R",
-        help="a round's folder; only its collect.json is read, and of RUN what that names",
-    )
-    parser.add_argument(
-        "--out", required=True, help="the folder for the round made again: new, or empty"
-    )
-    moved = {
-        "init": "the policy that the round began with, if it has moved",
-        "data": "the data, if it has moved",
-        "teacher": "the teacher",
-        "device": "cpu or cuda",
-    }
-    for name, what in moved.items():
-        parser.add_argument(f"--{name}", help=what)
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("round", metavar="RUN/round_R", help="the folder of the round")
+    parser.add_argument("--out", required=True, help="folder for the rebuilt round: new or empty")
+    parser.add_argument("--init", help="the policy that the round started from, if it has moved")
+    parser.add_argument("--data", help="the data folder, if it has moved")
+    parser.add_argument("--teacher", help="the teacher, if it has moved")
+    parser.add_argument("--device", help="cpu or cuda, if not the original one")
     args = parser.parse_args(argv)
-    rebuild(
-        args.round, args.out, {name: getattr(args, name) for name in moved if getattr(args, name)}
-    )
+    overrides = {}
+    for name in ("init", "data", "teacher", "device"):
+        if getattr(args, name):
+            overrides[name] = getattr(args, name)
+    rebuild(args.round, args.out, overrides)
 
 
 if __name__ == "__main__":

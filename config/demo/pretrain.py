@@ -1,6 +1,8 @@
-"""A 2.6M-parameter student from scratch on the documentation of the installed packages.
+"""Pretrain a 2.6M-parameter student on the documentation of the installed packages.
 
-python train.py config/demo/pretrain.py         2 CPU cores, 1.5 minutes, validation loss 4.3
+    python train.py config/demo/pretrain.py
+
+2 CPU cores, 1.5 minutes; validation loss 4.3.
 """
 
 stage = "pretrain"

@@ -1,6 +1,8 @@
-"""Fine-tune the student: what does `name(signature)` do? -> the docstring's summary.
+"""Fine-tune the student: "What does `name(signature)` do?" -> the summary of its docstring.
 
-python train.py config/demo/sft.py         2 CPU cores, 1 minute, validation loss 4.5
+    python train.py config/demo/sft.py
+
+2 CPU cores, 1 minute; validation loss 4.5.
 """
 
 stage = "sft"

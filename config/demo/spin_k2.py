@@ -1,6 +1,8 @@
 """SPIN: data > self, two rounds.
 
-python train.py config/demo/spin_k2.py         2 CPU cores, 1.5 minutes; each round starts at ln 2 = 0.6931 + nll_coef x loss
+    python train.py config/demo/spin_k2.py
+
+2 CPU cores, 1.5 minutes. Each round starts at ln 2 = 0.6931 + nll_coef x next-token loss.
 """
 
 stage = "spin"

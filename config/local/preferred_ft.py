@@ -1,13 +1,30 @@
-"""Preferred-FT: SFT on each row's best response, the reference where there is no SFT model (DPO, arXiv 2305.18290, section 5).
+"""Preferred-FT: supervised fine-tuning on the best response of each ranked row.
 
-python train.py config/local/preferred_ft.py         one busy CPU core, 5 minutes with a vocabulary of 4,096 (`make rlhf`), validation loss 4.60; then --init=out/preferred_ft_local for DPO
+The DPO paper (arXiv 2305.18290, section 5) uses it as the reference where there is no SFT model:
+then train config/local/dpo.py with --init=out/preferred_ft_local.
+
+    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/ranked
+    python train.py config/local/preferred_ft.py
+
+One busy CPU core, 5 minutes with a vocabulary of 4,096 (studies/rlhf), validation loss 4.60.
 """
-
-from config.local.dpo import *
 
 stage = "sft"
 out_dir = "out/preferred_ft_local"
 init = "out/pretrain_local"
-max_rows = 0
+data = "data/ranked"
+
+max_prompt = 128
+max_response = 96
 batch_size = 32  # rows, 95 steps
+epochs = 1.0
+optimizer = "adamw"
 lr = 1e-3
+warmup_ratio = 0.1
+schedule = "linear"
+eval_interval = 95
+eval_rows = 329  # all of them
+log_interval = 10
+
+# SFT does not use this one; it is what the published runs recorded
+loss_type = "pairs"

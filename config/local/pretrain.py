@@ -1,7 +1,11 @@
-"""A model of 1.8M parameters (11.4M with its embeddings) in GPT-2's BPE on local text, for the chain to spin_k3_gsm8k on a CPU.
+"""Pretrain a model of 1.8M parameters (11.4M with the embeddings of GPT-2's BPE) on local text.
 
-python -m data.jsonl.prepare ../shared/data/pretrain.jsonl.gz --out=data/local --tokenizer=gpt2
-python train.py config/local/pretrain.py         2 CPU cores, 8 minutes (14 on one), validation loss 5.4
+    python -m data.jsonl.prepare pretrain.jsonl.gz --out=data/local --tokenizer=gpt2
+    python train.py config/local/pretrain.py
+
+Two CPU cores, 8 minutes (14 on one), validation loss 5.4.
+The first of three stages: then config/local/sft_gsm8k.py and config/local/spin_k3_gsm8k.py.
+studies/rlhf runs it on data/local_bpe, with a vocabulary of 4,096.
 """
 
 stage = "pretrain"
@@ -17,7 +21,7 @@ norm = "rmsnorm"
 mlp = "swiglu"
 bias = False
 
-batch_size = 12  # x 320 = 3,840 tokens a step
+batch_size = 12  # x 320 = 3,840 tokens per step
 max_steps = 300  # 1.2M tokens
 optimizer = "muon"
 muon_lr = 0.05

@@ -1,11 +1,25 @@
-"""Fine-tune the local model on all of the local instructions: mathematics, commands, health, and the answers that ranked rows are about.
+"""Fine-tune on all local instructions: mathematics, shell commands, health, forum questions.
 
-python -m data.jsonl.prepare ../shared/data/sft.jsonl.gz --out=data/local_sft
-python train.py config/local/sft.py         one busy CPU core, 18 minutes with a vocabulary of 4,096 (`make rlhf`), validation loss 4.29
+    python -m data.jsonl.prepare sft.jsonl.gz --out=data/local_sft
+    python train.py config/local/sft.py
+
+One busy CPU core, 18 minutes with a vocabulary of 4,096 (studies/rlhf), validation loss 4.29.
 """
 
-from config.local.sft_gsm8k import *
-
+stage = "sft"
 out_dir = "out/sft_local"
+init = "out/pretrain_local"
 data = "data/local_sft"
+
+max_prompt = 160
+max_response = 160
+batch_size = 32  # rows per step
 max_steps = 185  # x 32 = 5,900 of 17,700 rows
+optimizer = "muon"
+muon_lr = 0.02
+lr = 3e-3
+warmup_ratio = 0.05
+schedule = "linear"
+eval_interval = 50
+eval_rows = 128
+log_interval = 10

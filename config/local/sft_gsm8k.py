@@ -1,7 +1,9 @@
-"""Fine-tune it on grade-school mathematics, worked solutions that end in "#### number".
+"""Fine-tune on grade-school mathematics: worked solutions that end in "#### number".
 
-python -m data.jsonl.prepare ../shared/data/sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train
-python train.py config/local/sft_gsm8k.py         2 CPU cores, 6 minutes (9 on one), validation loss 3.86
+    python -m data.jsonl.prepare sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train
+    python train.py config/local/sft_gsm8k.py
+
+Two CPU cores, 6 minutes (9 on one), validation loss 3.86.
 """
 
 stage = "sft"
@@ -11,7 +13,7 @@ data = "data/gsm8k_sft"
 
 max_prompt = 160
 max_response = 160
-batch_size = 32  # rows
+batch_size = 32  # rows per step
 epochs = 1.0  # 5,900 rows / 32 = 185 steps
 optimizer = "muon"
 muon_lr = 0.02

@@ -1,8 +1,8 @@
 """Sums, generated: "What is 347 + 58?" -> "405". Exact match can be checked.
 
-    python -m data.addition.prepare                      numbers below 1,000, 20,000 rows
+    python -m data.addition.prepare                      # 20,000 draws of numbers below 1,000
 
-a + b and b + a are one group. The tokenizer is bytes.
+Writes train.jsonl and val.jsonl, K = 1, for the tokenizer "bytes". a + b and b + a are one group.
 """
 
 import argparse
@@ -21,12 +21,14 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--rows", type=int, default=20000, help="problems drawn; the same one counts once"
+        "--rows", type=int, default=20000, help="number of draws; a repeated problem is one row"
     )
-    parser.add_argument("--below", type=int, default=1000, help="both numbers are")
-    parser.add_argument("--out", default=HERE, help="the data folder to write")
+    parser.add_argument("--below", type=int, default=1000, help="both numbers are below this")
+    parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
-    rng, rows = np.random.default_rng(0), {"train": {}, "val": {}}
+
+    rng = np.random.default_rng(0)
+    rows = {"train": {}, "val": {}}  # side -> {(a, b): row}
     for a, b in rng.integers(args.below, size=(args.rows, 2)).tolist():
         group = f"{min(a, b)}+{max(a, b)}"
         rows[split_of(group)][a, b] = {
@@ -34,18 +36,14 @@ def main(argv=None):
             "responses": [str(a + b)],
             "group": group,
         }
+
     os.makedirs(args.out, exist_ok=True)
-    for split, some in rows.items():
-        write_rows(os.path.join(args.out, f"{split}.jsonl"), some.values())
-    write_meta(
-        args.out,
-        "bytes",
-        f"a + b below {args.below}",
-        **{f"{split}_rows": len(some) for split, some in rows.items()},
-    )
-    print(
-        f"{args.out}: " + ", ".join(f"{len(some):,} {split} rows" for split, some in rows.items())
-    )
+    sizes = {}
+    for side in ("train", "val"):
+        write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
+        sizes[f"{side}_rows"] = len(rows[side])
+    write_meta(args.out, "bytes", f"a + b below {args.below}", **sizes)
+    print(f"{args.out}: {sizes['train_rows']:,} train rows, {sizes['val_rows']:,} val rows")
 
 
 if __name__ == "__main__":

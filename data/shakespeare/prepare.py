@@ -1,6 +1,8 @@
-"""Any plain text file as a token stream, the last tenth for validation.
+"""A plain text file as a token stream; the last tenth is validation.
 
-python -m data.shakespeare.prepare input.txt --tokenizer=gpt2
+    python -m data.shakespeare.prepare input.txt --tokenizer=gpt2
+
+Writes train.bin and val.bin, and bpe.tiktoken with --tokenizer=bpe.
 """
 
 import argparse
@@ -18,10 +20,12 @@ def main(argv=None):
     )
     parser.add_argument("file", help="plain text in UTF-8")
     parser.add_argument(
-        "--tokenizer", default="bytes", help="gpt2, bytes, or bpe: trained on this text"
+        "--tokenizer",
+        default="bytes",
+        help="gpt2, bytes (default), or bpe, trained on the training part",
     )
-    parser.add_argument("--vocab_size", type=int, default=4096, help="of bpe")
-    parser.add_argument("--out", default=HERE, help="the data folder to write")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="vocabulary size of bpe")
+    parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
     try:
         with open(args.file, encoding="utf-8") as f:
@@ -29,18 +33,20 @@ def main(argv=None):
     except (OSError, UnicodeDecodeError) as e:
         raise SystemExit(f"{args.file}: {getattr(e, 'strerror', None) or e}")
     cut = len(text) * 9 // 10
+    train_text, val_text = text[:cut], text[cut:]
+
     os.makedirs(args.out, exist_ok=True)
-    if args.tokenizer == "bpe":
-        tokenizer.save(
-            tokenizer.train([text[:cut]], args.vocab_size), os.path.join(args.out, "bpe.tiktoken")
-        )
-        args.tokenizer = "bpe.tiktoken"
-    enc = tokenizer.load(tokenizer_path(args.out, args.tokenizer))
+    name = args.tokenizer
+    if name == "bpe":
+        name = "bpe.tiktoken"
+        bpe = tokenizer.train([train_text], args.vocab_size)
+        tokenizer.save(bpe, os.path.join(args.out, name))
+    enc = tokenizer.load(tokenizer_path(args.out, name))
     sizes = {
-        f"{split}_tokens": write_stream(os.path.join(args.out, f"{split}.bin"), [part], enc)
-        for split, part in (("train", text[:cut]), ("val", text[cut:]))
+        "train_tokens": write_stream(os.path.join(args.out, "train.bin"), [train_text], enc),
+        "val_tokens": write_stream(os.path.join(args.out, "val.bin"), [val_text], enc),
     }
-    write_meta(args.out, args.tokenizer, os.path.basename(args.file), **sizes)
+    write_meta(args.out, name, os.path.basename(args.file), **sizes)
     print(f"{args.out}: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()))
 
 

@@ -1,80 +1,85 @@
-"""Posts with comments, as the T_n figure reads them: history + preferred comment, one text for each pair of comments.
+"""SHP as plain texts, a post and its preferred comment for each pair; for the Taylor loss study.
 
-    python -m data.shp.prepare                                         # the hub's stanfordnlp/SHP, first 10,000 rows, GPT-2's BPE
-    python -m data.shp.prepare ranked.jsonl.gz --rows=1200 --tokenizer=bpe    # the same construction from local ranked rows
-    python -m data.shp.prepare --surrogate --rows=1200 --tokenizer=bpe        # from installed packages' docstrings: needs nothing
+    python -m data.shp.prepare
+    python -m data.shp.prepare ranked.jsonl.gz --rows=1200 --tokenizer=bpe
+    python -m data.shp.prepare --surrogate --rows=1200 --tokenizer=bpe
 
---sets=3 writes OUT/1, OUT/2, OUT/3, each of the next so many rows: other posts for other seeds.
+The first reads stanfordnlp/SHP, the first 10,000 rows, with GPT-2's BPE. The second makes the
+same from local ranked rows. The third makes it from the docstrings of installed packages,
+offline. A text is the post (`history`), an empty line, and the preferred comment.
 
-Writes OUT/row and OUT/group, the same texts split twice: by row, as the write-up did, and by post. SHP has many rows a post
-and every one of them begins with the post's `history`, so a split by row puts nearly every validation post into the training
-set; it says so when it is done. Both have the tokenizer of the group split's training texts.
+Writes OUT/row and OUT/group, the same texts split in two ways: by row, as the write-up did, and
+by post. SHP has many rows for a post, and each begins with the post's `history`. A split by row
+therefore puts nearly every validation post into training; the command prints how many. Both
+folders have the tokenizer that was trained on the group split's training texts.
 
-Traps of SHP's schema: `labels` 1 means that A is preferred; a post's rows are pairs of its comments, so the same comment is
-preferred in several; `post_id` is the group; the published splits are by post, only the write-up's own is not.
+--sets=3 writes OUT/1, OUT/2 and OUT/3, each from the next N rows: other posts for other seeds.
+
+Traps of the schema:
+- `labels` 1 means that A is preferred.
+- A post's rows are pairs of its comments, so the same comment is preferred in several of them.
+- `post_id` is the group. The published splits are by post; only the write-up's own split is not.
 """
 
 import argparse
 import itertools
 import os
 
-import numpy as np
 from tqdm import tqdm
 
 from data import hub, tokenizer
-from data.rows import longest_shared_prefix, write_rows
 from data.folder import split_of, write_meta
+from data.rows import longest_shared_prefix, write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def hub_pairs(path, commit):
-    """(history, preferred comment, post) of each row of SHP's train split, in its order. path: a hub id, or a folder with its files."""
-    for row in hub.stream(
-        path, "train", commit, ("history", "human_ref_A", "human_ref_B", "labels", "post_id")
-    )[1]:
-        yield (
-            row["history"],
-            row["human_ref_A"] if row["labels"] == 1 else row["human_ref_B"],
-            row["post_id"],
-        )
+def hub_pairs(source, commit):
+    """Yield (history, preferred comment, post) of each row of SHP's train split, in its order.
+
+    source: a hub id, or a folder with the files.
+    """
+    fields = ("history", "human_ref_A", "human_ref_B", "labels", "post_id")
+    _, rows = hub.open_split(source, "train", commit, fields)
+    for row in rows:
+        preferred = row["human_ref_A"] if row["labels"] == 1 else row["human_ref_B"]
+        yield row["history"], preferred, row["post_id"]
 
 
 def ranked_pairs(paths):
-    """The same of each pair of a ranked row's responses that differ in score, as SHP was made of threads."""
-    from data.jsonl.prepare import ranked, read
+    """The same for each pair of a ranked row's responses that differ in score, as SHP was made."""
+    from data.jsonl.prepare import read_lines, to_row
 
-    for where, value in itertools.chain.from_iterable(map(read, paths)):
-        row = ranked(value, where)
-        scores = row.get("scores") or range(len(row["responses"]), 0, -1)
-        if not str(value.get("source", "")).startswith("gsm8k"):  # whose rows are no threads
-            for i, j in itertools.combinations(range(len(scores)), 2):
+    for path in paths:
+        for where, value in read_lines(path):
+            row = to_row(value, where)
+            if str(value.get("source", "")).startswith("gsm8k"):  # not threads
+                continue
+            num_responses = len(row["responses"])
+            scores = row.get("scores") or range(num_responses, 0, -1)
+            post = str(value.get("group") or row["prompt"])
+            for i, j in itertools.combinations(range(num_responses), 2):
                 if scores[i] > scores[j]:
-                    yield (
-                        row["prompt"],
-                        row["responses"][i],
-                        str(value.get("group") or row["prompt"]),
-                    )
+                    yield row["prompt"], row["responses"][i], post
 
 
 def surrogate_pairs():
-    """The same of a class's docstring and its methods', the longer one preferred."""
+    """The same for a class and pairs of its methods: docstrings, the longer one preferred."""
     from data.pydocs.prepare import documented, sources
 
     for module, path in sources():
-        names = dict((name, doc) for name, _, doc in documented(module, path))
-        for name, doc in names.items():
-            methods = sorted(
-                {
-                    d
-                    for n, d in names.items()
-                    if n.rpartition(".")[0] == name and n != name and d != doc
-                },
-                key=lambda d: (-len(d), d),
-            )
-            if name != module:
-                for i, j in itertools.combinations(range(min(len(methods), 6)), 2):
-                    yield f"{name}\n\n{doc}", methods[i], name
+        docs = {name: doc for name, _, doc in documented(module, path)}
+        for name, doc in docs.items():
+            if name == module:
+                continue
+            methods = set()
+            for other_name, other_doc in docs.items():
+                parent = other_name.rpartition(".")[0]
+                if parent == name and other_name != name and other_doc != doc:
+                    methods.add(other_doc)
+            longest_first = sorted(methods, key=lambda text: (-len(text), text))
+            for preferred, _ in itertools.combinations(longest_first[:6], 2):
+                yield f"{name}\n\n{doc}", preferred, name
 
 
 def main(argv=None):
@@ -90,106 +95,113 @@ def main(argv=None):
     parser.add_argument(
         "--hub",
         default="stanfordnlp/SHP",
-        help="a data set of SHP's schema, or a folder that holds one",
+        help="id of a data set of SHP's schema, or a folder with its files",
     )
     parser.add_argument(
-        "--revision", help="of the hub's data set (default: the commit in data/hub.py)"
+        "--revision", help="commit or branch on the hub (default: the commit in data/hub.py)"
     )
-    parser.add_argument("--rows", type=int, default=10_000, help="the first so many")
+    parser.add_argument("--rows", type=int, default=10_000, help="number of pairs")
     parser.add_argument(
-        "--sets", type=int, default=0, help="so many times, in folders of their own"
+        "--sets",
+        type=int,
+        default=0,
+        help="number of sets, each in a folder of OUT; 0: one, in OUT",
     )
     parser.add_argument(
         "--split",
         choices=["row", "group", "both"],
         default="both",
-        help="by row, by post, or a folder of each",
+        help="split by row, by post, or a folder of each",
     )
     parser.add_argument(
         "--tokenizer", default="gpt2", help="gpt2, bytes, or bpe, trained on the texts"
     )
-    parser.add_argument("--vocab_size", type=int, default=2048, help="of bpe")
-    parser.add_argument(
-        "--out", default=HERE, help="the data folder to write, or the one that they stand in"
-    )
+    parser.add_argument("--vocab_size", type=int, default=2048, help="vocabulary size of bpe")
+    parser.add_argument("--out", default=HERE, help="folder to write row/ and group/ to")
     args = parser.parse_args(argv)
     if args.surrogate and args.files:
         parser.error("either files or --surrogate")
     if args.rows < 1 or args.sets < 0 or args.vocab_size < 257:
         parser.error(
-            "--rows must be at least 1, --sets at least 0, --vocab_size at least 257: the bytes and end-of-text"
+            "--rows must be at least 1, --sets at least 0,"
+            " --vocab_size at least 257 (the bytes and end-of-text)"
         )
     if args.tokenizer != "bpe":
-        tokenizer.load(args.tokenizer)
-    commit = None if args.surrogate or args.files else hub.commit_of(args.hub, args.revision)
-    pairs = (
-        surrogate_pairs()
-        if args.surrogate
-        else ranked_pairs(args.files)
-        if args.files
-        else hub_pairs(args.hub, commit)
-    )
-    source = (
-        "docstrings"
-        if args.surrogate
-        else ", ".join(map(os.path.basename, args.files)) or hub.name_of(args.hub, commit)
-    )
-    pairs = iter(tqdm(pairs, total=args.rows * max(1, args.sets), desc="pairs", disable=None))
-    for out in [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]:
-        texts = [
-            {"text": f"{history}\n\n{comment}", "group": post}
-            for history, comment, post in itertools.islice(pairs, args.rows)
-            if f"{history}{comment}".strip()
-        ]
-        write(out, texts, source, ("row", "group") if args.split == "both" else (args.split,), args)
+        tokenizer.load(args.tokenizer)  # exits before any work if it cannot
+
+    if args.surrogate:
+        pairs, source = surrogate_pairs(), "docstrings"
+    elif args.files:
+        pairs, source = ranked_pairs(args.files), ", ".join(map(os.path.basename, args.files))
+    else:
+        commit = hub.resolve_commit(args.hub, args.revision)
+        pairs, source = hub_pairs(args.hub, commit), hub.source_name(args.hub, commit)
+    total = args.rows * max(1, args.sets)
+    pairs = iter(tqdm(pairs, total=total, desc="pairs", disable=None))
+    outs = [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]
+    splits = ("row", "group") if args.split == "both" else (args.split,)
+    for out in outs:
+        texts = []
+        for history, comment, post in itertools.islice(pairs, args.rows):
+            if f"{history}{comment}".strip():
+                texts.append({"text": f"{history}\n\n{comment}", "group": post})
+        write_splits(out, texts, source, splits, args)
 
 
-def write(out, texts, source, splits, args):
-    """The folders out/SPLIT of some texts."""
+def write_splits(out, texts, source, splits, args):
+    """Write the data folders OUT/row and OUT/group of some texts."""
     sides = {
         "row": [split_of(f"row {i}", 0.2) for i in range(len(texts))],
         "group": [split_of(row["group"], 0.2) for row in texts],
     }
     if any(set(side) != {"train", "val"} for side in sides.values()):
         raise SystemExit(f"{source}: {len(texts)} texts are too few for a split")
-    enc = (
-        None
-        if args.tokenizer != "bpe"
-        else tokenizer.train(
-            [row["text"] for row, side in zip(texts, sides["group"]) if side == "train"],
-            args.vocab_size,
+    name = args.tokenizer
+    if name == "bpe":
+        name = "bpe.tiktoken"
+        enc = tokenizer.train(
+            [row["text"] for row in on_side(texts, sides["group"], "train")], args.vocab_size
         )
-    )
+    else:
+        enc = tokenizer.load(name)
     for split in splits:
-        folder, name = os.path.join(out, split), "bpe.tiktoken" if enc else args.tokenizer
+        folder = os.path.join(out, split)
         os.makedirs(folder, exist_ok=True)
-        if enc:
+        if args.tokenizer == "bpe":
             tokenizer.save(enc, os.path.join(folder, name))
-        rows = {
-            side: [row for row, s in zip(texts, sides[split]) if s == side]
-            for side in ("train", "val")
-        }
-        for side in rows:
-            write_rows(os.path.join(folder, f"{side}.jsonl"), rows[side])
-        ids = {
-            side: [(enc or tokenizer.load(name)).encode_ordinary(row["text"]) for row in rows[side]]
-            for side in rows
-        }
-        shared = longest_shared_prefix(ids["val"], ids["train"])
-        leaks = float(np.mean([s >= min(64, len(v)) for s, v in zip(shared, ids["val"])]))
+        train = on_side(texts, sides[split], "train")
+        val = on_side(texts, sides[split], "val")
+        write_rows(os.path.join(folder, "train.jsonl"), train)
+        write_rows(os.path.join(folder, "val.jsonl"), val)
+        leaks = share_of_leaks(train, val, enc)
         posts = len({row["group"] for row in texts})
         write_meta(
             folder,
             name,
             source,
-            **{f"{side}_rows": len(rows[side]) for side in rows},
+            train_rows=len(train),
+            val_rows=len(val),
             posts=posts,
             leaks=leaks,
         )
         print(
-            f"{folder}: {len(rows['train']):,} train rows, {len(rows['val']):,} val rows of {posts:,} posts; "
-            f"the first 64 tokens of {100 * leaks:.1f} % of the validation rows begin a training row too"
+            f"{folder}: {len(train):,} train rows, {len(val):,} val rows of {posts:,} posts;"
+            f" {100 * leaks:.1f} % of the validation rows share their first 64 tokens with a"
+            " training row"
         )
+
+
+def on_side(texts, sides, side):
+    return [row for row, row_side in zip(texts, sides) if row_side == side]
+
+
+def share_of_leaks(train, val, enc, num_tokens=64):
+    """The share of validation texts whose first tokens (at most 64) begin a training text too."""
+    train_ids = [enc.encode_ordinary(row["text"]) for row in train]
+    val_ids = [enc.encode_ordinary(row["text"]) for row in val]
+    shared = longest_shared_prefix(val_ids, train_ids)
+    leaks = [n >= min(num_tokens, len(ids)) for n, ids in zip(shared, val_ids)]
+    return sum(leaks) / len(leaks)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
-"""Stanford Human Preferences: a post, and all its comments ranked by their score.
+"""Stanford Human Preferences (SHP): a post with all its comments, ranked by their score.
 
     python -m data.shp_ranked.prepare
-    python -m data.shp_ranked.prepare --min_ratio=2         # a comment ranks below another if that has twice its score; those between are left out
-    python -m data.shp_ranked.prepare --pairs --out=data/shp_pairs          # the pairs as published
+    python -m data.shp_ranked.prepare --min_ratio=2
+    python -m data.shp_ranked.prepare --pairs --out=data/shp_pairs
 
-From stanfordnlp/SHP, train and validation, the published split, which is by post: 348,718 and 18,436 pairs.
-(The T_n study reads the same set as plain texts: data/shp.)
+From stanfordnlp/SHP, its train and validation splits, which are by post: 348,718 and 18,436
+pairs. Writes train.jsonl and val.jsonl; K is the number of a post's comments. With --min_ratio=2
+a comment ranks below another if the other has twice its score; comments in between are left out.
+--pairs writes the pairs as published, K = 2. (data/shp has the same set as plain texts, for the
+Taylor loss study.)
 
-Traps of its schema: a row is a pair of a post's comments, so the same comment stands in several rows, and a post has a
-hundred: counted by pairs, few posts outweigh the rest; `labels` 1 means that A is preferred, at random A or B; `history`
-is the post. A pair was published only if the preferred comment is the later one: earlier ones gather more votes. Ranking all
-comments brings those pairs back that this had left out; --pairs does not. Scores tie, and 12 against 11 says little: --min_ratio.
+Traps of the schema:
+- A row is a pair of a post's comments, so the same comment is in several rows. A post can have a
+  hundred rows: counted by pairs, a few posts outweigh the rest.
+- `labels` 1 means that A is preferred; A and B are in random order. `history` is the post.
+- A pair was published only if the preferred comment is the later one, because earlier ones gather
+  more votes. Ranking all comments brings back the pairs that were left out for that; --pairs does
+  not.
+- Scores tie, and 12 against 11 says little: see --min_ratio.
 """
-
-import os
 
 from data import hub
 
-NEED = (
+FIELDS = (
     "post_id",
     "history",
     "c_root_id_A",
@@ -31,55 +36,58 @@ NEED = (
 
 
 def main(argv=None):
-    parser = hub.arguments(__doc__, "stanfordnlp/SHP", os.path.dirname(os.path.abspath(__file__)))
+    parser = hub.argument_parser(__doc__, "stanfordnlp/SHP", __file__)
     parser.add_argument("--pairs", action="store_true", help="the pairs as published")
     parser.add_argument(
-        "--min_ratio", type=float, default=1.0, help="of a response's score to the next one's"
+        "--min_ratio",
+        type=float,
+        default=1.0,
+        help="smallest ratio of a response's score to that of the next one",
     )
     args = parser.parse_args(argv)
 
     def convert(row, dropped):
-        better, worse = (
-            (row[f"human_ref_{c}"], row[f"score_{c}"], row[f"c_root_id_{c}"])
-            for c in ("AB" if row["labels"] == 1 else "BA")
-        )
-        if better[1] < worse[1]:
+        better, worse = ("A", "B") if row["labels"] == 1 else ("B", "A")
+        responses = [row[f"human_ref_{better}"], row[f"human_ref_{worse}"]]
+        scores = [row[f"score_{better}"], row[f"score_{worse}"]]
+        if scores[0] < scores[1]:
             return hub.drop(dropped, "pairs whose label and scores disagree")
-        if not args.pairs:  # as they are: by_post ranks them
-            return [
-                {
-                    "prompt": row["history"],
-                    "responses": [better[0], worse[0]],
-                    "scores": [better[1], worse[1]],
-                    "group": row["post_id"],
-                    "comments": [better[2], worse[2]],
-                }
-            ]
-        if better[1] < args.min_ratio * worse[1]:
-            return hub.drop(dropped, "pairs below --min_ratio")
-        return hub.ranked(row["history"], [better[:2], worse[:2]], row["post_id"], dropped)
+        if args.pairs:
+            if scores[0] < args.min_ratio * scores[1]:
+                return hub.drop(dropped, "pairs below --min_ratio")
+            answers = zip(responses, scores)
+            return hub.rank_responses(row["history"], answers, row["post_id"], dropped)
+        return [  # rank_posts merges these
+            {
+                "prompt": row["history"],
+                "responses": responses,
+                "scores": scores,
+                "group": row["post_id"],
+                "comments": [row[f"c_root_id_{better}"], row[f"c_root_id_{worse}"]],
+            }
+        ]
 
-    def by_post(rows, side, dropped):
-        posts = {}
+    def rank_posts(rows, side, dropped):
+        """One row for each post, from the pairs of its comments."""
+        prompts = {}  # post -> text
+        comments = {}  # post -> {comment id: (response, score)}
         for row in rows():
-            _, comments = posts.setdefault(row["group"], (row["prompt"], {}))
-            comments.update(zip(row["comments"], zip(row["responses"], row["scores"])))
-        for post, (prompt, comments) in posts.items():
-            answers = []
-            for answer in sorted(comments.values(), key=lambda answer: -answer[1]):
-                if not answers or answers[-1][1] >= args.min_ratio * answer[1]:
-                    answers.append(answer)
-                else:
+            post = row["group"]
+            prompts.setdefault(post, row["prompt"])
+            answers = zip(row["responses"], row["scores"])
+            comments.setdefault(post, {}).update(zip(row["comments"], answers))
+        for post, prompt in prompts.items():
+            kept = []
+            by_score = sorted(comments[post].values(), key=lambda answer: -answer[1])
+            for response, score in by_score:
+                if kept and kept[-1][1] < args.min_ratio * score:
                     hub.drop(dropped, "comments below --min_ratio")
-            yield from hub.ranked(prompt, answers, post, dropped)
+                else:
+                    kept.append((response, score))
+            yield from hub.rank_responses(prompt, kept, post, dropped)
 
-    hub.prepare_rows(
-        args,
-        [("train", "train"), ("validation", "val")],
-        NEED,
-        convert,
-        None if args.pairs else by_post,
-    )
+    splits = [("train", "train"), ("validation", "val")]
+    hub.prepare_rows(args, splits, FIELDS, convert, None if args.pairs else rank_posts)
 
 
 if __name__ == "__main__":

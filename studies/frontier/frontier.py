@@ -1,458 +1,640 @@
-"""RLHF or DPO: true reward against KL to the reference, on a task whose reward is known.
+"""RLHF or DPO? True reward against KL to the reference, on a task whose reward is known.
 
-    python frontier.py                       everything, to studies/frontier/results; 40 minutes on two cores
-    python frontier.py --seeds=1 --values=1  one point a method
+    python -m studies.frontier.frontier                        all runs; 40 minutes on two cores
+    python -m studies.frontier.frontier --seeds=1 --values=1   one point per method
+    python -m studies.frontier.frontier --redraw               the figure again, without any run
 
-The reference samples three responses to each prompt, the true reward (data/pydocs/scorer.py) ranks them, and every method
-learns from these same rows: PPO through a reward model fitted to them, or from the true reward itself; DPO (all pairs),
-K = 3 Plackett-Luce, SimPO and Preferred-FT straight from the ranking. Each is swept over the price of KL and seeds; then
-everyone answers the same held-out prompts. Interrupted, it goes on where it stopped.
+The reference model samples three responses to each prompt. The true reward (data/pydocs/scorer.py)
+ranks them. Every method learns from these rows: PPO through a reward model fitted to them, or from
+the true reward itself; DPO on all pairs, Plackett-Luce, SimPO and Preferred-FT from the ranking.
+Each method is swept over the strength of its KL control and over seeds. Then all policies answer
+the same held-out prompts. An interrupted sweep continues where it stopped.
 """
 
 import argparse
 import contextlib
-import json
+import math
 import multiprocessing
 import os
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, astuple, dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
 
-from nanospin import checkpoint
-from nanospin import distributed
 import train
-from data.rows import encode_rows, read_rows, write_rows
 from data.batch import permutation
-from data.files import write_json
+from data.files import read_json, write_json
 from data.folder import write_meta
 from data.pydocs.scorer import concrete, kinds
-from eval import validation_rows, reward_scores, response_logprobs
-from tools.plot import minutes
-from sample import number_type, respond
+from data.rows import encode_rows, read_rows, write_rows
+from eval import response_logprobs, reward_scores, validation_rows
+from model import GPT
+from nanospin import checkpoint, distributed
+from nanospin.cli import number_type
+from rollout import unique_prompts
+from sample import respond
+from tools.plot import (
+    GREY,
+    PALETTE,
+    figure_legend,
+    minutes,
+    plt,
+    reference_line,
+    save_figure,
+    style,
+)
 
-ROWS, VAL_ROWS, K = 1536, 256, 3
+ROWS = 1536  # training prompts
+VAL_ROWS = 256  # held-out prompts
+K = 3  # responses to each prompt
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
-METHODS = {  # name -> (config, its further settings, the swept setting, its values from cautious to greedy)
-    "PPO, learnt reward": ("ppo", ["--reward={reward}"], "kl_coef", (0.5, 0.15, 0.03)),
-    "PPO, true reward": (
-        "ppo",
-        ["--reward=data.pydocs.scorer:concrete"],
-        "kl_coef",
-        (0.5, 0.15, 0.03),
+EVAL_SEED = 7  # of the held-out samples, the same for every policy
+KL_BUDGETS = (1, 2, 5, 10, 20, 40)  # nats per response
+CONFIGS = "studies/frontier/config"
+
+
+@dataclass(frozen=True)
+class Method:
+    config: str  # file in studies/frontier/config
+    sweep: str = ""  # the setting that is swept; "": none
+    values: tuple = (None,)  # its values, from close to the reference to greedy
+    options: tuple = ()  # other settings
+
+
+METHODS = {
+    "PPO, learnt reward": Method("ppo", "kl_coef", (0.5, 0.15, 0.03), ("--reward={reward}",)),
+    "PPO, true reward": Method(
+        "ppo", "kl_coef", (0.5, 0.15, 0.03), ("--reward=data.pydocs.scorer:concrete",)
     ),
-    "DPO": ("dpo", [], "beta", (2.0, 0.7, 0.2)),
-    "Plackett-Luce, K = 3": ("dpo", ["--loss_type=pl"], "beta", (2.0, 0.7, 0.2)),
-    "SimPO": (
-        "dpo",
-        ["--loss_type=simpo", "--beta=2", "--margin=0.5"],
-        "lr",
-        (4e-5, 8e-5, 1.6e-4),
-    ),  # it has no price of KL
-    "Preferred-FT": ("preferred_ft", [], None, (None,)),
+    "DPO": Method("dpo", "beta", (2.0, 0.7, 0.2)),
+    "Plackett-Luce, K = 3": Method("dpo", "beta", (2.0, 0.7, 0.2), ("--loss_type=pl",)),
+    # SimPO has no reference, so no setting of it controls the KL: its learning rate is swept
+    "SimPO": Method(
+        "dpo", "lr", (4e-5, 8e-5, 1.6e-4), ("--loss_type=simpo", "--beta=2", "--margin=0.5")
+    ),
+    "Preferred-FT": Method("preferred_ft"),
 }
 
 
+# ---------------------------------------------------------------------------------------- the runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy of the sweep."""
+
+    out_dir: str
+    reward: str  # the reward model of the same seed, which also measures the policy
+    args: list  # for train.py
+
+
 def fit(args):
-    """One run of the trainer in this process; what it says goes beside its folder."""
-    out = next(a[len("--out_dir=") :] for a in args if a.startswith("--out_dir="))
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    began = time.time()
+    """Run the trainer in this process; its output goes to OUT_DIR.log."""
+    prefix = "--out_dir="
+    out_dir = next(arg.removeprefix(prefix) for arg in args if arg.startswith(prefix))
+    os.makedirs(os.path.dirname(out_dir), exist_ok=True)
+    start = time.time()
     with (
-        open(out + ".log", "a", encoding="utf-8") as f,
-        contextlib.redirect_stdout(f),
-        contextlib.redirect_stderr(f),
+        open(out_dir + ".log", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
     ):
         train.main(args)
-    print(f"{time.time() - began:4.0f} s  train.py {' '.join(args)}", flush=True)
+    print(f"{time.time() - start:4.0f} s  train.py {' '.join(args)}", flush=True)
+
+
+def sweep_runs(folder, rewards, num_values, inputs, small):
+    """{(method, value): [Run of each seed]}. rewards: the reward model of each seed."""
+    runs = {}
+    for seed, reward in enumerate(rewards):
+        for name, method in METHODS.items():
+            for value in method.values[:num_values]:
+                slug = re.sub("[^0-9A-Za-z]", "_", name)
+                out_dir = f"{folder}/{slug}_{value}_{seed}"
+                args = [f"{CONFIGS}/{method.config}.py", f"--out_dir={out_dir}", f"--seed={seed}"]
+                args += inputs
+                args += [option.format(reward=reward) for option in method.options]
+                if method.sweep:
+                    args.append(f"--{method.sweep}={value}")
+                if small and method.config == "ppo":
+                    args += ["--rounds=2", "--max_rows=16", "--batch_size=8"]
+                runs.setdefault((name, value), []).append(Run(out_dir, reward, args))
+    return runs
+
+
+def model_limits(meta):
+    """The settings of a checkpoint that say how prompts and responses are encoded."""
+    return {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
 
 
 def rank(folder, reference, source="data/pydocs"):
-    """Three responses of the reference to each prompt, ranked by the true reward; the source's own split."""
+    """Write the ranked data: K samples of the reference for each prompt, best true reward first.
+
+    The split is the source's own.
+    """
     if os.path.exists(os.path.join(folder, "meta.json")):
         return
-    model, enc, meta = checkpoint.load_model(reference)
-    settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
+    model, enc, meta = GPT.from_checkpoint(reference)
+    limits = model_limits(meta)
     os.makedirs(folder, exist_ok=True)
-    for split, n in (("train", ROWS), ("val", VAL_ROWS)):
-        rows = validation_rows(source, n) if split == "val" else read_rows(f"{source}/train.jsonl")
-        rows = list({row["prompt"]: row for row in rows}.values())
+    splits = {
+        # split -> (rows, how many of them, seed of the first sample)
+        "train": (read_rows(f"{source}/train.jsonl"), ROWS, 0),
+        "val": (validation_rows(source, VAL_ROWS), VAL_ROWS, K),
+    }
+    for split, (rows, n, first_seed) in splits.items():
+        rows = unique_prompts(rows)
         rows = [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
-        drawn = [
-            respond(model, enc, rows=rows, seed=k + K * (split == "val"), **settings)
-            for k in range(K)
-        ]
+        samples = []
+        for k in range(K):
+            texts, ids = respond(model, enc, rows=rows, seed=first_seed + k, **limits)
+            samples.append(list(zip(texts, ids)))
         ranked = []
-        for i, row in enumerate(rows):
-            answers = sorted(
-                [
-                    (concrete(row, texts[i]), texts[i], ids[i])
-                    for texts, ids in drawn
-                    if ids[i] is not None
-                ],
-                key=lambda a: -a[0],
-            )
-            if answers:
-                ranked.append(
-                    {name: row[name] for name in ("prompt", "group") if name in row}
-                    | {
-                        "responses": [a[1] for a in answers],
-                        "ids": [a[2] for a in answers],
-                        "scores": [a[0] for a in answers],
-                    }
-                )
+        for row, *responses in zip(rows, *samples):
+            ranked_row = rank_responses(row, responses)
+            if ranked_row is not None:
+                ranked.append(ranked_row)
         write_rows(os.path.join(folder, f"{split}.jsonl"), ranked)
+    policy = checkpoint.resolve(reference)
     write_meta(
-        folder,
-        None,
-        f"{K} samples a prompt of {checkpoint.resolve(reference)}, ranked by data.pydocs.scorer:concrete",
+        folder, None, f"{K} samples a prompt of {policy}, ranked by data.pydocs.scorer:concrete"
     )
+
+
+def rank_responses(row, responses):
+    """A data row with its sampled responses [(text, ids)] in the order of the true reward.
+
+    None if there is no response, because the prompt left no room for one.
+    """
+    scored = [(concrete(row, text), text, ids) for text, ids in responses if ids is not None]
+    if not scored:
+        return None
+    scored.sort(key=itemgetter(0), reverse=True)  # stable: equal scores keep their order
+    ranked_row = {name: row[name] for name in ("prompt", "group") if name in row}
+    ranked_row["responses"] = [text for _, text, _ in scored]
+    ranked_row["ids"] = [ids for _, _, ids in scored]
+    ranked_row["scores"] = [score for score, _, _ in scored]
+    return ranked_row
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+@dataclass
+class Measurement:
+    """What one policy does on the held-out prompts. All but true_at is at temperature 1."""
+
+    true_at: dict  # temperature, as text -> the true reward of each prompt's sample
+    true: float  # mean true reward
+    kl: float  # nats per response: mean of log pi - log pi_ref over the policy's own samples
+    kl_se: float  # its standard error over prompts
+    learnt: float  # mean score by the reward model
+    length: float  # tokens
+    ended: float  # share that ended in end-of-text
+    kinds: float  # different kinds of things named
+    beyond: float  # share that names more than three, beyond which the true reward falls
+    minutes: float  # training time of the run
+    example: str  # the first sample
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds, and its standard error (0 with one seed)."""
+
+    mean: float
+    error: float = 0.0
+
+    @classmethod
+    def of(cls, values):
+        if len(values) == 1:
+            return cls(float(values[0]))
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5))
+
+    def format(self, digits=3):
+        return f"{self.mean:.{digits}f} ± {self.error:.{digits}f}"
+
+    def format_percent(self):
+        return f"{100 * self.mean:.1f} ± {100 * self.error:.1f} %"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one value of its swept setting, over seeds."""
+
+    value: float | None
+    kl: Mean
+    true: Mean
+    learnt: Mean
+
+
+def average(seeds, quantity):
+    """Mean of one field over the Measurements of several seeds."""
+    return Mean.of([getattr(one, quantity) for one in seeds])
 
 
 def measure(run, reference, judge, folder):
-    """What a policy says to the held-out prompts, at temperature 1 and at the others -> figures, kept in RUN.json."""
+    """Sample a policy on the held-out prompts -> Measurement, which is kept in RUN.json.
+
+    run, reference, judge: checkpoints of the policy, the reference and a reward model.
+    """
     path = run + ".json"
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return Measurement(**read_json(path))
     rows = read_rows(f"{folder}/val.jsonl")
-    model, enc, meta = checkpoint.load_model(run)
-    ref, judge = checkpoint.load_model(reference)[0], checkpoint.load_model(judge)[0]
-    settings = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
-    figures = {"true_at": {}}
+    model, enc, meta = GPT.from_checkpoint(run)
+    ref_model = GPT.from_checkpoint(reference)[0]
+    reward_model = GPT.from_checkpoint(judge)[0]
+    limits = model_limits(meta)
+
+    samples = {}
+    true_at = {}
     for temperature in TEMPERATURES:
-        texts, ids = respond(model, enc, rows=rows, seed=7, temperature=temperature, **settings)
-        true = [concrete(row, text) for row, text in zip(rows, texts)]
-        figures["true_at"][str(temperature)] = true
-    said = [
-        {"prompt": row["prompt"], "responses": [text], "ids": [y]}
-        for row, text, y in zip(rows, texts, ids)
-    ]  # at temperature 1, the last
-    encoded, _ = encode_rows(
-        said,
-        enc,
-        settings["template"],
-        model.config.block_size,
-        settings["max_prompt"],
-        settings["max_response"],
+        texts, ids = respond(
+            model, enc, rows=rows, seed=EVAL_SEED, temperature=temperature, **limits
+        )
+        samples[temperature] = texts, ids
+        true_at[str(temperature)] = [concrete(row, text) for row, text in zip(rows, texts)]
+    texts, ids = samples[1.0]
+
+    sampled_rows = [
+        {"prompt": row["prompt"], "responses": [text], "ids": [tokens]}
+        for row, text, tokens in zip(rows, texts, ids)
+    ]
+    encoded, _ = encode_rows(sampled_rows, enc, block_size=model.config.block_size, **limits)
+    logps = response_logprobs(model, encoded, 4096, "cpu")[:, 0]
+    ref_logps = response_logprobs(ref_model, encoded, 4096, "cpu")[:, 0]
+    kl = logps - ref_logps
+    num_kinds = [kinds(text) for text in texts]
+    measurement = Measurement(
+        true_at=true_at,
+        true=float(np.mean(true_at["1.0"])),
+        kl=float(kl.mean()),
+        kl_se=float(kl.std() / len(kl) ** 0.5),
+        learnt=float(reward_scores(reward_model, encoded, 4096, "cpu").mean()),
+        length=float(np.mean([len(tokens) for tokens in ids])),
+        ended=float(np.mean([tokens[-1] == enc.eot_token for tokens in ids])),
+        kinds=float(np.mean(num_kinds)),
+        beyond=float(np.mean([n > 3 for n in num_kinds])),
+        minutes=minutes(run),
+        example=texts[0],
     )
-    kl = (
-        response_logprobs(model, encoded, 4096, "cpu")
-        - response_logprobs(ref, encoded, 4096, "cpu")
-    )[:, 0]
-    figures |= {
-        "true": float(np.mean(true)),
-        "kl": float(kl.mean()),
-        "kl_se": float(kl.std() / len(kl) ** 0.5),
-        "learnt": float(reward_scores(judge, encoded, 4096, "cpu").mean()),
-        "length": float(np.mean([len(y) for y in ids])),
-        "ended": float(np.mean([y[-1] == enc.eot_token for y in ids])),
-        "kinds": float(np.mean([kinds(text) for text in texts])),
-        "beyond": float(np.mean([kinds(text) > 3 for text in texts])),
-        "minutes": minutes(run),
-        "example": texts[0],
-    }
-    write_json(path, figures)
-    print(
-        f"{run}: "
-        + ", ".join(
-            f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)
-        ),
-        flush=True,
-    )
-    return figures
+    write_json(path, asdict(measurement))
+    shown = ("true", "kl", "kl_se", "learnt", "length", "ended")
+    text = ", ".join(f"{name} {getattr(measurement, name):.3f}" for name in shown)
+    print(f"{run}: {text}", flush=True)
+    return measurement
 
 
-def spread(values):
-    """(mean, standard error over seeds; 0 of one)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5) if len(
-        values
-    ) > 1 else 0.0
+# -------------------------------------------------------------------------------------- the report
+
+
+@dataclass
+class Results:
+    """What the figure and the text are made of, kept in frontier.json."""
+
+    reference: float  # the reference's mean true reward
+    points: dict[str, list[Point]]  # of each method, in the order of its sweep
+    win_rates: dict[str, list[Mean]]  # of each method at its best value; one per temperature
+    best: dict[str, float | None]  # the best value of each method
+
+    @classmethod
+    def of(cls, measured, base):
+        """measured: {(method, value): [Measurement of each seed]}; base: the reference's."""
+        points = {}
+        for (name, value), seeds in measured.items():
+            point = Point(
+                value,
+                kl=average(seeds, "kl"),
+                true=average(seeds, "true"),
+                learnt=average(seeds, "learnt"),
+            )
+            points.setdefault(name, []).append(point)
+        best = {}
+        win_rates = {}
+        for name, of_method in points.items():
+            best[name] = max(of_method, key=lambda point: point.true.mean).value
+            win_rates[name] = win_rates_against(base, measured[name, best[name]])
+        win_rates["reference"] = win_rates_against(base, [base])
+        return cls(base.true, points, win_rates, best)
+
+    def save(self, path):
+        write_json(
+            path,
+            {
+                "reference": self.reference,
+                "points": {name: list(map(astuple, some)) for name, some in self.points.items()},
+                "win_rates": {n: list(map(astuple, some)) for n, some in self.win_rates.items()},
+                "best": self.best,
+            },
+        )
+
+    @classmethod
+    def load(cls, path):
+        saved = read_json(path, ("reference", "points", "win_rates", "best"))
+        points = {}
+        for name, of_method in saved["points"].items():
+            points[name] = [
+                Point(value, Mean(*kl), Mean(*true), Mean(*learnt))
+                for value, kl, true, learnt in of_method
+            ]
+        win_rates = {}
+        for name, row in saved["win_rates"].items():
+            win_rates[name] = [Mean(*rate) for rate in row]
+        return cls(saved["reference"], points, win_rates, saved["best"])
+
+
+def win_rates_against(base, seeds):
+    """Win rate at each temperature against the reference's samples at temperature 1 -> [Mean].
+
+    A win is a higher true reward on the same held-out prompt; an equal one counts half.
+    """
+    theirs = np.array(base.true_at["1.0"])
+    win_rates = []
+    for temperature in TEMPERATURES:
+        rates = []
+        for measurement in seeds:
+            ours = np.array(measurement.true_at[str(temperature)])
+            wins = (ours > theirs) + 0.5 * (ours == theirs)
+            rates.append(float(wins.mean()))
+        win_rates.append(Mean.of(rates))
+    return win_rates
+
+
+def differ(a, b):
+    """Whether two means are more than two standard errors of their difference apart."""
+    return abs(a.mean - b.mean) > 2 * math.hypot(a.error, b.error)
+
+
+def best_within(points, budget):
+    """{method: the highest true reward among its points with at most this KL}, highest first."""
+    best = {}
+    for name, of_method in points.items():
+        within = [point.true for point in of_method if point.kl.mean <= budget]
+        if within:
+            best[name] = max(within, key=lambda true: true.mean)
+    return dict(sorted(best.items(), key=lambda item: -item[1].mean))
+
+
+def describe_budgets(points):
+    """Who has the highest true reward within each KL budget, beside the DPO paper's claim."""
+    lines = []
+    leaders = {}
+    largest = max(point.kl.mean for of_method in points.values() for point in of_method)
+    for budget in KL_BUDGETS:
+        best = best_within(points, budget)
+        if budget > 1.5 * largest or not best:
+            continue
+        top = next(iter(best.values()))
+        leaders[budget] = [name for name, true in best.items() if not differ(top, true)]
+        line = f"- KL ≤ {budget}: "
+        line += "; ".join(f"{name} {true.format()}" for name, true in best.items()) + "."
+        further = [name for name in points if name not in best]
+        if further:
+            line += f" No setting of {' or '.join(further)} is this close to the reference."
+        lines.append(line)
+    lines += ["", "Highest true reward, with all methods within two standard errors of the best:"]
+    lines.append("")
+    lines += [f"- KL ≤ {x}: {' and '.join(names)}" for x, names in leaders.items()]
+    lines.append("")
+    if all(names == ["DPO"] for names in leaders.values()):
+        lines.append("**This agrees with the DPO paper: DPO alone is best at every KL.**")
+    else:
+        lines.append("**The DPO paper's order, DPO alone best at every KL, is not found here.**")
+    return lines
+
+
+def describe_over_optimisation(name, of_method):
+    """From a method's best setting to its greediest: do learnt and true reward part?"""
+    best = max(of_method, key=lambda point: point.true.mean)
+    greediest = of_method[-1]
+    if greediest is best:
+        return f"- {name}: none in this sweep, the greediest setting is the best."
+    learnt_change = greediest.learnt.mean - best.learnt.mean
+    true_change = greediest.true.mean - best.true.mean
+    if learnt_change <= 0:
+        result = "worse by both"
+    elif differ(best.true, greediest.true):
+        result = "over-optimised"
+    else:
+        result = "not clear, within two standard errors"
+    return (
+        f"- {name}: from {best.value} to {greediest.value} the learnt reward changes by "
+        f"{learnt_change:+.2f}, the true reward by {true_change:+.3f}: {result}."
+    )
+
+
+def findings(results):
+    """The results in words."""
+    lines = [
+        "The DPO paper (arXiv 2305.18290, section 6.1 and figure 2) found on controlled sentiment "
+        "that DPO has the highest reward at every KL, above PPO even with the true reward. "
+        "In summarisation, DPO kept its win rate over temperatures while PPO's fell to the "
+        "base model's. Here:",
+        "",
+        *describe_budgets(results.points),
+        "",
+        "Over-optimisation, from each method's best setting to its greediest:",
+        "",
+    ]
+    for name, of_method in results.points.items():
+        if len(of_method) > 1:
+            lines.append(describe_over_optimisation(name, of_method))
+    lines.append("")
+    for name in ("DPO", "PPO, learnt reward"):
+        if name in results.win_rates:
+            rates = ", ".join(f"{100 * rate.mean:.0f} %" for rate in results.win_rates[name])
+            lines.append(f"Win rate of {name} from temperature 0 to 1: {rates}.")
+    return lines
+
+
+def method_table(measured, base):
+    """One line per method and value, means over seeds."""
+    lines = [
+        "| method | setting | KL | true reward | learnt reward | length | ended | kinds named "
+        "| more than 3 | minutes per run |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (name, value), seeds in {("reference", None): [base], **measured}.items():
+        cells = [
+            name,
+            "-" if value is None else f"{METHODS[name].sweep} {value}",
+            average(seeds, "kl").format(2),
+            average(seeds, "true").format(3),
+            average(seeds, "learnt").format(2),
+            f"{average(seeds, 'length').mean:.1f}",
+            f"{100 * average(seeds, 'ended').mean:.0f} %",
+            f"{average(seeds, 'kinds').mean:.1f}",
+            f"{100 * average(seeds, 'beyond').mean:.0f} %",
+            f"{average(seeds, 'minutes').mean:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def win_rate_table(results):
+    """One line per method at its best value, one column per temperature."""
+    header = " | ".join(f"T = {temperature}" for temperature in TEMPERATURES)
+    lines = [f"| method | setting | {header} |", "|---|---|" + "---:|" * len(TEMPERATURES)]
+    for name, row in results.win_rates.items():
+        value = results.best.get(name)
+        setting = "-" if value is None else f"{METHODS[name].sweep} {value}"
+        rates = " | ".join(rate.format_percent() for rate in row)
+        lines.append(f"| {name} | {setting} | {rates} |")
+    return lines
+
+
+def report(args, measured, base):
+    """Write report.md, logs/frontier.json and figures/frontier.png and .svg in args.out."""
+    results = Results.of(measured, base)
+    base_true = np.array(base.true_at["1.0"])
+    base_error = np.std(base_true) / len(base_true) ** 0.5
+    command = f"python -m studies.frontier.frontier --seeds={args.seeds} --values={args.values}"
+    if args.small:
+        command += " --small"
+    lines = [
+        "# True reward against KL to the reference",
+        "",
+        f"{args.seeds} seeds, mean ± standard error over them; {VAL_ROWS} held-out prompts. "
+        "KL is in nats per response, on the policy's own samples. The reference's true reward is "
+        f"{base.true:.3f} ± {base_error:.3f}; this is the error of one sample per prompt, and that "
+        f"of any single policy is as large. Made by `{command}`.",
+        "",
+        *findings(results),
+        "",
+        "## All settings",
+        "",
+        *method_table(measured, base),
+        "",
+        "## Win rate against the reference's sample at temperature 1",
+        "",
+        "By the true reward. Each method has its best setting, chosen on these same prompts.",
+        "",
+        *win_rate_table(results),
+        "",
+        "## One sample of each method, at its greediest setting",
+        "",
+    ]
+    for name, of_method in results.points.items():
+        example = measured[name, of_method[-1].value][0].example
+        lines.append(f"- {name}: {example!r}")
+    lines += ["", "![True reward, learnt reward and win rate](figures/frontier.png)", ""]
+    for folder in ("figures", "logs"):
+        os.makedirs(os.path.join(args.out, folder), exist_ok=True)
+    with open(os.path.join(args.out, "report.md"), "w", encoding="utf-8") as f:
+        f.write("\n".join(lines))
+    results.save(os.path.join(args.out, "logs", "frontier.json"))
+    draw(os.path.join(args.out, "figures", "frontier.png"), results)
+    print("\n".join(lines))
+
+
+def draw(path, results):
+    """Three panels: true reward against KL, learnt reward against KL, win rate by temperature."""
+    markers = ("o", "s", "^", "v", "D", "P")
+    with style():
+        fig, (true_ax, learnt_ax, win_ax) = plt.subplots(1, 3, figsize=(10, 3.6))
+        for i, (name, of_method) in enumerate(results.points.items()):
+            look = {"color": PALETTE[i], "marker": markers[i], "label": name}
+            of_method = sorted(of_method, key=lambda point: point.kl.mean)
+            kl = [point.kl for point in of_method]
+            plot_means(true_ax, kl, [point.true for point in of_method], **look)
+            plot_means(learnt_ax, kl, [point.learnt for point in of_method], **look)
+            plot_means(win_ax, list(map(Mean, TEMPERATURES)), results.win_rates[name], **look)
+        reference_line(true_ax, results.reference, "reference")
+        base_rates = results.win_rates["reference"]
+        look = {"color": GREY, "linestyle": (0, (4, 3)), "label": "reference"}
+        plot_means(win_ax, list(map(Mean, TEMPERATURES)), base_rates, **look)
+        true_ax.plot([], [], " ", label="bars: standard error over seeds")
+        kl_label = "KL to the reference (nats per response)"
+        true_ax.set(title="True reward", xlabel=kl_label, ylabel="true reward")
+        learnt_ax.set(
+            title="Learnt reward", xlabel=kl_label, ylabel="reward model's score", ylim=(0, None)
+        )
+        win_ax.set(
+            title="Best setting of each method",
+            xlabel="sampling temperature",
+            ylabel="win rate against the reference",
+        )
+        figure_legend(fig, ncols=4)
+        save_figure(fig, path)
+
+
+def plot_means(ax, x, y, **look):
+    """A line through means, with the standard errors of both coordinates."""
+    ax.errorbar(
+        [mean.mean for mean in x],
+        [mean.mean for mean in y],
+        xerr=[mean.error for mean in x],
+        yerr=[mean.error for mean in y],
+        elinewidth=0.9,
+        **look,
+    )
+
+
+# ---------------------------------------------------------------------------------- the whole sweep
+
+
+def use_one_thread():
+    """For each worker process."""
+    distributed.configure_torch("cpu")
+    torch.set_num_threads(1)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    count = number_type(int, 1)
+    parser.add_argument("--seeds", type=count, default=3, help="seeds of each method, from 0 on")
+    parser.add_argument("--values", type=count, default=3, help="values of each sweep, from first")
+    parser.add_argument("--workers", type=count, default=2, help="parallel runs, one thread each")
     parser.add_argument(
-        "--seeds", type=number_type(int, 1), default=3, help="of each method, from 0 on"
+        "--runs", default="out/frontier", help="folder of the runs; finished ones are kept"
     )
     parser.add_argument(
-        "--values", type=number_type(int, 1), default=3, help="of each sweep, the first ones"
+        "--out", default="studies/frontier", help="folder of report.md, figures/ and logs/"
     )
     parser.add_argument(
-        "--workers", type=number_type(int, 1), default=2, help="runs at a time, one thread each"
+        "--small", action="store_true", help="two steps per run, to test the code only"
     )
     parser.add_argument(
-        "--runs",
-        default="out/frontier",
-        help="the folder of the runs; those that are finished stay",
-    )
-    parser.add_argument(
-        "--out",
-        default="studies/frontier/results",
-        help="the folder of the report, the figure and the figures' JSON",
-    )
-    parser.add_argument(
-        "--small",
-        action="store_true",
-        help="two steps a run, to try the machinery: its figures say nothing",
+        "--redraw", action="store_true", help="draw the figure from logs/frontier.json, no runs"
     )
     args = parser.parse_args(argv)
+    if args.redraw:
+        results = Results.load(os.path.join(args.out, "logs", "frontier.json"))
+        return draw(os.path.join(args.out, "figures", "frontier.png"), results)
+
     distributed.configure_torch("cpu")
-    at, less = (
-        (lambda name: f"{args.runs}/{name}"),
-        (["--max_steps=2", "--eval_batches=1"] if args.small else []),
-    )
-    fit(["studies/frontier/config/pretrain.py", f"--out_dir={at('pretrain')}", *less])
-    fit(["studies/frontier/config/sft.py", f"--out_dir={at('sft')}", f"--init={at('pretrain')}", *less])
-    rank(at("ranked"), at("sft"))
-    inputs = [f"--init={at('sft')}", f"--data={at('ranked')}", *less]
-    rewards = [f"{at('reward')}_{seed}" for seed in range(args.seeds)]
-    jobs = [
-        ["studies/frontier/config/reward.py", f"--out_dir={rewards[seed]}", f"--seed={seed}", *inputs]
-        for seed in range(args.seeds)
+    pretrained, reference, ranked = (f"{args.runs}/{n}" for n in ("pretrain", "sft", "ranked"))
+    small = ["--max_steps=2", "--eval_batches=1"] if args.small else []
+    fit([f"{CONFIGS}/pretrain.py", f"--out_dir={pretrained}", *small])
+    fit([f"{CONFIGS}/sft.py", f"--out_dir={reference}", f"--init={pretrained}", *small])
+    rank(ranked, reference)
+
+    inputs = [f"--init={reference}", f"--data={ranked}", *small]
+    rewards = [f"{args.runs}/reward_{seed}" for seed in range(args.seeds)]
+    reward_args = [
+        [f"{CONFIGS}/reward.py", f"--out_dir={out_dir}", f"--seed={seed}", *inputs]
+        for seed, out_dir in enumerate(rewards)
     ]
-    with ProcessPoolExecutor(
-        args.workers, multiprocessing.get_context("spawn"), one_thread
-    ) as pool:
-        list(pool.map(fit, jobs))
-        jobs, runs = [], {}
-        for seed in range(args.seeds):
-            for name, (file, more, swept, values) in METHODS.items():
-                for value in values[: args.values]:
-                    out = at(f"{''.join(c if c.isalnum() else '_' for c in name)}_{value}_{seed}")
-                    runs.setdefault((name, value), []).append((out, rewards[seed]))
-                    jobs.append(
-                        [
-                            f"config/frontier_{file}.py",
-                            f"--out_dir={out}",
-                            f"--seed={seed}",
-                            *inputs,
-                            *(a.format(reward=rewards[seed]) for a in more),
-                        ]
-                        + [f"--{swept}={value}"] * bool(swept)
-                        + ["--rounds=2", "--max_rows=16", "--batch_size=8"]
-                        * (args.small and file == "ppo")
-                    )
-        list(pool.map(fit, jobs))
-        of_base = pool.submit(measure, at("sft"), at("sft"), rewards[0], at("ranked"))
-        measured = {
-            key: [pool.submit(measure, run, at("sft"), judge, at("ranked")) for run, judge in some]
-            for key, some in runs.items()
-        }
-        measured = {key: [f.result() for f in some] for key, some in measured.items()}
-        base = of_base.result()
+    runs = sweep_runs(args.runs, rewards, args.values, inputs, args.small)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, spawn, use_one_thread) as pool:
+        list(pool.map(fit, reward_args))
+        list(pool.map(fit, [run.args for seeds in runs.values() for run in seeds]))
+        base = pool.submit(measure, reference, reference, rewards[0], ranked)
+        pending = {}
+        for key, seeds in runs.items():
+            pending[key] = [
+                pool.submit(measure, run.out_dir, reference, run.reward, ranked) for run in seeds
+            ]
+        measured = {key: [one.result() for one in seeds] for key, seeds in pending.items()}
+        base = base.result()
     report(args, measured, base)
-
-
-def one_thread():
-    distributed.configure_torch("cpu")
-    torch.set_num_threads(1)
-
-
-# ------------------------------------------------------------------------------------------------------------ the report
-
-
-def points(measured):
-    """{method: [(value, (KL, its error), (true reward, its error), (learnt reward, its error))]}, errors over seeds."""
-    found = {}
-    for (name, value), some in measured.items():
-        found.setdefault(name, []).append(
-            (value, *(spread([f[key] for f in some]) for key in ("kl", "true", "learnt")))
-        )
-    return found
-
-
-def win_rates(some, base):
-    """[(mean, error) at each temperature]: share of held-out prompts on which the true reward is above that of the reference's sample
-    at temperature 1, equal ones half."""
-    against, rates = np.array(base["true_at"]["1.0"]), []
-    for t in TEMPERATURES:
-        ours = [np.array(f["true_at"][str(t)]) for f in some]
-        rates.append(spread([float(((o > against) + 0.5 * (o == against)).mean()) for o in ours]))
-    return rates
-
-
-def verdict(found, base, rates):
-    """What the figures say, in words, beside what the DPO paper found."""
-    said = [
-        "DPO's paper (arXiv 2305.18290, section 6.1 and figure 2) found on controlled sentiment that DPO has the highest reward at every KL, above PPO even with "
-        "the true reward, and in summarisation that DPO keeps its win rate over temperatures where PPO falls to the base model's. Here:",
-        "",
-    ]
-    largest = max(p[1][0] for some in found.values() for p in some)
-    led = {}  # budget -> the methods that have the highest true reward within it, or are not told apart from that one
-    for x in [x for x in (1, 2, 5, 10, 20, 40) if x <= largest * 1.5]:
-        best = {
-            name: max(p[2] for p in some if p[1][0] <= x)
-            for name, some in found.items()
-            if any(p[1][0] <= x for p in some)
-        }
-        if best:
-            ranked = sorted(best.items(), key=lambda kv: -kv[1][0])
-            top, error = ranked[0][1]
-            led[x] = [name for name, (m, e) in ranked if top - m <= 2 * (error**2 + e**2) ** 0.5]
-            said.append(
-                f"- KL of at most {x} nats: "
-                + ", ".join(f"{name} {m:.3f} +- {e:.3f}" for name, (m, e) in ranked)
-                + "".join(
-                    f"; no setting of {name} is so near" for name in found if name not in best
-                )
-            )
-    said += [
-        "",
-        "**Highest true reward within "
-        + "; within ".join(f"{x}: {' and '.join(names)}" for x, names in led.items())
-        + " (those within two standard errors of the first).** "
-        + (
-            "This agrees with the paper's figure."
-            if all(names == ["DPO"] for names in led.values())
-            else "The paper's ordering, DPO alone above all at every KL, is not found here."
-        ),
-    ]
-    said += ["", "Over-optimisation, from each method's best setting to its greediest:", ""]
-    for name, some in found.items():
-        best, last = max(some, key=lambda p: p[2][0]), some[-1]
-        if len(some) > 1:
-            fell, rose = best[2][0] - last[2][0], last[3][0] - best[3][0]
-            clear = fell > 2 * (best[2][1] ** 2 + last[2][1] ** 2) ** 0.5
-            said.append(
-                f"- {name}: "
-                + (
-                    "none in this sweep, the greediest is the best."
-                    if last is best
-                    else f"from {best[0]} to {last[0]} the learnt reward changes by {rose:+.2f}, the true one by {-fell:+.3f}: "
-                    + (
-                        "over-optimised."
-                        if clear and rose > 0
-                        else "not clear, within two standard errors."
-                        if rose > 0
-                        else "worse by both."
-                    )
-                )
-            )
-    said.append("")
-    for name in ("DPO", "PPO, learnt reward"):
-        if name in rates:
-            said.append(
-                f"Win rate of {name} against the reference's sample from temperature 0 to 1: "
-                + ", ".join(f"{100 * m:.0f} %" for m, _ in rates[name])
-                + "."
-            )
-    return said
-
-
-def report(args, measured, base):
-    """report.md, frontier.png and frontier.json in args.out."""
-    found = points(measured)
-    best = {
-        name: max(
-            (v for n, v in measured if n == name),
-            key=lambda v: np.mean([f["true"] for f in measured[name, v]]),
-        )
-        for name in found
-    }
-    rates = {name: win_rates(measured[name, value], base) for name, value in best.items()}
-    rates["reference"] = win_rates([base], base)
-    said = verdict(found, base, rates)
-    os.makedirs(args.out, exist_ok=True)
-    lines = [
-        "# True reward against KL to the reference",
-        "",
-        *said,
-        "",
-        f"The reference's true reward is {base['true']:.3f} +- {np.std(base['true_at']['1.0']) / len(base['true_at']['1.0']) ** 0.5:.3f}, the error that of one sample a prompt, as every "
-        f"single policy's has. {args.seeds} seeds, mean +- standard error over them; KL in nats a response, of the policy's own samples; {VAL_ROWS} held-out prompts. "
-        f"Made by `python frontier.py --seeds={args.seeds} --values={args.values}{' --small' * args.small}`.",
-        "",
-        "| method | setting | KL | true reward | learnt reward | length | ended by eot | kinds named | more than 3 | minutes a run |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for (name, value), runs in {("reference", None): [base], **measured}.items():
-        setting = f"{METHODS[name][2]} {value}" if value is not None else "-"
-        kl, true, learnt, length, ended, named, beyond, took = (
-            [f[key] for f in runs]
-            for key in ("kl", "true", "learnt", "length", "ended", "kinds", "beyond", "minutes")
-        )
-        cells = [
-            "{:.2f} +- {:.2f}".format(*spread(kl)),
-            "{:.3f} +- {:.3f}".format(*spread(true)),
-            "{:.2f} +- {:.2f}".format(*spread(learnt)),
-            f"{np.mean(length):.1f}",
-            f"{100 * np.mean(ended):.0f} %",
-            f"{np.mean(named):.1f}",
-            f"{100 * np.mean(beyond):.0f} %",
-            f"{np.mean(took):.1f}",
-        ]
-        lines.append(f"| {name} | {setting} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Win rate against the reference's sample at temperature 1, by the true reward, of each method's best setting (chosen on these same prompts):",
-        "",
-        "| method | setting | " + " | ".join(f"T = {t}" for t in TEMPERATURES) + " |",
-        "|---|---|" + "---:|" * len(TEMPERATURES),
-    ]
-    for name, row in rates.items():
-        lines.append(
-            f"| {name} | {best.get(name) if best.get(name) is not None else '-'} | "
-            + " | ".join(f"{100 * m:.1f} +- {100 * e:.1f} %" for m, e in row)
-            + " |"
-        )
-    lines += (
-        ["", "A sample of each at its greediest setting:", ""]
-        + [
-            f"- {name}: {measured[name, some[-1][0]][0]['example']!r}"
-            for name, some in found.items()
-        ]
-        + ["", "![](frontier.png)", ""]
-    )
-    with open(os.path.join(args.out, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(lines))
-    write_json(
-        os.path.join(args.out, "frontier.json"),
-        {"reference": base["true"], "points": found, "win_rates": rates, "best": best},
-    )
-    draw(os.path.join(args.out, "frontier.png"), found, rates, base)
-    print("\n".join(lines))
-
-
-def draw(path, found, rates, base):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
-    for name, some in found.items():
-        some = sorted(some, key=lambda p: p[1][0])
-        left.errorbar(
-            [p[1][0] for p in some],
-            [p[2][0] for p in some],
-            xerr=[p[1][1] for p in some],
-            yerr=[p[2][1] for p in some],
-            marker="o",
-            capsize=2,
-            label=name,
-        )
-    left.plot([0], [base["true"]], "k*", markersize=10, label="reference")
-    left.set(xlabel="KL to the reference, nats a response", ylabel="true reward")
-    for name, row in rates.items():
-        right.errorbar(
-            TEMPERATURES,
-            [m for m, _ in row],
-            yerr=[e for _, e in row],
-            marker="o",
-            capsize=2,
-            label=name,
-            color="k" if name == "reference" else None,
-        )
-    right.axhline(0.5, color="grey", linewidth=0.5)
-    right.set(xlabel="sampling temperature", ylabel="win rate against the reference's sample")
-    left.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

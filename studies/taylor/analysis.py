@@ -1,11 +1,14 @@
-"""The T_n study: figures and tables of the runs that `make figures-tn` and `make figures-tn-play` leave.
+"""Tables and figures of the T_n study, from the logs of its runs.
 
-    python taylor.py out/tn studies/taylor/results
+    python -m studies.taylor.analysis                          # the runs in studies/taylor/logs
+    python -m studies.taylor.analysis out/tn studies/taylor    # new runs
 
-Runs stand in FOLDER/SETTING/SPLIT/METHOD/SEED; METHOD is T_0, T_0.5 ... or what T_n is compared with. Everything is read from
-metrics.jsonl, whose figures `calibration.calibration` explains: plain cross-entropy, whatever was trained; what is chosen (the step, a
-temperature) is chosen on one half of the validation rows and measured on the other.
-The evaluations are kept beside the report, so `python taylor.py studies/taylor/results/runs studies/taylor/results` makes it again.
+A run's folder is RUNS/SETTING/SPLIT/METHOD/SEED. METHOD is T_0, T_0.5, ... or the name of a
+baseline. Writes OUT/report.md, OUT/figures (PNG and SVG) and OUT/logs, the runs' evaluations.
+
+All losses are plain cross-entropy on validation texts, whatever the training loss was. The
+validation rows are in two halves: the step of early stopping and the temperature are chosen on one
+half and measured on the other. `studies/taylor/calibration.py` describes the metrics.
 """
 
 import glob
@@ -14,503 +17,693 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 
-from tools.plot import STUDENT, cell, plt, read_metrics, save
+from tools.plot import (
+    GREY,
+    PALETTE,
+    figure_legend,
+    format_mean,
+    markdown_table,
+    plt,
+    read_metrics,
+    reference_line,
+    save_figure,
+    sequential_colors,
+    style,
+    t_interval,
+)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# nats by which the curves of the write-up's figure must rise or differ to count
+CLEAR_DIFFERENCE = 0.005
+
+SETTINGS = {
+    ("later", "row"): "write-up's setting, split by row",
+    ("later", "group"): "write-up's setting, split by post",
+    ("clean", "group"): "GPT-2 block, split by post",
+}
+LOSS_LABEL = "validation loss (nats per token)"
 
 
-def study(folder):
-    """{(setting, split): {method: [evaluations of each seed]}}, methods by name, T_n by n."""
-    found = {}
-    for run in sorted(
-        glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "metrics.jsonl"))
-    ):
-        setting, split, method, seed = os.path.relpath(os.path.dirname(run), folder).split(os.sep)
-        found.setdefault((setting, split), {}).setdefault(method, {})[seed] = read_metrics(
-            os.path.dirname(run), "eval"
-        )
-    if not found:
+# --------------------------------------------------------------------------------- reading the runs
+
+
+def run_folders(folder: str) -> list[str]:
+    """Every RUNS/SETTING/SPLIT/METHOD/SEED that has metrics."""
+    pattern = os.path.join(glob.escape(folder), "*", "*", "*", "*", "metrics.jsonl")
+    return [os.path.dirname(path) for path in sorted(glob.glob(pattern))]
+
+
+def read_study(folder: str) -> dict:
+    """{(setting, split): {method: {seed: evaluations}}}; T_n by n, then the baselines by name.
+
+    Exits if a setting lacks T_0, or if its runs do not have the same seeds and the same steps.
+    """
+    study = {}
+    for run in run_folders(folder):
+        setting, split, method, seed = os.path.relpath(run, folder).split(os.sep)
+        methods = study.setdefault((setting, split), {})
+        methods.setdefault(method, {})[seed] = read_metrics(run, "eval")
+    if not study:
         raise SystemExit(
-            f"{folder}: no runs SETTING/SPLIT/METHOD/SEED in it; `make figures-tn` makes them"
+            f"{folder}: no runs SETTING/SPLIT/METHOD/SEED; `make figures-tn` trains them"
         )
-    for (setting, split), methods in found.items():
-        steps = {
-            tuple(r["step"] for r in records)
-            for runs in methods.values()
-            for records in runs.values()
-        }
-        if (
-            "T_0" not in methods
-            or len(steps) > 1
-            or len({tuple(runs) for runs in methods.values()}) > 1
-        ):
+
+    for (setting, split), methods in study.items():
+        steps, seeds = set(), set()
+        for runs in methods.values():
+            seeds.add(tuple(runs))
+            steps.update(tuple(record["step"] for record in evals) for evals in runs.values())
+        if "T_0" not in methods or len(steps) > 1 or len(seeds) > 1:
             raise SystemExit(
-                f"{folder}/{setting}/{split}: a run is missing or unfinished; the same `make` goes on with it"
+                f"{folder}/{setting}/{split}: a run is missing or unfinished; "
+                "repeat the command that trains them"
             )
-
-    def order(method):
-        return (0, float(method[2:])) if method.startswith("T_") else (1, method)
-
-    return {
-        key: {method: list(methods[method].values()) for method in sorted(methods, key=order)}
-        for key, methods in sorted(found.items())
-    }
+    return {key: dict(sorted(study[key].items(), key=method_order)) for key in sorted(study)}
 
 
-def interval(values):
-    """(mean, half of its 95 % interval by Student's t) of one value a seed; no interval of one."""
-    n = len(values)
-    return float(np.mean(values)), STUDENT.get(n, 2.57) * float(np.std(values, ddof=1)) / math.sqrt(
-        n
-    ) if n > 1 else math.nan
+def method_order(item):
+    """Sort key of (method, runs): T_n by n, then the others by name."""
+    method, _ = item
+    return (0, float(method[2:])) if method.startswith("T_") else (1, method)
 
 
-def label(method):
-    """T_0.5 as mathematics."""
-    return f"$T_{{{method[2:]}}}$" if method.startswith("T_") else method
+def taylor_methods(methods: dict) -> dict:
+    return {method: runs for method, runs in methods.items() if method.startswith("T_")}
 
 
-def band(ax, runs, key, **look):
-    """A figure over the steps of each seed: the mean of the raw values, the band their least and greatest."""
-    steps = [r["step"] for r in runs[0] if key in r]
-    values = np.array([[r[key] for r in records if key in r] for records in runs])
-    ax.plot(steps, values.mean(0), lw=1.3, **look)
-    ax.fill_between(steps, values.min(0), values.max(0), color=look["color"], alpha=0.2, lw=0)
+def first_run(methods: dict) -> list[dict]:
+    """The evaluations of T_0's first seed."""
+    return next(iter(methods["T_0"].values()))
 
 
-def chosen(records, after=False):
-    """The evaluations at which half 0 and half 1 of the validation rows would have stopped, judged by their own temperature if `after`."""
-    return [
-        min(records, key=lambda r: r[("fitted_loss/" if after else "loss/") + str(h)])
-        for h in (0, 1)
-    ]
+def copy_logs(folder: str, out: str):
+    """Copy the config and the evaluations of every run: enough to repeat the report."""
+    for run in run_folders(folder):
+        target = os.path.join(out, os.path.relpath(run, folder))
+        if os.path.abspath(target) == os.path.abspath(run):
+            continue
+        os.makedirs(target, exist_ok=True)
+        shutil.copy(os.path.join(run, "config.json"), target)
+        with open(os.path.join(target, "metrics.jsonl"), "w", encoding="utf-8") as f:
+            for record in read_metrics(run, "eval"):
+                f.write(json.dumps(record) + "\n")
 
 
-def held_out_loss(stops, after=False):
-    """Cross-entropy a token: half 1 at half 0's stop (and temperature), half 0 at half 1's."""
-    loss, tokens = zip(
-        *(
-            (r[("loss_t/" if after else "loss/") + str(1 - h)], r[f"tokens/{1 - h}"])
-            for h, r in enumerate(stops)
-        )
-    )
-    return float(np.average(loss, weights=tokens))
-
-
-def mean_of(stops, name):
-    return float(np.mean([r[name] for r in stops]))
-
-
-def last(records):
-    return [records[-1]] * 2
-
-
-HOW = {
-    "last step": lambda r: held_out_loss(last(r)),
-    "stopped early": lambda r: held_out_loss(chosen(r)),
-    "last step, one temperature": lambda r: held_out_loss(last(r), True),
-    "stopped early, one temperature": lambda r: held_out_loss(chosen(r, True), True),
-}
-FIGURES = HOW | {
-    "accuracy %, last step": lambda r: 100 * r[-1]["acc"],
-    "accuracy %, stopped early": lambda r: 100 * mean_of(chosen(r), "acc"),
-    "ECE %, last step": lambda r: 100 * r[-1]["ece"],
-    "ECE %, stopped early": lambda r: 100 * mean_of(chosen(r), "ece"),
-    "ECE %, last step, one temperature": lambda r: 100 * r[-1]["ece_t"],
-    "ECE %, stopped early, one temperature": lambda r: 100 * mean_of(chosen(r, True), "ece_t"),
-}
-FORMS = ["{:.4f}"] * len(HOW) + ["{:.2f}"] * (len(FIGURES) - len(HOW))
-
-
-PANELS = {
-    ("later", "row"): "the write-up's setting, split by row",
-    ("later", "group"): "the same, split by post",
-    ("clean", "group"): "our block and initialisation, split by post",
-}
-
-
-def panels(found):
-    """A figure with an axis for each of PANELS, and its methods T_n."""
-    fig, axes = plt.subplots(1, 3, figsize=(16, 4.6))
-    for ax, (key, title) in zip(axes, PANELS.items()):
-        ax.set(title=title)
-        ax.grid(alpha=0.3)
-    axes[0].set(ylabel="validation cross-entropy (nats a token)")
-    return fig, zip(
-        axes, [{m: runs for m, runs in found[key].items() if m.startswith("T_")} for key in PANELS]
-    )
-
-
-def plot_validation(out, found):
-    """(a), (b): the write-up's figure, validation cross-entropy of each T_n, on both splits."""
-    fig, each = panels(found)
-    for n, (ax, methods) in enumerate(each):
-        for i, (method, runs) in enumerate(methods.items()):
-            if n:
-                band(ax, runs, "val_loss", color=f"C{i}", label=label(method))
-            for seed, records in enumerate(
-                runs if n == 0 else []
-            ):  # whose levels differ with the share of new tokens
-                ax.plot(
-                    [r["step"] for r in records],
-                    [r["val_loss"] for r in records],
-                    lw=1.2,
-                    color=f"C{i}",
-                    ls=("-", "--", ":")[seed % 3],
-                    label=None if seed else label(method),
-                )
-        ax.set(xlabel="step", ylim=None if n else (0, 1))
-        ax.legend(
-            title=f"mean, least, greatest of {len(runs)}"
-            if n
-            else f"{len(runs)} seeds: -, - -, ..."
-        )
-    save(fig, out)
-
-
-def plot_long(out, found):
-    """(f): the write-up's figure where it appears, after three times as many steps, a panel for each seed."""
-    methods = found["map_long", "row"]
-    fig, axes = plt.subplots(1, len(methods["T_0"]), figsize=(16, 4.6), squeeze=False)
-    for n, ax in enumerate(axes[0]):
-        for i, (method, runs) in enumerate(methods.items()):
-            ax.plot(
-                [r["step"] for r in runs[n]],
-                [r["val_loss"] for r in runs[n]],
-                lw=1.2,
-                color=f"C{i}",
-                label=label(method),
-            )
-        lowest = min(r["val_loss"] for runs in methods.values() for r in runs[n])
-        ax.set(
-            title=f"split by row, {100 - 100 * methods['T_0'][n][-1]['seen_share']:.1f} % new tokens",
-            xlabel="step",
-            ylim=(lowest - 0.05, lowest + 0.25),
-        )
-        ax.legend()
-        ax.grid(alpha=0.3)
-    axes[0, 0].set(ylabel="validation cross-entropy (nats a token)")
-    save(fig, out)
-
-
-def plot_stopping(out, found):
-    """(c): at the end and stopped early, with and without a temperature."""
-    fig, each = panels(found)
-    for ax, methods in each:
-        for i, (how, figure) in enumerate(HOW.items()):
-            values = np.array([[figure(records) for records in runs] for runs in methods.values()])
-            ax.errorbar(
-                np.arange(len(methods)) + 0.12 * (i - 1.5),
-                values.mean(1),
-                values.std(1, ddof=1),
-                fmt="o" if i % 2 else "s",
-                ms=5,
-                capsize=2,
-                label=how,
-            )
-        ax.set(xticks=range(len(methods)), xticklabels=map(label, methods))
-    fig.axes[0].set_ylim(top=1.5 * fig.axes[0].get_ylim()[1])
-    fig.axes[0].legend(loc="upper left", title="mean ± standard deviation of the seeds")
-    save(fig, out)
-
-
-def plot_seen(out, found):
-    """(d): the row split's validation tokens apart, those that training had, with all that stands before them, and new ones."""
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.6))
-    methods = found["later", "row"]
-    share, new = (
-        np.mean([r[-1]["seen_share"] for r in methods["T_0"]]),
-        np.mean([r[-1]["new_tokens"] for r in methods["T_0"]]),
-    )
-    for i, (method, runs) in enumerate(methods.items()):
-        for ax, key in zip(axes, ("seen_loss", "new_loss")):
-            band(ax, runs, key, color=f"C{i}", label=label(method))
-    axes[0].set(
-        title=f"tokens seen in training, {100 * share:.1f} %",
-        yscale="log",
-        ylabel="validation cross-entropy (nats a token)",
-    )
-    axes[1].set(title=f"new tokens, {100 - 100 * share:.1f} %, {new:.0f} a seed")
-    for ax in axes:
-        ax.set(xlabel="step")
-        ax.legend()
-        ax.grid(alpha=0.3)
-    save(fig, out)
-
-
-def plot_calibration(out, found):
-    """(e): split by post, expected calibration error, the reliability curve at the last step, entropy where the model is wrong."""
-    fig, axes = plt.subplots(1, 3, figsize=(16, 4.6))
-    for i, (method, runs) in enumerate(
-        m for m in found["clean", "group"].items() if m[0].startswith("T_")
-    ):
-        look = dict(color=f"C{i}", label=label(method))
-        band(axes[0], runs, "ece", **look)
-        band(axes[2], runs, "entropy_wrong", **look)
-        axes[1].plot(
-            *zip(*pooled([records[-1]["reliability"] for records in runs])), ".-", lw=1, **look
-        )
-    axes[1].plot([0, 1], [0, 1], "k--", lw=1)
-    axes[0].set(title="expected calibration error", xlabel="step")
-    axes[1].set(
-        title="reliability at the last step",
-        xlabel="probability of the most likely token",
-        ylabel="share right",
-    )
-    axes[2].set(title="entropy where the most likely token is wrong", xlabel="step", ylabel="nats")
-    for ax in axes:
-        ax.legend()
-        ax.grid(alpha=0.3)
-    save(fig, out)
-
-
-def pooled(curves, bins=15, least=30):
-    """Reliability curves of some runs as one, [(probability, share right)] of the bins with at least so many tokens."""
-    points = []
-    for b in range(bins):
-        some = [
-            point for curve in curves for point in curve if min(int(point[0] * bins), bins - 1) == b
-        ]
-        count = sum(n for _, _, n in some)
-        if count >= least:
-            points.append(
-                (
-                    sum(top * n for top, _, n in some) / count,
-                    sum(right * n for _, right, n in some) / count,
-                )
-            )
-    return points
-
-
-def study_table(methods):
-    """Lines of a table: each method's figures, mean and standard deviation over seeds."""
-    figures = FIGURES | {
-        "step of the stop": lambda r: mean_of(chosen(r), "step"),
-        "temperature, last step": lambda r: np.mean(
-            [r[-1]["temperature/0"], r[-1]["temperature/1"]]
-        ),
-    }
-    lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
-    for method, runs in methods.items():
-        lines.append(
-            f"| {method} | "
-            + " | ".join(
-                cell([figure(r) for r in runs], form, 1)
-                for figure, form in zip(figures.values(), FORMS + ["{:.0f}", "{:.2f}"])
-            )
-            + " |"
-        )
-    return lines
-
-
-def against_cross_entropy(methods):
-    """Lines of a table: difference to T_0 of the same seed, with its interval, bold where that leaves out 0."""
-    lines = [
-        "| less T_0 of the same seed | " + " | ".join(FIGURES) + " |",
-        "|---|" + "---:|" * len(FIGURES),
-    ]
-    for method in list(methods)[1:]:
-        cells = []
-        for figure, form in zip(FIGURES.values(), FORMS):
-            mean, error = interval(
-                [
-                    figure(r) - figure(base)
-                    for r, base in zip(methods[method], methods["T_0"], strict=True)
-                ]
-            )
-            text = form.replace(":", ":+").format(mean) + (
-                f" ± {form.format(error)}" if len(methods["T_0"]) > 1 else ""
-            )
-            cells.append(f"**{text}**" if abs(mean) > error else text)
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def play_table(methods, round_id):
-    """Lines of a table for runs of a ranking: figures of a round's last step, and in brackets the difference to T_0 of the same seed
-    with its 95 % interval."""
-    methods = {
-        method: [[r for r in records if r["round"] == round_id] for records in runs]
-        for method, runs in methods.items()
-    }
-    figures = {
-        "val_loss": 1,
-        "acc": 100,
-        "rank_nll": 1,
-        "kl_from_ref": 1,
-        **{k: 1 for k in methods["T_0"][0][-1] if k.startswith("reward/")},
-    }
-    lines = ["| method | " + " | ".join(figures) + " |", "|---|" + "---:|" * len(figures)]
-    for method, runs in methods.items():
-        cells = []
-        for name, scale in figures.items():
-            mean, error = interval(
-                [
-                    scale * (r[-1][name] - base[-1][name])
-                    for r, base in zip(runs, methods["T_0"], strict=True)
-                ]
-            )
-            cells.append(
-                f"{np.mean([scale * r[-1][name] for r in runs]):.4f}"
-                + (f" ({mean:+.4f} ± {error:.4f})" if method != "T_0" and len(runs) > 1 else "")
-            )
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
-
-
-CLEAR = 0.005  # nats that the picture's rise and gaps must have
-
-
-def picture(found):
-    """Lines of a table of every setting on the row split: where the write-up's picture appears, T_0 rising after its minimum and
-    T_2 < T_1 < T_0 at the end, each by more than CLEAR."""
-    lines = [
-        "| setting, split by row | steps | T_0: minimum | at step | last | T_1: last | T_2: last | T_0 rises | T_1 < T_0 | T_2 < T_0 | T_2 < T_1 | seeds |",
-        "|---|" + "---:|" * 11,
-    ]
-    for (setting, split), methods in found.items():
-        if split == "row" and {"T_0", "T_1", "T_2"} <= set(methods):
-            lowest = [min(r, key=lambda e: e["val_loss"]) for r in methods["T_0"]]
-            ends = {
-                method: [r[-1]["val_loss"] for r in methods[method]]
-                for method in ("T_0", "T_1", "T_2")
-            }
-            pairs = [
-                ([low["val_loss"] for low in lowest], ends["T_0"]),
-                (ends["T_1"], ends["T_0"]),
-                (ends["T_2"], ends["T_0"]),
-                (ends["T_2"], ends["T_1"]),
-            ]
-            cells = [
-                cell([low["val_loss"] for low in lowest], "{:.3f}", 1),
-                cell([low["step"] for low in lowest], "{:.0f}", 1),
-                *(cell(values, "{:.3f}", 1) for values in ends.values()),
-                *(str(sum(a + CLEAR < b for a, b in zip(*pair))) for pair in pairs),
-                str(len(lowest)),
-            ]
-            lines.append(
-                f"| {setting} | {methods['T_0'][0][-1]['step']} | " + " | ".join(cells) + " |"
-            )
-    return lines
-
-
-def shares(found):
-    """Lines of a table of every run on the row split: at the last step T_2 costs more than T_0 on each token that training had, and less
-    on each new one, so it ends lower where the share of new tokens is above the share at which the two would be equal."""
-    lines = [
-        "| setting, split by row | seed's place | new tokens % | seen: T_0 | T_2 | new: T_0 | T_2 | equal at % | all, T_2 less T_0 |",
-        "|---|" + "---:|" * 8,
-    ]
-    for (setting, split), methods in found.items():
-        for n, (zero, two) in enumerate(
-            zip(methods["T_0"], methods.get("T_2", [])) if split == "row" else ()
-        ):
-            zero, two = zero[-1], two[-1]
-            dearer, cheaper = (
-                two["seen_loss"] - zero["seen_loss"],
-                zero["new_loss"] - two["new_loss"],
-            )
-            cells = [
-                100 - 100 * zero["seen_share"],
-                *(r[key] for key in ("seen_loss", "new_loss") for r in (zero, two)),
-                100 * dearer / (dearer + cheaper),
-            ]
-            lines.append(
-                f"| {setting} | {n + 1} | "
-                + " | ".join(f"{c:.2f}" for c in cells)
-                + f" | {two['val_loss'] - zero['val_loss']:+.3f} |"
-            )
-    return lines
-
-
-def keep(folder, out):
-    """Settings and evaluations of every run, without its steps: what the report can be made from again."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
-        run = os.path.dirname(path)
-        into = os.path.join(out, os.path.relpath(run, folder))
-        if os.path.abspath(into) != os.path.abspath(run):
-            os.makedirs(into, exist_ok=True)
-            shutil.copy(path, into)
-            with open(os.path.join(into, "metrics.jsonl"), "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(record) + "\n" for record in read_metrics(run, "eval"))
-
-
-def sources(folder):
-    """What the runs' data was made of, as their config.json says."""
+def data_sources(folder: str) -> list[str]:
+    """What the runs' data was made of, from each config.json."""
     found = set()
-    for path in glob.glob(os.path.join(glob.escape(folder), "*", "*", "*", "*", "config.json")):
-        with open(path, encoding="utf-8") as f:
+    for run in run_folders(folder):
+        with open(os.path.join(run, "config.json"), encoding="utf-8") as f:
             source = json.load(f)["config"].get("data_source")
-        found |= {str(source)} if source else set()
-    return sorted(found)
+        if isinstance(source, dict):
+            packages = ", ".join(f"{name} {version}" for name, version in source.items())
+            found.add(f"the documentation of {packages}")
+        elif source:
+            found.add(str(source))
+    return sorted(found, key=lambda text: (text.startswith("the documentation"), text))
 
 
-def report(folder, out):
-    """Figures (a) to (f) and report.md of the runs under a folder, into another."""
-    found = study(folder)
-    os.makedirs(out, exist_ok=True)
-    keep(folder, os.path.join(out, "runs"))
-    if all(key in found for key in PANELS):
-        for name, draw in (
-            ("a_b_validation", plot_validation),
-            ("c_stopping", plot_stopping),
-            ("d_seen", plot_seen),
-            ("e_calibration", plot_calibration),
-        ):
-            draw(os.path.join(out, f"{name}.png"), found)
-    if ("map_long", "row") in found:
-        plot_long(os.path.join(out, "f_long.png"), found)
-    lines = [
-        "# T_n: plain cross-entropy a token on validation texts, whatever was trained",
-        "",
-        f"Data: {' and '.join(sources(folder))}. ± in the first tables is the standard deviation over seeds; in those of differences it is half of Student's 95 % interval of the seeds' paired "
-        "differences, bold where that leaves out 0, none widened for there being many. A seed has posts, a split, a vocabulary, an initialisation and an order of its own (sft and spin: only an order and samples). "
-        "What is chosen, the step of an early stop or one temperature, is chosen on one half of the validation rows and measured on the other, both ways averaged.",
-        "",
-        f"Where the write-up's picture appears (in how many seeds, by more than {CLEAR} nats):",
-        "",
-        *picture(found),
-        "",
-        "Why there: the share of new tokens among the validation tokens, what seen and new tokens cost at the last step, and the share at which T_0 and T_2 would cost the same:",
-        "",
-        *shares(found),
-        "",
+# --------------------------------------------------------------------------------- what is measured
+
+
+def early_stops(evals: list[dict], temperature: bool) -> list[dict]:
+    """The evaluations with the lowest loss on half 0 and on half 1 of the validation rows.
+
+    temperature: compare losses at each half's own fitted temperature.
+    """
+    name = "fitted_loss" if temperature else "loss"
+    return [min(evals, key=lambda record: record[f"{name}/{half}"]) for half in (0, 1)]
+
+
+def measured_at(evals, early_stop, temperature):
+    """The two evaluations at which the halves 0 and 1 stop."""
+    return early_stops(evals, temperature) if early_stop else [evals[-1], evals[-1]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run: a metric at the last step or at early stopping.
+
+    temperature: after dividing the logits by one fitted temperature.
+    """
+
+    metric: str  # loss | acc | ece | step | temperature
+    title: str
+    form: str
+    early_stop: bool = False
+    temperature: bool = False
+    scale: float = 1.0
+
+    def __call__(self, evals: list[dict]) -> float:
+        stops = measured_at(evals, self.early_stop, self.temperature)
+        if self.metric == "loss":
+            return self.held_out_loss(stops)
+        if self.metric == "temperature":
+            return float(np.mean([evals[-1]["temperature/0"], evals[-1]["temperature/1"]]))
+        name = "ece_t" if self.metric == "ece" and self.temperature else self.metric
+        return self.scale * float(np.mean([record[name] for record in stops]))
+
+    def held_out_loss(self, stops) -> float:
+        """Mean loss per token; each half is measured at the other half's stop and temperature."""
+        name = "loss_t" if self.temperature else "loss"
+        losses = [record[f"{name}/{1 - half}"] for half, record in enumerate(stops)]
+        tokens = [record[f"tokens/{1 - half}"] for half, record in enumerate(stops)]
+        return float(np.average(losses, weights=tokens))
+
+
+def measures_of(metric, label, form, scale=1.0):
+    """A metric at the last step and stopped early, then both with one fitted temperature."""
+    return [
+        Measure(metric, f"{label}last step", form, scale=scale),
+        Measure(metric, f"{label}early stopping", form, early_stop=True, scale=scale),
+        Measure(metric, f"{label}last step, temperature", form, temperature=True, scale=scale),
+        Measure(
+            metric,
+            f"{label}early stopping, temperature",
+            form,
+            early_stop=True,
+            temperature=True,
+            scale=scale,
+        ),
     ]
-    for (setting, split), methods in found.items():
-        ends = [records[-1] for records in methods["T_0"]]
-        seeds = f"{len(ends)} seed" + "s" * (len(ends) > 1)
-        if setting.startswith("map_"):
+
+
+LOSSES = measures_of("loss", "loss, ", "{:.4f}")
+ACCURACY = measures_of("acc", "accuracy %, ", "{:.2f}", 100)[:2]  # a temperature does not change it
+ECE = measures_of("ece", "ECE %, ", "{:.2f}", 100)
+MEASURES = [*LOSSES, *ACCURACY, *ECE]
+DETAILS = [
+    Measure("step", "step of early stopping", "{:.0f}", early_stop=True),
+    Measure("temperature", "temperature, last step", "{:.2f}"),
+]
+
+
+def paired_differences(runs: dict, baseline: dict, value) -> list[float]:
+    """value(evaluations) minus that of the baseline's run of the same seed, for every seed."""
+    return [value(runs[seed]) - value(baseline[seed]) for seed in baseline]
+
+
+def confidence_interval(values: list[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95 % interval by Student's t); NaN for a single value."""
+    return t_interval(values) if len(values) > 1 else (float(values[0]), math.nan)
+
+
+def lowest(evals: list[dict]) -> dict:
+    return min(evals, key=lambda record: record["val_loss"])
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def method_table(methods: dict) -> list[str]:
+    """Every measure of every method: mean and standard deviation over seeds."""
+    measures = MEASURES + DETAILS
+    rows = []
+    for method, runs in methods.items():
+        cells = [format_mean([m(evals) for evals in runs.values()], m.form) for m in measures]
+        rows.append([method, *cells])
+    return markdown_table(["method", *(m.title for m in measures)], rows)
+
+
+def difference_table(methods: dict) -> list[str]:
+    """Paired differences from T_0 with their 95 % intervals; bold where the interval excludes 0."""
+    rows = []
+    for method, runs in methods.items():
+        if method == "T_0":
             continue
-        if "loss/0" not in ends[0]:
-            for round_id in sorted({r["round"] for r in methods["T_0"][0]}):
-                lines += [
-                    f"## {setting}: round {round_id}, {ends[0]['step']} steps, {seeds}",
-                    "",
-                    *play_table(methods, round_id),
-                    "",
+        cells = []
+        for measure in MEASURES:
+            mean, error = confidence_interval(paired_differences(runs, methods["T_0"], measure))
+            text = measure.form.replace(":", ":+").format(mean)
+            if not math.isnan(error):
+                text += f" ± {measure.form.format(error)}"
+            cells.append(f"**{text}**" if abs(mean) > error else text)
+        rows.append([method, *cells])
+    return markdown_table(["minus T_0, same seed", *(m.title for m in MEASURES)], rows)
+
+
+def self_play_table(methods: dict, round_id: int) -> list[str]:
+    """Metrics at a round's last step; in parentheses the paired difference from T_0 ± 95 %."""
+    last = {}
+    for method, runs in methods.items():
+        last[method] = {
+            seed: [record for record in evals if record["round"] == round_id][-1]
+            for seed, evals in runs.items()
+        }
+    metrics = ["val_loss", "acc", "rank_nll", "kl_from_ref"]
+    example = next(iter(last["T_0"].values()))
+    metrics += [name for name in example if name.startswith("reward/")]
+
+    rows = []
+    for method, runs in last.items():
+        cells = []
+        for metric in metrics:
+            scale = 100 if metric == "acc" else 1
+            values = {seed: scale * record[metric] for seed, record in runs.items()}
+            text = f"{np.mean(list(values.values())):.4f}"
+            if method != "T_0" and len(values) > 1:
+                differences = [
+                    scale * (record[metric] - last["T_0"][seed][metric])
+                    for seed, record in runs.items()
                 ]
+                mean, error = confidence_interval(differences)
+                text += f" ({mean:+.4f} ± {error:.4f})"
+            cells.append(text)
+        rows.append([method, *cells])
+    return markdown_table(
+        ["method", *("acc %" if name == "acc" else name for name in metrics)], rows
+    )
+
+
+def pattern_table(study: dict) -> list[str]:
+    """Where the write-up's pattern appears on the row split.
+
+    The pattern: T_0 rises after its minimum, and T_2 < T_1 < T_0 at the last step.
+
+    The last columns count the seeds in which the difference exceeds CLEAR_DIFFERENCE.
+    """
+    columns = ["setting, split by row", "steps", "T_0: minimum", "at step", "last"]
+    columns += ["T_1: last", "T_2: last"]
+    columns += ["T_0 rises", "T_1 < T_0", "T_2 < T_0", "T_2 < T_1", "seeds"]
+    rows = []
+    for (setting, split), methods in study.items():
+        if split != "row" or not {"T_0", "T_1", "T_2"} <= set(methods):
             continue
-        tokens = [int(r["tokens/0"] + r["tokens/1"]) for r in ends]
-        lines += [
-            f"## {setting}, split by {split}: {ends[0]['step']} steps, {seeds}; of {' / '.join(f'{n:,}' for n in tokens)} validation tokens "
-            f"{' / '.join(str(int(r['new_tokens'])) for r in ends)} are new to training",
-            "",
-            *study_table(methods),
-            "",
-        ]
-        lines += [*against_cross_entropy(methods), ""]
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
-        f.write("\n".join(lines))
-    print(os.path.join(out, "report.md"))
+        minima = [lowest(evals) for evals in methods["T_0"].values()]
+        minimum = [record["val_loss"] for record in minima]
+        last = {}
+        for method in ("T_0", "T_1", "T_2"):
+            last[method] = [evals[-1]["val_loss"] for evals in methods[method].values()]
+        rows.append(
+            [
+                setting,
+                str(first_run(methods)[-1]["step"]),
+                format_mean(minimum, "{:.3f}"),
+                format_mean([record["step"] for record in minima], "{:.0f}"),
+                *(format_mean(values, "{:.3f}") for values in last.values()),
+                count_below(minimum, last["T_0"]),
+                count_below(last["T_1"], last["T_0"]),
+                count_below(last["T_2"], last["T_0"]),
+                count_below(last["T_2"], last["T_1"]),
+                str(len(minima)),
+            ]
+        )
+    return markdown_table(columns, rows)
 
 
-def main(args):
-    if args in (["-h"], ["--help"]):
-        return print(__doc__)
-    if len(args) != 2:
-        raise SystemExit(__doc__)
-    report(*args)
+def count_below(lower, upper) -> str:
+    """In how many seeds the first is clearly below the second."""
+    return str(sum(a + CLEAR_DIFFERENCE < b for a, b in zip(lower, upper, strict=True)))
+
+
+def new_token_table(study: dict) -> list[str]:
+    """The loss of seen and of new tokens with T_0 and T_2, at the last step of every row-split run.
+
+    T_2 costs more than T_0 on each seen token and less on each new one. `break-even` is the share
+    of new tokens at which both would have the same mean loss: with more of them T_2 ends lower.
+    """
+    columns = ["setting, split by row", "seed", "new tokens %", "seen: T_0", "T_2", "new: T_0"]
+    columns += ["T_2", "break-even %", "all tokens, T_2 - T_0"]
+    rows = []
+    for (setting, split), methods in study.items():
+        if split != "row" or "T_2" not in methods:
+            continue
+        for seed, evals in methods["T_0"].items():
+            zero, two = evals[-1], methods["T_2"][seed][-1]
+            cost_on_seen = two["seen_loss"] - zero["seen_loss"]
+            gain_on_new = zero["new_loss"] - two["new_loss"]
+            numbers = [
+                100 - 100 * zero["seen_share"],
+                zero["seen_loss"],
+                two["seen_loss"],
+                zero["new_loss"],
+                two["new_loss"],
+                100 * cost_on_seen / (cost_on_seen + gain_on_new),
+            ]
+            cells = [f"{number:.2f}" for number in numbers]
+            rows.append([setting, seed, *cells, f"{two['val_loss'] - zero['val_loss']:+.3f}"])
+    return markdown_table(columns, rows)
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def math_label(method: str) -> str:
+    """T_0.5 as mathematics; the name of a baseline in words."""
+    return f"$T_{{{method[2:]}}}$" if method.startswith("T_") else method.replace("_", " ")
+
+
+def order_colors(study: dict) -> dict:
+    """A colour for each T_n of the study, in the order of n: the same in every figure."""
+    found = {}
+    for methods in study.values():
+        found |= taylor_methods(methods)
+    names = [method for method, _ in sorted(found.items(), key=method_order)]
+    return dict(zip(names, sequential_colors(len(names)), strict=True))
+
+
+def legend_below(fig, title, ncols=None):
+    """The figure's legend, with what the marks mean as its title."""
+    figure_legend(fig, ncols=ncols).set_title(title, prop={"size": 8})
+
+
+def curve(evals, name, scale=1.0):
+    """(steps, values) of a metric."""
+    records = [record for record in evals if name in record]
+    return [r["step"] for r in records], [scale * r[name] for r in records]
+
+
+def plot_band(ax, runs, name, color, label, scale=1.0):
+    """Mean over seeds, and the range from the lowest to the highest seed as a band."""
+    curves = [curve(evals, name, scale) for evals in runs.values()]
+    steps = curves[0][0]
+    values = np.array([values for _, values in curves])
+    ax.plot(steps, values.mean(0), color=color, label=label)
+    ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+
+
+def new_token_title(seed, evals) -> str:
+    share = 100 - 100 * evals[-1]["seen_share"]
+    return f"seed {seed}: {share:.1f} % new ({evals[-1]['new_tokens']:.0f} tokens)"
+
+
+def plot_row_split(path, study):
+    """The write-up's setting, split by row: a column for each seed; all, seen and new tokens."""
+    methods = taylor_methods(study["later", "row"])
+    colors = order_colors(study)
+    seeds = methods["T_0"]
+    rows = {
+        "val_loss": "all tokens",
+        "seen_loss": "tokens seen in training",
+        "new_loss": "new tokens",
+    }
+    with style():
+        fig, axes = plt.subplots(
+            3, len(seeds), figsize=(8.6, 7.0), sharex=True, sharey="row", squeeze=False
+        )
+        for column, (seed, evals) in enumerate(seeds.items()):
+            for ax, name in zip(axes[:, column], rows, strict=True):
+                for method, runs in methods.items():
+                    ax.plot(
+                        *curve(runs[seed], name), color=colors[method], label=math_label(method)
+                    )
+            axes[0, column].set(title=new_token_title(seed, evals), ylim=(0, 1))
+            axes[1, column].set(yscale="log")
+            axes[2, column].set(xlabel="step")
+        for ax, title in zip(axes[:, 0], rows.values(), strict=True):
+            ax.set(ylabel=f"loss: {title}\n(nats per token)")
+        legend_below(fig, "one run per curve")
+        save_figure(fig, path)
+
+
+def plot_row_split_long(path, study):
+    """The write-up's setting, split by row, three times as many steps: a panel for each seed."""
+    methods = study["map_long", "row"]
+    colors = order_colors(study)
+    seeds = methods["T_0"]
+    with style():
+        fig, axes = plt.subplots(1, len(seeds), figsize=(8.6, 3.1), sharex=True, squeeze=False)
+        for ax, (seed, evals) in zip(axes[0], seeds.items(), strict=True):
+            for method, runs in methods.items():
+                ax.plot(
+                    *curve(runs[seed], "val_loss"), color=colors[method], label=math_label(method)
+                )
+            bottom = min(lowest(runs[seed])["val_loss"] for runs in methods.values())
+            ax.set(title=new_token_title(seed, evals), xlabel="step")
+            ax.set(ylim=(bottom - 0.04, bottom + 0.21))
+        axes[0, 0].set(ylabel=LOSS_LABEL)
+        legend_below(fig, "one run per curve; every panel spans 0.25 nats")
+        save_figure(fig, path)
+
+
+def plot_post_split(path, study):
+    """Validation loss when the split is by post, in both settings."""
+    keys = [key for key in SETTINGS if key[1] == "group"]
+    colors = order_colors(study)
+    with style():
+        fig, axes = plt.subplots(1, len(keys), figsize=(7.4, 3.3))
+        for ax, key in zip(axes, keys, strict=True):
+            methods = taylor_methods(study[key])
+            for method, runs in methods.items():
+                plot_band(ax, runs, "val_loss", colors[method], math_label(method))
+            ax.set(title=SETTINGS[key], xlabel="step")
+        axes[0].set(ylabel=LOSS_LABEL)
+        legend_below(fig, f"line: mean of {len(runs)} seeds; band: lowest to highest seed")
+        save_figure(fig, path)
+
+
+DIFFERENCE_MARKS = "large: mean of the seeds with its 95 % interval; small: single seeds"
+
+
+def plot_difference(ax, position, differences, color, filled, label=None, horizontal=False):
+    """Mean paired difference with its 95 % interval, and every seed as a small dot beside it."""
+    mean, error = confidence_interval(differences)
+    look = {
+        "fmt": "o",
+        "ms": 5,
+        "color": color,
+        "mfc": color if filled else "white",
+        "label": label,
+        "zorder": 3,
+    }
+    dots = {"s": 7, "color": color, "alpha": 0.7, "lw": 0, "zorder": 2}
+    beside = [position + 0.14] * len(differences)
+    if horizontal:
+        ax.errorbar(mean, position, xerr=error, **look)
+        ax.scatter(differences, beside, **dots)
+    else:
+        ax.errorbar(position, mean, yerr=error, **look)
+        ax.scatter(beside, differences, **dots)
+
+
+def plot_paired_differences(path, study):
+    """Loss of T_n minus that of T_0 of the same seed, at the last step and at early stopping."""
+    with style():
+        fig, axes = plt.subplots(2, len(SETTINGS), figsize=(9.2, 5.4), sharex=True)
+        for column, (key, title) in enumerate(SETTINGS.items()):
+            methods = taylor_methods(study[key])
+            others = [method for method in methods if method != "T_0"]
+            for row, early_stop in enumerate((False, True)):
+                ax = axes[row, column]
+                reference_line(ax, 0.0, "$T_0$")
+                for measure in LOSSES:
+                    if measure.early_stop != early_stop:
+                        continue
+                    for x, method in enumerate(others):
+                        plot_difference(
+                            ax,
+                            x + (0.13 if measure.temperature else -0.22),
+                            paired_differences(methods[method], methods["T_0"], measure),
+                            PALETTE[1] if measure.temperature else PALETTE[0],
+                            not measure.temperature,
+                            "after one fitted temperature" if measure.temperature else "as trained",
+                        )
+                ax.set_xticks(range(len(others)), [math_label(method) for method in others])
+                ax.grid(axis="x", visible=False)
+            axes[0, column].set(title=title)
+        for ax, when in zip(axes[:, 0], ("last step", "early stopping"), strict=True):
+            ax.set(ylabel=f"{when}: loss minus $T_0$'s\n(nats per token)")
+        legend_below(fig, DIFFERENCE_MARKS)
+        save_figure(fig, path)
+
+
+def plot_baselines(path, study):
+    """The GPT-2 block, split by post: T_n and the baselines, minus T_0 of the same seed."""
+    methods = study["clean", "group"]
+    others = [method for method in methods if method != "T_0"]
+    with style():
+        fig, axes = plt.subplots(1, 2, figsize=(7.4, 4.6), sharey=True)
+        for ax, early_stop in zip(axes, (False, True), strict=True):
+            ax.axvline(0.0, color=GREY, ls=(0, (4, 3)), lw=1.1, zorder=1.5, label="$T_0$")
+            for measure in LOSSES:
+                if measure.early_stop != early_stop:
+                    continue
+                for y, method in enumerate(others):
+                    plot_difference(
+                        ax,
+                        y + (0.12 if measure.temperature else -0.3),
+                        paired_differences(methods[method], methods["T_0"], measure),
+                        PALETTE[1] if measure.temperature else PALETTE[0],
+                        not measure.temperature,
+                        "after one fitted temperature" if measure.temperature else "as trained",
+                        horizontal=True,
+                    )
+            ax.set_yticks(range(len(others)), [math_label(method) for method in others])
+            ax.set(
+                title="early stopping" if early_stop else "last step",
+                xlabel="loss minus $T_0$'s (nats per token)",
+            )
+            ax.locator_params(axis="x", nbins=5)
+            ax.grid(axis="y", visible=False)
+        axes[0].invert_yaxis()
+        legend_below(fig, DIFFERENCE_MARKS)
+        save_figure(fig, path)
+
+
+def plot_calibration(path, study):
+    """The GPT-2 block, split by post: calibration error, reliability, entropy where it is wrong."""
+    methods = taylor_methods(study["clean", "group"])
+    colors = order_colors(study)
+    with style():
+        fig, axes = plt.subplots(1, 3, figsize=(9.2, 3.2))
+        for method, runs in methods.items():
+            label = math_label(method)
+            plot_band(axes[0], runs, "ece", colors[method], label, scale=100)
+            plot_band(axes[2], runs, "entropy_wrong", colors[method], label)
+            points = pool_reliability([evals[-1]["reliability"] for evals in runs.values()])
+            confidence = [x for x, _ in points]
+            correct = [y for _, y in points]
+            axes[1].plot(confidence, correct, ".-", lw=1, color=colors[method], label=label)
+        axes[1].plot([0, 1], [0, 1], ls=(0, (4, 3)), lw=1.1, color=GREY, label="calibrated")
+        axes[0].set(
+            title="calibration error", xlabel="step", ylabel="expected calibration error (%)"
+        )
+        axes[1].set(
+            title="reliability, last step",
+            xlabel="probability of the most likely token",
+            ylabel="share correct",
+        )
+        axes[2].set(
+            title="entropy of wrong predictions",
+            xlabel="step",
+            ylabel="entropy (nats)",
+        )
+        legend_below(
+            fig,
+            "line: mean of the seeds; band: lowest to highest; reliability: all seeds pooled",
+            ncols=6,
+        )
+        save_figure(fig, path)
+
+
+def pool_reliability(curves, bins=15, min_tokens=30) -> list[tuple[float, float]]:
+    """Reliability curves of several runs as one, without the bins that have few tokens.
+
+    curves: of each run [[mean probability, share correct, tokens]]. Returns
+    [(mean probability, share correct)].
+    """
+    pooled = []
+    for b in range(bins):
+        points = []
+        for run in curves:
+            points += [p for p in run if min(int(p[0] * bins), bins - 1) == b]
+        count = sum(n for _, _, n in points)
+        if count >= min_tokens:
+            confidence = sum(p * n for p, _, n in points) / count
+            correct = sum(share * n for _, share, n in points) / count
+            pooled.append((confidence, correct))
+    return pooled
+
+
+FIGURES = {
+    "row_split": plot_row_split,
+    "post_split": plot_post_split,
+    "paired_differences": plot_paired_differences,
+    "baselines": plot_baselines,
+    "calibration": plot_calibration,
+}
+
+
+def draw_figures(study: dict, folder: str):
+    """The figures whose runs exist."""
+    os.makedirs(folder, exist_ok=True)
+    if all(key in study for key in SETTINGS):
+        for name, draw in FIGURES.items():
+            draw(os.path.join(folder, name), study)
+    if ("map_long", "row") in study:
+        plot_row_split_long(os.path.join(folder, "row_split_long"), study)
+
+
+# --------------------------------------------------------------------------------------- the report
+
+INTRODUCTION = """\
+# T_n: validation loss
+
+All losses are plain cross-entropy in nats per token on validation texts, whatever the training
+loss was.
+
+Data: {sources}.
+
+- In the first table of a setting, ± is the standard deviation over seeds. In a table of
+  differences, ± is half of Student's 95 % interval of the paired differences (same seed). Bold: the
+  interval excludes 0. There is no correction for multiple comparisons.
+- Texts are split by row, or by group: then all texts of a post are on one side of the split.
+- Each seed has its own posts, split, vocabulary, initialisation and data order (sft and spin: data
+  order and samples only).
+- The step of early stopping and the temperature are chosen on one half of the validation rows and
+  measured on the other half; both directions are averaged.
+
+In how many seeds the write-up's pattern appears, by more than {clear} nats:
+
+{pattern}
+
+Why: the share of new tokens among the validation tokens, the loss of seen and of new tokens at the
+last step, and the share of new tokens at which T_0 and T_2 would break even:
+
+{new_tokens}
+"""
+
+
+def write_report(folder: str, out: str):
+    """Write the figures and report.md of the runs under `folder` into `out`."""
+    study = read_study(folder)
+    os.makedirs(out, exist_ok=True)
+    copy_logs(folder, os.path.join(out, "logs"))
+    draw_figures(study, os.path.join(out, "figures"))
+    path = os.path.join(out, "report.md")
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(report_text(study, data_sources(folder)))
+    print(path)
+
+
+def report_text(study: dict, sources: list[str]) -> str:
+    introduction = INTRODUCTION.format(
+        sources=" and ".join(sources),
+        clear=CLEAR_DIFFERENCE,
+        pattern="\n".join(pattern_table(study)),
+        new_tokens="\n".join(new_token_table(study)),
+    )
+    sections = [introduction]
+    for (setting, split), methods in study.items():
+        if not setting.startswith("map_"):
+            sections += setting_sections(setting, split, methods)
+    return "\n".join(sections)
+
+
+def setting_sections(setting: str, split: str, methods: dict) -> list[str]:
+    """The tables of a setting; of self-play one for each round."""
+    last = [evals[-1] for evals in methods["T_0"].values()]
+    seeds = f"{len(last)} seed" if len(last) == 1 else f"{len(last)} seeds"
+    if "loss/0" not in last[0]:
+        sections = []
+        for round_id in sorted({record["round"] for record in first_run(methods)}):
+            title = f"## {setting}: round {round_id}, {last[0]['step']} steps, {seeds}"
+            sections.append("\n".join([title, "", *self_play_table(methods, round_id), ""]))
+        return sections
+
+    tokens = " / ".join(f"{int(r['tokens/0'] + r['tokens/1']):,}" for r in last)
+    new_tokens = " / ".join(str(int(r["new_tokens"])) for r in last)
+    title = (
+        f"## {setting}, split by {split}: {last[0]['step']} steps, {seeds}; "
+        f"of {tokens} validation tokens {new_tokens} are new"
+    )
+    tables = [*method_table(methods), "", *difference_table(methods)]
+    return ["\n".join([title, "", *tables, ""])]
+
+
+def main(argv: list[str]):
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
+    if len(argv) not in (0, 2):
+        raise SystemExit("usage: python -m studies.taylor.analysis [RUNS OUT]")
+    folder, out = argv or (os.path.join(HERE, "logs"), HERE)
+    write_report(folder, out)
 
 
 if __name__ == "__main__":

@@ -1,133 +1,196 @@
-"""How well a language model's probabilities are what they say: expected calibration error, one fitted temperature, tokens that
-training had seen. What the T_n study (taylor.py) is made of; `calibration = True` in a config of stage sft."""
+"""Evaluation on validation texts: loss, accuracy, calibration, tokens that training has seen.
+
+Everything is plain cross-entropy per token, whatever the training loss is.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from data.batch import batch_rows
+from data.batch import Batch, batch_rows
+from data.folder import split_of
+from data.rows import longest_shared_prefix
 from eval import map_batches
+from nanospin import distributed
+
+LOGIT_ELEMENTS = 2**26  # of a (tokens, V) matrix of logits
+NUM_BINS = 15  # of the reliability curve
+
+
+@dataclass
+class TokenPredictions:
+    """What a model predicts for each target token: arrays (tokens,) in the order of the rows."""
+
+    logp: np.ndarray  # log-probability of the target
+    confidence: np.ndarray  # the highest probability
+    correct: np.ndarray  # 1.0 if the target has it
+    entropy: np.ndarray  # nats
+    slope: np.ndarray  # d(-logp) / d(1 / temperature)
+    curvature: np.ndarray  # its derivative
+
+    def at(self, where: np.ndarray) -> "TokenPredictions":
+        """The tokens of a boolean mask."""
+        return TokenPredictions(*(values[where] for values in vars(self).values()))
+
+
+def evaluate(run, round_id: int, step: int, train: list[dict], val: list[dict]) -> dict:
+    """The evaluator of the study, for `train.main`."""
+    if "seen" not in val[0]:
+        annotate_seen_tokens(train, val)
+    max_tokens = distributed.micro_batch_tokens(run.cfg, run.device)
+    return calibration_metrics(run.model, val, max_tokens, run.device)
+
+
+def annotate_seen_tokens(train: list[dict], val: list[dict]):
+    """Add to encoded validation rows what `calibration_metrics` needs.
+
+    seen  how many of the row's first tokens are also the beginning of a training row
+    half  0 or 1. All rows of a group are in one half, unless groups are in training too: then the
+          split was by row, and the halves are balanced by their number of new tokens.
+    """
+    train_ids = [row["prompt"] + row["responses"][0] for row in train]
+    val_ids = [row["prompt"] + row["responses"][0] for row in val]
+    for row, ids, seen in zip(val, val_ids, longest_shared_prefix(val_ids, train_ids), strict=True):
+        row["seen"] = seen
+        row["half"] = int(split_of(f"half of {row.get('group', ids)}", 0.5) == "val")
+
+    train_groups = {row.get("group") for row in train} - {None}
+    if any(row.get("group") in train_groups for row in val):
+        most_new_first = sorted(range(len(val)), key=lambda i: val[i]["seen"] - len(val_ids[i]))
+        for place, i in enumerate(most_new_first):
+            val[i]["half"] = (place + 1) // 2 % 2  # 0 1 1 0 0 1 1 0 ...
+    if len({row["half"] for row in val}) < 2:
+        raise SystemExit(f"calibration: all {len(val)} validation rows are in one half; add groups")
 
 
 @torch.no_grad()
-def distributions(model, rows, tokens, device, temperature=1.0):
-    """What a model says of each target token of encoded rows' best responses, its logits divided by `temperature`. Arrays, one
-    value a token in the rows' order: `logp` of the target; `top`, the greatest probability; `right`, whether the target has it;
-    `entropy` in nats; `slope` and `bend`, the first and second derivative of -logp by 1 / temperature."""
+def predict_tokens(model, rows, max_tokens, device, temperature=1.0) -> TokenPredictions:
+    """Predictions for the tokens of the rows' best responses, logits divided by `temperature`."""
 
-    def figures(logits, batch):
-        targets = batch["targets"][:, None]
-        logps = torch.log_softmax(logits / temperature, -1)
+    def predict(batch: Batch) -> list[np.ndarray]:
+        logits = model(batch.idx, **batch.layout())  # (m, V)
+        targets = batch.targets[:, None]  # (m, 1)
+        logps = torch.log_softmax(logits / temperature, -1)  # (m, V)
         p = logps.exp()
-        mean = (p * logits).sum(-1)
-        values = torch.stack(
-            [
-                logps.gather(1, targets)[:, 0],
-                p.amax(-1),
-                logits.argmax(-1) == targets[:, 0],
-                -(p * logps).sum(-1),
-                mean - logits.gather(1, targets)[:, 0],
-                (p * logits.square()).sum(-1) - mean.square(),
-            ]
-        )
-        return [part.cpu().numpy() for part in values.split(batch["lengths"][:, 0].tolist(), dim=1)]
+        mean_logit = (p * logits).sum(-1)
+        values = [
+            logps.gather(1, targets)[:, 0],
+            p.amax(-1),
+            logits.argmax(-1) == targets[:, 0],
+            -(p * logps).sum(-1),
+            mean_logit - logits.gather(1, targets)[:, 0],
+            (p * logits.square()).sum(-1) - mean_logit.square(),
+        ]
+        by_row = torch.stack(values).split(batch.lengths[:, 0].tolist(), dim=1)
+        return [part.cpu().numpy() for part in by_row]
 
-    tokens = min(tokens, max(256, 2**26 // model.config.vocab_size))  # a (tokens, V) matrix
-    rows = [row | {"responses": row["responses"][:1]} for row in rows]
-    values = np.concatenate(
-        map_batches(model, rows, tokens, device, batch_rows, figures, whole=True), axis=1
-    ).astype(np.float64)
-    return dict(zip(("logp", "top", "right", "entropy", "slope", "bend"), values))
+    max_tokens = min(max_tokens, max(256, LOGIT_ELEMENTS // model.config.vocab_size))
+    best = [row | {"responses": row["responses"][:1]} for row in rows]
+    parts = map_batches(model, best, max_tokens, device, batch_rows, predict)
+    return TokenPredictions(*np.concatenate(parts, axis=1).astype(np.float64))
 
 
-def fit_temperature(model, rows, tokens, device, plain=None):
-    """The temperature that makes rows' cross-entropy least (arXiv 1706.04599, section 4.2), in [0.05, 20]. The loss is convex in
-    1 / temperature, whose Newton steps are held to a factor of 2. plain: the rows' `distributions` at temperature 1, if at hand."""
+def fit_temperature(model, rows, max_tokens, device, at_one: TokenPredictions | None = None):
+    """The temperature in [0.05, 20] of lowest loss on the rows (arXiv 1706.04599, sec. 4.2).
+
+    The loss is convex in 1 / temperature: Newton's method, with steps of at most a factor of 2.
+    at_one: the predictions at temperature 1, if they are already computed.
+    """
     inverse = 1.0
-    for n in range(10):
-        at = plain if plain and n == 0 else distributions(model, rows, tokens, device, 1 / inverse)
-        before, best = inverse, inverse - at["slope"].mean() / max(at["bend"].mean(), 1e-12)
-        inverse = float(np.clip(np.clip(best, before / 2, before * 2), 0.05, 20.0))
-        if abs(inverse / before - 1) < 0.01:  # the next step would be about its square
+    for iteration in range(10):
+        if iteration == 0 and at_one is not None:
+            tokens = at_one
+        else:
+            tokens = predict_tokens(model, rows, max_tokens, device, 1 / inverse)
+        before = inverse
+        newton = before - tokens.slope.mean() / max(tokens.curvature.mean(), 1e-12)
+        inverse = float(np.clip(np.clip(newton, before / 2, before * 2), 0.05, 20.0))
+        if abs(inverse / before - 1) < 0.01:  # the error of the next step is about its square
             break
     return 1 / inverse
 
 
-def reliability(top, right, bins=15):
-    """Tokens in bins of equal width by the greatest probability: [[its mean, share right, tokens]] of those not empty."""
-    at = np.minimum((top * bins).astype(int), bins - 1)
-    return [
-        [float(top[at == b].mean()), float(right[at == b].mean()), int((at == b).sum())]
-        for b in range(bins)
-        if (at == b).any()
-    ]
+def reliability_curve(confidence: np.ndarray, correct: np.ndarray) -> list[list]:
+    """[mean confidence, share correct, tokens] of each non-empty bin of equal width."""
+    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
+    curve = []
+    for b in range(NUM_BINS):
+        inside = bins == b
+        if inside.any():
+            mean = float(confidence[inside].mean())
+            curve.append([mean, float(correct[inside].mean()), int(inside.sum())])
+    return curve
 
 
-def expected_calibration_error(curve):
-    """ECE: mean of |probability - share right| over tokens, by the bins of `reliability` (arXiv 1706.04599, eq. 3)."""
-    return sum(n * abs(top - right) for top, right, n in curve) / sum(n for _, _, n in curve)
+def expected_calibration_error(curve: list[list]) -> float:
+    """Mean of |confidence - share correct| over tokens, by bins (arXiv 1706.04599, eq. 3)."""
+    error = sum(n * abs(confidence - correct) for confidence, correct, n in curve)
+    return error / sum(n for _, _, n in curve)
 
 
-def calibration(model, rows, tokens, device):
-    """The figures of the T_n study, on plain cross-entropy a target token whatever was trained. Validation rows stand in two halves,
-    0 and 1; what is chosen, a step or a temperature, is chosen on one and measured on the other, and both ways are averaged.
+def calibration_metrics(model, rows: list[dict], max_tokens: int, device) -> dict:
+    """Metrics of annotated validation rows. H is a half, 0 or 1: what is chosen on one half, a step
+    or a temperature, is measured on the other.
 
-    val_loss                all rows                      loss/H          half H; tokens/H its target tokens
-    temperature/H           fitted on half H              fitted_loss/H   half H at the temperature fitted on itself: to choose by
-    loss_t/H                half H at the temperature fitted on the other half: what is measured
-    acc                     share of the tokens whose most likely id is right
-    ece, reliability        expected calibration error and its curve; ece_t at the other half's temperature
-    entropy, entropy_wrong  mean over the tokens, and over those whose most likely id is wrong
-    seen_loss, new_loss     tokens whose row, up to and with them, begins a training row too, and the others;
-    seen_share, new_tokens  the share of the first kind, the number of the others
+    val_loss                all tokens
+    loss/H, tokens/H        half H, and its number of tokens
+    temperature/H           fitted on half H
+    fitted_loss/H           half H at its own temperature, to choose a step by
+    loss_t/H                half H at the temperature of the other half, to report
+    acc                     share of tokens whose most likely id is correct
+    ece, reliability        expected calibration error and its curve
+    ece_t                   the error of each half at the temperature of the other
+    entropy, entropy_wrong  mean over all tokens, and over those predicted wrong
+    seen_loss, new_loss     tokens that training has seen in the same context, and all others
+    seen_share, new_tokens  share of the former, number of the latter
     """
-    lengths = [
-        len(row["responses"][0]) - (not row["prompt"]) for row in rows
-    ]  # an empty prompt leaves the first token unasked
-    seen = np.concatenate(
-        [
-            len(row["prompt"]) + (not row["prompt"]) + np.arange(n) < row["seen"]
-            for row, n in zip(rows, lengths)
-        ]
-    )
+    lengths, seen = [], []
+    for row in rows:
+        prompt = len(row["prompt"])
+        first = max(1, prompt)  # the first token of a text without a prompt has no prediction
+        positions = np.arange(first, prompt + len(row["responses"][0]))
+        lengths.append(len(positions))
+        seen.append(positions < row["seen"])
+    seen = np.concatenate(seen)
     half = np.repeat([row["half"] for row in rows], lengths)
-    plain = distributions(model, rows, tokens, device)
-    figures = {
-        "val_loss": -plain["logp"].mean(),
-        "acc": plain["right"].mean(),
-        "entropy": plain["entropy"].mean(),
+
+    plain = predict_tokens(model, rows, max_tokens, device)
+    metrics = {
+        "val_loss": -plain.logp.mean(),
+        "acc": plain.correct.mean(),
+        "entropy": plain.entropy.mean(),
         "seen_share": seen.mean(),
         "new_tokens": (~seen).sum(),
     }
-    warm = {
-        name: np.empty(len(half)) for name in ("top", "right")
-    }  # each half at the other's temperature
+    confidence, correct = (
+        np.empty(len(half)),
+        np.empty(len(half)),
+    )  # at the other half's temperature
     for h in (0, 1):
-        mine = {name: values[half == h] for name, values in plain.items()}
-        temperature = fit_temperature(
-            model, [row for row in rows if row["half"] == h], tokens, device, mine
-        )
-        at = distributions(model, rows, tokens, device, temperature)
-        figures |= {
-            f"tokens/{h}": (half == h).sum(),
-            f"loss/{h}": -plain["logp"][half == h].mean(),
+        mine, other = half == h, half != h
+        rows_of_half = [row for row in rows if row["half"] == h]
+        temperature = fit_temperature(model, rows_of_half, max_tokens, device, plain.at(mine))
+        fitted = predict_tokens(model, rows, max_tokens, device, temperature)
+        metrics |= {
+            f"tokens/{h}": mine.sum(),
+            f"loss/{h}": -plain.logp[mine].mean(),
             f"temperature/{h}": temperature,
-            f"fitted_loss/{h}": -at["logp"][half == h].mean(),
-            f"loss_t/{1 - h}": -at["logp"][half != h].mean(),
+            f"fitted_loss/{h}": -fitted.logp[mine].mean(),
+            f"loss_t/{1 - h}": -fitted.logp[other].mean(),
         }
-        for name, values in warm.items():
-            values[half != h] = at[name][half != h]
-    curve = reliability(plain["top"], plain["right"])
-    figures |= {
-        "ece": expected_calibration_error(curve),
-        "reliability": curve,
-        "ece_t": expected_calibration_error(reliability(warm["top"], warm["right"])),
-    }
-    some = [
-        ("seen_loss", -plain["logp"], seen),
-        ("new_loss", -plain["logp"], ~seen),
-        ("entropy_wrong", plain["entropy"], plain["right"] == 0),
-    ]
-    figures |= {name: values[where].mean() for name, values, where in some if where.any()}
-    return {
-        name: value if isinstance(value, list) else float(value) for name, value in figures.items()
-    }
+        confidence[other] = fitted.confidence[other]
+        correct[other] = fitted.correct[other]
+
+    curve = reliability_curve(plain.confidence, plain.correct)
+    metrics["ece"] = expected_calibration_error(curve)
+    metrics["reliability"] = curve
+    metrics["ece_t"] = expected_calibration_error(reliability_curve(confidence, correct))
+    if seen.any():
+        metrics["seen_loss"] = -plain.logp[seen].mean()
+    if not seen.all():
+        metrics["new_loss"] = -plain.logp[~seen].mean()
+    wrong = plain.correct == 0
+    if wrong.any():
+        metrics["entropy_wrong"] = plain.entropy[wrong].mean()
+    return {name: v if isinstance(v, list) else float(v) for name, v in metrics.items()}

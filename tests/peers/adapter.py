@@ -1,8 +1,10 @@
-"""lm-evaluation-harness on a run of ours, without an export; every option of its command line is there:
+"""lm-evaluation-harness on a run, without an export. All options of its command line work:
 
-    python tests/peers/adapter.py run --model nanospin --model_args run=out/demo/sft --tasks arc_easy --apply_chat_template
+    python tests/peers/adapter.py run --model nanospin --model_args run=out/demo/sft \\
+        --tasks arc_easy --apply_chat_template
 
-Log-probabilities come from eval.py's batches, with the choices of a question behind one prompt, and text from sample.py.
+Log-probabilities are computed in eval.py's batches, with all choices of a question after one
+prompt. Texts are sampled by sample.py.
 """
 
 import itertools
@@ -23,133 +25,147 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from nanospin import checkpoint
-import eval
-from data.batch import batch_rows
 from data import tokenizer
-from data.template import split_template, encode_framed
+from data.batch import batch_rows
+from data.template import encode_framed, split_template
+from eval import map_batches
 from loss import sequence_logprobs
+from model import GPT
 from sample import generate, response_text
 
 
 @register_model("nanospin")
-class Run(TemplateLM):
+class NanoSpinLM(TemplateLM):
     def __init__(self, run, device="cpu", tokens=8192, **ignored):
-        """run: a run folder or a checkpoint in it; tokens: so many are scored at a time, whose logits fit into memory."""
+        """run: a run folder or a checkpoint. tokens: scored at a time, limited by their logits."""
         super().__init__()
-        device = (
-            device if torch.cuda.is_available() else "cpu"
-        )  # the command line's default is cuda
-        self.model, self.enc, meta = checkpoint.load_model(run, device)
-        self.template, self.tokens, self._device = (
-            meta["config"]["template"],
-            int(tokens),
-            torch.device(device),
-        )
+        if not torch.cuda.is_available():  # the command line's default is cuda
+            device = "cpu"
+        self.model, self.enc, meta = GPT.from_checkpoint(run, device)
+        self.template = meta["config"]["template"]
+        self.tokens = int(tokens)
+        self._device = torch.device(device)
 
-    eot_token_id = property(lambda self: self.enc.eot_token)
-    prefix_token_id = property(
-        lambda self: tokenizer.specials(self.enc).get(tokenizer.begin(self.enc), self.enc.eot_token)
-    )
-    max_length = property(lambda self: self.model.config.block_size)
-    tokenizer_name = property(lambda self: "")  # of the harness's cache of requests
+    @property
+    def eot_token_id(self):
+        return self.enc.eot_token
+
+    @property
+    def prefix_token_id(self):
+        bos = tokenizer.begin(self.enc)
+        return tokenizer.specials(self.enc).get(bos, self.enc.eot_token)
+
+    @property
+    def max_length(self):
+        return self.model.config.block_size
+
+    @property
+    def tokenizer_name(self):  # a key of the harness's cache of requests
+        return ""
 
     def tok_encode(self, string, add_special_tokens=None, **ignored):
-        """As an export's tokenizer: special tokens are tokens, and its own beginning of a text stands before it once."""
-        begin = (
-            ""
-            if add_special_tokens is False or string.startswith(tokenizer.begin(self.enc))
-            else tokenizer.begin(self.enc)
-        )
-        return encode_framed(self.enc, begin + string, "", "", "start")
+        """The ids that an export's tokenizer gives: special tokens are recognised, bos is added."""
+        bos = tokenizer.begin(self.enc)
+        if add_special_tokens is False or string.startswith(bos):
+            bos = ""
+        return encode_framed(self.enc, bos + string, "", "", "start")
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """What was said as one text, as the chat template of an export has it."""
+        """The text that the chat template of an export gives."""
         begin, before, after, end = split_template(self.template)
-        for m in chat_history:
-            if m["role"] not in ("user", "assistant"):
-                raise SystemExit(f"roles are user and assistant, not {m['role']}")
-        said = begin + "".join(
-            before + m["content"] + after if m["role"] == "user" else m["content"] + end
-            for m in chat_history
-        )
-        return said if add_generation_prompt else said.removesuffix(end)
+        text = begin
+        for message in chat_history:
+            role, content = message["role"], message["content"]
+            if role == "user":
+                text += before + content + after
+            elif role == "assistant":
+                text += content + end
+            else:
+                raise SystemExit(f"roles are user and assistant, not {role}")
+        return text if add_generation_prompt else text.removesuffix(end)
 
     def _loglikelihood_tokens(self, requests, **ignored):
-        """[(the texts, ids of a context, of a continuation)] -> [(log-probability, whether greedy sampling says just that)]"""
-        asked = [
-            (context[-(self.max_length + 1 - len(continuation)) :], continuation)
-            for _, context, continuation in requests
-        ]
+        """[(texts, context ids, continuation ids)] -> [(log-probability, whether it is greedy)]."""
+        pairs = []
+        for _, context, continuation in requests:
+            room = self.max_length + 1 - len(continuation)
+            pairs.append((context[-room:], continuation))
         rows = []
-        for context, group in itertools.groupby(asked, key=lambda pair: pair[0]):
+        for context, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             continuations = [continuation for _, continuation in group]
-            rows.append(
-                {"prompt": context, "responses": continuations, "ranks": [0] * len(continuations)}
-            )
+            ranks = [0] * len(continuations)
+            rows.append({"prompt": context, "responses": continuations, "ranks": ranks})
 
-        def pick(logits, batch):  # (m, V), of the continuations' places alone
-            B, K = batch["present"].shape
-            logps = logits.log_softmax(-1).gather(-1, batch["targets"][:, None])[:, 0]
-            other = (logits.argmax(-1) != batch["targets"]).float()
-            sums, others = (
-                sequence_logprobs(each, batch["seq"], B * K).view(B, K).tolist()
-                for each in (logps, other)
-            )
-            return [[(logp, n == 0) for logp, n in zip(*both)] for both in zip(sums, others)]
-
-        found = eval.map_batches(
-            self.model, rows, self.tokens, self._device, batch_rows, pick, whole=True
+        scored = map_batches(
+            self.model, rows, self.tokens, self._device, batch_rows, self.score_responses
         )
-        return [pair for row, pairs in zip(rows, found) for pair in pairs[: len(row["responses"])]]
+        results = []
+        for row, scores in zip(rows, scored):
+            results += scores[: len(row["responses"])]
+        return results
+
+    def score_responses(self, batch):
+        """For each row, (log-probability, whether it is greedy) of each response."""
+        B, K = batch.response_mask.shape
+        logits = self.model(batch.idx, **batch.layout())  # (m, V)
+        logps = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+        not_greedy = (logits.argmax(-1) != batch.targets).float()
+        logps = sequence_logprobs(logps, batch.seq, B * K).view(B, K).tolist()
+        num_not_greedy = sequence_logprobs(not_greedy, batch.seq, B * K).view(B, K).tolist()
+        scores = []
+        for row_logps, row_counts in zip(logps, num_not_greedy):
+            scores.append([(logp, count == 0) for logp, count in zip(row_logps, row_counts)])
+        return scores
 
     def loglikelihood_rolling(self, requests, **ignored):
-        logps = []
-        for (text,) in (request.args for request in requests):
-            cut = utils.get_rolling_token_windows(
+        results = []
+        for request in requests:
+            (text,) = request.args
+            windows = utils.get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, 1
             )
-            logps.append(
-                sum(
-                    logp
-                    for logp, _ in self._loglikelihood_tokens(
-                        [(None, *utils.make_disjoint_window(pair)) for pair in cut]
-                    )
-                )
-            )
-        return logps
+            pairs = [utils.make_disjoint_window(window) for window in windows]
+            scores = self._loglikelihood_tokens([(None, *pair) for pair in pairs])
+            results.append(sum(logp for logp, _ in scores))
+        return results
 
     def generate_until(self, requests, **ignored):
-        kinds, texts = {}, {}
+        """Requests with the same settings are sampled together."""
+        groups = {}
         for i, request in enumerate(requests):
-            kinds.setdefault(json.dumps(request.args[1]), []).append(i)
-        for kind, which in kinds.items():
-            asked = normalize_gen_kwargs(json.loads(kind))
-            room, stops = (
-                self.max_length - asked["max_gen_toks"],
-                handle_stop_sequences(asked["until"], eos=None),
+            settings = json.dumps(request.args[1])
+            groups.setdefault(settings, []).append(i)
+        texts = [""] * len(requests)
+        for settings, indices in groups.items():
+            prompts = [requests[i].args[0] for i in indices]
+            for i, text in zip(indices, self.sample(prompts, indices, json.loads(settings))):
+                texts[i] = text
+        return texts
+
+    def sample(self, prompts, request_ids, settings):
+        """A text for each prompt."""
+        settings = normalize_gen_kwargs(settings)
+        max_new_tokens = settings["max_gen_toks"]
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise SystemExit(
+                f"max_gen_toks {max_new_tokens} leaves no room for a prompt in block_size"
+                f" {self.max_length}"
             )
-            if room < 1:
-                raise SystemExit(
-                    f"max_gen_toks {asked['max_gen_toks']} leaves no room for a prompt in block_size {self.max_length}"
-                )
-            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in which]
-            new = generate(
-                self.model,
-                prompts,
-                asked["max_gen_toks"],
-                asked.get("temperature", 0.0),
-                asked.get("top_k"),
-                asked.get("top_p"),
-                self.eot_token_id,
-                torch.Generator().manual_seed(0),
-                numbers=which,
-            )
-            texts |= {
-                i: postprocess_generated_text(response_text(self.enc, ids), stops, None)
-                for i, ids in zip(which, new)
-            }
-        return [texts[i] for i in range(len(requests))]
+        sampled = generate(
+            self.model,
+            [self.tok_encode(prompt)[-room:] for prompt in prompts],
+            max_new_tokens,
+            settings.get("temperature", 0.0),
+            settings.get("top_k"),
+            settings.get("top_p"),
+            self.eot_token_id,
+            torch.Generator().manual_seed(0),
+            request_ids=request_ids,
+        )
+        stops = handle_stop_sequences(settings["until"], eos=None)
+        texts = [response_text(self.enc, ids) for ids in sampled]
+        return [postprocess_generated_text(text, stops, None) for text in texts]
 
 
 if __name__ == "__main__":

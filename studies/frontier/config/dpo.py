@@ -1,12 +1,26 @@
-"""The frontier's DPO, on what its reward model learns from. --loss_type=pl: K = 3 Plackett-Luce; --loss_type=simpo: SimPO.
+"""DPO on all pairs of the rows that the reward model is fitted to.
 
-python train.py studies/frontier/config/dpo.py         50 s on a core; starts at ln 2 = 0.6931
+    python train.py studies/frontier/config/dpo.py
+
+One CPU core, 50 seconds. Starts at ln 2 = 0.6931.
+Plackett-Luce on the three responses: --loss_type=pl.
+SimPO: --loss_type=simpo --beta=2 --margin=0.5.
 """
-
-from studies.frontier.config.reward import *
 
 stage = "preference"
 out_dir = "out/frontier/dpo"
+init = "out/frontier/sft"
+data = "out/frontier/ranked"
+
+loss_type = "pairs"
 beta = 0.5
+max_prompt = 48
+max_response = 32
+batch_size = 32  # prompts of three responses
 epochs = 1.0
+optimizer = "adamw"
 lr = 5e-4
+warmup_ratio = 0.1
+schedule = "linear"
+eval_interval = 1000  # only at the start and the end
+log_interval = 20

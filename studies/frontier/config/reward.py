@@ -1,6 +1,9 @@
-"""The frontier's learnt reward: Bradley-Terry on three samples of the reference a prompt, ranked by the true one.
+"""The reward model: Bradley-Terry on three samples of the reference, ranked by the true reward.
 
-python train.py studies/frontier/config/reward.py         70 s on a core; starts at ln 2 = 0.6931, 72 % of held-out pairs. frontier.py makes its data
+    python train.py studies/frontier/config/reward.py
+
+One CPU core, 70 seconds. Starts at ln 2 = 0.6931; ranks 72 % of held-out pairs right.
+Its data, out/frontier/ranked, are made by `python -m studies.frontier.frontier`.
 """
 
 stage = "reward"
@@ -17,5 +20,5 @@ optimizer = "adamw"
 lr = 1e-3
 warmup_ratio = 0.1
 schedule = "linear"
-eval_interval = 1000
+eval_interval = 1000  # only at the start and the end
 log_interval = 20

@@ -1,19 +1,25 @@
-"""The write-up's T_n figure, its first version: as the later one, with attention divided by the square root of the whole width,
-one LayerNorm used twice and no residual around the MLP; a cosine from 1e-4 to 1e-6 over 1,000 epochs.
+"""The write-up's T_n figure, its first version.
 
-    python -m data.shp.prepare                                              # or from local rows: its header says how
-    python train.py studies/taylor/config/first.py --taylor_order=2                 # and --data=data/shp/group
+As the later version (later.py), but: attention scores are divided by the square root of n_embd
+instead of head_dim, one LayerNorm is used twice, the MLP has no residual connection, and the
+learning rate follows a cosine from 1e-4 to 1e-6 over 1,000 epochs.
 
-One GPU, an estimate: 400,000 steps of 2,540 tokens, about an hour. The write-up, up to epoch 1,180: T_0 falls to about 0.20 by
-epoch 20 to 40 and climbs to 0.25, T_1 settles near 0.19, T_2 near 0.175. Not yet run at this size.
+    python -m data.shp.prepare
+    python -m studies.taylor.train studies/taylor/config/first.py --taylor_order=2
 
-What differs, beside what studies/taylor/config/later.py says: the norm stands before attention and before the MLP, and the run ends with
-the cosine, at epoch 1,000 (the write-up planned 2,000 and shows 1,180).
+Variant: --data=data/shp/group (split by post).
+
+Estimate for one GPU: 400,000 steps of 2,540 tokens, about an hour. Not run at this size. In the
+write-up, up to epoch 1,180, T_0 falls to about 0.20 by epoch 20 to 40 and rises to 0.25; T_1 ends
+near 0.19 and T_2 near 0.175.
+
+Differences from the write-up, beside those in later.py: pre-norm in attention and MLP; the run ends
+with the cosine at epoch 1,000 (the write-up planned 2,000 and shows 1,180).
 """
 
 from studies.taylor.config.later import *
 
-out_dir = "out/tn_shp_first"
+out_dir = "out/taylor_first"
 n_embd = 1024
 attn_scale = "embd"
 mlp_alone = True

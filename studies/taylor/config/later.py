@@ -1,21 +1,26 @@
-"""The write-up's T_n figure, its later version: one layer, ReLU, sinusoidal positions, no output projection, an untied head with
-bias, noise of 0.1 on every parameter, constant learning rate. taylor_order is n; `make figures-tn` runs all of them.
+"""The write-up's T_n figure, its later version.
 
-    python -m data.shp.prepare                                              # or from local rows: its header says how
-    python train.py studies/taylor/config/later.py --taylor_order=2                 # and --data=data/shp/group, --n_embd=1024
+One layer, ReLU, sinusoidal positions, no attention output projection, an untied LM head with bias,
+noise of 0.1 added to every parameter, constant learning rate.
 
-One GPU, an estimate: 40,000 steps of 2,540 tokens, at 5 ms a step 4 minutes and as many for evaluation (width 1024: 10).
-On raw values the write-up's curves at width 64 have T_0's minimum 0.34 near epoch 22 and T_2's 0.33. Not yet run at this size.
+    python -m data.shp.prepare
+    python -m studies.taylor.train studies/taylor/config/later.py --taylor_order=2
 
-What differs: means are per target token (there per row, then over rows), a text shorter than the window ends in end-of-text,
-which is asked too, there is a last LayerNorm before the head, as in every model of ours, the vocabulary is padded to a multiple
-of 64, and on a GPU products are bfloat16 (--dtype=float32).
+Variants: --data=data/shp/group (split by post), --n_embd=1024.
+
+Estimate for one GPU: 40,000 steps of 2,540 tokens, 4 minutes of training and 4 of evaluation (10
+and 10 at width 1024). Not run at this size. In the write-up, at width 64, the minimum of T_0 is
+0.34 near epoch 22 and that of T_2 is 0.33.
+
+Differences from the write-up: losses are means over tokens (there over the tokens of a row, then
+over rows); a text shorter than block_size ends in end-of-text, which has a loss too; a LayerNorm
+before the LM head; the vocabulary is padded to a multiple of 64; on a GPU matmuls are in bfloat16
+(--dtype=float32 for float32).
 """
 
-stage = "sft"  # whole texts: every token is asked
-out_dir = "out/tn_shp_later"
+stage = "sft"  # rows are whole texts: every token has a loss
+out_dir = "out/taylor_later"
 data = "data/shp/row"
-calibration = True
 
 n_layer = 1
 n_head = 8
@@ -29,7 +34,7 @@ head_bias = True
 init_scheme = "glorot"
 init_noise = 0.1
 
-batch_size = 20  # texts, 400 steps an epoch
+batch_size = 20  # 8,000 training texts: 400 steps per epoch
 epochs = 100.0
 lr = 1e-3
 schedule = "constant"

@@ -1,0 +1,245 @@
+"""Train the runs of the T_n study, then write its report.
+
+    python -m studies.taylor.run main                        # 60 runs: T_n and baselines
+    python -m studies.taylor.run map                         # 27 runs: other steps, rates, blocks
+    python -m studies.taylor.run play --demo=out/demo        # 21 runs: fine-tuning and self-play
+    python -m studies.taylor.run main --full                 # 135 runs of the original size
+
+The texts are ranked forum answers with --ranked=FILE, else docstrings of the installed packages;
+with --full they are SHP from the Hugging Face hub. `play` starts from the models of `make demo`.
+A finished run is skipped and an interrupted one resumes. --list prints the commands only.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from nanospin import cli
+from studies.taylor import analysis
+
+SEEDS = [1, 2, 3]  # each has its own posts, split and vocabulary
+ORDERS = ["0", "0.5", "1", "2", "4"]  # n of T_n
+
+BASELINES = {
+    "dropout": ["--dropout=0.1"],
+    "weight_decay": ["--weight_decay=1.0"],
+    "label_smoothing": ["--token_label_smoothing=0.1"],
+    "focal": ["--focal=2"],
+    "confidence_penalty": ["--confidence_penalty=0.1"],
+}
+
+# what differs from later.py and clean.py at CPU size
+SMALL_LATER = [
+    "--n_head=2",
+    "--block_size=64",
+    "--batch_size=10",
+    "--lr=2e-3",
+    "--eval_interval=200",
+    "--eval_rows=110",
+    "--max_steps=2000",
+]
+SMALL_LATER_POST = ["--eval_interval=20", "--max_steps=400"]  # and when split by post
+SMALL_CLEAN = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=64",
+    "--block_size=64",
+    "--lr=2e-3",
+    "--eval_interval=25",
+    "--eval_rows=100",
+    "--max_steps=350",
+]
+
+# variants of the row split: where does the write-up's pattern appear?
+VARIANTS = {
+    "map_long": ["--max_steps=6000"],  # all seeds; the others have one
+    "map_lr_1e-3": ["--lr=1e-3"],
+    "map_lr_4e-3": ["--lr=4e-3"],
+    "map_no_noise": ["--init_noise=0"],
+    "map_width_128": ["--n_embd=128"],
+    "map_first_block": [
+        "--attn_scale=embd",
+        "--mlp_alone=True",
+        "--schedule=cosine",
+        "--min_lr_ratio=0.01",
+    ],
+    "map_our_block": [
+        "--position=learned",
+        "--mlp=gelu",
+        "--attn_proj=True",
+        "--head_bias=False",
+        "--tie_embeddings=True",
+        "--init_scheme=gpt2",
+        "--init_noise=0",
+    ],
+}
+
+
+@dataclass
+class Run:
+    name: str  # SETTING/SPLIT/METHOD/SEED, its folder
+    command: list[str]  # module and arguments
+
+
+@dataclass
+class Study:
+    """Where the study reads and writes."""
+
+    out: str  # run folders
+    data: str  # data folders: {small,large}/SEED/{row,group}
+    demo: str  # models of `make demo`
+    full: bool  # the original size
+
+    def run(self, name: str, config: str, *args: str) -> Run:
+        """A run of studies/taylor/config/CONFIG.py."""
+        command = ["studies.taylor.train", f"studies/taylor/config/{config}.py", *args]
+        return Run(name, [*command, f"--out_dir={self.out}/{name}"])
+
+    def at_cpu_size(self, *args: str) -> list[str]:
+        return [] if self.full else list(args)
+
+    def main_runs(self) -> list[Run]:
+        """T_n in the write-up's setting on both splits and with a GPT-2 block; the baselines."""
+        runs = []
+        for seed in SEEDS:
+            small, large = f"{self.data}/small/{seed}", f"{self.data}/large/{seed}"
+            later_row = [f"--data={small}/row", *self.at_cpu_size(*SMALL_LATER)]
+            later_post = [
+                f"--data={small}/group",
+                *self.at_cpu_size(*SMALL_LATER, *SMALL_LATER_POST),
+            ]
+            clean = [f"--data={large}/group", *self.at_cpu_size(*SMALL_CLEAN)]
+            for n in ORDERS:
+                args = [f"--taylor_order={n}", f"--seed={seed}"]
+                end = f"T_{n}/{seed}"
+                runs.append(self.run(f"later/row/{end}", "later", *later_row, *args))
+                runs.append(self.run(f"later/group/{end}", "later", *later_post, *args))
+                runs.append(self.run(f"clean/group/{end}", "clean", *clean, *args))
+                if self.full:
+                    runs += self.original_size_runs(small, end, args)
+            for name, args in BASELINES.items():
+                args = [*clean, *args, f"--seed={seed}"]
+                runs.append(self.run(f"clean/group/{name}/{seed}", "clean", *args))
+        return runs
+
+    def original_size_runs(self, data: str, end: str, args: list[str]) -> list[Run]:
+        """The write-up's wide models, of both versions."""
+        runs = []
+        for split in ("row", "group"):
+            on_split = [f"--data={data}/{split}", *args]
+            wide = self.run(f"later_1024/{split}/{end}", "later", *on_split, "--n_embd=1024")
+            runs += [wide, self.run(f"first/{split}/{end}", "first", *on_split)]
+        return runs
+
+    def map_runs(self) -> list[Run]:
+        """Variants of the write-up's setting on the row split; one seed is a lead, not a result."""
+        runs = []
+        for variant, changes in VARIANTS.items():
+            for seed in SEEDS if variant == "map_long" else SEEDS[:1]:
+                data = f"--data={self.data}/small/{seed}/row"
+                for n in ("0", "1", "2"):
+                    args = [data, *SMALL_LATER, f"--taylor_order={n}", f"--seed={seed}", *changes]
+                    runs.append(self.run(f"{variant}/row/T_{n}/{seed}", "later", *args))
+        return runs
+
+    def play_runs(self) -> list[Run]:
+        """T_n of the fine-tuning loss, and of the ranking in self-play with history.
+
+        In self-play K = 2 in the first round and 3 in the second. The control has T_0 and an
+        nll_coef that is larger by (1 - 1/2)^-2, the weight that T_2 gives it at the start of K = 2.
+        """
+        sft = ["studies.taylor.train", "config/demo/sft.py", f"--init={self.demo}/pretrain"]
+        sft += ["--max_steps=60", "--eval_interval=20"]
+        spin = ["train", "config/demo/spin_k2.py", f"--init={self.demo}/sft"]
+        spin += ["--players=data,self,self-1", "--rounds=2", "--max_rows=512", "--max_steps=16"]
+        runs = []
+        for seed in SEEDS:
+            for n in ("0", "1", "2"):
+                for setting, command in (("sft", sft), ("spin", spin)):
+                    name = f"{setting}/group/T_{n}/{seed}"
+                    args = [f"--taylor_order={n}", f"--seed={seed}", f"--out_dir={self.out}/{name}"]
+                    runs.append(Run(name, [*command, *args]))
+            name = f"spin/group/nll_coef/{seed}"
+            args = ["--nll_coef=0.8", f"--seed={seed}", f"--out_dir={self.out}/{name}"]
+            runs.append(Run(name, [*spin, *args]))
+        return runs
+
+
+def data_commands(study: Study, ranked: str) -> list[list[str]]:
+    """The commands that write the data folders that are missing."""
+    commands = []
+    for size, rows in (("small", 500), ("large", 2400)):
+        if os.path.exists(f"{study.data}/{size}/{SEEDS[-1]}/group/meta.json"):
+            continue
+        if study.full:
+            args = ["--rows=10000"]
+        else:
+            source = [ranked] if ranked else ["--surrogate"]
+            args = [*source, "--tokenizer=bpe", "--vocab_size=1024", f"--rows={rows}"]
+        out = f"--out={study.data}/{size}"
+        commands.append(["data.shp.prepare", *args, f"--sets={len(SEEDS)}", out])
+    return commands
+
+
+def python(command: list[str], threads: int | None = None) -> int:
+    """Run a module with its arguments in a process of its own; returns its exit status."""
+    env = dict(os.environ)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    return subprocess.run([sys.executable, "-m", *command], env=env).returncode
+
+
+def train_all(runs: list[Run], jobs: int, threads: int | None):
+    """Train the runs, `jobs` at a time. Exits if one fails, after the others."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            codes = list(pool.map(lambda run: python(run.command, threads), runs))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    failed = [run.name for run, code in zip(runs, codes, strict=True) if code]
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+
+
+def main(argv: list[str]):
+    parser = cli.ArgumentParser(
+        prog="python -m studies.taylor.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", choices=["main", "map", "play"])
+    parser.add_argument("--ranked", default="", help="ranked rows of forum threads, .jsonl.gz")
+    parser.add_argument("--full", action="store_true", help="the original size, one run at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--demo", default="out/demo", help="the models of `make demo`")
+    parser.add_argument("--out", help="run folders (default: out/tn, or out/tn_full)")
+    parser.add_argument("--report", help="report and figures (default: studies/taylor, or OUT)")
+    parser.add_argument("--list", action="store_true", help="print the commands only")
+    args = parser.parse_args(argv)
+    if args.full and args.runs == "map":
+        parser.error("map has no --full: its variants are of the CPU size")
+
+    out = args.out or ("out/tn_full" if args.full else "out/tn")
+    texts = os.path.basename(args.ranked).split(".")[0] if args.ranked else "docstrings"
+    study = Study(out, f"data/shp/{'hub' if args.full else texts}", args.demo, args.full)
+    runs = {"main": study.main_runs, "map": study.map_runs, "play": study.play_runs}[args.runs]()
+    prepare = [] if args.runs == "play" else data_commands(study, args.ranked)
+
+    if args.list:
+        for command in [*prepare, *(run.command for run in runs)]:
+            print("python -m " + shlex.join(command))
+        return
+    for command in prepare:
+        if python(command):
+            raise SystemExit(f"python -m {shlex.join(command)} failed")
+    train_all(runs, jobs=1 if args.full else args.jobs, threads=None if args.full else 1)
+    analysis.write_report(out, args.report or (out if args.full else analysis.HERE))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""The fused LM head against logits and log_softmax."""
+
+import pytest
+import torch
+
+from nanospin.fused_head import linear_logprobs
+
+
+def plain_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None):
+    logits = hidden @ weight.T
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logps = logits[..., :vocab_size].log_softmax(-1)
+    logps = logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return logps * (targets >= 0)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize(
+    "chunk, kept", [(1, 7 * 37), (7, None), (7, 14 * 37 + 5), (7, 0), (1000, None)]
+)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_linear_logprobs_equals_the_plain_one(dtype, tolerance, chunk, kept, softcap):
+    """Odd sizes, a padded vocabulary, chunks smaller and larger than the input, and all, some or
+    none of the probabilities kept. bfloat16 matmuls differ in the last of 8 bits, and gradients
+    are rounded once more."""
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(3, 11, 13, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(37, 13, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(-1, 33, (3, 11), generator=g)
+    upstream = torch.rand(3, 11, generator=g).to(torch.promote_types(dtype, torch.float32))
+    fast = linear_logprobs(
+        hidden, weight, targets, softcap=softcap, vocab_size=33, chunk=chunk, kept=kept
+    )
+    slow = plain_logprobs(hidden, weight, targets, softcap, 33)
+    assert fast.dtype == upstream.dtype
+    assert (fast[targets < 0] == 0).all()
+    torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
+    fast_grads = torch.autograd.grad((fast * upstream).sum(), (hidden, weight))
+    slow_grads = torch.autograd.grad((slow * upstream).sum(), (hidden, weight))
+    for a, b in zip(fast_grads, slow_grads):
+        scale = max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_autocast_decides_the_dtype_of_the_matmuls():
+    hidden, weight, targets = torch.randn(9, 8), torch.randn(16, 8), torch.arange(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = linear_logprobs(hidden, weight, targets)
+    assert logps.dtype == torch.float32
+    expected = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert torch.equal(logps, expected)
+
+
+def test_no_targets():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    logps = linear_logprobs(hidden, weight, torch.full((4,), -1))
+    assert logps.tolist() == [0.0] * 4
+    logps.sum().backward()
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+    assert linear_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [16, -2])
+def test_a_target_outside_the_vocabulary_is_refused(bad):
+    with pytest.raises(ValueError, match="targets must be"):
+        linear_logprobs(torch.randn(2, 8), torch.randn(16, 8), torch.tensor([1, bad]))

@@ -1,0 +1,205 @@
+"""Figures and reports from metrics.jsonl, also from logs that are older than today's settings."""
+
+import json
+import os
+import re
+import shutil
+
+import matplotlib.pyplot as plt
+import pytest
+from conftest import command, read_metrics
+
+from tools import plot
+
+SEEDS = [f"studies/selfplay/demo_seeds/{seed}" for seed in (1, 2, 3)]
+GSM8K = "studies/selfplay/gsm8k/spin_k3_gsm8k"
+
+
+def run(*args):
+    return command("tools.plot", *args)
+
+
+def is_figure(path):
+    """Whether PATH.png and PATH.svg are there, with text kept as text in the SVG."""
+    with open(f"{path}.png", "rb") as f:
+        is_png = f.read(4) == b"\x89PNG"
+    with open(f"{path}.svg", encoding="utf-8") as f:
+        svg = f.read()
+    return is_png and "</svg>" in svg and "<text" in svg
+
+
+def write_run(folder, evals):
+    os.makedirs(folder)
+    with open(f"{folder}/metrics.jsonl", "w") as f:
+        for record in evals:
+            f.write(json.dumps({"kind": "eval", "seconds": 1.0} | record) + "\n")
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------------ style
+
+
+def test_a_figure_is_written_twice_at_200_dpi_and_always_the_same(tmp_path):
+    def draw(path):
+        with plot.style():
+            fig, ax = plt.subplots(figsize=(4, 3))
+            ax.plot([0, 1], [0, 1], label="T_0.5")
+            plot.reference_line(ax, 0.5, "chance")
+            plot.figure_legend(fig)
+            plot.save_figure(fig, path)
+
+    draw(f"{tmp_path}/a.png")
+    draw(f"{tmp_path}/T_0.5")  # no ending
+    assert sorted(os.listdir(tmp_path)) == ["T_0.5.png", "T_0.5.svg", "a.png", "a.svg"]
+    assert is_figure(f"{tmp_path}/a") and is_figure(f"{tmp_path}/T_0.5")
+    assert plt.imread(f"{tmp_path}/a.png").shape[1] == pytest.approx(4 * 200, rel=0.1)
+    with open(f"{tmp_path}/a.svg") as a, open(f"{tmp_path}/T_0.5.svg") as b:
+        assert a.read() == b.read()
+
+
+def test_sequential_colors_get_lighter():
+    lightness = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b, _ in plot.sequential_colors(6)]
+    assert lightness == sorted(lightness) and lightness[-1] < 0.8
+    assert len(set(plot.PALETTE)) == len(plot.PALETTE)
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+def test_loss(tiny_runs, tmp_path):
+    pretrain, sft = tiny_runs["pretrain"], tiny_runs["sft"]
+    done = run("loss", f"{tmp_path}/loss.png", f"a={pretrain},{pretrain}", f"b={sft}")
+    assert done.returncode == 0 and is_figure(f"{tmp_path}/loss"), done.stderr
+
+
+def test_the_mean_of_seeds_is_where_all_have_a_value():
+    with plot.style():
+        _, ax = plt.subplots()
+        plot.draw_seeds(ax, [([0, 10, 20], [1.0, 2.0, 3.0]), ([0, 20], [2.0, 5.0])], "red", "a")
+        first, second, mean = ax.get_lines()
+    assert list(mean.get_xdata()) == [0, 20] and list(mean.get_ydata()) == [1.5, 4.0]
+    assert list(first.get_xdata()) == [0, 10, 20] and list(second.get_ydata()) == [2.0, 5.0]
+    plt.close("all")
+
+
+def test_steps_count_over_rounds():
+    records = [{"round": r, "step": s} for r, s in ((0, 0), (0, 8), (1, 0), (1, 4), (2, 1))]
+    assert plot.global_steps(records) == [0, 8, 8, 12, 13]
+    assert plot.round_spans(records) == {0: (0, 8), 1: (8, 12), 2: (13, 13)}
+
+
+def test_rounds_from_old_logs(tmp_path):
+    done = run("rounds", f"{tmp_path}/gsm8k.png", GSM8K)
+    assert done.returncode == 0 and is_figure(f"{tmp_path}/gsm8k"), done.stderr
+    with open(f"{tmp_path}/gsm8k.svg", encoding="utf-8") as f:
+        svg = f.read()
+    for text in ("round 1", "teacher above self", "chance (1/2; data: 1/3)", "nats per response"):
+        assert text in svg, text
+    assert "studies" not in svg  # no path of a run
+
+
+def test_table(tiny_runs, tmp_path):
+    done = run("table", f"{tmp_path}/table", tiny_runs["sft"])
+    first, *_, last = read_metrics(tiny_runs["sft"], "eval")
+    assert f"| val_loss | {first['val_loss']:.4f} | {last['val_loss']:.4f} |  |" in done.stdout
+    assert sorted(os.listdir(f"{tmp_path}/table")) == ["report.md", "sft"]
+
+
+def test_the_demos_report_says_what_the_logs_say(tmp_path):
+    """The report made again from the repository's logs is the one in the repository."""
+    demos = [str(tmp_path / seed) for seed in "123"]
+    for seed, demo in zip(SEEDS, demos):
+        shutil.copytree(seed, demo)
+    done = run("report", *demos, f"{tmp_path}/a_file")
+    assert done.returncode == 0, done.stderr
+    with open(f"{tmp_path}/report.md") as f, open(f"{SEEDS[0]}/../report.md") as kept:
+        text = f.read()
+        assert text == kept.read()
+    assert "| sft_more | 4.5324 ± 0.0077 | - | 50.5 % ± 1.4 |" in text
+    assert "better in 0, worse in 5, and not distinguishable in 9" in text
+    for name in re.findall(r"\((\w+)\.png\)", text):
+        assert is_figure(f"{tmp_path}/{name}")
+        assert os.path.getsize(f"{tmp_path}/{name}.svg") < 300_000
+
+    done = run("report", demos[0])
+    with open(f"{demos[0]}/report.md") as f:
+        text = f.read()
+    assert done.returncode == 0 and "One seed." in text and "±" not in text
+    assert "one training run, 95 % interval over the prompts" in text
+
+
+def test_mistakes_are_one_line(tiny_runs, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for content in ("{}\n", "[1]\n", "{\n"):
+        (damaged / "metrics.jsonl").write_text(content)
+        done = run("loss", f"{tmp_path}/x.png", f"a={damaged}")
+        assert done.returncode and "not the metrics of a run" in done.stderr
+        assert done.stderr.count("\n") == 1
+    for args, message in (
+        (["loss", "x.png", "a=nowhere"], "nowhere/metrics.jsonl: No such file"),
+        (["loss", "x.png", "a"], "must be NAME=RUN"),
+        (["rounds", "x.png", tiny_runs["sft"]], "no evaluation of ranked responses"),
+        (["table", "x", "nowhere"], "nowhere/metrics.jsonl: No such file"),
+        (["report", "nowhere"], "nowhere/eval/eval.json: No such file"),
+        ([], "required: command"),
+    ):
+        done = run(*args)
+        assert done.returncode and message in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------ comparisons
+
+
+def table(win_rate, more_win_rate, val_loss=3.0):
+    """One seed's metrics: of self-play, and of SFT continued."""
+    ours = {"win_rate": win_rate, "win_rate_se": 0.01, "val_loss": val_loss}
+    return {
+        "sft": {"val_loss": 2.95},
+        "sft_more": {"win_rate": more_win_rate, "win_rate_se": 0.01, "val_loss": 2.9},
+        "spin_k2.round_1": ours,
+        "spin_k3.round_1": ours,
+    }
+
+
+@pytest.mark.parametrize(
+    "other, metric, tables, outcome",
+    [
+        ("sft_more", "win rate", [table(0.6, 0.5)], "better than"),
+        ("sft_more", "win rate", [table(0.4, 0.5)], "worse than"),
+        ("sft_more", "win rate", [table(0.51, 0.5)], "not distinguishable from"),
+        (
+            "sft_more",
+            "win rate",
+            [table(0.6, 0.5), table(0.5, 0.55), table(0.55, 0.5)],
+            "not distinguishable from",
+        ),
+        ("sft", "win rate", [table(0.6, 0.5), table(0.61, 0.5), table(0.62, 0.5)], "better than"),
+        ("sft_more", "validation loss", [table(0.5, 0.5)], "worse than"),
+        (
+            "sft",
+            "validation loss",
+            [table(0.6, 0.5, 3.0), table(0.6, 0.5, 3.01), table(0.6, 0.5, 2.99)],
+            "worse than",
+        ),
+    ],
+)
+def test_a_comparison_follows_the_interval(other, metric, tables, outcome):
+    found = plot.comparisons(tables)
+    (match,) = [
+        (word, line)
+        for word, line in found
+        if line.startswith("- spin_k2") and f" {other} in {metric}:" in line
+    ]
+    assert match[0] == outcome and f"**{outcome}** {other}" in match[1]
+    if len(tables) == 1 and metric == "validation loss":
+        assert "one training run, no interval" in match[1]
+    counts = re.findall(r"\d+", plot.summary([word for word, _ in found]))
+    assert int(counts[0]) == len(found) == sum(map(int, counts[1:]))
+
+
+def test_students_interval():
+    mean, half_width = plot.t_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half_width == pytest.approx(4.30 / 3**0.5)
+    assert plot.t_interval([5.0, 5.0])[1] == 0.0

@@ -1,0 +1,216 @@
+"""Numbers, tables and curves of metrics; page.html.jinja draws the curves as SVG."""
+
+import math
+from dataclasses import dataclass
+
+LEFT, RIGHT, TOP, BOTTOM = 58, 368, 26, 186  # the axes in a picture of 380 x 220
+MAX_POINTS = 300  # of a curve; with more, neighbouring steps are averaged
+
+# Metrics with a chart: name, unit, and the chart if it is another one's. "acc/": of each player.
+CHARTED = {
+    "loss": ("Loss", "nats"),
+    "val_loss": ("Cross-entropy", "nats per token"),
+    "nll": ("Ranking loss", "nats per prompt"),
+    "rank_nll": ("Ranking loss", "nats per prompt"),
+    "pair_nll": ("Loss of pairs", "nats per pair", "Ranking loss"),
+    "acc": ("Ranking accuracy", "share of pairs"),
+    "length_acc": ("Accuracy by length alone", "share of pairs", "Ranking accuracy"),
+    "acc/": ("Above all worse responses", "share of rows"),
+    "reward/": ("Implicit reward", "beta x nats"),
+    "logp/": ("Log-probability of the response", "nats"),
+    "reward": ("Reward", "as scored"),
+    "kl": ("KL to the reference", "nats per response"),
+    "kl_from_ref": ("KL from the reference", "nats per token"),
+    "entropy": ("Entropy", "nats per token"),
+    "length": ("Length of responses", "tokens"),
+    "ended": ("Ended with end-of-text", "share"),
+    "policy_loss": ("Policy loss", "per token"),
+    "value_loss": ("Value loss", "squared reward"),
+    "clip_fraction": ("Clipped policy ratios", "share of tokens"),
+    "pretrain_loss": ("Pretraining loss", "nats per token"),
+    "norm": ("Gradient norm", "before clipping"),
+    "lr": ("Learning rate", ""),
+    "tokens_per_second": ("Speed", "tokens per second"),
+}
+METRICS = CHARTED | {
+    "steps": ("Steps", ""),
+    "minutes": ("Time", "minutes"),
+    "first_loss": ("Loss, first step", "nats"),
+    "last_loss": ("Loss, last step", "nats"),
+    "expected": ("Expected initial loss", "nats"),
+    "off": ("Difference from the expected loss", "nats"),
+    "kl_token": ("KL to the reference", "nats per token"),
+    "tie": ("Equal to a better response", "share"),
+    "length_acc/": ("Told from the data by length alone", "share of pairs"),
+    "exact_match": ("Exact match with the data", "share"),
+    "reward_std": ("Standard deviation of the reward", ""),
+    "score_std": ("Standard deviation of the scores", ""),
+    "explained_variance": ("Variance explained by the value head", "share"),
+    "kl_coef": ("KL coefficient", "reward per nat"),
+}
+LABELS = {"step": "training", "eval": "validation", "collect": "sampled"}  # by kind of record
+
+
+def lookup(key):
+    """(key in METRICS, player) of a metric: ("acc/", "self") of acc/self."""
+    name, slash, player = key.partition("/")
+    return name + slash if name + slash in METRICS else name, player
+
+
+def describe(key):
+    """(name, unit) of a metric such as val_loss, reward/self or acc@2."""
+    key, _, distance = key.partition("@")
+    base, player = lookup(key)
+    name, unit = METRICS.get(base, (base, ""))[:2]
+    name += f", {player}" if player else ""
+    return name + (f", {distance} ranks apart" if distance else ""), unit
+
+
+def number(record, key):
+    """A metric of a record, or None if it is not a finite number."""
+    value = record.get(key)
+    return value if type(value) in (int, float) and abs(value) < 1e300 else None
+
+
+def format_number(value):
+    """A number with four digits; "-" for None."""
+    if value is None:
+        return "-"
+    return typeset(f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}")
+
+
+def typeset(text):
+    return text.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
+
+
+def with_error(record, key):
+    """A metric with its standard error if there is one; "-" without a record."""
+    if not record:
+        return "-"
+    text, error = format_number(number(record, key)), number(record, key + "_se")
+    return text if error is None else f"{text} ± {error:.2g}"
+
+
+def metric_keys(records):
+    """The metrics of some records (None: no record), those of players beside each other."""
+    groups = {}
+    for r in records:
+        for key in r or ():
+            hidden = key in ("round", "step", "seconds", "x") or key.endswith("_se")
+            if not hidden and number(r, key) is not None:
+                groups.setdefault(key.partition("/")[0], {})[key] = None
+    return [key for group in groups.values() for key in group]
+
+
+# ----------------------------------------------------------------------------------------- curves
+
+
+def run_charts(run):
+    """Every Chart that a run has records for."""
+    curves = {}  # {title: {label: curve}}
+    for kind, label in LABELS.items():
+        records = run.of_kind(kind)
+        for key in metric_keys(records):
+            base, player = lookup(key)
+            if base == "loss" and run.stage in ("pretrain", "sft"):
+                base = "val_loss"  # the same quantity, so the same chart
+            if base in CHARTED:
+                name, _, *chart = CHARTED[base]
+                series = curves.setdefault(chart[0] if chart else name, {})
+                by_round = run.stage == "spin" and kind != "collect"
+                label_of_curve = player or (name.lower() if chart else label)
+                series[label_of_curve] = make_curve(records, key, by_round)
+    starts = {r["round"]: r["x"] for r in reversed(run.records)}
+    borders = [(x, f"round {round_id}") for round_id, x in sorted(starts.items())][1:]
+    levels = {"Ranking loss": equal_scores(run), "Ranking accuracy": (0.5, "chance")}
+    charts = []
+    for title, unit in dict(metric[:2] for metric in CHARTED.values()).items():
+        if title in curves:
+            series = dict(list(curves[title].items())[:12])
+            charts.append(Chart(title, unit, series, run.span, borders, levels.get(title)))
+    return charts
+
+
+def compare(all_runs):
+    """The validation curves that two or more runs have, as Charts."""
+    series, units = {}, {}
+    for i, run in enumerate(all_runs, 1):
+        for chart in run_charts(run):
+            if "validation" in chart.series:
+                units[chart.title] = chart.unit
+                label = f"{i} {run.name}"
+                series.setdefault(chart.title, {})[label] = chart.series["validation"]
+    span = (0, max(run.span[1] for run in all_runs))
+    shared = {title: curves for title, curves in series.items() if len(curves) > 1}
+    return [Chart(f"{title}, validation", units[title], shared[title], span) for title in shared]
+
+
+def equal_scores(run):
+    """(the ranking loss if all scores are equal, its name), or None."""
+    K = 2 if run.stage == "reward" else len(run.players)
+    value = math.lgamma(K + 1)
+    return (value, f"equal scores: ln {K}! = {value:.4f}") if K > 1 else None
+
+
+def make_curve(records, key, by_round):
+    """[[(step, value), ...]]: one piece, or one for each round. Rounds of self-play are apart
+    because each has its own reference and its own samples."""
+    points, n, curve = {}, num_averaged(records), []
+    for r in records:
+        if number(r, key) is not None:
+            points.setdefault(r["round"] if by_round else 0, []).append((r["x"], r[key]))
+    for piece in points.values():
+        groups = [zip(*piece[i : i + n]) for i in range(0, len(piece), n)]
+        curve.append([(sum(x) / len(x), sum(y) / len(y)) for x, y in groups])
+    return curve
+
+
+def num_averaged(records):
+    """How many records make one point of a curve."""
+    return max(1, math.ceil(len(records) / MAX_POINTS))
+
+
+def ticks(low, high, n):
+    """About n round numbers from low to high, [(number, text)], with the decimals they need."""
+    power = 10.0 ** math.floor(math.log10((high - low) / n))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / n)
+    finest = math.floor(math.log10(step) + 1e-9)
+    greatest = math.floor(math.log10(max(abs(low), abs(high))) + 1e-9)
+    form = f",.{max(0, -finest)}f" if greatest > -4 else f".{greatest - finest}e"
+    multiples = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(i * step, typeset(format(i * step, form)) if i else "0") for i in multiples]
+
+
+@dataclass
+class Chart:
+    """series: {label: curve}; span: first and last step; borders: [(step, text)] of vertical
+    lines; level: (value, text) of a horizontal line."""
+
+    title: str
+    unit: str
+    series: dict
+    span: tuple
+    borders: list = ()
+    level: tuple | None = None
+
+    def __post_init__(self):
+        pieces = [piece for curve in self.series.values() for piece in curve]
+        points = sum(pieces, [])
+        values = [value for _, value in points] + ([self.level[0]] if self.level else [])
+        low, high = min(values), max(values)
+        margin = 0.1 * abs(high) or 1.0
+        if high > low:
+            margin = max(0.06 * (high - low), 1e-4 * abs(high))
+        self.low, self.high = low - margin, high + margin
+        self.first, self.last = self.span[0], max(self.span[1], self.span[0] + 1)
+        every = max(1, math.ceil(len(self.borders) / 5))
+        self.border_lines = [(self.x(step), text) for step, text in self.borders[::every]]
+        steps = ticks(self.first, self.last, 4)
+        self.x_ticks = [(self.x(x), text) for x, text in steps if "." not in text]
+        self.y_ticks = [(self.y(y), text) for y, text in ticks(self.low, self.high, 4)]
+
+    def x(self, step):
+        return round(LEFT + (step - self.first) / (self.last - self.first) * (RIGHT - LEFT), 1)
+
+    def y(self, value):
+        return round(BOTTOM - (value - self.low) / (self.high - self.low) * (BOTTOM - TOP), 1)
