@@ -4,9 +4,9 @@
     python sample.py out/demo/sft --chat
     python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
 
-Start reading at `generate`. Continuous batching means that finished requests leave the batch and
-waiting ones join it (Orca, OSDI 2022), so a long response does not hold up the others. Keys and
-values are cached (nanospin/kv_cache.py); nanospin/decoding.py makes single steps fast.
+Start reading at `generate`. It uses continuous batching (Orca, OSDI 2022): finished requests leave
+the batch and waiting ones join it, so one long response does not hold up the others. Keys and
+values are cached (nanospin/kv_cache.py). nanospin/decoding.py makes a single step fast.
 """
 
 import functools
@@ -80,10 +80,10 @@ def inverse_cdf(probs, uniform):
 
 
 def find_bin(weights, point):
-    """The first bin at which the cumulative sum of weights (B, n) exceeds point (B, 1), and how far
-    into this bin the point is; both (B, 1). The point is first clamped to [0, total), because with
-    rounding it could otherwise fall into a bin of weight 0."""
+    """The first bin where the cumulative sum of weights (B, n) exceeds point (B, 1), and how far
+    into this bin the point is; both (B, 1)."""
     cumulative = weights.cumsum(-1)
+    # Clamp to [0, total): after rounding, the point could fall into a bin of weight 0.
     point = torch.minimum(point.clamp(min=0.0), cumulative[:, -1:] * (1 - 2**-23))
     found = torch.searchsorted(cumulative, point, right=True)
     return found, point - (cumulative - weights).gather(-1, found)
@@ -143,16 +143,19 @@ def generate(
     progress: tqdm | None = None,
     on_token: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Sample a continuation of each prompt. Returns the new ids of each, with eot if it ended so.
+    """Sample a continuation of each prompt. Returns the new ids of each prompt.
 
-    max_new_tokens: a limit for all, or one per prompt. Prompt and continuation fit block_size.
-    batch_size: most requests in the batch. Once a quarter of them has ended, others join.
-    request_ids: numbers of the requests, default 0, 1, 2, ... The t-th token of a request depends
-        on the generator, its number and t, but not on batch_size or on the other prompts.
-    progress: a bar that advances with every finished request.
-    on_token: called as on_token(i, new ids of request i so far) while they grow.
+    max_new_tokens: a limit for all prompts, or one for each. Prompt and continuation together have
+        at most block_size tokens.
+    eot: the token that ends a continuation. It is part of the result.
+    generator: seeds the random numbers. The t-th one of a request depends only on the generator,
+        the request's id and t, so neither batch_size nor the other prompts change a sample.
+    batch_size: most requests in the batch. Others join when a quarter of it has ended.
+    request_ids: an integer for each prompt; default 0, 1, 2, ...
+    progress: a progress bar that advances with every finished request.
+    on_token: called as on_token(i, new ids of prompt i so far) while they grow.
 
-    Raises ValueError for a prompt that is empty or leaves no room in block_size.
+    Raises ValueError for a prompt that is empty or fills block_size.
     """
     device = model.wte.weight.device
     requests = make_requests(prompts, max_new_tokens, model.config.block_size)
@@ -186,7 +189,7 @@ def generate(
                     step = regroup(model, rows, sample)
                 continue
 
-            # Rows that have ended are decoded on until they leave; their tokens are ignored.
+            # Rows that have ended are decoded too until they leave. Their tokens are ignored.
             sampled = []
             for _ in range(BURST[device.type]):
                 step()
@@ -220,8 +223,8 @@ def make_requests(prompts, max_new_tokens, block_size) -> list[Request]:
 
 
 def uniform_numbers(request_ids, n, generator) -> torch.Tensor:
-    """Random numbers (requests, n) float64 in [0, 1). Each row depends only on its request's number
-    and on one number from the generator."""
+    """Random numbers (requests, n) float64 in [0, 1). A row depends only on its request's id and on
+    one number from the generator."""
     key = int(torch.randint(2**62, (), generator=generator))
     rows = []
     for request_id in request_ids:
@@ -258,8 +261,8 @@ def prefill_groups(requests) -> list[list[Request]]:
 
 
 def prefill(model, prompts) -> tuple[torch.Tensor, list[tuple[KVCache, int]]]:
-    """Process prompts, right-padded and equal ones once. Returns the logits (N, V) of the token
-    after each prompt, and for each the cache and its row there."""
+    """Run the model on N prompts, equal ones once. Returns the logits (N, V) of the token after
+    each prompt, and the (cache, row) that holds its keys and values."""
     unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     row_of = {prompt: b for b, prompt in enumerate(unique)}
     rows = [row_of[tuple(prompt)] for prompt in prompts]
@@ -275,8 +278,7 @@ def prefill(model, prompts) -> tuple[torch.Tensor, list[tuple[KVCache, int]]]:
 
 
 def regroup(model, rows: list[Row], sample) -> DecodeStep:
-    """Sort the rows by length, move them to one new KV cache, and return the step that decodes
-    them."""
+    """Sort the rows by length and move them to one new KV cache. Returns its decoding step."""
     rows.sort(key=lambda row: row.request.num_tokens())
     cached = [row.request.num_tokens() - 1 for row in rows]  # all but the last token
     cache = KVCache()
@@ -390,7 +392,7 @@ class StreamPrinter:
         self.num_printed = 0  # characters
 
     def on_token(self, _, ids):
-        # A character of several tokens decodes to U+FFFD until its last token is there.
+        # A character of several tokens decodes to U+FFFD until its last token has come.
         text = response_text(self.enc, ids).rstrip("\ufffd")
         print(printable(text[self.num_printed :]), end="", flush=True)
         self.num_printed = max(self.num_printed, len(text))

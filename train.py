@@ -50,12 +50,9 @@ from nanospin import checkpoint, distributed, elastic, metrics_logger, preflight
 from nanospin import config as config_module
 from nanospin.config import Config, per_round, pretrain_config
 from nanospin.distributed import all_reduce_sum, world_size
+from nanospin.mfu import mfu
 from nanospin.optim import lr_factor, make_optimizers
 from nanospin.wandb_logger import wandb_sender
-
-# bfloat16 without sparsity; a GPU that is not listed has no MFU rather than a wrong one
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
-
 
 # ------------------------------------------------------------------------------- objectives
 # objective(model, batch, cfg, beta) -> (loss, metrics), both summed over the units of the batch:
@@ -165,7 +162,7 @@ PER_PROMPT = ("reward", "preference", "spin")  # averaged over prompts; the othe
 # ------------------------------------------------------------------------- terms and batches
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity, so that it can be a key
 class LossTerm:
     """A summand of the loss. There is one, and the pretraining loss beside it if pretrain_coef."""
 
@@ -174,7 +171,7 @@ class LossTerm:
     weight: float
     objective: Callable
 
-    def count_units(self, batch: Batch) -> int:
+    def num_units(self, batch: Batch) -> int:
         """What the loss of a batch is averaged over: prompts or supervised tokens."""
         return batch.num_rows if self.cfg.stage in PER_PROMPT else batch.num_targets
 
@@ -209,21 +206,21 @@ def micro_batches(term: LossTerm, round_id: int, step: int, model_config, device
     tokens = {i: count_row_tokens(data[i], cfg.layout) for i in chosen}
     chosen = sorted(chosen, key=tokens.get)
     by_rank = [chosen[rank :: world_size()] for rank in range(world_size())]
-    largest = max(sum(tokens[i] for i in indices) for indices in by_rank)
-    n = min(len(chosen) // world_size(), math.ceil(largest / budget))
+    tokens_by_rank = [sum(map(tokens.get, indices)) for indices in by_rank]
+    n = min(len(chosen) // world_size(), math.ceil(max(tokens_by_rank) / budget))
     mine = by_rank[distributed.rank()]
     make_batch = {"reward": reward_batch, "ppo": ppo_batch}.get(cfg.stage, batch_rows)
     for part in split_by_tokens([tokens[i] for i in mine], n):
         yield make_batch([data[mine[i]] for i in part], cfg.layout)
 
 
-def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[int, Batch]]:
-    """This rank's micro-batches of a step, each with the index of its loss term."""
+def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[LossTerm, Batch]]:
+    """This rank's micro-batches of a step."""
     batches = []
     eot = run.enc.eot_token
-    for n, term in enumerate(terms):
+    for term in terms:
         for batch in micro_batches(term, round_id, step, run.model.config, run.device, eot):
-            batches.append((n, batch))
+            batches.append((term, batch))
     return batches
 
 
@@ -305,14 +302,14 @@ def fit(run: Run, round_id: int, train, val, start: int):
         # dropout is a function of (seed, round, step, rank), so that a resumed run repeats it
         torch.manual_seed(hash((cfg.seed, round_id, step, distributed.rank())) % 2**62)
         model.train()
-        batches = next(loader)  # this rank's micro-batches: [(index of its term, Batch)]
+        batches = next(loader)  # this rank's micro-batches: [(LossTerm, Batch)]
         units, num_targets, num_tokens = count_units(terms, batches, device)
         meter = Meter()
-        for n, batch in batches:
-            term = terms[n]
+        for term, batch in batches:
             loss, sums = term.objective(model, batch.to(device), term.cfg, beta)
-            backward(loss * (term.weight * world_size() / units[n]))  # FSDP averages over ranks
-            meter.add({"loss": term.weight * loss.detach()} | sums, units[n])
+            # FSDP averages gradients over the ranks
+            backward(loss * (term.weight * world_size() / units[term]))
+            meter.add({"loss": term.weight * loss.detach()} | sums, units[term])
         norm = distributed.clip_grad_norm_(params, cfg.grad_clip)
         meter.add({"norm": norm / world_size(), "stop": len(elastic.received_signals)}, 1)
         metrics = meter.all_reduce(device)
@@ -328,12 +325,15 @@ def fit(run: Run, round_id: int, train, val, start: int):
         # ----
 
         if step == 0:
-            check_initial_loss(run, round_id, metrics, batches, beta, units[0])
+            first = terms[0]
+            own_batches = [batch for term, batch in batches if term is first]
+            check_initial_loss(run, round_id, metrics, own_batches, beta, units[first])
         seconds = time.time() - step_start
         metrics["lr"] = lr * factor
         metrics["ms"] = 1000 * seconds
         metrics["tokens_per_second"] = num_tokens / seconds
-        metrics["mfu"] = mfu(model, batches[0][1], num_targets, num_tokens, seconds, device)
+        flops = step_flops(model, batches[0][1], num_targets, num_tokens)
+        metrics["mfu"] = mfu(flops, seconds, device)
         run.log.step(round_id, step, metrics, num_steps)
 
 
@@ -353,16 +353,18 @@ def resume(run: Run, round_id: int, start: int, optimizers) -> dict:
     return history
 
 
-def count_units(terms, batches, device) -> tuple[list[float], float, float]:
-    """Over all ranks: units of each loss term, supervised tokens, tokens read."""
-    units = [0] * len(terms)
+def count_units(terms, batches, device) -> tuple[dict[LossTerm, float], float, float]:
+    """Over all ranks: the units of each loss term, supervised tokens, tokens read."""
+    units = dict.fromkeys(terms, 0)
     num_targets = num_tokens = 0
-    for n, batch in batches:
-        units[n] += terms[n].count_units(batch)
+    for term, batch in batches:
+        units[term] += term.num_units(batch)
         num_targets += batch.num_targets
         num_tokens += batch.num_tokens
-    *units, num_targets, num_tokens = all_reduce_sum([*units, num_targets, num_tokens], device)
-    return units, num_targets, num_tokens
+    *totals, num_targets, num_tokens = all_reduce_sum(
+        [*units.values(), num_targets, num_tokens], device
+    )
+    return dict(zip(terms, totals)), num_targets, num_tokens
 
 
 def backward(loss):
@@ -435,10 +437,7 @@ def check_initial_loss(run: Run, round_id, metrics, batches, beta, units):
     cfg, device = run.cfg, run.device
     if cfg.stage in ("pretrain", "sft"):
         return
-    total = 0.0
-    for n, batch in batches:
-        if n == 0:
-            total += initial_loss(cfg, batch, beta)
+    total = sum(initial_loss(cfg, batch, beta) for batch in batches)
     expected = all_reduce_sum([total], device)[0] / units
     loss = metrics["loss"] - cfg.pretrain_coef * metrics.get("pretrain_loss", 0.0)
     off = abs(loss - expected)
@@ -468,16 +467,10 @@ def initial_loss(cfg, batch: Batch, beta: float) -> float:
     return loss
 
 
-def mfu(model, batch: Batch, num_targets, num_tokens, seconds, device) -> float | None:
-    """Model FLOPs utilization; None on a CPU and on GPUs whose peak is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for chip, peak in PEAK_FLOPS.items():
-        if chip in name:
-            flops = model.flops_per_token(mean_context_length(batch), num_targets / num_tokens)
-            return flops * num_tokens / seconds / peak / world_size()
-    return None
+def step_flops(model, batch: Batch, num_targets: float, num_tokens: float) -> float:
+    """FLOPs of a step over all ranks; `batch` stands for its micro-batches' context length."""
+    context_length = mean_context_length(batch)
+    return model.flops_per_token(context_length, num_targets / num_tokens) * num_tokens
 
 
 def mean_context_length(batch: Batch) -> float:

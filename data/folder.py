@@ -10,7 +10,7 @@ from data.files import atomic_write, read_json, sha256, write_json
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# How to make the folders that no data/NAME/prepare.py writes without arguments.
+# The commands for folders that no data/NAME/prepare.py writes without arguments
 JSONL = "python -m data.jsonl.prepare"
 COMMANDS = {
     "data/shakespeare": "python -m data.shakespeare.prepare FILE",
@@ -43,14 +43,14 @@ def prepare_command(folder: str) -> str:
     path = os.path.relpath(os.path.abspath(folder), ROOT)
     if path in COMMANDS:
         return COMMANDS[path]
-    parts = path.split(os.sep)
-    if parts[0] == "data" and len(parts) > 1:
-        if os.path.exists(os.path.join(ROOT, "data", parts[1], "prepare.py")):
-            command = f"python -m data.{parts[1]}.prepare"
-            if len(parts) > 3:  # data/shp/prepare.py writes OUT/row and OUT/group
-                command += f" --out={os.path.dirname(os.path.normpath(folder))}"
-            return command
-    return f"{JSONL} FILE.jsonl --out={folder}"
+    parts = path.split(os.sep)  # such as data, shp, small, row
+    script = os.path.join(ROOT, *parts[:2], "prepare.py")
+    if parts[0] != "data" or len(parts) == 1 or not os.path.exists(script):
+        return f"{JSONL} FILE.jsonl --out={folder}"
+    command = f"python -m data.{parts[1]}.prepare"
+    if len(parts) > 3:  # data/shp/prepare.py writes OUT/row and OUT/group
+        command += f" --out={os.path.dirname(os.path.normpath(folder))}"
+    return command
 
 
 # ---- writing

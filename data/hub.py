@@ -9,6 +9,7 @@ after those bytes is cut off. At the end the files get their names, meta.json la
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -188,21 +189,14 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
         return state
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
     while state["part"] < len(splits):
-        split, side = splits[state["part"]]
+        part = state["part"]
+        split, side = splits[part]
         dataset, rows = open_split(args.hub, split, state["commit"], fields, config, state["place"])
-        progress = tqdm(
-            desc=split,
-            unit=" rows",
-            initial=state["rows"],
-            total=args.rows or num_examples(dataset, split),
-            disable=None,
-        )
-        with progress:
-            part = state["part"]
+        with split_progress(args, state, dataset, split) as progress:
             while state["part"] == part:
                 size = min(CHUNK, args.rows - state["rows"]) if args.rows else CHUNK
                 chunk = list(itertools.islice(rows, size))
-                try:
+                with one_line_errors(args):
                     pieces = convert(chunk, side, state["dropped"])
                     is_full = append_pieces(args.out, pieces, files, state, max_bytes)
                     state["rows"] += len(chunk)
@@ -212,22 +206,35 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
                         state["rows"] = 0
                         state["place"] = None
                     write_json(state_path(args), state)
-                except KeyError as e:
-                    raise SystemExit(
-                        printable(
-                            f"{args.hub}: its rows have no {e} inside;"
-                            " the header of the prepare.py describes what is expected"
-                        )
-                    )
-                except OSError as e:
-                    raise SystemExit(
-                        f"{args.out}: {e.strerror}; the same command continues from here"
-                    )
                 progress.update(len(chunk))
                 progress.set_postfix_str(describe_sizes(state["bytes"]))
     for f in files.values():
         f.close()
     return state
+
+
+def split_progress(args, state: dict, dataset, split: str) -> tqdm:
+    """A progress bar over the rows of a split. The hub knows the total of some splits."""
+    total = args.rows
+    if not total and split in (dataset.info.splits or {}):
+        total = dataset.info.splits[split].num_examples
+    return tqdm(desc=split, unit=" rows", initial=state["rows"], total=total or None, disable=None)
+
+
+@contextlib.contextmanager
+def one_line_errors(args):
+    """What can go wrong with a chunk of rows, as one line."""
+    try:
+        yield
+    except KeyError as e:
+        raise SystemExit(
+            printable(
+                f"{args.hub}: its rows have no {e} inside;"
+                " the header of the prepare.py describes what is expected"
+            )
+        )
+    except OSError as e:
+        raise SystemExit(f"{args.out}: {e.strerror}; the same command continues from here")
 
 
 def state_path(args) -> str:
@@ -293,12 +300,6 @@ def append_pieces(out: str, pieces, files: dict, state: dict, max_bytes: int) ->
         f.flush()
         os.fsync(f.fileno())
     return is_full
-
-
-def num_examples(dataset, split: str) -> int | None:
-    """The number of rows of a split, where the hub knows it."""
-    splits = dataset.info.splits or {}
-    return splits[split].num_examples if split in splits else None
 
 
 def describe_sizes(sizes: dict) -> str:

@@ -46,7 +46,8 @@ def write_rows(path: str, rows):
 def check_row(row, where: str) -> dict:
     """Return a row that is well formed, a whole text as a row with an empty prompt.
 
-    Exits with `where` (such as train.jsonl:3) and what is wrong.
+    Exits with `where` (such as train.jsonl:3) and what is wrong. data/hub.py also counts rows by
+    these messages, in meta.json.
     """
 
     def must(ok, message):
@@ -157,7 +158,7 @@ def prompt_fields(row: dict) -> dict:
 
 def encode_rows(
     rows, enc, template: str, block_size: int, max_prompt: int = 0, max_response: int = 0
-):
+) -> tuple[list[dict | None], dict[str, int]]:
     """Encode rows to token ids, under one template and one set of limits for every response.
 
     Returns (encoded rows, counts). An encoded row is a dict
@@ -167,40 +168,46 @@ def encode_rows(
         ranks       K ints, the number of responses with a higher score
         group       as in the row, if it has one
 
-    or None where a row is dropped: the prompt leaves no room for a response, or a whole text has
-    fewer than two tokens (its first token is never predicted). A prompt longer than max_prompt is
-    cut at its start. A response is cut at its end to max_response and to what the prompt leaves of
-    block_size; it then has no end-of-text. 0: block_size. counts: rows, prompts cut, responses cut,
-    dropped.
+    A prompt longer than max_prompt is cut at its start. A response is cut at its end, to
+    max_response and to what the prompt leaves of block_size; it then has no end-of-text. 0 means
+    block_size. A row that is dropped is None: its prompt leaves no room for a response, or it is a
+    whole text of fewer than two tokens, whose first one is never predicted. counts: rows, prompts
+    cut, responses cut, dropped.
     """
     max_prompt = max_prompt or block_size
     max_response = max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
     encoded = []
     for row in rows:
-        prompt = []
-        if row["prompt"]:
-            prompt = prompt_ids(enc, template, row["prompt"], row.get("history", ()))
-        room = min(max_response, block_size - min(max_prompt, len(prompt)))
-        if room < 1:
+        encoded_row = encode_row(row, enc, template, block_size, max_prompt, max_response, counts)
+        if encoded_row is None:
             counts["dropped"] += 1
-            encoded.append(None)
-            continue
-        if len(prompt) > max_prompt:
-            counts["prompts cut"] += 1
-            prompt = prompt[-max_prompt:]
-        responses, num_cut = encode_responses(row, enc, room, follows_prompt=len(prompt) > 0)
-        counts["responses cut"] += num_cut
-        if not prompt and max(len(ids or []) for ids in responses) < 2:
-            counts["dropped"] += 1
-            encoded.append(None)
-            continue
-        scores = row.get("scores") or range(len(responses), 0, -1)
-        encoded_row = {"prompt": prompt, "responses": responses, "ranks": ranks_of(scores)}
-        if "group" in row:
-            encoded_row["group"] = row["group"]
         encoded.append(encoded_row)
     return encoded, counts
+
+
+def encode_row(
+    row: dict, enc, template: str, block_size: int, max_prompt: int, max_response: int, counts: dict
+) -> dict | None:
+    """One row of `encode_rows`, or None. Counts what is cut."""
+    prompt = []
+    if row["prompt"]:
+        prompt = prompt_ids(enc, template, row["prompt"], row.get("history", ()))
+    room = min(max_response, block_size - min(max_prompt, len(prompt)))
+    if room < 1:
+        return None
+    if len(prompt) > max_prompt:
+        counts["prompts cut"] += 1
+        prompt = prompt[-max_prompt:]
+    responses, num_cut = encode_responses(row, enc, room, follows_prompt=len(prompt) > 0)
+    counts["responses cut"] += num_cut
+    if not prompt and max(len(ids or []) for ids in responses) < 2:
+        return None
+    scores = row.get("scores") or range(len(responses), 0, -1)
+    encoded = {"prompt": prompt, "responses": responses, "ranks": ranks_of(scores)}
+    if "group" in row:
+        encoded["group"] = row["group"]
+    return encoded
 
 
 def encode_responses(row: dict, enc, room: int, follows_prompt: bool):

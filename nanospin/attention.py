@@ -137,7 +137,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# ---- GPU -----------------------------------------------------------------------------------------
+# ---- GPU
 
 
 def rectangular_attention(q, k, v, shape):
@@ -209,7 +209,7 @@ def compile_dynamic(function):
     return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 
 
-# ---- CPU: attention by tiles ---------------------------------------------------------------------
+# ---- CPU: attention by tiles
 #
 # A tile is a block of queries and the keys that they need: at most two spans of consecutive
 # tokens, the prompt and the queries' own response. Inside a tile attention is dense, with a mask.

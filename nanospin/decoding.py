@@ -8,15 +8,15 @@ import torch
 
 from nanospin.attention import small_matmuls
 
-# ---- CPU -----------------------------------------------------------------------------------------
+# ---- CPU
 
 
 @contextlib.contextmanager
 def prepacked_weights(model, rows: int):
-    """Inside this context the model's matmuls on a CPU are fast for `rows` tokens a step.
+    """Make the model's matmuls on a CPU fast for `rows` tokens per step, inside this context.
 
-    Weights are reordered for oneDNN once, which otherwise happens in every call; GELU is fused into
-    its matmul; attention uses `small_matmuls`. The reordered copies double the memory of the
+    oneDNN reorders the weights in every call; here they are reordered once. GELU is fused into its
+    matmul, and attention uses `small_matmuls`. The reordered copies double the memory of the
     weights. Does nothing on a GPU, for FSDP2 models and for dtypes that oneDNN does not support.
     """
     if not can_prepack(model):
@@ -45,8 +45,7 @@ def can_prepack(model) -> bool:
 
 
 def is_fsdp(model) -> bool:
-    """Whether FSDP2 shards the model. Its weights do not tell: between two steps one may be
-    whole."""
+    """Whether FSDP2 shards the model. Its weights do not tell: some are whole between two steps."""
     return hasattr(model, "reshard")
 
 
@@ -76,7 +75,7 @@ def fast_methods(model, rows) -> list[tuple]:
     return replaced
 
 
-# ---- GPU -----------------------------------------------------------------------------------------
+# ---- GPU
 
 GRAPHS = {"cuda"}  # devices on which a step is captured as a CUDA graph
 

@@ -222,6 +222,16 @@ def compilations(monkeypatch):
         yield counter
 
 
+def make_mask_mod(batch, queries, window):
+    """What flex_mask gives to create_block_mask."""
+    sequence_id, response_id, pos = batch.sequence_id, batch.response_id, batch.pos
+
+    def mask_mod(b, h, i, j):
+        return is_visible(sequence_id, response_id, queries[i], j, pos, window)
+
+    return mask_mod
+
+
 def test_flex_masks_are_compiled_a_few_times_for_all_lengths(compilations):
     """Past Dynamo's limit a mask would be computed for all pairs."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -231,14 +241,10 @@ def test_flex_masks_are_compiled_a_few_times_for_all_lengths(compilations):
     for seed in range(9):
         rows = random_rows(seed, 6, [80, 120, 40][seed % 3], 3)
         batch = batch_rows(rows, multiple=128)
-        sequence_id, response_id, pos = batch.sequence_id, batch.response_id, batch.pos
         queries = batch.logit_positions.unique()
+        shape = (len(queries), len(batch.idx))
         for window in (0, 9):
-
-            def mask_mod(b, h, i, j):
-                return is_visible(sequence_id, response_id, queries[i], j, pos, window)  # noqa: B023
-
-            shape = (len(queries), len(sequence_id))
+            mask_mod = make_mask_mod(batch, queries, window)
             a = fast(mask_mod, None, None, *shape, device="cpu")
             b = create_block_mask(mask_mod, None, None, *shape, device="cpu")
             assert torch.equal(a.to_dense(), b.to_dense())

@@ -493,7 +493,7 @@ def test_known_reward():
     assert concrete(None, "Return an index into the list, as bytes.") == 1
     assert concrete(None, "Return the index of a string in a list.") == 1 - 1 / 9
     assert concrete(None, "Return it.") == 0
-    assert concrete(None, "lists strings bytes files modules classes") == 0  # six kinds
+    assert concrete(None, "lists strings bytes files modules methods") == 0  # six kinds
     assert concrete(None, "the the the the") == -0.75
 
 

@@ -11,7 +11,8 @@ import time
 
 import torch
 from conftest import TINY, final_weights, read_metrics
-from test_train import assert_same_run, spin_args, texts
+from test_taylor import texts
+from test_train import assert_same_run, spin_args
 
 import studies.taylor.train
 import train

@@ -232,7 +232,7 @@ def test_hh_rlhf(tmp_path):
 
 
 def feedback(i, ratings, overall, source="flan", responses=("A", "B", "C", "D")):
-    """An instruction as UltraFeedback has it. ratings: of each answer, one or one for each aspect."""
+    """An instruction as UltraFeedback has it. ratings: of each answer, one, or one per aspect."""
     aspects = ("instruction_following", "honesty", "truthfulness", "helpfulness")
     completions = []
     for k, rating in enumerate(ratings):

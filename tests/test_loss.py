@@ -1,39 +1,41 @@
-"""Each fast path against a slow, obvious one; float64 where it settles a question."""
+"""Each loss against a slow, obvious one; in float64 where that settles a question."""
 
 import itertools
 import math
 
+import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import (
-    focal_nll,
-    linear_logprobs,
-    plackett_luce,
-    preference_loss,
-    sequence_logprobs,
-    smoothed_nll,
-    taylor_nll,
-)
+from loss import plackett_luce, preference_loss, sequence_logprobs, taylor_nll
 
 torch.manual_seed(0)
 EPS32, EPS64 = 2**-23, 2**-52
 
 
-def slow_plackett_luce(scores, present, ranks, depth):
-    """One row, in Python: each present response against itself and the strictly worse."""
-    total, seen = 0.0, 0
-    for k in range(len(scores)):
-        if present[k] and (depth is None or seen < depth):
-            seen += 1
-            pool = [
-                scores[j]
-                for j in range(len(scores))
-                if present[j] and (j == k or ranks[j] > ranks[k])
-            ]
-            top = max(pool)
-            total += top + math.log(sum(math.exp(s - top) for s in pool)) - scores[k]
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def float64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---- Plackett-Luce
+
+
+def slow_plackett_luce(scores, response_mask, ranks, depth):
+    """One row in Python: each present response against itself and the strictly worse ones."""
+    K = len(scores)
+    total, num_terms = 0.0, 0
+    for k in range(K):
+        if not response_mask[k] or (depth is not None and num_terms == depth):
+            continue
+        num_terms += 1
+        pool = [scores[j] for j in range(K) if response_mask[j] and (j == k or ranks[j] > ranks[k])]
+        top = max(pool)
+        total += top + math.log(sum(math.exp(s - top) for s in pool)) - scores[k]
     return total
 
 
@@ -41,97 +43,97 @@ def slow_plackett_luce(scores, present, ranks, depth):
 @pytest.mark.parametrize("depth", [None, 1, 2])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 def test_plackett_luce_equals_a_loop(K, depth, scale):
-    g = torch.Generator().manual_seed(K)
+    g = seeded(K)
     scores = (scale * torch.randn(50, K, dtype=torch.float64, generator=g)).requires_grad_()
-    present = torch.rand(50, K, generator=g) > 0.3
+    response_mask = torch.rand(50, K, generator=g) > 0.3
     ranks = torch.randint(0, K, (50, K), generator=g).sort(1).values
-    nll = plackett_luce(scores, present, depth, ranks)
-    slow = [
-        slow_plackett_luce(*row, depth)
-        for row in zip(scores.tolist(), present.tolist(), ranks.tolist())
-    ]
-    torch.testing.assert_close(nll, torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    nll = plackett_luce(scores, response_mask, depth, ranks)
+    rows = zip(scores.tolist(), response_mask.tolist(), ranks.tolist())
+    slow = float64([slow_plackett_luce(*row, depth) for row in rows])
+    torch.testing.assert_close(nll, slow, rtol=1e-12, atol=1e-12)
     (grad,) = torch.autograd.grad(nll.sum(), scores)
     assert torch.isfinite(grad).all()
-    # a ranking does not change when every score grows alike, so the gradient sums to 0: K terms of at most K each
+    # Adding a constant to all scores changes nothing, so the gradient sums to 0: K terms of size
+    # <= K.
     assert grad.sum(1).abs().max() < 10 * K * K * EPS64
-    assert (grad[~present] == 0).all()
+    assert (grad[~response_mask] == 0).all()
 
 
-def test_plackett_luce_gradient_in_closed_form():
-    """dL/ds_j = sum_{k<=j} softmax_{i>=k}(s)_j - 1, at scores up to 1e4, also in float32."""
-    for dtype, eps in ((torch.float64, EPS64), (torch.float32, EPS32)):
-        for values in ([0.3, -0.2, 1.1], [1e4, -1e4, 3e4], [1000.0, 1000.5, 999.0]):
-            s = torch.tensor([values], dtype=dtype, requires_grad=True)
-            (grad,) = torch.autograd.grad(plackett_luce(s).sum(), s)
-            exact = torch.full((3,), -1.0, dtype=torch.float64)
-            for k in range(3):
-                exact[k:] += s.detach().double()[0, k:].softmax(0)
-            # differences of scores come first and are exact here, so what is left is a softmax's few roundings
-            assert (grad[0].double() - exact).abs().max() < 20 * eps
+@pytest.mark.parametrize("dtype, eps", [(torch.float64, EPS64), (torch.float32, EPS32)])
+@pytest.mark.parametrize("scores", [[0.3, -0.2, 1.1], [1e4, -1e4, 3e4], [1000.0, 1000.5, 999.0]])
+def test_plackett_luce_gradient_in_closed_form(dtype, eps, scores):
+    """dL/ds_j = sum_{k<=j} softmax_{i>=k}(s)_j - 1. The differences of these scores are exact,
+    which leaves a few roundings of the softmax."""
+    s = torch.tensor([scores], dtype=dtype, requires_grad=True)
+    (grad,) = torch.autograd.grad(plackett_luce(s).sum(), s)
+    exact = torch.full((3,), -1.0, dtype=torch.float64)
+    for k in range(3):
+        exact[k:] += s.detach().double()[0, k:].softmax(0)
+    assert (grad[0].double() - exact).abs().max() < 20 * eps
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
 def test_probabilities_of_all_rankings_sum_to_one(K):
     s = torch.randn(K, dtype=torch.float64)
-    orders = torch.stack([s[list(o)] for o in itertools.permutations(range(K))])
-    assert abs(torch.exp(-plackett_luce(orders)).sum().item() - 1) < 1e-13
-    top = torch.stack(
-        [s[list(o)] for o in itertools.permutations(range(K))][:: max(1, math.factorial(K - 1))]
-    )
-    assert (
-        abs(torch.exp(-plackett_luce(top, depth=1)).sum().item() - 1) < 1e-13
-    )  # of who comes first
+    rankings = torch.stack([s[list(order)] for order in itertools.permutations(range(K))])
+    assert abs(torch.exp(-plackett_luce(rankings)).sum().item() - 1) < 1e-13
+    one_for_each_first = rankings[:: math.factorial(K - 1)]
+    first_place = torch.exp(-plackett_luce(one_for_each_first, depth=1))
+    assert abs(first_place.sum().item() - 1) < 1e-13
 
 
-def test_fixed_values():
-    for s, value in [
+@pytest.mark.parametrize(
+    "scores, value",
+    [
         ([0.3, -0.2], 0.474076984180),
         ([1, 0.5, -1], 0.756370197625),
         ([-1, 0.5, 1], 3.529033903822),
         ([2, 1, 0, -1], 1.161057350524),
-    ]:
-        assert abs(plackett_luce(torch.tensor([s], dtype=torch.float64)).item() - value) < 1e-12
-    s = torch.tensor([[1, 0.5, -1]], dtype=torch.float64, requires_grad=True)
+    ],
+)
+def test_worked_values(scores, value):
+    assert abs(plackett_luce(float64([scores])).item() - value) < 1e-12
+
+
+def test_worked_gradient():
+    s = float64([[1, 0.5, -1]]).requires_grad_()
     (grad,) = torch.autograd.grad(plackett_luce(s).sum(), s)
-    torch.testing.assert_close(
-        grad[0],
-        torch.tensor([-0.425903007032, 0.165781904077, 0.260121102955], dtype=torch.float64),
-        rtol=0,
-        atol=1e-12,
-    )
+    expected = float64([-0.425903007032, 0.165781904077, 0.260121102955])
+    torch.testing.assert_close(grad[0], expected, rtol=0, atol=1e-12)
 
 
 def test_two_responses_are_dpo():
     s = 5 * torch.randn(100, 2, dtype=torch.float64)
-    torch.testing.assert_close(
-        plackett_luce(s), -F.logsigmoid(s[:, 0] - s[:, 1]), rtol=1e-14, atol=1e-15
-    )
+    dpo = -F.logsigmoid(s[:, 0] - s[:, 1])
+    torch.testing.assert_close(plackett_luce(s), dpo, rtol=1e-14, atol=1e-15)
 
 
 def test_absent_responses_change_nothing():
+    """Wherever they are, up to the order of a sum."""
     s = torch.randn(20, 3, dtype=torch.float64)
     wide = torch.full((20, 5), math.nan, dtype=torch.float64)
-    present = torch.zeros(20, 5, dtype=torch.bool)
+    response_mask = torch.zeros(20, 5, dtype=torch.bool)
     for b in range(20):
-        at = sorted(torch.randperm(5, generator=torch.Generator().manual_seed(b))[:3].tolist())
-        wide[b, at], present[b, at] = s[b], True
+        columns = torch.randperm(5, generator=seeded(b))[:3].sort().values
+        wide[b, columns] = s[b]
+        response_mask[b, columns] = True
     wide.requires_grad_()
-    nll = plackett_luce(wide, present)
-    torch.testing.assert_close(
-        nll, plackett_luce(s), rtol=1e-14, atol=1e-14
-    )  # the sum's order alone may differ
+    nll = plackett_luce(wide, response_mask)
+    torch.testing.assert_close(nll, plackett_luce(s), rtol=1e-14, atol=1e-14)
     (grad,) = torch.autograd.grad(nll.sum(), wide)
-    assert torch.isfinite(grad).all() and (grad[~present] == 0).all()
+    assert torch.isfinite(grad).all() and (grad[~response_mask] == 0).all()
 
 
 def test_ties_do_not_compete():
     s = torch.randn(10, 4, dtype=torch.float64)
     ranks = torch.tensor([0, 1, 1, 2]).expand(10, 4)
-    assert torch.allclose(
-        plackett_luce(s, ranks=ranks), plackett_luce(s[:, [0, 2, 1, 3]], ranks=ranks), rtol=1e-14
-    )
-    assert (plackett_luce(s, ranks=torch.zeros(10, 4, dtype=torch.long)).abs() < 1e-15).all()
+    a, b = plackett_luce(s, ranks=ranks), plackett_luce(s[:, [0, 2, 1, 3]], ranks=ranks)
+    assert torch.allclose(a, b, rtol=1e-14)
+    all_tied = torch.zeros(10, 4, dtype=torch.long)
+    assert (plackett_luce(s, ranks=all_tied).abs() < 1e-15).all()
+
+
+# ---- preference losses
 
 
 @pytest.mark.parametrize("K", [2, 3, 4, 5, 6])
@@ -141,134 +143,148 @@ def test_a_round_starts_at_ln_k_factorial(K):
     assert abs(loss.item() - math.log(math.factorial(K))) < 1e-6 and metrics["margin"] == 0
 
 
-def test_preference_loss_terms():
-    policy, ref = (
-        -50 * torch.rand(6, 3, dtype=torch.float64),
-        -50 * torch.rand(6, 3, dtype=torch.float64),
-    )
+def test_terms_of_the_preference_loss():
+    policy = -50 * torch.rand(6, 3, dtype=torch.float64)
+    ref = -50 * torch.rand(6, 3, dtype=torch.float64)
     lengths = torch.randint(1, 20, (6, 3))
-    plain = plackett_luce(0.2 * (policy - ref))
+    s = 0.2 * (policy - ref)
+    nll = plackett_luce(s)
+
     loss, metrics = preference_loss(policy, ref, beta=0.2)
-    assert torch.allclose(loss, plain.mean()) and torch.allclose(metrics["nll"], plain.mean())
-    assert torch.allclose(
-        preference_loss(policy, ref, beta=0.2, nll_coef=0.5, lengths=lengths)[0],
-        (plain - 0.5 * policy[:, 0] / lengths[:, 0]).mean(),
-    )
-    assert torch.allclose(
-        preference_loss(policy, ref, beta=0.2, taylor_order=1.0)[0],
-        (plain - (1 - torch.exp(-plain))).mean(),
-    )
+    assert torch.allclose(loss, nll.mean()) and torch.allclose(metrics["nll"], nll.mean())
+
+    loss, _ = preference_loss(policy, ref, beta=0.2, nll_coef=0.5, lengths=lengths)
+    assert torch.allclose(loss, (nll - 0.5 * policy[:, 0] / lengths[:, 0]).mean())
+
+    loss, _ = preference_loss(policy, ref, beta=0.2, taylor_order=1.0)
+    assert torch.allclose(loss, (nll - (1 - torch.exp(-nll))).mean())
+
     # cDPO: (1 - eps) (-log sigmoid(d)) + eps (-log sigmoid(-d))
-    d = 0.2 * (policy - ref)[:, 0] - 0.2 * (policy - ref)[:, 1]
-    smooth = preference_loss(policy[:, :2], ref[:, :2], beta=0.2, label_smoothing=0.1)[0]
-    assert torch.allclose(smooth, (-0.9 * F.logsigmoid(d) - 0.1 * F.logsigmoid(-d)).mean())
+    loss, _ = preference_loss(policy[:, :2], ref[:, :2], beta=0.2, label_smoothing=0.1)
+    d = s[:, 0] - s[:, 1]
+    assert torch.allclose(loss, (-0.9 * F.logsigmoid(d) - 0.1 * F.logsigmoid(-d)).mean())
+
     with pytest.raises(ValueError, match="lengths"):
         preference_loss(policy, ref, nll_coef=0.1)
 
 
-def test_preference_loss_accuracy_and_margin():
-    zero = torch.zeros(2, 3)
+def test_accuracy_and_margin():
     policy = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-    present = torch.tensor([[True, True, True], [True, True, False]])
-    _, metrics = preference_loss(policy, zero, present, beta=1.0)
+    response_mask = torch.tensor([[True, True, True], [True, True, False]])
+    _, metrics = preference_loss(policy, torch.zeros(2, 3), response_mask, beta=1.0)
     assert metrics["acc"] == 0.5 and metrics["margin"] == ((3 - 1.5) + (1 - 2)) / 2
 
 
-def slow_preference(kind, policy, ref, lengths, present, ranks, beta, margin):
-    """One row in Python, from each paper's formula. policy, ref: floats."""
+def slow_preference(loss_type, policy, ref, lengths, response_mask, ranks, beta, margin):
+    """One row in Python, by the formula of the paper. policy and ref are lists of floats."""
     K = len(policy)
-    there = [k for k in range(K) if present[k]]
-    pairs = [(i, j) for i in there for j in there if ranks[i] < ranks[j]]
-    if kind == "pairs":
-        return sum(
-            math.log(1 + math.exp(-beta * (policy[i] - ref[i] - policy[j] + ref[j])))
-            for i, j in pairs
-        ) / max(1, len(pairs))
-    if kind == "ipo":
-        return sum(
-            (policy[i] - ref[i] - policy[j] + ref[j] - 1 / (2 * beta)) ** 2 for i, j in pairs
-        ) / max(1, len(pairs))
-    if kind == "simpo":
+    present = [k for k in range(K) if response_mask[k]]
+    log_ratio = [policy[k] - ref[k] for k in range(K)]
+    pairs = [(i, j) for i, j in itertools.permutations(present, 2) if ranks[i] < ranks[j]]
+
+    def worse(k):
+        return [j for j in present if ranks[j] > ranks[k]]
+
+    if loss_type == "pairs":
+        terms = [math.log(1 + math.exp(-beta * (log_ratio[i] - log_ratio[j]))) for i, j in pairs]
+        return sum(terms) / max(1, len(pairs))
+    if loss_type == "ipo":
+        terms = [(log_ratio[i] - log_ratio[j] - 1 / (2 * beta)) ** 2 for i, j in pairs]
+        return sum(terms) / max(1, len(pairs))
+    if loss_type == "simpo":
         s = [beta * policy[k] / lengths[k] for k in range(K)]
-        return sum(
-            math.log(1 + sum(math.exp(s[j] + margin - s[k]) for j in there if ranks[j] > ranks[k]))
-            for k in there
-        )
+        total = 0.0
+        for k in present:
+            total += math.log(1 + sum(math.exp(s[j] + margin - s[k]) for j in worse(k)))
+        return total
     p = [math.exp(policy[k] / lengths[k]) for k in range(K)]
     odds = [x / (1 - x) for x in p]
-    return beta * sum(
-        -math.log(odds[k] / (odds[k] + sum(odds[j] for j in there if ranks[j] > ranks[k])))
-        for k in there
-    )
+    total = 0.0
+    for k in present:
+        total -= math.log(odds[k] / (odds[k] + sum(odds[j] for j in worse(k))))
+    return beta * total
 
 
-@pytest.mark.parametrize("kind", ["pairs", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss_type", ["pairs", "ipo", "simpo", "orpo"])
 @pytest.mark.parametrize("K", [2, 3, 5])
-def test_other_objectives_against_their_formulas(kind, K):
-    g = torch.Generator().manual_seed(K)
-    policy, ref = (
-        -20 * torch.rand(30, K, generator=g, dtype=torch.float64) - 0.1 for _ in range(2)
-    )
-    lengths, present = (
-        torch.randint(1, 30, (30, K), generator=g),
-        torch.rand(30, K, generator=g) > 0.2,
-    )
+def test_other_losses_against_their_formulas(loss_type, K):
+    g = seeded(K)
+    policy = -20 * torch.rand(30, K, generator=g, dtype=torch.float64) - 0.1
+    ref = -20 * torch.rand(30, K, generator=g, dtype=torch.float64) - 0.1
+    lengths = torch.randint(1, 30, (30, K), generator=g)
+    response_mask = torch.rand(30, K, generator=g) > 0.2
     ranks = torch.randint(0, K, (30, K), generator=g).sort(1).values
     policy.requires_grad_()
     loss, _ = preference_loss(
-        policy, ref, present, 0.3, kind, ranks=ranks, lengths=lengths, margin=0.7
+        policy, ref, response_mask, 0.3, loss_type, ranks=ranks, lengths=lengths, margin=0.7
     )
-    slow = (
-        sum(
-            slow_preference(kind, *row, 0.3, 0.7)
-            for row in zip(
-                policy.tolist(), ref.tolist(), lengths.tolist(), present.tolist(), ranks.tolist()
-            )
-        )
-        / 30
-    )
+    rows = zip(*(x.tolist() for x in (policy, ref, lengths, response_mask, ranks)))
+    slow = sum(slow_preference(loss_type, *row, 0.3, 0.7) for row in rows) / 30
     assert abs(loss.item() - slow) < 1e-12 * max(1, abs(slow))
     (grad,) = torch.autograd.grad(loss, policy)
-    assert torch.isfinite(grad).all() and (grad[~present] == 0).all()
+    assert torch.isfinite(grad).all() and (grad[~response_mask] == 0).all()
 
 
-def test_other_objectives_at_two_responses():
+def test_other_losses_at_two_responses():
     """As their papers write them."""
-    policy, ref = (
-        -20 * torch.rand(9, 2, dtype=torch.float64) - 0.1,
-        -20 * torch.rand(9, 2, dtype=torch.float64),
-    )
+    policy = -20 * torch.rand(9, 2, dtype=torch.float64) - 0.1
+    ref = -20 * torch.rand(9, 2, dtype=torch.float64)
     lengths = torch.randint(1, 30, (9, 2))
     d = (policy - ref)[:, 0] - (policy - ref)[:, 1]
     mean = policy / lengths
     odds = mean - torch.log1p(-mean.exp())
-    for kind, expected in (
-        ("pairs", -F.logsigmoid(0.1 * d)),
-        ("ipo", (d - 5) ** 2),
-        ("simpo", -F.logsigmoid(0.1 * (mean[:, 0] - mean[:, 1]) - 0.5)),
-        ("orpo", -mean[:, 0] - 0.1 * F.logsigmoid(odds[:, 0] - odds[:, 1])),
-    ):
+    expected = {
+        "pairs": -F.logsigmoid(0.1 * d),
+        "ipo": (d - 5) ** 2,
+        "simpo": -F.logsigmoid(0.1 * (mean[:, 0] - mean[:, 1]) - 0.5),
+        "orpo": -mean[:, 0] - 0.1 * F.logsigmoid(odds[:, 0] - odds[:, 1]),
+    }
+    for loss_type, losses in expected.items():
+        nll_coef = 1.0 if loss_type == "orpo" else 0.0
         loss, _ = preference_loss(
-            policy, ref, kind=kind, lengths=lengths, margin=0.5, nll_coef=float(kind == "orpo")
+            policy, ref, loss_type=loss_type, lengths=lengths, margin=0.5, nll_coef=nll_coef
         )
-        torch.testing.assert_close(loss, expected.mean(), rtol=1e-12, atol=1e-12)
-    certain = torch.zeros(1, 2, requires_grad=True)  # every token's probability rounds to 1
-    loss, _ = preference_loss(
-        certain, certain.detach(), kind="orpo", lengths=torch.ones(1, 2, dtype=torch.long)
-    )
-    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, certain)[0]).all()
-    for kind, options, message in (
-        ("hinge", {}, "unknown kind"),
-        ("simpo", {}, "lengths"),
-        ("ipo", {"depth": 1}, "no label_smoothing"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            preference_loss(policy, ref, kind=kind, **options)
+        torch.testing.assert_close(loss, losses.mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_orpo_of_a_certain_response_is_finite():
+    """Every token's probability rounds to 1."""
+    certain = torch.zeros(1, 2, requires_grad=True)
+    lengths = torch.ones(1, 2, dtype=torch.long)
+    loss, _ = preference_loss(certain, certain.detach(), loss_type="orpo", lengths=lengths)
+    (grad,) = torch.autograd.grad(loss, certain)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "hinge"}, "unknown loss_type"),
+        ({"loss_type": "simpo"}, "lengths"),
+        ({"loss_type": "ipo", "depth": 1}, "no label_smoothing"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        preference_loss(torch.zeros(1, 2), torch.zeros(1, 2), **options)
+
+
+def test_sequence_logprobs():
+    logps = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], requires_grad=True)
+    seq = torch.tensor([[-1, 0, 0], [2, -1, 2]])
+    total = sequence_logprobs(logps, seq, 4)
+    assert total.tolist() == [6.0, 0.0, 40.0, 0.0]
+    total.sum().backward()
+    assert logps.grad.tolist() == [[0, 1, 1], [1, 0, 1]]
+
+
+# ---- T_n
 
 
 @pytest.mark.parametrize("order", [0, 0.5, 1, 2, 5])
 def test_taylor_nll_against_its_series_and_gradient(order):
-    """T_n = sum_{j>=1} (1-p)^(n+j)/(n+j) from p near 0 (where it takes many terms) to p near 1 (where it cancels)."""
+    """T_n = sum_{j>=1} (1-p)^(n+j) / (n+j), from p near 0 (many terms) to p near 1
+    (cancellation)."""
     logps = torch.cat(
         [
             torch.linspace(-3, -1e-3, 60, dtype=torch.float64),
@@ -296,137 +312,45 @@ def test_taylor_nll_near_zero_drops_the_first_terms(order):
     torch.testing.assert_close(taylor_nll(logps, order), direct, rtol=1e-12, atol=1e-12)
 
 
+def logps_from_near_zero_to_near_one():
+    """Exact values of float64 log-probabilities, for p from 1e-12 to 1 - 1e-12."""
+    powers = [mpmath.mpf(10) ** -k for k in range(1, 13)]
+    values = [mpmath.log(p) for p in powers]
+    values += [-q for q in powers]  # log(1 - q) is about -q
+    values += [mpmath.log(0.5) - 1e-9, mpmath.log(0.5) + 1e-9]  # where the series change
+    return [mpmath.mpf(float(x)) for x in values]
+
+
 @pytest.mark.parametrize("order", [0.5, 1, 2, 4, 7.3])
 def test_taylor_nll_against_its_integral(order):
-    """The integral from p to 1 of (1-u)^n / u du in 40 digits, for p from 1e-12 to 1 - 1e-12, real n too."""
-    import mpmath
-
+    """The integral of (1-u)^n / u from p to 1, in 40 digits."""
     mpmath.mp.dps = 40
-    near_one = [-(mpmath.mpf(10) ** -k) for k in range(1, 13)]  # log p = log(1 - q) is about -q
-    for x in (
-        [mpmath.log(mpmath.mpf(10) ** -k) for k in range(1, 13)]
-        + near_one
-        + [mpmath.log(0.5) - 1e-9, mpmath.log(0.5) + 1e-9]
-    ):
-        x = mpmath.mpf(float(x))  # what a float64 holds
+    for x in logps_from_near_zero_to_near_one():
         p, q = mpmath.exp(x), -mpmath.expm1(x)
         exact = q ** (order + 1) / (order + 1) * mpmath.hyp2f1(1, order + 1, order + 2, q)
         if 1e-3 < p < 0.5:
-            assert abs(mpmath.quad(lambda u: (1 - u) ** order / u, [p, 1]) / exact - 1) < 1e-12
-        value = taylor_nll(torch.tensor([float(x)], dtype=torch.float64), order).item()
-        # up to p = 1/2 the series for small p subtracts terms of the order of 1; beyond it nothing cancels
-        assert abs(value - exact) < 1e-13 * exact + (2e-15 if p <= 0.5 else 0), (order, float(x))
+            integral = mpmath.quad(lambda u: (1 - u) ** order / u, [p, 1])
+            assert abs(integral / exact - 1) < 1e-12
+        value = taylor_nll(float64([float(x)]), order).item()
+        # The series for p <= 1/2 subtracts terms of about 1. In the other nothing cancels.
+        tolerance = 1e-13 * exact + (2e-15 if p <= 0.5 else 0)
+        assert abs(value - exact) < tolerance, (order, float(x))
 
 
 @pytest.mark.parametrize("order", [0.5, 1, 2, 4])
 def test_a_tokens_gradient_is_cross_entropys_times_a_power(order):
     """Through the whole softmax: dT_n / dlogits = (1-p)^n dT_0 / dlogits, token by token."""
-    logits = (
-        torch.randn(50, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        .mul(3)
-        .requires_grad_()
-    )
+    logits = 3 * torch.randn(50, 11, dtype=torch.float64, generator=seeded(0))
+    logits.requires_grad_()
     logps = logits.log_softmax(-1)[:, 4]
     (plain,) = torch.autograd.grad(-logps.sum(), logits, retain_graph=True)
-    (bent,) = torch.autograd.grad(taylor_nll(logps, order).sum(), logits)
-    torch.testing.assert_close(
-        bent, plain * (1 - logps.exp().detach())[:, None] ** order, rtol=1e-12, atol=1e-15
-    )
+    (grad,) = torch.autograd.grad(taylor_nll(logps, order).sum(), logits)
+    factor = (1 - logps.exp().detach())[:, None] ** order
+    torch.testing.assert_close(grad, plain * factor, rtol=1e-12, atol=1e-15)
 
 
-def test_what_t_n_is_compared_with():
-    logits = torch.randn(
-        40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).mul(2)
-    targets = torch.arange(40) % 7
-    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(smoothed_nll(logits, targets), plain)
-    smooth = torch.nn.functional.cross_entropy(
-        logits, targets, reduction="none", label_smoothing=0.2
-    )
-    torch.testing.assert_close(smoothed_nll(logits, targets, 0.2), smooth, rtol=1e-12, atol=1e-12)
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(
-        smoothed_nll(logits, targets, 0.0, 0.3), plain - 0.3 * entropy, rtol=1e-12, atol=1e-12
-    )
-    torch.testing.assert_close(
-        focal_nll(-plain, 2.0), (1 - torch.exp(-plain)) ** 2 * plain, rtol=1e-12, atol=1e-12
-    )
-    torch.testing.assert_close(focal_nll(-plain, 0.0), plain)
-    logps = (-plain).requires_grad_()  # as focal_nll says: T_gamma's gradient and its extra term
-    (grad,) = torch.autograd.grad(focal_nll(logps, 2.0).sum(), logps)
-    p = logps.exp().detach()
-    torch.testing.assert_close(
-        grad, -((1 - p) ** 2) + 2 * (1 - p) * p * logps.detach(), rtol=1e-10, atol=1e-12
-    )
-    certain = torch.zeros(3, requires_grad=True)
-    assert torch.isfinite(torch.autograd.grad(focal_nll(certain, 0.5).sum(), certain)[0]).all()
-
-
-def test_taylor_nll_edges():
+def test_taylor_nll_at_its_limits():
     assert torch.equal(taylor_nll(torch.tensor([-2.0]), 0), torch.tensor([2.0]))
     assert taylor_nll(torch.zeros(3), 1.5).tolist() == [0.0] * 3
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="order"):
         taylor_nll(torch.zeros(1), -1)
-
-
-def plain_logprobs(hidden, weight, targets, softcap=0.0, vocab_size=None):
-    logits = (hidden @ weight.T).float() if hidden.dtype != torch.float64 else hidden @ weight.T
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    logps = logits[..., :vocab_size].log_softmax(-1)
-    return logps.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1) * (targets >= 0)
-
-
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
-)
-@pytest.mark.parametrize(
-    "chunk, kept", [(1, 7 * 37), (7, None), (7, 14 * 37 + 5), (7, 0), (1000, None)]
-)
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_linear_logprobs_equals_the_plain_one(dtype, tolerance, chunk, kept, softcap):
-    """Odd sizes, chunks smaller and larger than the input, all, some or none of them kept, a padded vocabulary. bfloat16 products
-    differ in their last of 8 bits, and so do gradients that were rounded once more."""
-    g = torch.Generator().manual_seed(1)
-    hidden = torch.randn(3, 11, 13, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(37, 13, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    targets = torch.randint(-1, 33, (3, 11), generator=g)
-    upstream = torch.rand(3, 11, generator=g).to(torch.promote_types(dtype, torch.float32))
-    fast = linear_logprobs(
-        hidden, weight, targets, softcap=softcap, vocab_size=33, chunk=chunk, kept=kept
-    )
-    slow = plain_logprobs(hidden, weight, targets, softcap, 33)
-    assert fast.dtype == upstream.dtype
-    torch.testing.assert_close(fast, slow, rtol=tolerance, atol=tolerance)
-    for a, b in zip(
-        torch.autograd.grad((fast * upstream).sum(), (hidden, weight)),
-        torch.autograd.grad((slow * upstream).sum(), (hidden, weight)),
-    ):
-        torch.testing.assert_close(
-            a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item())
-        )
-    assert (fast[targets < 0] == 0).all()
-
-
-def test_linear_logprobs_with_nothing_asked():
-    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
-    logps = linear_logprobs(hidden, weight, torch.full((4,), -1))
-    assert logps.tolist() == [0.0] * 4
-    logps.sum().backward()
-    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
-    assert linear_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
-
-
-def test_linear_logprobs_refuses_a_target_outside():
-    for bad in (16, -2):
-        with pytest.raises(ValueError, match="targets must be"):
-            linear_logprobs(torch.randn(2, 8), torch.randn(16, 8), torch.tensor([1, bad]))
-
-
-def test_sequence_logprobs():
-    logps = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], requires_grad=True)
-    seq = torch.tensor([[-1, 0, 0], [2, -1, 2]])
-    total = sequence_logprobs(logps, seq, 4)
-    assert total.tolist() == [6.0, 0.0, 40.0, 0.0]
-    total.sum().backward()
-    assert logps.grad.tolist() == [[0, 1, 1], [1, 0, 1]]

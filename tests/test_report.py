@@ -1,5 +1,5 @@
-"""The page of a run against the run's own files: foreign text, missing pieces; and, where there is a
-browser (NANOSPIN_BROWSER, or a Chromium on PATH), how it looks there."""
+"""The page of a run against the run's own files: foreign text, missing pieces. Where there is a
+browser (NANOSPIN_BROWSER, or a Chromium on PATH), also how it looks there."""
 
 import base64
 import contextlib
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 
 import pytest
 from conftest import TINY, make_data
@@ -208,7 +207,7 @@ def test_every_value_of_the_template_is_escaped(tmp_path):
     """Whatever a log holds: keys, warnings, names of players and of the run's folder."""
     run = tmp_path / "<i>\x1b"
     run.mkdir()
-    evil = "<b onclick=x>\x1b\u202e\"'{{ 7 * 7 }}"
+    evil = "<blink onclick=x>\x1b\u202e\"'{{ 7 * 7 }}"
     (run / "config.json").write_text(
         json.dumps({"config": {"stage": evil, evil: evil}, "starts": [{evil: evil}]})
     )
@@ -218,9 +217,9 @@ def test_every_value_of_the_template_is_escaped(tmp_path):
     ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     page, checked = page_of(str(run), str(run), tmp_path=tmp_path)
-    assert not {"b", "onclick"} & {*checked.tags, *(name for name, _ in checked.attributes)}
+    assert not {"blink", "onclick"} & {*checked.tags, *(name for name, _ in checked.attributes)}
     assert not set("\x1b\u202e") & set(page) and "49" not in page
-    assert checked.text.count("<b onclick=x>\\x1b\\u202e\"'{{ 7 * 7 }}") >= 10
+    assert checked.text.count("<blink onclick=x>\\x1b\\u202e\"'{{ 7 * 7 }}") >= 10
 
 
 def test_samples_are_the_rounds_own(runs, tmp_path):
@@ -339,12 +338,14 @@ def test_missing_pieces_are_said(runs, tmp_path):
         .replace("Infinity", "")
         .split("Samples")[0]
     )
-    row = read_rows(spin / "round_1" / "val.jsonl")
-    write_rows(str(spin / "round_1" / "val.jsonl"), row[:4])
+    rows = read_rows(spin / "round_1" / "val.jsonl")
+    write_rows(str(spin / "round_1" / "val.jsonl"), rows[:4])
     said(spin, "round_1/val.jsonl has changed since the run used it", "self, round 0")
     (spin / "round_1" / "val.jsonl").write_text("{}\n")
     (spin / "round_1" / "collect.json").unlink()
     said(spin, "val.jsonl:1: prompt must be a string")
+    write_rows(str(spin / "round_1" / "val.jsonl"), [row | {"same_as": 5} for row in rows])
+    said(spin, "This cannot be shown. A file of the run is not as expected")
     shutil.rmtree(spin / "round_1")
     shutil.rmtree(spin / "round_0" / "step_000003")
     said(spin, "There is no checkpoint yet", "self, round 0", "The loss mask cannot be shown")
@@ -402,38 +403,64 @@ def test_a_curve_is_where_its_values_are():
     Chart("constant", "", {"a": [[(0, 0.0)]]}, (0, 0))
 
 
-# ------------------------------------------------------------------------------------------------------ in a real browser
+# ------------------------------------------------------------------------------ in a real browser
 
 
-BROWSER = os.environ.get("NANOSPIN_BROWSER") or next(
-    filter(
-        None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "headless_shell"))
-    ),
-    None,
-)
+def find_browser():
+    for name in ("chromium", "chromium-browser", "google-chrome", "headless_shell"):
+        if shutil.which(name):
+            return shutil.which(name)
+    return None
+
+
+BROWSER = os.environ.get("NANOSPIN_BROWSER") or find_browser()
 LOOK = """(() => {
-  const box = e => e.getBoundingClientRect(), all = q => [...document.querySelectorAll(q)], bad = [];
+  const box = e => e.getBoundingClientRect();
+  const all = q => [...document.querySelectorAll(q)];
+  const bad = [];
+  const outside = (t, s) => t.left < s.left - 1 || t.right > s.right + 1 ||
+    t.top < s.top - 1 || t.bottom > s.bottom + 1;
+  const overlap = (t, o) => t.left < o.right - 1 && o.left < t.right - 1 &&
+    t.top < o.bottom - 2 && o.top < t.bottom - 2;
   for (const svg of all('svg')) {
-    const s = box(svg), texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, box(t)]);
+    const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, box(t)]);
     texts.forEach(([name, t], i) => {
-      if (t.left < s.left - 1 || t.right > s.right + 1 || t.top < s.top - 1 || t.bottom > s.bottom + 1) bad.push(svg.ariaLabel + ': ' + name + ' is cut');
+      if (outside(t, box(svg))) bad.push(`${svg.ariaLabel}: ${name} is cut`);
       for (const [other, o] of texts.slice(i + 1))
-        if (t.left < o.right - 1 && o.left < t.right - 1 && t.top < o.bottom - 2 && o.top < t.bottom - 2) bad.push(svg.ariaLabel + ': ' + name + ' over ' + other);
+        if (overlap(t, o)) bad.push(`${svg.ariaLabel}: ${name} over ${other}`);
     });
   }
-  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b };
-  const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05) };
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = color => {
+    const [r, g, b] = color.match(/[\\d.]+/g).map(v => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+  };
   const back = getComputedStyle(document.body).backgroundColor;
-  return {width: document.documentElement.scrollWidth, window: innerWidth, curves: all('svg').filter(s => box(s).width > 100 && box(s).height > 50 && s.querySelector('polyline')).length,
-    scrolling: all('.scroll').filter(e => e.scrollWidth > e.clientWidth).length, columns: new Set(all('.curves figure').map(e => box(e).left)).size, bad, dark: light(back) < 0.1,
-    contrast: Math.min(...all('body, p, dt, dd, td, th, h4, li, .key').map(e => contrast(getComputedStyle(e)[e.matches('.key') ? 'backgroundColor' : 'color'], back))),
-    scripts: document.scripts.length, text: document.body.innerText}
+  const ink = e => getComputedStyle(e)[e.matches('.key') ? 'backgroundColor' : 'color'];
+  const curve = s => box(s).width > 100 && box(s).height > 50 && s.querySelector('polyline');
+  return {
+    width: document.documentElement.scrollWidth,
+    window: innerWidth,
+    curves: all('svg').filter(curve).length,
+    columns: new Set(all('.curves figure').map(e => box(e).left)).size,
+    bad,
+    dark: light(back) < 0.1,
+    contrast: Math.min(
+      ...all('body, p, dt, dd, td, th, h4, li, .key').map(e => contrast(ink(e), back))),
+    scripts: document.scripts.length,
+    text: document.body.innerText,
+  };
 })()"""
 
 
 @contextlib.contextmanager
 def browser(folder):
-    """A Chromium without a window, asked through a pipe: call(method, **params) -> result; and the events that it told of."""
+    """A Chromium without a window, driven through a pipe: call(method, **params) -> result, and the
+    list of its events."""
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
     flags = [
         "--headless",
@@ -501,60 +528,48 @@ def test_in_a_browser(runs, tmp_path):
         for name, page in pages.items():
             (tmp_path / f"{name}.html").write_text(page, encoding="utf-8")
             for width, scheme in ((1280, "light"), (390, "dark")):
-                call(
-                    "Emulation.setDeviceMetricsOverride",
-                    width=width,
-                    height=800,
-                    deviceScaleFactor=1,
-                    mobile=width < 600,
-                )
-                call(
-                    "Emulation.setEmulatedMedia",
-                    features=[{"name": "prefers-color-scheme", "value": scheme}],
-                )
-                del events[:]
-                call("Page.navigate", url=f"file://{tmp_path}/{name}.html")
-                while (
-                    call("Runtime.evaluate", expression="document.readyState + location.href")[
-                        "result"
-                    ]["value"]
-                    != f"completefile://{tmp_path}/{name}.html"
-                ):
-                    pass
-                seen = call("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"][
-                    "value"
-                ]
-                assert (
-                    seen["width"] <= seen["window"] == width
-                )  # nothing sticks out, wide tables scroll in their box
+                url = f"file://{tmp_path}/{name}.html"
+                seen = look(call, events, url, width, scheme)
+                # nothing sticks out: wide tables scroll in their box
+                assert seen["width"] <= seen["window"] == width
                 assert seen["curves"] == page.count("<svg") and seen["bad"] == []
-                assert (
-                    seen["columns"] == (3 if width > 600 else 1)
-                    and seen["dark"] == (scheme == "dark")
-                    and seen["contrast"] >= 4.5
-                )
-                assert seen["scripts"] == 0 and ("<script>alert(1)</script>" in seen["text"]) == (
-                    name == "spin"
-                )
-                assert [
-                    e
-                    for e in events
-                    if e["method"]
-                    in (
-                        "Log.entryAdded",
-                        "Runtime.consoleAPICalled",
-                        "Runtime.exceptionThrown",
-                        "Page.javascriptDialogOpening",
-                    )
-                ] == []
-                assert [
-                    e["params"]["request"]["url"]
-                    for e in events
-                    if e["method"] == "Network.requestWillBeSent"
-                ] == [f"file://{tmp_path}/{name}.html"]
-                picture = base64.b64decode(
-                    call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-                )
+                assert seen["columns"] == (3 if width > 600 else 1)
+                assert seen["dark"] == (scheme == "dark") and seen["contrast"] >= 4.5
+                assert seen["scripts"] == 0
+                assert ("<script>alert(1)</script>" in seen["text"]) == (name == "spin")
+                methods = {event["method"] for event in events}
+                assert not methods & {
+                    "Log.entryAdded",
+                    "Runtime.consoleAPICalled",
+                    "Runtime.exceptionThrown",
+                    "Page.javascriptDialogOpening",
+                }
+                requests = []
+                for event in events:
+                    if event["method"] == "Network.requestWillBeSent":
+                        requests.append(event["params"]["request"]["url"])
+                assert requests == [url]
+                shot = call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+                picture = base64.b64decode(shot)
                 assert picture[:4] == b"\x89PNG" and len(picture) > 20_000
                 with open(os.path.join(shots, f"{name}_{width}.png"), "wb") as f:
                     f.write(picture)
+
+
+def look(call, events, url, width, scheme):
+    """What LOOK finds on a page in a window of a width and a color scheme."""
+    call(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=800,
+        deviceScaleFactor=1,
+        mobile=width < 600,
+    )
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    call("Emulation.setEmulatedMedia", features=[feature])
+    events.clear()
+    call("Page.navigate", url=url)
+    state = "document.readyState + location.href"
+    while call("Runtime.evaluate", expression=state)["result"]["value"] != f"complete{url}":
+        pass
+    return call("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"]["value"]

@@ -1,9 +1,9 @@
 """Figures and tables from the metrics.jsonl of finished runs.
 
-python -m tools.plot loss OUT.png T_0=out/a_1,out/a_2 T_1=out/b_1,out/b_2   validation loss
-python -m tools.plot rounds OUT.png out/demo/spin_k3                        rewards of each player
-python -m tools.plot report out/demo                                        the demo's report.md
-python -m tools.plot table OUT out/rlhf/*                                   report.md of any runs
+    python -m tools.plot loss OUT.png T_0=out/a_1,out/a_2 T_1=out/b_1     validation loss
+    python -m tools.plot rounds OUT.png out/demo/spin_k3                  rewards of each player
+    python -m tools.plot report out/demo                                  the demo's report.md
+    python -m tools.plot table OUT out/rlhf/*                             report.md of any runs
 
 "loss" takes the runs of several seeds separated by commas; "rounds" and "report" take one run or
 demo per seed. Other figures of the project share this style:
@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -89,12 +88,12 @@ def style():
     return plt.rc_context(STYLE)
 
 
-def sequential_colors(n, cmap="viridis"):
+def sequential_colors(n: int, cmap: str = "viridis") -> list[tuple]:
     """n colours for an ordered quantity, dark to light, without the palest end of the map."""
     return [plt.get_cmap(cmap)(x) for x in np.linspace(0.0, 0.85, n)]
 
 
-def reference_line(ax, y, label):
+def reference_line(ax, y: float, label: str):
     """A dashed horizontal line for chance or a baseline; `label` goes into the legend."""
     return ax.axhline(y, color=GREY, label=label, **DASHED)
 
@@ -113,7 +112,7 @@ def figure_legend(fig, axes=None, ncols=None):
     )
 
 
-def save_figure(fig, path):
+def save_figure(fig, path: str):
     """Write the figure as PNG (200 dpi) and as SVG beside it, and close it.
 
     path: with or without the ending .png or .svg.
@@ -137,7 +136,7 @@ def panel_legend(ax, extra=(), ncols=1):
 # ---------------------------------------------------------------------------------- reading runs
 
 
-def read_metrics(run, kind=None):
+def read_metrics(run: str, kind: str | None = None) -> list[dict]:
     """The records of a run's metrics.jsonl, all of them or those of one kind."""
     path = os.path.join(run, "metrics.jsonl")
     try:
@@ -150,7 +149,7 @@ def read_metrics(run, kind=None):
         raise SystemExit(printable(f"{path}: not the metrics of a run ({e!r})"))
 
 
-def global_steps(records):
+def global_steps(records: list[dict]) -> list[int]:
     """Steps since the start of the run, over all its rounds; in a record they count per round."""
     length = {}  # of each round, in steps
     for r in records:
@@ -162,7 +161,7 @@ def global_steps(records):
     return [start[r["round"]] + r["step"] for r in records]
 
 
-def minutes(run, last_round=None):
+def minutes(run: str, last_round: int | None = None) -> float:
     """Wall-clock minutes of a run, or of its rounds up to and with `last_round`."""
     records = read_metrics(run)
     if last_round is not None:
@@ -170,7 +169,7 @@ def minutes(run, last_round=None):
     return sum(r["seconds"] for r in records) / 60
 
 
-def eval_curve(run, metric):
+def eval_curve(run: str, metric: str) -> tuple[list, list]:
     """(steps, values) of one metric over the evaluations of a run."""
     records = read_metrics(run, "eval")
     points = dict(zip(global_steps(records), (r[metric] for r in records)))
@@ -180,7 +179,7 @@ def eval_curve(run, metric):
 # --------------------------------------------------------------------------------------- figures
 
 
-def draw_seeds(ax, curves, color, label):
+def draw_seeds(ax, curves: list[tuple], color, label: str | None):
     """One thin line per seed and their mean as a thick one. curves: [(x, y)], one for each seed.
 
     The mean is taken where all seeds have a value.
@@ -206,7 +205,7 @@ def seed_handles(n):
     ]
 
 
-def plot_loss(out, named):
+def plot_loss(out: str, named: dict[str, list[str]]):
     """Validation loss of several settings. named: {label: [the run of each seed]}."""
     with style():
         fig, ax = plt.subplots(figsize=(5.6, 3.8))
@@ -217,7 +216,7 @@ def plot_loss(out, named):
         save_figure(fig, out)
 
 
-def plot_stages(out, demos):
+def plot_stages(out: str, demos: list[str]):
     """Validation loss of the demo: pretraining, SFT, and the change after SFT.
 
     demos: the demo folders, one per seed. Seeds differ more than methods do, so the last panel
@@ -252,7 +251,7 @@ def plot_stages(out, demos):
         save_figure(fig, out)
 
 
-def plot_rounds(out, runs):
+def plot_rounds(out: str, runs: list[str]):
     """Rewards, log-probabilities and ranking accuracy on held-out rows. runs: one per seed.
 
     Each round has its own reference model and its own samples, so curves break between rounds.
@@ -396,7 +395,7 @@ COLLECT_COLUMNS = [
 ]
 
 
-def format_mean(values, form, scale=1):
+def format_mean(values: list, form: str, scale: float = 1) -> str:
     """Mean over seeds, with ± standard deviation if there are several; "-" for no value."""
     values = [v * scale for v in values if v is not None]
     if not values:
@@ -408,7 +407,7 @@ def format_mean(values, form, scale=1):
     return text + (f" ± {spread:.2g}" if spread < 100 else f" ± {spread:.0f}")
 
 
-def markdown_table(head, rows):
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a table whose first column is text and whose others are numbers."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
@@ -416,7 +415,7 @@ def markdown_table(head, rows):
     return lines
 
 
-def demo_metrics(demo):
+def demo_metrics(demo: str) -> dict[str, dict]:
     """{row: metrics} of one seed: eval/eval.json, with accuracy and time from the runs' logs."""
     path = os.path.join(demo, "eval", "eval.json")
     table = read_json(path, advice="; `make demo` writes this file")
@@ -433,7 +432,7 @@ def demo_metrics(demo):
     return table
 
 
-def collect_table(demos):
+def collect_table(demos: list[str]) -> list[str]:
     """A table of what each round sampled on the held-out prompts."""
     rows = []
     for stage in ("spin_k2", "spin_k3"):
@@ -444,7 +443,7 @@ def collect_table(demos):
     return markdown_table(["round", *(column.title for column in COLLECT_COLUMNS)], rows)
 
 
-def t_interval(values):
+def t_interval(values: list[float]) -> tuple[float, float]:
     """(mean, half width of Student's 95 % interval of the mean) of two or more values."""
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)  # 97.5 %; 6 or more
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / np.sqrt(len(values))
@@ -477,7 +476,7 @@ def compare(sentence, differences, form, better, standard_error=None):
     return outcome, f"- {sentence % f'**{outcome}**'}: {form.format(mean)} ({detail})."
 
 
-def comparisons(tables):
+def comparisons(tables: list[dict]) -> list[tuple[str, str]]:
     """[(outcome, line)]: the last round of self-play against its baselines. tables: one a seed."""
     found = []
     for spin in ("spin_k2", "spin_k3"):
@@ -500,7 +499,7 @@ def comparisons(tables):
     return found
 
 
-def summary(outcomes):
+def summary(outcomes: list[str]) -> str:
     """The result in one sentence."""
     n = {word: sum(word in outcome for outcome in outcomes) for word in ("better", "worse", "not")}
     return (
@@ -523,7 +522,7 @@ judge prefers sharper samples: compare with `sft@0.7` and `sft@0.5`, which need 
 rate alone is no evidence for self-play."""
 
 
-def report(demos):
+def report(demos: list[str]):
     """Write report.md and its figures into the demo's folder, or beside the folders of seeds."""
     tables = [demo_metrics(demo) for demo in demos]
     folder = demos[0] if len(demos) == 1 else os.path.dirname(os.path.normpath(demos[0]))
@@ -604,7 +603,7 @@ HEADLINE_METRICS = {  # of each stage; val_loss for the others
 }
 
 
-def table(out, runs):
+def table(out: str, runs: list[str]):
     """Write OUT/report.md, the first and last evaluation of each run, and copy the runs' logs."""
     lines = [
         "| run | stage | steps | minutes | metric | first | last | standard error |",
@@ -632,7 +631,7 @@ def table(out, runs):
     print("\n".join(lines))
 
 
-def named_runs(text):
+def named_runs(text: str) -> tuple[str, list[str]]:
     """("T_0", ["out/a_1", "out/a_2"]) of "T_0=out/a_1,out/a_2"."""
     name, equals, runs = text.partition("=")
     if not equals:
@@ -640,7 +639,7 @@ def named_runs(text):
     return name, runs.split(",")
 
 
-def main(argv):
+def main(argv: list[str] | None = None):
     parser = ArgumentParser(prog="python -m tools.plot", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     loss = commands.add_parser("loss", help="validation loss of several settings")
@@ -666,4 +665,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -5,7 +5,7 @@
     python -m data.fineweb.prepare --hub=HuggingFaceFW/fineweb --out=data/fineweb_all
     python -m data.fineweb.prepare --hub=Skylion007/openwebtext --out=data/openwebtext
 
-FineWeb-Edu's sample has 9.7M documents. llm.c's GPT-2 was trained on FineWeb, nanoGPT's on
+FineWeb-Edu's sample has 9.7M documents. llm.c's published losses are on FineWeb, nanoGPT's on
 OpenWebText.
 
 Writes train.bin and val.bin. Only the tokens are kept. A killed preparation continues at its row;

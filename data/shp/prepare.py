@@ -10,8 +10,8 @@ offline. A text is the post (`history`), an empty line, and the preferred commen
 
 Writes OUT/row and OUT/group, the same texts split in two ways: by row, as the write-up did, and
 by post. SHP has many rows for a post, and each begins with the post's `history`. A split by row
-therefore puts nearly every validation post into training; the command prints how many. Both
-folders have the tokenizer that was trained on the group split's training texts.
+therefore puts nearly every validation post into training; the command prints how many. With
+--tokenizer=bpe both folders have the one trained on the group split's training texts.
 
 --sets=3 writes OUT/1, OUT/2 and OUT/3, each from the next N rows: other posts for other seeds.
 

@@ -11,7 +11,7 @@ prompt, so it does not depend on their order.
 Traps of the schema:
 - `prompt` repeats messages[0], and `prompt_id` is its hash, so equal prompts are one group.
 - train_gen and test_gen are other splits.
-- SPIN keeps messages[0:2]; which 50,000 conversations it used is not published.
+- SPIN keeps messages[0:2] of 50,000 conversations; they are other ones.
 - A conversation whose roles do not alternate from the user's is dropped. One with an empty turn
   ends before it. A last turn of the user has no answer and makes no row. The first two are
   counted.

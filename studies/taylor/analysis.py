@@ -633,7 +633,7 @@ Data: {sources}.
   differences, ± is half of Student's 95 % interval of the paired differences (same seed). Bold: the
   interval excludes 0. There is no correction for multiple comparisons.
 - Texts are split by row, or by group: then all texts of a post are on one side of the split.
-- Each seed has its own posts, split, vocabulary, initialisation and data order (sft and spin: data
+- Each seed has its own posts, split, vocabulary, initialization and data order (sft and spin: data
   order and samples only).
 - The step of early stopping and the temperature are chosen on one half of the validation rows and
   measured on the other half; both directions are averaged.

@@ -3,14 +3,13 @@
     python -m studies.taylor.run main                        # 60 runs: T_n and baselines
     python -m studies.taylor.run map                         # 27 runs: other steps, rates, blocks
     python -m studies.taylor.run play --demo=out/demo        # 21 runs: fine-tuning and self-play
-    python -m studies.taylor.run main --full                 # 135 runs of the original size
+    python -m studies.taylor.run main --full                 # 120 runs of the original size
 
 The texts are ranked forum answers with --ranked=FILE, else docstrings of the installed packages;
 with --full they are SHP from the Hugging Face hub. `play` starts from the models of `make demo`.
 A finished run is skipped and an interrupted one resumes. --list prints the commands only.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -207,15 +206,13 @@ def train_all(runs: list[Run], jobs: int, threads: int | None):
 
 
 def main(argv: list[str]):
-    parser = cli.ArgumentParser(
-        prog="python -m studies.taylor.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.ArgumentParser(prog="python -m studies.taylor.run", description=__doc__)
     parser.add_argument("runs", choices=["main", "map", "play"])
     parser.add_argument("--ranked", default="", help="ranked rows of forum threads, .jsonl.gz")
     parser.add_argument("--full", action="store_true", help="the original size, one run at a time")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--jobs", type=cli.number_type(int, 1), default=2, help="runs at a time, one thread each"
+    )
     parser.add_argument("--demo", default="out/demo", help="the models of `make demo`")
     parser.add_argument("--out", help="run folders (default: out/tn, or out/tn_full)")
     parser.add_argument("--report", help="report and figures (default: studies/taylor, or OUT)")

@@ -1,12 +1,15 @@
-"""Runs of train.py, made and broken by the hundred: each is forked from this process, which has imported everything and
-run nothing, so a run of two ranks starts in a twentieth of a second instead of five.
+"""Start small runs of train.py by the hundred, break them, and compare them.
 
-    run = start(["config/x.py", "--max_steps=5"], ranks=2, fault=Fault("checkpoint.write", "kill", rank=1))
-    run.wait() -> exit status of each rank;  run.said -> what they wrote
+Each run is forked from this process, which has imported everything and computed nothing: a run of
+two ranks starts in a twentieth of a second instead of five.
+
+    fault = Fault("nanospin.checkpoint:write", "kill", rank=1)
+    run = start(["config/x.py", "--max_steps=5"], ranks=2, fault=fault)
+    run.wait()      # exit status of each rank
+    run.output      # what they printed
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -20,144 +23,185 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
+
+# before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 from safetensors import safe_open
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-from nanospin import checkpoint  # noqa: E402
-import conftest  # noqa: E402
-from nanospin import elastic  # noqa: E402
-import rollout  # noqa: E402
-import train  # noqa: E402
-from data.files import sha256  # noqa: E402
+import rollout
+import train
+from data.files import sha256
+from nanospin import checkpoint, elastic
+from tests.conftest import ROOT, TEMPLATE, TINY, make_data, make_runs
 
 LIMIT = 120  # seconds after which a run counts as hanging
+CLOCK = ("seconds", "ms", "tokens_per_second", "mfu")  # metrics that depend on the machine
 
 
-@dataclasses.dataclass
+@dataclass
+class Result:
+    """What a section found."""
+
+    held: int
+    tried: int
+    failures: list[str]  # a line for each case that did not hold
+    note: str = ""  # what was measured
+
+
+def count(tried: int, failures: list[str], note: str = "") -> Result:
+    """The result of a section with one failure line per case."""
+    return Result(tried - len(failures), tried, failures, note)
+
+
+# ----------------------------------------------------------------------------------------- faults
+
+
+@dataclass
 class Fault:
-    """Before the `call`-th call of the function `where`, as "checkpoint.write", a rank is hit by `what`: kill, hang, raise, full (no space left),
-    or the name of a signal."""
+    """Before call number `call` of a function, something happens to a rank.
 
-    where: str
-    what: str
+    function: "module:function" or "module:Class.method".
+    action: kill, hang, raise, full (no space left on the disk), or the name of a signal.
+    """
+
+    function: str
+    action: str
     rank: int = 0
     call: int = 1
 
     def __str__(self):
-        return f"{self.what} of rank {self.rank} in {self.where}, call {self.call}"
+        return f"{self.action} of rank {self.rank} in {self.function}, call {self.call}"
 
     def arm(self):
-        module, _, path = self.where.partition(".")
+        """Replace the function, wherever a module of the project has imported it."""
+        module, _, path = self.function.partition(":")
         owner = importlib.import_module(module)
-        *owners, name = path.split(".")
-        for part in owners:
-            owner = getattr(owner, part)
-        good, calls = getattr(owner, name), [0]
+        *classes, name = path.split(".")
+        for class_name in classes:
+            owner = getattr(owner, class_name)
+        original = getattr(owner, name)
+        calls = 0
 
-        @functools.wraps(good)
+        @functools.wraps(original)
         def faulty(*args, **options):
-            calls[0] += 1
-            if calls[0] == self.call:
-                strike(self.what)
-            return good(*args, **options)
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
+                strike(self.action)
+            return original(*args, **options)
 
-        for holder in [owner] + [
-            m
-            for m in list(sys.modules.values())
-            if getattr(m, "__file__", None) and m.__file__.startswith(ROOT)
-        ]:
-            if getattr(holder, name, None) is good:  # from x import name: everywhere
+        for holder in [owner, *project_modules()]:
+            if getattr(holder, name, None) is original:
                 setattr(holder, name, faulty)
 
 
-def strike(what):
-    if what == "kill":
+def project_modules() -> list:
+    """The imported modules whose files are in the repository."""
+    found = []
+    for module in list(sys.modules.values()):
+        if (getattr(module, "__file__", None) or "").startswith(ROOT):
+            found.append(module)
+    return found
+
+
+def strike(action: str):
+    if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif what == "hang":
+    elif action == "hang":
         time.sleep(10 * LIMIT)
-    elif what == "raise":
+    elif action == "raise":
         raise RuntimeError("an injected error")
-    elif what == "full":
+    elif action == "full":
         raise OSError(28, "No space left on device")
     else:
-        os.kill(os.getpid(), getattr(signal, what))
+        os.kill(os.getpid(), getattr(signal, action))
+
+
+# ------------------------------------------------------------------------------------------- runs
 
 
 class Run:
-    def __init__(self, pids, folder):
-        self.pids, self.folder, self.status, self.began = (
-            pids,
-            folder,
-            [None] * len(pids),
-            time.time(),
-        )
+    """A started run: a process per rank, and a folder with what they print."""
 
-    def poll(self):
-        """The exit status of each rank, None while it runs; of a killed one minus the signal."""
+    def __init__(self, pids: list[int], folder: str):
+        self.pids = pids
+        self.folder = folder
+        # exit status of each rank: None while it runs, minus the signal that killed it
+        self.status = [None] * len(pids)
+        self.start_time = time.time()
+
+    def poll(self) -> list:
         for i, pid in enumerate(self.pids):
-            if self.status[i] is None and (done := os.waitpid(pid, os.WNOHANG))[0]:
-                self.status[i] = os.waitstatus_to_exitcode(done[1])
+            if self.status[i] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.status[i] = os.waitstatus_to_exitcode(status)
         return self.status
 
-    def wait(self, limit=LIMIT):
-        """The same when all have ended; ranks that have not after `limit` seconds are killed and count as "hung"."""
+    def wait(self, limit: float = LIMIT) -> list:
+        """The status when all ranks have ended. Those that have not after `limit` seconds are
+        killed, and their status is "hung"."""
         while None in self.poll():
-            if time.time() - self.began > limit:
+            if time.time() - self.start_time > limit:
                 self.kill()
-                self.poll_all()
-                self.status = ["hung" if s == -9 else s for s in self.status]
+                self.reap()
+                self.status = ["hung" if s == -signal.SIGKILL else s for s in self.status]
                 break
             time.sleep(0.005)
         return self.status
 
-    def poll_all(self):
+    def reap(self):
+        """Wait for ranks that are about to end."""
         while None in self.poll():
             time.sleep(0.002)
 
     def kill(self, number=signal.SIGKILL, ranks=None):
+        """Send a signal to some ranks, or to all."""
         for i in range(len(self.pids)) if ranks is None else ranks:
             if self.status[i] is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pids[i], number)
 
     @property
-    def said(self):
+    def output(self) -> str:
         """Standard output and error of all ranks."""
-        return "".join(
-            open(os.path.join(self.folder, name), encoding="utf-8", errors="replace").read()
-            for name in sorted(os.listdir(self.folder))
-        )
+        return self.read("")
 
     @property
-    def err(self):
-        return "".join(
-            open(os.path.join(self.folder, name), encoding="utf-8", errors="replace").read()
-            for name in sorted(os.listdir(self.folder))
-            if name.startswith("err")
-        )
+    def errors(self) -> str:
+        """Standard error of all ranks."""
+        return self.read("err")
+
+    def read(self, prefix: str) -> str:
+        texts = []
+        for name in sorted(os.listdir(self.folder)):
+            if name.startswith(prefix):
+                path = os.path.join(self.folder, name)
+                with open(path, encoding="utf-8", errors="replace") as f:
+                    texts.append(f.read())
+        return "".join(texts)
+
+    def forget(self):
+        """Remove what it printed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def start(argv, ranks: int = 1, fault=None, env=None, main=None, before=None) -> Run:
+    """Start train.py on some ranks, without an agent that would end the others.
 
-
-def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
-    """Begin train.py with some arguments on some ranks, without an agent that would end the others. main: another program's,
-    called with argv; before(rank): called in each rank first. Returns a Run."""
-    folder, pids = tempfile.mkdtemp(prefix="run"), []
-    env = (
-        dict(env)
-        if ranks == 1
-        else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-        | dict(env)
-    )
+    main: another program's, called with argv. before(rank) is called in each rank first.
+    """
+    folder = tempfile.mkdtemp(prefix="run")
+    env = dict(env or {})
+    if ranks > 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(free_port()))
+        env.setdefault("WORLD_SIZE", str(ranks))
     sys.stdout.flush()
+    pids = []
     for rank in range(ranks):
         pid = os.fork()
         if pid:
@@ -165,17 +209,10 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
             continue
         code = 70
         try:
-            os.setsid()
-            for fd, name in ((1, "out"), (2, "err")):
-                os.dup2(
-                    os.open(
-                        os.path.join(folder, f"{name}{rank}"),
-                        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
-                    ),
-                    fd,
-                )
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.environ |= env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            redirect_output(folder, rank)
+            os.environ.update(env)
+            if ranks > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             if before:
                 before(rank)
             if fault and fault.rank == rank:
@@ -188,82 +225,96 @@ def start(argv, ranks=1, fault=None, env={}, main=None, before=None):
     return Run(pids, folder)
 
 
-def forget(run):
-    shutil.rmtree(run.folder, ignore_errors=True)
+def redirect_output(folder: str, rank: int):
+    """Make this forked process a session of its own that prints to files and reads nothing."""
+    os.setsid()
+    for fd, name in ((1, "out"), (2, "err")):
+        path = os.path.join(folder, f"{name}{rank}")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
 
-class Left(BaseException):
-    pass
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
-def elastic(restarts=0, before=None, nodes=1, endpoint="127.0.0.1:0"):
-    """A main for `start`: torchrun's own agent with its part of two workers, which are forked too."""
+class ReturnToAgent(BaseException):
+    """Raised instead of os._exit(0) in a worker that torchrun's agent has forked."""
+
+
+def torchrun(max_restarts: int = 0, before=None, nodes: int = 1, endpoint: str = "127.0.0.1:0"):
+    """A `main` for `start`: torchrun's agent, whose two workers, over all nodes, are forked."""
 
     def worker(argv):
-        leave = os._exit
+        exit_process = os._exit
 
-        def left(status):  # multiprocessing's workers return to the agent
-            if threading.current_thread() is not threading.main_thread() or status:
-                leave(status)
-            raise Left
+        def exit_or_return(status):
+            if status or threading.current_thread() is not threading.main_thread():
+                exit_process(status)
+            raise ReturnToAgent  # the agent counts only a worker that returns as successful
 
-        os._exit = left
+        os._exit = exit_or_return
         if before:
             before(int(os.environ["RANK"]))
         try:
             sys.exit(elastic.run(train.main, argv))
-        except Left:
-            os._exit = leave
+        except ReturnToAgent:
+            os._exit = exit_process
 
     def main(argv):
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        elastic_launch(
-            LaunchConfig(
-                min_nodes=nodes,
-                max_nodes=nodes,
-                nproc_per_node=2 // nodes,
-                run_id="x",
-                max_restarts=restarts,
-                start_method="fork",
-                rdzv_backend="c10d",
-                rdzv_endpoint=endpoint,
-                monitor_interval=0.05,
-            ),
-            worker,
-        )(argv)
+        launch_config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=2 // nodes,
+            run_id="x",
+            max_restarts=max_restarts,
+            start_method="fork",
+            rdzv_backend="c10d",
+            rdzv_endpoint=endpoint,
+            monitor_interval=0.05,
+        )
+        elastic_launch(launch_config, worker)(argv)
 
     return main
 
 
-# ----------------------------------------------------------------------------------------------- small runs, and whether two are the same
+# ------------------------------------------------------------------------------------- small runs
 
 
-TINY, TEMPLATE = conftest.TINY, "--template=Q: {prompt}\nA: "
+class Workspace:
+    """A scratch folder with data, two base runs, and undisturbed runs to compare with."""
 
+    def __init__(self, folder: str, seed: int):
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.num_runs = 0
+        self.undisturbed_runs = {}  # (stage, ranks, arguments) -> run folder
+        self.data = f"{folder}/data"
+        self.base_runs = {}
+        for stage in ("pretrain", "sft"):
+            self.base_runs[stage] = f"{folder}/runs/{stage}"
 
-class Place:
-    """The scratch folder with data, base runs and undisturbed runs to compare with."""
+        def make(argv):
+            make_runs(f"{folder}/runs", make_data(self.data))
 
-    def __init__(self, folder, seed):
-        self.folder, self.rng, self.n, self.whole = folder, random.Random(seed), 0, {}
-        self.data, self.runs = (
-            f"{folder}/data",
-            {stage: f"{folder}/runs/{stage}" for stage in ("pretrain", "sft")},
-        )
-        made = start(
-            [],
-            main=lambda argv: conftest.make_runs(f"{folder}/runs", conftest.make_data(self.data)),
-        )
-        assert made.wait() == [0], made.said
+        made = start([], main=make)
+        assert made.wait() == [0], made.output
 
-    def new(self):
-        self.n += 1
-        return f"{self.folder}/out/{self.n}"
+    def new_run(self) -> str:
+        """The path of a run folder that does not exist yet."""
+        self.num_runs += 1
+        return f"{self.folder}/out/{self.num_runs}"
 
-    def args(self, stage, out, *more):
-        """A small run of a stage: two to four saves, evaluations between them."""
-        common = [
+    def args(self, stage: str, out: str, *more: str) -> list[str]:
+        """Arguments of a small run: two to four checkpoints, and evaluations between them.
+
+        stage: a stage of train.py, spin2 (data, self) or spin3 (data, teacher, self).
+        """
+        args = [
             f"--out_dir={out}",
             f"--data={self.data}",
             "--device=cpu",
@@ -275,97 +326,116 @@ class Place:
             "--lr=1e-3",
         ]
         if stage == "pretrain":
-            return ["--stage=pretrain", "--max_steps=6", "--dropout=0.1", *common, *TINY, *more]
-        common += [
-            f"--init={self.runs['sft' if stage != 'sft' else 'pretrain']}",
-            TEMPLATE,
-            "--max_response=16",
-        ]
+            return ["--stage=pretrain", "--max_steps=6", "--dropout=0.1", *args, *TINY, *more]
+        init = self.base_runs["pretrain" if stage == "sft" else "sft"]
+        args += [f"--init={init}", f"--template={TEMPLATE}", "--max_response=16"]
         if stage in ("sft", "preference"):
-            return [f"--stage={stage}", "--max_steps=6", *common, *more]
-        if stage == "ppo":
-            return [
-                "--stage=ppo",
-                "--rounds=2",
-                "--reward=data.pydocs.scorer:concrete",
-                "--max_rows=16",
-                *common,
-                *more,
-            ]
-        teacher = (
-            ["--players=data,teacher,self", f"--teacher={self.runs['pretrain']}"]
-            if stage == "spin3"
-            else []
-        )
-        return ["--stage=spin", "--rounds=2", "--max_steps=3", *common, *teacher, *more]
+            args += [f"--stage={stage}", "--max_steps=6"]
+        elif stage == "ppo":
+            reward = "data.pydocs.scorer:concrete"
+            args += ["--stage=ppo", "--rounds=2", f"--reward={reward}", "--max_rows=16"]
+        else:
+            args += ["--stage=spin", "--rounds=2", "--max_steps=3"]
+        if stage == "spin3":
+            args += ["--players=data,teacher,self", f"--teacher={self.base_runs['pretrain']}"]
+        return [*args, *more]
 
-    def undisturbed(self, stage, ranks, *more):
-        """Such a run that nothing happened to."""
-        key = stage, ranks, more
-        if key not in self.whole:
-            run = go(self.args(stage, self.new(), *more), ranks)
-            assert run.status == [0] * ranks, run.said
-            self.whole[key] = f"{self.folder}/out/{self.n}"
-            forget(run)
-        return self.whole[key]
+    def undisturbed(self, stage: str, ranks: int, *more: str) -> str:
+        """The folder of such a run that nothing happened to."""
+        key = (stage, ranks, more)
+        if key not in self.undisturbed_runs:
+            out = self.new_run()
+            run = run_to_end(self.args(stage, out, *more), ranks)
+            assert run.status == [0] * ranks, run.output
+            self.undisturbed_runs[key] = out
+            run.forget()
+        return self.undisturbed_runs[key]
 
 
-def small_parts(rank):
-    rollout.PART = 16  # prompts: several parts a round
+def sample_in_small_parts(rank: int):
+    """A `before`: samples are written down every 16 prompts, so that a round has several parts."""
+    rollout.PART_SIZE = 16
 
 
-def go(argv, ranks=1, fault=None, before=lambda rank: None, **options):
-    """A run to its end."""
+def run_to_end(argv, ranks: int = 1, fault=None, before=None, **options) -> Run:
+    """Start a run and wait for its end."""
 
-    def first(rank):
-        small_parts(rank)
-        before(rank)
+    def prepare(rank):
+        sample_in_small_parts(rank)
+        if before:
+            before(rank)
 
-    run = start(argv, ranks, fault, before=first, **options)
+    run = start(argv, ranks, fault, before=prepare, **options)
     run.wait()
     return run
 
 
-TIMES = ("seconds", "ms", "tokens_per_second", "mfu")
+# -------------------------------------------------------------------------------------- comparing
 
 
-def numbers(out):
+def logged(out: str, kind: str, key: str) -> list:
+    """The values of a key in the records of one kind of metrics.jsonl."""
+    values = []
+    for record in read_metrics(out):
+        if record["kind"] == kind and key in record:
+            values.append(record[key])
+    return values
+
+
+def read_metrics(out: str) -> list[dict]:
+    """The records of metrics.jsonl, without what depends on the clock."""
+    records = []
     with open(f"{out}/metrics.jsonl", encoding="utf-8") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in f]
+        for line in f:
+            record = json.loads(line)
+            for name in CLOCK:
+                record.pop(name, None)
+            records.append(record)
+    return records
 
 
-def difference(a, b):
-    """What of two runs is not bit for bit the same: every logged number but the clock's, weights, optimizer, samples, rows; or ""."""
-    if numbers(a) != numbers(b):
+def difference(a: str, b: str) -> str:
+    """What is not the same, to the last bit, in two runs, or "": logged numbers, weights, optimizer
+    states, samples, ranked rows and reference log-probabilities."""
+    if read_metrics(a) != read_metrics(b):
         return "logged numbers differ"
-    one, two = checkpoint.latest(a), checkpoint.latest(b)
-    if not two or os.path.relpath(one, a) != os.path.relpath(two, b):
-        return f"newest checkpoints are {one} and {two}"
-    if tensors_of(one) != tensors_of(two):
+    first, second = checkpoint.latest(a), checkpoint.latest(b)
+    if not second or os.path.relpath(first, a) != os.path.relpath(second, b):
+        return f"the latest checkpoints are {first} and {second}"
+    if tensor_hashes(first) != tensor_hashes(second):
         return "weights or optimizer states differ"
-    names = [
-        f"{r}/{f}"
-        for r in sorted(os.listdir(a))
-        if r.startswith("round_")
-        for f in sorted(os.listdir(f"{a}/{r}"))
-        if f.endswith((".jsonl", ".npz"))
-    ]
-    other = [
-        name
-        for name in names
-        if not os.path.exists(f"{b}/{name}") or sha256(f"{a}/{name}") != sha256(f"{b}/{name}")
-    ]
-    return f"files differ: {other}" if other else ""
+    differing = []
+    for name in collected_files(a):
+        other = f"{b}/{name}"
+        if not os.path.exists(other) or sha256(f"{a}/{name}") != sha256(other):
+            differing.append(name)
+    return f"files differ: {differing}" if differing else ""
 
 
-def tensors_of(path):
-    """{tensor's name and place: sha256} of a checkpoint."""
-    found = {}
-    for name in checkpoint.list_files(path):
-        if name.endswith(".safetensors"):
-            with safe_open(os.path.join(path, name), framework="np") as f:
-                found |= {
-                    (name, key): hashlib.sha256(f.get_tensor(key).tobytes()).hexdigest()
-                    for key in f.keys()
-                }
-    return found
+def collected_files(out: str) -> list[str]:
+    """The rows and arrays in a run's round folders, relative to the run."""
+    files = []
+    for folder in sorted(os.listdir(out)):
+        if folder.startswith("round_"):
+            for name in sorted(os.listdir(f"{out}/{folder}")):
+                if name.endswith((".jsonl", ".npz")):
+                    files.append(f"{folder}/{name}")
+    return files
+
+
+def tensor_hashes(path: str) -> dict[tuple, str]:
+    """{(file, tensor): sha256} of a checkpoint."""
+    hashes = {}
+    for file in checkpoint.list_files(path):
+        if file.endswith(".safetensors"):
+            with safe_open(os.path.join(path, file), framework="np") as f:
+                for name in f.keys():
+                    tensor = f.get_tensor(name)
+                    hashes[file, name] = hashlib.sha256(tensor.tobytes()).hexdigest()
+    return hashes
+
+
+def weights_differ(a: str, b: str) -> str:
+    """ "weights differ" if the latest checkpoints of two runs have other weights, else ""."""
+    hashes = [sha256(f"{checkpoint.latest(run)}/model.safetensors") for run in (a, b)]
+    return "" if hashes[0] == hashes[1] else "weights differ"

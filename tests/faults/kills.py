@@ -1,401 +1,479 @@
-"""Sections of the harness about runs that are killed, starved or damaged.
+"""Sections about runs that are killed, starved or damaged.
 
-A section is called with (place, short) -> (how many held, of how many, [a line for each that did not], what was measured).
+A section is called with (workspace, short) and returns a Result. Its docstring is what it promises.
 """
 
-import contextlib
 import glob
 import io
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import time
+from contextlib import redirect_stdout, suppress
 
 from nanospin import checkpoint
-from data.files import sha256
-from tests.faults.harness import Fault, difference, elastic, forget, go, numbers, small_parts, start
+from tests.faults.harness import (
+    Fault,
+    Result,
+    Workspace,
+    count,
+    difference,
+    read_metrics,
+    run_to_end,
+    sample_in_small_parts,
+    start,
+    torchrun,
+    weights_differ,
+)
+
+# ---------------------------------------------------------------------------- killed and resumed
+
+STAGES = ("pretrain", "sft", "preference", "spin2", "spin3", "sampling", "ppo")
 
 
-def bitwise(place, short):
-    """stages x ranks x dtypes: killed, resumed, equal to the last bit"""
-    cells = [
-        (stage, ranks, dtype)
-        for stage in ("pretrain", "sft", "preference", "spin2", "spin3", "sampling", "ppo")
-        for ranks in (1, 2)
-        for dtype in ("float32", "bfloat16")
-    ]
-    failed = []
-    cells = place.rng.sample(cells, 2) if short else cells
-    for stage, ranks, dtype in cells:
-        of = "spin3" if stage == "sampling" else stage
-        more = [f"--dtype={dtype}"]
-        out, whole = place.new(), place.undisturbed(of, ranks, *more)
-        where, call = (
-            ("rollout.respond", place.rng.randint(2, 8))
-            if stage == "sampling"
-            else ("train.lr_factor", place.rng.randint(2, 4))
-        )
-        faults = [Fault(where, "kill", rank, call) for rank in range(ranks)]
-        run = start(
-            place.args(of, out, *more),
-            ranks,
-            before=lambda rank: (small_parts(rank), faults[rank].arm()),
-        )
-        killed = run.wait()
-        again = go(place.args(of, out, *more), ranks)
-        what = difference(whole, out) if again.status == [0] * ranks else again.said[-2000:]
-        if killed != [-9] * ranks or what:
-            failed.append(f"{stage} on {ranks} ranks, {dtype}, {faults[0]}: {killed}, {what}")
-    return len(cells) - len(failed), len(cells), failed, ""
+def bitwise(workspace: Workspace, short: bool) -> Result:
+    """stages x ranks x dtypes: killed and resumed runs equal the undisturbed ones, bit for bit"""
+    cases = list(itertools.product(STAGES, (1, 2), ("float32", "bfloat16")))
+    if short:
+        cases = workspace.rng.sample(cases, 2)
+    failures = []
+    for stage, ranks, dtype in cases:
+        problem = kill_and_resume(workspace, stage, ranks, f"--dtype={dtype}")
+        if problem:
+            failures.append(f"{stage} on {ranks} ranks, {dtype}: {problem}")
+    return count(len(cases), failures)
 
 
-PHASES = [
-    ("data.batch_rows", 3),
-    ("model.GPT.forward", 9),
-    ("distributed.gather_full_model", 1),
-    ("checkpoint.write", 2),
-    ("checkpoint.thin", 2),
-    ("rollout.respond", 3),
-    ("eval.score", 2),
-    ("train.evaluate", 2),
-    ("checkpoint.save", 3),
-    ("rollout.write_rows", 2),
-    ("distributed.all_reduce_sum", 8),
-    ("checkpoint.load_weights", 1),
+def kill_and_resume(workspace: Workspace, stage: str, ranks: int, *more: str) -> str:
+    """Kill all ranks in a training step, or while they sample. Returns what went wrong, or ""."""
+    function, call = "train:lr_factor", workspace.rng.randint(2, 4)
+    if stage == "sampling":
+        stage = "spin3"
+        function, call = "rollout:respond", workspace.rng.randint(2, 8)
+    undisturbed = workspace.undisturbed(stage, ranks, *more)
+    out = workspace.new_run()
+    argv = workspace.args(stage, out, *more)
+
+    def arm(rank):
+        Fault(function, "kill", rank, call).arm()
+
+    killed = run_to_end(argv, ranks, before=arm).status
+    again = run_to_end(argv, ranks)
+    problem = difference(undisturbed, out)
+    if again.status != [0] * ranks:
+        problem = again.output[-2000:]
+    if problem or killed != [-signal.SIGKILL] * ranks:
+        return f"killed in {function}, call {call}: {killed}, {problem}"
+    return ""
+
+
+# -------------------------------------------------------------------------------- injected faults
+
+# function -> the call before which a rank is killed
+KILLED_IN = {
+    "data.batch:batch_rows": 3,
+    "model:GPT.forward": 9,
+    "nanospin.distributed:gather_full_model": 1,
+    "nanospin.checkpoint:write": 2,
+    "nanospin.checkpoint:prune_steps": 2,
+    "rollout:respond": 3,
+    "eval:response_logprobs": 2,
+    "train:evaluate": 2,
+    "nanospin.checkpoint:save": 3,
+    "data.rows:write_rows": 2,
+    "nanospin.distributed:all_reduce_sum": 8,
+    "nanospin.checkpoint:load_weights": 1,
+}
+RANK_0_ONLY = ("nanospin.checkpoint:prune_steps", "data.rows:write_rows")
+OTHER_FAULTS = [
+    Fault("model:GPT.forward", "hang", rank=1, call=9),
+    Fault("rollout:respond", "hang", rank=0, call=2),
+    Fault("nanospin.checkpoint:write", "hang", rank=1, call=1),
+    Fault("eval:response_logprobs", "hang", rank=1, call=3),
+    Fault("data.batch:batch_rows", "raise", rank=1, call=3),
+    Fault("model:GPT.forward", "raise", rank=0, call=9),
+    Fault("rollout:respond", "raise", rank=1, call=2),
+    Fault("nanospin.checkpoint:save", "raise", rank=0, call=2),
+    Fault("train:lr_factor", "SIGTERM", rank=0, call=2),
+    Fault("train:lr_factor", "SIGTERM", rank=1, call=4),
+    Fault("rollout:respond", "SIGTERM", rank=1, call=2),
+    Fault("eval:response_logprobs", "SIGTERM", rank=0, call=2),
+    Fault("train:evaluate", "SIGTERM", rank=1, call=2),
+    Fault("train:lr_factor", "SIGUSR1", rank=1, call=3),
+    Fault("train:evaluate", "SIGUSR1", rank=0, call=1),
+    Fault("train:lr_factor", "SIGINT", rank=0, call=2),
+    Fault("rollout:respond", "SIGINT", rank=0, call=3),
+    Fault("data.rows:write_rows", "full", rank=0, call=2),
+    Fault("data.files:write_json", "full", rank=0, call=1),
+    Fault("os:fsync", "full", rank=1, call=3),
 ]
-FAULTS = [
-    Fault(where, "kill", rank, call)
-    for where, call in PHASES
-    for rank in (0, 1)
-    if (where, rank) not in {("checkpoint.thin", 1), ("rollout.write_rows", 1)}
-] + [
-    Fault("model.GPT.forward", "hang", 1, 9),
-    Fault("rollout.respond", "hang", 0, 2),
-    Fault("checkpoint.write", "hang", 1, 1),
-    Fault("eval.score", "hang", 1, 3),
-    Fault("data.batch_rows", "raise", 1, 3),
-    Fault("model.GPT.forward", "raise", 0, 9),
-    Fault("rollout.respond", "raise", 1, 2),
-    Fault("checkpoint.save", "raise", 0, 2),
-    Fault("train.lr_factor", "SIGTERM", 0, 2),
-    Fault("train.lr_factor", "SIGTERM", 1, 4),
-    Fault("rollout.respond", "SIGTERM", 1, 2),
-    Fault("eval.score", "SIGTERM", 0, 2),
-    Fault("train.evaluate", "SIGTERM", 1, 2),
-    Fault("train.lr_factor", "SIGUSR1", 1, 3),
-    Fault("train.evaluate", "SIGUSR1", 0, 1),
-    Fault("train.lr_factor", "SIGINT", 0, 2),
-    Fault("rollout.respond", "SIGINT", 0, 3),
-    Fault("data.write_rows", "full", 0, 2),
-    Fault("checkpoint.write_json", "full", 0, 1),
-    Fault("os.fsync", "full", 1, 3),
-]
+HANG_TIMEOUT = 8  # seconds, the setting `timeout` of runs in which a rank hangs
+FAULT_LIMIT = 90  # seconds in which a run with a fault must end
 
 
-def faults(place, short):
-    """injected faults: the others end by themselves and say whom they lost; the same command finishes, equal to the last bit"""
-    failed, whole, slowest = [], place.undisturbed("spin3", 2), 0.0
-    chosen = (
-        [
-            FAULTS[0],
-            next(f for f in FAULTS if f.what == "SIGTERM"),
-            next(f for f in FAULTS if f.what == "full"),
-        ]
-        if short
-        else FAULTS
-    )
+def all_faults() -> list[Fault]:
+    faults = []
+    for function, call in KILLED_IN.items():
+        for rank in (0, 1):
+            if rank == 0 or function not in RANK_0_ONLY:
+                faults.append(Fault(function, "kill", rank, call))
+    return faults + OTHER_FAULTS
+
+
+def faults(workspace: Workspace, short: bool) -> Result:
+    """injected faults: the other rank ends by itself and names the lost one; the same command then
+    finishes, equal bit for bit"""
+    chosen = all_faults()
+    if short:
+        by_action = {fault.action: fault for fault in reversed(chosen)}
+        chosen = [by_action[action] for action in ("kill", "SIGTERM", "full")]
+    failures = []
+    slowest = 0.0
     for fault in chosen:
-        out = place.new()
-        argv = place.args("spin3", out, f"--timeout={8 if fault.what == 'hang' else 100}")
-        run = start(argv, 2, fault, before=small_parts)
-        began = None
-        while None in run.poll():
-            others = [s for r, s in enumerate(run.status) if r != fault.rank]
-            if fault.what == "hang" and None not in others:
-                run.kill()  # as torchrun does once a rank has failed
-            if began is None and any(s is not None for s in run.status):
-                began = time.time()
-            if time.time() - run.began > 90:
-                run.kill()
-                run.poll_all()
-                failed.append(f"{fault}: still there after 90 seconds: {run.said[-1000:]}")
-                break
-            time.sleep(0.01)
-        slowest = max(slowest, time.time() - (began or time.time()))
-        status, said = run.status, run.err
-        expected = {
-            "kill": status[fault.rank] == -9
-            and status[1 - fault.rank] == 1
-            and f"rank {fault.rank} " in said,
-            "hang": status[1 - fault.rank] == 1 and f"rank {fault.rank} " in said,
-            "raise": 1 in status and "an injected error" in said,
-            "full": "No space left" in run.said,
-        }.get(fault.what, status == [128 + getattr(signal, fault.what, 0)] * 2 and said == "")
-        if (
-            fault.what.startswith("SIG")
-            and not lost_nothing(out)
-            or "respond" in fault.where
-            and fault.what.startswith("SIG")
-            and sampled(out) < 16 * fault.call - 8
-        ):
-            failed.append(f"{fault}: steps or samples are lost")
-        again = go(argv, 2)
-        what = difference(whole, out) if again.status == [0, 0] else again.said[-1500:]
-        if (
-            fault.what == "full"
-            and "warning" in what
-            or "logged numbers" in what
-            and fault.what == "full"
-        ):
-            what = weights_differ(whole, out)  # the run logged a warning that the other has not
-        if not expected or what:
-            failed.append(f"{fault}: {status} {said[-600:]!r}; then {what}")
-        forget(run)
-        forget(again)
-    return (
-        len(chosen) - len({line.split(":")[0] for line in failed}),
-        len(chosen),
-        failed,
-        f"slowest end after the first rank's {slowest:.0f} s",
-    )
+        problems, seconds = run_with_fault(workspace, fault)
+        slowest = max(slowest, seconds)
+        if problems:
+            failures.append(f"{fault}: {'; '.join(problems)}")
+    note = f"slowest end after the first rank's {slowest:.0f} s"
+    return count(len(chosen), failures, note)
 
 
-def lost_nothing(out):
-    """Whether the newest checkpoint is at the last logged step."""
-    steps = (
-        [r for r in numbers(out) if r["kind"] == "step"]
-        if os.path.exists(f"{out}/metrics.jsonl")
-        else []
-    )
+def run_with_fault(workspace: Workspace, fault: Fault) -> tuple[list[str], float]:
+    """(what went wrong, seconds between the end of the first rank and that of the last)."""
+    undisturbed = workspace.undisturbed("spin3", 2)
+    out = workspace.new_run()
+    timeout = HANG_TIMEOUT if fault.action == "hang" else 100
+    argv = workspace.args("spin3", out, f"--timeout={timeout}")
+    run = start(argv, 2, fault, before=sample_in_small_parts)
+    problems, seconds = watch(run, fault)
+    if not ended_as_expected(run, fault):
+        problems.append(f"ended with {run.status}: {run.errors[-600:]!r}")
+    if fault.action.startswith("SIG") and not nothing_lost(out, fault):
+        problems.append("steps or samples are lost")
+
+    again = run_to_end(argv, 2)
+    problem = difference(undisturbed, out)
+    if again.status != [0, 0]:
+        problem = again.output[-1500:]
+    elif problem == "logged numbers differ" and fault.action == "full":
+        problem = weights_differ(undisturbed, out)  # only this run has logged a warning
+    if problem:
+        problems.append(f"the same command again: {problem}")
+    run.forget()
+    again.forget()
+    return problems, seconds
+
+
+def watch(run, fault: Fault) -> tuple[list[str], float]:
+    """Wait for the end of a run with a fault. A rank that hangs is killed once the other has ended,
+    as torchrun does. Returns (what went wrong, seconds from the first rank's end)."""
+    first_end = None
+    while None in run.poll():
+        if fault.action == "hang" and run.status[1 - fault.rank] is not None:
+            run.kill()
+        if first_end is None and run.status != [None, None]:
+            first_end = time.time()
+        if time.time() - run.start_time > FAULT_LIMIT:
+            run.kill()
+            run.reap()
+            return [f"not ended after {FAULT_LIMIT} seconds: {run.output[-1000:]}"], 0.0
+        time.sleep(0.01)
+    return [], time.time() - (first_end or time.time())
+
+
+def ended_as_expected(run, fault: Fault) -> bool:
+    """Whether the exit status and the errors of both ranks are right for a fault."""
+    own, other = run.status[fault.rank], run.status[1 - fault.rank]
+    names_the_rank = f"rank {fault.rank} " in run.errors
+    if fault.action == "kill":
+        return own == -signal.SIGKILL and other == 1 and names_the_rank
+    if fault.action == "hang":
+        return other == 1 and names_the_rank
+    if fault.action == "raise":
+        return 1 in run.status and "an injected error" in run.errors
+    if fault.action == "full":
+        return "No space left" in run.output
+    expected = 128 + getattr(signal, fault.action)
+    return run.status == [expected, expected] and run.errors == ""
+
+
+def nothing_lost(out: str, fault: Fault) -> bool:
+    """Whether a run that a signal stopped has saved all that it did."""
+    if "respond" in fault.function:
+        # a part is 16 samples, the last one of a file 8
+        return num_sampled(out) >= 16 * fault.call - 8
+    if not os.path.exists(f"{out}/metrics.jsonl"):
+        return True
+    steps = [record for record in read_metrics(out) if record["kind"] == "step"]
     if not steps:
         return True
     meta = checkpoint.read_meta(checkpoint.latest(out))
     return (meta["round"], meta["step"]) == (steps[-1]["round"], steps[-1]["step"] + 1)
 
 
-def sampled(out):
-    """How many responses are written down; a part is 16 of them, the last of a file 8."""
-    files = [
-        path for name in ("teacher_*", "round_*/self_*") for path in glob.glob(f"{out}/{name}")
-    ]
-    return sum(len(open(path, encoding="utf-8").readlines()) for path in files)
+def num_sampled(out: str) -> int:
+    """How many samples a run has written down, finished files and parts."""
+    n = 0
+    for pattern in ("teacher_*", "round_*/self_*"):
+        for path in glob.glob(f"{out}/{pattern}"):
+            with open(path, encoding="utf-8") as f:
+                n += len(f.readlines())
+    return n
 
 
-def weights_differ(a, b):
-    return (
-        ""
-        if sha256(checkpoint.latest(a) + "/model.safetensors")
-        == sha256(checkpoint.latest(b) + "/model.safetensors")
-        else "weights differ"
-    )
+# ---------------------------------------------------------------------------------- random kills
 
 
-def soak(place, short):
-    """random kills of one rank or both, at random times, until a run is done; each done run equal to the last bit"""
-    failed, whole, kills, done, n = [], place.undisturbed("spin3", 2), 0, 0, 4 if short else 100
-    out = place.new()
-    while kills < n:
-        run = start(place.args("spin3", out), 2, before=small_parts)
-        until = time.time() + place.rng.uniform(0.2, 3.0)
-        while None in run.poll() and time.time() < until:
-            time.sleep(0.005)
-        if None in run.poll():
-            run.kill(ranks=place.rng.choice([[0, 1], [0], [1]]))
-            time.sleep(0.05)
-            run.kill()
-            run.wait()
+def soak(workspace: Workspace, short: bool) -> Result:
+    """random kills of one rank or both, at random times, until a run finishes: each equals the
+    undisturbed one, bit for bit"""
+    num_kills = 4 if short else 100
+    undisturbed = workspace.undisturbed("spin3", 2)
+    out = workspace.new_run()
+    failures = []
+    kills = finished = 0
+    while kills < num_kills:
+        run = start(workspace.args("spin3", out), 2, before=sample_in_small_parts)
+        if kill_at_random(workspace.rng, run):
             kills += 1
             if kills % 40:
                 continue
-            run = go(place.args("spin3", out), 2)
-        what = (
-            difference(whole, out) if run.status == [0, 0] else f"{run.status} {run.said[-1500:]}"
-        )
-        if what:
-            failed.append(f"after {kills} kills: {what}")
-        done, out = done + 1, place.new()
-        forget(run)
-    return kills - len(failed), kills, failed, f"{done} runs came to their end"
+            run = run_to_end(workspace.args("spin3", out), 2)  # now and then it may finish
+        problem = difference(undisturbed, out)
+        if run.status != [0, 0]:
+            problem = f"{run.status} {run.output[-1500:]}"
+        if problem:
+            failures.append(f"after {kills} kills: {problem}")
+        finished += 1
+        out = workspace.new_run()
+        run.forget()
+    return count(kills, failures, f"{finished} runs finished")
 
 
-def saves(place, short):
-    """kills while a checkpoint is saved, thinned or renamed: whatever is there afterwards can be loaded"""
-    failed, n = [], 5 if short else 100
-    out, unloadable = place.new(), 0
-    points = [
-        "os.rename",
-        "os.replace",
-        "os.fsync",
-        "os.mkdir",
-        "os.remove",
-        "shutil.rmtree",
-        "checkpoint.sha256",
-        "checkpoint.write_json",
-        "checkpoint.write_tensors",
-    ]
-    hit = tries = 0
-    while hit < n and tries < 3 * n:
+def kill_at_random(rng, run) -> bool:
+    """Kill one rank or both after up to three seconds, and the other one a moment later. Returns
+    False if the run ended before that."""
+    deadline = time.time() + rng.uniform(0.2, 3.0)
+    while None in run.poll() and time.time() < deadline:
+        time.sleep(0.005)
+    if None not in run.poll():
+        return False
+    run.kill(ranks=rng.choice([[0, 1], [0], [1]]))
+    time.sleep(0.05)
+    run.kill()
+    run.wait()
+    return True
+
+
+SAVING_FUNCTIONS = (
+    "os:rename",
+    "os:replace",
+    "os:fsync",
+    "os:mkdir",
+    "os:remove",
+    "shutil:rmtree",
+    "nanospin.checkpoint:sha256",
+    "nanospin.checkpoint:write_json",
+    "nanospin.checkpoint:write_tensors",
+)
+
+
+def saves(workspace: Workspace, short: bool) -> Result:
+    """kills while a checkpoint is written, renamed or removed: those that are left can be loaded"""
+    num_kills = 5 if short else 100
+    more = ["--save_interval=1", "--max_steps=60", "--eval_interval=1000"]
+    out = workspace.new_run()
+    failures = []
+    kills = tries = unloadable = 0
+    while kills < num_kills and tries < 3 * num_kills:
         tries += 1
-        fault = Fault(place.rng.choice(points), "kill", 0, place.rng.randint(1, 6))
-        run = go(
-            place.args(
-                "pretrain", out, "--save_interval=1", "--max_steps=60", "--eval_interval=1000"
-            ),
-            1,
-            fault,
-        )
-        hit += run.status == [-9]
-        bad = [
-            path
-            for r in (0,)
-            for path in checkpoint.list_steps(f"{out}/round_{r}")
-            if checkpoint.find_corruption(path)
-        ]
-        unloadable += len(bad)
-        if bad or run.status not in ([-9], [0]):
-            failed.append(f"{fault}: {run.status} {bad} {run.said[-800:]}")
+        function, call = workspace.rng.choice(SAVING_FUNCTIONS), workspace.rng.randint(1, 6)
+        fault = Fault(function, "kill", 0, call)
+        run = run_to_end(workspace.args("pretrain", out, *more), 1, fault)
+        kills += run.status == [-signal.SIGKILL]
+        paths = checkpoint.list_steps(f"{out}/round_0")
+        corrupted = [path for path in paths if checkpoint.find_corruption(path)]
+        unloadable += len(corrupted)
+        if corrupted or run.status not in ([-signal.SIGKILL], [0]):
+            failures.append(f"{fault}: {run.status} {corrupted} {run.output[-800:]}")
         if run.status == [0]:
-            out = place.new()
-        forget(run)
-    return hit - len(failed), hit, failed, f"{unloadable} unloadable"
+            out = workspace.new_run()
+        run.forget()
+    return count(kills, failures, f"{unloadable} unloadable")
 
 
-def restarts(place, short):
-    """torchrun --max-restarts: workers killed again and again, one agent; the run ends by itself, equal to the last bit"""
-    n, pids, long = (
-        20,
-        f"{place.folder}/pids",
-        ["--max_steps=250", "--save_interval=5", "--eval_interval=50"],
-    )
-    whole, out = place.undisturbed("pretrain", 2, *long), place.new()
+# --------------------------------------------------------------------------------------- torchrun
+
+
+def restarts(workspace: Workspace, short: bool) -> Result:
+    """torchrun --max-restarts: workers are killed again and again; the run ends by itself and
+    equals the undisturbed one, bit for bit"""
+    num_kills = 20
+    more = ["--max_steps=250", "--save_interval=5", "--eval_interval=50"]
+    undisturbed, out = workspace.undisturbed("pretrain", 2, *more), workspace.new_run()
+    pids = f"{workspace.folder}/pids"
     os.makedirs(pids, exist_ok=True)
 
-    def note(rank):
-        small_parts(rank)
+    def write_pid(rank):
+        sample_in_small_parts(rank)
         with open(f"{pids}/{rank}.tmp", "w") as f:
             f.write(str(os.getpid()))
         os.replace(f"{pids}/{rank}.tmp", f"{pids}/{rank}")
 
-    run = start(place.args("pretrain", out, *long), main=elastic(n, note))
-    kills, last = 0, None
-    while run.poll() == [None] and time.time() - run.began < 20 * n + 60:
+    run = start(workspace.args("pretrain", out, *more), main=torchrun(num_kills, write_pid))
+    kills = 0
+    last_pid = None  # of rank 1 at the last kill: another one now means that they have restarted
+    while run.poll() == [None] and time.time() - run.start_time < 20 * num_kills + 60:
         time.sleep(0.02)
-        if (
-            kills == n
-            or not os.path.exists(f"{pids}/1")
-            or (pid := int(open(f"{pids}/1").read())) == last
-        ):
+        pid = read_pid(pids, 1)
+        if kills == num_kills or pid in (None, last_pid):
             continue
-        time.sleep(place.rng.uniform(0.1, 2.0))
+        time.sleep(workspace.rng.uniform(0.1, 2.0))
         if run.poll() == [None]:
-            victim = int(open(f"{pids}/{place.rng.randint(0, 1)}").read())
-            try:
-                os.kill(victim, signal.SIGKILL)
-                kills, last = kills + 1, pid
-            except ProcessLookupError:
-                pass
-    status = run.wait(20 * n + 90)
-    what = difference(whole, out) if status == [0] else f"{status} {run.said[-3000:]}"
-    return (kills if not what else 0), kills, [what] if what else [], ""
+            with suppress(ProcessLookupError):
+                os.kill(read_pid(pids, workspace.rng.randint(0, 1)), signal.SIGKILL)
+                kills += 1
+                last_pid = pid
+    status = run.wait(20 * num_kills + 90)
+    problem = difference(undisturbed, out)
+    if status != [0]:
+        problem = f"{status} {run.output[-3000:]}"
+    if problem:
+        return Result(0, kills, [problem])
+    return Result(kills, kills, [])
 
 
-def exits(place, short):
+def read_pid(folder: str, rank: int) -> int | None:
+    path = f"{folder}/{rank}"
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return int(f.read())
+
+
+def exits(workspace: Workspace, short: bool) -> Result:
     """finished runs of two ranks under torchrun's agent: exit status 0"""
-    n, failed = 3 if short else 50, []
+    n = 3 if short else 50
+    failures = []
     for _ in range(n):
-        run = go(
-            place.args("pretrain", place.new(), "--max_steps=1", "--eval_batches=1"), main=elastic()
-        )
+        argv = workspace.args("pretrain", workspace.new_run(), "--max_steps=1", "--eval_batches=1")
+        run = run_to_end(argv, main=torchrun())
         if run.status != [0]:
-            failed.append(f"{run.status} {run.said[-800:]}")
-        forget(run)
-    return n - len(failed), n, failed, ""
+            failures.append(f"{run.status} {run.output[-800:]}")
+        run.forget()
+    return count(n, failures)
 
 
-def corruption(place, short):
-    """files of a checkpoint truncated, emptied, one bit flipped, swapped with another save's: noticed, named, the one before taken"""
-    whole, failed, tried = place.undisturbed("pretrain", 2, "--tokenizer=bytes"), [], 0
-    older, newest = checkpoint.list_steps(f"{whole}/round_0")
-    names = [*checkpoint.list_files(newest), "manifest.json"]
-    flips = 20 if short else 300
-    kinds = [
-        (name, kind) for name in names for kind in ("truncated", "emptied", "swapped", "removed")
-    ] + [(place.rng.choice(names), "flipped") for _ in range(flips)]
-    for name, kind in kinds:
-        out = place.new()
-        for path in (older, newest):
-            shutil.copytree(path, path.replace(whole, out))
-        file = os.path.join(newest.replace(whole, out), name)
-        text = bytearray(open(file, "rb").read())
-        other = open(os.path.join(older, name), "rb").read()
-        if kind == "swapped" and other == text:
-            continue
+# -------------------------------------------------------------------------- damaged files, disks
+
+
+def corruption(workspace: Workspace, short: bool) -> Result:
+    """files of a checkpoint truncated, emptied, removed, swapped with another save's, or with one
+    bit flipped: found, named, and the checkpoint before it is used"""
+    undisturbed = workspace.undisturbed("pretrain", 2, "--tokenizer=bytes")
+    older, newest = checkpoint.list_steps(f"{undisturbed}/round_0")
+    files = [*checkpoint.list_files(newest), "manifest.json"]
+    cases = list(itertools.product(files, ("truncated", "emptied", "swapped", "removed")))
+    for _ in range(20 if short else 300):
+        cases.append((workspace.rng.choice(files), "flipped"))
+    failures = []
+    tried = 0
+    for file, damage in cases:
+        content = damaged(workspace.rng, older, newest, file, damage)
+        if content == read_bytes(f"{newest}/{file}"):
+            continue  # both checkpoints have the same file
         tried += 1
-        if kind == "flipped":
-            text[place.rng.randrange(len(text))] ^= 1 << place.rng.randrange(8)
-        with open(file, "wb") as f:
-            f.write(
-                {"truncated": text[: len(text) // 2], "emptied": b"", "swapped": other}.get(
-                    kind, text
-                )
-            )
-        if kind == "removed":
-            os.remove(file)
-        found = checkpoint.find_corruption(newest.replace(whole, out))
-        with contextlib.redirect_stdout(io.StringIO()):
+        out = workspace.new_run()
+        for path in (older, newest):
+            shutil.copytree(path, path.replace(undisturbed, out))
+        copy = newest.replace(undisturbed, out)
+        write_or_remove(f"{copy}/{file}", content)
+        found = checkpoint.find_corruption(copy)
+        with redirect_stdout(io.StringIO()):
             taken = checkpoint.latest_valid(out)
-        if name not in found or taken != older.replace(whole, out):
-            failed.append(f"{name} {kind}: {found!r}, {taken} taken")
+        if file not in found or taken != older.replace(undisturbed, out):
+            failures.append(f"{file} {damage}: {found!r}, {taken} is used")
         shutil.rmtree(out)
-    out = place.new()  # and the run itself goes on from the one before, to the same end
-    shutil.copytree(whole, out)
-    with open(
-        checkpoint.latest(out)
-        + "/optimizer/"
-        + os.listdir(checkpoint.latest(out) + "/optimizer")[0],
-        "r+b",
-    ) as f:
-        f.seek(-1, 2)
-        f.write(b"x")
-    tried += 1
-    run = go(place.args("pretrain", out, "--tokenizer=bytes"), 2)
-    what = difference(whole, out) if run.status == [0, 0] else run.said[-1000:]
-    if what or "is damaged" not in run.said:
-        failed.append(f"a run with a damaged newest checkpoint: {what}")
-    return tried - len(failed), tried, failed, ""
+    problem = resume_past_damage(workspace, undisturbed)
+    if problem:
+        failures.append(f"a run whose latest checkpoint is damaged: {problem}")
+    return count(tried + 1, failures)
 
 
-def disks(place, short):
-    """a disk that fills up or becomes read-only: said in a line; with room again the same end"""
-    failed, tried, whole = [], 0, place.undisturbed("pretrain", 2)
-    mount = f"{place.folder}/small"
+def damaged(rng, older: str, newest: str, file: str, damage: str) -> bytes | None:
+    """The content of a file of the newest checkpoint after some damage; None: no file."""
+    content = bytearray(read_bytes(f"{newest}/{file}"))
+    if damage == "truncated":
+        return bytes(content[: len(content) // 2])
+    if damage == "emptied":
+        return b""
+    if damage == "removed":
+        return None
+    if damage == "swapped":
+        return read_bytes(f"{older}/{file}")
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def read_bytes(path: str) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write_or_remove(path: str, content: bytes | None):
+    if content is None:
+        os.remove(path)
+        return
+    with open(path, "wb") as f:
+        f.write(content)
+
+
+def resume_past_damage(workspace: Workspace, undisturbed: str) -> str:
+    """Damage the latest checkpoint of a finished run. The same command must continue from the one
+    before, to the same end. Returns what went wrong, or ""."""
+    out = workspace.new_run()
+    shutil.copytree(undisturbed, out)
+    folder = f"{checkpoint.latest(out)}/optimizer"
+    file = f"{folder}/{os.listdir(folder)[0]}"
+    write_or_remove(file, read_bytes(file)[:-1] + b"x")
+    run = run_to_end(workspace.args("pretrain", out, "--tokenizer=bytes"), 2)
+    if run.status != [0, 0] or "is damaged" not in run.output:
+        return run.output[-1000:]
+    return difference(undisturbed, out)
+
+
+def disks(workspace: Workspace, short: bool) -> Result:
+    """a disk that fills up or becomes read-only: reported in a line; with room again the same end"""
+    undisturbed = workspace.undisturbed("pretrain", 2)
+    mount = f"{workspace.folder}/small"
     os.makedirs(mount, exist_ok=True)
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", mount], capture_output=True
-    ).returncode:
-        return 0, 0, [], "left out: no right to mount a small disk here"
+    command = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", mount]
+    if subprocess.run(command, capture_output=True).returncode:
+        return Result(0, 0, [], "left out: no right to mount a small disk here")
+    failures = []
+    cases = {"full": "size=900k", "full later": "size=1500k", "read-only": "ro"}
     try:
-        for case in ("full", "full later", "read-only"):
-            tried += 1
-            out = f"{mount}/{tried}"
-            if case == "read-only":
-                subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
-            if case == "full later":
-                subprocess.run(["mount", "-o", "remount,size=1500k", mount], check=True)
-            run = go(place.args("pretrain", out), 2)
-            ended = (
-                0 not in run.status
-                and "Traceback" not in run.said
-                and ("No space left" in run.said or "Read-only" in run.said)
-            )
-            subprocess.run(["mount", "-o", "remount,rw,size=40m", mount], check=True)
-            again = go(place.args("pretrain", out), 2)
-            what = weights_differ(whole, out) if again.status == [0, 0] else again.said[-1500:]
-            if not ended or what:
-                failed.append(f"{case}: {run.status} {run.said[:6000]}; then {what}")
+        for case, options in cases.items():
+            remount(mount, options)
+            out = f"{mount}/{case.replace(' ', '_')}"
+            argv = workspace.args("pretrain", out)
+            run = run_to_end(argv, 2)
+            reported = "No space left" in run.output or "Read-only" in run.output
+            reported = reported and "Traceback" not in run.output
+            remount(mount, "rw,size=40m")
+            again = run_to_end(argv, 2)
+            problem = again.output[-1500:]
+            if again.status == [0, 0]:
+                problem = weights_differ(undisturbed, out)
+            if 0 in run.status or not reported or problem:
+                failures.append(f"{case}: {run.status} {run.output[:6000]}; then {problem}")
             shutil.rmtree(out)
-            subprocess.run(["mount", "-o", "remount,size=900k", mount], check=True)
     finally:
         subprocess.run(["umount", mount])
-    return tried - len(failed), tried, failed, ""
+    return count(len(cases), failures)
+
+
+def remount(mount: str, options: str):
+    subprocess.run(["mount", "-o", f"remount,{options}", mount], check=True)

@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: curves, rounds, samples, loss mask, settings.
 
-python -m tools.report out/demo/spin_k3 --out=report.html
-python -m tools.report out/demo/sft out/demo/spin_k3       several runs are compared first
+    python -m tools.report out/demo/spin_k3 --out=report.html
+    python -m tools.report out/demo/sft out/demo/spin_k3       several runs: compared first
 
 A run that was cut short or damaged gives a page that says what is missing.
 """
@@ -9,7 +9,6 @@ A run that was cut short or damaged gives a page that says what is missing.
 import json
 import os
 import re
-import sys
 
 import jinja2
 from markupsafe import Markup, escape
@@ -26,23 +25,23 @@ ODD = re.compile(
 )
 
 
-def visible(value):
+def visible(value) -> Markup:
     """A value as HTML: escaped, odd characters by their code. What is HTML already stays."""
     if isinstance(value, Markup):
         return value
     return Markup(ODD.sub(lambda match: ascii(match[0])[1:-1], str(escape(value))))
 
 
-def token_text(text):
+def token_text(text: str) -> str:
     """The text of a token, with newlines and tabs by their code, too."""
     return text.replace("\n", "\\n\n").replace("\t", "\\t\t")
 
 
-def json_text(value):
+def json_text(value) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def attempt(macro, *args):
+def attempt(macro, *args) -> Markup:
     """The text of a macro, or why it failed: the files of a run may hold anything."""
     try:
         return macro(*args)
@@ -52,7 +51,7 @@ def attempt(macro, *args):
         return Markup(f"<p class=none>{text} ({error}).</p>")
 
 
-def render(all_runs, num_rows):
+def render(all_runs: list[runs.Run], num_rows: int) -> str:
     """The page."""
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
@@ -70,8 +69,7 @@ def render(all_runs, num_rows):
         "totals": runs.totals,
         "last_record": runs.last_record,
     }
-    template = env.get_template("page.html.jinja")
-    return template.render(
+    page = env.get_template("page.html.jinja").render(
         all_runs=all_runs,
         num_rows=num_rows,
         attempt=attempt,
@@ -79,9 +77,10 @@ def render(all_runs, num_rows):
         runs=runs,
         headline_metrics=HEADLINE_METRICS,
     )
+    return page.lstrip()
 
 
-def main(argv):
+def main(argv: list[str] | None = None):
     parser = ArgumentParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run")
     parser.add_argument("--out", default="report.html", help="the file to write")
@@ -98,4 +97,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

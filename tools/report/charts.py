@@ -51,13 +51,13 @@ METRICS = CHARTED | {
 LABELS = {"step": "training", "eval": "validation", "collect": "sampled"}  # by kind of record
 
 
-def lookup(key):
+def lookup(key: str) -> tuple[str, str]:
     """(key in METRICS, player) of a metric: ("acc/", "self") of acc/self."""
     name, slash, player = key.partition("/")
     return name + slash if name + slash in METRICS else name, player
 
 
-def describe(key):
+def describe(key: str) -> tuple[str, str]:
     """(name, unit) of a metric such as val_loss, reward/self or acc@2."""
     key, _, distance = key.partition("@")
     base, player = lookup(key)
@@ -66,24 +66,24 @@ def describe(key):
     return name + (f", {distance} ranks apart" if distance else ""), unit
 
 
-def number(record, key):
+def number(record: dict, key: str) -> float | None:
     """A metric of a record, or None if it is not a finite number."""
     value = record.get(key)
     return value if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
-def format_number(value):
+def format_number(value: float | None) -> str:
     """A number with four digits; "-" for None."""
     if value is None:
         return "-"
     return typeset(f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}")
 
 
-def typeset(text):
+def typeset(text: str) -> str:
     return text.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
 
 
-def with_error(record, key):
+def with_error(record: dict | None, key: str) -> str:
     """A metric with its standard error if there is one; "-" without a record."""
     if not record:
         return "-"
@@ -91,7 +91,7 @@ def with_error(record, key):
     return text if error is None else f"{text} ± {error:.2g}"
 
 
-def metric_keys(records):
+def metric_keys(records: list[dict | None]) -> list[str]:
     """The metrics of some records (None: no record), those of players beside each other."""
     groups = {}
     for r in records:
@@ -152,7 +152,7 @@ def equal_scores(run):
     return (value, f"equal scores: ln {K}! = {value:.4f}") if K > 1 else None
 
 
-def make_curve(records, key, by_round):
+def make_curve(records: list[dict], key: str, by_round: bool) -> list[list]:
     """[[(step, value), ...]]: one piece, or one for each round. Rounds of self-play are apart
     because each has its own reference and its own samples."""
     points, n, curve = {}, num_averaged(records), []
@@ -165,12 +165,12 @@ def make_curve(records, key, by_round):
     return curve
 
 
-def num_averaged(records):
+def num_averaged(records: list[dict]) -> int:
     """How many records make one point of a curve."""
     return max(1, math.ceil(len(records) / MAX_POINTS))
 
 
-def ticks(low, high, n):
+def ticks(low: float, high: float, n: int) -> list[tuple[float, str]]:
     """About n round numbers from low to high, [(number, text)], with the decimals they need."""
     power = 10.0 ** math.floor(math.log10((high - low) / n))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / n)

@@ -3,12 +3,13 @@
 A run may have been cut short, kept in part, or damaged: what cannot be read becomes a note.
 """
 
+import functools
 import json
 import os
 import re
 from dataclasses import dataclass, field
 
-from data.batch import batch_rows, permutation, reward_batch, stream_batch, target_positions
+from data.batch import Batch, batch_rows, permutation, reward_batch, stream_batch, target_positions
 from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
 from data.rows import encode_rows, prompt_key, read_rows
@@ -20,7 +21,7 @@ from tools.report.charts import number
 DEFAULTS = json.loads(json.dumps(vars(Config())))  # as config.json has them
 
 
-@dataclass
+@dataclass(eq=False)  # hashed by identity
 class Run:
     folder: str
     config: dict = field(default_factory=dict)
@@ -84,11 +85,11 @@ class Run:
             self.notes.append(text)
 
 
-def last_record(records, kind):
+def last_record(records: list[dict], kind: str) -> dict | None:
     return next((r for r in reversed(records) if r["kind"] == kind), None)
 
 
-def totals(records):
+def totals(records: list[dict]) -> dict:
     """Steps, time, first and last loss of some records."""
     steps = [r for r in records if r["kind"] == "step"]
     minutes = sum(number(r, "seconds") or 0 for r in records) / 60
@@ -98,16 +99,14 @@ def totals(records):
     return found
 
 
-def read_run(folder):
+def read_run(folder: str) -> Run:
     """A Run. Exits with one line if the folder is not that of a run."""
     run = Run(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     run.rounds = sorted(int(n[6:]) for n in names if re.fullmatch(r"round_\d{1,9}", n))
     about = run.attempt(read_json, os.path.join(folder, "config.json"), ("config", "starts")) or {}
     if not about and not run.rounds and "metrics.jsonl" not in names:
-        raise SystemExit(
-            printable(f"{folder}: not a run's out_dir, with config.json and metrics.jsonl")
-        )
+        raise SystemExit(printable(f"{folder}: not a run's out_dir: it has no config.json"))
     run.checkpoint = checkpoint.latest(folder)
     if run.checkpoint:
         run.meta = run.attempt(checkpoint.read_meta, run.checkpoint)
@@ -134,7 +133,7 @@ def read_run(folder):
     return run
 
 
-def read_records(run, path):
+def read_records(run: Run, path: str):
     """Read the complete lines of metrics.jsonl."""
     broken = 0
     try:
@@ -159,14 +158,14 @@ def read_records(run, path):
         r["x"] = x - (r["kind"] == "step")
 
 
-def is_record(record):
+def is_record(record) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return False
     counts = (record.get("round"), record.get("step"))
     return all(type(n) is int and 0 <= n < 2**40 for n in counts)
 
 
-def is_finished(run):
+def is_finished(run: Run) -> bool:
     """Whether the last record is the evaluation at the last step of the last round."""
     records = [r for r in run.records if r["kind"] in ("step", "eval")]
     if not records:
@@ -179,7 +178,7 @@ def is_finished(run):
 # ------------------------------------------------------------------------------------------- rows
 
 
-def read_unchanged_rows(run, path, hashes):
+def read_unchanged_rows(run: Run, path: str, hashes: dict | None) -> list[dict]:
     """The rows of a file if its sha256 is still the one in `hashes`; else [] and a note."""
     if not os.path.exists(path):
         run.note(f"{path} does not exist: not sampled yet, or not kept.")
@@ -191,7 +190,7 @@ def read_unchanged_rows(run, path, hashes):
     return run.attempt(read_rows, path) or []
 
 
-def round_rows(run, round_id, name):
+def round_rows(run: Run, round_id: int, name: str) -> list[dict]:
     """The rows of a file in a round's folder."""
     origin, hashes = run.round_path(round_id, "collect.json"), None
     if os.path.exists(origin):
@@ -199,7 +198,8 @@ def round_rows(run, round_id, name):
     return read_unchanged_rows(run, run.round_path(round_id, name), hashes)
 
 
-def training_rows(run):
+@functools.cache
+def training_rows(run: Run) -> list[dict]:
     """The rows that the latest round trains on, in the order of the run."""
     if run.stage in ("spin", "ppo"):
         return round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
@@ -209,7 +209,7 @@ def training_rows(run):
     return [rows[i] for i in order[: run.setting("max_rows") or None]]
 
 
-def sample_columns(run):
+def sample_columns(run: Run) -> list[tuple]:
     """[(title, {prompt: row}, which response)] of samples for validation prompts: of the policy
     after at most four rounds (spin) or evaluations (ppo), of the other players once."""
     files = []
@@ -217,9 +217,10 @@ def sample_columns(run):
         for name in sorted(os.listdir(run.round_path(round_id))):
             if re.fullmatch(r"val(_step_\d{1,9})?\.jsonl", name):
                 files.append((round_id, name))
-    places = [round(i * (len(files) - 1) / 3) for i in range(4)] if len(files) > 4 else None
+    if len(files) > 4:
+        files = [files[round(i * (len(files) - 1) / 3)] for i in range(4)]
     columns = []
-    for round_id, name in [files[place] for place in places] if places else files:
+    for round_id, name in files:
         rows = {prompt_key(row): row for row in round_rows(run, round_id, name)}
         if name != "val.jsonl":
             columns.append((f"round {round_id}, step {int(name[9:-6])}", rows, 0))
@@ -231,20 +232,20 @@ def sample_columns(run):
     return columns
 
 
-def validation_cards(run, n):
-    """[(row, [(title, row, which response)])] of n validation prompts, through the rounds."""
+def validation_cards(run: Run, n: int) -> list[tuple]:
+    """[(row, [(color, title, row, which response)])] of n validation prompts."""
     columns, cards = sample_columns(run), []
     prompts = next((rows for _, rows, _ in columns if rows), {})
     for prompt in list(prompts)[:n]:
         answers = []
-        for title, rows, k in columns:
+        for color, (title, rows, k) in enumerate(columns):
             if prompt in rows and k < len(rows[prompt]["responses"]):
-                answers.append((title, rows[prompt], k))
+                answers.append((color, title, rows[prompt], k))
         cards.append((prompts[prompt], answers))
     return cards
 
 
-def training_cards(run, n):
+def training_cards(run: Run, n: int) -> list[tuple]:
     """The same of the first n training rows; ppo: of the highest and the lowest rewards."""
     rows, cards = training_rows(run), []
     if run.stage == "ppo" and len(rows) > n:
@@ -252,11 +253,11 @@ def training_cards(run, n):
         rows = rows[: n - n // 2] + rows[len(rows) - n // 2 :]
     for row in rows[:n]:
         names = response_names(run, row)
-        cards.append((row, [(name, row, k) for k, name in enumerate(names)]))
+        cards.append((row, [(k, name, row, k) for k, name in enumerate(names)]))
     return cards
 
 
-def response_names(run, row):
+def response_names(run: Run, row: dict) -> list[str]:
     K = len(row["responses"])
     names = run.players or ["response 1 (best)", *(f"response {k}" for k in range(2, K + 1))]
     return names[:K] if K > 1 else ["response"]
@@ -265,7 +266,7 @@ def response_names(run, row):
 # -------------------------------------------------------------------------------------- loss mask
 
 
-def training_batch(run):
+def training_batch(run: Run) -> tuple | None:
     """(encoded row, a Batch of it) as the run trains on it; (None, first window) of a stream;
     None, with a note, if there is none."""
     cfg, block_size = run.meta["config"], run.meta["model"]["block_size"]
@@ -285,27 +286,21 @@ def training_batch(run):
     run.note("There is no row to show the loss mask of.")
 
 
-def stream_window(run, block_size):
+def stream_window(run: Run, block_size: int) -> tuple | None:
     """(None, a Batch of the first window that a pretraining run reads)."""
-    folder = run.setting("data")
+    folder, seed = run.setting("data"), run.setting("seed")
     meta = run.attempt(read_meta, folder, ["train.bin"])
     expected = run.config["data_sha256"]["train.bin"]
     if not meta or meta["files"]["train.bin"]["sha256"] != expected:
         run.note(f"{folder} no longer has the token stream of the run. It is not shown.")
         return None
-    return None, stream_batch(
-        read_stream(folder, "train"),
-        block_size,
-        run.setting("batch_size"),
-        run.setting("seed"),
-        0,
-        run.meta["model"]["vocab_size"],
-        slice(0, 1),
-        run.enc.eot_token if run.setting("document_mask") else None,
-    )
+    size, vocab_size = run.setting("batch_size"), run.meta["model"]["vocab_size"]
+    document_end = run.enc.eot_token if run.setting("document_mask") else None
+    stream, first = read_stream(folder, "train"), slice(0, 1)
+    return None, stream_batch(stream, block_size, size, seed, 0, vocab_size, first, document_end)
 
 
-def supervised_tokens(batch):
+def supervised_tokens(batch: Batch) -> list[tuple]:
     """[(slot, [(token id, supervised)])] of a batch of one row, from its tensors alone.
 
     Slot -1 is what stands before the first target: the prompt. For a reward model a token is
@@ -330,7 +325,7 @@ def supervised_tokens(batch):
     return list(parts.items())
 
 
-def mask_parts(run):
+def mask_parts(run: Run) -> list[tuple]:
     """[(name, slot, [(token id, supervised)])] of one training row or window, or []."""
     found = run.attempt(training_batch, run) if run.enc else None
     if not found:
@@ -346,8 +341,8 @@ def mask_parts(run):
     return parts
 
 
-def provenance(run):
-    """[(title, {name: value})]: settings, what each start ran on, the checkpoint, the rounds."""
+def provenance(run: Run) -> list[tuple[str, dict]]:
+    """[(title, {name: value})] of settings, starts, checkpoint and rounds."""
     changed = {k: v for k, v in run.config.items() if v != DEFAULTS.get(k)}
     unchanged = {k: v for k, v in run.config.items() if k not in changed}
     found = [("Settings that differ from the defaults", changed)]
