@@ -19,7 +19,8 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 OUT ?= out/demo
 SEED ?= 1337
 FAULT_SEED ?= 1
-LOCAL ?= ../shared/data
+LOCAL ?=
+JOBS ?= 2
 LOG ?= log
 
 .PHONY: student pipeline demo demo-seeds test test-slow test-faults test-peers lint format bench \
@@ -115,7 +116,7 @@ format: .venv/ready-dev
 # ---- studies and benchmarks
 
 TAYLOR = $(PY) -m studies.taylor.run
-TAYLOR_OPTIONS = $(if $(FULL),--full) $(if $(RANKED),--ranked='$(RANKED)')
+TAYLOR_OPTIONS = --jobs=$(JOBS) $(if $(FULL),--full) $(if $(RANKED),--ranked='$(RANKED)')
 
 figures-tn: .venv/ready
 	$(TAYLOR) main $(TAYLOR_OPTIONS)
@@ -127,7 +128,7 @@ figures-tn-play: student
 	$(TAYLOR) play $(TAYLOR_OPTIONS) --demo=$(OUT)
 
 rlhf: .venv/ready
-	studies/rlhf/run.sh '$(LOCAL)'
+	JOBS=$(JOBS) studies/rlhf/run.sh '$(LOCAL)'
 
 frontier: .venv/ready data/pydocs/meta.json
 	$(PY) -m studies.frontier.frontier

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanospin import checkpoint, distributed
-from nanospin.attention import PackedSequences
+from nanospin.attention import PackedSequences, round_up
 from nanospin.config import model_config_from
 from nanospin.fused_head import linear_logprobs
 
@@ -99,10 +99,6 @@ class GPTConfig:
     @property
     def padded_vocab_size(self) -> int:
         return round_up(self.vocab_size, 64)
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def is_rope_scaling(values: list[float]) -> bool:

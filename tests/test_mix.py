@@ -1,16 +1,23 @@
-"""The pretraining stream beside the rows: alpha L_GPT + L_FT; and a reference from the preferred responses alone."""
+"""A pretraining loss beside another stage's, and SFT on preferred responses as DPO's reference."""
 
-from data.folder import write_meta, write_stream
 import pytest
 import torch
+from conftest import (
+    Killed,
+    assert_same_run,
+    final_weights,
+    killing,
+    load_config,
+    read_metrics,
+    refused,
+)
 
-from nanospin import config
 import train
-from conftest import load_config, final_weights, read_metrics
-from test_train import Killed, assert_same_run, killing, refused
+from data import tokenizer
+from data.folder import write_meta, write_stream
 
 
-def args(runs, data, out, *more):
+def sft_args(runs, data, out, *more):
     return [
         "--stage=sft",
         f"--out_dir={out}",
@@ -28,13 +35,22 @@ def args(runs, data, out, *more):
     ]
 
 
-def test_the_loss_is_the_sum_of_both(tiny_runs, tiny_data, tmp_path):
-    """alpha L_GPT + L_FT, each a mean over its own tokens, whatever the micro-batches; L_GPT is what stage pretrain has on that batch."""
-    train.main(args(tiny_runs, tiny_data, f"{tmp_path}/rows"))
+@pytest.fixture(scope="module")
+def sft_run(tiny_runs, tiny_data, tmp_path_factory):
+    """One step on rows alone."""
+    out = str(tmp_path_factory.mktemp("sft") / "run")
+    train.main(sft_args(tiny_runs, tiny_data, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stream_run(tiny_runs, tiny_data, tmp_path_factory):
+    """One step of stage pretrain on the batch that is added to the rows."""
+    out = str(tmp_path_factory.mktemp("stream") / "run")
     train.main(
         [
             "--stage=pretrain",
-            f"--out_dir={tmp_path}/stream",
+            f"--out_dir={out}",
             f"--data={tiny_data}",
             f"--init={tiny_runs['pretrain']}",
             "--device=cpu",
@@ -44,100 +60,82 @@ def test_the_loss_is_the_sum_of_both(tiny_runs, tiny_data, tmp_path):
             "--eval_batches=2",
         ]
     )
-    rows, stream = (
-        read_metrics(f"{tmp_path}/{name}", "step")[0]["loss"] for name in ("rows", "stream")
-    )
-    for more in ([], ["--micro_batch_tokens=128"]):
-        train.main(
-            args(tiny_runs, tiny_data, f"{tmp_path}/both{len(more)}", "--pretrain_coef=0.5", *more)
-        )
-        both = read_metrics(f"{tmp_path}/both{len(more)}", "step")[0]
-        assert both["pretrain_loss"] == pytest.approx(stream, rel=1e-5) and both[
-            "loss"
-        ] == pytest.approx(rows + 0.5 * stream, rel=1e-5)
-    assert read_metrics(f"{tmp_path}/both0", "eval")[0]["pretrain_loss"] == pytest.approx(
-        read_metrics(f"{tmp_path}/stream", "eval")[0]["val_loss"], rel=1e-5
-    )
-    # the gradient is of both: with a great alpha the step is the stream's own, which clipping and AdamW make independent of scale
-    train.main(args(tiny_runs, tiny_data, f"{tmp_path}/great", "--pretrain_coef=1e4"))
-    start, one, two, other = (
-        final_weights(run)
-        for run in (
-            tiny_runs["pretrain"],
-            f"{tmp_path}/stream",
-            f"{tmp_path}/great",
-            f"{tmp_path}/rows",
-        )
-    )
+    return out
 
-    def apart(a, b):
-        return sum((a[n] - b[n]).abs().sum().item() for n in a)
 
-    assert apart(one, two) < 0.05 * apart(one, start) < apart(one, other)
+@pytest.mark.parametrize("options", [[], ["--micro_batch_tokens=128"]])
+def test_the_loss_is_the_sum_of_both(tiny_runs, tiny_data, sft_run, stream_run, tmp_path, options):
+    """Each is a mean over its own tokens, whatever the micro-batches."""
+    out = f"{tmp_path}/both"
+    train.main(sft_args(tiny_runs, tiny_data, out, "--pretrain_coef=0.5", *options))
+    both = read_metrics(out, "step")[0]
+    rows = read_metrics(sft_run, "step")[0]["loss"]
+    stream = read_metrics(stream_run, "step")[0]["loss"]
+    assert both["pretrain_loss"] == pytest.approx(stream, rel=1e-5)
+    assert both["loss"] == pytest.approx(rows + 0.5 * stream, rel=1e-5)
+    expected = read_metrics(stream_run, "eval")[0]["val_loss"]
+    assert read_metrics(out, "eval")[0]["pretrain_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def distance(a, b):
+    return sum((a[name] - b[name]).abs().sum().item() for name in a)
+
+
+def test_the_gradient_is_the_sum_of_both(tiny_runs, tiny_data, sft_run, stream_run, tmp_path):
+    """With a large weight the step is that of stage pretrain: clipping and AdamW make it
+    independent of the scale of the loss."""
+    out = f"{tmp_path}/large"
+    train.main(sft_args(tiny_runs, tiny_data, out, "--pretrain_coef=1e4"))
+    start = final_weights(tiny_runs["pretrain"])
+    stream, rows, both = final_weights(stream_run), final_weights(sft_run), final_weights(out)
+    step = distance(stream, start)
+    assert distance(stream, both) < 0.05 * step
+    assert step < distance(stream, rows)
 
 
 def test_it_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch):
-    def mixed(out):
-        return args(
-            tiny_runs,
-            tiny_data,
-            f"{tmp_path}/{out}",
-            "--pretrain_coef=0.3",
-            "--max_steps=6",
-            "--save_interval=2",
-        )
+    def args(out):
+        options = ["--pretrain_coef=0.3", "--max_steps=6", "--save_interval=2"]
+        return sft_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", *options)
 
-    train.main(mixed("whole"))
+    train.main(args("whole"))
     with monkeypatch.context() as m:
         m.setattr(train, "lr_factor", killing(train.lr_factor, 3))
         with pytest.raises(Killed):
-            train.main(mixed("killed"))
-    train.main(mixed("killed"))
+            train.main(args("killed"))
+    train.main(args("killed"))
     assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
 
 
-def test_its_data_must_fit(tiny_runs, tiny_data, tmp_path):
-    import data
-    from data import tokenizer
-
-    tokenizer.save(
-        tokenizer.train(["some text to train on"] * 5, 300), str(tmp_path / "other.tiktoken")
-    )
-    enc = tokenizer.load(str(tmp_path / "other.tiktoken"))
+def test_a_stream_of_another_tokenizer_is_refused(tiny_runs, tiny_data, tmp_path):
+    path = f"{tmp_path}/other.tiktoken"
+    tokenizer.save(tokenizer.train(["some text to train on"] * 5, 300), path)
+    enc = tokenizer.load(path)
     for split in ("train", "val"):
         write_stream(f"{tmp_path}/{split}.bin", ["some text"] * 50, enc)
     write_meta(str(tmp_path), "other.tiktoken", "made up")
-    assert "was written with the tokenizer" in refused(
-        args(
-            tiny_runs,
-            tiny_data,
-            f"{tmp_path}/r",
-            "--pretrain_coef=0.3",
-            f"--pretrain_data={tmp_path}",
-        )
-    )
-    assert "make it with" in refused(
-        args(
-            tiny_runs,
-            tiny_data,
-            f"{tmp_path}/r",
-            "--pretrain_coef=0.3",
-            f"--pretrain_data={tmp_path}/none",
-        )
-    )
+    options = ["--pretrain_coef=0.3", f"--pretrain_data={tmp_path}"]
+    message = refused(sft_args(tiny_runs, tiny_data, f"{tmp_path}/r", *options))
+    assert "was written with the tokenizer" in message
 
 
-def test_preferred_ft_is_sft_on_the_rows_of_dpo(tiny_runs, tiny_data, tmp_path):
-    """DPO's config but for the stage, its start and its steps: SFT on the best response, then the reference of DPO, which starts at its ln 2."""
-    dpo, ft = (load_config([f"config/{name}_local.py"]) for name in ("dpo", "preferred_ft"))
-    assert {n for n in vars(dpo) if getattr(dpo, n) != getattr(ft, n)} == {
-        "stage",
-        "out_dir",
-        "init",
-        "max_rows",
-        "batch_size",
-        "lr",
-    }
+def test_a_missing_stream_names_the_command_that_makes_it(tiny_runs, tiny_data, tmp_path):
+    options = ["--pretrain_coef=0.3", f"--pretrain_data={tmp_path}/none"]
+    message = refused(sft_args(tiny_runs, tiny_data, f"{tmp_path}/r", *options))
+    assert "make it with" in message
+
+
+def test_preferred_ft_is_sft_on_the_rows_of_dpo():
+    """The two configs differ in the stage, where it starts, and its steps."""
+    dpo = vars(load_config(["config/local/dpo.py"]))
+    preferred_ft = vars(load_config(["config/local/preferred_ft.py"]))
+    differing = {name for name in dpo if dpo[name] != preferred_ft[name]}
+    assert differing == {"stage", "out_dir", "init", "max_rows", "batch_size", "lr"}
+
+
+def test_preferred_ft_is_a_reference_of_dpo(tiny_runs, tiny_data, tmp_path):
+    """Which then starts at its ln 2."""
+    preferred_ft, dpo = f"{tmp_path}/preferred_ft", f"{tmp_path}/dpo"
     small = [
         f"--data={tiny_data}",
         "--device=cpu",
@@ -147,16 +145,8 @@ def test_preferred_ft_is_sft_on_the_rows_of_dpo(tiny_runs, tiny_data, tmp_path):
         "--max_prompt=40",
         "--max_response=16",
     ]
-    train.main(
-        [
-            "config/local/preferred_ft.py",
-            f"--init={tiny_runs['pretrain']}",
-            f"--out_dir={tmp_path}/ft",
-            *small,
-        ]
-    )
-    train.main(
-        ["config/local/dpo.py", f"--init={tmp_path}/ft", f"--out_dir={tmp_path}/dpo", *small]
-    )
-    assert read_metrics(f"{tmp_path}/dpo", "start")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert all(torch.isfinite(w).all() for w in final_weights(f"{tmp_path}/dpo").values())
+    inputs = [f"--init={tiny_runs['pretrain']}", f"--out_dir={preferred_ft}"]
+    train.main(["config/local/preferred_ft.py", *inputs, *small])
+    train.main(["config/local/dpo.py", f"--init={preferred_ft}", f"--out_dir={dpo}", *small])
+    assert read_metrics(dpo, "start")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert all(torch.isfinite(w).all() for w in final_weights(dpo).values())

@@ -1,6 +1,6 @@
-"""The reward model: its loss against pairs made one by one, its scores against one sequence at a time, the stage itself."""
+"""The reward model: its loss against explicit pairs, its scores against one sequence at a time,
+and the stage."""
 
-import itertools
 import json
 import math
 
@@ -8,202 +8,187 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import (
+    TEMPLATE,
+    Killed,
+    assert_same_run,
+    command,
+    final_weights,
+    killing,
+    read_metrics,
+    refused,
+)
 
-from nanospin import checkpoint
-import eval
 import train
-from conftest import final_weights, read_metrics
-from data.rows import encode_rows, write_rows
-from data.batch import reward_batch
 from data import tokenizer
+from data.batch import reward_batch
 from data.folder import write_meta
-from eval import reward_metrics, reward_scores, forward_batch
+from data.rows import encode_rows, write_rows
+from eval import reward_metrics, reward_scores
 from loss import plackett_luce, reward_loss
 from model import GPT, GPTConfig
-from test_train import Killed, assert_same_run, killing, refused
 
-BYTES, CPU = tokenizer.load("bytes"), torch.device("cpu")
+BYTES = tokenizer.load("bytes")
 
 
-def ragged(B=20, K=5, seed=0):
+# ------------------------------------------------------------------------------------- the loss
+
+
+def random_rankings(B=20, K=5, seed=0):
+    """scores, response_mask and ranks (B, K): some responses absent, some ranks equal."""
     g = torch.Generator().manual_seed(seed)
-    present = torch.rand(B, K, generator=g) > 0.3
-    present[:, 0] = True
-    return (
-        torch.randn(B, K, generator=g, dtype=torch.float64),
-        present,
-        torch.randint(0, K, (B, K), generator=g).sort(1).values,
-    )
+    mask = torch.rand(B, K, generator=g) > 0.3
+    mask[:, 0] = True
+    scores = torch.randn(B, K, generator=g, dtype=torch.float64)
+    ranks = torch.randint(0, K, (B, K), generator=g).sort(1).values
+    return scores, mask, ranks
 
 
-def test_all_pairs_of_a_prompt_equal_the_mean_over_explicit_pairs():
-    scores, present, ranks = ragged()
-    gaps = torch.randn(scores.shape, dtype=torch.float64).sort(1, descending=True).values
+def ordered_pairs(mask, ranks):
+    """(i, j) of a row: both are there and j is worse."""
+    pairs = []
+    for i in range(len(mask)):
+        for j in range(len(mask)):
+            if mask[i] and mask[j] and ranks[i] < ranks[j]:
+                pairs.append((i, j))
+    return pairs
+
+
+def test_pairs_equal_the_mean_over_explicit_pairs():
+    scores, mask, ranks = random_rankings()
+    data_scores = torch.randn(scores.shape, dtype=torch.float64).sort(1, descending=True).values
     scores.requires_grad_()
     loss, metrics = reward_loss(
-        scores, present, ranks=ranks, gaps=gaps, score_margin=0.3, center_coef=0.05
+        scores, mask, ranks=ranks, data_scores=data_scores, score_margin=0.3, center_coef=0.05
     )
-    rows, right = [], []
-    for s, there, r, gap in zip(scores, present, ranks, gaps):
-        terms = [
-            (
-                -F.logsigmoid(s[i] - s[j] - 0.3 * (gap[i] - gap[j])) + 0.05 * (s[i] + s[j]) ** 2,
-                float(s[i] > s[j]),
-            )
-            for i, j in itertools.permutations(range(len(s)), 2)
-            if there[i] and there[j] and r[i] < r[j]
-        ]
-        rows.append(sum(t for t, _ in terms) / max(1, len(terms)))
-        right.append(sum(t for _, t in terms) / max(1, len(terms)))
-    slow = sum(rows) / len(rows)
-    # float64 throughout: some tens of roundings of numbers near 1
+    slow, acc = 0.0, 0.0
+    for s, row_mask, row_ranks, d in zip(scores, mask, ranks, data_scores):
+        pairs = ordered_pairs(row_mask, row_ranks)
+        for i, j in pairs:
+            margin = 0.3 * (d[i] - d[j])
+            term = -F.logsigmoid(s[i] - s[j] - margin) + 0.05 * (s[i] + s[j]) ** 2
+            slow += term / len(pairs) / len(scores)
+            acc += float(s[i] > s[j]) / len(pairs) / len(scores)
+    # float64: some tens of roundings of numbers near 1
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=1e-12)
-    assert metrics["acc"].item() == pytest.approx(np.mean(right), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(loss, scores), torch.autograd.grad(slow, scores)):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-        assert (a[~present] == 0).all()
+    assert metrics["acc"].item() == pytest.approx(acc, rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, scores)
+    (slow_grad,) = torch.autograd.grad(slow, scores)
+    torch.testing.assert_close(grad, slow_grad, rtol=1e-12, atol=1e-12)
+    assert (grad[~mask] == 0).all()
 
 
-def test_two_responses_are_bradley_terry_under_either_kind():
+@pytest.mark.parametrize("loss_type", ["pairs", "pl"])
+def test_two_responses_are_bradley_terry(loss_type):
     scores = 3 * torch.randn(30, 2, dtype=torch.float64)
-    expected = -F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
-    for kind in ("pairs", "pl"):
-        torch.testing.assert_close(
-            reward_loss(scores, kind=kind)[0], expected, rtol=1e-13, atol=1e-13
-        )
-    gaps = torch.tensor([[3.0, 1.0]], dtype=torch.float64).expand(30, 2)
-    with_margin = -F.logsigmoid(scores[:, 0] - scores[:, 1] - 0.5 * 2).mean()
-    for kind in ("pairs", "pl"):
-        torch.testing.assert_close(
-            reward_loss(scores, kind=kind, gaps=gaps, score_margin=0.5)[0],
-            with_margin,
-            rtol=1e-13,
-            atol=1e-13,
-        )
+    diff = scores[:, 0] - scores[:, 1]
+    loss, _ = reward_loss(scores, loss_type=loss_type)
+    torch.testing.assert_close(loss, -F.logsigmoid(diff).mean(), rtol=1e-13, atol=1e-13)
+
+    data_scores = torch.tensor([[3.0, 1.0]], dtype=torch.float64).expand(30, 2)
+    loss, _ = reward_loss(scores, loss_type=loss_type, data_scores=data_scores, score_margin=0.5)
+    expected = -F.logsigmoid(diff - 0.5 * 2).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_plackett_luce_and_the_constants():
-    scores, present, ranks = ragged()
-    torch.testing.assert_close(
-        reward_loss(scores, present, "pl", ranks=ranks)[0],
-        plackett_luce(scores, present, ranks=ranks).mean(),
-    )
-    for kind in ("pairs", "pl"):  # a ranking leaves the constant free; centring fixes it
-        a, b = (reward_loss(scores + c, present, kind, ranks=ranks)[0] for c in (0.0, 7.0))
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert (
-        reward_loss(scores + 7, present, ranks=ranks, center_coef=0.1)[0]
-        > reward_loss(scores, present, ranks=ranks, center_coef=0.1)[0] + 1
-    )
+def test_pl_is_plackett_luce():
+    scores, mask, ranks = random_rankings()
+    loss, _ = reward_loss(scores, mask, "pl", ranks=ranks)
+    torch.testing.assert_close(loss, plackett_luce(scores, mask, ranks=ranks).mean())
+
+
+@pytest.mark.parametrize("loss_type", ["pairs", "pl"])
+def test_a_ranking_leaves_a_constant_free_and_center_coef_fixes_it(loss_type):
+    scores, mask, ranks = random_rankings()
+
+    def loss(scores, center_coef=0.0):
+        return reward_loss(scores, mask, loss_type, ranks=ranks, center_coef=center_coef)[0]
+
+    torch.testing.assert_close(loss(scores), loss(scores + 7), rtol=1e-12, atol=1e-12)
+    assert loss(scores + 7, center_coef=0.1) > loss(scores, center_coef=0.1) + 1
+
+
+def test_equal_scores_cost_ln_2_or_ln_k_factorial():
     zero = torch.zeros(4, 3)
-    assert reward_loss(zero)[0].item() == pytest.approx(math.log(2)) and reward_loss(
-        zero, kind="pl"
-    )[0].item() == pytest.approx(math.log(6))
+    assert reward_loss(zero)[0].item() == pytest.approx(math.log(2))
+    assert reward_loss(zero, loss_type="pl")[0].item() == pytest.approx(math.log(6))
+
+
+def test_another_loss_type_is_refused():
     with pytest.raises(ValueError, match="pairs or pl"):
-        reward_loss(zero, kind="ipo")
+        reward_loss(torch.zeros(4, 3), loss_type="ipo")
+
+
+# ----------------------------------------------------------------------------------- the scores
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_the_score_is_read_at_the_last_token(layout):
-    """Against one sequence at a time: prompt + response, end-of-text read as well where there is one."""
-    model = GPT(
-        GPTConfig(
-            vocab_size=257,
-            block_size=64,
-            n_layer=2,
-            n_head=2,
-            n_embd=32,
-            position="rotary",
-            scalar_head=True,
-        )
-    ).double()
-    rows, _ = encode_rows(
-        [
-            {
-                "prompt": f"the model {i}",
-                "responses": ["falls" * (i % 4), None if i % 2 else "reads", "a" * 99],
-            }
-            for i in range(5)
-        ],
-        BYTES,
-        "Q: {prompt}\nA: ",
-        64,
-    )
-    scores, batch = forward_batch(model, reward_batch(rows, layout), CPU)
-    fast = torch.zeros(15, dtype=torch.float64).index_put((batch["slot"],), scores).view(5, 3)
+    """Against one sequence at a time: prompt and response, with its end-of-text if it has one."""
+    shape = {"vocab_size": 257, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = GPT(GPTConfig(**shape, position="rotary", scalar_head=True)).double()
+    texts = []
+    for i in range(5):
+        responses = ["falls" * (i % 4), None if i % 2 else "reads", "a" * 99]
+        texts.append({"prompt": f"the model {i}", "responses": responses})
+    rows, _ = encode_rows(texts, BYTES, TEMPLATE, 64)
+    assert rows[0]["responses"][0] == [256]
+    assert len(rows[0]["prompt"]) + len(rows[0]["responses"][2]) == 64
+
+    batch = reward_batch(rows, layout)
+    values = model.values(batch.idx, batch.value_positions, **batch.layout())
+    scores = torch.zeros(15, dtype=torch.float64).index_put((batch.slot,), values).view(5, 3)
     for b, row in enumerate(rows):
-        for k, y in enumerate(row["responses"]):
-            slow = (
-                0.0
-                if y is None
-                else (
-                    model.hidden(torch.tensor([row["prompt"] + y]))[0, -1] @ model.scalar.weight[0]
-                ).item()
-            )
-            assert abs(fast[b, k].item() - slow) < 1e-12  # float64: another order of sums
-            assert y is None or batch["lengths"][b, k] == len(y)
-    assert len(rows[0]["responses"][2]) + len(rows[0]["prompt"]) == 64 and rows[0]["responses"][
-        0
-    ] == [256]
-    np.testing.assert_allclose(
-        reward_scores(model, rows, 20, CPU, layout=layout), fast, rtol=1e-5, atol=1e-6
-    )  # kept in float32
-
-
-def test_logps_and_scalars_in_one_pass():
-    model = GPT(
-        GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=32, scalar_head=True)
-    )
-    idx = torch.randint(0, 257, (2, 8))
-    read = torch.tensor([3, 15, 15])
-    logps, scalars = model(idx, idx, read=read)
-    assert torch.equal(logps, model(idx, idx)) and scalars[1] == scalars[2]
-    torch.testing.assert_close(
-        scalars, model(idx, read=read), rtol=1e-5, atol=1e-6
-    )  # which makes two places alone
+        for k, response in enumerate(row["responses"]):
+            if response is None:
+                assert scores[b, k] == 0
+                continue
+            hidden = model.hidden(torch.tensor([row["prompt"] + response]))
+            slow = hidden[0, -1] @ model.scalar_head.weight[0]
+            assert abs(scores[b, k] - slow) < 1e-12  # float64: another order of sums
+            assert batch.lengths[b, k] == len(response)
+    # few tokens at a time; kept in float32
+    fast = reward_scores(model, rows, 20, torch.device("cpu"), layout=layout)
+    np.testing.assert_allclose(fast, scores, rtol=1e-5, atol=1e-6)
 
 
 def test_reward_metrics_by_hand():
+    """The first row has two pairs, one of them right. The second has a tie and a wrong pair one
+    rank apart, and a wrong pair two ranks apart."""
     rows = [
         {"responses": [[1], [1, 2], [3]], "ranks": [0, 1, 1]},
         {"responses": [[1], None, [3], [4]], "ranks": [0, 1, 2, 3]},
     ]
     scores = np.array([[2.0, 1.0, 3.0, 0.0], [1.0, 0.0, 1.0, 2.0]], dtype=np.float32)
-    m = reward_metrics(
-        scores, rows
-    )  # right: 1 of 2 one apart; then a tie and a wrong one one apart, a wrong one two apart
-    assert (
-        m["acc"] == 1.5 / 5
-        and m["acc@1"] == 1.5 / 4
-        and m["pairs@1"] == 4
-        and m["acc@2"] == 0.0
-        and m["pairs@2"] == 1
-    )
-    nll = [np.log1p(np.exp([-1.0, 1.0])).mean(), np.log1p(np.exp([0.0, 1.0, 1.0])).mean()]
-    assert m["pair_nll"] == pytest.approx(np.mean(nll)) and m["score"] == pytest.approx(10 / 6)
-    assert m["length_acc"] == 2.0 / 5  # one of the five is shorter, four tie
+    m = reward_metrics(scores, rows)
+    assert m["acc"] == 1.5 / 5
+    assert m["acc@1"] == 1.5 / 4 and m["pairs@1"] == 4
+    assert m["acc@2"] == 0.0 and m["pairs@2"] == 1
     assert m["acc_se"] == pytest.approx(math.hypot(1 - 0.6, 0.5 - 0.9) / 5)
+    first = np.log1p(np.exp([-1.0, 1.0])).mean()
+    second = np.log1p(np.exp([0.0, 1.0, 1.0])).mean()
+    assert m["pair_nll"] == pytest.approx((first + second) / 2)
+    assert m["score"] == pytest.approx(10 / 6)
+    assert m["length_acc"] == 2.0 / 5  # of the five pairs one has a longer second, four tie
+
+
+# ------------------------------------------------------------------------------------ the stage
 
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """Rows whose better responses have more of the letter a: K = 4, some tied, with scores."""
+    """Rows of K = 4 whose better responses have more of the letter a: some tied, with scores."""
     folder, rng = str(tmp_path_factory.mktemp("graded")), np.random.default_rng(0)
     for split, n in (("train", 96), ("val", 24)):
         rows = []
         for i in range(n):
-            texts = [
-                "".join(rng.choice(list("aaabcde"), size=rng.integers(4, 9))) for _ in range(4)
-            ]
-            texts.sort(key=lambda t: -t.count("a"))
-            rows.append(
-                {
-                    "prompt": f"{split} {i}",
-                    "responses": texts,
-                    "scores": [t.count("a") for t in texts],
-                }
-            )
+            texts = []
+            for _ in range(4):
+                texts.append("".join(rng.choice(list("aaabcde"), size=rng.integers(4, 9))))
+            texts.sort(key=lambda text: -text.count("a"))
+            scores = [text.count("a") for text in texts]
+            rows.append({"prompt": f"{split} {i}", "responses": texts, "scores": scores})
         write_rows(f"{folder}/{split}.jsonl", rows)
     write_meta(folder, None, "made up")
     return folder
@@ -215,7 +200,7 @@ def reward_args(runs, data, out, *more):
         f"--out_dir={out}",
         f"--data={data}",
         f"--init={runs['sft']}",
-        "--template=Q: {prompt}\nA: ",
+        f"--template={TEMPLATE}",
         "--max_response=16",
         "--device=cpu",
         "--eval_rows=24",
@@ -236,99 +221,71 @@ def reward_run(tiny_runs, graded, tmp_path_factory):
     return out
 
 
-def test_it_learns_from_ln_2(reward_run):
-    evals, start = read_metrics(reward_run, "eval"), read_metrics(reward_run, "start")[0]
-    assert (
-        abs(start["expected"] - math.log(2)) < 0.05 and start["off"] < 1e-6
-    )  # rows of ties alone cost 0
-    assert evals[0]["pair_nll"] == pytest.approx(math.log(2)) and evals[0]["acc"] == 0.5
-    assert evals[-1]["acc"] - 3 * evals[-1]["acc_se"] > 0.6 and evals[-1]["pair_nll"] < 0.6
-    assert {"acc@1", "acc@2", "pairs@1"} <= set(evals[-1])
-    assert evals[-1]["acc@2"] > evals[-1]["acc@1"]
+def test_it_starts_at_ln_2_and_learns(reward_run):
+    (start,) = read_metrics(reward_run, "start")
+    assert abs(start["expected"] - math.log(2)) < 0.05  # a row of ties costs 0
+    assert start["off"] < 1e-6
+    evals = read_metrics(reward_run, "eval")
+    first, last = evals[0], evals[-1]
+    assert first["pair_nll"] == pytest.approx(math.log(2))
+    assert first["acc"] == 0.5
+    assert last["acc"] - 3 * last["acc_se"] > 0.6
+    assert last["pair_nll"] < 0.6
+    assert last["acc@2"] > last["acc@1"]
+    assert last["pairs@1"] > 0
 
 
 def test_it_resumes_bit_for_bit(tiny_runs, graded, reward_run, tmp_path, monkeypatch):
+    killed = f"{tmp_path}/killed"
     with monkeypatch.context() as m:
         m.setattr(train, "lr_factor", killing(train.lr_factor, 12))
         with pytest.raises(Killed):
-            train.main(reward_args(tiny_runs, graded, f"{tmp_path}/killed"))
-    train.main(reward_args(tiny_runs, graded, f"{tmp_path}/killed"))
-    assert_same_run(reward_run, f"{tmp_path}/killed")
+            train.main(reward_args(tiny_runs, graded, killed))
+    train.main(reward_args(tiny_runs, graded, killed))
+    assert_same_run(reward_run, killed)
 
 
-def test_layouts_agree(tiny_runs, graded, reward_run, tmp_path):
-    train.main(
-        reward_args(tiny_runs, graded, f"{tmp_path}/padded", "--layout=padded", "--max_steps=3")
-    )
-    train.main(
-        reward_args(
-            tiny_runs, graded, f"{tmp_path}/shared", "--max_steps=3", "--micro_batch_tokens=200"
-        )
-    )
-    for a, b in zip(
-        read_metrics(f"{tmp_path}/padded", "step"),
-        read_metrics(f"{tmp_path}/shared", "step"),
-        strict=True,
-    ):
-        assert (
-            abs(a["loss"] - b["loss"]) < 1e-4
-        )  # AdamW turns a rounding of a gradient near 0 into a step
+def test_layouts_train_alike(tiny_runs, graded, tmp_path):
+    """AdamW turns the rounding of a gradient near 0 into a step."""
+    losses = []
+    for options in (["--layout=padded"], ["--micro_batch_tokens=200"]):
+        out = f"{tmp_path}/{len(losses)}"
+        train.main(reward_args(tiny_runs, graded, out, "--max_steps=3", *options))
+        losses.append([record["loss"] for record in read_metrics(out, "step")])
+    padded, packed = losses
+    assert packed == pytest.approx(padded, rel=0, abs=1e-4)
 
 
-def test_margins_and_plackett_luce_by_config(tiny_runs, graded, tmp_path, tiny_data):
-    train.main(
-        reward_args(
-            tiny_runs, graded, f"{tmp_path}/pl", "--loss_type=pl", "--center_coef=0.01", "--max_steps=2"
-        )
-    )
-    train.main(
-        reward_args(tiny_runs, graded, f"{tmp_path}/margin", "--score_margin=0.5", "--max_steps=2")
-    )
-    assert not read_metrics(f"{tmp_path}/pl", "warning") and not read_metrics(
-        f"{tmp_path}/margin", "warning"
-    )
-    pl, margin = (read_metrics(f"{tmp_path}/{name}", "step")[0]["nll"] for name in ("pl", "margin"))
-    assert (
-        pl > 2.0 and margin > 0.75
-    )  # about ln 4! less the ties; -log sigmoid(0 - m) is above ln 2
-    assert "score_margin needs scores" in refused(
-        reward_args(tiny_runs, tiny_data, f"{tmp_path}/none", "--score_margin=0.5")
-    )
-    assert "kind pl or pairs" in refused(
-        reward_args(tiny_runs, graded, f"{tmp_path}/none", "--loss_type=ipo")
-    )
-    assert "stage reward's alone" in refused(["--stage=sft", "--center_coef=0.1"])
+@pytest.mark.parametrize(
+    "options, least",
+    [
+        (["--loss_type=pl", "--center_coef=0.01"], 2.0),  # about ln 4!, less for the ties
+        (["--score_margin=0.5"], 0.75),  # -log sigmoid(0 - margin) is above ln 2
+    ],
+)
+def test_options_of_the_loss(tiny_runs, graded, tmp_path, options, least):
+    out = f"{tmp_path}/r"
+    train.main(reward_args(tiny_runs, graded, out, "--max_steps=2", *options))
+    assert not read_metrics(out, "warning")
+    assert read_metrics(out, "step")[0]["nll"] > least
 
 
-def command(monkeypatch, *args):
-    monkeypatch.setattr("sys.argv", ["eval.py", *args, "--device=cpu", "--rows=24"])
-    eval.main()
+def test_options_that_do_not_fit_are_refused(tiny_runs, graded, tiny_data, tmp_path):
+    out = f"{tmp_path}/r"
+    message = refused(reward_args(tiny_runs, tiny_data, out, "--score_margin=0.5"))
+    assert "score_margin needs scores" in message
+    message = refused(reward_args(tiny_runs, graded, out, "--loss_type=ipo"))
+    assert "loss_type pl or pairs, not ipo" in message
+    assert "only stage reward has center_coef" in refused(["--stage=sft", "--center_coef=0.1"])
 
 
-def test_it_is_a_judge(reward_run, tiny_runs, graded, tmp_path, monkeypatch):
-    """eval.py reports its accuracy, and takes its score for a verdict: graded data beat what an untrained policy says."""
-    command(monkeypatch, f"rm={reward_run}", f"--data={graded}", f"--out={tmp_path}/e")
-    assert json.load(open(f"{tmp_path}/e/eval.json"))["rm"]["acc"] == pytest.approx(
-        read_metrics(reward_run, "eval")[-1]["acc"]
-    )
-    command(
-        monkeypatch,
-        f"sft={tiny_runs['sft']}",
-        f"--judge={reward_run}",
-        f"--data={graded}",
-        f"--out={tmp_path}/j",
-    )
-    assert json.load(open(f"{tmp_path}/j/eval.json"))["data"]["win_rate"] > 0.6
-    with pytest.raises(SystemExit, match="has no samples to judge"):
-        command(monkeypatch, f"rm={reward_run}", f"--judge={reward_run}", f"--data={graded}")
-
-
-def test_a_later_stage_leaves_the_head(reward_run, tiny_data, tmp_path):
-    assert "scalar.weight" in final_weights(reward_run)
+def test_a_later_stage_has_no_scalar_head(reward_run, tiny_data, tmp_path):
+    assert "scalar_head.weight" in final_weights(reward_run)
+    out = f"{tmp_path}/sft"
     train.main(
         [
             "--stage=sft",
-            f"--out_dir={tmp_path}/sft",
+            f"--out_dir={out}",
             f"--data={tiny_data}",
             f"--init={reward_run}",
             "--max_steps=1",
@@ -338,6 +295,41 @@ def test_a_later_stage_leaves_the_head(reward_run, tiny_data, tmp_path):
             "--eval_rows=4",
         ]
     )
-    assert "scalar.weight" not in final_weights(f"{tmp_path}/sft")
-    model, _, _ = GPT.from_checkpoint(reward_run)
-    assert model.config.scalar and not GPT.from_checkpoint(f"{tmp_path}/sft")[0].config.scalar
+    assert "scalar_head.weight" not in final_weights(out)
+    reward_model, _, _ = GPT.from_checkpoint(reward_run)
+    policy, _, _ = GPT.from_checkpoint(out)
+    assert reward_model.config.scalar_head
+    assert not policy.config.scalar_head
+
+
+# ----------------------------------------------------------------------------------- as a judge
+
+
+def evaluate(*args):
+    return command("eval", *args, "--rows=24", "--device=cpu")
+
+
+def read_table(folder):
+    with open(f"{folder}/eval.json", encoding="utf-8") as f:
+        return json.load(f)
+
+
+def test_eval_reports_its_accuracy(reward_run, graded, tmp_path):
+    done = evaluate(f"rm={reward_run}", f"--data={graded}", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    expected = read_metrics(reward_run, "eval")[-1]["acc"]
+    assert read_table(tmp_path)["rm"]["acc"] == pytest.approx(expected)
+
+
+def test_eval_takes_it_as_a_judge(reward_run, tiny_runs, graded, tmp_path):
+    """Graded data beats the samples of a policy that knows nothing of the grades."""
+    args = [f"sft={tiny_runs['sft']}", f"--judge={reward_run}", f"--data={graded}"]
+    done = evaluate(*args, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert read_table(tmp_path)["data"]["win_rate"] > 0.6
+
+
+def test_eval_does_not_sample_from_it(reward_run, graded):
+    done = evaluate(f"rm={reward_run}", f"--judge={reward_run}", f"--data={graded}")
+    assert done.returncode == 1
+    assert "a reward model has no samples to judge" in done.stderr

@@ -469,8 +469,9 @@ def compare(sentence, differences, form, better, standard_error=None):
         outcome = "not distinguishable from"
     else:
         outcome = "better than" if mean * better > 0 else "worse than"
-    detail = "one training run, no interval"
-    if interval:
+    if not interval:
+        outcome, detail = f"in this run {outcome}", "one training run, no interval"
+    else:
         low, high = (form.format(x).split()[0] for x in (mean - error, mean + error))
         detail = f"{interval}: {low} to {high}"
     return outcome, f"- {sentence % f'**{outcome}**'}: {form.format(mean)} ({detail})."
@@ -500,11 +501,12 @@ def comparisons(tables: list[dict]) -> list[tuple[str, str]]:
 
 
 def summary(outcomes: list[str]) -> str:
-    """The result in one sentence."""
-    n = {word: sum(word in outcome for outcome in outcomes) for word in ("better", "worse", "not")}
+    """The result in one sentence, from the comparisons that have an interval."""
+    tested = [outcome for outcome in outcomes if not outcome.startswith("in this run")]
+    better, worse = tested.count("better than"), tested.count("worse than")
     return (
-        f"Self-play was compared with its baselines in {len(outcomes)} ways: it is better in "
-        f"{n['better']}, worse in {n['worse']}, and not distinguishable in {n['not']}."
+        f"Of {len(tested)} comparisons with its baselines, self-play is better in {better}, "
+        f"worse in {worse}, and not distinguishable in {len(tested) - better - worse}."
     )
 
 
