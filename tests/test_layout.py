@@ -15,7 +15,7 @@ PACKAGES = {
     "nanospin": {"data"},
     "tools": {"data", "nanospin", *ROOT_MODULES},
     "studies": {"data", "nanospin", "tools", *ROOT_MODULES},
-    "bench": {"data", "nanospin", *ROOT_MODULES},
+    "bench": {"data", "nanospin", "tools", *ROOT_MODULES},
 }
 
 

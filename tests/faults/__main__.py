@@ -1,10 +1,11 @@
-"""The fault harness: what is promised of a run that is killed, starved, misled or lied to, each with its count.
+"""The fault tests: runs are killed, starved and given wrong or malicious input.
 
-    make test-faults                                        everything, at most 20 minutes on 2 cores
+    make test-faults                                        everything, 20 to 30 minutes on 2 cores
     python -m tests.faults --seed=2 bitwise faults          some sections
-    python -m tests.faults --short                          a sample of each, as `make test` runs it
+    python -m tests.faults --short                          a sample of each section
 
-A line a section; what failed stands below it, and the exit status is 1 if anything did.
+Prints a line per section: how many cases held, of how many, and what was promised. The cases that
+failed are listed below it, and the exit status is 1 if there are any.
 """
 
 import argparse
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import time
 
-from tests.faults import kills, refusals, scale
-from tests.faults.harness import ROOT, Place
+from tests.faults import kills, payloads, refusals, scale
+from tests.faults.harness import ROOT, Workspace
 
 SECTIONS = [
     kills.bitwise,
@@ -27,7 +28,7 @@ SECTIONS = [
     kills.corruption,
     kills.disks,
     refusals.inputs,
-    refusals.payloads,
+    payloads.payloads,
     scale.differing,
     scale.figures,
     scale.golden,
@@ -36,62 +37,71 @@ SECTIONS = [
     scale.memory,
     scale.pause,
 ]
-
-LONG = [
-    kills.restarts,
-    scale.ranks,
-    scale.pause,
-]  # not in a short run: test_parallel.py has a restart
+NAMES = [section.__name__ for section in SECTIONS]
+NOT_SHORT = [kills.restarts, scale.ranks, scale.pause]  # they have no short form
 
 
-def main(argv=None):
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "sections",
         nargs="*",
-        choices=[[], *(s.__name__ for s in SECTIONS)],
+        choices=[[], *NAMES],
         metavar="section",
-        help=", ".join(s.__name__ for s in SECTIONS) + "; none: all",
+        help=", ".join(NAMES) + "; default: all",
     )
     parser.add_argument(
-        "--seed", type=int, default=1, help="of the places where runs are killed and files damaged"
+        "--seed", type=int, default=1, help="decides where runs are killed and files damaged"
     )
     parser.add_argument("--short", action="store_true", help="a sample of each section")
     parser.add_argument(
-        "--write-golden", action="store_true", help="keep the losses as they are now in golden.json"
+        "--write-golden",
+        action="store_true",
+        help="write the losses of section golden, as they are now, to golden.json",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def chosen_sections(args) -> list:
+    if args.sections:
+        return [section for section in SECTIONS if section.__name__ in args.sections]
+    if args.short:
+        return [section for section in SECTIONS if section not in NOT_SHORT]
+    return SECTIONS
+
+
+def main(argv=None) -> int:
+    args = make_parser().parse_args(argv)
     os.chdir(ROOT)
-    wrong, began = 0, time.time()
+    start_time = time.time()
+    failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(folder, args.seed)
         tempfile.tempdir = folder
+        workspace = Workspace(folder, args.seed)
         if args.write_golden:
-            return print(scale.golden(place, False, write=True)[3])
-        for section in SECTIONS:
-            if (
-                args.sections
-                and section.__name__ not in args.sections
-                or args.short
-                and not args.sections
-                and section in LONG
-            ):
-                continue
-            start_of = time.time()
-            held, tried, failed, note = section(place, args.short)
-            print(
-                f"{section.__name__:<12} {held:>4} of {tried:<4} {section.__doc__}{f' ({note})' if note else ''} [{time.time() - start_of:.0f} s]",
-                flush=True,
-            )
-            for line in failed:
-                print(f"    {line}", flush=True)
-            wrong += len(failed)
-    print(
-        f"seed {args.seed}: {'everything held' if not wrong else f'{wrong} did not hold'}, {time.time() - began:.0f} s"
-    )
-    return wrong > 0
+            scale.write_golden(workspace)
+            return 0
+        for section in chosen_sections(args):
+            failures += run_section(section, workspace, args.short)
+    outcome = f"{failures} did not hold" if failures else "everything held"
+    print(f"seed {args.seed}: {outcome}, {time.time() - start_time:.0f} s")
+    return 1 if failures else 0
+
+
+def run_section(section, workspace: Workspace, short: bool) -> int:
+    """Run a section and print its lines. Returns the number of failures."""
+    start_time = time.time()
+    result = section(workspace, short)
+    promise = " ".join(section.__doc__.split())
+    note = f" ({result.note})" if result.note else ""
+    seconds = time.time() - start_time
+    held = f"{result.held:>4} of {result.tried:<4}"
+    print(f"{section.__name__:<12} {held} {promise}{note} [{seconds:.0f} s]", flush=True)
+    for line in result.failures:
+        print(f"    {line}", flush=True)
+    return len(result.failures)
 
 
 if __name__ == "__main__":

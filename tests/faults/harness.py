@@ -412,6 +412,13 @@ def difference(a: str, b: str) -> str:
     return f"files differ: {differing}" if differing else ""
 
 
+def compare(run: Run, undisturbed: str, out: str) -> str:
+    """What went wrong in a run that should have ended as the undisturbed one, or ""."""
+    if set(run.status) != {0}:
+        return f"{run.status} {run.output[-2000:]}"
+    return difference(undisturbed, out)
+
+
 def collected_files(out: str) -> list[str]:
     """The rows and arrays in a run's round folders, relative to the run."""
     files = []

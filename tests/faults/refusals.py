@@ -346,7 +346,11 @@ INPUTS = {
         lambda at: sft(at, "--batch_size=5"),
         {"ranks": 2},
     ),
-    "shards": ("must divide the number of ranks", lambda at: sft(at, "--hsdp_shard_size=3"), {"ranks": 2}),
+    "shards": (
+        "must divide the number of ranks",
+        lambda at: sft(at, "--hsdp_shard_size=3"),
+        {"ranks": 2},
+    ),
     # the data
     "no data": ("make it with", lambda at: sft(at, "--data=/nowhere/data")),
     "no data for two": ("make it with", lambda at: sft(at, "--data=/nowhere/data"), {"ranks": 2}),
@@ -1320,7 +1324,9 @@ PAYLOADS = {
         lambda at: sft(at, "--init=" + run_folder(at, "pretrain", tokenizer=victim(at))),
     ),
     "spells as rows": (
-        lambda at: sft(at, spelled(at), "--max_steps=12", "--loss_spike_factor=0.001", "--batch_size=2"),
+        lambda at: sft(
+            at, spelled(at), "--max_steps=12", "--loss_spike_factor=0.001", "--batch_size=2"
+        ),
     ),
     "spells as rows of a game": (lambda at: spin(at, spelled(at), "--temperature=2"),),
     "spells that a teacher lacks": (lambda at: taught(at, f"{at.data}/train.jsonl", spelled(at)),),

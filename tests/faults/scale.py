@@ -1,4 +1,7 @@
-"""Sections of the harness about ranks and numbers: the same losses on any number of ranks, and the same decision on all."""
+"""Sections about ranks and numbers: the same losses on any number of ranks, and the same decisions.
+
+A section is called with (workspace, short) and returns a Result. Its docstring is what it promises.
+"""
 
 import json
 import os
@@ -7,210 +10,244 @@ import time
 
 import torch
 
-from nanospin import preflight
-from nanospin import elastic
-from nanospin import distributed
 import train
 from data.folder import write_meta
 from data.rows import write_rows
-from tests.faults.harness import ROOT, difference, elastic, free_port, go, small_parts, start
+from nanospin import checkpoint, elastic, preflight
+from tests.faults.harness import (
+    ROOT,
+    Result,
+    Workspace,
+    compare,
+    count,
+    difference,
+    free_port,
+    logged,
+    run_to_end,
+    sample_in_small_parts,
+    start,
+    torchrun,
+)
 
 
-def logged(out, kind, key):
-    with open(f"{out}/metrics.jsonl", encoding="utf-8") as f:
-        return [r[key] for r in map(json.loads, f) if r["kind"] == kind and key in r]
-
-
-def apart(a, b):
+def relative_difference(a: list[float], b: list[float]) -> float:
     """The largest relative difference of two lists of numbers."""
     return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
 
 
-def on_call(stage, number, bad, only=1):
-    """A `before`: on rank `only` the objective's loss of micro-batch `number` becomes bad(loss, logps)."""
+# ---------------------------------------------------------------------- one decision of all ranks
+
+
+def figures(workspace: Workspace, short: bool) -> Result:
+    """a loss that is not a number or a gradient that is infinite on one rank, rows without targets,
+    a loss spike: all ranks decide alike"""
+    failures = []
+    bad_losses = {"gradient": infinite_gradient}
+    if not short:
+        bad_losses["loss"] = not_a_number
+    for name, change in bad_losses.items():
+        failures += stop_and_resume(workspace, name, change)
+        failures += skip_step(workspace, name, change)
+    failures += train_without_targets(workspace)
+    failures += loss_spike(workspace)
+    return count(3 * len(bad_losses) + 2, failures)
+
+
+def not_a_number(loss):
+    return loss * float("nan")
+
+
+def infinite_gradient(loss):
+    """The same value, with an infinite gradient: that of sqrt at 0."""
+    return loss + (loss - loss.detach()).sqrt()
+
+
+def change_loss(number: int, change):
+    """A `before` that changes the loss of rank 1's micro-batch `number`, counted from 1."""
 
     def before(rank):
-        good, calls = train.OBJECTIVES[stage], [0]
+        objective = train.OBJECTIVES["sft"]
+        calls = 0
 
-        def objective(logps, *rest):
-            calls[0] += 1
-            loss, metrics = good(logps, *rest)
-            return (
-                bad(loss, logps) if calls[0] == number and rank in (only, only - 2) else loss
-            ), metrics
+        def changed_objective(model, batch, cfg, beta):
+            nonlocal calls
+            calls += 1
+            loss, metrics = objective(model, batch, cfg, beta)
+            if calls == number and rank == 1:
+                loss = change(loss)
+            return loss, metrics
 
-        train.OBJECTIVES[stage] = objective
+        train.OBJECTIVES["sft"] = changed_objective
 
     return before
 
 
-def figures(place, short):
-    """not a number in one rank's batch, an infinite gradient, a batch with nothing asked, a spike: all ranks decide alike"""
-    failed = []
+def describe(name: str, run) -> list[str]:
+    return [f"{name}: {run.status} {run.output[-1500:]}"]
 
-    def check(name, run, ok):
-        if not ok():
-            failed.append(f"{name}: {run.status} {run.said[-1500:]}")
 
-    nan = lambda loss, logps: loss * float("nan")
-    steep = lambda loss, logps: (
-        loss + (logps.float().sum() * 0).sqrt()
-    )  # its value is 0, its slope infinite
-    for name, bad in (("loss", nan), ("gradient", steep))[short:]:
-        out = place.new()
-        run = go(place.args("sft", out), 2, before=on_call("sft", 4, bad))
-        check(
-            f"{name}, stop",
-            run,
-            lambda: (
-                run.status == [1, 1]
-                and run.err.count("\n") == 1
-                and "round 0 step 3: loss" in run.err
-                and "step_000002" in run.err
-                and "rows: [" in run.err
-            ),
-        )
-        again = go(place.args("sft", out), 2)
-        check(
-            f"{name}, again",
-            again,
-            lambda: again.status == [0, 0] and not difference(place.undisturbed("sft", 2), out),
-        )
-        out = place.new()
-        run = go(place.args("sft", out, "--on_nonfinite=skip"), 2, before=on_call("sft", 4, bad))
-        check(
-            f"{name}, skip",
-            run,
-            lambda: (
-                run.status == [0, 0]
-                and logged(out, "warning", "skipped") == [1]
-                and logged(out, "step", "step") == [0, 1, 2, 4, 5]
-                and all(torch.tensor(logged(out, "step", "loss")).isfinite())
-            ),
-        )
-    folder, out = f"{place.folder}/texts", place.new()
+def stop_and_resume(workspace: Workspace, name: str, change) -> list[str]:
+    """Two cases: the run stops with one line, and the same command then finishes."""
+    failures = []
+    out = workspace.new_run()
+    run = run_to_end(workspace.args("sft", out), 2, before=change_loss(4, change))
+    expected = ("round 0 step 3: loss", "step_000002", "rows: [")
+    named = all(text in run.errors for text in expected)
+    if run.status != [1, 1] or run.errors.count("\n") != 1 or not named:
+        failures += describe(f"{name}, stop", run)
+    again = run_to_end(workspace.args("sft", out), 2)
+    if again.status != [0, 0] or difference(workspace.undisturbed("sft", 2), out):
+        failures += describe(f"{name}, again", again)
+    return failures
+
+
+def skip_step(workspace: Workspace, name: str, change) -> list[str]:
+    out = workspace.new_run()
+    argv = workspace.args("sft", out, "--on_nonfinite=skip")
+    run = run_to_end(argv, 2, before=change_loss(4, change))
+    if (
+        run.status != [0, 0]
+        or logged(out, "warning", "skipped") != [1]
+        or logged(out, "step", "step") != [0, 1, 2, 4, 5]
+        or not torch.tensor(logged(out, "step", "loss")).isfinite().all()
+    ):
+        return describe(f"{name}, skip", run)
+    return []
+
+
+def train_without_targets(workspace: Workspace) -> list[str]:
+    """Training rows of one token each, of which none is predicted."""
+    folder = f"{workspace.folder}/texts"
     os.makedirs(folder, exist_ok=True)
-    for split in ("train", "val"):
-        write_rows(
-            f"{folder}/{split}.jsonl",
-            [{"text": "x"}] * 8
-            + [{"text": f"{i} some words"} for i in range(8 * (split == "val"))],
-        )
+    short_texts = [{"text": "x"}] * 8
+    write_rows(f"{folder}/train.jsonl", short_texts)
+    write_rows(f"{folder}/val.jsonl", short_texts + [{"text": f"{i} words"} for i in range(8)])
     write_meta(folder, "bytes", "made up")
-    run = go(place.args("sft", out, f"--data={folder}", "--max_response=1"), 2)
-    check(
-        "nothing asked",
-        run,
-        lambda: run.status == [1, 1] and "is left" in run.err and run.err.count("\n") == 1,
-    )
-    out = place.new()
-    run = go(
-        place.args("sft", out, "--max_steps=16", "--loss_spike_factor=3"),
-        2,
-        before=on_call("sft", 14, lambda loss, logps: 20 * loss),
-    )
-    check(
-        "spike",
-        run,
-        lambda: (
-            run.status == [0, 0]
-            and [
-                "times the median loss" in text and "rows: [" in text
-                for text in logged(out, "warning", "text")
-            ]
-            == [True]
-        ),
-    )
-    n = 5 if short else 8
-    return n - len(failed), n, failed, ""
+    argv = workspace.args("sft", workspace.new_run(), f"--data={folder}", "--max_response=1")
+    run = run_to_end(argv, 2)
+    one_line = run.errors.count("\n") == 1
+    if run.status != [1, 1] or "can be used" not in run.errors or not one_line:
+        return describe("no targets", run)
+    return []
 
 
-def differing(place, short):
-    """ranks with another config, other data, other code or another torch: refused in one line that names the rank"""
+def loss_spike(workspace: Workspace) -> list[str]:
+    out = workspace.new_run()
+    argv = workspace.args("sft", out, "--max_steps=16", "--loss_spike_factor=3")
+    run = run_to_end(argv, 2, before=change_loss(14, lambda loss: 20 * loss))
+    warnings = logged(out, "warning", "text")
+    reported = len(warnings) == 1 and "times the recent median" in warnings[0]
+    if run.status != [0, 0] or not reported or "rows: [" not in warnings[0]:
+        return describe("spike", run)
+    return []
 
-    def config(rank):
-        load = train.config.load
-        train.config.load = lambda argv: load(argv + ["--lr=0.5"] * rank)
 
-    def data(rank):
-        read = preflight.read_meta
-        preflight.read_meta = lambda *args: (
-            (meta := read(*args)) | {"files": {**meta["files"], "other": rank}}
-        )
+def differing(workspace: Workspace, short: bool) -> Result:
+    """ranks with another setting, other data, other code or another torch: refused in one line that
+    names the rank"""
+    cases = {
+        "setting lr": other_setting,
+        "data": other_data,
+        "code": other_code,
+        "torch": other_torch,
+    }
+    failures = []
+    for name, before in cases.items():
+        run = run_to_end(workspace.args("pretrain", workspace.new_run()), 2, before=before)
+        named = f"rank 1 has a different {name} than rank 0" in run.errors
+        if run.status != [1, 1] or run.errors.count("\n") != 1 or not named:
+            failures.append(f"{name}: {run.status} {run.output[-800:]}")
+    return count(len(cases), failures)
 
-    def code(rank):
-        sha256 = preflight.sha256
-        preflight.sha256 = lambda path: sha256(path) + "x" * rank
 
-    def version(rank):
-        torch.__version__ += "x" * rank
+def other_setting(rank):
+    load = train.config_module.load
 
-    failed = []
-    for name, before in (("lr", config), ("data", data), ("code", code), ("torch", version)):
-        run = go(place.args("pretrain", place.new()), 2, before=before)
-        if (
-            run.status != [1, 1]
-            or run.err.count("\n") != 1
-            or f"rank 1 has another {'setting ' * (name == 'lr')}{name}" not in run.err
-        ):
-            failed.append(f"{name}: {run.status} {run.said[-800:]}")
-    return 4 - len(failed), 4, failed, ""
+    def load_other(argv, *classes):
+        return load(argv + ["--lr=0.5"] * rank, *classes)
 
+    train.config_module.load = load_other
+
+
+def other_data(rank):
+    read_meta = preflight.read_meta
+
+    def read_other_meta(folder, files_needed):
+        meta = read_meta(folder, files_needed)
+        return meta | {"files": meta["files"] | {"other": rank}}
+
+    preflight.read_meta = read_other_meta
+
+
+def other_code(rank):
+    sha256 = preflight.sha256
+    preflight.sha256 = lambda path: sha256(path) + "x" * rank
+
+
+def other_torch(rank):
+    torch.__version__ += "x" * rank
+
+
+# ---------------------------------------------------------------------------------- the same losses
 
 GOLDEN = os.path.join(ROOT, "tests", "faults", "golden.json")
-GOLDEN_MORE = ["--max_steps=100", "--save_interval=100", "--eval_interval=100"]
-GOLDEN_RUNS = {  # (stage, settings, ten times what another matrix library or another order of the sums made of it)
-    "pretrain, GPT-2's block, AdamW": ("pretrain", ["--lr=3e-3", "--dropout=0"], 1.5e-4),
+GOLDEN_STEPS = ["--max_steps=100", "--save_interval=100", "--eval_interval=100"]
+MODERN_BLOCK = [
+    "--position=rotary",
+    "--norm=rmsnorm",
+    "--mlp=swiglu",
+    "--qk_norm=True",
+    "--n_kv_head=1",
+]
+GOLDEN_RUNS = {  # name -> (stage, settings)
+    "pretrain, GPT-2's block, AdamW": ("pretrain", ["--lr=3e-3", "--dropout=0"]),
     "pretrain, the modern block, Muon": (
         "pretrain",
-        [
-            "--lr=3e-3",
-            "--dropout=0",
-            "--optimizer=muon",
-            "--position=rotary",
-            "--norm=rmsnorm",
-            "--mlp=swiglu",
-            "--qk_norm=True",
-            "--n_kv_head=1",
-        ],
-        2e-2,
+        ["--lr=3e-3", "--dropout=0", "--optimizer=muon", *MODERN_BLOCK],
     ),
-    "preference, K = 3": ("preference", ["--lr=3e-4"], 5e-6),
+    "preference, K = 3": ("preference", ["--lr=3e-4"]),
+}
+# ten times the difference that another matrix library, or another order of the sums, has made
+GOLDEN_TOLERANCE = {
+    "pretrain, GPT-2's block, AdamW": 1.5e-4,
+    "pretrain, the modern block, Muon": 2e-2,
+    "preference, K = 3": 5e-6,
 }
 
 
-def golden(place, short, write=False):
-    """losses of 100 steps of three configs as they are kept in golden.json, but for rounding"""
-    found = {}
-    for name, (stage, more, _) in list(GOLDEN_RUNS.items())[: 1 if short else 3]:
-        out = place.new()
-        run = go(place.args(stage, out, *GOLDEN_MORE, *more), 1)
-        assert run.status == [0], run.said
-        found[name] = [round(loss, 6) for loss in logged(out, "step", "loss")]
-    if write:
-        with open(GOLDEN, "w", encoding="utf-8") as f:
-            f.write(
-                "{"
-                + ",\n ".join(
-                    f"{json.dumps(name)}: {json.dumps(losses)}" for name, losses in found.items()
-                )
-                + "}\n"
-            )
+def golden(workspace: Workspace, short: bool) -> Result:
+    """losses of 100 steps of three configs equal those in golden.json, except for rounding"""
+    names = list(GOLDEN_RUNS)[: 1 if short else None]
     with open(GOLDEN, encoding="utf-8") as f:
-        before = json.load(f)
-    off = {name: apart(before[name], losses) for name, losses in found.items()}
-    failed = [f"{name}: {off[name]:.1e} off" for name in off if off[name] > GOLDEN_RUNS[name][2]]
-    return (
-        len(found) - len(failed),
-        len(found),
-        failed,
-        ", ".join(f"{value:.0e}" for value in off.values()) + " off",
-    )
+        expected = json.load(f)
+    failures = []
+    differences = []
+    for name in names:
+        off = relative_difference(expected[name], golden_losses(workspace, name))
+        differences.append(f"{off:.0e}")
+        if off > GOLDEN_TOLERANCE[name]:
+            failures.append(f"{name}: {off:.1e} off")
+    return count(len(names), failures, f"off by {', '.join(differences)}")
 
 
-def ranks(place, short):
+def golden_losses(workspace: Workspace, name: str) -> list[float]:
+    stage, settings = GOLDEN_RUNS[name]
+    out = workspace.new_run()
+    run = run_to_end(workspace.args(stage, out, *GOLDEN_STEPS, *settings))
+    assert run.status == [0], run.output
+    return [round(loss, 6) for loss in logged(out, "step", "loss")]
+
+
+def write_golden(workspace: Workspace):
+    lines = []
+    for name in GOLDEN_RUNS:
+        lines.append(f"{json.dumps(name)}: {json.dumps(golden_losses(workspace, name))}")
+    with open(GOLDEN, "w", encoding="utf-8") as f:
+        f.write("{" + ",\n ".join(lines) + "}\n")
+
+
+def ranks(workspace: Workspace, short: bool) -> Result:
     """one run on 1, 2, 4 and 1 ranks in turn, 60 steps: losses within 1e-6 of one rank's"""
-    one, many = place.new(), place.new()
     steps = [
         "--max_steps=60",
         "--dropout=0",
@@ -218,222 +255,242 @@ def ranks(place, short):
         "--save_interval=15",
         "--eval_interval=30",
     ]
-    run = go(place.args("pretrain", one, *steps), 1)
-    assert run.status == [0], run.said
-    for n, until in ((1, 15), (2, 30), (4, 45), (1, 60)):
-
-        def stop_at(rank, until=until):
-            good = train.checkpoint.save
-
-            def save(run, round_id, step, *rest):
-                elastic.received_signals += [15] * (step == until)
-                return good(run, round_id, step, *rest)
-
-            train.checkpoint.save = save
-
-        run = go(place.args("pretrain", many, *steps), n, before=stop_at)
-        assert set(run.status) <= {143, 0}, run.said
-    off = apart(logged(one, "step", "loss"), logged(many, "step", "loss"))
-    return (
-        int(off <= 1e-6),
-        1,
-        [] if off <= 1e-6 else [f"{off:.1e} off"],
-        f"largest difference {off:.1e}",
-    )
+    one_rank = workspace.new_run()
+    run = run_to_end(workspace.args("pretrain", one_rank, *steps))
+    assert run.status == [0], run.output
+    many_ranks = workspace.new_run()
+    for num_ranks, last_step in ((1, 15), (2, 30), (4, 45), (1, 60)):
+        argv = workspace.args("pretrain", many_ranks, *steps)
+        run = run_to_end(argv, num_ranks, before=stop_at(last_step))
+        assert set(run.status) <= {128 + signal.SIGTERM, 0}, run.output
+    off = relative_difference(logged(one_rank, "step", "loss"), logged(many_ranks, "step", "loss"))
+    failures = [f"{off:.1e} off"] if off > 1e-6 else []
+    return count(1, failures, f"largest difference {off:.1e}")
 
 
-def ways(place, short):
-    """HSDP, activation checkpointing, prefetch, weights kept after forward, compiled blocks, sharded sampling: the same losses"""
-    failed, offs = [], {}
-    cases = [
-        (4, ["--hsdp_shard_size=2"]),
-        (2, ["--hsdp_shard_size=1"]),
-        (2, ["--activation_checkpointing=1"]),
-        (2, ["--activation_checkpointing=2"]),
-        (2, ["--prefetch=1"]),
-        (2, ["--reshard_after_forward=False"]),
-        (2, ["--sample_sharded=True"]),
-        (2, ["--sample_sharded=True", "--eval_rows=1"]),
-    ]
-    cases += [] if short else [(1, ["--activation_checkpointing=1"]), (2, ["--compile=True", "--activation_checkpointing=1"])]
-    for n, more in cases[:3] if short else cases:
-        out = place.new()
-        run = start(place.args("spin3", out, *more), n)
+def stop_at(last_step: int):
+    """A `before`: a run behaves as if it had received SIGTERM before the save of this step."""
+
+    def before(rank):
+        save = checkpoint.save
+
+        def save_and_stop(run, round_id, step, *args, **options):
+            if step == last_step:
+                elastic.received_signals.append(signal.SIGTERM)
+            return save(run, round_id, step, *args, **options)
+
+        checkpoint.save = save_and_stop
+
+    return before
+
+
+WAYS = [  # (ranks, settings); a short run has the first three
+    (4, ["--hsdp_shard_size=2"]),
+    (2, ["--hsdp_shard_size=1"]),
+    (2, ["--activation_checkpointing=1"]),
+    (2, ["--activation_checkpointing=2"]),
+    (2, ["--prefetch=1"]),
+    (2, ["--reshard_after_forward=False"]),
+    (2, ["--sample_sharded=True"]),
+    (2, ["--sample_sharded=True", "--eval_rows=1"]),
+    (1, ["--activation_checkpointing=1"]),
+    (2, ["--compile=True", "--activation_checkpointing=1"]),
+]
+
+
+def ways(workspace: Workspace, short: bool) -> Result:
+    """HSDP, activation checkpointing, prefetch, weights kept after forward, compiled blocks,
+    sharded sampling: the same losses"""
+    cases = WAYS[:3] if short else WAYS
+    failures = []
+    largest = 0.0
+    for num_ranks, settings in cases:
+        out = workspace.new_run()
+        run = start(workspace.args("spin3", out, *settings), num_ranks)
         run.wait(400)
-        if run.status != [0] * n:
-            failed.append(f"{n} ranks {more}: {run.status} {run.said[-1500:]}")
+        if run.status != [0] * num_ranks:
+            failures.append(f"{num_ranks} ranks {settings}: {run.status} {run.output[-1500:]}")
             continue
-        whole = place.undisturbed("spin3", min(n, 2))
-        offs[more[0]] = apart(logged(whole, "step", "loss"), logged(out, "step", "loss"))
-        if offs[more[0]] > 1e-5:
-            failed.append(f"{n} ranks {more}: {offs[more[0]]:.1e} off")
-    n = 3 if short else len(cases)
-    return n - len(failed), n, failed, f"largest difference {max(offs.values(), default=0):.1e}"
+        undisturbed = workspace.undisturbed("spin3", min(num_ranks, 2))
+        off = relative_difference(logged(undisturbed, "step", "loss"), logged(out, "step", "loss"))
+        largest = max(largest, off)
+        if off > 1e-5:
+            failures.append(f"{num_ranks} ranks {settings}: {off:.1e} off")
+    return count(len(cases), failures, f"largest difference {largest:.1e}")
 
 
-def memory(place, short):
-    """bytes a rank of parameters, gradients (after each micro-batch) and optimizer fall as 1 / ranks"""
-    found = {}
-    for n in (1, 2) if short else (1, 2, 4):
-        out = place.new()
+# ---------------------------------------------------------------------------- memory, time of saves
 
-        def note(rank):
-            run, backward, save, models, sizes = (
-                train.run,
-                train.backward,
-                train.checkpoint.save,
-                [],
-                {"gradients": []},
-            )
-            local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).nbytes
 
-            def run_(model, *rest):
-                models.append(model)
-                return run(model, *rest)
+def memory(workspace: Workspace, short: bool) -> Result:
+    """bytes per rank of parameters, gradients (after each micro-batch) and optimizer fall as
+    1 / ranks"""
+    sizes = {}  # number of ranks -> for each rank {what: bytes}
+    for num_ranks in (1, 2) if short else (1, 2, 4):
+        sizes[num_ranks] = measure_memory(workspace, num_ranks)
+    failures = []
+    table = []
+    for num_ranks, of_ranks in sizes.items():
+        row = []
+        for name, whole in sizes[1][0].items():
+            bytes_per_rank = [size[name] for size in of_ranks]
+            row.append(f"{name} {max(bytes_per_rank) / 2**20:.2f}")
+            share = whole / num_ranks
+            if not all(0.99 * share <= n <= 1.01 * share for n in bytes_per_rank):
+                failures.append(f"{num_ranks} ranks, {name}: {bytes_per_rank} of {whole}")
+        table.append(f"{num_ranks}: {', '.join(row)}")
+    return count(3 * len(sizes), failures, f"MiB per rank, {'; '.join(table)}")
 
-            def backward_(loss):
-                backward(loss)
-                params = list(models[-1].parameters())
-                sizes["parameters"] = sum(map(local, params))
-                sizes["gradients"].append(
-                    sum(local(p.grad) if p.grad is not None else 0 for p in params)
-                )
 
-            def save_(run, round_id, step, model, optimizers, *rest):
-                sizes["optimizer"] = sum(
-                    local(t)
-                    for o in optimizers
-                    for state in o.state.values()
-                    for t in state.values()
-                    if torch.is_tensor(t)
-                )
-                first, *more = sizes["gradients"]
-                assert more == [first], "what two micro-batches leave is not as large"
-                with open(f"{out}/sizes{rank}", "w") as f:
-                    json.dump(sizes | {"gradients": first}, f)
-                return save(run, round_id, step, model, optimizers, *rest)
-
-            train.run, train.backward, train.checkpoint.save = run_, backward_, save_
-
-        run = go(
-            place.args(
-                "pretrain",
-                out,
-                "--n_layer=4",
-                "--n_embd=256",
-                "--n_head=4",
-                "--max_steps=1",
-                "--eval_batches=1",
-                "--eval_interval=1000",
-                f"--micro_batch_tokens={256 // n}",
-            ),
-            n,
-            before=note,
-        )
-        assert run.status == [0] * n, run.said
-        found[n] = [json.load(open(f"{out}/sizes{rank}")) for rank in range(n)]
-    failed = []
-    for n, sizes in found.items():
-        for name, whole in found[1][0].items():
-            if not all(whole / n * 0.99 <= s[name] <= whole / n * 1.01 for s in sizes):
-                failed.append(f"{n} ranks, {name}: {[s[name] for s in sizes]} of {whole}")
-    table = "; ".join(
-        f"{n}: "
-        + ", ".join(f"{name} {max(s[name] for s in sizes) / 2**20:.2f}" for name in sizes[0])
-        for n, sizes in found.items()
+def measure_memory(workspace: Workspace, num_ranks: int) -> list[dict[str, int]]:
+    """{parameters, gradients, optimizer: bytes} of each rank, in a run of one step."""
+    out = workspace.new_run()
+    argv = workspace.args(
+        "pretrain",
+        out,
+        "--n_layer=4",
+        "--n_embd=256",
+        "--n_head=4",
+        "--max_steps=1",
+        "--eval_batches=1",
+        "--eval_interval=1000",
+        f"--micro_batch_tokens={256 // num_ranks}",
     )
-    return 3 * len(found) - len(failed), 3 * len(found), failed, f"MiB a rank, {table}"
+    run = run_to_end(argv, num_ranks, before=lambda rank: write_sizes(f"{out}/sizes{rank}"))
+    assert run.status == [0] * num_ranks, run.output
+    found = []
+    for rank in range(num_ranks):
+        with open(f"{out}/sizes{rank}") as f:
+            found.append(json.load(f))
+    return found
 
 
-def pause(place, short):
-    """how long a save holds up the training, of how long it takes; a loop that went on meanwhile"""
-    out, n = place.new(), 2 if short else 4
+def write_sizes(path: str):
+    """Let this process write the sizes of its tensors to a file when it saves."""
+    fit, backward, save = train.fit, train.backward, checkpoint.save
+    params = []
+    gradients = []  # bytes after each micro-batch
 
-    def note(rank):
-        save, settle, times = train.checkpoint.save, train.wait_for_save, []
+    def fit_and_note(run, *args):
+        params.extend(run.model.parameters())
+        fit(run, *args)
 
-        def save_(*args):
-            began = time.time()
-            saving = save(*args)
-            held = time.time() - began
-            saving.add_done_callback(lambda _: times.append((held, time.time() - began)))
-            return saving
+    def backward_and_measure(loss):
+        backward(loss)
+        gradients.append(sum(local_bytes(p.grad) for p in params if p.grad is not None))
 
-        def settle_(saving, cfg, round_id, step, log, last=False):
-            settle(saving, cfg, round_id, step, log, last)
-            if last and rank == 0:
-                with open(f"{out}/times", "w") as f:
-                    json.dump(times, f)
+    def measure_and_save(run, round_id, step, model, optimizers, **options):
+        states = [state for o in optimizers for state in o.state.values()]
+        optimizer_bytes = 0
+        for state in states:
+            optimizer_bytes += sum(local_bytes(t) for t in state.values() if torch.is_tensor(t))
+        assert len(gradients) == 2, "the step should have two micro-batches"
+        assert gradients[0] == gradients[1], "the second micro-batch leaves more than the first"
+        sizes = {
+            "parameters": sum(local_bytes(p) for p in params),
+            "gradients": gradients[0],
+            "optimizer": optimizer_bytes,
+        }
+        with open(path, "w") as f:
+            json.dump(sizes, f)
+        return save(run, round_id, step, model, optimizers, **options)
 
-        train.checkpoint.save, train.wait_for_save = save_, settle_
+    train.fit = fit_and_note
+    train.backward = backward_and_measure
+    checkpoint.save = measure_and_save
 
-    run = go(
-        place.args(
-            "pretrain",
-            out,
-            "--n_layer=6",
-            "--n_embd=384",
-            "--n_head=6",
-            f"--max_steps={12 * n}",
-            "--save_interval=12",
-            "--eval_interval=1000",
-            "--eval_batches=1",
-        ),
-        2,
-        before=note,
+
+def local_bytes(tensor) -> int:
+    """The bytes of this rank's part of a tensor."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
+
+
+def pause(workspace: Workspace, short: bool) -> Result:
+    """how long a save stops training, of how long it takes: less than half"""
+    num_saves = 2 if short else 4
+    out = workspace.new_run()
+    argv = workspace.args(
+        "pretrain",
+        out,
+        "--n_layer=6",
+        "--n_embd=384",
+        "--n_head=6",
+        f"--max_steps={12 * num_saves}",
+        "--save_interval=12",
+        "--eval_interval=1000",
+        "--eval_batches=1",
     )
-    assert run.status == [0, 0], run.said
-    times = json.load(open(f"{out}/times"))
-    held, whole = (sorted(column)[len(times) // 2] for column in zip(*times))
-    ok = held < whole / 2
-    return (
-        int(ok),
-        1,
-        [] if ok else [str(times)],
-        f"10.7M parameters and AdamW's state, two ranks: held up {1000 * held:.0f} ms of {1000 * whole:.0f} ms",
+    run = run_to_end(argv, 2, before=lambda rank: write_save_times(f"{out}/times{rank}"))
+    assert run.status == [0, 0], run.output
+    with open(f"{out}/times0") as f:
+        times = json.load(f)
+    stopped, total = (median(column) for column in zip(*times))
+    failures = [] if stopped < total / 2 else [str(times)]
+    note = (
+        "10.7M parameters and AdamW's state, two ranks: "
+        f"stopped for {1000 * stopped:.0f} ms of {1000 * total:.0f} ms"
     )
+    return count(1, failures, note)
 
 
-def nodes(place, short):
-    """two torchrun agents on the loopback, a worker each; one of the workers is killed, both restart"""
-    whole, out, port, pids = (
-        place.undisturbed("spin3", 2),
-        place.new(),
-        free_port(),
-        f"{place.folder}/nodes",
-    )
+def median(values) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def write_save_times(path: str):
+    """Let this process write, after its last save, (seconds that the call took, seconds until the
+    checkpoint was written) of each save."""
+    save, wait = checkpoint.save, checkpoint.Saver.wait
+    times = []
+
+    def timed_save(*args, **options):
+        start_time = time.time()
+        saving = save(*args, **options)
+        stopped = time.time() - start_time
+        saving.add_done_callback(lambda _: times.append((stopped, time.time() - start_time)))
+        return saving
+
+    def wait_and_write(saver, round_id, step, last=False):
+        wait(saver, round_id, step, last)
+        if last:
+            with open(path, "w") as f:
+                json.dump(times, f)
+
+    checkpoint.save, checkpoint.Saver.wait = timed_save, wait_and_write
+
+
+# -------------------------------------------------------------------------------------- two agents
+
+
+def nodes(workspace: Workspace, short: bool) -> Result:
+    """two torchrun agents on one machine, a worker each: one worker is killed, both restart"""
+    undisturbed, out = workspace.undisturbed("spin3", 2), workspace.new_run()
+    pids = f"{workspace.folder}/nodes"
     os.makedirs(pids, exist_ok=True)
 
-    def note(rank):
-        small_parts(rank)
+    def write_pid(rank):
+        sample_in_small_parts(rank)
         with open(f"{pids}/{rank}.{time.time():.3f}", "w") as f:
             f.write(str(os.getpid()))
 
-    agents = [
-        start(
-            place.args("spin3", out), main=elastic(3, note, nodes=2, endpoint=f"127.0.0.1:{port}")
-        )
-        for _ in range(2)
-    ]
-    killed, began = False, time.time()
-    while any(agent.poll() == [None] for agent in agents) and time.time() - began < 150:
+    endpoint = f"127.0.0.1:{free_port()}"
+    agents = []
+    for _ in range(2):
+        main = torchrun(3, write_pid, nodes=2, endpoint=endpoint)
+        agents.append(start(workspace.args("spin3", out), main=main))
+    killed = False
+    start_time = time.time()
+    while any(agent.poll() == [None] for agent in agents) and time.time() - start_time < 150:
         if not killed and os.path.exists(f"{out}/round_0/train.ref.npz"):
-            newest = sorted(name for name in os.listdir(pids) if name.startswith("1."))[-1]
-            os.kill(int(open(f"{pids}/{newest}").read()), signal.SIGKILL)
+            newest = max(name for name in os.listdir(pids) if name.startswith("1."))
+            with open(f"{pids}/{newest}") as f:
+                os.kill(int(f.read()), signal.SIGKILL)
             killed = True
         time.sleep(0.02)
     for agent in agents:
         agent.kill()
-        agent.poll_all()
-    status = [agent.status[0] for agent in agents]
-    what = (
-        difference(whole, out)
-        if status == [0, 0]
-        else f"{status} " + "".join(agent.said[-2500:] for agent in agents)
-    )
-    return (
-        int(killed and not what),
-        1,
-        [f"killed: {killed}; {what}"] if what or not killed else [],
-        "",
-    )
+        agent.reap()
+    problem = compare(agents[0], undisturbed, out) or compare(agents[1], undisturbed, out)
+    if problem or not killed:
+        return count(1, [f"killed: {killed}; {problem}"])
+    return count(1, [])
