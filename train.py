@@ -33,7 +33,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.folder import find_invalid_token, read_meta, read_stream, tokenizer_path
+from data.folder import read_meta, read_stream, tokenizer_path
 from eval import (
     loss_metrics,
     pad_rows_to_K,
@@ -573,7 +573,10 @@ def build_model(cfg, model_class, device, dtype):
     if path:
         meta = checkpoint.read_meta(path)
         enc, name = checkpoint.read_tokenizer(path, meta), meta["tokenizer"]
-        check_tokenizer(cfg, path, meta)
+        preflight.check_tokenizer(cfg, path, meta)
+        saved_config = config_module.model_config_from(
+            meta["model"], model_class.config_class, f"{path}/meta.json"
+        )
         shape = meta["model"] | cfg.model
     else:
         name = cfg.tokenizer or read_meta(cfg.data, [])["tokenizer"]
@@ -586,7 +589,7 @@ def build_model(cfg, model_class, device, dtype):
         enc = tokenizer.load(name)
         shape = cfg.model | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
-        check_stream(pretrain_config(cfg).data, enc, name)
+        preflight.check_stream(pretrain_config(cfg).data, enc, name)
 
     shape["scalar_head"] = cfg.stage in ("reward", "ppo")
     try:
@@ -594,7 +597,7 @@ def build_model(cfg, model_class, device, dtype):
     except ValueError as e:
         raise SystemExit(f"config: {e}")
     if path:
-        check_model_settings(cfg, model_config, model_class.config_class(**meta["model"]), path)
+        preflight.check_model_settings(cfg, model_config, saved_config, path)
     if cfg.stage == "spin":
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
 
@@ -606,43 +609,6 @@ def build_model(cfg, model_class, device, dtype):
     else:
         model.init_weights(cfg.seed, distributed.copy_parameter_)
     return model, enc, name
-
-
-def check_tokenizer(cfg, path, meta):
-    """A tokenizer in the config must be that of the checkpoint."""
-    if not cfg.tokenizer:
-        return
-    if tokenizer.fingerprint(tokenizer.load(cfg.tokenizer)) != meta["tokenizer_sha256"]:
-        raise SystemExit(f"config: tokenizer {cfg.tokenizer} is not the checkpoint's ({path})")
-
-
-def check_stream(folder, enc, tokenizer_name):
-    """A token stream must be of this tokenizer. The ranks share the work of looking at every id."""
-    meta = read_meta(folder, [])
-    if meta["tokenizer_sha256"] != tokenizer.fingerprint(enc):
-        raise SystemExit(
-            f"{folder} was written with the tokenizer {meta['tokenizer']}, "
-            f"the model has another ({tokenizer_name})"
-        )
-    for split in ("train", "val"):
-        tokens = read_stream(folder, split)
-        found = find_invalid_token(tokens, enc.n_vocab, distributed.rank(), world_size())
-        first = min(distributed.all_gather_object(found))
-        if first < len(tokens):
-            raise SystemExit(
-                f"{folder}/{split}.bin: token id {tokens[first]} at position {first} is outside "
-                f"the vocabulary of {enc.n_vocab}"
-            )
-
-
-def check_model_settings(cfg, model_config, its_config, path):
-    """Model settings in the config must be those of the checkpoint; only dropout may differ."""
-    for name, value in cfg.model.items():
-        its_value = getattr(its_config, name)
-        if name != "dropout" and getattr(model_config, name) != its_value:
-            raise SystemExit(
-                f"config: {name} is {value!r}, but the checkpoint {path} has {its_value!r}"
-            )
 
 
 def main(

@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
+from data import tokenizer
 from data.files import read_json, sha256
-from data.folder import read_meta
+from data.folder import find_invalid_token, read_meta, read_stream
 from data.template import TEMPLATE
 from nanospin import checkpoint, config, distributed
 
@@ -214,6 +215,44 @@ def has_rows(out_dir: str) -> bool:
     """Whether a run has written samples or metrics: a .jsonl file, or part of one, with content."""
     files = glob.glob(os.path.join(glob.escape(out_dir), "**", "*.jsonl*"), recursive=True)
     return any(os.path.getsize(file) for file in files)
+
+
+def check_tokenizer(cfg, path, meta):
+    """A tokenizer in the config must be that of the checkpoint."""
+    if not cfg.tokenizer:
+        return
+    if tokenizer.fingerprint(tokenizer.load(cfg.tokenizer)) != meta["tokenizer_sha256"]:
+        raise SystemExit(f"config: tokenizer {cfg.tokenizer} is not the checkpoint's ({path})")
+
+
+def check_stream(folder, enc, tokenizer_name):
+    """A token stream must be of this tokenizer. The ranks share the work of looking at every id."""
+    meta = read_meta(folder, [])
+    if meta["tokenizer_sha256"] != tokenizer.fingerprint(enc):
+        raise SystemExit(
+            f"{folder} was written with the tokenizer {meta['tokenizer']}, "
+            f"the model has another ({tokenizer_name})"
+        )
+    for split in ("train", "val"):
+        tokens = read_stream(folder, split)
+        rank, world_size = distributed.rank(), distributed.world_size()
+        found = find_invalid_token(tokens, enc.n_vocab, rank, world_size)
+        first = min(distributed.all_gather_object(found))
+        if first < len(tokens):
+            raise SystemExit(
+                f"{folder}/{split}.bin: token id {tokens[first]} at position {first} is outside "
+                f"the vocabulary of {enc.n_vocab}"
+            )
+
+
+def check_model_settings(cfg, model_config, its_config, path):
+    """Model settings in the config must be those of the checkpoint; only dropout may differ."""
+    for name, value in cfg.model.items():
+        its_value = getattr(its_config, name)
+        if name != "dropout" and getattr(model_config, name) != its_value:
+            raise SystemExit(
+                f"config: {name} is {value!r}, but the checkpoint {path} has {its_value!r}"
+            )
 
 
 # --------------------------------------------------------------------------------------- settings

@@ -112,6 +112,11 @@ def tiny_runs(tiny_data, tmp_path_factory):
     return make_runs(str(tmp_path_factory.mktemp("runs")), tiny_data)
 
 
+def letters(row, text):
+    """The reward of the PPO runs, as --reward=conftest:letters: the share of a's and e's."""
+    return sum(c in "ae" for c in text) / max(1, len(text))
+
+
 def spin_args(runs, data, out, *more):
     """Arguments of a self-play run that starts at runs["sft"]: 5 steps a round."""
     return [

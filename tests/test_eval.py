@@ -1,59 +1,59 @@
-from model import GPT
-from data.rows import check_row
+"""Evaluation: log-probabilities, metrics and verdicts, against loops and numbers by hand."""
+
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import TEMPLATE, command, read_metrics
 
-from conftest import command, read_metrics
-from data.rows import encode_rows, read_rows
-from data import tokenizer
+from data.rows import check_row, encode_rows, read_rows
 from eval import (
     extract_answer,
     f1_score,
     harness_metrics,
     length_accuracy,
     ranking_metrics,
-    sample_metrics,
     response_logprobs,
-    win_rate,
     rolling_windows,
+    sample_metrics,
+    win_rate,
 )
+from model import GPT
 
-BYTES = tokenizer.load("bytes")
+CPU = torch.device("cpu")
+EOT = 256  # of bytes
 
 
 def slow_logprob(model, prompt, response):
-    """One sequence, full logits, float64."""
+    """log pi(response | prompt) of one sequence, from all logits, in float64."""
     ids = torch.tensor([(prompt + response)[:-1]])
     logps = model(ids)[0].double().log_softmax(-1)
-    return sum(logps[len(prompt) - 1 + t, y].item() for t, y in enumerate(response))
+    return sum(logps[len(prompt) - 1 + t, token].item() for t, token in enumerate(response))
+
+
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 @torch.no_grad()
-def test_score_equals_one_sequence_at_a_time(tiny_runs):
+def test_response_logprobs_equal_one_sequence_at_a_time(tiny_runs):
+    """In micro-batches of three tokens, with responses that are absent, empty or of other lengths.
+    The same call gives the same bits."""
     model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
-    rows, _ = encode_rows(
-        [
-            {
-                "prompt": f"the model {i}",
-                "responses": ["falls" * (i % 3), None if i % 2 else "reads", "a"],
-            }
-            for i in range(7)
-        ],
-        enc,
-        "Q: {prompt}\nA: ",
-        64,
-    )
-    fast = response_logprobs(model, rows, 3, torch.device("cpu"))
-    slow = [
-        [0.0 if y is None else slow_logprob(model, row["prompt"], y) for y in row["responses"]]
-        for row in rows
-    ]
-    np.testing.assert_allclose(fast, slow, rtol=1e-5)
-    np.testing.assert_array_equal(fast, response_logprobs(model, rows, 3, torch.device("cpu")))
+    texts = []
+    for i in range(7):
+        responses = ["falls" * (i % 3), None if i % 2 else "reads", "a"]
+        texts.append({"prompt": f"the model {i}", "responses": responses})
+    rows, _ = encode_rows(texts, enc, TEMPLATE, 64)
+    logps = response_logprobs(model, rows, 3, CPU)
+    for b, row in enumerate(rows):
+        for k, response in enumerate(row["responses"]):
+            slow = 0.0
+            if response is not None:
+                slow = slow_logprob(model, row["prompt"], response)
+            assert logps[b, k] == pytest.approx(slow, rel=1e-5)
+    np.testing.assert_array_equal(logps, response_logprobs(model, rows, 3, CPU))
 
 
 def test_ranking_metrics_by_hand():
@@ -61,174 +61,216 @@ def test_ranking_metrics_by_hand():
         {"responses": [[1], [1, 2], [3]], "ranks": [0, 1, 2]},
         {"responses": [[1, 2, 3], [1], None], "ranks": [0, 1, 2]},
     ]
-    logps, refs = (
-        np.array([[-1.0, -2.0, -9.0], [-6.0, -3.0, 0.0]]),
-        np.array([[-2.0, -2.0, -4.0], [-5.0, -5.0, 0.0]]),
-    )
-    m = ranking_metrics(
-        logps, refs, rows, 0.5, ["data", "teacher", "self"]
-    )  # rewards [.5, 0, -2.5], [-.5, 1, -]
+    logps = np.array([[-1.0, -2.0, -9.0], [-6.0, -3.0, 0.0]])
+    refs = np.array([[-2.0, -2.0, -4.0], [-5.0, -5.0, 0.0]])
+    # the implicit rewards are [.5, 0, -2.5] and [-.5, 1, -]
+    m = ranking_metrics(logps, refs, rows, 0.5, ["data", "teacher", "self"])
     assert m["val_loss"] == 7 / 4
+    assert m["acc"] == 3 / 4
     assert m["acc_se"] == pytest.approx(math.hypot(3 - 3 * m["acc"], 0 - m["acc"]) / 4)
-    assert m["acc"] == 3 / 4 and m["acc/data"] == 1 / 2 and m["acc/teacher"] == 1.0
-    assert m["reward/data"] == 0.0 and m["reward/teacher"] == 0.5 and m["reward/self"] == -2.5
-    assert m["logp/data"] == -3.5 and m["logp/self"] == -9.0 and m["kl_from_ref"] == 5.0
+    assert m["acc/data"] == 1 / 2
+    assert m["acc/teacher"] == 1.0
+    assert m["reward/data"] == 0.0
+    assert m["reward/teacher"] == 0.5
+    assert m["reward/self"] == -2.5
+    assert m["logp/data"] == -3.5
+    assert m["logp/self"] == -9.0
+    assert m["kl_from_ref"] == 5.0
     first = math.log(1 + math.exp(-0.5) + math.exp(-3)) + math.log(1 + math.exp(-2.5))
-    assert abs(m["rank_nll"] - (first + math.log(1 + math.exp(1.5))) / 2) < 1e-12
+    second = math.log(1 + math.exp(1.5))
+    assert abs(m["rank_nll"] - (first + second) / 2) < 1e-12
 
 
-def test_a_long_text_is_asked_for_once():
-    """The windows of lm-evaluation-harness's own example, a text of ten ids read by four."""
-    assert [
-        (row["prompt"], row["responses"]) for row in rolling_windows(list(range(10)), 99, 4)
-    ] == [
-        ([99], [[0, 1, 2, 3]]),
-        ([3], [[4, 5, 6, 7]]),
-        ([5, 6, 7], [[8, 9]]),
-    ]
-    assert [(row["prompt"], row["responses"]) for row in rolling_windows([7], 99, 4)] == [
-        ([99], [[7]])
-    ] and [len(row["responses"][0]) for row in rolling_windows([1] * 8, 0, 4)] == [4, 4]
+# --------------------------------------------------------------------------- metrics of samples
+
+
+def test_extract_answer():
+    assert extract_answer("so 3 + 4 = 7\n#### 1,234.") == "1234"
+    assert extract_answer("#### 1\n#### -2") == "-2"
+    assert extract_answer(" 405 ") == "405"
+
+
+def test_f1_score():
+    assert f1_score("Return the name", "return a name") == pytest.approx(2 / 3)
+    assert f1_score("", "x") == 0.0
+
+
+def test_sample_metrics():
+    samples, references = ["#### 7", "#### 8"], ["1 + 6\n#### 7", "#### 9"]
+    m = sample_metrics(samples, [[1, EOT], [1, 2, 3]], references, EOT)
+    assert m["exact_match"] == 0.5
+    assert m["ended"] == 0.5
+    assert m["length"] == 2.5
+
+
+def test_length_accuracy_is_that_of_the_better_direction():
+    assert length_accuracy([5, 5, 5], [3, 3, 9]) == pytest.approx(2 / 3)
+    assert length_accuracy([1, 1], [2, 2]) == 1.0
+    assert length_accuracy([2], [2]) == 0.5
+
+
+# -------------------------------------------------------- what lm-evaluation-harness would report
+
+
+@pytest.mark.parametrize(
+    "ids, windows",
+    [
+        # the harness's own example: a text of ten ids, read by four
+        (
+            list(range(10)),
+            [([99], [0, 1, 2, 3]), ([3], [4, 5, 6, 7]), ([5, 6, 7], [8, 9])],
+        ),
+        ([7], [([99], [7])]),
+        ([1] * 8, [([99], [1, 1, 1, 1]), ([1], [1, 1, 1, 1])]),
+    ],
+)
+def test_rolling_windows_predict_every_id_once(ids, windows):
+    found = [(row["prompt"], row["responses"][0]) for row in rolling_windows(ids, 99, 4)]
+    assert found == windows
+
+
+BLOCK_SIZE = 64
+
+
+def slow_rolling_nats(model, text):
+    """-log-probability of a whole text, id by id: each with the context of its window."""
+    ids = list(text.encode())
+    num_windows = math.ceil(len(ids) / BLOCK_SIZE)
+    nats = 0.0
+    for t, token in enumerate(ids):
+        window = t // BLOCK_SIZE
+        if window == 0:
+            context = [EOT, *ids[:t]]
+        elif window < num_windows - 1:
+            context = ids[window * BLOCK_SIZE - 1 : t]
+        else:  # the last window reaches back as far as it can
+            context = ids[len(ids) - BLOCK_SIZE - 1 : t]
+        nats -= slow_logprob(model, context, [token])
+    return nats
+
+
+def rows_of_every_kind():
+    """Rows with choices, one of them absent, tied, empty, too long or alone; and whole texts."""
+    rng = np.random.default_rng(0)
+    words = "the loss of a model fällt ☃ x".split()
+    rows = []
+    for i in range(24):
+        responses = []
+        for _ in range(3):
+            responses.append(" ".join(rng.choice(words, rng.integers(1, 6))))
+        rows.append({"prompt": f"{i} the", "responses": responses})
+    rows[0]["responses"][1] = None
+    # a poor response and a good one share the first rank
+    rows[1] |= {"responses": ["\x01\x02", "the", "\x03"], "scores": [1.0, 1.0, 0.0]}
+    rows[2]["responses"] = ["the end"]
+    rows[3]["responses"][2] = ""
+    rows[4]["responses"][0] = "the loss of a model " * 5
+    long = "the loss of a model falls when it reads what people write and stops at the end ☃ " * 2
+    for text in (long, "what", "ä"):
+        rows.append(check_row({"text": text}, ""))
+    return rows
 
 
 @torch.no_grad()
-def test_bits_and_choices_one_sequence_at_a_time(tiny_runs):
-    """Against loops over single responses and single ids: without end-of-text, by UTF-8 bytes, cut where the limits cut, long texts in windows."""
+def test_harness_metrics_one_sequence_at_a_time(tiny_runs):
+    """Without end-of-text, per UTF-8 byte, cut at the limits, long texts in windows."""
     model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "prompt": f"{i} the",
-            "responses": [
-                " ".join(rng.choice("the loss of a model fällt ☃ x".split(), rng.integers(1, 6)))
-                for _ in range(3)
-            ],
-        }
-        for i in range(24)
-    ]
-    rows[0]["responses"][1] = None
-    rows[1] |= {
-        "responses": ["\x01\x02", "the", "\x03"],
-        "scores": [1.0, 1.0, 0.0],
-    }  # a tie of a poor and a good one
-    rows[4]["responses"][0] = "the loss of a model " * 5  # is cut
-    rows[2]["responses"] = ["the end"]
-    rows[3]["responses"][2] = ""
-    long = "the loss of a model falls when it reads what people write and stops at the end ☃ " * 2
-    rows += [check_row({"text": text}, "") for text in (long, "what", "ä")]
-    length, nats, size, right, right_bytes, n = 64, 0.0, 0, 0, 0, 0
+    rows = rows_of_every_kind()
+    nats, num_bytes, right, right_by_bytes, num_choices = 0.0, 0, 0, 0, 0
     for row in rows:
         if not row["prompt"]:
-            ids = list(row["responses"][0].encode())
-            for t in range(len(ids)):
-                first = (
-                    max(0, t // length * length - 1)
-                    if t // length < (len(ids) - 1) // length
-                    else max(0, len(ids) - length - 1)
-                )
-                nats -= slow_logprob(model, ([256] if t < length else []) + ids[first:t], [ids[t]])
-            size += len(ids)
-        elif "" not in row["responses"]:
-            prompt = list(f"Q: {row['prompt']}\nA: ".encode())
-            said = [
-                None if y is None else list(y.encode())[: length - len(prompt)]
-                for y in row["responses"]
-            ]
-            logps = [-1e9 if y is None else slow_logprob(model, prompt, y) for y in said]
-            nats, size = nats - logps[0], size + len(said[0])
-            if len(said) > 1:
-                best = (0, 1) if "scores" in row else (0,)
-                n, right = n + 1, right + (np.argmax(logps) in best)
-                right_bytes += (
-                    np.argmax([logp / len(y or [1]) for logp, y in zip(logps, said)]) in best
-                )
-    m = harness_metrics(
-        model, enc, rows, encode_rows(rows, enc, "Q: {prompt}\nA: ", length)[0], torch.device("cpu")
-    )
-    assert m["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
-    assert m["choice_acc"] == right / n and m["choice_acc_bytes"] == right_bytes / n and n == 22
-    assert 0 < right < right_bytes < n
+            nats += slow_rolling_nats(model, row["responses"][0])
+            num_bytes += len(row["responses"][0].encode())
+            continue
+        if "" in row["responses"]:
+            continue
+        prompt = list(TEMPLATE.format(prompt=row["prompt"]).encode())
+        logps, sizes = [], []
+        for text in row["responses"]:
+            if text is None:
+                logps.append(-1e9)
+                sizes.append(1)
+                continue
+            ids = list(text.encode())[: BLOCK_SIZE - len(prompt)]
+            logps.append(slow_logprob(model, prompt, ids))
+            sizes.append(len(ids))
+        nats -= logps[0]
+        num_bytes += sizes[0]
+        if len(logps) > 1:
+            best = (0, 1) if "scores" in row else (0,)
+            num_choices += 1
+            right += np.argmax(logps) in best
+            right_by_bytes += np.argmax(np.divide(logps, sizes)) in best
+
+    encoded, _ = encode_rows(rows, enc, TEMPLATE, BLOCK_SIZE)
+    m = harness_metrics(model, enc, rows, encoded, CPU)
+    assert m["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert num_choices == 22
+    assert m["choice_acc"] == right / num_choices
+    assert m["choice_acc_bytes"] == right_by_bytes / num_choices
+    assert 0 < right < right_by_bytes < num_choices
 
 
-def test_answers_and_overlap():
-    assert (
-        extract_answer("so 3 + 4 = 7\n#### 1,234.") == "1234"
-        and extract_answer("#### 1\n#### -2") == "-2"
-        and extract_answer(" 405 ") == "405"
-    )
-    assert (
-        f1_score("Return the name", "return a name") == pytest.approx(2 / 3)
-        and f1_score("", "x") == 0.0
-    )
-    m = sample_metrics(
-        ["#### 7", "#### 8"], [[1, 256], [1, 2, 3]], ["1 + 6\n#### 7", "#### 9"], 256
-    )
-    assert m["exact_match"] == 0.5 and m["ended"] == 0.5 and m["length"] == 2.5
-    assert (
-        length_accuracy([5, 5, 5], [3, 3, 9]) == pytest.approx(2 / 3)
-        and length_accuracy([1, 1], [2, 2]) == 1.0
-        and length_accuracy([2], [2]) == 0.5
-    )
+# ------------------------------------------------------------------------------------- win rates
 
 
-def test_win_rate(tiny_runs):
-    """Data-like text beats noise under a model of the data; a response against itself is a half."""
+@pytest.mark.parametrize(
+    "first, second, share",
+    [("the end", "\x01\x02\x7f\x03", 1.0), ("the end", "the end", 0.5)],
+    ids=["text against noise", "text against itself"],
+)
+def test_win_rate(tiny_runs, first, second, share):
+    """Under a model of the data."""
     judge, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
-
-    def pairs(a, b):
-        return encode_rows(
-            [{"prompt": f"{i} the", "responses": [a, b]} for i in range(6)],
-            enc,
-            "Q: {prompt}\nA: ",
-            64,
-        )[0]
-
-    assert win_rate(judge, pairs("the end", "\x01\x02\x7f\x03"), torch.device("cpu")) == (1.0, 0.0)
-    assert win_rate(judge, pairs("the end", "the end"), torch.device("cpu"))[0] == 0.5
+    texts = [{"prompt": f"{i} the", "responses": [first, second]} for i in range(6)]
+    pairs, _ = encode_rows(texts, enc, TEMPLATE, 64)
+    assert win_rate(judge, pairs, CPU) == (share, 0.0)
 
 
-def run(*args):
-    return command(args[0].removesuffix(".py"), *args[1:])
+# ---------------------------------------------------------------------------------- command line
 
 
-def test_command_line(tiny_runs, tiny_data, tmp_path):
-    done = run(
-        "eval.py",
+def evaluate(*args):
+    return command("eval", *args, "--device=cpu")
+
+
+def test_checkpoints_and_a_judge(tiny_runs, tiny_data, tmp_path):
+    done = evaluate(
         f"sft={tiny_runs['sft']}",
         f"cold={tiny_runs['sft']}@0",
         f"--judge={tiny_runs['pretrain']}",
         f"--data={tiny_data}",
         "--rows=8",
         f"--out={tmp_path}/e",
-        "--device=cpu",
     )
     assert done.returncode == 0, done.stderr
-    table = json.load(open(f"{tmp_path}/e/eval.json"))
-    assert (
-        set(table) == {"sft", "cold", "data"}
-        and table["cold"]["against"] == "sft"
-        and 0 <= table["cold"]["win_rate"] <= 1
-    )
-    assert (
-        table["sft"]["val_loss"]
-        == table["cold"]["val_loss"]
-        == pytest.approx(read_metrics(tiny_runs["sft"], "eval")[-1]["val_loss"], rel=1e-5)
-    )
+    with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
+        table = json.load(f)
+    assert set(table) == {"sft", "cold", "data"}
+    assert table["cold"]["temperature"] == 0
+    assert table["cold"]["against"] == "sft"
+    assert 0 <= table["cold"]["win_rate"] <= 1
+    val_loss = read_metrics(tiny_runs["sft"], "eval")[-1]["val_loss"]
+    assert table["sft"]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
+    assert table["cold"]["val_loss"] == table["sft"]["val_loss"]
     assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
-    done = run(
-        "eval.py",
-        f"a={tiny_runs['sft']}",
-        f"--reference={tiny_runs['pretrain']}",
-        f"--data={tiny_data}",
-        "--rows=8",
-        "--device=cpu",
-    )
-    assert done.returncode == 0 and "acc/2" in done.stdout and "rank_nll" in done.stdout, (
-        done.stderr
-    )
-    for bad in (
-        ["eval.py", f"a={tiny_runs['sft']}@hot", "--device=cpu", f"--data={tiny_data}"],
-        ["eval.py", "sft"],
-        ["eval.py", "a=nowhere", "--device=cpu", f"--data={tiny_data}"],
-    ):
-        assert run(*bad).returncode != 0
+
+
+def test_a_reference(tiny_runs, tiny_data):
+    """The data's responses are ranked by implicit rewards."""
+    reference = f"--reference={tiny_runs['pretrain']}"
+    done = evaluate(f"a={tiny_runs['sft']}", reference, f"--data={tiny_data}", "--rows=8")
+    assert done.returncode == 0, done.stderr
+    assert "rank_nll" in done.stdout
+    assert "acc/2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [("a=RUN@hot", "no checkpoint"), ("sft", "NAME=CHECKPOINT"), ("a=nowhere", "no checkpoint")],
+)
+def test_bad_checkpoints_are_one_line(tiny_runs, tiny_data, spec, message):
+    done = evaluate(spec.replace("RUN", tiny_runs["sft"]), f"--data={tiny_data}")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

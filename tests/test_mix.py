@@ -90,7 +90,7 @@ def test_the_gradient_is_the_sum_of_both(tiny_runs, tiny_data, sft_run, stream_r
     stream, rows, both = final_weights(stream_run), final_weights(sft_run), final_weights(out)
     step = distance(stream, start)
     assert distance(stream, both) < 0.05 * step
-    assert step < distance(stream, rows)
+    assert distance(stream, rows) > 0.25 * step
 
 
 def test_it_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch):

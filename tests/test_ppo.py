@@ -15,6 +15,7 @@ from conftest import (
     assert_same_run,
     final_weights,
     killing,
+    letters,
     load_config,
     read_metrics,
     refused,
@@ -312,11 +313,6 @@ def test_sample_report_by_hand():
 # ------------------------------------------------------------------------------------ the stage
 
 
-def letters(row, text):
-    """The reward in these tests: the share of a's and e's."""
-    return sum(c in "ae" for c in text) / max(1, len(text))
-
-
 def ppo_args(runs, data, out, *more):
     """Two rounds of 24 samples, 6 steps each."""
     return [
@@ -324,7 +320,7 @@ def ppo_args(runs, data, out, *more):
         f"--out_dir={out}",
         f"--data={data}",
         f"--init={runs['sft']}",
-        "--reward=test_ppo:letters",
+        "--reward=conftest:letters",
         f"--template={TEMPLATE}",
         "--max_response=16",
         "--device=cpu",
@@ -597,7 +593,7 @@ def test_two_ranks_equal_one(tiny_runs, tiny_data, reward_run, tmp_path):
         (["--reward="], "needs `reward`"),
         (["--temperature=0.7"], "temperature 1"),
         (["--reward=nowhere:f"], "No module named"),
-        (["--reward=test_ppo:nothing"], "test_ppo:nothing"),
+        (["--reward=conftest:nothing"], "conftest:nothing"),
         (["--clip_range=1.5"], "clip_range must be below 1"),
     ],
 )

@@ -21,13 +21,13 @@ from conftest import (
     spin_args,
 )
 
-import data.template
 import rollout
 import train
 from data import tokenizer
 from data.files import sha256
 from data.folder import write_meta
 from data.rows import read_rows, write_rows
+from data.template import TEMPLATE as DEFAULT_TEMPLATE
 from model import GPT
 from nanospin import checkpoint
 from nanospin.optim import lr_factor, make_optimizers
@@ -169,16 +169,7 @@ def test_the_policy_learns_to_tell_the_players_apart(spin_run):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(
-    "loss_type",
-    [
-        "pl",
-        "simpo",
-        pytest.param("pairs", marks=pytest.mark.slow),
-        pytest.param("ipo", marks=pytest.mark.slow),
-        pytest.param("orpo", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("loss_type", ["pl", "pairs", "ipo", "simpo", "orpo"])
 def test_preference_stage_learns(tiny_runs, tiny_data, tmp_path, loss_type):
     out = str(tmp_path / "dpo")
     beta = 1.0 if loss_type in ("simpo", "orpo") else 0.1
@@ -209,13 +200,7 @@ def test_preference_stage_learns(tiny_runs, tiny_data, tmp_path, loss_type):
     assert "acc/1" in read_metrics(out, "eval")[-1]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--layout=padded"],
-        pytest.param(["--micro_batch_tokens=64"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("options", [["--layout=padded"], ["--micro_batch_tokens=64"]])
 def test_layouts_and_micro_batches_train_alike(tiny_runs, tiny_data, tmp_path, options):
     """The same losses as packed rows in one micro-batch, to rounding; AdamW turns the rounding of
     a gradient near 0 into a step."""
@@ -274,7 +259,7 @@ def shrunk(file, tiny_runs, tiny_data, out):
     if cfg.stage in ("spin", "ppo"):
         args += ["--max_rows=8", "--gen_batch_size=8"]
     if cfg.stage == "ppo":
-        args += ["--rounds=2", "--reward=test_ppo:letters"]
+        args += ["--rounds=2", "--reward=conftest:letters"]
     if cfg.teacher not in ("", "rows"):
         args.append(f"--teacher={tiny_runs['pretrain']}")
     if cfg.pretrain_coef:
@@ -534,7 +519,7 @@ def test_the_template_is_the_checkpoints_unless_the_config_sets_it(tiny_runs, ti
     train.main(args)
     assert "was begun with template" in refused([*args, "--template=P: {prompt}"])
     pretrained = checkpoint.read_meta(checkpoint.resolve(tiny_runs["pretrain"]))
-    assert pretrained["config"]["template"] == data.template.TEMPLATE
+    assert pretrained["config"]["template"] == DEFAULT_TEMPLATE
 
 
 @pytest.fixture
@@ -658,22 +643,21 @@ def test_checkpoints_that_cannot_be_used_are_refused(
 # ------------------------------------------------------------------------ losses that go wrong
 
 
-def fail_at_call(n, objective):
-    """The objective, whose n-th call returns NaN."""
+def spoiled_objectives(factor, at):
+    """OBJECTIVES with an sft whose loss is multiplied by `factor` in call `at`, counted from 0."""
     calls = [0]
 
-    def failing(model, batch, cfg, beta):
+    def spoiled(model, batch, cfg, beta):
+        loss, metrics = train.token_objective(model, batch, cfg, beta)
         calls[0] += 1
-        loss, metrics = objective(model, batch, cfg, beta)
-        return loss * (math.nan if calls[0] == n else 1.0), metrics
+        return loss * (factor if calls[0] == at + 1 else 1.0), metrics
 
-    return failing
+    return train.OBJECTIVES | {"sft": spoiled}
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_runs, tiny_data, tmp_path):
     args = small_args("sft", tiny_data, tiny_runs["pretrain"], tmp_path / "r", "--max_steps=5")
-    objectives = train.OBJECTIVES | {"sft": fail_at_call(3, train.token_objective)}
-    message = refused(args, objectives=objectives)
+    message = refused(args, objectives=spoiled_objectives(math.nan, at=2))
     assert "step 2" in message
     assert "loss nan" in message
     assert "rows: [" in message
@@ -682,14 +666,25 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_runs, tiny_data, tmp
 def test_a_step_that_is_not_finite_can_be_skipped(tiny_runs, tiny_data, tmp_path):
     out = str(tmp_path / "r")
     options = ["--max_steps=5", "--on_nonfinite=skip"]
-    objectives = train.OBJECTIVES | {"sft": fail_at_call(3, train.token_objective)}
     args = small_args("sft", tiny_data, tiny_runs["pretrain"], out, *options)
-    train.main(args, objectives=objectives)
+    train.main(args, objectives=spoiled_objectives(math.nan, at=2))
     (warning,) = read_metrics(out, "warning")
     assert warning["step"] == 2 and warning["skipped"] == 1
     assert "this step is skipped: loss nan" in warning["text"]
     assert numbers(out, "step", "step") == [0, 1, 3, 4]
     assert all(torch.isfinite(w).all() for w in final_weights(out).values())
+
+
+def test_a_loss_spike_is_reported(tiny_runs, tiny_data, tmp_path):
+    """From the eleventh step on: before it there is no median to compare with."""
+    out = str(tmp_path / "r")
+    options = ["--max_steps=12", "--loss_spike_factor=3"]
+    args = small_args("sft", tiny_data, tiny_runs["pretrain"], out, *options)
+    train.main(args, objectives=spoiled_objectives(4.0, at=10))
+    (warning,) = read_metrics(out, "warning")
+    assert warning["step"] == 10
+    assert "more than 3.0 times the recent median loss" in warning["text"]
+    assert numbers(out, "step", "step") == list(range(12))
 
 
 def test_a_round_that_does_not_start_at_ln_k_factorial_is_reported(

@@ -207,7 +207,7 @@ def train_all(runs: list[Run], jobs: int, threads: int | None):
 
 def main(argv: list[str]):
     parser = cli.ArgumentParser(prog="python -m studies.taylor.run", description=__doc__)
-    parser.add_argument("runs", choices=["main", "map", "play"])
+    parser.add_argument("runs", choices=["main", "map", "play"], help="which runs")
     parser.add_argument("--ranked", default="", help="ranked rows of forum threads, .jsonl.gz")
     parser.add_argument("--full", action="store_true", help="the original size, one run at a time")
     parser.add_argument(
