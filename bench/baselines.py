@@ -3,6 +3,7 @@
 Also the inputs that both sides get, and the count of the work that they need.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -80,8 +81,7 @@ def text_tokens(text):
 def ragged_rows(n, K=3):
     """n encoded rows of K responses, with the lengths of real rows."""
     rng = np.random.default_rng(0)
-    lengths = [(prompt, responses) for prompt, responses in real_lengths()]
-    fitting = [(prompt, some) for prompt, some in lengths if prompt + max(some) < 1000]
+    fitting = [(prompt, some) for prompt, some in real_lengths() if prompt + max(some) < 1000]
     chosen = [fitting[i] for i in rng.permutation(len(fitting))[:n]]
     return [random_row(rng, prompt, responses[:K]) for prompt, responses in chosen]
 
@@ -251,7 +251,7 @@ def padded_step(model, rows, dtype):
         scores = plain_logprobs(model, batch.idx, batch.targets).sum(1).view(len(rows), -1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
 
-    return lambda: plain_step(model, optimizer, loss_function, dtype)
+    return functools.partial(plain_step, model, optimizer, loss_function, dtype)
 
 
 # --------------------------------------------------------------------------- transformers and TRL

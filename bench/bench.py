@@ -10,7 +10,8 @@
 One thread, processor time. nanoSPIN and the baseline take turns on the same work. Times are medians
 of the repeats; the ratio is the median of the paired repeats, with its range. The columns:
 
-    matmuls only  the ratio if all of our time but the matrix products vanished (by the profiler)
+    matmuls only  the ratio if all of our time but the matmuls vanished (by the profiler); in older
+                  logs "products alone"
     floor         time for the FLOPs that the work needs at the rate of a 2048^3 matmul, measured in
                   the same turn; for sampling also for the cache's bytes at the rate of a copy
     of floor      the floor as a share of our time
@@ -334,8 +335,8 @@ def time_preference_step(K, P, R, n, repeats=REPEATS, **shape):
         return preference_loss(scores, torch.zeros_like(scores))[0]
 
     return take_turns(
-        lambda: ours.preference_step(batches),
-        lambda: plain_step(plain, optimizer, plain_loss, torch.float32),
+        functools.partial(ours.preference_step, batches),
+        functools.partial(plain_step, plain, optimizer, plain_loss, torch.float32),
         Need(count_flops(ours.model, work_of_rows(rows))),
         repeats,
     )
@@ -353,7 +354,7 @@ def ragged(options):
     for name, dtype in options.dtypes.items():
         ours = OurTrainer(dtype)
         timing = take_turns(
-            lambda ours=ours: ours.preference_step(batches),
+            functools.partial(ours.preference_step, batches),
             padded_step(PlainGPT(**SHAPE), rows, dtype),
             Need(count_flops(ours.model, work), name),
         )
@@ -369,7 +370,7 @@ def time_against_trl(n):
     ours = OurTrainer()
     batches = micro_batches(rows)
     timing = take_turns(
-        lambda: ours.preference_step(batches),
+        functools.partial(ours.preference_step, batches),
         trl_step(trl_trainer(rows)),
         Need(count_flops(ours.model, work)),
     )
@@ -503,7 +504,7 @@ def memory_work(what, size, side):
     if side == "ours":
         ours = OurTrainer()
         batches = micro_batches(rows)
-        return lambda: ours.preference_step(batches)
+        return functools.partial(ours.preference_step, batches)
     if side == "plain":
         return padded_step(PlainGPT(**SHAPE), rows, torch.float32)
     return trl_step(trl_trainer(rows))
