@@ -107,7 +107,8 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
             kept = ranked
     if not kept:
         raise SystemExit(
-            f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows can be used ({counts})"
+            f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows can be used "
+            f"({list_counts(counts)})"
         )
     say(f"round {round_id} {split}: {list_counts(counts)}")
     return kept
