@@ -33,8 +33,8 @@ from data.batch import (
 )
 from data.files import write_json
 from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
-from loss import chosen_rejected_metrics, plackett_luce, sequence_logprobs
-from model import GPT
+from loss import chosen_rejected_metrics, plackett_luce
+from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, cli, distributed
 from nanospin.distributed import all_reduce_sum, world_size
 from sample import respond
@@ -54,7 +54,7 @@ def stream_loss(model, tokens, cfg, device, document_end: int | None = None) -> 
     nll = torch.zeros((), dtype=torch.float64)
     num_targets = 0
     for step in range(cfg.eval_batches):
-        for part in stream_micro_batches(cfg, length, device):
+        for part in window_slices(cfg, length, device):
             batch = stream_batch(
                 tokens, length, cfg.batch_size, 0, step, vocab_size, part, document_end
             ).to(device)
@@ -67,8 +67,9 @@ def stream_loss(model, tokens, cfg, device, document_end: int | None = None) -> 
     return nll / num_targets
 
 
-def stream_micro_batches(cfg, length: int, device) -> list[slice]:
-    """This rank's part of a global batch of windows, as slices. Every rank has as many."""
+def window_slices(cfg, length: int, device) -> list[slice]:
+    """This rank's part of a global batch of windows, as slices. Every rank has the same
+    number."""
     share = cfg.batch_size // world_size()
     size = max(1, distributed.micro_batch_tokens(cfg, device) // length)
     first = distributed.rank() * share
@@ -117,9 +118,7 @@ def response_logprobs(
     every rank. Policy and reference are both computed here."""
 
     def score(batch: Batch):
-        B, K = batch.response_mask.shape
-        logps = model(batch.idx, batch.targets, **batch.layout())
-        return sequence_logprobs(logps, batch.seq, B * K).view(B, K).cpu().numpy()
+        return response_logps(model, batch).cpu().numpy()
 
     return pad_and_stack(map_batches(model, rows, tokens, device, batch_rows, score, desc, layout))
 
@@ -130,10 +129,7 @@ def reward_scores(
     """A reward model's score of every response -> (rows, K) float32, 0 where it is absent."""
 
     def score(batch: Batch):
-        B, K = batch.response_mask.shape
-        scores = model.values(batch.idx, batch.value_positions, **batch.layout())
-        scores = scores.new_zeros(B * K).index_put((batch.slot,), scores)
-        return scores.view(B, K).cpu().numpy()
+        return response_scores(model, batch).cpu().numpy()
 
     scores = map_batches(model, rows, tokens, device, reward_batch, score, desc, layout)
     return pad_and_stack(scores)

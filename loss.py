@@ -102,9 +102,10 @@ def preference_loss(
     probability instead of -log. `nll_coef` adds nll_coef x -log pi_theta(y_1|x) / |y_1| (RPO,
     2404.19733) to any.
 
-    Returns the loss () and metrics: `nll` the ranking part of the loss, `acc` the share of ordered
-    pairs in the right order, and those of `chosen_rejected_metrics`. Raises ValueError for an
-    unknown loss_type and for options that it cannot have.
+    Returns the loss () and metrics, means over rows: `nll` the loss before label_smoothing,
+    taylor_order and nll_coef, `acc` the share of ordered pairs in the right order (a tie is wrong),
+    and those of `chosen_rejected_metrics`. Raises ValueError for an unknown loss_type and for
+    options that it cannot have.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
@@ -247,7 +248,7 @@ def chosen_rejected_metrics(
     }
 
 
-# ------------------------------------------------------------------ sequences and single tokens
+# ----------------------------------------------------------------------------------- sequences
 
 
 def sequence_logprobs(logps: Tensor, seq: Tensor, n_seq: int) -> Tensor:
@@ -260,7 +261,8 @@ def sequence_logprobs(logps: Tensor, seq: Tensor, n_seq: int) -> Tensor:
 
 
 def mean_logprobs(logps: Tensor, response_mask: Tensor, lengths: Tensor) -> Tensor:
-    """Mean log-probability of a token of each response, (B, K); of no meaning where masked."""
+    """Mean log-probability of a token of each response, (B, K). Masked responses get some negative
+    number, at which the log-odds are finite."""
     return logps.masked_fill(~response_mask, -1.0) / lengths.clamp(min=1)
 
 
@@ -270,62 +272,6 @@ def log_odds(mean_logps: Tensor) -> Tensor:
     p is kept below 1 - 2^-24: the mean log-probability of a certain response rounds to 0.
     """
     return mean_logps - torch.log(-torch.expm1(mean_logps.clamp(max=-(2.0**-24))))
-
-
-def taylor_nll(logps: Tensor, order: float) -> Tensor:
-    """T_n(p) = -log p - sum_{j<=n} (1-p)^j / j, with p = exp(logps) and n = order.
-
-    T_0 is cross-entropy. Each order drops one more Taylor term of -log p at p = 1, so the gradient
-    is that of cross-entropy times (1-p)^n: the factor of focal loss (arXiv 1708.02002) without its
-    extra term, PolyLoss (2204.12511) without its first n terms. T_n is the integral of (1-u)^n / u
-    from p to 1, so n may be any real number.
-
-    logps (...), all <= 0. Returns the same shape. Raises ValueError unless 0 <= order <= 20, the
-    range in which the series keep half of double precision's digits.
-    """
-    if not 0 <= order <= 20:
-        raise ValueError(f"order must be in [0, 20], got {order}")
-    if order == 0:
-        return -logps
-    return TaylorNLL.apply(logps, float(order))
-
-
-class TaylorNLL(torch.autograd.Function):
-    """T_n by two series in float64; the gradient in closed form, dT_n = -(1-p)^n d(log p)."""
-
-    @staticmethod
-    def forward(ctx, logps: Tensor, n: float) -> Tensor:
-        ctx.save_for_backward(logps)
-        ctx.n = n
-        x = logps.double()
-        p = x.exp()
-        q = -torch.expm1(x)  # 1 - p
-
-        # p > 1/2: sum_{j>=1} q^(n+j) / (n+j). 54 terms leave an error of 2^-54.
-        small_q = q.clamp(max=0.5)
-        power = small_q**n
-        near_one = torch.zeros_like(q)
-        for j in range(1, 55):
-            power = power * small_q
-            near_one += power / (n + j)
-
-        # p <= 1/2: -log p - (digamma(n+1) + gamma) + sum_{j>=1} (-1)^(j+1) C(n,j) p^j / j
-        small_p = p.clamp(max=0.5)
-        euler_gamma = 0.57721566490153286
-        digamma = torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item()
-        near_zero = -x - (digamma + euler_gamma)
-        power = torch.ones_like(p)
-        binomial = 1.0
-        for j in range(1, 55):
-            power = power * small_p
-            binomial = binomial * (n - j + 1) / j
-            near_zero += (-1) ** (j + 1) * binomial / j * power
-        return torch.where(p > 0.5, near_one, near_zero).to(logps.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (logps,) = ctx.saved_tensors
-        return -grad * (-torch.expm1(logps)) ** ctx.n, None
 
 
 # ------------------------------------------------------------------------------ policy gradient
@@ -397,3 +343,62 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     log_r = ref_logps - logps
     return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r
+
+
+# --------------------------------------------------------------------------------- Taylor loss
+
+
+def taylor_nll(logps: Tensor, order: float) -> Tensor:
+    """T_n(p) = -log p - sum_{j<=n} (1-p)^j / j, with p = exp(logps) and n = order.
+
+    T_0 is cross-entropy. Each order drops one more Taylor term of -log p at p = 1, so the gradient
+    is that of cross-entropy times (1-p)^n: the factor of focal loss (arXiv 1708.02002) without its
+    extra term, PolyLoss (2204.12511) without its first n terms. T_n is the integral of (1-u)^n / u
+    from p to 1, so n may be any real number.
+
+    logps (...), all <= 0. Returns the same shape. Raises ValueError unless 0 <= order <= 20, the
+    range in which the series keep half of double precision's digits.
+    """
+    if not 0 <= order <= 20:
+        raise ValueError(f"order must be in [0, 20], got {order}")
+    if order == 0:
+        return -logps
+    return TaylorNLL.apply(logps, float(order))
+
+
+class TaylorNLL(torch.autograd.Function):
+    """T_n by two series in float64; the gradient in closed form, dT_n = -(1-p)^n d(log p)."""
+
+    @staticmethod
+    def forward(ctx, logps: Tensor, n: float) -> Tensor:
+        ctx.save_for_backward(logps)
+        ctx.n = n
+        x = logps.double()
+        p = x.exp()
+        q = -torch.expm1(x)  # 1 - p
+
+        # p > 1/2: sum_{j>=1} q^(n+j) / (n+j). 54 terms leave an error of 2^-54.
+        small_q = q.clamp(max=0.5)
+        power = small_q**n
+        near_one = torch.zeros_like(q)
+        for j in range(1, 55):
+            power = power * small_q
+            near_one += power / (n + j)
+
+        # p <= 1/2: -log p - (digamma(n+1) + gamma) + sum_{j>=1} (-1)^(j+1) C(n,j) p^j / j
+        small_p = p.clamp(max=0.5)
+        euler_gamma = 0.57721566490153286
+        digamma = torch.special.digamma(torch.tensor(n + 1.0, dtype=torch.float64)).item()
+        near_zero = -x - (digamma + euler_gamma)
+        power = torch.ones_like(p)
+        binomial = 1.0
+        for j in range(1, 55):
+            power = power * small_p
+            binomial = binomial * (n - j + 1) / j
+            near_zero += (-1) ** (j + 1) * binomial / j * power
+        return torch.where(p > 0.5, near_one, near_zero).to(logps.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (logps,) = ctx.saved_tensors
+        return -grad * (-torch.expm1(logps)) ** ctx.n, None

@@ -1,10 +1,8 @@
-"""The GPT. One class with two kinds of block, chosen by the config:
+"""The GPT. The defaults are GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings.
+Options: rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm.
 
-    classic   GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings (the defaults)
-    modern    rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm
-
-Outside attention the model works on a flat list of tokens (n, C), whatever sequences they are of.
-nanospin/attention.py knows which tokens attend to which.
+Outside attention the model works on a flat list of tokens (n, C). nanospin/attention.py knows which
+tokens attend to which.
 """
 
 import hashlib
@@ -17,15 +15,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from loss import sequence_logprobs
 from nanospin import checkpoint, distributed
 from nanospin.attention import PackedSequences, round_up
 from nanospin.config import model_config_from
 from nanospin.fused_head import linear_logprobs
+from nanospin.kv_cache import KVCache
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50257  # the tokenizer's, end-of-text included; tables are padded to 64s
+    vocab_size: int = 50257  # the tokenizer's; the tables are padded to a multiple of 64
     block_size: int = 1024  # longest sequence
     n_layer: int = 12
     n_head: int = 12
@@ -36,7 +36,7 @@ class GPTConfig:
     position: str = "learned"  # learned | rotary (arXiv 2104.09864, half-split as in Llama)
     rope_theta: float = 10000.0
     rope_scaling: list[float] = field(default_factory=list)  # Llama 3: see `rotary_frequencies`
-    sliding_window: int = 0  # a token attends to this many, itself the last (2310.06825); 0: all
+    sliding_window: int = 0  # a token attends to this many, itself included; 0: all
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
     mlp: str = "gelu"  # gelu (tanh form) | relu | relu2 (2109.08668) | swiglu (2002.05202)
@@ -115,7 +115,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """Radians a position of each pair of head dimensions (D/2,) (arXiv 2104.09864, section 3.2.2).
+    """Rotation of each pair of head dimensions per position, in radians (D/2,) (2104.09864).
 
     With rope_scaling = [factor, low, high, length] (Llama 3) a frequency of fewer than `low` turns
     in `length` tokens is divided by factor, one of more than `high` is kept, and those between are
@@ -149,8 +149,10 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, sequences, layer: int, rope=None) -> Tensor:
-        """x (n, C) -> (m, C), m the tokens whose output is needed (`sequences.query_positions`)."""
+    def forward(
+        self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
+    ) -> Tensor:
+        """x (n, C) -> (m, C): the tokens whose output is needed, see `sequences.select`."""
         q, k, v = self.queries_keys_values(x, rope)
         y = sequences.attend(layer, q, k, v).flatten(1)
         return F.dropout(self.c_proj(y), self.config.dropout, self.training)
@@ -178,15 +180,19 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def inner(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
         if self.config.mlp == "gelu":
-            return F.gelu(x, approximate="tanh")
+            return self.fc_gelu(x)
+        x = self.c_fc(x)
         if self.config.mlp == "relu":
             return F.relu(x)
         if self.config.mlp == "relu2":
             return F.relu(x).square()
         gate, x = x.chunk(2, dim=-1)
         return F.silu(gate) * x
+
+    def fc_gelu(self, x: Tensor) -> Tensor:
+        """One fused kernel while sampling on a CPU: nanospin/decoding.py replaces this method."""
+        return F.gelu(self.c_fc(x), approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.c_proj(self.inner(x)), self.config.dropout, self.training)
@@ -200,11 +206,11 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, sequences, layer: int, rope=None) -> Tensor:
+    def forward(
+        self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
+    ) -> Tensor:
         y = self.attn(self.ln_1(x), sequences, layer, rope)
-        if sequences.query_positions is not None:
-            x = x.index_select(0, sequences.query_positions)
-        x = x + y
+        x = sequences.select(x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -224,6 +230,7 @@ class GPT(nn.Module):
     """
 
     config_class = GPTConfig
+    forward_methods = ("values", "logps_and_values")  # beside forward; FSDP2 has to know them
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -268,7 +275,7 @@ class GPT(nn.Module):
         """
         if name.endswith("bias"):
             return 0.0, 0.0
-        if ".ln_" in "." + name or "_norm." in name:
+        if "ln_" in name or "_norm." in name:
             return 1.0, 0.0
         if name.endswith("c_proj.weight"):
             return 0.0, 0.02 / math.sqrt(2 * self.config.n_layer)
@@ -283,9 +290,9 @@ class GPT(nn.Module):
         """
         path = checkpoint.resolve(path)
         meta = checkpoint.read_meta(path)
-        shape = meta["model"] | {"scalar_head": meta["config"]["stage"] == "reward"}
+        settings = meta["model"] | {"scalar_head": meta["config"]["stage"] == "reward"}
         with torch.device("meta"):
-            model = cls(model_config_from(shape, cls.config_class, f"{path}/meta.json"))
+            model = cls(model_config_from(settings, cls.config_class, f"{path}/meta.json"))
         model.to_empty(device=device)
         checkpoint.load_weights(path, model)
         distributed.set_autocast_dtype(model, dtype)
@@ -313,22 +320,15 @@ class GPT(nn.Module):
         cache: a KVCache, filled from rows or extended by one token a row.
         """
         with self.autocast(idx.device):
-            computed = None if logit_positions is None else logit_positions.unique()
-            x = self.hidden(idx, pos, sequence_id, response_id, cache, computed)
-            if logit_positions is not None:
-                x = take(x, computed, logit_positions)
-            if targets is None:
-                return self.logits(x)
-            return self.logprobs(x, targets)
+            x = self.hidden_at(logit_positions, idx, pos, sequence_id, response_id, cache)
+            return self.logits(x) if targets is None else self.logprobs(x, targets)
 
     def values(
         self, idx: Tensor, value_positions: Tensor, *, pos=None, sequence_id=None, response_id=None
     ) -> Tensor:
         """The scalar head at value_positions (r,) of the flat list of tokens -> (r,) float32."""
         with self.autocast(idx.device):
-            computed = value_positions.unique()
-            x = self.hidden(idx, pos, sequence_id, response_id, None, computed)
-            return self.scalars(take(x, computed, value_positions))
+            return self.scalars(self.hidden_at(value_positions, idx, pos, sequence_id, response_id))
 
     def logps_and_values(
         self,
@@ -347,14 +347,22 @@ class GPT(nn.Module):
                 x = self.hidden(idx, pos, sequence_id, response_id)
                 values = self.scalars(x.flatten(0, -2).index_select(0, value_positions))
                 return self.logprobs(x, targets), values
-            computed = torch.cat((logit_positions, value_positions)).unique()
-            x = self.hidden(idx, pos, sequence_id, response_id, None, computed)
-            values = self.scalars(take(x, computed, value_positions))
-            return self.logprobs(take(x, computed, logit_positions), targets), values
+            positions = torch.cat((logit_positions, value_positions))
+            x = self.hidden_at(positions, idx, pos, sequence_id, response_id)
+            m = len(logit_positions)
+            return self.logprobs(x[:m], targets), self.scalars(x[m:])
 
     def autocast(self, device: torch.device):
         dtype = self.autocast_dtype or torch.bfloat16
         return torch.autocast(device.type, dtype, enabled=self.autocast_dtype is not None)
+
+    def hidden_at(self, positions: Tensor | None, idx: Tensor, *layout) -> Tensor:
+        """`hidden` at positions (m,) of the flat list of tokens, in any order, which may repeat ->
+        (m, C); at all positions if it is None."""
+        if positions is None:
+            return self.hidden(idx, *layout)
+        computed, where = positions.unique(return_inverse=True)
+        return self.hidden(idx, *layout, query_positions=computed).index_select(0, where)
 
     def hidden(
         self,
@@ -367,8 +375,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The normalised output of the last block (..., C).
 
-        query_positions (m,), ascending: only of these positions of the flat list, (m, C). Of the
-        other tokens, mostly prompts, the last block computes keys and values and nothing else.
+        query_positions (m,), ascending: only at these positions of the flat list, (m, C). For the
+        other tokens, mostly prompts, the last block computes queries, keys and values only.
         """
         c = self.config
         if idx.dim() == 2:
@@ -409,7 +417,11 @@ class GPT(nn.Module):
         return angles.cos(), angles.sin()
 
     def head(self, x: Tensor) -> Tensor:
-        """The LM head: x (..., C) -> logits (..., padded V), before the soft cap."""
+        """The LM head: x (..., C) -> logits (..., padded V), before the soft cap.
+
+        While sampling on a CPU, nanospin/decoding.py replaces this method by the same product with
+        prepacked weights. To change the head, change `logits` and `logprobs`.
+        """
         if self.config.tie_embeddings:
             return F.linear(x, self.wte.weight)
         return self.lm_head(x)
@@ -429,7 +441,7 @@ class GPT(nn.Module):
         return linear_logprobs(x, weight, targets, c.logit_softcap, c.vocab_size)
 
     def scalars(self, x: Tensor) -> Tensor:
-        """The scalar head: x (r, C) -> (r,), float32 or wider. A matmul would be autocast."""
+        """The scalar head: x (r, C) -> (r,), float32 or wider. Autocast would round a matmul."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return (x * self.scalar_head.weight.to(x.dtype)).sum(-1)
 
@@ -455,6 +467,19 @@ class GPT(nn.Module):
         return 6 * weights + 12 * layers * c.n_head * c.head_dim * context_length
 
 
-def take(x: Tensor, computed: Tensor, positions: Tensor) -> Tensor:
-    """The rows of x (m, C) at `positions`; x holds the positions `computed` (m,), ascending."""
-    return x.index_select(0, torch.searchsorted(computed, positions))
+# ------------------------------------------------------------------------- a batch of responses
+
+
+def response_logps(model: GPT, batch) -> Tensor:
+    """log pi(y_k|x) of every response of a Batch (data/batch.py) -> (B, K), 0 where it is absent.
+    Training, reference and evaluation all use this function."""
+    B, K = batch.response_mask.shape
+    logps = model(batch.idx, batch.targets, **batch.layout())
+    return sequence_logprobs(logps, batch.seq, B * K).view(B, K)
+
+
+def response_scores(model: GPT, batch) -> Tensor:
+    """A reward model's score of every response -> (B, K), 0 where it is absent."""
+    B, K = batch.response_mask.shape
+    scores = model.values(batch.idx, batch.value_positions, **batch.layout())
+    return scores.new_zeros(B * K).index_put((batch.value_seq,), scores).view(B, K)

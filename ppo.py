@@ -26,7 +26,7 @@ import torch
 
 from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
-from data.files import read_arrays, read_json, sha256, write_json
+from data.files import atomic_write, read_arrays, read_json, sha256, write_json
 from data.rows import encode_rows, prompt_fields, read_rows, write_rows
 from eval import map_batches, retokenize, reward_scores, validation_rows
 from loss import kl_estimates
@@ -37,6 +37,7 @@ from nanospin.distributed import broadcast_from_rank0
 from rollout import (
     drop_overlong_prompts,
     match_responses,
+    reference_checkpoint,
     round_folder,
     sample_policy,
     unique_prompts,
@@ -90,8 +91,8 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     """Sample, score and write a round's files."""
     start, folder = time.time(), round_folder(cfg, round_id)
     path = os.path.join(folder, "self_train.jsonl")
-    what = f"{round_id} self train"
-    samples = sample_trajectories(cfg, path, what, rows, model, enc, device, dtype)
+    name = f"{round_id} self train"
+    samples = sample_trajectories(cfg, path, name, rows, model, enc, device, dtype)
     scaling = reward_scaling(cfg, round_id, samples.scores)
     arrays, report = advantages(cfg, scaling, samples)
     report = sample_report(samples) | report
@@ -99,11 +100,9 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
         rows_path = os.path.join(folder, "train.jsonl")
         arrays_path = os.path.join(folder, "rollout.npz")
         write_rows(rows_path, scored_rows(rows, samples))
-        with open(arrays_path + ".tmp", "wb") as f:
+        with atomic_write(arrays_path, "wb") as f:
             np.savez(f, **arrays)
-        os.replace(arrays_path + ".tmp", arrays_path)
-        previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
-        policy = previous or checkpoint.resolve(cfg.init)
+        policy = reference_checkpoint(cfg, round_id)
         manifest = {
             "policy": checkpoint.read_meta(policy)["weights_sha256"],
             "reward": cfg.reward,
@@ -175,9 +174,9 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
 # -------------------------------------------------------------------------------- trajectories
 
 
-def sample_trajectories(cfg, path, what, rows, model, enc, device, dtype) -> Trajectories:
+def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Trajectories:
     """Sample one response to each row into a ranked file and score it, on every rank."""
-    sample_policy(path, cfg, rows, what, model, enc, dtype)
+    sample_policy(path, cfg, rows, name, model, enc, dtype)
     texts, ids = [], []
     for text, response in match_responses(path, rows, enc):
         texts.append(text)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import tokenizer
 from data.batch import permutation
-from data.files import read_arrays, sha256, write_json
+from data.files import atomic_write, read_arrays, sha256, write_json
 from data.folder import read_stream
 from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
 from eval import (
@@ -102,9 +102,10 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
     if cfg.stage != "sft":
         ranked = [row for row in kept if is_ranked(row)]
         counts["with nothing ranked"] = len(kept) - len(ranked)
-        # validation rows of spin stay: their validation loss counts
-        if split == "train" or (cfg.stage != "spin" and not ranked):
+        if split == "train":
             kept = ranked
+        elif cfg.stage != "spin" and not ranked:
+            kept = []  # nothing to evaluate; spin still has the validation loss
     if not kept:
         raise SystemExit(
             f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows can be used "
@@ -144,8 +145,7 @@ def reference_checkpoint(cfg, round_id: int) -> str:
 def reference_logprobs(cfg, round_id, split, model, rows, device) -> np.ndarray:
     """log pi_ref of every response (rows, K).
 
-    They are computed once, by the code that computes the policy's, and stored with a hash of the
-    reference's weights and the rows' ids.
+    They are computed once and stored, with a hash of the reference's weights and the rows' ids.
     """
     path = os.path.join(round_folder(cfg, round_id), f"{split}.ref.npz")
     weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
@@ -161,9 +161,8 @@ def reference_logprobs(cfg, round_id, split, model, rows, device) -> np.ndarray:
     refs = response_logprobs(model, rows, budget, device, "reference", cfg.layout)
     if distributed.rank() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "wb") as f:
+        with atomic_write(path, "wb") as f:
             np.savez(f, refs=refs, of=fingerprint)
-        os.replace(path + ".tmp", path)
     distributed.barrier()
     return refs
 
@@ -274,8 +273,7 @@ def mark_equal_responses(row: dict, ids: list):
 
 def prepare_teacher(cfg, enc, block_size: int, device, dtype):
     """Write the responses of a teacher checkpoint to RUN/teacher_{train,val}.jsonl, with the
-    teacher's own template. This happens before the student is built: the two are never in memory
-    together. Of another teacher, check that it has a response to every prompt."""
+    teacher's own template. A teacher that is a file must have a response to every prompt."""
     if not cfg.teacher:
         return
     if not os.path.isdir(cfg.teacher):
@@ -353,18 +351,19 @@ def own_ids(path: str, row: dict, enc) -> list[int]:
 # ------------------------------------------------------------------------------------ sampling
 
 
-def sample_policy(path, cfg, rows, what: str, model, enc, dtype):
+def sample_policy(path, cfg, rows, name: str, model, enc, dtype):
     """Sample the policy as it is now, with a full copy of its weights on each rank unless
     sample_sharded is set."""
     policy = model if cfg.sample_sharded else distributed.gather_full_model(model, dtype)
-    write_samples(path, policy, enc, cfg, rows, what)
+    write_samples(path, policy, enc, cfg, rows, name)
 
 
-def write_samples(path: str, model, enc, cfg, rows: list[dict], what: str):
+def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
     """Sample one response to every prompt and write them to a ranked file.
 
-    The prompts are divided among the ranks. A sample is a function of (weights, seed, what, number
-    of the prompt). Every finished part is kept, so a resumed file is the same file.
+    The prompts are divided among the ranks. A sample is a function of (weights, seed, name, number
+    of the prompt): another name draws other samples. Every finished part is kept, so a resumed file
+    is the same file.
     """
     if broadcast_from_rank0(os.path.exists(path)):
         return
@@ -377,13 +376,13 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], what: str):
         parts[f"{path}.part{start:09d}-{end:09d}"] = range(start, end)
     written = broadcast_from_rank0([part for part in parts if os.path.exists(part)])
     hide_bar = None if distributed.rank() == 0 else True
-    progress = tqdm(total=len(rows), desc=f"sampling {what}", disable=hide_bar)
+    progress = tqdm(total=len(rows), desc=f"sampling {name}", disable=hide_bar)
     for part, numbers in parts.items():
         if part in written:
             progress.update(len(numbers))
             continue
-        distributed.heartbeat.set_stage(f"sampling {what}, prompts from {numbers[0]} on")
-        samples = sample_part(model, enc, cfg, rows, numbers, what, progress)
+        distributed.heartbeat.set_stage(f"sampling {name}, prompts from {numbers[0]} on")
+        samples = sample_part(model, enc, cfg, rows, numbers, name, progress)
         if distributed.rank() == 0:
             write_rows(part, [sampled_row(rows[n], *samples[n], enc) for n in numbers])
         elastic.exit_if_signalled()
@@ -397,9 +396,9 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], what: str):
     distributed.barrier()
 
 
-def sample_part(model, enc, cfg, rows, numbers: range, what: str, progress) -> dict[int, tuple]:
+def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> dict[int, tuple]:
     """{number of a prompt: (text, ids)} of the prompts `numbers`, on every rank."""
-    digest = hashlib.sha256(f"{cfg.seed} {what}".encode()).digest()
+    digest = hashlib.sha256(f"{cfg.seed} {name}".encode()).digest()
     mine = numbers[distributed.rank() :: distributed.world_size()]
     with distributed.lockstep_forward(model):
         texts, ids = respond(
@@ -420,7 +419,7 @@ def sample_part(model, enc, cfg, rows, numbers: range, what: str, progress) -> d
     if None in ids:
         prompt = rows[mine[ids.index(None)]]["prompt"]
         raise SystemExit(
-            f"{what}: block_size {model.config.block_size} leaves no room after the prompt "
+            f"{name}: block_size {model.config.block_size} leaves no room after the prompt "
             f"{prompt[:80]!r}; set max_prompt"
         )
     samples = {}

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # must be set before torch is imported; without it a rank that leaves prints a page of errors
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -42,10 +42,10 @@ from eval import (
     reward_metrics,
     reward_scores,
     stream_loss,
-    stream_micro_batches,
+    window_slices,
 )
-from loss import ppo_loss, preference_loss, reward_loss, sequence_logprobs, taylor_nll
-from model import GPT
+from loss import ppo_loss, preference_loss, reward_loss, taylor_nll
+from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, elastic, metrics_logger, preflight
 from nanospin import config as config_module
 from nanospin.config import Config, per_round, pretrain_config
@@ -55,38 +55,33 @@ from nanospin.optim import lr_factor, make_optimizers
 from nanospin.wandb_logger import wandb_sender
 
 # ------------------------------------------------------------------------------- objectives
-# objective(model, batch, cfg, beta) -> (loss, metrics), both summed over the units of the batch:
-# prompts for reward, preference and spin, supervised tokens for the others. To add an objective,
-# write one of these and put it into OBJECTIVES.
+# objective(model, batch, cfg) -> (loss, metrics), both summed over the units of the batch: prompts
+# for reward, preference and spin, supervised tokens for the others. STAGES, below, lists them.
 
 
-def token_objective(model, batch: Batch, cfg: Config, beta: float):
-    """Next-token loss: cross-entropy, or T_n."""
-    logps = model(batch.idx, batch.targets, **batch.layout())
-    return taylor_nll(logps[batch.targets >= 0], cfg.taylor_order).sum(), {}
+def token_objective(model, batch: Batch, cfg: Config):
+    """Next-token loss: cross-entropy, or the Taylor loss T_n (loss.taylor_nll)."""
+    logps = model(batch.idx, batch.targets, **batch.layout())  # 0 where there is no target
+    return taylor_nll(logps, cfg.taylor_order).sum(), {}
 
 
-def pretrain_objective(model, batch: Batch, cfg: Config, beta: float):
+def pretrain_objective(model, batch: Batch, cfg: Config):
     """The pretraining loss beside another objective."""
-    loss, _ = token_objective(model, batch, cfg, beta)
+    loss, _ = token_objective(model, batch, cfg)
     return loss, {"pretrain_loss": loss.detach()}
 
 
-def ranking_objective(model, batch: Batch, cfg: Config, beta: float):
+def ranking_objective(model, batch: Batch, cfg: Config):
     """Plackett-Luce on implicit rewards, or another preference loss: K responses in one forward."""
-    B, K = batch.response_mask.shape
-    logps = model(batch.idx, batch.targets, **batch.layout())
-    policy_logps = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
-    return ranking_loss(policy_logps, batch, cfg, beta)
+    return ranking_loss(response_logps(model, batch), batch, cfg)
 
 
-def reward_objective(model, batch: Batch, cfg: Config, beta: float):
+def reward_objective(model, batch: Batch, cfg: Config):
     """Bradley-Terry or Plackett-Luce on the scores of a reward model."""
-    scores = model.values(batch.idx, batch.value_positions, **batch.layout())
-    return reward_model_loss(scores, batch, cfg)
+    return reward_model_loss(response_scores(model, batch), batch, cfg)
 
 
-def ppo_objective(model, batch: Batch, cfg: Config, beta: float):
+def ppo_objective(model, batch: Batch, cfg: Config):
     """Clipped surrogate, value loss and entropy."""
     logps, values = model.logps_and_values(
         batch.idx, batch.targets, batch.value_positions, **batch.layout()
@@ -94,12 +89,12 @@ def ppo_objective(model, batch: Batch, cfg: Config, beta: float):
     return policy_gradient_loss(logps[batch.targets >= 0], values, batch, cfg)
 
 
-def ranking_loss(policy_logps, batch: Batch, cfg: Config, beta: float):
+def ranking_loss(policy_logps, batch: Batch, cfg: Config):
     loss, metrics = preference_loss(
         policy_logps,
         batch.ref_logps,
         batch.response_mask,
-        beta,
+        cfg.beta,
         cfg.loss_type,
         ranks=batch.ranks,
         depth=cfg.rank_depth or None,
@@ -113,8 +108,6 @@ def ranking_loss(policy_logps, batch: Batch, cfg: Config, beta: float):
 
 
 def reward_model_loss(scores, batch: Batch, cfg: Config):
-    B, K = batch.response_mask.shape
-    scores = scores.new_zeros(B * K).index_put((batch.slot,), scores).view(B, K)
     loss, metrics = reward_loss(
         scores,
         batch.response_mask,
@@ -124,7 +117,7 @@ def reward_model_loss(scores, batch: Batch, cfg: Config):
         score_margin=cfg.score_margin,
         center_coef=cfg.center_coef,
     )
-    return times(B, loss, metrics)
+    return times(batch.num_rows, loss, metrics)
 
 
 def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
@@ -144,19 +137,8 @@ def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
 
 
 def times(n: int, loss, metrics: dict):
-    """Means over n units -> sums."""
+    """Means over n units -> sums, so that micro-batches of different sizes can be added up."""
     return loss * n, {name: value * n for name, value in metrics.items()}
-
-
-OBJECTIVES = {
-    "pretrain": token_objective,
-    "sft": token_objective,
-    "reward": reward_objective,
-    "preference": ranking_objective,
-    "spin": ranking_objective,
-    "ppo": ppo_objective,
-}
-PER_PROMPT = ("reward", "preference", "spin")  # averaged over prompts; the others over tokens
 
 
 # ------------------------------------------------------------------------- terms and batches
@@ -169,73 +151,83 @@ class LossTerm:
     cfg: Config
     data: list | np.ndarray  # encoded rows, or a token stream
     weight: float
+    stage: "Stage"
     objective: Callable
 
     def num_units(self, batch: Batch) -> int:
         """What the loss of a batch is averaged over: prompts or supervised tokens."""
-        return batch.num_rows if self.cfg.stage in PER_PROMPT else batch.num_targets
+        return batch.num_rows if self.stage.per_prompt else batch.num_targets
 
 
-def loss_terms(cfg: Config, train, objectives: dict) -> list[LossTerm]:
-    terms = [LossTerm(cfg, train, 1.0, objectives[cfg.stage])]
+def loss_terms(cfg: Config, train, stages: dict) -> list[LossTerm]:
+    stage = stages[cfg.stage]
+    terms = [LossTerm(cfg, train, 1.0, stage, stage.objective)]
     if cfg.pretrain_coef:
         other = pretrain_config(cfg)
         stream = read_stream(other.data, "train")
-        terms.append(LossTerm(other, stream, cfg.pretrain_coef, pretrain_objective))
+        weight = cfg.pretrain_coef
+        terms.append(LossTerm(other, stream, weight, stages["pretrain"], pretrain_objective))
     return terms
 
 
-def micro_batches(term: LossTerm, round_id: int, step: int, model_config, device, eot: int):
+def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[LossTerm, Batch]]:
     """This rank's micro-batches of a step: a function of (data, seed, round, step).
 
     Every rank has the same number of them, and about the same number of tokens in each.
     """
-    cfg, data = term.cfg, term.data
-    seed = cfg.seed + 1000 * round_id
-    if cfg.stage == "pretrain":
-        length, vocab_size = model_config.block_size, model_config.vocab_size
-        document_end = eot if cfg.document_mask else None
-        for part in stream_micro_batches(cfg, length, device):
-            yield stream_batch(
-                data, length, cfg.batch_size, seed, step, vocab_size, part, document_end
-            )
-        return
+    batches = []
+    for term in terms:
+        make = window_batches if term.cfg.stage == "pretrain" else row_batches
+        for batch in make(run, term, round_id, step):
+            batches.append((term, batch))
+    return batches
 
-    budget = distributed.micro_batch_tokens(cfg, device)
-    chosen = batch_indices(len(data), cfg.batch_size, seed, step)
-    tokens = {i: count_row_tokens(data[i], cfg.layout) for i in chosen}
+
+def round_seed(cfg: Config, round_id: int) -> int:
+    """Of the order of the training data."""
+    return cfg.seed + 1000 * round_id
+
+
+def window_batches(run: "Run", term: LossTerm, round_id: int, step: int):
+    """Windows of a token stream."""
+    cfg = term.cfg
+    length, vocab_size = run.model.config.block_size, run.model.config.vocab_size
+    seed = round_seed(cfg, round_id)
+    document_end = run.enc.eot_token if cfg.document_mask else None
+    for part in window_slices(cfg, length, run.device):
+        yield stream_batch(
+            term.data, length, cfg.batch_size, seed, step, vocab_size, part, document_end
+        )
+
+
+def row_batches(run: "Run", term: LossTerm, round_id: int, step: int):
+    """Encoded rows, those of similar length together."""
+    cfg, rows = term.cfg, term.data
+    budget = distributed.micro_batch_tokens(cfg, run.device)
+    chosen = batch_indices(len(rows), cfg.batch_size, round_seed(cfg, round_id), step)
+    tokens = {i: count_row_tokens(rows[i], cfg.layout) for i in chosen}
     chosen = sorted(chosen, key=tokens.get)
     by_rank = [chosen[rank :: world_size()] for rank in range(world_size())]
     tokens_by_rank = [sum(map(tokens.get, indices)) for indices in by_rank]
     n = min(len(chosen) // world_size(), math.ceil(max(tokens_by_rank) / budget))
     mine = by_rank[distributed.rank()]
-    make_batch = {"reward": reward_batch, "ppo": ppo_batch}.get(cfg.stage, batch_rows)
     for part in split_by_tokens([tokens[i] for i in mine], n):
-        yield make_batch([data[mine[i]] for i in part], cfg.layout)
-
-
-def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[LossTerm, Batch]]:
-    """This rank's micro-batches of a step."""
-    batches = []
-    eot = run.enc.eot_token
-    for term in terms:
-        for batch in micro_batches(term, round_id, step, run.model.config, run.device, eot):
-            batches.append((term, batch))
-    return batches
+        yield term.stage.make_batch([rows[mine[i]] for i in part], cfg.layout)
 
 
 def prefetch(make: Callable, steps: range):
     """make(step) of each step. A thread makes the next one while this one is trained on."""
     with ThreadPoolExecutor(1) as thread:
-        coming = None
+        ahead = thread.submit(make, steps[0]) if steps else None
         for step in steps:
-            current = coming or thread.submit(make, step)
-            coming = thread.submit(make, step + 1) if step + 1 in steps else None
-            yield current.result()
+            ready = ahead
+            if step + 1 in steps:
+                ahead = thread.submit(make, step + 1)
+            yield ready.result()
 
 
 class Meter:
-    """Averages over the micro-batches of a step, reduced over the ranks once."""
+    """Adds up the metrics of micro-batches and ranks: sums over units / number of units."""
 
     def __init__(self):
         self.sums = {}
@@ -266,18 +258,17 @@ class Run:
     device: torch.device
     log: metrics_logger.MetricsLogger
     saver: checkpoint.Saver
-    objectives: dict
-    evaluators: dict
+    stages: dict  # STAGES, or those of a study
 
 
 def fit(run: Run, round_id: int, train, val, start: int):
     """Train one round from step `start` to its end. The only training loop there is."""
-    cfg, model, device = run.cfg, run.model, run.device
+    beta, lr = per_round(run.cfg.beta, round_id), per_round(run.cfg.lr, round_id)
+    cfg, model, device = replace(run.cfg, beta=beta, lr=lr), run.model, run.device
     num_steps = num_steps_of_round(cfg, train)
-    beta, lr = per_round(cfg.beta, round_id), per_round(cfg.lr, round_id)
     optimizers = make_optimizers(model, cfg, lr, device)
-    history = resume(run, round_id, start, optimizers)
-    terms = loss_terms(cfg, train, run.objectives)
+    history = load_history(run, round_id, start, optimizers)
+    terms = loss_terms(cfg, train, run.stages)
     params = list(model.parameters())
     loader = prefetch(
         lambda step: step_batches(run, terms, round_id, step), range(start, num_steps)
@@ -286,7 +277,8 @@ def fit(run: Run, round_id: int, train, val, start: int):
     for step in range(start, num_steps + 1):
         distributed.heartbeat.set_stage(f"round {round_id} step {step}")
         eval_metrics = {}
-        if should_evaluate(cfg, round_id, step, num_steps) and (step > start or step == 0):
+        resumed_here = step == start > 0  # then it was evaluated before the checkpoint
+        if should_evaluate(cfg, round_id, step, num_steps) and not resumed_here:
             eval_metrics = evaluate(run, round_id, step, train, val)
             run.log.eval(round_id, step, eval_metrics)
         last = step == num_steps or stop
@@ -297,7 +289,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
             elastic.exit_if_signalled()
             break
 
-        # ---- one training step
+        # one training step
         step_start = time.time()
         # dropout is a function of (seed, round, step, rank), so that a resumed run repeats it
         torch.manual_seed(hash((cfg.seed, round_id, step, distributed.rank())) % 2**62)
@@ -306,46 +298,45 @@ def fit(run: Run, round_id: int, train, val, start: int):
         units, num_targets, num_tokens = count_units(terms, batches, device)
         meter = Meter()
         for term, batch in batches:
-            loss, sums = term.objective(model, batch.to(device), term.cfg, beta)
+            loss, sums = term.objective(model, batch.to(device), term.cfg)
             # FSDP averages gradients over the ranks
             backward(loss * (term.weight * world_size() / units[term]))
             meter.add({"loss": term.weight * loss.detach()} | sums, units[term])
         norm = distributed.clip_grad_norm_(params, cfg.grad_clip)
+        # both are summed over the ranks: the norm is the same on each
         meter.add({"norm": norm / world_size(), "stop": len(elastic.received_signals)}, 1)
         metrics = meter.all_reduce(device)
         stop = metrics.pop("stop") > 0
-        if not is_finite_step(run, round_id, step, metrics, history, train):
-            zero_grad(optimizers)
-            continue
+        accepted = accept_step(run, round_id, step, metrics, history, train)
         factor = schedule_factor(cfg, round_id, step, num_steps)
         for optimizer in optimizers:
-            set_lr(optimizer, factor)
-            optimizer.step()
-        zero_grad(optimizers)
-        # ----
+            if accepted:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if not accepted:
+            continue
 
         if step == 0:
-            first = terms[0]
-            own_batches = [batch for term, batch in batches if term is first]
-            check_initial_loss(run, round_id, metrics, own_batches, beta, units[first])
+            check_initial_loss(run, round_id, metrics, batches, terms[0], units)
         seconds = time.time() - step_start
         metrics["lr"] = lr * factor
         metrics["ms"] = 1000 * seconds
         metrics["tokens_per_second"] = num_tokens / seconds
-        flops = step_flops(model, batches[0][1], num_targets, num_tokens)
-        metrics["mfu"] = mfu(flops, seconds, device)
+        metrics["mfu"] = mfu(step_flops(model, batches, num_targets, num_tokens), seconds, device)
         run.log.step(round_id, step, metrics, num_steps)
 
 
-def resume(run: Run, round_id: int, start: int, optimizers) -> dict:
-    """Load the optimizer state if the round goes on from a checkpoint. Returns what the loop has to
-    remember: the number of skipped steps and the recent losses."""
-    cfg = run.cfg
-    latest = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
+def load_history(run: Run, round_id: int, start: int, optimizers) -> dict:
+    """What the loop remembers between steps: the number of skipped ones and the recent losses. With
+    it the optimizers' state is loaded, if the round continues from a checkpoint."""
+    latest = distributed.broadcast_from_rank0(checkpoint.latest(run.cfg.out_dir))
     history = {"skipped": 0, "losses": []}
     if latest:
         history = checkpoint.read_meta(latest)["history"]
-    continues = cfg.stage == "ppo" and round_id > 0  # rounds of ppo are parts of one optimization
+    # rounds of ppo are parts of one optimization; the others begin anew
+    continues = run.cfg.stage == "ppo" and round_id > 0
     if start or continues:
         checkpoint.resume(latest, run.model, optimizers)
     else:
@@ -373,16 +364,6 @@ def backward(loss):
     loss.backward()
 
 
-def set_lr(optimizer, factor: float):
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-
-
-def zero_grad(optimizers):
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-
-
 def schedule_factor(cfg, round_id, step, num_steps) -> float:
     """Share of the learning rate. The schedule spans a round, and for ppo all of them."""
     if cfg.stage == "ppo":
@@ -390,62 +371,70 @@ def schedule_factor(cfg, round_id, step, num_steps) -> float:
     return lr_factor(cfg, step, num_steps)
 
 
-def is_finite_step(run: Run, round_id, step, metrics, history, train) -> bool:
+def accept_step(run: Run, round_id, step, metrics, history, train) -> bool:
     """Whether to take the optimizer step. A loss or gradient that is not finite ends the run, or is
     skipped and counted. A loss spike is only reported. Each names the rows of the batch."""
-    cfg, log = run.cfg, run.log
-    loss, norm = metrics["loss"], metrics["norm"]
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        recent = history["losses"]
-        usual = abs(float(np.median(recent))) if len(recent) >= 10 else math.inf
-        history["losses"] = [*recent[-49:], loss]
-        if not cfg.loss_spike_factor or loss <= cfg.loss_spike_factor * usual:
-            return True
+    cfg, loss, norm = run.cfg, metrics["loss"], metrics["norm"]
 
-    rows = prompts_of_step(cfg, round_id, step, train, run.enc)
-    text = f"loss {loss}, gradient norm {norm}; rows: {rows}"
-    if finite:
-        factor = cfg.loss_spike_factor
-        log.warning(round_id, step, f"more than {factor} times the recent median loss: {text}")
+    def describe() -> str:
+        rows = prompts_of_step(cfg, round_id, step, train, run.enc)
+        return f"loss {loss}, gradient norm {norm}; rows: {rows}"
+
+    if math.isfinite(loss) and math.isfinite(norm):
+        if is_spike(loss, history["losses"], cfg.loss_spike_factor):
+            text = f"more than {cfg.loss_spike_factor} times the recent median loss: {describe()}"
+            run.log.warning(round_id, step, text)
+        history["losses"] = [*history["losses"][-49:], loss]
         return True
     if cfg.on_nonfinite == "stop":
         run.saver.wait(round_id, step)
         raise SystemExit(
-            f"round {round_id} step {step}: {text}; "
+            f"round {round_id} step {step}: {describe()}; "
             f"last checkpoint: {checkpoint.latest(cfg.out_dir)}"
         )
     history["skipped"] += 1
-    log.warning(round_id, step, f"this step is skipped: {text}", skipped=history["skipped"])
+    text = f"this step is skipped: {describe()}"
+    run.log.warning(round_id, step, text, skipped=history["skipped"])
     return False
 
 
+def is_spike(loss: float, recent: list[float], factor: float) -> bool:
+    """Whether a loss exceeds the median of the recent ones by a factor; not before there are 10."""
+    if not factor or len(recent) < 10:
+        return False
+    return loss > factor * abs(float(np.median(recent)))
+
+
 def prompts_of_step(cfg, round_id, step, train, enc):
-    """The ends of the prompts in a step's global batch, as text."""
+    """The prompts in a step's global batch, the last 60 characters of each."""
     if cfg.stage == "pretrain":
         return "windows of the stream"
-    indices = batch_indices(len(train), cfg.batch_size, cfg.seed + 1000 * round_id, step)
+    indices = batch_indices(len(train), cfg.batch_size, round_seed(cfg, round_id), step)
     return [enc.decode(train[i]["prompt"])[-60:] for i in indices]
 
 
-def check_initial_loss(run: Run, round_id, metrics, batches, beta, units):
+def check_initial_loss(run: Run, round_id, metrics, batches, term: LossTerm, units: dict):
     """At the first step of a round the policy is the reference: every implicit reward is 0 and the
     ranking loss is ln K!. A reward model's scores are 0, and PPO's policy is the one that sampled.
 
     Another loss means that rows are scored in another way than they are trained on.
     """
-    cfg, device = run.cfg, run.device
-    if cfg.stage in ("pretrain", "sft"):
+    if term.stage.initial_loss is None:
         return
-    total = sum(initial_loss(cfg, batch, beta) for batch in batches)
-    expected = all_reduce_sum([total], device)[0] / units
-    loss = metrics["loss"] - cfg.pretrain_coef * metrics.get("pretrain_loss", 0.0)
+    total = 0.0
+    for its_term, batch in batches:
+        if its_term is term:
+            loss, _ = term.stage.initial_loss(batch, term.cfg)
+            total += loss
+    expected = all_reduce_sum([total], run.device)[0] / units[term]
+    loss = metrics["loss"] - run.cfg.pretrain_coef * metrics.get("pretrain_loss", 0.0)
     off = abs(loss - expected)
     report = {"loss": loss, "expected": expected}
     if "nll" in metrics:
         report["ranking"] = metrics["nll"]
     run.log.initial_loss(round_id, report | {"off": off})
-    tolerance = 1e-4 if distributed.compute_dtype(cfg, device) == torch.float32 else 0.05
+    dtype = distributed.compute_dtype(run.cfg, run.device)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
     if off > tolerance and not run.model.config.dropout:
         run.log.warning(
             round_id,
@@ -455,21 +444,25 @@ def check_initial_loss(run: Run, round_id, metrics, batches, beta, units):
         )
 
 
-def initial_loss(cfg, batch: Batch, beta: float) -> float:
-    """The loss that a round starts with, summed over the units of a batch."""
-    if cfg.stage == "reward":
-        zeros = torch.zeros(len(batch.value_positions))
-        loss, _ = reward_model_loss(zeros, batch, cfg)
-    elif cfg.stage == "ppo":
-        loss, _ = policy_gradient_loss(batch.old_logps, batch.old_values, batch, cfg)
-    else:
-        loss, _ = ranking_loss(batch.ref_logps, batch, cfg, beta)
-    return loss
+# initial_loss(batch, cfg) -> what the objective gives at the first step of a round
 
 
-def step_flops(model, batch: Batch, num_targets: float, num_tokens: float) -> float:
-    """FLOPs of a step over all ranks; `batch` stands for its micro-batches' context length."""
-    context_length = mean_context_length(batch)
+def initial_ranking_loss(batch: Batch, cfg: Config):
+    return ranking_loss(batch.ref_logps, batch, cfg)
+
+
+def initial_reward_loss(batch: Batch, cfg: Config):
+    return reward_model_loss(torch.zeros(batch.response_mask.shape), batch, cfg)
+
+
+def initial_ppo_loss(batch: Batch, cfg: Config):
+    return policy_gradient_loss(batch.old_logps, batch.old_values, batch, cfg)
+
+
+def step_flops(model, batches, num_targets: float, num_tokens: float) -> float:
+    """FLOPs of a step over all ranks. This rank's micro-batches give the mean context length."""
+    total = sum(batch.num_tokens * mean_context_length(batch) for _, batch in batches)
+    context_length = total / sum(batch.num_tokens for _, batch in batches)
     return model.flops_per_token(context_length, num_targets / num_tokens) * num_tokens
 
 
@@ -525,16 +518,6 @@ def validation_logps(run: Run, val) -> np.ndarray:
     return response_logprobs(run.model, val, budget, run.device, layout=cfg.layout)
 
 
-EVALUATORS = {
-    "pretrain": evaluate_pretrain,
-    "sft": evaluate_sft,
-    "reward": evaluate_reward,
-    "preference": evaluate_ranking,
-    "spin": evaluate_ranking,
-    "ppo": evaluate_ppo,
-}
-
-
 def should_evaluate(cfg, round_id, step, num_steps) -> bool:
     """Every eval_interval steps and at the end of a round. For ppo, whose evaluation samples: at
     the start, every eval_interval rounds and at the end of the run."""
@@ -548,7 +531,7 @@ def should_evaluate(cfg, round_id, step, num_steps) -> bool:
 def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
     """The held-out metrics of a stage, and of the pretraining stream beside it."""
     cfg = run.cfg
-    metrics = run.evaluators[cfg.stage](run, round_id, step, train, val)
+    metrics = run.stages[cfg.stage].evaluate(run, round_id, step, train, val)
     if cfg.pretrain_coef:
         other = pretrain_config(cfg)
         stream = read_stream(other.data, "val")
@@ -561,13 +544,63 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
     return metrics
 
 
-# ---------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------- the stages
 
 
-def build_model(cfg, model_class, device, dtype):
-    """(model, tokenizer, its name) from the newest checkpoint of this run, from `init`, or from
-    scratch. Settings that contradict the checkpoint end the run."""
-    path = checkpoint.latest(cfg.out_dir)
+@dataclass
+class Stage:
+    """What a stage is made of. The loop is the same for all."""
+
+    collect: Callable  # (cfg, round_id, model, enc, device, dtype, say) -> (train, val, report)
+    objective: Callable
+    evaluate: Callable
+    make_batch: Callable = batch_rows
+    per_prompt: bool = False  # the loss is a mean over prompts; else over supervised tokens
+    initial_loss: Callable | None = None  # what a round's loss starts with, if that is known
+
+
+STAGES = {
+    "pretrain": Stage(rollout.collect, token_objective, evaluate_pretrain),
+    "sft": Stage(rollout.collect, token_objective, evaluate_sft),
+    "reward": Stage(
+        rollout.collect,
+        reward_objective,
+        evaluate_reward,
+        make_batch=reward_batch,
+        per_prompt=True,
+        initial_loss=initial_reward_loss,
+    ),
+    "preference": Stage(
+        rollout.collect,
+        ranking_objective,
+        evaluate_ranking,
+        per_prompt=True,
+        initial_loss=initial_ranking_loss,
+    ),
+    "spin": Stage(
+        rollout.collect,
+        ranking_objective,
+        evaluate_ranking,
+        per_prompt=True,
+        initial_loss=initial_ranking_loss,
+    ),
+    "ppo": Stage(
+        ppo.collect,
+        ppo_objective,
+        evaluate_ppo,
+        make_batch=ppo_batch,
+        initial_loss=initial_ppo_loss,
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+def resolve_model(cfg, model_class: type):
+    """(model config, tokenizer, its name, checkpoint) from the newest checkpoint of this run, from
+    `init`, or from scratch (checkpoint None). Settings that contradict a checkpoint end the run."""
+    path = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
     if not path and cfg.init:
         path = checkpoint.resolve(cfg.init)
     if path:
@@ -577,30 +610,37 @@ def build_model(cfg, model_class, device, dtype):
         saved_config = config_module.model_config_from(
             meta["model"], model_class.config_class, f"{path}/meta.json"
         )
-        shape = meta["model"] | cfg.model
+        settings = meta["model"] | cfg.model
     else:
-        name = cfg.tokenizer or read_meta(cfg.data, [])["tokenizer"]
-        if not name:
-            raise SystemExit(
-                f"config: {cfg.data} names no tokenizer, and there is no checkpoint to take one "
-                "from: set tokenizer"
-            )
-        name = cfg.tokenizer or tokenizer_path(cfg.data, name)
+        name = cfg.tokenizer or data_tokenizer(cfg.data)
         enc = tokenizer.load(name)
-        shape = cfg.model | {"vocab_size": enc.n_vocab}
+        settings = cfg.model | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
         preflight.check_stream(pretrain_config(cfg).data, enc, name)
 
-    shape["scalar_head"] = cfg.stage in ("reward", "ppo")
+    settings["scalar_head"] = cfg.stage in ("reward", "ppo")
     try:
-        model_config = model_class.config_class(**shape)
+        model_config = model_class.config_class(**settings)
     except ValueError as e:
         raise SystemExit(f"config: {e}")
     if path:
         preflight.check_model_settings(cfg, model_config, saved_config, path)
-    if cfg.stage == "spin":
-        rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
+    return model_config, enc, name, path
 
+
+def data_tokenizer(folder: str) -> str:
+    """The tokenizer that a data folder names."""
+    name = read_meta(folder, [])["tokenizer"]
+    if not name:
+        raise SystemExit(
+            f"config: {folder} names no tokenizer, and there is no checkpoint to take one from: "
+            "set tokenizer"
+        )
+    return tokenizer_path(folder, name)
+
+
+def build_model(cfg, model_class: type, model_config, path, device, dtype) -> GPT:
+    """The model, sharded over the ranks, with the weights of a checkpoint or new ones."""
     with torch.device("meta"):
         model = model_class(model_config)
     model = distributed.prepare_model(model, device, dtype, cfg)
@@ -608,25 +648,23 @@ def build_model(cfg, model_class, device, dtype):
         checkpoint.load_weights(path, model)
     else:
         model.init_weights(cfg.seed, distributed.copy_parameter_)
-    return model, enc, name
+    return model
 
 
 def main(
     argv: list[str],
     config_class: type = Config,
     model_class: type = GPT,
-    objectives: dict = OBJECTIVES,
-    evaluators: dict = EVALUATORS,
+    stages: dict[str, Stage] = STAGES,
 ):
-    """Run all rounds of a config. A study may pass its own settings, model, objectives (by stage)
-    and evaluators (by stage)."""
+    """Run all rounds of a config. A study may pass its own settings, model and stages."""
     run_start = time.time()
     cfg = config_module.load(argv, model_class.config_class, config_class)
     cfg = preflight.resolve_template(cfg)
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)
     dtype = distributed.compute_dtype(cfg, device)
-    start, settings = preflight.prepare_run(cfg)  # start: the (round, step) to resume from
+    start, settings = preflight.prepare_run(cfg)
     if distributed.rank() == 0:
         metrics_logger.write_config(cfg, settings, start, device, dtype)
 
@@ -634,18 +672,22 @@ def main(
         if distributed.rank() == 0:
             print(text, flush=True)
 
-    model, enc, tokenizer_name = build_model(cfg, model_class, device, dtype)
+    model_config, enc, tokenizer_name, path = resolve_model(cfg, model_class)
+    if cfg.stage == "spin":
+        # the teacher samples before the student is built: the two are never in memory together
+        rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
+    model = build_model(cfg, model_class, model_config, path, device, dtype)
     say(
         f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, "
         f"{device.type} x {world_size()}, {dtype}, "
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )
-    collect = ppo.collect if cfg.stage == "ppo" else rollout.collect
-    first_round, first_step = start
+    collect = stages[cfg.stage].collect
+    first_round, first_step = start  # where to resume; step -1: there is no checkpoint yet
     with wandb_sender(cfg, start) as send:
         log = metrics_logger.MetricsLogger(cfg, start, run_start, send)
         saver = checkpoint.Saver(cfg, enc, tokenizer_name, log)
-        run = Run(cfg, model, enc, device, log, saver, objectives, evaluators)
+        run = Run(cfg, model, enc, device, log, saver, stages)
         for round_id in range(first_round, cfg.rounds):
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
             train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)

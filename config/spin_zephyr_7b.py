@@ -66,7 +66,7 @@ schedule = "linear"
 min_lr_ratio = 0.0
 dtype = "bfloat16"
 activation_checkpointing = 1
-prefetch = 1
+fsdp_prefetch = 1
 
 eval_interval = 200
 eval_rows = 1024

@@ -7,7 +7,7 @@ Encoded rows come from `data.rows.encode_rows`. There are two layouts of a row's
 """
 
 import functools
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class Batch:
     idx: Tensor  # (n,) or (N, T) token ids
     pos: Tensor | None = None  # (n,) position in the prompt + response
     sequence_id: Tensor | None = None  # (n,) the row
-    response_id: Tensor | None = None  # (n,) 0 in the prompt, k in the k-th response
+    response_id: Tensor | None = None  # (n,) 0 in the prompt, 1 + k in response k
     logit_positions: Tensor | None = None  # (m,) where in idx each target is predicted
 
     # what is predicted
@@ -38,7 +38,7 @@ class Batch:
 
     # reward
     value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read
-    slot: Tensor | None = None  # (r,) b K + k of each scalar
+    value_seq: Tensor | None = None  # (r,) b K + k of each
     data_scores: Tensor | None = None  # (B, K) the data's own scores
 
     # ppo, by token, from when the tokens were sampled
@@ -48,7 +48,7 @@ class Batch:
     returns: Tensor | None = None  # (m,)
 
     num_tokens: int = 0  # tokens read, without padding
-    num_targets: int = field(default=0)  # supervised tokens; set from targets
+    num_targets: int = 0  # supervised tokens; counted from targets
 
     def __post_init__(self):
         if self.targets is not None and not self.num_targets:
@@ -130,7 +130,7 @@ def reward_batch(rows: list[dict], layout: str = "packed") -> Batch:
     return replace(
         batch,
         value_positions=target_positions(batch)[is_last],
-        slot=seq[is_last],
+        value_seq=seq[is_last],
         lengths=batch.lengths - batch.response_mask.long(),
         logit_positions=None,
         targets=None,

@@ -83,6 +83,10 @@ class PackedSequences:
             query_positions=positions,
         )
 
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens of x (n, C) whose output is needed: (m, C) with query_positions."""
+        return x if self.query_positions is None else x.index_select(0, self.query_positions)
+
     @torch.compiler.disable
     def attend(self, layer: int, q, k, v) -> torch.Tensor:
         """q (n, H, D), k and v (n, Hkv, D) -> (n, H, D), or (m, H, D) with query_positions."""

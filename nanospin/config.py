@@ -45,7 +45,7 @@ class Config:
     reshard_after_forward: bool = (
         True  # free a block's gathered weights between forward and backward
     )
-    prefetch: int = 0  # blocks to gather ahead; 0: FSDP2's default
+    fsdp_prefetch: int = 0  # blocks to gather ahead; 0: FSDP2's default
     sample_sharded: bool = False  # sample without a full copy of the weights on each rank: slower
     timeout: float = 1800.0  # seconds without progress after which a hanging rank is named
 
@@ -180,6 +180,7 @@ RENAMED = {
     "min_lr": "min_lr_ratio",
     "eot_penalty": "missing_eos_penalty",
     "mix_rounds": "replay_rounds",
+    "prefetch": "fsdp_prefetch",
     "depth": "rank_depth",
     "clip": "clip_range",
     "value_clip": "value_clip_range",

@@ -64,14 +64,14 @@ def fast_methods(model, rows) -> list[tuple]:
         head = prepack(model.lm_head.weight, model.lm_head.bias)
     replaced = [(model, "head", head)]
     for block in model.h:
-        fused = None
-        if model.config.mlp == "gelu":
-            fused = block.mlp.c_fc
-            inner = prepack(fused.weight, fused.bias, ("gelu", [], "tanh"))
-            replaced.append((block.mlp, "inner", inner))
         for module in block.modules():
-            if isinstance(module, torch.nn.Linear) and module is not fused:
+            # not a subclass: it may do more than a linear layer
+            if type(module) is torch.nn.Linear:
                 replaced.append((module, "forward", prepack(module.weight, module.bias)))
+        if model.config.mlp == "gelu":
+            fc = block.mlp.c_fc
+            fc_gelu = prepack(fc.weight, fc.bias, ("gelu", [], "tanh"))
+            replaced.append((block.mlp, "fc_gelu", fc_gelu))
     return replaced
 
 

@@ -25,8 +25,6 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 # Tokens of a micro-batch: about what the caches of a CPU hold, and what keeps a GPU busy.
 MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
 
-# The methods of a GPT, besides forward, that run the network.
-FORWARD_METHODS = ("values", "logps_and_values")
 
 # Filled by elastic.join_process_group: "saves" is the process group of the thread that writes
 # checkpoints, "store" the key-value store that the ranks of this start share.
@@ -199,13 +197,13 @@ def shard_model(model, device, dtype, cfg):
         )
     fully_shard(model, mesh=mesh, mp_policy=policy)
     if hasattr(fsdp, "register_fsdp_forward_method"):
-        for name in FORWARD_METHODS:
+        for name in model.forward_methods:
             fsdp.register_fsdp_forward_method(model, name)
-    if cfg.prefetch:
+    if cfg.fsdp_prefetch:
         blocks = list(model.h)
         for i, block in enumerate(blocks):
-            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + cfg.prefetch])
-            block.set_modules_to_backward_prefetch(blocks[max(0, i - cfg.prefetch) : i][::-1])
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + cfg.fsdp_prefetch])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - cfg.fsdp_prefetch) : i][::-1])
 
 
 def set_autocast_dtype(model, dtype):

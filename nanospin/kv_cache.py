@@ -33,8 +33,6 @@ class KVCache:
     here if the model is to `store` prompts.
     """
 
-    query_positions = None  # as in PackedSequences: attend() returns the output of every token
-
     def __init__(self, ends=()):
         self.k = {}  # layer -> [(b, Hkv, columns, D) for each group]
         self.v = {}
@@ -120,6 +118,10 @@ class KVCache:
             for group, end in enumerate(self.ends):
                 if end == tensors[group].shape[2]:
                     tensors[group] = right_align([tensors[group]], end)
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """As in PackedSequences: the output of every token is needed."""
+        return x
 
     @torch.compiler.disable
     def attend(self, layer: int, q, k, v) -> torch.Tensor:

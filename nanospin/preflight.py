@@ -27,7 +27,7 @@ MAY_CHANGE = {
     "deterministic",
     "hsdp_shard_size",
     "reshard_after_forward",
-    "prefetch",
+    "fsdp_prefetch",
     "sample_sharded",
     "timeout",
     "keep_last",
@@ -197,7 +197,7 @@ def check_same_run(cfg, settings: dict, newest: str | None):
         before = read_json(path, ("config", "starts"), advice)["config"]
         if not isinstance(before, dict):
             raise SystemExit(f"{path}: config must be an object{advice}")
-    if not newest and not has_rows(cfg.out_dir):
+    if not before or (not newest and not has_rows(cfg.out_dir)):
         return
     for name in settings | before:
         if name in MAY_CHANGE:

@@ -6,11 +6,18 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import load_config
-from nanospin.config import RENAMED, command_for_run, field_hints, import_function, per_round
-from nanospin.config import Config, ELSEWHERE
+
 from model import GPTConfig
+from nanospin.config import (
+    ELSEWHERE,
+    RENAMED,
+    Config,
+    command_for_run,
+    field_hints,
+    import_function,
+    per_round,
+)
 
 SPIN = ["--stage=spin", "--init=x"]
 

@@ -6,8 +6,8 @@ import importlib
 import sys
 
 import pytest
-
 from conftest import source_files
+
 from model import GPTConfig
 from nanospin import config
 

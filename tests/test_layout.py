@@ -3,7 +3,6 @@
 import ast
 
 import pytest
-
 from conftest import source_files
 
 # each may import those before it

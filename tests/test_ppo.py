@@ -241,7 +241,7 @@ def test_the_first_step_is_the_policy_gradient():
             batch.idx, batch.targets, batch.value_positions, **batch.layout()
         )
     cfg = ppo_config("--clip_range=0", "--value_clip_range=0", "--value_coef=0")
-    loss, metrics = train.ppo_objective(model, batch, cfg, 0.1)
+    loss, metrics = train.ppo_objective(model, batch, cfg)
     assert metrics["approx_kl"] == 0
     assert metrics["clip_fraction"] == 0
 

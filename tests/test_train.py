@@ -1,5 +1,6 @@
 """The trainer in this process: every stage, resuming bit for bit, and what it refuses."""
 
+import dataclasses
 import glob
 import json
 import math
@@ -626,7 +627,7 @@ def make_later_format(folder):
         (lambda folder: os.remove(folder / "manifest.json"), "cannot be read"),
         (widen_model, "has shape"),
         (deepen_model, "other tensors"),
-        (make_old_format, "written by an earlier version of nanoSPIN"),
+        (make_old_format, "written by another version of nanoSPIN"),
         (make_later_format, "cannot be read by this one"),
     ],
     ids=["weights", "meta", "manifest", "width", "depth", "old format", "later format"],
@@ -643,21 +644,22 @@ def test_checkpoints_that_cannot_be_used_are_refused(
 # ------------------------------------------------------------------------ losses that go wrong
 
 
-def spoiled_objectives(factor, at):
-    """OBJECTIVES with an sft whose loss is multiplied by `factor` in call `at`, counted from 0."""
+def spoiled_stages(factor, at):
+    """STAGES with an sft whose loss is multiplied by `factor` in call `at`, counted from 0."""
     calls = [0]
 
-    def spoiled(model, batch, cfg, beta):
-        loss, metrics = train.token_objective(model, batch, cfg, beta)
+    def spoiled(model, batch, cfg):
+        loss, metrics = train.token_objective(model, batch, cfg)
         calls[0] += 1
         return loss * (factor if calls[0] == at + 1 else 1.0), metrics
 
-    return train.OBJECTIVES | {"sft": spoiled}
+    sft = dataclasses.replace(train.STAGES["sft"], objective=spoiled)
+    return train.STAGES | {"sft": sft}
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tiny_runs, tiny_data, tmp_path):
     args = small_args("sft", tiny_data, tiny_runs["pretrain"], tmp_path / "r", "--max_steps=5")
-    message = refused(args, objectives=spoiled_objectives(math.nan, at=2))
+    message = refused(args, stages=spoiled_stages(math.nan, at=2))
     assert "step 2" in message
     assert "loss nan" in message
     assert "rows: [" in message
@@ -667,7 +669,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(tiny_runs, tiny_data, tmp_path
     out = str(tmp_path / "r")
     options = ["--max_steps=5", "--on_nonfinite=skip"]
     args = small_args("sft", tiny_data, tiny_runs["pretrain"], out, *options)
-    train.main(args, objectives=spoiled_objectives(math.nan, at=2))
+    train.main(args, stages=spoiled_stages(math.nan, at=2))
     (warning,) = read_metrics(out, "warning")
     assert warning["step"] == 2 and warning["skipped"] == 1
     assert "this step is skipped: loss nan" in warning["text"]
@@ -680,7 +682,7 @@ def test_a_loss_spike_is_reported(tiny_runs, tiny_data, tmp_path):
     out = str(tmp_path / "r")
     options = ["--max_steps=12", "--loss_spike_factor=3"]
     args = small_args("sft", tiny_data, tiny_runs["pretrain"], out, *options)
-    train.main(args, objectives=spoiled_objectives(4.0, at=10))
+    train.main(args, stages=spoiled_stages(4.0, at=10))
     (warning,) = read_metrics(out, "warning")
     assert warning["step"] == 10
     assert "more than 3.0 times the recent median loss" in warning["text"]

@@ -43,7 +43,7 @@ def smoothed_nll(
     return loss
 
 
-def token_objective(model: GPT, batch: Batch, cfg, beta: float):
+def token_objective(model: GPT, batch: Batch, cfg):
     """The loss of supervised tokens, summed: T_n, or the one of the other losses that is set."""
     supervised = batch.targets >= 0
     if cfg.token_label_smoothing or cfg.confidence_penalty:
@@ -58,4 +58,4 @@ def token_objective(model: GPT, batch: Batch, cfg, beta: float):
     if cfg.focal:
         logps = model(batch.idx, batch.targets, **batch.layout())
         return focal_nll(logps[supervised], cfg.focal).sum(), {}
-    return train.token_objective(model, batch, cfg, beta)
+    return train.token_objective(model, batch, cfg)

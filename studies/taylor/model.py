@@ -71,9 +71,8 @@ class TaylorBlock(Block):
         if not self.mlp_alone:
             return super().forward(x, sequences, layer, rope)
         y = self.attn(self.ln_1(x), sequences, layer, rope)
-        if sequences.query_positions is not None:
-            x = x.index_select(0, sequences.query_positions)
-        return self.mlp(self.ln_1(x + y))
+        x = sequences.select(x) + y
+        return self.mlp(self.ln_1(x))
 
 
 class TaylorGPT(GPT):

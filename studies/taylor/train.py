@@ -6,7 +6,7 @@ All settings of `train.py` apply; the stage is sft (or pretrain). `--help` lists
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import train
 from nanospin import elastic
@@ -42,13 +42,12 @@ class TaylorConfig(Config):
 
 
 def main(argv: list[str]):
-    train.main(
-        argv,
-        config_class=TaylorConfig,
-        model_class=TaylorGPT,
-        objectives={"sft": token_objective, "pretrain": token_objective},
-        evaluators=train.EVALUATORS | {"sft": evaluate},
-    )
+    sft, pretrain = train.STAGES["sft"], train.STAGES["pretrain"]
+    stages = {
+        "sft": replace(sft, objective=token_objective, evaluate=evaluate),
+        "pretrain": replace(pretrain, objective=token_objective),
+    }
+    train.main(argv, config_class=TaylorConfig, model_class=TaylorGPT, stages=stages)
 
 
 if __name__ == "__main__":

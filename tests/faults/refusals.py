@@ -93,10 +93,12 @@ def refused(run, seconds: float, line: str) -> str:
 
 
 def changed_files(place: Place, before: dict[str, str]) -> str:
-    """Which file was changed, except the run's config.json, or whether it trained a step, or ""."""
+    """Says which file was changed or removed, or that it trained; "" if neither. config.json of the
+    run may change."""
     after = file_hashes(place.folder)
     for path, content in before.items():
-        if after.get(path) != content and path != f"{place.out}/config.json":
+        may_change = path == f"{place.out}/config.json"
+        if path not in after or (after[path] != content and not may_change):
             return f"changed {path}"
     for path in after:
         if path.endswith("metrics.jsonl") and path not in before:
@@ -472,10 +474,10 @@ CHECKPOINTS = {
     "weights of other tensors": Mistake("other tensors", renamed_tensor),
     "weights of another shape": Mistake("has shape", reshaped_tensor),
     "checkpoint of another format": Mistake(
-        "earlier version", lambda place: sft_from(place, format=1)
+        "another version", lambda place: sft_from(place, format=1)
     ),
     "checkpoint without a format": Mistake(
-        "earlier version", lambda place: sft_from(place, format=None)
+        "another version", lambda place: sft_from(place, format=None)
     ),
     "meta.json damaged": Mistake(
         "meta.json is damaged", lambda place: sft_from(place, {"meta.json": "{}"}, update=False)

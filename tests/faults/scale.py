@@ -3,6 +3,7 @@
 A section is called with (workspace, short) and returns a Result. Its docstring is what it promises.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -66,18 +67,18 @@ def change_loss(number: int, change):
     """A `before` that changes the loss of rank 1's micro-batch `number`, counted from 1."""
 
     def before(rank):
-        objective = train.OBJECTIVES["sft"]
+        stage = train.STAGES["sft"]
         calls = 0
 
-        def changed_objective(model, batch, cfg, beta):
+        def changed_objective(model, batch, cfg):
             nonlocal calls
             calls += 1
-            loss, metrics = objective(model, batch, cfg, beta)
+            loss, metrics = stage.objective(model, batch, cfg)
             if calls == number and rank == 1:
                 loss = change(loss)
             return loss, metrics
 
-        train.OBJECTIVES["sft"] = changed_objective
+        train.STAGES["sft"] = dataclasses.replace(stage, objective=changed_objective)
 
     return before
 
@@ -289,7 +290,7 @@ WAYS = [  # (ranks, settings); a short run has the first three
     (2, ["--hsdp_shard_size=1"]),
     (2, ["--activation_checkpointing=1"]),
     (2, ["--activation_checkpointing=2"]),
-    (2, ["--prefetch=1"]),
+    (2, ["--fsdp_prefetch=1"]),
     (2, ["--reshard_after_forward=False"]),
     (2, ["--sample_sharded=True"]),
     (2, ["--sample_sharded=True", "--eval_rows=1"]),

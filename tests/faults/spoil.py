@@ -69,34 +69,6 @@ class Place:
         return f"{self.good}/{stage}"
 
 
-def make_good_runs(folder: str):
-    """Write the data, and a run of each stage from which another one may start."""
-    place = Place(folder, folder)
-    make_good_data(place.data)
-    for stage in ("pretrain", "sft", "reward", "spin", "ppo"):
-        args = {"pretrain": pretrain, "sft": sft, "reward": reward, "spin": spin, "ppo": ppo}
-        run = start(args[stage](place, f"--out_dir={place.run(stage)}"))
-        assert run.wait() == [0], f"{stage} of the good runs failed: {run.output}"
-        run.forget()
-
-
-def make_good_data(folder: str):
-    os.makedirs(folder)
-    rng, enc = random.Random(0), tokenizer.load("bytes")
-
-    def text(n):
-        return " ".join(rng.choice(WORDS) for _ in range(n))
-
-    for split, n in (("train", 16), ("val", 8)):
-        write_stream(f"{folder}/{split}.bin", [text(40) for _ in range(n)], enc)
-        rows = []
-        for i in range(n):
-            responses = [text(3), text(2), text(1)]
-            rows.append({"prompt": f"{split} {i}", "responses": responses, "group": f"{i}"})
-        write_rows(f"{folder}/{split}.jsonl", rows)
-    write_meta(folder, "bytes", "made up")
-
-
 # -------------------------------------------------------------------------- arguments of small runs
 
 
@@ -140,6 +112,37 @@ def spin_with_teacher(place, teacher, *more):
 
 def ppo(place, *more):
     return later("ppo", place, "sft", f"--reward={place.run('reward')}", *more)
+
+
+# ---------------------------------------------------------------------------- good data and runs
+
+
+def make_good_runs(folder: str):
+    """Write the data, and a run of each stage from which another one may start."""
+    place = Place(folder, folder)
+    make_good_data(place.data)
+    for arguments in (pretrain, sft, reward, spin, ppo):
+        out = place.run(arguments.__name__)
+        run = start(arguments(place, f"--out_dir={out}"))
+        assert run.wait() == [0], run.output
+        run.forget()
+
+
+def make_good_data(folder: str):
+    os.makedirs(folder)
+    rng, enc = random.Random(0), tokenizer.load("bytes")
+
+    def text(n):
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    for split, n in (("train", 16), ("val", 8)):
+        write_stream(f"{folder}/{split}.bin", [text(40) for _ in range(n)], enc)
+        rows = []
+        for i in range(n):
+            responses = [text(3), text(2), text(1)]
+            rows.append({"prompt": f"{split} {i}", "responses": responses, "group": f"{i}"})
+        write_rows(f"{folder}/{split}.jsonl", rows)
+    write_meta(folder, "bytes", "made up")
 
 
 # ------------------------------------------------------------------------------- files of a case

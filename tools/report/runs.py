@@ -309,7 +309,7 @@ def supervised_tokens(batch: Batch) -> list[tuple]:
     idx, length = batch.idx.flatten().tolist(), batch.idx.shape[-1]
     if batch.targets is None:
         parts, start = [], 0
-        for slot, end in zip(batch.slot.tolist(), batch.value_positions.tolist()):
+        for slot, end in zip(batch.value_seq.tolist(), batch.value_positions.tolist()):
             if batch.idx.ndim == 2:
                 start = end // length * length
             parts.append((slot, [(idx[n], n == end) for n in range(start, end + 1)]))

@@ -3,8 +3,8 @@
     python -m data.shp.prepare
     python -m studies.taylor.train studies/taylor/config/clean.py --taylor_order=2
 
-Baselines, instead of --taylor_order: --dropout=0.1, --weight_decay=1.0, --label_smoothing=0.1,
---focal=2, --confidence_penalty=0.1.
+Baselines, instead of --taylor_order: --dropout=0.1, --weight_decay=1.0, --focal=2,
+--token_label_smoothing=0.1, --confidence_penalty=0.1.
 
 Estimate for one GPU: 4,000 steps of 2,540 tokens, 2 minutes. Not run at this size. At CPU size
 (studies/taylor/run.py) the validation loss is 4.88 with T_0 and early stopping; T_1 and T_2 are not
