@@ -260,7 +260,8 @@ def run_small(command: str, names=None):
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
     """A folder with the configs, small data instead of data/pydocs, and the runs of the demo."""
-    calls("make demo")  # cached: it needs the Makefile
+    for _, command in all_commands():
+        calls(command)  # cached now: elsewhere it would not find the scripts
     folder = tmp_path_factory.mktemp("demo")
     os.symlink(os.path.join(ROOT, "config"), folder / "config")
     with pytest.MonkeyPatch.context() as patch:

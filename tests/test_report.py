@@ -3,6 +3,7 @@ browser (NANOSPIN_BROWSER, or a Chromium on PATH), also how it looks there."""
 
 import base64
 import contextlib
+import dataclasses
 import html.parser
 import json
 import os
@@ -278,12 +279,15 @@ def test_supervised_are_the_responses_with_their_end(layout):
     ]
 
 
-def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path, monkeypatch):
+def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path):
     """The row that is shown is one that the run trains on, token for token."""
     made = []
-    monkeypatch.setattr(
-        train, "batch_rows", lambda rows, layout: made.extend(rows) or batch_rows(rows, layout)
-    )
+
+    def make_batch(rows, layout):
+        made.extend(rows)
+        return batch_rows(rows, layout)
+
+    sft = dataclasses.replace(train.STAGES["sft"], make_batch=make_batch)
     with open(f"{runs['sft']}/config.json") as f:
         settings = json.load(f)["config"]
     again = [
@@ -301,7 +305,7 @@ def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path, monkeypatch):
             "eval_rows",
         )
     ]
-    train.main([*again, f"--out_dir={tmp_path}/again"])
+    train.main([*again, f"--out_dir={tmp_path}/again"], stages=train.STAGES | {"sft": sft})
     row, _ = training_batch(read_run(runs["sft"]))
     assert any(
         row["prompt"] == other["prompt"] and row["responses"] == other["responses"]

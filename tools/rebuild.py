@@ -18,8 +18,8 @@ from data.files import read_arrays, read_json, sha256
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, distributed, elastic, metrics_logger
 from nanospin.cli import ArgumentParser
-from rollout import collect, input_files, reference_checkpoint, with_checksum
-from train import build_model
+from rollout import collect, input_files, prepare_teacher, reference_checkpoint, with_checksum
+from train import build_model, resolve_model
 
 MANIFEST = {
     "round": int,
@@ -61,7 +61,10 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
     print_on_rank0(version_warning(manifest, metrics_logger.versions(device, dtype)))
 
     cfg = replace(cfg, init=reference, out_dir=out)
-    model, enc, _ = build_model(cfg, GPT, device, dtype)
+    model_config, enc, _, path = resolve_model(cfg, GPT)
+    if cfg.stage == "spin":
+        prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
+    model = build_model(cfg, GPT, model_config, path, device, dtype)
     collect(cfg, round_id, model, enc, device, dtype, print_on_rank0)
 
     names = compare_files(manifest, folder, os.path.join(out, f"round_{round_id}"))
