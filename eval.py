@@ -111,7 +111,7 @@ def map_batches(
     return distributed.merge_results(len(rows), results)
 
 
-def response_logprobs(
+def row_logps(
     model, rows: list[dict], tokens: int, device, desc: str | None = None, layout: str = "packed"
 ) -> np.ndarray:
     """log pi(y_k|x) of every response of encoded rows -> (rows, K) float32, 0 where absent, on
@@ -123,7 +123,7 @@ def response_logprobs(
     return pad_and_stack(map_batches(model, rows, tokens, device, batch_rows, score, desc, layout))
 
 
-def reward_scores(
+def row_scores(
     model, rows: list[dict], tokens: int, device, desc: str | None = None, layout: str = "packed"
 ) -> np.ndarray:
     """A reward model's score of every response -> (rows, K) float32, 0 where it is absent."""
@@ -178,7 +178,7 @@ def loss_metrics(logps: np.ndarray, rows: list[dict]) -> dict[str, float]:
 def ranking_metrics(
     logps: np.ndarray, refs: np.ndarray, rows: list[dict], beta: float, players: list[str]
 ) -> dict[str, float]:
-    """Metrics of a round's held-out rows. logps and refs are (rows, K), from `response_logprobs`.
+    """Metrics of a round's held-out rows. logps and refs are (rows, K), from `row_logps`.
 
     rank_nll             Plackett-Luce on the implicit rewards
     acc, acc_se          share of ordered pairs in the right order, see `pair_accuracy`
@@ -246,7 +246,7 @@ def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, fl
 
 
 def reward_metrics(scores: np.ndarray, rows: list[dict]) -> dict[str, float]:
-    """Held-out metrics of a reward model. scores (rows, K) from `reward_scores`.
+    """Held-out metrics of a reward model. scores (rows, K) from `row_scores`.
 
     pair_nll      mean over rows of the mean -log sigmoid(s_i - s_j) of their pairs; ln 2 = 0.6931
                   if all scores are equal
@@ -380,7 +380,7 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
                 sizes.append(num_bytes)
     if not scored:
         return {}
-    logps = response_logprobs(model, scored, EVAL_TOKENS, device)
+    logps = row_logps(model, scored, EVAL_TOKENS, device)
     sizes = pad_and_stack(sizes)
     nats = -logps[:, 0].sum(dtype=np.float64)
     metrics = {"bits_per_byte": float(nats / math.log(2) / sizes[:, 0].sum())}
@@ -427,10 +427,10 @@ def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tup
     log-probability per token wins, end-of-text included).
     """
     if judge.config.scalar_head:
-        scores = reward_scores(judge, pairs, tokens, device)
+        scores = row_scores(judge, pairs, tokens, device)
     else:
         lengths = response_lengths(pairs)
-        scores = response_logprobs(judge, pairs, tokens, device) / lengths
+        scores = row_logps(judge, pairs, tokens, device) / lengths
     # Equal responses are equal even if rounding differs between two places of a batch.
     same_ids = np.array([row["responses"][0] == row["responses"][1] for row in pairs])
     equal = same_ids | (scores[:, 0] == scores[:, 1])
@@ -480,11 +480,11 @@ def evaluate_checkpoint(path, temperature, seed, rows, args) -> tuple[dict, Samp
     if config["stage"] == "reward":
         if not any(is_ranked(row) for row in kept):
             raise SystemExit(f"{path} is a reward model, and no row has two responses to rank")
-        scores = reward_scores(model, kept, EVAL_TOKENS, device)
+        scores = row_scores(model, kept, EVAL_TOKENS, device)
         return reward_metrics(scores, kept), Samples({}, enc)
 
     best = [row | {"responses": row["responses"][:1]} for row in kept]
-    metrics = loss_metrics(response_logprobs(model, best, EVAL_TOKENS, device), best)
+    metrics = loss_metrics(row_logps(model, best, EVAL_TOKENS, device), best)
     metrics |= harness_metrics(model, enc, rows, encoded, device)
     if args.reference:
         metrics |= reference_metrics(model, kept, args)
@@ -516,8 +516,8 @@ def reference_metrics(model, rows, args) -> dict[str, float]:
     K = max(len(row["responses"]) for row in rows)
     rows = pad_rows_to_K(rows, K)
     reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
-    logps = response_logprobs(model, rows, 64, args.device)
-    refs = response_logprobs(reference, rows, 64, args.device)
+    logps = row_logps(model, rows, 64, args.device)
+    refs = row_logps(reference, rows, 64, args.device)
     return ranking_metrics(logps, refs, rows, args.beta, [str(k + 1) for k in range(K)])
 
 

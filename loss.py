@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo")
+PLACKETT_LUCE_TYPES = ("pl", "simpo", "orpo")  # these take depth, label_smoothing, taylor_order
 REWARD_LOSS_TYPES = ("pairs", "pl")
 
 
@@ -111,7 +112,7 @@ def preference_loss(
         raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
     if lengths is None and (nll_coef or loss_type in ("simpo", "orpo")):
         raise ValueError("nll_coef, simpo and orpo need the lengths of the responses")
-    if loss_type in ("pairs", "ipo") and (label_smoothing or taylor_order or depth):
+    if loss_type not in PLACKETT_LUCE_TYPES and (label_smoothing or taylor_order or depth):
         raise ValueError(f"{loss_type} takes no label_smoothing, taylor_order or depth")
 
     mask, ranks, worse = pair_mask(policy_logps, response_mask, ranks)

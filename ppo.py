@@ -28,7 +28,7 @@ from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
 from data.files import atomic_write, read_arrays, read_json, sha256, write_json
 from data.rows import encode_rows, prompt_fields, read_rows, write_rows
-from eval import map_batches, retokenize, reward_scores, validation_rows
+from eval import map_batches, retokenize, row_scores, validation_rows
 from loss import kl_estimates
 from model import GPT
 from nanospin import checkpoint, distributed
@@ -252,7 +252,7 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype) -> np.ndarray:
             f"{counts['dropped']} prompts; set max_prompt of that run"
         )
     budget = distributed.micro_batch_tokens(cfg, device)
-    return reward_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
+    return row_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
 
 
 # ---------------------------------------------------------------------------------- arithmetic

@@ -34,7 +34,7 @@ from eval import (
     extract_answer,
     is_ranked,
     length_accuracy,
-    response_logprobs,
+    row_logps,
     validation_rows,
 )
 from model import GPT
@@ -158,7 +158,7 @@ def reference_logprobs(cfg, round_id, split, model, rows, device) -> np.ndarray:
             "longer its reference; remove the folder of that round"
         )
     budget = distributed.micro_batch_tokens(cfg, device)
-    refs = response_logprobs(model, rows, budget, device, "reference", cfg.layout)
+    refs = row_logps(model, rows, budget, device, "reference", cfg.layout)
     if distributed.rank() == 0:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path, "wb") as f:
@@ -296,9 +296,11 @@ def prepare_teacher(cfg, enc, block_size: int, device, dtype):
 def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
     """(text, ids) of the teacher's response to each row."""
     if cfg.teacher == "rows":
-        if any(len(row["responses"]) < 2 for row in rows):
+        single = [row["prompt"] for row in rows if len(row["responses"]) < 2]
+        if single:
             raise SystemExit(
-                f"teacher is 'rows', but rows of {cfg.data}/{split}.jsonl have one response"
+                f"teacher is 'rows', but {len(single)} of {len(rows)} rows of "
+                f"{cfg.data}/{split}.jsonl have one response, the first: {single[0][:60]!r}"
             )
         return [(row["responses"][1], None) for row in rows]
     path = cfg.teacher

@@ -38,9 +38,9 @@ from eval import (
     loss_metrics,
     pad_rows_to_K,
     ranking_metrics,
-    response_logprobs,
     reward_metrics,
-    reward_scores,
+    row_logps,
+    row_scores,
     stream_loss,
     window_slices,
 )
@@ -494,7 +494,7 @@ def evaluate_sft(run: Run, round_id: int, step: int, train, val) -> dict:
 def evaluate_reward(run: Run, round_id: int, step: int, train, val) -> dict:
     cfg = run.cfg
     budget = distributed.micro_batch_tokens(cfg, run.device)
-    return reward_metrics(reward_scores(run.model, val, budget, run.device, layout=cfg.layout), val)
+    return reward_metrics(row_scores(run.model, val, budget, run.device, layout=cfg.layout), val)
 
 
 def evaluate_ranking(run: Run, round_id: int, step: int, train, val) -> dict:
@@ -515,7 +515,7 @@ def validation_logps(run: Run, val) -> np.ndarray:
     """Log-probabilities of the responses of validation rows (rows, K)."""
     cfg = run.cfg
     budget = distributed.micro_batch_tokens(cfg, run.device)
-    return response_logprobs(run.model, val, budget, run.device, layout=cfg.layout)
+    return row_logps(run.model, val, budget, run.device, layout=cfg.layout)
 
 
 def should_evaluate(cfg, round_id, step, num_steps) -> bool:

@@ -60,7 +60,7 @@ from bench.baselines import (
 )
 from data.batch import batch_rows, count_row_tokens, split_by_tokens
 from data.files import read_json, write_json
-from eval import response_logprobs
+from eval import row_logps
 from loss import linear_logprobs, preference_loss, sequence_logprobs
 from model import GPT, GPTConfig
 from nanospin import distributed
@@ -429,7 +429,7 @@ def our_round(rows):
         ranked = []
         for row, response in zip(rows, sampled):
             ranked.append(row | {"responses": [row["responses"][0], response]})
-        response_logprobs(ours.model, ranked, MICRO_BATCH_TOKENS, torch.device("cpu"))
+        row_logps(ours.model, ranked, MICRO_BATCH_TOKENS, torch.device("cpu"))
         ours.preference_step(micro_batches(ranked))
 
     return play

@@ -326,8 +326,7 @@ def read_meta(path) -> dict:
         meta = json.loads(text)
         if meta.get("format") != FORMAT:
             raise SystemExit(
-                f"{path} was written by another version of nanoSPIN "
-                "and cannot be read by this one"
+                f"{path} was written by another version of nanoSPIN and cannot be read by this one"
             )
         check_meta(meta, file)
     except BAD_FILE_ERRORS as e:

@@ -462,7 +462,7 @@ def check_objective(cfg: Config):
         f"stage {stage} has no label_smoothing, only preference and spin",
     )
     require(not cfg.margin or loss_type == "simpo", "only loss_type simpo has a margin")
-    if loss_type in ("pairs", "ipo"):
+    if loss_type not in ("pl", "simpo", "orpo"):  # loss.PLACKETT_LUCE_TYPES
         ranking = stage in ("preference", "spin")
         unused = cfg.rank_depth or cfg.label_smoothing or (ranking and cfg.taylor_order)
         require(

@@ -35,9 +35,9 @@ EVAL_METRICS = {
     "spin": RANKING_METRICS,
     "ppo": ["reward", "kl", "length", "ended", "pretrain_loss"],
 }
-# stage -> the metrics of a round's samples that the console shows
+# stage -> the metrics of a round's samples that the console shows; "length/": of every player
 COLLECT_METRICS = {
-    "spin": ["length/data", "length/self", "ended/self", "tie/self"],
+    "spin": ["length/", "ended/self", "tie/"],
     "ppo": ["reward", "kl", "length", "ended"],
 }
 # of the check of a round's first loss
@@ -190,7 +190,12 @@ def format_record(record: dict, stage: str) -> str:
         "collect": COLLECT_METRICS.get(stage, []),
         "start": START_METRICS,
     }[kind]
-    return head + ", ".join(f"{name} {record[name]:.4f}" for name in names if name in record)
+    shown = []
+    for name in names:
+        for key, value in record.items():
+            if key == name or (name.endswith("/") and key.startswith(name)):
+                shown.append(f"{key} {value:.4f}")
+    return head + ", ".join(shown)
 
 
 def format_step(record: dict, num_steps: int, seconds_left: float) -> str:

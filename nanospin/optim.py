@@ -55,6 +55,8 @@ def lr_factor(cfg, step: int, num_steps: int) -> float:
         decayed = 0.5 * (1 + math.cos(math.pi * progress))
     elif cfg.schedule == "linear":
         decayed = 1 - progress
-    else:
+    elif cfg.schedule == "constant":
         decayed = 1.0
+    else:
+        raise ValueError(f"unknown schedule {cfg.schedule!r}")
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * decayed

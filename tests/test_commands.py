@@ -169,8 +169,7 @@ def files(name: str, args: list[str]) -> tuple[list[str], list[str]]:
         paths = [cfg.data, cfg.init, cfg.teacher, cfg.reward, cfg.pretrain_data]
         reads = [path for path in paths if path and path != "rows" and ":" not in path]
         return reads, [cfg.out_dir]
-    reads, writes = [], []
-    option = ""
+    reads, writes, option = [], [], ""
     for arg in args:
         option, value = arg.rsplit("=", 1) if "=" in arg else (option, arg)
         for path in value.split(","):

@@ -8,8 +8,10 @@ import sys
 import pytest
 from conftest import load_config
 
+from loss import LOSS_TYPES
 from model import GPTConfig
 from nanospin.config import (
+    CHOICES,
     ELSEWHERE,
     RENAMED,
     Config,
@@ -152,6 +154,10 @@ def test_every_config_says_how_it_is_run(path):
     assert re.search(r"\bcores?\b|GPU", header)
     assert re.search(r"minute|hour|second", header)
     assert re.search(r"\d %|loss|reward|starts at", header)
+
+
+def test_every_loss_type_is_a_choice():
+    assert CHOICES["loss_type"] == list(LOSS_TYPES)
 
 
 def test_command_for_run():

@@ -15,8 +15,8 @@ from eval import (
     harness_metrics,
     length_accuracy,
     ranking_metrics,
-    response_logprobs,
     rolling_windows,
+    row_logps,
     sample_metrics,
     win_rate,
 )
@@ -46,14 +46,14 @@ def test_response_logprobs_equal_one_sequence_at_a_time(tiny_runs):
         responses = ["falls" * (i % 3), None if i % 2 else "reads", "a"]
         texts.append({"prompt": f"the model {i}", "responses": responses})
     rows, _ = encode_rows(texts, enc, TEMPLATE, 64)
-    logps = response_logprobs(model, rows, 3, CPU)
+    logps = row_logps(model, rows, 3, CPU)
     for b, row in enumerate(rows):
         for k, response in enumerate(row["responses"]):
             slow = 0.0
             if response is not None:
                 slow = slow_logprob(model, row["prompt"], response)
             assert logps[b, k] == pytest.approx(slow, rel=1e-5)
-    np.testing.assert_array_equal(logps, response_logprobs(model, rows, 3, CPU))
+    np.testing.assert_array_equal(logps, row_logps(model, rows, 3, CPU))
 
 
 def test_ranking_metrics_by_hand():

@@ -24,7 +24,7 @@ from data import tokenizer
 from data.batch import reward_batch
 from data.folder import write_meta
 from data.rows import encode_rows, write_rows
-from eval import reward_metrics, reward_scores
+from eval import reward_metrics, row_scores
 from loss import plackett_luce, reward_loss
 from model import GPT, GPTConfig
 
@@ -149,7 +149,7 @@ def test_the_score_is_read_at_the_last_token(layout):
             assert abs(scores[b, k] - slow) < 1e-12  # float64: another order of sums
             assert batch.lengths[b, k] == len(response)
     # few tokens at a time; kept in float32
-    fast = reward_scores(model, rows, 20, torch.device("cpu"), layout=layout)
+    fast = row_scores(model, rows, 20, torch.device("cpu"), layout=layout)
     np.testing.assert_allclose(fast, scores, rtol=1e-5, atol=1e-6)
 
 

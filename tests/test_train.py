@@ -358,7 +358,7 @@ def undisturbed(tiny_runs, tiny_data, tmp_path_factory):
     "module, function, at",
     [
         pytest.param(rollout, "respond", 4, id="sampling"),
-        pytest.param(rollout, "response_logprobs", 0, id="scoring", marks=pytest.mark.slow),
+        pytest.param(rollout, "row_logps", 0, id="scoring", marks=pytest.mark.slow),
         pytest.param(train, "lr_factor", 8, id="training", marks=pytest.mark.slow),
         pytest.param(checkpoint, "write_json", 2, id="saving", marks=pytest.mark.slow),
     ],
@@ -693,12 +693,12 @@ def test_a_round_that_does_not_start_at_ln_k_factorial_is_reported(
     tiny_runs, tiny_data, tmp_path, monkeypatch
 ):
     out = str(tmp_path / "r")
-    response_logprobs = rollout.response_logprobs
+    row_logps = rollout.row_logps
 
     def another_reference(*args, **kw):
-        return response_logprobs(*args, **kw) + [[1.0, 0.0]]
+        return row_logps(*args, **kw) + [[1.0, 0.0]]
 
-    monkeypatch.setattr(rollout, "response_logprobs", another_reference)
+    monkeypatch.setattr(rollout, "row_logps", another_reference)
     train.main(spin_args(tiny_runs, tiny_data, out, "--max_steps=1"))
     (warning,) = read_metrics(out, "warning")
     assert "policy and reference are not the same" in warning["text"]

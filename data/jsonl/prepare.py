@@ -122,10 +122,13 @@ def main(argv=None):
     if not any(rows.values()) and not any(texts.values()):
         raise SystemExit(f"{files}: no line is left ({num_dropped} lack one of the authors)")
     for sides in (rows, texts):
-        if any(sides.values()) and not all(sides.values()):
-            raise SystemExit(
-                f"{files}: too few groups: one side of the split is empty; set --val_share"
-            )
+        for side, other in (("train", "val"), ("val", "train")):
+            if sides[other] and not sides[side]:
+                raise SystemExit(
+                    f"{files}: no row was assigned to {side} at --val_share={args.val_share}: the "
+                    "split is by a hash of the group, and there are few groups; "
+                    f"use a {'larger' if side == 'val' else 'smaller'} --val_share"
+                )
 
     os.makedirs(args.out, exist_ok=True)
     sizes = {}

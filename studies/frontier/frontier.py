@@ -31,7 +31,7 @@ from data.files import read_json, write_json
 from data.folder import write_meta
 from data.pydocs.scorer import concrete, kinds
 from data.rows import encode_rows, read_rows, write_rows
-from eval import response_logprobs, reward_scores, validation_rows
+from eval import row_logps, row_scores, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed
 from nanospin.cli import number_type
@@ -265,8 +265,8 @@ def measure(run, reference, judge, folder):
         for row, text, tokens in zip(rows, texts, ids)
     ]
     encoded, _ = encode_rows(sampled_rows, enc, block_size=model.config.block_size, **limits)
-    logps = response_logprobs(model, encoded, 4096, "cpu")[:, 0]
-    ref_logps = response_logprobs(ref_model, encoded, 4096, "cpu")[:, 0]
+    logps = row_logps(model, encoded, 4096, "cpu")[:, 0]
+    ref_logps = row_logps(ref_model, encoded, 4096, "cpu")[:, 0]
     kl = logps - ref_logps
     num_kinds = [kinds(text) for text in texts]
     measurement = Measurement(
@@ -274,7 +274,7 @@ def measure(run, reference, judge, folder):
         true=float(np.mean(true_at["1.0"])),
         kl=float(kl.mean()),
         kl_se=float(kl.std() / len(kl) ** 0.5),
-        learnt=float(reward_scores(reward_model, encoded, 4096, "cpu").mean()),
+        learnt=float(row_scores(reward_model, encoded, 4096, "cpu").mean()),
         length=float(np.mean([len(tokens) for tokens in ids])),
         ended=float(np.mean([tokens[-1] == enc.eot_token for tokens in ids])),
         kinds=float(np.mean(num_kinds)),

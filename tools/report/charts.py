@@ -147,7 +147,10 @@ def compare(all_runs):
 
 def equal_scores(run):
     """(the ranking loss if all scores are equal, its name), or None."""
-    K = 2 if run.stage == "reward" else len(run.players)
+    loss_type = run.setting("loss_type")
+    if loss_type not in ("pl", "pairs"):
+        return None
+    K = 2 if run.stage == "reward" or loss_type == "pairs" else len(run.players)
     value = math.lgamma(K + 1)
     return (value, f"equal scores: ln {K}! = {value:.4f}") if K > 1 else None
 
