@@ -660,7 +660,7 @@ def test_jsonl_takes_every_form(tmp_path):
         ('{"text": ""}', "not empty"),
         ('{"text": "\\udfff"}', "Unicode"),
         ('{"prompt": "a", "responses": 5}', "must be a string"),
-        ('{"text": "alone"}', "one side of the split is empty"),
+        ('{"text": "alone"}', "no row was assigned to"),
         ('{"other": 1}', "must be a string"),
         ("3", "not an object"),
     ],
