@@ -373,7 +373,7 @@ class GPT(nn.Module):
         cache=None,
         query_positions=None,
     ) -> Tensor:
-        """The normalised output of the last block (..., C).
+        """The normalized output of the last block (..., C).
 
         query_positions (m,), ascending: only at these positions of the flat list, (m, C). For the
         other tokens, mostly prompts, the last block computes queries, keys and values only.

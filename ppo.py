@@ -3,7 +3,7 @@
 A round samples one response y to each of its prompts from the policy. Its tokens are a trajectory:
 
     r_t = - kl_coef (log pi(y_t | ...) - log pi_ref(y_t | ...)),  and at the last token + R(x, y)
-    R   = the reward, normalised by mean and deviation of the first round's samples if
+    R   = the reward, normalized by mean and deviation of the first round's samples if
           `whiten_rewards`, minus `missing_eos_penalty` if y did not end
     A_t = sum_l (discount gae_lambda)^l delta_{t+l},
           delta_t = r_t + discount V_{t+1} - V_t                       GAE, 1506.02438, eq. 16
