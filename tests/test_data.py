@@ -661,6 +661,7 @@ def test_jsonl_takes_every_form(tmp_path):
         ('{"text": "\\udfff"}', "Unicode"),
         ('{"prompt": "a", "responses": 5}', "must be a string"),
         ('{"text": "alone"}', "no row was assigned to"),
+        ('{"prompt": "a", "response": "b", "group": "\\ud800"}', "group must be Unicode"),
         ('{"other": 1}', "must be a string"),
         ("3", "not an object"),
     ],

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import tokenizer
 from data.folder import split_of, write_meta, write_stream
-from data.rows import check_row, is_text, write_rows
+from data.rows import check_row, is_text, is_unicode, write_rows
 
 
 def read_lines(path):
@@ -170,13 +170,16 @@ def read_files(args):
             if "text" in value:
                 if not is_text(value["text"]):
                     raise SystemExit(f"{where}: text must be a Unicode string that is not empty")
-                texts[split_of(group, args.val_share)].append(value["text"])
-                continue
-            row = to_row(value, where, authors)
-            if row is None:
-                num_dropped += 1
+                sides, item = texts, value["text"]
             else:
-                rows[split_of(group, args.val_share)].append(row | {"group": group})
+                row = to_row(value, where, authors)
+                if row is None:
+                    num_dropped += 1
+                    continue
+                sides, item = rows, row | {"group": group}
+            if not is_unicode(group):
+                raise SystemExit(f"{where}: group must be Unicode, without lone surrogates")
+            sides[split_of(group, args.val_share)].append(item)
     return rows, texts, num_dropped
 
 
