@@ -161,12 +161,18 @@ def pad_rows_to_K(rows: list[dict], K: int) -> list[dict]:
 
 def response_masks(rows: list[dict]) -> np.ndarray:
     """(rows, K) bool: which responses are there. All rows have K."""
-    return np.array([[response is not None for response in row["responses"]] for row in rows])
+    masks = []
+    for row in rows:
+        masks.append([response is not None for response in row["responses"]])
+    return np.array(masks)
 
 
 def response_lengths(rows: list[dict]) -> np.ndarray:
     """(rows, K) tokens, 0 where a response is absent. All rows have K."""
-    return np.array([[len(response or []) for response in row["responses"]] for row in rows])
+    lengths = []
+    for row in rows:
+        lengths.append([len(response or []) for response in row["responses"]])
+    return np.array(lengths)
 
 
 def loss_metrics(logps: np.ndarray, rows: list[dict]) -> dict[str, float]:

@@ -329,7 +329,9 @@ def trl_trainer(rows):
     )
     trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
     trainer.batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))])
-    num_targets = sum(len(response) for row in rows for response in row["responses"])
+    num_targets = 0
+    for row in rows:
+        num_targets += sum(len(response) for response in row["responses"])
     assert trainer.batch["completion_mask"].sum() == num_targets
     return trainer
 

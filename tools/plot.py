@@ -188,8 +188,11 @@ def draw_seeds(ax, curves: list[tuple], color, label: str | None):
         for x, y in curves:
             ax.plot(x, y, color=color, lw=0.8, alpha=0.45)
     by_seed = [dict(zip(x, y)) for x, y in curves]
-    steps = sorted(set.intersection(*(set(points) for points in by_seed)))
-    mean = [np.mean([points[step] for points in by_seed]) for step in steps]
+    shared_steps = set.intersection(*map(set, by_seed))
+    steps = sorted(shared_steps)
+    mean = []
+    for step in steps:
+        mean.append(np.mean([points[step] for points in by_seed]))
     ax.plot(steps, mean, "o-", color=color, label=label)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))

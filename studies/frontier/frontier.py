@@ -13,6 +13,7 @@ the same held-out prompts. An interrupted sweep continues where it stopped.
 
 import argparse
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -383,7 +384,7 @@ def describe_budgets(points):
     """Who has the highest true reward within each KL budget, beside the DPO paper's claim."""
     lines = []
     leaders = {}
-    largest = max(point.kl.mean for of_method in points.values() for point in of_method)
+    largest = max(point.kl.mean for point in itertools.chain(*points.values()))
     for budget in KL_BUDGETS:
         best = best_within(points, budget)
         if budget > 1.5 * largest or not best:
@@ -625,14 +626,16 @@ def main(argv=None):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, spawn, use_one_thread) as pool:
         list(pool.map(fit, reward_args))
-        list(pool.map(fit, [run.args for seeds in runs.values() for run in seeds]))
+        list(pool.map(fit, [run.args for run in itertools.chain(*runs.values())]))
         base = pool.submit(measure, reference, reference, rewards[0], ranked)
         pending = {}
         for key, seeds in runs.items():
             pending[key] = [
                 pool.submit(measure, run.out_dir, reference, run.reward, ranked) for run in seeds
             ]
-        measured = {key: [one.result() for one in seeds] for key, seeds in pending.items()}
+        measured = {}
+        for key, seeds in pending.items():
+            measured[key] = [future.result() for future in seeds]
         base = base.result()
     report(args, measured, base)
 

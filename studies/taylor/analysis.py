@@ -77,7 +77,8 @@ def read_study(folder: str) -> dict:
         steps, seeds = set(), set()
         for runs in methods.values():
             seeds.add(tuple(runs))
-            steps.update(tuple(record["step"] for record in evals) for evals in runs.values())
+            for evals in runs.values():
+                steps.add(tuple(record["step"] for record in evals))
         if "T_0" not in methods or len(steps) > 1 or len(seeds) > 1:
             raise SystemExit(
                 f"{folder}/{setting}/{split}: a run is missing or unfinished; "
@@ -225,7 +226,9 @@ def method_table(methods: dict) -> list[str]:
     measures = MEASURES + DETAILS
     rows = []
     for method, runs in methods.items():
-        cells = [format_mean([m(evals) for evals in runs.values()], m.form) for m in measures]
+        cells = []
+        for measure in measures:
+            cells.append(format_mean([measure(evals) for evals in runs.values()], measure.form))
         rows.append([method, *cells])
     return markdown_table(["method", *(m.title for m in measures)], rows)
 
@@ -251,10 +254,10 @@ def self_play_table(methods: dict, round_id: int) -> list[str]:
     """Metrics at a round's last step; in parentheses the paired difference from T_0 ± 95 %."""
     last = {}
     for method, runs in methods.items():
-        last[method] = {
-            seed: [record for record in evals if record["round"] == round_id][-1]
-            for seed, evals in runs.items()
-        }
+        last[method] = {}
+        for seed, evals in runs.items():
+            of_round = [record for record in evals if record["round"] == round_id]
+            last[method][seed] = of_round[-1]
     metrics = ["val_loss", "acc", "rank_nll", "kl_from_ref"]
     example = next(iter(last["T_0"].values()))
     metrics += [name for name in example if name.startswith("reward/")]

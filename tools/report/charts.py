@@ -1,5 +1,6 @@
 """Numbers, tables and curves of metrics; page.html.jinja draws the curves as SVG."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ def metric_keys(records: list[dict | None]) -> list[str]:
             hidden = key in ("round", "step", "seconds", "x") or key.endswith("_se")
             if not hidden and number(r, key) is not None:
                 groups.setdefault(key.partition("/")[0], {})[key] = None
-    return [key for group in groups.values() for key in group]
+    return list(itertools.chain(*groups.values()))
 
 
 # ----------------------------------------------------------------------------------------- curves
@@ -197,8 +198,8 @@ class Chart:
     level: tuple | None = None
 
     def __post_init__(self):
-        pieces = [piece for curve in self.series.values() for piece in curve]
-        points = sum(pieces, [])
+        pieces = itertools.chain(*self.series.values())
+        points = list(itertools.chain(*pieces))
         values = [value for _, value in points] + ([self.level[0]] if self.level else [])
         low, high = min(values), max(values)
         margin = 0.1 * abs(high) or 1.0
