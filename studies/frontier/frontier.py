@@ -501,8 +501,8 @@ def report(args, measured, base):
         "",
         f"{args.seeds} seeds, mean ± standard error over them; {VAL_ROWS} held-out prompts. "
         "KL is in nats per response, on the policy's own samples. The reference's true reward is "
-        f"{base.true:.3f} ± {base_error:.3f}; this is the error of one sample per prompt, and that "
-        f"of any single policy is as large. Made by `{command}`.",
+        f"{base.true:.3f} ± {base_error:.3f}; this is the error of one sample per prompt, and "
+        f"that of any single policy is as large. Made by `{command}`.",
         "",
         *findings(results),
         "",
