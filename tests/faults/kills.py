@@ -305,7 +305,7 @@ def restarts(workspace: Workspace, short: bool) -> Result:
     """torchrun --max-restarts: workers are killed again and again; the run ends by itself and
     equals the undisturbed one, bit for bit"""
     num_kills = 20
-    more = ["--max_steps=250", "--save_interval=5", "--eval_interval=50"]
+    more = ["--max_steps=500", "--save_interval=5", "--eval_interval=50"]
     undisturbed, out = workspace.undisturbed("pretrain", 2, *more), workspace.new_run()
     pids = f"{workspace.folder}/pids"
     os.makedirs(pids, exist_ok=True)
