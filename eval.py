@@ -26,6 +26,7 @@ from data.batch import (
     Batch,
     batch_rows,
     count_row_tokens,
+    num_supervised,
     permutation,
     reward_batch,
     split_by_tokens,
@@ -168,17 +169,17 @@ def response_masks(rows: list[dict]) -> np.ndarray:
 
 
 def response_lengths(rows: list[dict]) -> np.ndarray:
-    """(rows, K) tokens, 0 where a response is absent. All rows have K."""
+    """(rows, K) supervised tokens, 0 where a response is absent. All rows have K."""
     lengths = []
     for row in rows:
-        lengths.append([len(response or []) for response in row["responses"]])
+        lengths.append([num_supervised(row["prompt"], y) for y in row["responses"]])
     return np.array(lengths)
 
 
 def loss_metrics(logps: np.ndarray, rows: list[dict]) -> dict[str, float]:
     """Cross-entropy per token on each row's best response, whatever objective was trained."""
-    lengths = np.array([len(row["responses"][0]) for row in rows])
-    return {"val_loss": float(-logps[:, 0].sum() / lengths.sum())}
+    num_targets = sum(num_supervised(row["prompt"], row["responses"][0]) for row in rows)
+    return {"val_loss": float(-logps[:, 0].sum() / num_targets)}
 
 
 def ranking_metrics(

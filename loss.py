@@ -58,7 +58,8 @@ def plackett_luce(
     diagonal = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     # Subtract before the log-sum-exp: at scores of 1e4, s_k - logsumexp(s) keeps three decimals.
     diff = scores[:, None, :] - scores[:, :, None]  # (B, k, j): s_j - s_k
-    diff = torch.where(diagonal, diff, diff + margin)
+    # The diagonal is a constant: were it s_k - s_k, its gradient would cancel up to 2^-24 only.
+    diff = torch.where(diagonal, 0.0, diff + margin)
     terms = torch.logsumexp(diff.masked_fill(~(worse | diagonal), -math.inf), -1)  # (B, K)
     counted = mask
     if depth is not None:
@@ -94,7 +95,9 @@ def preference_loss(
     pairs   mean over ordered pairs of -log sigmoid(s_i - s_j): Bradley-Terry
     ipo     mean over ordered pairs of ((s_i - s_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17).
             TRL divides each log-ratio by its length first; this does not
-    simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, with `margin` (2405.14734, eq. 6)
+    simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, with `margin` (2405.14734, eq. 6).
+            With label_smoothing it is the authors' -(1 - eps) log sigmoid(x) - eps log sigmoid(-x)
+            at K = 2, x = s_1 - s_2 - margin; for any K the reversed ranking has -margin
     orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|). With
             nll_coef 1 this is ORPO (2403.07691, eq. 6), beta its lambda
 
@@ -133,7 +136,8 @@ def preference_loss(
         nll = plackett_luce(scores, mask, depth, ranks, margin)
         loss = taylor_nll(-nll, taylor_order)
         if label_smoothing:
-            reverse = plackett_luce(scores.flip(1), mask.flip(1), depth, -ranks.flip(1), margin)
+            # x = s_w - s_l - margin is the same in both rankings, so the reversed one adds it
+            reverse = plackett_luce(scores.flip(1), mask.flip(1), depth, -ranks.flip(1), -margin)
             reverse = taylor_nll(-reverse, taylor_order)
             loss = (1 - label_smoothing) * loss + label_smoothing * reverse
         if loss_type == "orpo":

@@ -85,6 +85,14 @@ class Batch:
 # --------------------------------------------------------------------------- rows -> batches
 
 
+def num_supervised(prompt: list[int], response: list[int] | None) -> int:
+    """How many tokens of a response are predicted: all of them after a prompt, all but the first
+    one of a whole text, none of an absent response. Every mean over tokens divides by this."""
+    if response is None:
+        return 0
+    return len(response) if prompt else max(0, len(response) - 1)
+
+
 def batch_rows(rows: list[dict], layout: str = "packed", multiple: int | None = None) -> Batch:
     """Encoded rows -> one batch, whose targets are the response tokens.
 
@@ -101,7 +109,7 @@ def batch_rows(rows: list[dict], layout: str = "packed", multiple: int | None = 
             if response is not None:
                 response_mask[b, k] = True
                 ranks[b, k] = row["ranks"][k]
-                lengths[b, k] = len(response) if row["prompt"] else len(response) - 1
+                lengths[b, k] = num_supervised(row["prompt"], response)
     if layout == "packed":
         multiple = multiple or (128 if torch.cuda.is_available() else 64)
         tokens = pack_rows(rows, K, multiple)

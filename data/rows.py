@@ -246,6 +246,22 @@ def ranks_of(scores) -> list[int]:
     return ranks
 
 
+def drop_equal_responses(encoded_row: dict) -> int:
+    """Make absent, in place, each response that equals one before it. Returns their number.
+
+    Responses are compared as encoded and cut: a model cannot tell them apart, so nothing is ranked
+    between them, whatever their scores. Every stage that ranks calls this.
+    """
+    kept = []
+    num_dropped = 0
+    for response in encoded_row["responses"]:
+        is_equal = response is not None and response in kept
+        num_dropped += is_equal
+        kept.append(None if is_equal else response)
+    encoded_row["responses"] = kept
+    return num_dropped
+
+
 def longest_shared_prefix(texts, others) -> list[int]:
     """The length of the longest prefix that each of `texts` (lists of ids) shares with `others`."""
     ordered = sorted(others)
