@@ -5,8 +5,8 @@
     python eval.py sft=out/demo/sft cold=out/demo/sft@0.5 --out=out/eval     # @ temperature
     python eval.py rm=out/reward --data=data/ranked                          # a reward model
 
-All checkpoints are measured on the same held-out rows. Each is sampled with its own template and
-limits.
+All checkpoints are measured on the same held-out rows, those that every one of them can take. Each
+is sampled with its own template and limits.
 """
 
 import bisect
@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,7 +33,17 @@ from data.batch import (
     stream_batch,
 )
 from data.files import write_json
-from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
+from data.rows import (
+    drop_equal_responses,
+    encode_rows,
+    ended_flags,
+    prompt_fields,
+    prompt_key,
+    read_rows,
+    response_ids,
+    sampled_row,
+    write_rows,
+)
 from loss import chosen_rejected_metrics, plackett_luce
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, cli, distributed
@@ -202,13 +212,13 @@ def ranking_metrics(
     rewards = beta * (logps - refs)
     metrics = loss_metrics(logps, rows)
 
-    ranked = mask.sum(1) >= 2
+    worse = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    ranked = worse.any((1, 2))
     if ranked.any():
         scores = torch.from_numpy(rewards[ranked])
         policy = torch.from_numpy(logps[ranked])
         ranked_mask = torch.from_numpy(mask[ranked])
         nll = plackett_luce(scores, ranked_mask, ranks=torch.from_numpy(ranks[ranked]))
-        worse = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
         right, acc, error = pair_accuracy(rewards, worse)
         metrics["rank_nll"] = float(nll.mean())
         metrics["acc"] = acc
@@ -419,8 +429,15 @@ def without_end(enc, row: dict, encoded: dict) -> tuple[list, list[int]]:
             num_bytes.append(len(text.encode()))
         else:
             responses.append(ids)
-            num_bytes.append(len(enc.decode(ids).encode()))
+            num_bytes.append(count_bytes(enc, ids))
     return responses, num_bytes
+
+
+def count_bytes(enc, ids: list[int]) -> int:
+    """The UTF-8 bytes of ids, which may end within a character."""
+    if hasattr(enc, "decode_bytes"):
+        return len(enc.decode_bytes(ids))
+    return len(enc.decode(ids).encode())
 
 
 # --------------------------------------------------------------------------------- win rates
@@ -472,32 +489,76 @@ class Samples:
     enc: object = None  # None: the data, whose texts have no ids
 
 
-def evaluate_checkpoint(path, temperature, seed, rows, args) -> tuple[dict, Samples]:
-    """(metrics, samples) of a checkpoint on the held-out rows."""
-    device = args.device
-    model, enc, meta = GPT.from_checkpoint(path, device)
-    config, block_size = meta["config"], model.config.block_size
-    limits = {name: config[name] for name in ("max_prompt", "max_response")}
-    encoded, _ = encode_rows(rows, enc, config["template"], block_size, **limits)
-    kept = [row for row in encoded if row is not None]
-    if not kept:
-        raise SystemExit(
-            f"{path}: its block_size {block_size} leaves no room after any of {len(rows)} prompts"
-        )
-    if config["stage"] == "reward":
-        if not any(is_ranked(row) for row in kept):
-            raise SystemExit(f"{path} is a reward model, and no row has two responses to rank")
-        scores = row_scores(model, kept, EVAL_TOKENS, device)
-        return reward_metrics(scores, kept), Samples({}, enc)
+@dataclass
+class Entry:
+    """A checkpoint to measure."""
 
-    best = [row | {"responses": row["responses"][:1]} for row in kept]
+    path: str
+    temperature: float
+    meta: dict
+    enc: object
+    counts: dict = field(default_factory=dict)  # of what is cut and not ranked, for eval.json
+
+    @property
+    def limits(self) -> dict:
+        """How it encodes rows: arguments of `encode_rows`."""
+        names = ("template", "max_prompt", "max_response")
+        limits = {name: self.meta["config"][name] for name in names}
+        return limits | {"block_size": self.meta["model"]["block_size"]}
+
+
+def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
+    """The rows that every checkpoint can take. Says how many are left out, and by which."""
+    left_out = {}
+    fits_all = [True] * len(rows)
+    for name, entry in entries.items():
+        encoded, counts = encode_rows(rows, entry.enc, **entry.limits)
+        block_size = entry.limits["block_size"]
+        if counts["dropped"] == len(rows):
+            raise SystemExit(
+                f"{entry.path}: its block_size {block_size} leaves no room after any of"
+                f" {len(rows)} prompts"
+            )
+        if counts["dropped"]:
+            left_out[f"{name} (block_size {block_size})"] = counts["dropped"]
+        for i, row in enumerate(encoded):
+            fits_all[i] = fits_all[i] and row is not None
+    kept = [row for row, fits in zip(rows, fits_all) if fits]
+    if left_out:
+        which = ", ".join(f"{n} have no room in {name}" for name, n in left_out.items())
+        print(f"{len(kept)} of {len(rows)} rows are measured: {which}")
+    if not kept:
+        raise SystemExit(f"no row is left that all of {', '.join(entries)} can take")
+    return kept
+
+
+def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple[dict, Samples]:
+    """(metrics, samples) of a checkpoint on held-out rows, which it can take."""
+    device, enc = args.device, entry.enc
+    model, _, meta = GPT.from_checkpoint(entry.path, device)
+    encoded, counts = encode_rows(rows, enc, **entry.limits)
+    entry.counts["prompts_cut"] = counts["prompts cut"]
+    entry.counts["responses_cut"] = counts["responses cut"]
+    if counts["prompts cut"] or counts["responses cut"]:
+        print(
+            f"{name}: {counts['prompts cut']} prompts and {counts['responses cut']} responses of"
+            f" {len(rows)} rows are cut to its limits, and measured as far as they go"
+        )
+    if meta["config"]["stage"] == "reward":
+        entry.counts["equal_responses"] = drop_all_equal(name, encoded)
+        if not any(is_ranked(row) for row in encoded):
+            raise SystemExit(f"{entry.path} is a reward model, and no row has two to rank")
+        scores = row_scores(model, encoded, EVAL_TOKENS, device)
+        return reward_metrics(scores, encoded), Samples({}, enc)
+
+    best = [row | {"responses": row["responses"][:1]} for row in encoded]
     metrics = loss_metrics(row_logps(model, best, EVAL_TOKENS, device), best)
     metrics |= harness_metrics(model, enc, rows, encoded, device)
     if args.reference:
-        metrics |= reference_metrics(model, kept, args)
+        metrics |= reference_metrics(name, entry, model, encoded, args)
 
-    sampling = {"template": config["template"], "seed": seed, "temperature": temperature}
-    texts, ids = respond(model, enc, rows=rows, **sampling, **limits)
+    limits = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
+    texts, ids = respond(model, enc, rows=rows, seed=seed, temperature=entry.temperature, **limits)
     answered = [i for i, y in enumerate(ids) if y is not None]  # whole texts have no prompt
     if answered:
         metrics |= sample_metrics(
@@ -509,6 +570,14 @@ def evaluate_checkpoint(path, temperature, seed, rows, args) -> tuple[dict, Samp
     return metrics, Samples({prompt_key(rows[i]): (texts[i], ids[i]) for i in answered}, enc)
 
 
+def drop_all_equal(name: str, encoded: list[dict]) -> int:
+    """Make responses absent that equal a better one, as in training, and say how many."""
+    num_equal = sum(map(drop_equal_responses, encoded))
+    if num_equal:
+        print(f"{name}: {num_equal} responses equal to a better one are not ranked")
+    return num_equal
+
+
 def is_ranked(row: dict) -> bool:
     """Whether an encoded row has two responses of different ranks."""
     ranks = set()
@@ -518,19 +587,28 @@ def is_ranked(row: dict) -> bool:
     return len(ranks) >= 2
 
 
-def reference_metrics(model, rows, args) -> dict[str, float]:
+def reference_metrics(name: str, entry: Entry, model, rows, args) -> dict[str, float]:
     """Ranking metrics of the data's own responses, with implicit rewards against --reference."""
     K = max(len(row["responses"]) for row in rows)
     rows = pad_rows_to_K(rows, K)
+    entry.counts["equal_responses"] = drop_all_equal(name, rows)
     reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row["prompt"]) + max(len(y or []) for y in row["responses"]))
+    if longest > reference.config.block_size:
+        raise SystemExit(
+            f"--reference {args.reference}: its block_size {reference.config.block_size} is too"
+            f" short for the rows of {name}, of up to {longest} tokens"
+        )
     logps = row_logps(model, rows, 64, args.device)
     refs = row_logps(reference, rows, 64, args.device)
     return ranking_metrics(logps, refs, rows, args.beta, [str(k + 1) for k in range(K)])
 
 
-def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples) -> list[dict]:
-    """Encoded rows of two responses, for the prompts that both players answered and that leave the
-    judge room."""
+def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
+    """(encoded rows of two responses, counts) for the prompts that both players answered. Rows that
+    leave the judge no room are dropped and counted."""
     pairs = []
     for row in rows:
         key = prompt_key(row)
@@ -538,11 +616,22 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples) 
             responses, all_ids = [], []
             for player in (first, second):
                 text, ids = player.answers[key]
+                if player.enc is None:
+                    ids = response_ids(row, 0, judge_enc)
+                else:
+                    ids = retokenize(judge_enc, player.enc, text, ids)
                 responses.append(text)
-                all_ids.append(retokenize(judge_enc, player.enc, text, ids))
-            pairs.append(prompt_fields(row) | {"responses": responses, "ids": all_ids})
+                all_ids.append(ids)
+            pairs.append(
+                prompt_fields(row)
+                | {
+                    "responses": responses,
+                    "ids": all_ids,
+                    "tokenizer": tokenizer.fingerprint(judge_enc),
+                }
+            )
     config = meta["config"]
-    encoded, _ = encode_rows(
+    encoded, counts = encode_rows(
         pairs,
         judge_enc,
         config["template"],
@@ -550,7 +639,7 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples) 
         config["max_prompt"],
         config["max_response"],
     )
-    return [row for row in encoded if row is not None]
+    return [row for row in encoded if row is not None], counts
 
 
 def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
@@ -610,22 +699,32 @@ def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, 
     for name, player in samples.items():
         if name == first:
             continue
-        pairs = judged_pairs(judge, judge_enc, meta, rows, player, samples[first])
+        pairs, counts = judged_pairs(judge, judge_enc, meta, rows, player, samples[first])
         if not pairs:
             raise SystemExit(
                 f"{args.judge}: no prompt was answered by both {name} and {first} and leaves the "
                 "judge room"
             )
         share, error = win_rate(judge, pairs, args.device)
-        results[name] = {"win_rate": share, "win_rate_se": error, "against": first}
+        results[name] = {
+            "win_rate": share,
+            "win_rate_se": error,
+            "against": first,
+            "judged": len(pairs),
+        }
+        note = ""
+        if counts["dropped"]:
+            note = f"; {counts['dropped']} leave the judge no room"
+        if counts["responses cut"]:
+            note += f"; {counts['responses cut']} responses are cut to the judge's limits"
         print(
             f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % "
-            f"of {len(pairs)} prompts"
+            f"of {len(pairs)} prompts{note}"
         )
     return results
 
 
-def check_arguments(parser, args, checkpoints: dict):
+def check_arguments(parser, args, entries: dict[str, Entry]):
     """Exit with one line if something cannot work, before anything is computed."""
     for path in (args.judge, args.reference):
         if path:
@@ -635,33 +734,55 @@ def check_arguments(parser, args, checkpoints: dict):
             os.makedirs(args.out, exist_ok=True)
         except OSError as e:
             parser.error(f"--out {args.out}: {e.strerror}")
-    if args.judge:
-        for name, (path, _) in checkpoints.items():
-            if checkpoint.read_meta(path)["config"]["stage"] == "reward":
-                raise SystemExit(
-                    f"{name}: a reward model has no samples to judge; give it as --judge"
-                )
+    for name, entry in entries.items():
+        is_reward_model = entry.meta["config"]["stage"] == "reward"
+        if args.judge and is_reward_model:
+            raise SystemExit(f"{name}: a reward model has no samples to judge; give it as --judge")
+        if args.reference and not is_reward_model:
+            check_same_tokenizer(name, entry.enc, args.reference)
+
+
+def check_same_tokenizer(name: str, enc, reference: str):
+    """Implicit rewards compare two models on the same ids, so these must mean the same to both."""
+    path = checkpoint.resolve(reference)
+    other = checkpoint.read_tokenizer(path, checkpoint.read_meta(path))
+    if tokenizer.fingerprint(enc) != tokenizer.fingerprint(other):
+        raise SystemExit(
+            f"{name} and --reference {reference} have different tokenizers: log-probabilities of"
+            " the same ids cannot be compared; give a reference of the same tokenizer"
+        )
 
 
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     distributed.configure_torch(args.device)
-    checkpoints = parse_checkpoints(args.checkpoints)
-    check_arguments(parser, args, checkpoints)
-    rows = validation_rows(args.data, args.rows)
-    if args.judge and not all(row["prompt"] for row in rows):
+    entries = {}
+    for name, (path, temperature) in parse_checkpoints(args.checkpoints).items():
+        meta = checkpoint.read_meta(path)
+        entries[name] = Entry(path, temperature, meta, checkpoint.read_tokenizer(path, meta))
+    check_arguments(parser, args, entries)
+    all_rows = validation_rows(args.data, args.rows)
+    if args.judge and not all(row["prompt"] for row in all_rows):
         raise SystemExit(f"{args.data}: rows that are whole texts have no prompts to judge")
+    rows = rows_for_all(entries, all_rows)
 
     table = {}
     samples = {"data": Samples({prompt_key(row): (row["responses"][0], None) for row in rows})}
-    for n, (name, (path, temperature)) in enumerate(checkpoints.items()):
-        metrics, samples[name] = evaluate_checkpoint(path, temperature, args.seed + n, rows, args)
-        table[name] = {"checkpoint": path, "temperature": temperature} | metrics
+    for n, (name, entry) in enumerate(entries.items()):
+        metrics, samples[name] = evaluate_checkpoint(name, entry, args.seed + n, rows, args)
+        table[name] = {
+            "checkpoint": entry.path,
+            "temperature": entry.temperature,
+            "rows": len(rows),
+            "left_out": len(all_rows) - len(rows),
+            **entry.counts,
+            **metrics,
+        }
         shown = [f"{metric} {value:.4f}" for metric, value in metrics.items()]
         print(f"{name}: " + ", ".join(shown), flush=True)
     if args.judge:
-        for name, metrics in judge_all(args, rows, samples, next(iter(checkpoints))).items():
+        for name, metrics in judge_all(args, rows, samples, next(iter(entries))).items():
             table[name] = table.get(name, {}) | metrics
     if args.out:
         for name, player in samples.items():
@@ -675,8 +796,12 @@ def write_samples(path: str, rows: list[dict], player: Samples):
     answered = []
     for row in rows:
         if prompt_key(row) in player.answers:
-            text, _ = player.answers[prompt_key(row)]
-            answered.append(prompt_fields(row) | {"responses": [text]})
+            text, ids = player.answers[prompt_key(row)]
+            if player.enc is None:
+                its_end = {"ended": False} if ended_flags(row)[0] is False else {}
+                answered.append(prompt_fields(row) | {"responses": [text]} | its_end)
+            else:
+                answered.append(sampled_row(row, text, ids, player.enc))
     write_rows(path, answered)
 
 

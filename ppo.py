@@ -27,7 +27,14 @@ import torch
 from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
 from data.files import atomic_write, read_arrays, read_json, sha256, write_json
-from data.rows import encode_rows, prompt_fields, read_rows, write_rows
+from data.rows import (
+    encode_rows,
+    name_tokenizer,
+    prompt_fields,
+    read_rows,
+    sampled_row,
+    write_rows,
+)
 from eval import map_batches, retokenize, row_scores, validation_rows
 from loss import kl_estimates
 from model import GPT
@@ -99,7 +106,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     if distributed.rank() == 0:
         rows_path = os.path.join(folder, "train.jsonl")
         arrays_path = os.path.join(folder, "rollout.npz")
-        write_rows(rows_path, scored_rows(rows, samples))
+        write_rows(rows_path, scored_rows(rows, samples, enc))
         with atomic_write(arrays_path, "wb") as f:
             np.savez(f, **arrays)
         policy = reference_checkpoint(cfg, round_id)
@@ -120,7 +127,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     distributed.barrier()
 
 
-def scored_rows(rows, samples: Trajectories) -> list[dict]:
+def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
     """The samples as rows with their score and their KL to the reference."""
     scored = []
     for i, row in enumerate(rows):
@@ -129,6 +136,7 @@ def scored_rows(rows, samples: Trajectories) -> list[dict]:
             | {
                 "responses": [samples.texts[i]],
                 "ids": [samples.ids[i]],
+                "tokenizer": tokenizer.fingerprint(enc),
                 "scores": [float(samples.scores[i])],
                 "kl": float(np.sum(samples.logps[i] - samples.refs[i])),
                 "ended": samples.ended[i],
@@ -147,7 +155,12 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
         if not os.path.exists(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
     train, _ = encode_rows(
-        read_rows(rows_path), enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+        name_tokenizer(read_rows(rows_path), enc),
+        enc,
+        cfg.template,
+        block_size,
+        cfg.max_prompt,
+        cfg.max_response,
     )
     arrays = read_arrays(arrays_path)
     ends = np.cumsum([len(row["responses"][0]) for row in train])
@@ -183,7 +196,7 @@ def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Tra
         ids.append(response)
     sampled = []
     for row, text, y in zip(rows, texts, ids):
-        sampled.append(prompt_fields(row) | {"responses": [text], "ids": [y]})
+        sampled.append(sampled_row(row, text, y, enc))
     encoded, _ = encode_rows(
         sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )
@@ -237,7 +250,7 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype) -> np.ndarray:
     responded = []
     for row, text, y in zip(rows, texts, ids):
         judge_ids = retokenize(judge_enc, enc, text, y)
-        responded.append(prompt_fields(row) | {"responses": [text], "ids": [judge_ids]})
+        responded.append(sampled_row(row, text, judge_ids, judge_enc))
     encoded, counts = encode_rows(
         responded,
         judge_enc,

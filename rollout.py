@@ -29,7 +29,17 @@ from data import tokenizer
 from data.batch import permutation
 from data.files import atomic_write, read_arrays, sha256, write_json
 from data.folder import read_stream
-from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
+from data.rows import (
+    drop_equal_responses,
+    encode_rows,
+    name_tokenizer,
+    prompt_fields,
+    prompt_key,
+    read_rows,
+    response_ids,
+    sampled_row,
+    write_rows,
+)
 from eval import (
     extract_answer,
     is_ranked,
@@ -61,7 +71,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
             rows = play_round(cfg, round_id, split, rows, model, enc, dtype, say)
             report[split] = player_report(cfg, rows, enc)
             if split == "train":
-                rows = rows + earlier_rows(cfg, round_id)
+                rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
         if uses_reference:
             refs = reference_logprobs(cfg, round_id, split, model, encoded[split], device)
@@ -100,6 +110,7 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
         attach_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
     kept = [row for row in encoded if row is not None]
     if cfg.stage != "sft":
+        counts["responses equal to a better one"] = sum(map(drop_equal_responses, kept))
         ranked = [row for row in kept if is_ranked(row)]
         counts["with nothing ranked"] = len(kept) - len(ranked)
         if split == "train":
@@ -197,7 +208,7 @@ def play_round(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]
         if distributed.rank() == 0:
             write_rows(path, ranked)
         distributed.barrier()
-    return read_rows(path)
+    return name_tokenizer(read_rows(path), enc)
 
 
 def earlier_rows(cfg, round_id: int) -> list[dict]:
@@ -212,7 +223,7 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     """The rows whose prompt leaves room for a response. Exits if a row has no prompt."""
     if not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to respond to")
-    best = [prompt_fields(row) | {"responses": row["responses"][:1]} for row in rows]
+    best = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
     encoded, counts = encode_rows(
         best, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
     )
@@ -227,14 +238,17 @@ def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype) -> list[dic
     A response that equals a better one teaches nothing: it is absent, and "same_as" says which one
     it equals. An earlier self is absent in the rounds before there was one.
     """
-    columns = []  # a column per player: (text, ids) per row; ids None: the text is still to encode
+    columns = []  # a column per player: (text, ids) per row, None where it is absent
     for player in cfg.players:
         columns.append(player_responses(cfg, round_id, split, player, rows, model, enc, dtype))
     ranked = []
     for i, row in enumerate(rows):
         texts = [column[i][0] for column in columns]
         ids = [column[i][1] for column in columns]
-        ranked.append(prompt_fields(row) | {"responses": texts, "ids": ids})
+        ranked.append(
+            prompt_fields(row)
+            | {"responses": texts, "ids": ids, "tokenizer": tokenizer.fingerprint(enc)}
+        )
     encoded, _ = encode_rows(
         ranked, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )
@@ -246,7 +260,7 @@ def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype) -> list[dic
 def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[tuple]:
     """(text, ids) of a player's response to each row. To add a player, add a branch here."""
     if player == "data":
-        return [(row["responses"][0], None) for row in rows]
+        return [(row["responses"][0], response_ids(row, 0, enc)) for row in rows]
     if player == "teacher":
         return teacher_responses(cfg, split, rows, enc)
     rounds_ago = 0 if player == "self" else int(player.removeprefix("self-"))
@@ -302,7 +316,7 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
                 f"teacher is 'rows', but {len(single)} of {len(rows)} rows of "
                 f"{cfg.data}/{split}.jsonl have one response, the first: {single[0][:60]!r}"
             )
-        return [(row["responses"][1], None) for row in rows]
+        return [(row["responses"][1], response_ids(row, 1, enc)) for row in rows]
     path = cfg.teacher
     if os.path.isdir(path):
         path = os.path.join(cfg.out_dir, f"teacher_{split}.jsonl")
@@ -312,19 +326,16 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
 def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
     """(text, ids) of the best response in a ranked file to the prompt of each row.
 
-    ids are None where the text is to be encoded and ended with end-of-text. They are kept where
-    this tokenizer made them. A sample of another tokenizer that did not end has ids without
-    end-of-text.
+    Samples of this tokenizer keep their ids, see `data.rows.response_ids`.
     """
     fingerprint = tokenizer.fingerprint(enc)
     responses = {}
     for row in read_rows(path):
-        text, ids = row["responses"][0], None
         if row.get("tokenizer") == fingerprint:
             ids = own_ids(path, row, enc)
-        elif row.get("ended") is False:
-            ids = tokenizer.encode(enc, text, "within")
-        responses[prompt_key(row)] = (text, ids)
+        else:
+            ids = response_ids(row, 0, enc)
+        responses[prompt_key(row)] = (row["responses"][0], ids)
     missing = [row["prompt"] for row in rows if prompt_key(row) not in responses]
     if missing:
         raise SystemExit(
@@ -433,16 +444,6 @@ def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> d
 def unique_prompts(rows: list[dict]) -> list[dict]:
     """Rows of different prompts: each is sampled once, however often it is in the data."""
     return list({prompt_key(row): row for row in rows}.values())
-
-
-def sampled_row(row: dict, text: str, ids: list[int], enc) -> dict:
-    """A sample as a ranked row that names its tokenizer and says whether it ended."""
-    return prompt_fields(row) | {
-        "responses": [text],
-        "ids": [ids],
-        "tokenizer": tokenizer.fingerprint(enc),
-        "ended": ids[-1] == enc.eot_token,
-    }
 
 
 # -------------------------------------------------------------------------- report and manifest

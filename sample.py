@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import tokenizer
 from data.files import printable
-from data.rows import prompt_fields, read_rows, write_rows
-from data.template import prompt_ids, with_bos
+from data.rows import encode_prompt, read_rows, sampled_row, write_rows
+from data.template import cut_prompt_ids, with_bos
 from model import GPT
 from nanospin import distributed
 from nanospin.cli import ArgumentParser, default_device, device_type, number_type
@@ -316,11 +315,8 @@ def respond(
     is empty or leaves no room. options: batch_size, progress and on_token of `generate`.
     """
     block_size = model.config.block_size
-    prompts = []
-    for row in rows:
-        ids = prompt_ids(enc, template, row["prompt"], row.get("history", ()))
-        prompts.append(ids[-(max_prompt or block_size) :])
-    fits = [i for i, row in enumerate(rows) if row["prompt"] and 0 < len(prompts[i]) < block_size]
+    prompts = [encode_prompt(row, enc, template, block_size, max_prompt)[0] for row in rows]
+    fits = [i for i, prompt in enumerate(prompts) if prompt]
     if request_ids is None:
         request_ids = range(len(rows))
     sampled = generate(
@@ -350,25 +346,30 @@ def response_text(enc, ids: list[int]) -> str:
 def chat(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
     """Answer one line after the other, with the earlier turns as context.
 
-    The oldest turns are dropped if they leave no room for a response of max_response tokens, or of
-    half of block_size if that is 0. Responses are printed while they grow.
+    What leaves no room for a response of max_response tokens, or of half of block_size if that is
+    0, is cut (`data.template.cut_prompt_ids`), and that is said once. Responses are printed while
+    they grow.
     """
     block_size = model.config.block_size
     room = max_response or block_size // 2
     limit = min(max_prompt or block_size, max(1, block_size - room))
     history = []
+    said = False
     for turn, line in enumerate(lines):
         line = line.strip()
         if not line:
             continue
-        prompt = prompt_ids(enc, template, line, history)
-        while history and len(prompt) > limit:
-            history.pop(0)
-            prompt = prompt_ids(enc, template, line, history)
-        prompt = prompt[-limit:]
+        prompt, was_cut = cut_prompt_ids(enc, template, line, history, limit)
+        if not prompt:  # the template takes more than that: a response gets what is left
+            limit = min(max_prompt or block_size, block_size - 1)
+            prompt, was_cut = cut_prompt_ids(enc, template, line, history, limit)
         if not prompt:
-            print("(the tokenizer has no tokens for this)", flush=True)
+            reason = "template leaves no room" if was_cut else "tokenizer has no tokens"
+            print(f"(the {reason} for this)", flush=True)
             continue
+        if was_cut and not said:
+            print("(the oldest part of the conversation no longer fits)", file=sys.stderr)
+            said = True
         stream = StreamPrinter(enc)
         (new_ids,) = generate(
             model,
@@ -495,23 +496,24 @@ def main(argv=None):
 
 def respond_to_file(model, enc, prompts_path, out_path, settings):
     """Write rows with a sampled response to each prompt of a file: ranked rows with K = 1."""
-    rows = read_rows(prompts_path)
+    rows = read_rows(prompts_path, prompt_only=True)
+    num_cut = 0
+    for row in rows:
+        _, was_cut = encode_prompt(
+            row, enc, settings["template"], model.config.block_size, settings["max_prompt"]
+        )
+        num_cut += was_cut
     with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
         texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
     written = []
     for row, text, new_ids in zip(rows, texts, ids):
         if new_ids is None:
             continue
-        sampled = {
-            "responses": [text],
-            "ids": [new_ids],
-            "tokenizer": tokenizer.fingerprint(enc),
-            "ended": new_ids[-1] == enc.eot_token,
-        }
-        written.append(prompt_fields(row) | sampled)
+        written.append(sampled_row(row, text, new_ids, enc))
     write_rows(out_path, written)
     no_room = len(rows) - len(written)
-    note = f", {no_room} prompts left no room" if no_room else ""
+    note = f", {num_cut} prompts cut" if num_cut else ""
+    note += f", {no_room} prompts left no room" if no_room else ""
     print(f"{out_path}: {len(written)} rows{note}")
 
 

@@ -429,19 +429,19 @@ def check_initial_loss(run: Run, round_id, metrics, batches, term: LossTerm, uni
     expected = all_reduce_sum([total], run.device)[0] / units[term]
     loss = metrics["loss"] - run.cfg.pretrain_coef * metrics.get("pretrain_loss", 0.0)
     off = abs(loss - expected)
+    dropout = run.model.config.dropout
     report = {"loss": loss, "expected": expected}
     if "nll" in metrics:
         report["ranking"] = metrics["nll"]
     run.log.initial_loss(round_id, report | {"off": off})
     dtype = distributed.compute_dtype(run.cfg, run.device)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    if off > tolerance and not run.model.config.dropout:
-        run.log.warning(
-            round_id,
-            0,
-            f"the round starts at loss {loss:.5f}, not at {expected:.5f}: policy and reference "
-            "are not the same",
-        )
+    if off > tolerance:
+        reason = f"dropout is {dropout}, so this is not checked"
+        if not dropout:
+            reason = "policy and reference are not the same"
+        text = f"the round starts at loss {loss:.5f}, not at {expected:.5f}: {reason}"
+        run.log.warning(round_id, 0, text)
 
 
 # initial_loss(batch, cfg) -> what the objective gives at the first step of a round
@@ -594,6 +594,9 @@ STAGES = {
 }
 
 
+# the stages in which policy and reference score the same tokens
+COMPARES_WITH_REFERENCE = ("preference", "spin", "ppo")
+
 # ------------------------------------------------------------------------------------- the run
 
 
@@ -601,6 +604,7 @@ def resolve_model(cfg, model_class: type):
     """(model config, tokenizer, its name, checkpoint) from the newest checkpoint of this run, from
     `init`, or from scratch (checkpoint None). Settings that contradict a checkpoint end the run."""
     path = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
+    resumes = bool(path)
     if not path and cfg.init:
         path = checkpoint.resolve(cfg.init)
     if path:
@@ -611,6 +615,7 @@ def resolve_model(cfg, model_class: type):
             meta["model"], model_class.config_class, f"{path}/meta.json"
         )
         settings = meta["model"] | cfg.model
+        settings["dropout"] = resolve_dropout(cfg, meta["model"].get("dropout", 0.0), resumes)
     else:
         name = cfg.tokenizer or data_tokenizer(cfg.data)
         enc = tokenizer.load(name)
@@ -626,6 +631,24 @@ def resolve_model(cfg, model_class: type):
     if path:
         preflight.check_model_settings(cfg, model_config, saved_config, path)
     return model_config, enc, name, path
+
+
+def resolve_dropout(cfg, inherited: float, resumes: bool) -> float:
+    """The dropout of a model that starts from a checkpoint: what the config sets, else the
+    checkpoint's. A stage that compares the policy with its reference, which is scored without
+    dropout, takes none from `init`. Either is said."""
+    dropout = cfg.model.get("dropout", inherited)
+    if cfg.stage not in COMPARES_WITH_REFERENCE or not inherited and not dropout:
+        return dropout
+    text = f"dropout {dropout} is on: the policy is trained with it, the reference scored without"
+    if "dropout" not in cfg.model and not resumes:
+        dropout = 0.0
+        text = (
+            f"dropout {inherited} of {cfg.init} is off in stage {cfg.stage} (set dropout to keep)"
+        )
+    if distributed.rank() == 0 and (dropout or "dropout" not in cfg.model):
+        print(text, flush=True)
+    return dropout
 
 
 def data_tokenizer(folder: str) -> str:

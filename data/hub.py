@@ -442,9 +442,15 @@ def rank_responses(prompt: str, answers, group: str, dropped: dict, history=()) 
     """Make a ranked row of [(response, score)] in any order; equal scores tie.
 
     Returns [row], or [] if fewer than two different responses are left. Responses without a score
-    are ignored. White space around texts is removed. Of equal responses the best is kept.
+    are dropped and counted. White space around texts is removed. Of equal responses the best is
+    kept.
     """
-    scored = [(text, score) for text, score in answers if score is not None and score == score]
+    scored = []
+    for text, score in answers:
+        if score is None or score != score:
+            drop(dropped, "responses without a score")
+        else:
+            scored.append((text, score))
     scored.sort(key=lambda answer: -answer[1])
     best = {}  # response -> score
     for text, score in scored:

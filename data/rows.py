@@ -7,11 +7,17 @@ import os
 from data import tokenizer
 from data.files import atomic_write
 from data.folder import prepare_command
-from data.template import prompt_ids
+from data.template import cut_prompt_ids
+
+# fields that a whole text, {"text": ...}, cannot have
+TEXT_EXCLUDES = ("prompt", "response", "responses", "history", "scores", "ids")
 
 
-def read_rows(path: str) -> list[dict]:
-    """Read and check the rows of a .jsonl file. Exits with the file, the line and what is wrong."""
+def read_rows(path: str, prompt_only: bool = False) -> list[dict]:
+    """Read and check the rows of a .jsonl file. Exits with the file, the line and what is wrong.
+
+    prompt_only: rows may be prompts without responses.
+    """
     rows = []
     number = 0
     try:
@@ -23,7 +29,7 @@ def read_rows(path: str) -> list[dict]:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    rows.append(check_row(json.loads(line), f"{path}:{number}"))
+                    rows.append(check_row(json.loads(line), f"{path}:{number}", prompt_only))
         except UnicodeDecodeError as e:
             raise SystemExit(f"{path}: not UTF-8 after line {number}: {e.reason}")
         except (ValueError, RecursionError) as e:
@@ -43,11 +49,11 @@ def write_rows(path: str, rows):
 # ---- checking
 
 
-def check_row(row, where: str) -> dict:
+def check_row(row, where: str, prompt_only: bool = False) -> dict:
     """Return a row that is well formed, a whole text as a row with an empty prompt.
 
-    Exits with `where` (such as train.jsonl:3) and what is wrong. data/hub.py also counts rows by
-    these messages, in meta.json.
+    prompt_only: a row without responses is well formed too. Exits with `where` (such as
+    train.jsonl:3) and what is wrong. data/hub.py also counts rows by these messages, in meta.json.
     """
 
     def must(ok, message):
@@ -60,26 +66,55 @@ def check_row(row, where: str) -> dict:
         group is None or isinstance(group, str) and is_unicode(group),
         "group must be a string",
     )
-    if "text" in row and "prompt" not in row and "responses" not in row:
-        must(is_text(row["text"]), "text must be a Unicode string that is not empty")
-        whole_text = {"prompt": "", "responses": [row["text"]]}
-        if "group" in row:
-            whole_text["group"] = group
-        return whole_text
+    must(
+        not row.get("system"),
+        "system messages are not supported; put the text into the template (BEGIN), or the prompt",
+    )
+    if "text" in row:
+        return check_whole_text(row, must)
 
-    prompt, responses = row.get("prompt"), row.get("responses")
+    needed = ["prompt"] if prompt_only else ["prompt", "responses"]
+    missing = [name for name in needed if name not in row]
+    must(not missing, f"a row needs prompt and responses, or text; {missing_fields(row, missing)}")
+    prompt = row["prompt"]
     must(
         isinstance(prompt, str) and prompt.strip(),
         "prompt must be a string that is not empty",
     )
+    must(is_unicode(prompt), "text must be Unicode, without lone surrogates")
+    history = row.get("history", [])
+    must(
+        isinstance(history, list) and all(map(is_turn, history)),
+        "history must be a list of [prompt, response], Unicode strings that are not empty",
+    )
+    if "responses" in row:
+        check_responses(row, must)
+    return row
+
+
+def check_whole_text(row: dict, must) -> dict:
+    """A row with a text as a row with an empty prompt and one response."""
+    others = [name for name in TEXT_EXCLUDES if row.get(name) is not None]
+    must(not others, f"a row with text is a whole text; drop text, or drop {', '.join(others)}")
+    must(is_text(row["text"]), "text must be a Unicode string that is not empty")
+    whole_text = {"prompt": "", "responses": [row["text"]]}
+    for name in ("group", "ended"):
+        if name in row:
+            whole_text[name] = row[name]
+    must(is_ended(row.get("ended"), 1), "ended must be true, false or null")
+    return whole_text
+
+
+def check_responses(row: dict, must):
+    """Check the responses of a row, and what is given for each of them."""
+    responses = row["responses"]
     must(
         isinstance(responses, list) and responses and all(map(is_response, responses)),
         "responses must be a list of strings, best first (null: absent)",
     )
     must(responses[0] is not None, "the best response must be there")
-    for text in [prompt, *responses]:
+    for text in responses:
         must(text is None or is_unicode(text), "text must be Unicode, without lone surrogates")
-
     scores = row.get("scores")
     if scores is not None:
         must(
@@ -90,17 +125,27 @@ def check_row(row, where: str) -> dict:
             all(better >= worse for better, worse in zip(scores, scores[1:])),
             "scores must fall from best to worst",
         )
-    history = row.get("history", [])
-    must(
-        isinstance(history, list) and all(map(is_turn, history)),
-        "history must be a list of [prompt, response], Unicode strings that are not empty",
-    )
     ids = row.get("ids")
     must(
         ids is None or is_list_of(ids, len(responses)) and all(map(is_ids_or_none, ids)),
         "ids must be a list of token ids, or null, for each response",
     )
-    return row
+    for text, its_ids in zip(responses, ids or []):
+        must(text is not None or its_ids is None, "a response with ids must have its text too")
+    must(
+        row.get("tokenizer") is None or isinstance(row["tokenizer"], str),
+        "tokenizer must be the checksum of the tokenizer of the ids",
+    )
+    must(
+        is_ended(row.get("ended"), len(responses)),
+        "ended must be true, false or null: a list of them if there are several responses",
+    )
+
+
+def missing_fields(row: dict, missing: list[str]) -> str:
+    """Which fields of a row are missing and which are there, for a message."""
+    there = [str(name)[:40] for name in list(row)[:12]] + ["..."] * (len(row) > 12)
+    return f"it has no {', '.join(missing)}; it has {', '.join(there) or 'nothing'}"
 
 
 def is_unicode(text: str) -> bool:
@@ -138,6 +183,15 @@ def is_id(value) -> bool:
     return type(value) is int and value >= 0
 
 
+def is_ended(value, num_responses: int) -> bool:
+    """Whether it says which responses ended: a list, or, of a single one, its item. None: all."""
+    if not isinstance(value, list):
+        return value is None or isinstance(value, bool) and num_responses == 1
+    return is_list_of(value, num_responses) and all(
+        v is None or v is True or v is False for v in value
+    )
+
+
 def is_list_of(value, length: int) -> bool:
     return isinstance(value, list) and len(value) == length
 
@@ -168,13 +222,12 @@ def encode_rows(
         ranks       K ints, the number of responses with a higher score
         group       as in the row, if it has one
 
-    A prompt longer than max_prompt is cut at its start. A response is cut at its end, to
-    max_response and to what the prompt leaves of block_size; it then has no end-of-text. 0 means
-    block_size. A row that is dropped is None: its prompt leaves no room for a response, or it is a
-    whole text of fewer than two tokens, whose first one is never predicted. counts: rows, prompts
-    cut, responses cut, dropped.
+    A prompt longer than max_prompt is cut, see `template.cut_prompt_ids`. A response is cut at its
+    end, to max_response and to what the prompt leaves of block_size; it then has no end-of-text. 0
+    means block_size. A row that is dropped is None: its prompt leaves no room for a response, its
+    best response has no token, or it is a whole text of fewer than two tokens, whose first one is
+    never predicted. counts: rows, prompts cut, responses cut, dropped.
     """
-    max_prompt = max_prompt or block_size
     max_response = max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
     encoded = []
@@ -192,16 +245,14 @@ def encode_row(
     """One row of `encode_rows`, or None. Counts what is cut."""
     prompt = []
     if row["prompt"]:
-        prompt = prompt_ids(enc, template, row["prompt"], row.get("history", ()))
-    room = min(max_response, block_size - min(max_prompt, len(prompt)))
-    if room < 1:
-        return None
-    if len(prompt) > max_prompt:
-        counts["prompts cut"] += 1
-        prompt = prompt[-max_prompt:]
+        prompt, was_cut = encode_prompt(row, enc, template, block_size, max_prompt)
+        if not prompt:
+            return None
+        counts["prompts cut"] += was_cut
+    room = min(max_response, block_size - len(prompt))
     responses, num_cut = encode_responses(row, enc, room, follows_prompt=len(prompt) > 0)
     counts["responses cut"] += num_cut
-    if not prompt and max(len(ids or []) for ids in responses) < 2:
+    if responses[0] is None or not prompt and len(responses[0]) < 2:
         return None
     scores = row.get("scores") or range(len(responses), 0, -1)
     encoded = {"prompt": prompt, "responses": responses, "ranks": ranks_of(scores)}
@@ -210,31 +261,89 @@ def encode_row(
     return encoded
 
 
-def encode_responses(row: dict, enc, room: int, follows_prompt: bool):
-    """Encode the responses of a row, each cut to `room` tokens. Returns (lists of ids, number cut).
+def encode_prompt(
+    row: dict, enc, template: str, block_size: int, max_prompt: int = 0
+) -> tuple[list[int], bool]:
+    """The ids of a row's prompt, at most max_prompt of them (0: block_size), and whether it was
+    cut. The ids are [] if there is no prompt, or none that leaves room for a response."""
+    limit = min(max_prompt or block_size, block_size)
+    if not row["prompt"]:
+        return [], False
+    ids, was_cut = cut_prompt_ids(enc, template, row["prompt"], row.get("history") or [], limit)
+    if len(ids) == block_size or was_cut and limit == block_size:
+        return [], was_cut
+    return ids, was_cut
 
-    Sampled responses keep their token ids, unless another tokenizer made them; they are not
-    counted.
-    """
-    sampled = row.get("ids") or [None] * len(row["responses"])
-    made_by = row.get("tokenizer")
-    if made_by and made_by != tokenizer.fingerprint(enc):
-        sampled = [None] * len(row["responses"])
+
+def encode_responses(row: dict, enc, room: int, follows_prompt: bool):
+    """The token ids of the responses of a row, each cut to `room`. Returns (lists of ids, number
+    cut)."""
     responses = []
     num_cut = 0
-    for text, ids in zip(row["responses"], sampled):
-        if ids is not None and max(ids) >= enc.n_vocab:
-            raise SystemExit(
-                f"the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)},"
-                f" outside the vocabulary of {enc.n_vocab}"
-            )
-        if ids is None and text is not None:
-            where = "within" if follows_prompt else "start"
-            ids = tokenizer.encode(enc, text, where) + [enc.eot_token]
-            if len(ids) > room:
-                num_cut += 1
-        responses.append(None if ids is None else ids[:room])
+    for k in range(len(row["responses"])):
+        ids = response_ids(row, k, enc, "within" if follows_prompt else "start")
+        if ids is not None and len(ids) > room:
+            num_cut += 1
+            ids = ids[:room]
+        responses.append(ids)
     return responses, num_cut
+
+
+def response_ids(row: dict, k: int, enc, where: str = "within") -> list[int] | None:
+    """The token ids of response k: text + end-of-text, None if it is absent or has no token.
+
+    A sampled response keeps its ids, unless another tokenizer made them. One that did not end
+    ("ended": false) gets no end-of-text. where: what comes before it, see `tokenizer.encode`.
+    """
+    text = row["responses"][k]
+    if text is None:
+        return None
+    if keeps_ids(row, k, enc):
+        return row["ids"][k]
+    ids = tokenizer.encode(enc, text, where)
+    if ended_flags(row)[k] is not False:
+        ids = ids + [enc.eot_token]
+    return ids or None
+
+
+def sampled_row(row: dict, text: str, ids: list[int], enc) -> dict:
+    """A sample as a ranked row that names its tokenizer and says whether it ended."""
+    return prompt_fields(row) | {
+        "responses": [text],
+        "ids": [ids],
+        "tokenizer": tokenizer.fingerprint(enc),
+        "ended": ids[-1] == enc.eot_token,
+    }
+
+
+def name_tokenizer(rows: list[dict], enc) -> list[dict]:
+    """Rows that this run wrote, which name their tokenizer. Files of older versions do not."""
+    return [{"tokenizer": tokenizer.fingerprint(enc)} | row for row in rows]
+
+
+def keeps_ids(row: dict, k: int, enc) -> bool:
+    """Whether response k has ids of this tokenizer. Exits if it is not said whose ids they are, or
+    if they cannot be this tokenizer's."""
+    ids = (row.get("ids") or [None] * len(row["responses"]))[k]
+    if ids is None:
+        return False
+    where = f"the row with the prompt {row['prompt'][:60]!r}"
+    if not row.get("tokenizer"):
+        raise SystemExit(
+            f"{where} has ids and does not name their tokenizer; add tokenizer, its checksum, or"
+            " drop the ids"
+        )
+    if row["tokenizer"] != tokenizer.fingerprint(enc):
+        return False
+    if max(ids) >= enc.n_vocab:
+        raise SystemExit(f"{where} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}")
+    return True
+
+
+def ended_flags(row: dict) -> list[bool | None]:
+    """Whether each response ended; None: it is not said, and means yes."""
+    ended = row.get("ended")
+    return ended if isinstance(ended, list) else [ended] * len(row["responses"])
 
 
 def ranks_of(scores) -> list[int]:

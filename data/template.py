@@ -11,9 +11,11 @@ training; without {response} it is two line breaks. Special tokens of the tokeni
 in the template. In a prompt their text is encoded as plain text.
 """
 
+import bisect
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from data import tokenizer
@@ -63,6 +65,44 @@ def prompt_ids(enc, template: str, prompt: str, history=()) -> list[int]:
             ids += response
         lead, where = end + before, "within"
     return ids + encode_framed(enc, lead, prompt, after, where)
+
+
+def cut_prompt_ids(enc, template: str, prompt: str, history, limit: int) -> tuple[list[int], bool]:
+    """The ids of `prompt_ids`, at most `limit` of them. Returns (ids, whether anything was cut).
+
+    What the template adds stays: beginning-of-text, system message, role markers. The oldest turns
+    go first, then characters at the start of the prompt, no more than needed. The ids are [] if the
+    template leaves no room for any of the prompt.
+    """
+
+    def ids_of(num_characters: int, num_turns: int) -> list[int]:
+        """Of the end of the prompt after the latest turns."""
+        end = prompt[len(prompt) - num_characters :]
+        return prompt_ids(enc, template, end, history[len(history) - num_turns :])
+
+    def turns_fit(num_turns: int) -> bool:
+        return len(ids_of(len(prompt), num_turns)) <= limit
+
+    def characters_fit(num_characters: int) -> bool:
+        return len(ids_of(num_characters, 0)) <= limit
+
+    ids = ids_of(len(prompt), len(history))
+    if len(ids) <= limit:
+        return ids, False
+    num_turns = most_that(turns_fit, len(history))
+    if num_turns or turns_fit(0):
+        return ids_of(len(prompt), num_turns), True
+    num_characters = most_that(characters_fit, len(prompt))
+    return (ids_of(num_characters, 0) if num_characters else []), True
+
+
+def most_that(fits: Callable[[int], bool], n: int) -> int:
+    """The largest number in 1..n that fits, or 0. It is tried by doubling, then by bisection, so
+    that nothing much larger than what fits is encoded."""
+    bound = 1
+    while bound < n and fits(bound):
+        bound *= 2
+    return bisect.bisect_left(range(1, min(bound, n) + 1), True, key=lambda k: not fits(k))
 
 
 def encode_framed(enc, before: str, text: str, after: str, where: str) -> list[int]:

@@ -8,7 +8,8 @@
 A line is {"text"}, {"prompt", "response"} or {"prompt", "responses"}. Responses are strings, best
 first, or objects with "text" and "rank" (1 is best) or "score" (high is best); equal ones tie.
 --authors picks one response of each named "author", in that order. "group" (else "url", else the
-prompt or text) keeps rows of one origin on one side of the split.
+prompt or text) keeps rows of one origin on one side of the split. The optional fields of a ranked
+row (data/__init__.py) are kept; other fields are left out, and named in a line.
 
 Writes train.jsonl and val.jsonl from lines with a prompt, and train.bin and val.bin from lines
 with a text.
@@ -18,12 +19,14 @@ import argparse
 import gzip
 import json
 import os
+from collections import Counter
 
 from tqdm import tqdm
 
 from data import tokenizer
+from data.files import printable
 from data.folder import split_of, write_meta, write_stream
-from data.rows import check_row, is_text, is_unicode, write_rows
+from data.rows import check_row, is_unicode, write_rows
 
 
 def read_lines(path):
@@ -50,12 +53,31 @@ def parse_line(line, where):
     return value
 
 
+# Of the fields of a line, what a row keeps beside prompt, responses and group
+GIVEN_PER_RESPONSE = ("scores", "ids", "tokenizer", "ended")
+FIELDS = ("prompt", "response", "responses", "text", "group", "url", "history", "system")
+OBJECT_FIELDS = ("text", "author", "rank", "score")
+
+
 def to_row(value, where, authors=None):
     """A line with a prompt -> a ranked row, or None if one of the authors has no response."""
-    responses = value["responses"] if "responses" in value else [value.get("response")]
-    row = {"prompt": value.get("prompt"), "responses": responses}
+    if "response" in value and "responses" in value:
+        raise SystemExit(f"{where}: a row has response or responses, not both")
+    if "prompt" not in value or not {"response", "responses"} & value.keys():
+        return check_row(value, where)  # says what is missing
+    responses = value["responses"] if "responses" in value else [value["response"]]
+    row = {"prompt": value["prompt"], "responses": responses}
+    for name in ("history", "system"):
+        if value.get(name) is not None:
+            row[name] = value[name]
+    given = {name: value[name] for name in GIVEN_PER_RESPONSE if value.get(name) is not None}
     are_objects = isinstance(responses, list) and all(isinstance(r, dict) for r in responses)
     if responses and are_objects:
+        if given:
+            raise SystemExit(
+                f"{where}: {', '.join(given)} cannot stand beside responses that are objects; "
+                "make the responses strings, best first"
+            )
         if authors:
             responses = responses_of(authors, responses)
             if responses is None:
@@ -67,10 +89,54 @@ def to_row(value, where, authors=None):
             row["scores"] = scores
     elif authors:
         raise SystemExit(f"{where}: --authors needs responses that are objects with an author")
+    else:
+        row |= given
     texts = row["responses"]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise SystemExit(f"{where}: a response must be a string, or an object with a text")
     return check_row(row, where)
+
+
+def to_document(value, where) -> str:
+    """A line with a text -> the text, which ends in end-of-text in a stream."""
+    row = check_row(value, where)
+    if row.get("ended") is False:
+        raise SystemExit(f"{where}: ended is false, and every text of a stream ends; drop the line")
+    return row["responses"][0]
+
+
+def group_of(value, where) -> str:
+    """What keeps lines on one side of the split: group, else url, else the prompt or text."""
+    group = value.get("group")
+    if group is None:
+        group = str(value.get("url") or value.get("prompt") or value.get("text"))
+    if isinstance(group, bool) or not isinstance(group, (str, int, float)):
+        raise SystemExit(f"{where}: group must be a string or a number")
+    group = str(group)
+    if not is_unicode(group):
+        raise SystemExit(f"{where}: group must be Unicode, without lone surrogates")
+    return group
+
+
+def ignored_fields(value) -> list[str]:
+    """The names of the fields of a line that no row keeps."""
+    ignored = [name for name in value if name not in FIELDS + GIVEN_PER_RESPONSE]
+    responses = value.get("responses")
+    for response in responses if isinstance(responses, list) else []:
+        for name in response if isinstance(response, dict) else []:
+            if name not in OBJECT_FIELDS:
+                ignored.append(f"responses.{name}")
+    return ignored
+
+
+def training_texts(rows, texts):
+    """What a tokenizer is trained on: every text of the training side."""
+    yield from texts["train"]
+    for row in rows["train"]:
+        for turn in row.get("history", []):
+            yield from turn
+        yield row["prompt"]
+        yield from row["responses"]
 
 
 def responses_of(authors, responses):
@@ -108,36 +174,29 @@ def main(argv=None):
     )
     parser.add_argument(
         "--tokenizer",
-        help="of a stream: gpt2 (default), bytes, bpe (trained on the training texts), or a file"
-        " (a .tiktoken, another model's tokenizer.json)",
+        help="gpt2 (default of a stream; rows need none), bytes, bpe (trained on the training"
+        " texts), or a file (a .tiktoken, another model's tokenizer.json)",
     )
     parser.add_argument("--vocab_size", type=int, default=4096, help="vocabulary size of bpe")
     parser.add_argument(
         "--val_share", type=float, default=0.1, help="share of the groups that go to validation"
     )
     args = parser.parse_args(argv)
+    if args.where is not None and not args.where.partition("=")[1]:
+        raise SystemExit(f"--where={args.where}: give KEY=PREFIX, such as --where=source=gsm8k")
 
-    rows, texts, num_dropped = read_files(args)
-    files = ", ".join(args.files)
-    if not any(rows.values()) and not any(texts.values()):
-        raise SystemExit(f"{files}: no line is left ({num_dropped} lack one of the authors)")
-    for sides in (rows, texts):
-        for side, other in (("train", "val"), ("val", "train")):
-            if sides[other] and not sides[side]:
-                raise SystemExit(
-                    f"{files}: no row was assigned to {side} at --val_share={args.val_share}: the "
-                    "split is by a hash of the group, and there are few groups; "
-                    f"use a {'larger' if side == 'val' else 'smaller'} --val_share"
-                )
-
-    os.makedirs(args.out, exist_ok=True)
+    os.makedirs(args.out, exist_ok=True)  # if it cannot be made, that is said before reading
+    rows, texts, num_dropped, ignored = read_files(args)
+    check_sides(args, rows, texts, num_dropped)
     sizes = {}
     tokenizer_name = args.tokenizer
-    if any(texts.values()):
-        if tokenizer_name == "bpe":
-            tokenizer_name = os.path.join(args.out, "tokenizer.tiktoken")
-            tokenizer.save(tokenizer.train(texts["train"], args.vocab_size), tokenizer_name)
+    if tokenizer_name == "bpe":
+        tokenizer_name = os.path.join(args.out, "tokenizer.tiktoken")
+        enc = tokenizer.train(training_texts(rows, texts), args.vocab_size)
+        tokenizer.save(enc, tokenizer_name)
+    if tokenizer_name or any(texts.values()):
         enc, tokenizer_name = tokenizer.load_into(args.out, tokenizer_name or "gpt2")
+    if any(texts.values()):
         for side in ("train", "val"):
             documents = tqdm(texts[side], desc=f"{side}.bin", disable=None)
             path = os.path.join(args.out, f"{side}.bin")
@@ -151,36 +210,57 @@ def main(argv=None):
     if num_dropped:
         summary += f"; {num_dropped} rows lack an author"
     print(f"{args.out}: {summary}")
+    if ignored:
+        names = [f"{name} ({n:,})" for name, n in ignored.most_common(10)]
+        more = f" and {len(ignored) - 10} more" if len(ignored) > 10 else ""
+        print(printable(f"ignored fields: {', '.join(names)}{more}"))
+
+
+def check_sides(args, rows, texts, num_dropped: int):
+    """Exit if no line is left, or none on one side of the split."""
+    files = ", ".join(args.files)
+    if not any(rows.values()) and not any(texts.values()):
+        if num_dropped:
+            raise SystemExit(f"{files}: no line is left ({num_dropped} lack one of the authors)")
+        if args.where:
+            key, _, prefix = args.where.partition("=")
+            raise SystemExit(f"{files}: no line has a {key} that starts with {prefix!r} (--where)")
+        raise SystemExit(f"{files}: no line")
+    for sides in (rows, texts):
+        for side, other in (("train", "val"), ("val", "train")):
+            if sides[other] and not sides[side]:
+                raise SystemExit(
+                    f"{files}: no row was assigned to {side} at --val_share={args.val_share}: the "
+                    "split is by a hash of the group, and there are few groups; "
+                    f"use a {'larger' if side == 'val' else 'smaller'} --val_share"
+                )
 
 
 def read_files(args):
-    """Returns ({side: rows}, {side: texts}, number of rows without one of --authors)."""
+    """Returns ({side: rows}, {side: texts}, number of rows without one of --authors, {field that
+    was ignored: how often})."""
     rows = {"train": [], "val": []}
     texts = {"train": [], "val": []}
     num_dropped = 0
+    ignored = Counter()
     key, _, prefix = (args.where or "").partition("=")
     authors = args.authors.split(",") if args.authors else None
     for path in args.files:
         for where, value in tqdm(read_lines(path), desc=os.path.basename(path), disable=None):
-            if key and not str(value.get(key, "")).startswith(prefix):
+            if args.where and not str(value.get(key, "")).startswith(prefix):
                 continue
-            group = str(
-                value.get("group") or value.get("url") or value.get("prompt") or value.get("text")
-            )
+            group = group_of(value, where)
             if "text" in value:
-                if not is_text(value["text"]):
-                    raise SystemExit(f"{where}: text must be a Unicode string that is not empty")
-                sides, item = texts, value["text"]
+                sides, item = texts, to_document(value, where)
             else:
                 row = to_row(value, where, authors)
                 if row is None:
                     num_dropped += 1
                     continue
                 sides, item = rows, row | {"group": group}
-            if not is_unicode(group):
-                raise SystemExit(f"{where}: group must be Unicode, without lone surrogates")
             sides[split_of(group, args.val_share)].append(item)
-    return rows, texts, num_dropped
+            ignored.update(name for name in ignored_fields(value) if name != key)
+    return rows, texts, num_dropped, ignored
 
 
 if __name__ == "__main__":

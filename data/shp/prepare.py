@@ -57,7 +57,8 @@ def ranked_pairs(paths):
                 continue
             num_responses = len(row["responses"])
             scores = row.get("scores") or range(num_responses, 0, -1)
-            post = str(value.get("group") or row["prompt"])
+            group = value.get("group")
+            post = row["prompt"] if group is None else str(group)
             for i, j in itertools.combinations(range(num_responses), 2):
                 if scores[i] > scores[j]:
                     yield row["prompt"], row["responses"][i], post

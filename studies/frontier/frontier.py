@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 import train
+from data import tokenizer
 from data.batch import permutation
 from data.files import read_json, write_json
 from data.folder import write_meta
 from data.pydocs.scorer import concrete, kinds
-from data.rows import encode_rows, read_rows, write_rows
+from data.rows import encode_rows, read_rows, sampled_row, write_rows
 from eval import row_logps, row_scores, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed
@@ -158,7 +159,7 @@ def rank(folder, reference, source="data/pydocs"):
         for row, *responses in zip(rows, *samples):
             ranked_row = rank_responses(row, responses)
             if ranked_row is not None:
-                ranked.append(ranked_row)
+                ranked.append(ranked_row | {"tokenizer": tokenizer.fingerprint(enc)})
         write_rows(os.path.join(folder, f"{split}.jsonl"), ranked)
     policy = checkpoint.resolve(reference)
     write_meta(
@@ -262,8 +263,7 @@ def measure(run, reference, judge, folder):
     texts, ids = samples[1.0]
 
     sampled_rows = [
-        {"prompt": row["prompt"], "responses": [text], "ids": [tokens]}
-        for row, text, tokens in zip(rows, texts, ids)
+        sampled_row(row, text, tokens, enc) for row, text, tokens in zip(rows, texts, ids)
     ]
     encoded, _ = encode_rows(sampled_rows, enc, block_size=model.config.block_size, **limits)
     logps = row_logps(model, encoded, 4096, "cpu")[:, 0]
