@@ -13,10 +13,32 @@ import torch
 from conftest import SHARED, command
 
 from data import tokenizer
-from data.batch import batch_indices, batch_rows, count_row_tokens, split_by_tokens, stream_batch
+from data.batch import (
+    batch_indices,
+    batch_rows,
+    count_row_tokens,
+    num_supervised,
+    split_by_tokens,
+    stream_batch,
+)
 from data.files import atomic_write, printable, read_arrays, read_json
-from data.folder import find_invalid_token, prepare_command, read_meta, read_stream, split_of
-from data.rows import check_row, encode_rows, longest_shared_prefix, read_rows
+from data.folder import (
+    find_invalid_token,
+    prepare_command,
+    read_meta,
+    read_stream,
+    split_of,
+    tokenizer_path,
+)
+from data.rows import (
+    check_row,
+    drop_equal_responses,
+    encode_rows,
+    longest_shared_prefix,
+    name_tokenizer,
+    read_rows,
+)
+from eval import is_ranked
 
 BYTES = tokenizer.load("bytes")
 EOT = 256
@@ -190,7 +212,7 @@ def test_an_id_outside_the_vocabulary_is_found_anywhere():
 def test_truncation():
     row = {"prompt": "abcdef", "responses": ["uvwxyz", "q"]}
     (e,), counts = encode([row], max_prompt=5, max_response=4)
-    assert e["prompt"] == list(b"cdef>")
+    assert e["prompt"] == list(b"<def>")  # the template stays
     assert e["responses"] == [list(b"uvwx"), [ord("q"), EOT]]  # the cut one has no end-of-text
     assert counts["prompts cut"] == 1
     assert counts["responses cut"] == 1
@@ -207,19 +229,63 @@ def test_truncation():
     assert e["responses"][0] == list(b"uvwxyz") + [EOT]
 
 
+def of_bytes(row):
+    """A row whose ids are those of BYTES."""
+    return row | {"tokenizer": tokenizer.fingerprint(BYTES)}
+
+
 def test_sampled_ids_are_not_encoded_again():
     ids = [EOT - 1, 65, 65]  # not UTF-8, and without end-of-text
-    e = encode_one({"prompt": "a", "responses": ["b", "�AA"], "ids": [None, ids]})
-    assert e["responses"] == [[ord("b"), EOT], ids]
+    row = {"prompt": "a", "responses": ["b", "�AA"], "ids": [None, ids]}
+    assert encode_one(of_bytes(row))["responses"] == [[ord("b"), EOT], ids]
 
 
 def test_ids_of_another_tokenizer_are_not_used():
     row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
-    assert encode_one(row)["responses"] == [[7]]
-    assert encode_one(row | {"tokenizer": tokenizer.fingerprint(BYTES)})["responses"] == [[7]]
+    assert encode_one(of_bytes(row))["responses"] == [[7]]
     assert encode_one(row | {"tokenizer": "another"})["responses"] == [[ord("b"), EOT]]
     with pytest.raises(SystemExit, match="outside the vocabulary"):
-        encode([row | {"ids": [[257]]}])
+        encode([of_bytes(row | {"ids": [[257]]})])
+
+
+def test_ids_of_no_tokenizer_are_refused():
+    row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
+    with pytest.raises(SystemExit, match="'a' has ids and does not name their tokenizer"):
+        encode([row])
+    (own,) = name_tokenizer([row], BYTES)  # a file that the run itself wrote
+    assert encode_one(own)["responses"] == [[7]]
+    assert encode_one(row | {"ids": [None]})["responses"] == [[ord("b"), EOT]]
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["bytes", "another tokenizer"])
+def test_a_sample_that_did_not_end_has_no_end_token(other):
+    """Whoever encodes it; in a row of several responses it is said for each."""
+    enc = tokenizer.train(["abcdefgh " * 9], 300) if other else BYTES
+    rows = [
+        {"prompt": "a", "responses": ["bad"], "ended": False},
+        {"prompt": "a", "responses": ["bad"], "ended": True},
+        {"prompt": "a", "responses": ["bad", "cab", "dab"], "ended": [True, False, None]},
+        check_row({"text": "a whole text", "ended": False}, ""),
+        {"prompt": "a", "responses": [""], "ended": False},  # no token at all
+    ]
+    encoded, counts = encode_rows(rows, enc, "<{prompt}>", 32)
+    ends = []
+    for row in encoded[:-1]:
+        ends.append([response[-1] == enc.eot_token for response in row["responses"]])
+    assert ends == [[False], [True], [True, False, True], [False]]
+    assert encoded[-1] is None and counts["dropped"] == 1
+
+
+def test_equal_responses_are_absent():
+    """Also those that are equal after they are cut, and those that tie."""
+    row = {"prompt": "a", "responses": ["uvwx1", "b", "uvwx2", "b"], "scores": [3, 2, 1, 1]}
+    encoded = encode_one(row, max_response=4)
+    assert drop_equal_responses(encoded) == 2
+    assert encoded["responses"] == [[*b"uvwx"], [*b"b", EOT], None, None]
+    assert drop_equal_responses(encoded) == 0  # absent ones are not equal
+    encoded = encode_one({"prompt": "a", "responses": ["b", "b"]})
+    assert drop_equal_responses(encoded) == 1
+    assert not is_ranked(encoded)
 
 
 def test_equal_scores_share_a_rank():
@@ -239,11 +305,14 @@ def test_whole_texts():
     batch = batch_rows(rows)
     assert batch.targets.tolist() == [*b"bcd", EOT] + [ord("x")] * 31
     assert batch.lengths.tolist() == [[4], [31]]
+    assert [num_supervised(row["prompt"], row["responses"][0]) for row in rows] == [4, 31]
+    assert num_supervised([1], [2, 3]) == 2
+    assert num_supervised([1], None) == num_supervised([], [2]) == 0
     (e,), counts = encode([short], max_response=1)
     assert e is None and counts["dropped"] == 1
 
-    row = check_row({"prompt": "a", "responses": ["b"], "text": "of another field"}, "")
-    assert row["prompt"] == "a"
+    with pytest.raises(SystemExit, match="drop text, or drop prompt, responses"):
+        check_row({"prompt": "a", "responses": ["b"], "text": "of another field"}, "")
     for bad in ({"text": ""}, {"text": 3}, {"text": "\ud800"}):
         with pytest.raises(SystemExit, match="text must be"):
             check_row(bad, "")
@@ -285,7 +354,15 @@ def test_longest_shared_prefix_against_every_pair():
         ('{"prompt": "a"', "2: not JSON"),
         ("[1]", "must be an object"),
         ('{"prompt": "", "responses": ["a"]}', "prompt must be"),
-        ('{"prompt": "a"}', "responses must be"),
+        ('{"prompt": "a"}', "has no responses; it has prompt"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "it has prompt, chosen, rejected"),
+        ('{"messages": []}', "has no prompt, responses; it has messages"),
+        ('{"prompt": "a", "responses": ["b"], "system": "Be brief."}', "system messages are not"),
+        ('{"text": "a", "history": [["b", "c"]]}', "drop text, or drop history"),
+        ('{"prompt": "a", "responses": ["b", null], "ids": [null, [1]]}', "must have its text"),
+        ('{"prompt": "a", "responses": ["b"], "ended": 1}', "ended must be"),
+        ('{"prompt": "a", "responses": ["b", "c"], "ended": false}', "ended must be"),
+        ('{"prompt": "a", "responses": ["b"], "tokenizer": 3}', "tokenizer must be"),
         ('{"prompt": "a", "responses": []}', "responses must be"),
         ('{"prompt": "a", "responses": [1]}', "responses must be"),
         ('{"prompt": "a", "responses": [null, "b"]}', "best response"),
@@ -662,8 +739,16 @@ def test_jsonl_takes_every_form(tmp_path):
         ('{"prompt": "a", "responses": 5}', "must be a string"),
         ('{"text": "alone"}', "no row was assigned to"),
         ('{"prompt": "a", "response": "b", "group": "\\ud800"}', "group must be Unicode"),
-        ('{"other": 1}', "must be a string"),
+        ('{"other": 1}', "has no prompt, responses; it has other"),
         ("3", "not an object"),
+        ('{"prompt": "a", "response": "b", "text": "c"}', "drop text, or drop prompt, response"),
+        ('{"prompt": "a", "response": "b", "responses": ["c"]}', "not both"),
+        ('{"prompt": "a", "response": "b", "system": "Be brief."}', "system messages are not"),
+        ('{"prompt": "a", "response": "b", "group": [1]}', "group must be a string or a number"),
+        ('{"prompt": "a", "response": "b", "history": ["c"]}', "history must be"),
+        ('{"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}', "scores must fall"),
+        ('{"prompt": "a", "responses": [{"text": "b", "rank": 1}], "scores": [1]}', "objects"),
+        ('{"text": "a b", "ended": false}', "ended is false"),
     ],
 )
 def test_jsonl_names_the_line(tmp_path, line, message):
@@ -672,6 +757,66 @@ def test_jsonl_names_the_line(tmp_path, line, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_jsonl_keeps_the_fields_of_a_row(tmp_path):
+    """And says which fields no row keeps."""
+    row = {
+        "prompt": "and in the north?",
+        "history": [["how is it in the south?", "Dry."]],
+        "responses": ["Wet.", "Dry.", "No idea."],
+        "scores": [2, 2, 1],
+        "ids": [[5], None, None],
+        "tokenizer": "some checksum",
+        "ended": [False, True, None],
+    }
+    groups = [0, 1.5, "", "a"] + list(range(1, 20))
+    lines = [row | {"group": group, "source": "x", "license": "y"} for group in groups]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/out", "--val_share=0.3")
+    assert done.returncode == 0, done.stderr
+    assert f"ignored fields: source ({len(lines)}), license ({len(lines)})" in done.stdout
+    train, val = read_both(tmp_path / "out")
+    assert {r["group"] for r in train + val} == {str(group) for group in groups}
+    for kept in train + val:
+        assert kept == row | {"group": kept["group"]}
+
+
+def test_jsonl_where(tmp_path):
+    lines = [{"prompt": f"q{n}", "response": "a", "source": f"x{n % 2}"} for n in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for where, message in (
+        ("source:gsm8k", "give KEY=PREFIX"),
+        ("source=gsm8k", "no line has a source that starts with 'gsm8k'"),
+        ("origin=x", "no line has a origin that starts with 'x'"),
+    ):
+        done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/o", f"--where={where}")
+        assert done.returncode == 1
+        assert message in done.stderr
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/o", "--where=source=x1")
+    assert done.returncode == 0, done.stderr
+    assert sum(map(len, read_both(tmp_path / "o"))) == 30
+    assert "ignored" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["bytes", "FILE", "bpe"])
+def test_jsonl_rows_with_a_tokenizer(tmp_path, name):
+    """The folder takes the tokenizer, and a model can start from it."""
+    own = tokenizer.train(["abcdefgh " * 9], 300)
+    tokenizer.save(own, f"{tmp_path}/own.tiktoken")
+    lines = [{"prompt": f"q{n}", "response": "an answer"} for n in range(30)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    option = f"--tokenizer={name.replace('FILE', f'{tmp_path}/own.tiktoken')}"
+    out = str(tmp_path / "out")
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={out}", option, "--val_share=0.3")
+    assert done.returncode == 0, done.stderr
+    meta = read_meta(out, ["train.jsonl", "val.jsonl"])
+    enc = tokenizer.load(tokenizer_path(out, meta["tokenizer"]))
+    assert meta["tokenizer_sha256"] == tokenizer.fingerprint(enc)
+    if name == "FILE":
+        assert tokenizer.fingerprint(enc) == tokenizer.fingerprint(own)
+    if name == "bpe":
+        assert len(enc.encode_ordinary("an answer")) == 2
 
 
 @needs_shared_rows

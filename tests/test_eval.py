@@ -58,8 +58,8 @@ def test_response_logprobs_equal_one_sequence_at_a_time(tiny_runs):
 
 def test_ranking_metrics_by_hand():
     rows = [
-        {"responses": [[1], [1, 2], [3]], "ranks": [0, 1, 2]},
-        {"responses": [[1, 2, 3], [1], None], "ranks": [0, 1, 2]},
+        {"prompt": [9], "responses": [[1], [1, 2], [3]], "ranks": [0, 1, 2]},
+        {"prompt": [9], "responses": [[1, 2, 3], [1], None], "ranks": [0, 1, 2]},
     ]
     logps = np.array([[-1.0, -2.0, -9.0], [-6.0, -3.0, 0.0]])
     refs = np.array([[-2.0, -2.0, -4.0], [-5.0, -5.0, 0.0]])

@@ -19,6 +19,7 @@ from data.rows import check_row, encode_rows
 from data.template import (
     TEMPLATE,
     check_template,
+    cut_prompt_ids,
     from_jinja,
     is_template,
     prompt_ids,
@@ -339,12 +340,68 @@ def test_a_long_chat_drops_its_oldest_turns(monkeypatch):
     texts = [enc.decode(prompt) for prompt in prompts_seen]
     assert texts[1] == "<begin>Q:00000000\nA:yes\nQ:11111111\nA:"
     assert texts[5] == "<begin>Q:44444444\nA:yes\nQ:55555555\nA:"
-    assert texts[6] == "z" * 41 + "\nA:"  # a prompt that is too long itself is cut at its start
+    # a prompt that is too long itself is cut at its start, and keeps the template around it
+    assert texts[6] == "<begin>Q:" + "z" * 32 + "\nA:"
     assert max(map(len, prompts_seen)) == 44
 
     prompts_seen.clear()
     sample.chat(model, enc, template, ["a" * 12, "b" * 12, "c" * 12])
     assert [len(prompt) for prompt in prompts_seen] == [24, 24, 24]  # half the block for a response
+
+
+@pytest.mark.parametrize("limit", [23, 24, 30, 35, 36, 50, 51, 52])
+def test_a_cut_prompt_keeps_its_template(limit):
+    """The oldest turns go first, then the start of the prompt; as little as possible."""
+    enc = tokenizer.load("bytes")
+    template = "<begin>{turn}Q:{prompt}\nA:{response}."
+    history = [["one", "1"], ["three", "2"]]
+    whole = "<begin>Q:one\nA:1.Q:three\nA:2.Q:abcdefghijk\nA:"
+    forms = [whole, "<begin>Q:three\nA:2.Q:abcdefghijk\nA:"]
+    forms += [f"<begin>Q:{'abcdefghijk'[n:]}\nA:" for n in range(11)]
+    expected = next(form for form in forms if len(form) <= limit)
+    ids, was_cut = cut_prompt_ids(enc, template, "abcdefghijk", history, limit)
+    assert enc.decode(ids) == expected
+    assert was_cut == (expected != whole)
+
+
+@pytest.mark.parametrize("limit", [0, 5, 12])
+def test_a_template_that_leaves_no_room_for_the_prompt(limit):
+    enc = tokenizer.load("bytes")
+    assert cut_prompt_ids(enc, "<begin>{turn}Q:{prompt}\nA:", "abc", [], limit) == ([], True)
+
+
+def test_the_longest_end_of_a_prompt_is_kept(tmp_path):
+    """Under a tokenizer with merges and characters of several bytes, for every limit."""
+    enc = tokenizer.train(["the loss of a model falls ☃ when it reads " * 9], 300)
+    prompt = "when the model ☃☃ reads it falls, and the loss of ä model"
+    whole = prompt_ids(enc, TEMPLATE, prompt)
+    assert cut_prompt_ids(enc, TEMPLATE, prompt, [], len(whole)) == (whole, False)
+    head, tail = TEMPLATE.split("{prompt}")
+    for limit in range(len(whole)):
+        ids, was_cut = cut_prompt_ids(enc, TEMPLATE, prompt, [], limit)
+        assert was_cut and len(ids) <= limit
+        if not ids:
+            assert len(prompt_ids(enc, TEMPLATE, prompt[-1:])) > limit
+            continue
+        text = enc.decode(ids).removeprefix(head).removesuffix(tail)
+        assert prompt.endswith(text) and text
+        one_more = prompt[len(prompt) - len(text) - 1 :]
+        assert len(prompt_ids(enc, TEMPLATE, one_more)) > limit
+
+
+def test_training_and_sampling_cut_alike(monkeypatch):
+    enc = tokenizer.load("bytes")
+    prompts_seen = record_prompts(monkeypatch, [[*b"yes", 256]] * 2)
+    rows = [
+        {"prompt": "x" * 40, "history": [["a", "b"]], "responses": ["c"]},
+        {"prompt": "short", "responses": ["c"]},
+    ]
+    template = "<begin>{turn}Q:{prompt}\nA:"
+    sample.respond(tiny_gpt(enc, 64), enc, template, rows, max_prompt=30, max_response=8)
+    encoded, counts = encode_rows(rows, enc, template, 64, 30, 8)
+    assert prompts_seen == [row["prompt"] for row in encoded]
+    assert enc.decode(prompts_seen[0]) == "<begin>Q:" + "x" * 18 + "\nA:"
+    assert counts["prompts cut"] == 1
 
 
 # ---- other models' tokenizers

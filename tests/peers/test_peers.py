@@ -136,7 +136,7 @@ def test_ipo(pairs):
     assert abs(our_loss(pairs, loss_type="ipo") - theirs) > 1
 
 
-def trl_cpo_loss(loss_type, pairs):
+def trl_cpo_loss(loss_type, pairs, label_smoothing=0.0):
     pytest.importorskip("trl", reason=f"TRL is {INSTALL}")
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
@@ -144,7 +144,7 @@ def trl_cpo_loss(loss_type, pairs):
         alpha=0.0,
         beta=BETA,
         simpo_gamma=0.5,
-        label_smoothing=0.0,
+        label_smoothing=label_smoothing,
         loss_type=loss_type,
         accelerator=CPU,
     )
@@ -154,6 +154,8 @@ def trl_cpo_loss(loss_type, pairs):
 
 def test_simpo(pairs):
     assert_equal(our_loss(pairs, loss_type="simpo", margin=0.5), trl_cpo_loss("simpo", pairs))
+    smooth = our_loss(pairs, loss_type="simpo", margin=0.5, label_smoothing=0.1)
+    assert_equal(smooth, trl_cpo_loss("simpo", pairs, label_smoothing=0.1))
 
 
 def test_ipo_without_a_reference(pairs):
