@@ -271,7 +271,7 @@ def encode_prompt(
         return [], False
     ids, was_cut = cut_prompt_ids(enc, template, row["prompt"], row.get("history") or [], limit)
     if len(ids) == block_size or was_cut and limit == block_size:
-        return [], was_cut
+        return [], False
     return ids, was_cut
 
 

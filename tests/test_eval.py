@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE, command, read_metrics
 
-from data.rows import check_row, encode_rows, read_rows
+import train
+from data import tokenizer
+from data.folder import write_meta
+from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
     extract_answer,
     f1_score,
@@ -79,6 +83,65 @@ def test_ranking_metrics_by_hand():
     first = math.log(1 + math.exp(-0.5) + math.exp(-3)) + math.log(1 + math.exp(-2.5))
     second = math.log(1 + math.exp(1.5))
     assert abs(m["rank_nll"] - (first + second) / 2) < 1e-12
+
+
+def test_rows_in_which_nothing_is_ranked_do_not_count():
+    """A row of ties costs 0 and has no pair; the ranking metrics are means over the others."""
+    rows = [
+        {"prompt": [9], "responses": [[1], [2]], "ranks": [0, 1]},
+        {"prompt": [9], "responses": [[1], [2]], "ranks": [0, 0]},
+    ]
+    logps = np.array([[-1.0, -2.0], [-3.0, -1.0]])
+    m = ranking_metrics(logps, np.zeros((2, 2)), rows, 1.0, ["1", "2"])
+    assert m["rank_nll"] == pytest.approx(math.log1p(math.exp(-1)))
+    assert m["acc"] == 1.0
+    ties = ranking_metrics(logps[1:], np.zeros((1, 2)), rows[1:], 1.0, ["1", "2"])
+    assert "acc" not in ties and "rank_nll" not in ties
+
+
+@torch.no_grad()
+def test_validation_loss_is_a_mean_over_what_is_predicted(tiny_runs, tmp_path):
+    """The first token of a whole text is not predicted and does not count: plain torch in float64,
+    the same in training and in eval.py, for rows of texts and of prompts."""
+    texts = [{"text": text} for text in ("ab", "abc", "hello there", "xyz")]
+    prompts = [{"prompt": f"{i} the", "responses": ["model" * i]} for i in range(1, 4)]
+    for name, rows in (("texts", texts), ("prompts", prompts), ("both", texts + prompts)):
+        folder, out = str(tmp_path / name), str(tmp_path / f"run_{name}")
+        os.makedirs(folder)
+        for split in ("train", "val"):
+            write_rows(f"{folder}/{split}.jsonl", rows)
+        write_meta(folder, "bytes", "made up")
+        with torch.enable_grad():
+            train.main(
+                [
+                    "--stage=sft",
+                    f"--out_dir={out}",
+                    f"--data={folder}",
+                    f"--init={tiny_runs['sft']}",
+                    f"--template={TEMPLATE}",
+                    "--device=cpu",
+                    "--max_steps=1",
+                    f"--batch_size={len(rows)}",
+                    "--lr=1e-12",
+                ]
+            )
+        model, _, _ = GPT.from_checkpoint(tiny_runs["sft"])
+        nll, num_targets = 0.0, 0
+        for row in rows:
+            if "text" in row:
+                ids = [*row["text"].encode(), EOT]
+                prompt, response = ids[:1], ids[1:]
+            else:
+                prompt = list(TEMPLATE.format(prompt=row["prompt"]).encode())
+                response = [*row["responses"][0].encode(), EOT]
+            nll -= slow_logprob(model, prompt, response)
+            num_targets += len(response)
+        expected = pytest.approx(nll / num_targets, rel=1e-5)
+        assert read_metrics(out, "eval")[0]["val_loss"] == expected
+        assert read_metrics(out, "step")[0]["loss"] == expected
+        done = evaluate(f"a={tiny_runs['sft']}", f"--data={folder}")
+        assert done.returncode == 0, done.stderr
+        assert f"val_loss {nll / num_targets:.4f}" in done.stdout
 
 
 # --------------------------------------------------------------------------- metrics of samples
@@ -263,6 +326,69 @@ def test_a_reference(tiny_runs, tiny_data):
     assert done.returncode == 0, done.stderr
     assert "rank_nll" in done.stdout
     assert "acc/2" in done.stdout
+
+
+def sft_run(out, folder, *options):
+    shape = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--device=cpu", "--max_steps=1"]
+    train.main(["--stage=sft", f"--out_dir={out}", f"--data={folder}", *shape, *options])
+    return out
+
+
+def test_every_checkpoint_is_measured_on_the_same_rows(tmp_path):
+    """Those that fit all of them; how many are left out, and by which, is said, and what is cut."""
+    rows = [{"prompt": "q" * n, "responses": ["answer", "no"]} for n in (1, 2, 3, 30, 31)]
+    folder = str(tmp_path / "data")
+    os.makedirs(folder)
+    for split in ("train", "val"):
+        write_rows(f"{folder}/{split}.jsonl", rows)
+    write_meta(folder, "bytes", "made up")
+    options = ["--template=<{prompt}>", "--batch_size=2"]
+    runs = {
+        "long": sft_run(f"{tmp_path}/long", folder, "--block_size=64", *options),
+        "short": sft_run(f"{tmp_path}/short", folder, "--block_size=24", *options),
+        "cut": sft_run(f"{tmp_path}/cut", folder, "--block_size=64", "--max_response=5", *options),
+    }
+    specs = [f"{name}={run}" for name, run in runs.items()]
+    done = evaluate(*specs, f"--data={folder}", f"--out={tmp_path}/e")
+    assert done.returncode == 0, done.stderr
+    assert "3 of 5 rows are measured: 2 have no room in short (block_size 24)" in done.stdout
+    assert "cut: 0 prompts and 3 responses of 3 rows are cut to its limits" in done.stdout
+    with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
+        table = json.load(f)
+    for name in runs:
+        assert (table[name]["rows"], table[name]["left_out"]) == (3, 2)
+        assert table[name]["responses_cut"] == (3 if name == "cut" else 0)
+    alone = evaluate(f"long={runs['long']}", f"--data={folder}")  # without a shorter one beside it
+    assert "rows are measured" not in alone.stdout
+
+    for split in ("train", "val"):
+        write_rows(f"{folder}/{split}.jsonl", rows[3:])
+    write_meta(folder, "bytes", "made up")
+    done = evaluate(*specs, f"--data={folder}")
+    assert done.returncode == 1
+    assert "block_size 24 leaves no room after any of 2 prompts" in done.stderr
+
+
+def test_ids_never_reach_a_model_of_another_tokenizer(tiny_runs, tiny_data, tmp_path):
+    enc = tokenizer.train(["the loss of a model falls " * 9], 300)
+    tokenizer.save(enc, f"{tmp_path}/own.tiktoken")
+    options = [f"--tokenizer={tmp_path}/own.tiktoken", "--block_size=64", "--batch_size=2"]
+    other = sft_run(f"{tmp_path}/other", tiny_data, *options)
+    done = evaluate(f"a={tiny_runs['sft']}", f"--reference={other}", f"--data={tiny_data}")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "a and --reference" in done.stderr and "different tokenizers" in done.stderr
+
+
+def test_samples_of_eval_say_whether_they_ended(tiny_runs, tiny_data, tmp_path):
+    options = [f"--data={tiny_data}", "--rows=8", f"--out={tmp_path}/e"]
+    done = evaluate(f"a={tiny_runs['sft']}", *options)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(f"{tmp_path}/e/a.jsonl")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["ended"] == (row["ids"][0][-1] == EOT)
+    assert not all(row["ended"] for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Batched generation against one prompt at a time without a cache; sampling against its
 distribution."""
 
+import json
+
 import pytest
 import torch
 from conftest import command
@@ -358,6 +360,30 @@ def test_command_line(tiny_runs, tiny_data, tmp_path):
     many = run("--prompts", f"{tiny_data}/val.jsonl", "--out", out)
     assert many.returncode == 0 and "12 rows" in many.stdout, many.stderr
     assert all(len(row["ids"][0]) <= 16 for row in read_rows(out))  # the run's max_response
+
+
+def test_prompts_without_responses(tiny_runs, tmp_path):
+    """Rows with a prompt are enough; what is cut, or has no room, is counted."""
+    path, out = tmp_path / "prompts.jsonl", str(tmp_path / "samples.jsonl")
+    rows = [
+        {"prompt": "the loss", "group": "g", "history": [["a", "b"]]},
+        {"prompt": "model", "chosen": "c", "rejected": "d"},
+        {"prompt": "x" * 90},  # max_prompt is block_size: it is not cut
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command("sample", tiny_runs["sft"], "--prompts", path, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows, 1 prompts left no room" in done.stdout
+    sampled = read_rows(out)
+    assert [row["prompt"] for row in sampled] == ["the loss", "model"]
+    assert sampled[0]["history"] == [["a", "b"]] and sampled[0]["group"] == "g"
+    for row in sampled:
+        assert row["ended"] == (row["ids"][0][-1] == 256)
+
+    path.write_text('{"question": "a"}\n')
+    done = command("sample", tiny_runs["sft"], "--prompts", path, "--out", out)
+    assert done.returncode == 1
+    assert "has no prompt; it has question" in done.stderr
 
 
 @pytest.mark.parametrize(

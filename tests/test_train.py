@@ -436,6 +436,75 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
     assert 0 < right < report["tie/self"] < 1
 
 
+@pytest.mark.parametrize("stage", ["preference", "reward"])
+def test_data_responses_that_are_equal_are_not_ranked(
+    tiny_runs, tiny_data, tmp_path, capsys, stage
+):
+    """Also when they are equal only after they are cut. Nothing is left to train on in a row of
+    two of them."""
+    folder = str(tmp_path / "equal")
+    shutil.copytree(tiny_data, folder)
+    args = [
+        f"--stage={stage}",
+        f"--data={folder}",
+        f"--init={tiny_runs['sft']}",
+        f"--template={TEMPLATE}",
+        "--max_response=12",
+        "--device=cpu",
+        "--batch_size=8",
+        "--max_steps=1",
+    ]
+
+    def make_pairs_equal(rows):
+        for row in rows[::2]:
+            row["responses"] = ["the same start, then x", "the same start, and y"]
+        return rows
+
+    change_rows(folder, make_pairs_equal)
+    train.main([*args, f"--out_dir={tmp_path}/some"])
+    expected = "20 responses equal to a better one, 20 with nothing ranked"
+    assert expected in capsys.readouterr().out
+
+    change_rows(folder, lambda rows: rows[::2])
+    with pytest.raises(SystemExit, match="none of its 20 rows can be used .* 20 with nothing"):
+        train.main([*args, f"--out_dir={tmp_path}/all"])
+
+
+def test_dropout_of_init_is_off_beside_a_reference(tiny_runs, tiny_data, tmp_path, capsys):
+    """Unless the config sets it; either is said. A run that resumes keeps what it has."""
+    init, out = str(tmp_path / "sft"), str(tmp_path / "run")
+    options = ["--device=cpu", f"--data={tiny_data}", f"--template={TEMPLATE}", "--batch_size=8"]
+    start = [f"--init={tiny_runs['sft']}", "--max_steps=1"]
+    train.main(["--stage=sft", f"--out_dir={init}", "--dropout=0.2", *options, *start])
+    more = ["--stage=sft", f"--out_dir={tmp_path}/more", f"--init={init}", "--max_steps=1"]
+    train.main([*options, *more])
+    assert dropout_of(f"{tmp_path}/more") == 0.2  # there is no reference in sft
+    capsys.readouterr()
+
+    ranked = ["--stage=preference", *options, f"--init={init}", "--max_steps=2"]
+    train.main([*ranked, f"--out_dir={out}", "--save_interval=1"])
+    assert dropout_of(out) == 0.0
+    assert f"dropout 0.2 of {init} is off in stage preference" in capsys.readouterr().out
+    assert not read_metrics(out, "warning")
+
+    train.main([*ranked, f"--out_dir={tmp_path}/set", "--dropout=0.2", "--save_interval=1"])
+    assert dropout_of(f"{tmp_path}/set") == 0.2
+    assert "dropout 0.2 is on" in capsys.readouterr().out
+    (warning,) = read_metrics(f"{tmp_path}/set", "warning")
+    assert "dropout is 0.2" in warning["text"]
+
+    # a run from before this rule: its checkpoint has the dropout, its config does not set it
+    checkpoint_path = checkpoint.latest(f"{tmp_path}/set")
+    cfg = load_config([*ranked, f"--out_dir={tmp_path}/set"])
+    model_config, _, _, path = train.resolve_model(cfg, GPT)
+    assert (path, model_config.dropout) == (checkpoint_path, 0.2)
+    assert "dropout 0.2 is on" in capsys.readouterr().out
+
+
+def dropout_of(run):
+    return checkpoint.read_meta(checkpoint.latest(run))["model"]["dropout"]
+
+
 def test_a_prompt_without_room_is_dropped_and_reported(tiny_runs, tiny_data, tmp_path, capsys):
     folder, out = str(tmp_path / "long"), str(tmp_path / "r")
     shutil.copytree(tiny_data, folder)
