@@ -16,7 +16,8 @@ Optional fields:
     "scores"     a number for each response, highest first; equal scores are ties
     "history"    [[prompt, response], ...], the earlier turns of a conversation; they have no loss
     "ids"        token ids of sampled responses, used as they are; "tokenizer" is the checksum of
-                 the tokenizer that they belong to
+                 the tokenizer that made them. With another tokenizer the text is encoded
+    "ended"      false: the response was cut, and gets no end-of-text. A list for several responses
 
 A row {"text": str, "group": str?} is a whole text: one response without a prompt and without a
 template.

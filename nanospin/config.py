@@ -57,7 +57,7 @@ class Config:
     template: str = (
         ""  # text around {prompt} (data/template.py); "": the checkpoint's or the default
     )
-    max_prompt: int = 0  # tokens; longer prompts lose their start; 0: block_size
+    max_prompt: int = 0  # tokens; longer prompts lose old turns, then their start; 0: block_size
     max_response: int = 0  # tokens, end-of-text included; longer ones lose their end; 0: what fits
     document_mask: bool = False  # pretrain: documents of a window do not attend to each other
     max_rows: int = 0  # train on this many rows (a seeded choice); 0: all

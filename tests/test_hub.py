@@ -342,6 +342,7 @@ def test_nectar(tmp_path):
     }
     assert len(train) + len(val) == 32
     assert dropped == {
+        "responses without a score": 1,
         "rows whose turns do not alternate or are empty": 2,
         "responses that repeat a better one": 3,
     }

@@ -157,8 +157,8 @@ def test_reward_metrics_by_hand():
     """The first row has two pairs, one of them right. The second has a tie and a wrong pair one
     rank apart, and a wrong pair two ranks apart."""
     rows = [
-        {"responses": [[1], [1, 2], [3]], "ranks": [0, 1, 1]},
-        {"responses": [[1], None, [3], [4]], "ranks": [0, 1, 2, 3]},
+        {"prompt": [9], "responses": [[1], [1, 2], [3]], "ranks": [0, 1, 1]},
+        {"prompt": [9], "responses": [[1], None, [3], [4]], "ranks": [0, 1, 2, 3]},
     ]
     scores = np.array([[2.0, 1.0, 3.0, 0.0], [1.0, 0.0, 1.0, 2.0]], dtype=np.float32)
     m = reward_metrics(scores, rows)

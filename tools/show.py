@@ -16,7 +16,7 @@ from data import tokenizer
 from data.batch import batch_rows, stream_batch
 from data.files import printable
 from data.folder import read_meta, read_stream, tokenizer_path
-from data.rows import encode_rows, read_rows
+from data.rows import drop_equal_responses, encode_rows, read_rows
 from data.template import TEMPLATE
 from nanospin import checkpoint, config
 from nanospin.cli import ArgumentParser
@@ -135,6 +135,8 @@ def show_row(path, rows, number, enc, settings, colour):
     title = f"{printable(path)}, row {number} of {len(rows)}"
     if row.get("group"):
         title += f", group {printable(row['group'])}"
+    if encoded and settings["stage"] in ("reward", "preference", "spin"):
+        counts["equal to a better one"] = drop_equal_responses(encoded)
     for what, n in counts.items():
         if what != "rows" and n:
             title += f", {n} {what}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from data.batch import Batch, batch_rows, permutation, reward_batch, stream_batch, target_positions
 from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
-from data.rows import encode_rows, prompt_key, read_rows
+from data.rows import drop_equal_responses, encode_rows, name_tokenizer, prompt_key, read_rows
 from nanospin import checkpoint
 from nanospin.config import Config
 from tools.plot import global_steps
@@ -202,7 +202,8 @@ def round_rows(run: Run, round_id: int, name: str) -> list[dict]:
 def training_rows(run: Run) -> list[dict]:
     """The rows that the latest round trains on, in the order of the run."""
     if run.stage in ("spin", "ppo"):
-        return round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
+        rows = round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
+        return name_tokenizer(rows, run.enc)
     path = os.path.join(run.setting("data"), "train.jsonl")
     rows = read_unchanged_rows(run, path, run.config.get("data_sha256"))
     order = permutation(len(rows), run.setting("seed"), 0)
@@ -279,6 +280,8 @@ def training_batch(run: Run) -> tuple | None:
         (encoded,), _ = encode_rows([row], run.enc, cfg["template"], *limits)
         if not encoded:
             continue
+        if run.stage not in ("sft", "ppo"):
+            drop_equal_responses(encoded)
         ranks = {r for r, ids in zip(encoded["ranks"], encoded["responses"]) if ids is not None}
         if run.stage in ("sft", "ppo") or len(ranks) > 1:
             make_batch = reward_batch if run.stage == "reward" else batch_rows
