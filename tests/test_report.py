@@ -347,7 +347,7 @@ def test_missing_pieces_are_said(runs, tmp_path):
     said(spin, "round_1/val.jsonl has changed since the run used it", "self, round 0")
     (spin / "round_1" / "val.jsonl").write_text("{}\n")
     (spin / "round_1" / "collect.json").unlink()
-    said(spin, "val.jsonl:1: prompt must be a string")
+    said(spin, "val.jsonl:1: a row needs prompt and responses")
     write_rows(str(spin / "round_1" / "val.jsonl"), [row | {"same_as": 5} for row in rows])
     said(spin, "This cannot be shown. A file of the run is not as expected")
     shutil.rmtree(spin / "round_1")

@@ -202,8 +202,7 @@ def round_rows(run: Run, round_id: int, name: str) -> list[dict]:
 def training_rows(run: Run) -> list[dict]:
     """The rows that the latest round trains on, in the order of the run."""
     if run.stage in ("spin", "ppo"):
-        rows = round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
-        return name_tokenizer(rows, run.enc)
+        return round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
     path = os.path.join(run.setting("data"), "train.jsonl")
     rows = read_unchanged_rows(run, path, run.config.get("data_sha256"))
     order = permutation(len(rows), run.setting("seed"), 0)
@@ -273,7 +272,10 @@ def training_batch(run: Run) -> tuple | None:
     cfg, block_size = run.meta["config"], run.meta["model"]["block_size"]
     if run.stage == "pretrain":
         return stream_window(run, block_size)
-    for row in training_rows(run):
+    rows = training_rows(run)
+    if run.stage in ("spin", "ppo"):
+        rows = name_tokenizer(rows, run.enc)
+    for row in rows:
         if run.stage == "sft":
             row = row | {"responses": row["responses"][:1], "scores": None}
         limits = (block_size, cfg["max_prompt"], cfg["max_response"])
