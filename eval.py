@@ -547,7 +547,9 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
     if meta["config"]["stage"] == "reward":
         entry.counts["equal_responses"] = drop_all_equal(name, encoded)
         if not any(is_ranked(row) for row in encoded):
-            raise SystemExit(f"{entry.path} is a reward model, and no row has two to rank")
+            raise SystemExit(
+                f"{entry.path} is a reward model, and no row has two responses to rank"
+            )
         scores = row_scores(model, encoded, EVAL_TOKENS, device)
         return reward_metrics(scores, encoded), Samples({}, enc)
 

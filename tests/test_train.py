@@ -571,6 +571,43 @@ def test_changed_data_is_noticed(tiny_runs, tiny_data, tmp_path):
     assert "no longer its reference" in refused(args)
 
 
+def test_rows_of_an_older_version_are_the_runs_own(tiny_runs, tiny_data, tmp_path):
+    """Their ids did not name the tokenizer. They are used as before, and a run with them resumes
+    with the same weights."""
+    out = str(tmp_path / "run")
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=4", "--keep_last=2")
+    train.main(args)
+    last = checkpoint.latest(out)
+    expected = checkpoint.read_meta(last)["weights_sha256"]
+    shutil.rmtree(last)
+    for split in ("train", "val"):
+        path = f"{out}/round_0/{split}.jsonl"
+        rows = read_rows(path)
+        for row in rows:
+            assert row.pop("tokenizer") == tokenizer.fingerprint(tokenizer.load("bytes"))
+        write_rows(path, rows)
+    train.main(args)
+    assert checkpoint.latest(out) == last
+    assert checkpoint.read_meta(last)["weights_sha256"] == expected
+
+
+def test_data_that_did_not_end_has_no_end_token_in_self_play(tiny_runs, tiny_data, tmp_path):
+    """The data's own responses and the second ones, as the teacher's."""
+    folder, out = str(tmp_path / "cut"), str(tmp_path / "run")
+    shutil.copytree(tiny_data, folder)
+
+    def say_how_they_end(rows):
+        for row in rows:
+            row |= {"responses": ["the loss", "a model", "x"], "ended": [False, True, None]}
+        return rows
+
+    change_rows(folder, say_how_they_end)
+    players = ["--players=data,teacher,self", "--teacher=rows", "--max_steps=1"]
+    train.main(spin_args(tiny_runs, folder, out, *players))
+    for row in read_rows(f"{out}/round_0/train.jsonl"):
+        assert row["ids"][:2] == [[*b"the loss"], [*b"a model", 256]]
+
+
 def test_a_run_keeps_its_settings(tiny_data, tmp_path):
     args = small_args("pretrain", tiny_data, None, tmp_path / "r", *TINY)
     train.main(args)

@@ -384,7 +384,7 @@ ROWS = {
     "lone surrogate": rows_case(
         "train.jsonl:3: text must be Unicode", escaped(rows_with(prompt="\ud800"))
     ),
-    "prompt missing": rows_case("train.jsonl:3: prompt must be", rows_with(prompt=None)),
+    "prompt missing": rows_case("train.jsonl:3: a row needs prompt", rows_with(prompt=None)),
     "prompt a number": rows_case("train.jsonl:3: prompt must be", rows_with(prompt=7)),
     "no responses": rows_case("train.jsonl:3: responses must be", rows_with(responses=[])),
     "best response null": rows_case(
@@ -392,9 +392,16 @@ ROWS = {
     ),
     "group a list": rows_case("train.jsonl:3: group must be", rows_with(group=["a"])),
     "ids of words": rows_case("train.jsonl:3: ids must be", rows_with(ids=["a", "b", "c"])),
-    "ids of another vocabulary": rows_case(
-        "outside the vocabulary", rows_with(ids=[[9999], [1], [2]])
+    "ids of no tokenizer": rows_case(
+        "has ids and does not name their tokenizer", rows_with(ids=[[9999], [1], [2]])
     ),
+    "ids of another vocabulary": rows_case(
+        "outside the vocabulary",
+        rows_with(ids=[[9999], [1], [2]], tokenizer=tokenizer.fingerprint(tokenizer.load("bytes"))),
+    ),
+    "a system message": rows_case("train.jsonl:3: system messages", rows_with(system="Be brief.")),
+    "a text beside a prompt": rows_case("train.jsonl:3: a row with text", rows_with(text="a")),
+    "ended neither true nor false": rows_case("ended must be", rows_with(ended="no")),
     "scores too few": rows_case("train.jsonl:3: scores must be", rows_with(scores=[1]), reward),
     "scores rise": rows_case("scores must fall", rows_with(scores=[1, 2, 3]), reward),
     "scores not numbers": rows_case(
