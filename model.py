@@ -293,6 +293,7 @@ class GPT(nn.Module):
         settings = meta["model"] | {"scalar_head": meta["config"]["stage"] == "reward"}
         with torch.device("meta"):
             model = cls(model_config_from(settings, cls.config_class, f"{path}/meta.json"))
+        checkpoint.check_weights(path, model)
         model.to_empty(device=device)
         checkpoint.load_weights(path, model)
         distributed.set_autocast_dtype(model, dtype)

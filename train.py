@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 # must be set before torch is imported; without it a rank that leaves prints a page of errors
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -46,10 +46,10 @@ from eval import (
 )
 from loss import ppo_loss, preference_loss, reward_loss, taylor_nll
 from model import GPT, response_logps, response_scores
-from nanospin import checkpoint, distributed, elastic, metrics_logger, preflight
+from nanospin import checkpoint, distributed, elastic, lock, metrics_logger, preflight
 from nanospin import config as config_module
 from nanospin.config import Config, per_round, pretrain_config
-from nanospin.distributed import all_reduce_sum, world_size
+from nanospin.distributed import all_reduce_sum, broadcast_from_rank0, run_on_rank0, world_size
 from nanospin.mfu import mfu
 from nanospin.optim import lr_factor, make_optimizers
 from nanospin.wandb_logger import wandb_sender
@@ -281,6 +281,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
         if should_evaluate(cfg, round_id, step, num_steps) and not resumed_here:
             eval_metrics = evaluate(run, round_id, step, train, val)
             run.log.eval(round_id, step, eval_metrics)
+            stop_if_not_finite(run, round_id, step, eval_metrics)
         last = step == num_steps or stop
         if step > start and (step % cfg.save_interval == 0 or last):
             run.saver.save(round_id, step, model, optimizers, eval_metrics, history)
@@ -303,10 +304,13 @@ def fit(run: Run, round_id: int, train, val, start: int):
             backward(loss * (term.weight * world_size() / units[term]))
             meter.add({"loss": term.weight * loss.detach()} | sums, units[term])
         norm = distributed.clip_grad_norm_(params, cfg.grad_clip)
-        # both are summed over the ranks: the norm is the same on each
+        # all are summed over the ranks: the norm is the same on each
         meter.add({"norm": norm / world_size(), "stop": len(elastic.received_signals)}, 1)
+        meter.add({"lock": lock.noticed()}, 1)
         metrics = meter.all_reduce(device)
         stop = metrics.pop("stop") > 0
+        if metrics.pop("lock") > 0:
+            lock.check()
         accepted = accept_step(run, round_id, step, metrics, history, train)
         factor = schedule_factor(cfg, round_id, step, num_steps)
         for optimizer in optimizers:
@@ -331,7 +335,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
 def load_history(run: Run, round_id: int, start: int, optimizers) -> dict:
     """What the loop remembers between steps: the number of skipped ones and the recent losses. With
     it the optimizers' state is loaded, if the round continues from a checkpoint."""
-    latest = distributed.broadcast_from_rank0(checkpoint.latest(run.cfg.out_dir))
+    latest = broadcast_from_rank0(checkpoint.latest(run.cfg.out_dir))
     history = {"skipped": 0, "losses": []}
     if latest:
         history = checkpoint.read_meta(latest)["history"]
@@ -389,13 +393,23 @@ def accept_step(run: Run, round_id, step, metrics, history, train) -> bool:
     if cfg.on_nonfinite == "stop":
         run.saver.wait(round_id, step)
         raise SystemExit(
-            f"round {round_id} step {step}: {describe()}; "
-            f"last checkpoint: {checkpoint.latest(cfg.out_dir)}"
+            f"round {round_id} step {step}: {describe()}; {run.saver.where_to_go_on()}"
         )
     history["skipped"] += 1
     text = f"this step is skipped: {describe()}"
     run.log.warning(round_id, step, text, skipped=history["skipped"])
     return False
+
+
+def stop_if_not_finite(run: Run, round_id: int, step: int, metrics: dict):
+    """End the run if a held-out metric is NaN or infinite: such a step is never saved."""
+    name = broadcast_from_rank0(checkpoint.first_not_finite(metrics))
+    if name:
+        run.saver.wait(round_id, step)
+        raise SystemExit(
+            f"round {round_id} step {step}: {name} is {metrics[name]}, this step is not saved; "
+            f"{run.saver.where_to_go_on()}"
+        )
 
 
 def is_spike(loss: float, recent: list[float], factor: float) -> bool:
@@ -537,11 +551,33 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
         stream = read_stream(other.data, "val")
         metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
     if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
-        raise SystemExit(
-            f"config: keep_best {cfg.keep_best!r} is not a metric of this run; "
-            f"there are {', '.join(metrics)}"
-        )
+        raise SystemExit(unknown_keep_best(cfg, list(metrics)))
     return metrics
+
+
+def check_keep_best(cfg: Config, stages: dict):
+    """keep_best must be a metric that the stage's evaluation can have. Where a study's stage does
+    not list them, the first evaluation finds out."""
+    names = ["pretrain_loss"] if cfg.pretrain_coef else []
+    for name in stages[cfg.stage].metrics:
+        if name.endswith("/") and cfg.stage == "spin":
+            names += [name + player for player in cfg.players]
+        else:
+            names.append(name)
+    if not cfg.keep_best or not stages[cfg.stage].metrics:
+        return
+    wanted = cfg.keep_best.lstrip("-")
+    for name in names:
+        if wanted == name or (name.endswith(("/", "@")) and wanted.startswith(name)):
+            return
+    raise SystemExit(unknown_keep_best(cfg, names))
+
+
+def unknown_keep_best(cfg: Config, names: list[str]) -> str:
+    return (
+        f"config: keep_best {cfg.keep_best!r} is not a metric of this run; "
+        f"there are {', '.join(names)}"
+    )
 
 
 # ---------------------------------------------------------------------------------- the stages
@@ -557,11 +593,51 @@ class Stage:
     make_batch: Callable = batch_rows
     per_prompt: bool = False  # the loss is a mean over prompts; else over supervised tokens
     initial_loss: Callable | None = None  # what a round's loss starts with, if that is known
+    metrics: list[str] = field(default_factory=list)  # that `evaluate` can return, see below
 
+
+# The metrics of an evaluation. Some are there only if the rows have what they measure. A name that
+# ends in "/" or "@" is followed by a player or a distance.
+RANKING_METRICS = [
+    "val_loss",
+    "rank_nll",
+    "acc",
+    "acc_se",
+    "margin",
+    "reward_chosen",
+    "reward_rejected",
+    "logp_chosen",
+    "logp_rejected",
+    "kl_from_ref",
+    "acc/",
+    "reward/",
+    "logp/",
+]
+REWARD_METRICS = [
+    "pair_nll",
+    "acc",
+    "acc_se",
+    "length_acc",
+    "acc@",
+    "pairs@",
+    "score",
+    "score_std",
+]
+PPO_METRICS = [
+    "reward",
+    "reward_std",
+    "reward_se",
+    "kl",
+    "kl_se",
+    "kl_token",
+    "entropy",
+    "length",
+    "ended",
+]
 
 STAGES = {
-    "pretrain": Stage(rollout.collect, token_objective, evaluate_pretrain),
-    "sft": Stage(rollout.collect, token_objective, evaluate_sft),
+    "pretrain": Stage(rollout.collect, token_objective, evaluate_pretrain, metrics=["val_loss"]),
+    "sft": Stage(rollout.collect, token_objective, evaluate_sft, metrics=["val_loss"]),
     "reward": Stage(
         rollout.collect,
         reward_objective,
@@ -569,6 +645,7 @@ STAGES = {
         make_batch=reward_batch,
         per_prompt=True,
         initial_loss=initial_reward_loss,
+        metrics=REWARD_METRICS,
     ),
     "preference": Stage(
         rollout.collect,
@@ -576,6 +653,7 @@ STAGES = {
         evaluate_ranking,
         per_prompt=True,
         initial_loss=initial_ranking_loss,
+        metrics=RANKING_METRICS,
     ),
     "spin": Stage(
         rollout.collect,
@@ -583,6 +661,7 @@ STAGES = {
         evaluate_ranking,
         per_prompt=True,
         initial_loss=initial_ranking_loss,
+        metrics=RANKING_METRICS,
     ),
     "ppo": Stage(
         ppo.collect,
@@ -590,6 +669,7 @@ STAGES = {
         evaluate_ppo,
         make_batch=ppo_batch,
         initial_loss=initial_ppo_loss,
+        metrics=PPO_METRICS,
     ),
 }
 
@@ -600,13 +680,13 @@ COMPARES_WITH_REFERENCE = ("preference", "spin", "ppo")
 # ------------------------------------------------------------------------------------- the run
 
 
-def resolve_model(cfg, model_class: type):
-    """(model config, tokenizer, its name, checkpoint) from the newest checkpoint of this run, from
-    `init`, or from scratch (checkpoint None). Settings that contradict a checkpoint end the run."""
-    path = distributed.broadcast_from_rank0(checkpoint.latest(cfg.out_dir))
+def resolve_model(cfg, model_class: type, path: str | None = None):
+    """(model config, tokenizer, its name, checkpoint) from `path`, the checkpoint that this run
+    resumes from, else from `init`, else from scratch (checkpoint None). Settings that contradict a
+    checkpoint end the run."""
     resumes = bool(path)
     if not path and cfg.init:
-        path = checkpoint.resolve(cfg.init)
+        path = run_on_rank0(checkpoint.resolve, cfg.init)
     if path:
         meta = checkpoint.read_meta(path)
         enc, name = checkpoint.read_tokenizer(path, meta), meta["tokenizer"]
@@ -666,6 +746,8 @@ def build_model(cfg, model_class: type, model_config, path, device, dtype) -> GP
     """The model, sharded over the ranks, with the weights of a checkpoint or new ones."""
     with torch.device("meta"):
         model = model_class(model_config)
+    if path:
+        checkpoint.check_weights(path, model)
     model = distributed.prepare_model(model, device, dtype, cfg)
     if path:
         checkpoint.load_weights(path, model)
@@ -681,21 +763,31 @@ def main(
     stages: dict[str, Stage] = STAGES,
 ):
     """Run all rounds of a config. A study may pass its own settings, model and stages."""
-    run_start = time.time()
+    began = time.time()
     cfg = config_module.load(argv, model_class.config_class, config_class)
-    cfg = preflight.resolve_template(cfg)
+    check_keep_best(cfg, stages)
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)
+    try:
+        run_rounds(cfg, model_class, stages, device, began)
+    finally:
+        if not checkpoint.is_saving():  # else the lock goes stale when this process ends
+            lock.release()
+
+
+def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device, began: float):
+    """Everything from the checks to the last round. began: when the program was started."""
+    start = preflight.prepare_run(cfg)
+    cfg = start.cfg
     dtype = distributed.compute_dtype(cfg, device)
-    start, settings = preflight.prepare_run(cfg)
     if distributed.rank() == 0:
-        metrics_logger.write_config(cfg, settings, start, device, dtype)
+        metrics_logger.write_config(cfg, start, device, dtype)
 
     def say(text: str):
         if distributed.rank() == 0:
             print(text, flush=True)
 
-    model_config, enc, tokenizer_name, path = resolve_model(cfg, model_class)
+    model_config, enc, tokenizer_name, path = resolve_model(cfg, model_class, start.path)
     if cfg.stage == "spin":
         # the teacher samples before the student is built: the two are never in memory together
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
@@ -706,15 +798,16 @@ def main(
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )
     collect = stages[cfg.stage].collect
-    first_round, first_step = start  # where to resume; step -1: there is no checkpoint yet
-    with wandb_sender(cfg, start) as send:
-        log = metrics_logger.MetricsLogger(cfg, start, run_start, send)
-        saver = checkpoint.Saver(cfg, enc, tokenizer_name, log)
+    with wandb_sender(cfg, start.at) as send:
+        log = metrics_logger.MetricsLogger(cfg, start.at, began, send)
+        saver = checkpoint.Saver(cfg, enc, tokenizer_name, log, start)
         run = Run(cfg, model, enc, device, log, saver, stages)
-        for round_id in range(first_round, cfg.rounds):
+        for round_id in range(start.round_id, cfg.rounds):
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
+            lock.check()
             train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)
-            step = max(0, first_step) if round_id == first_round else 0
+            lock.check()
+            step = max(0, start.step) if round_id == start.round_id else 0
             elastic.exit_if_signalled()
             if report and not step:
                 log.collect(round_id, report)
@@ -722,6 +815,8 @@ def main(
                 fit(run, round_id, train, val, step)
             if cfg.keep_rounds:
                 checkpoint.prune_rounds(cfg.out_dir, round_id - cfg.keep_rounds)
+                saver.log_removal_problems(round_id, step)
+        lock.check()
         say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")
 
 

@@ -9,10 +9,20 @@ A checkpoint is a folder RUN/round_R/step_S:
                           tokenizer_config.json if it is another model's
     manifest.json         sha256 and size of every file, written last
 
-It is written as RUN/round_R/writing_S and renamed when it is complete. No file is a pickle.
-Training continues while a checkpoint is written, as soon as the tensors are copied to the CPU.
+No file is a pickle. Training continues while a checkpoint is written, as soon as the tensors are
+copied to the CPU. The order of a save is:
+
+    1. every rank writes its tensors into RUN/round_R/writing_S, and rank 0 joins the weights
+    2. every rank compares what is in the files with its tensors in memory, bit for bit
+    3. the ranks agree; rank 0 writes meta.json and the manifest
+    4. every file, then every folder, is flushed to the disk (fsync)
+    5. writing_S is renamed to step_S, and the round's folder flushed
+    6. only then are older checkpoints removed
+
+If any part fails on any rank, there is no step_S, and the older checkpoints stay.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -20,25 +30,31 @@ import math
 import os
 import re
 import shutil
+import stat
+import tempfile
+import time
 import typing
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from data import tokenizer
-from data.files import printable, sha256, write_json
+from data.files import fsync_file, fsync_folder, printable, sha256, write_json
 from data.template import is_template
-from nanospin import config, distributed
+from nanospin import config, distributed, lock
 
 FORMAT = 2  # of the folder; meta.json has it
 
-# The fields of meta.json besides "format", and their types.
+# The fields of meta.json besides "format", and their types. A run's also has "settings", from which
+# a lost config.json is written again.
 META = {
     "round": int,
     "step": int,
@@ -57,27 +73,43 @@ TOKENIZERS = ("gpt2", "bytes", "tokenizer.tiktoken", "tokenizer.json")
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 # What reading a JSON file with unexpected content can raise.
-BAD_FILE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+BAD_JSON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+BAD_FILE_ERRORS = (OSError, *BAD_JSON_ERRORS)
+# What a save can raise. CheckpointException is a BaseException: `except Exception` would miss it.
+SAVE_ERRORS = (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, ValueError)
+
+MAX_JSON_BYTES = 2**26  # of a meta.json or manifest.json
+MAX_SIZE = 2**28  # of a number in a model's config
+RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before a file that cannot be read is tried again
+NOT_FINITE = "weights are not finite"
 
 save_thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+latest_save = None  # the Future of the last save of this process
+removal_problems = []  # what could not be removed, and why; the saver logs it
 
 
 # ----------------------------------------------------------------------------------------- saving
 
 
 class Saver:
-    """Saves a run's checkpoints in the background, one at a time."""
+    """Saves a run's checkpoints in the background, one at a time.
 
-    def __init__(self, cfg, enc, tokenizer_name: str, log):
+    start: preflight.Start, where this start of the run began, and its settings.
+    """
+
+    def __init__(self, cfg, enc, tokenizer_name: str, log, start):
         self.cfg = cfg
         self.enc = enc
         self.tokenizer_name = tokenizer_name
         self.log = log
+        self.start = start
         self.pending = None  # the Future of the save that may still be running
+        self.said = set()  # problems with removals that were logged
 
     def save(self, round_id, step, model, optimizers, metrics: dict, history: dict):
         """Wait for the previous save, then start to save this step; see the function `save`."""
         self.wait(round_id, step)
+        lock.check()
         self.pending = save(
             self.cfg.out_dir,
             round_id,
@@ -89,20 +121,46 @@ class Saver:
             tokenizer_name=self.tokenizer_name,
             metrics=metrics,
             history=history,
+            settings=self.start.settings,
+            flush_log=self.log.flush,
         )
 
     def wait(self, round_id: int, step: int, last: bool = False):
-        """Wait for the previous save. If it failed, log a warning; exit if it was the last one."""
+        """Wait for the previous save. If it failed, log a warning; exit if it was the last one, if
+        the weights are not finite, or if out_dir is no longer this run's."""
         error = wait_for_save(self.pending)
         self.pending = None
-        if error and last:
-            raise SystemExit(
-                f"the checkpoint at round {round_id} step {step} could not be saved ({error}); "
-                f"the latest checkpoint is {latest(self.cfg.out_dir)}"
-            )
-        if error:
-            text = f"the previous checkpoint could not be saved ({error}); training continues"
-            self.log.warning(round_id, step, text)
+        self.log_removal_problems(round_id, step)
+        if not error:
+            return
+        lock.check()
+        if last or NOT_FINITE in error:
+            advice = self.where_to_go_on() if NOT_FINITE in error else self.latest()
+            raise SystemExit(f"the checkpoint could not be saved ({error}); {advice}")
+        text = f"the previous checkpoint could not be saved ({error}); training continues"
+        self.log.warning(round_id, step, text)
+
+    def latest(self) -> str:
+        path = distributed.broadcast_from_rank0(latest(self.cfg.out_dir))
+        return f"the latest checkpoint is {path}"
+
+    def where_to_go_on(self) -> str:
+        """The end of the message of a run that stops because its numbers are not finite."""
+        if distributed.broadcast_from_rank0(latest(self.cfg.out_dir)) != self.start.path:
+            return self.latest()
+        return (
+            f"{self.latest()}, where this start began: the same command will stop here again; "
+            "change lr or the like, and use another out_dir"
+        )
+
+    def log_removal_problems(self, round_id: int, step: int):
+        """Log once what could not be removed. It is tried again after the next save."""
+        for problem in removal_problems:
+            if problem not in self.said:
+                self.said.add(problem)
+                text = f"an old checkpoint could not be removed ({problem}); the next save retries"
+                self.log.warning(round_id, step, text)
+        removal_problems.clear()
 
 
 def save(
@@ -117,14 +175,19 @@ def save(
     tokenizer_name: str,
     metrics: dict,
     history: dict,
+    settings: dict | None = None,
+    flush_log=None,
 ) -> Future:
     """Start to write RUN/round_R/step_S, with everything that resuming needs. Afterwards remove the
     round's earlier checkpoints, except those that `keep_last` and `keep_best` keep.
 
     metrics: validation metrics of this step, {} if there was no evaluation.
     history: what the training loop remembers of earlier steps.
+    settings: from which a lost config.json can be written again.
+    flush_log(): called on rank 0 before the checkpoint is complete.
     Returns a Future for `wait_for_save`.
     """
+    global latest_save
     on_cpu = next(model.parameters()).device.type == "cpu"
     options = StateDictOptions(cpu_offload=not on_cpu)
     weights, optimizer_states = get_state_dict(model, optimizers, options=options)
@@ -142,8 +205,15 @@ def save(
         "tokenizer": tokenizer.file_name(enc, tokenizer_name),
         "tokenizer_sha256": tokenizer.fingerprint(enc),
     }
+    if settings is not None:
+        meta["settings"] = settings
     path = os.path.join(run, f"round_{round_id}", f"step_{step:06d}")
-    return save_thread.submit(write, path, tensors, meta, enc, cfg)
+    latest_save = save_thread.submit(write, path, tensors, meta, enc, cfg, flush_log)
+    return latest_save
+
+
+def is_saving() -> bool:
+    return latest_save is not None and not latest_save.done()
 
 
 def wait_for_save(saving: Future | None) -> str:
@@ -159,30 +229,95 @@ def first_nonempty(texts: list[str]) -> str:
     return ""
 
 
-def write(path, tensors, meta, enc, cfg) -> str:
+class SaveError(Exception):
+    """A part of a save failed on some rank. All ranks raise it."""
+
+
+def write(path, tensors, meta, enc, cfg, flush_log=None) -> str:
     """The part of a save that runs in the background. Returns an error text, or ""."""
     staging = sibling_path(path, "writing")
+    alias = ""
     try:
-        write_tensors(tensors["model"], staging, enable_consolidation=True)
-        write_tensors(tensors["optimizer"], os.path.join(staging, "optimizer"))
-        if distributed.rank() == 0:
-            # DCP has put the ranks' files together in this one.
-            consolidated = os.path.join(staging, "model-00001-of-00001.safetensors")
-            os.rename(consolidated, os.path.join(staging, "model.safetensors"))
-            os.remove(os.path.join(staging, "model.safetensors.index.json"))
-            shutil.rmtree(os.path.join(staging, "sharded"))
-            if meta["tokenizer"] not in ("gpt2", "bytes"):
-                tokenizer.save(enc, os.path.join(staging, meta["tokenizer"]))
-            publish(staging, path, meta)
-            prune_steps(os.path.dirname(path), cfg)
-        return ""
-    except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError) as e:
+        together(make_staging, staging)
+        alias = together(make_alias, staging)
+        together(write_tensors, tensors["model"], alias, enable_consolidation=True)
+        together(write_tensors, tensors["optimizer"], os.path.join(alias, "optimizer"))
+        together(on_rank0, add_other_files, staging, meta, enc)
+        together(verify, staging, tensors)
+        if flush_log:
+            together(on_rank0, flush_log)
+        together(on_rank0, publish, staging, path, meta)
+    except SaveError as e:
         if distributed.rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
+        return str(e)
+    finally:
+        remove_alias(alias)
+    if distributed.rank() == 0:
+        prune_steps(os.path.dirname(path), cfg)
+    return ""
+
+
+def together(function, *args, **options):
+    """Call a function on every rank. If it fails on one, all raise SaveError."""
+    result, text = None, ""
+    try:
+        result = function(*args, **options)
+    except SAVE_ERRORS as e:
         error = e
         if isinstance(e, dcp.CheckpointException) and e.failures:
             error, _traceback = next(iter(e.failures.values()))  # the first rank's
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+    texts = [text]
+    if distributed.world_size() > 1:
+        texts = [""] * distributed.world_size()
+        dist.all_gather_object(texts, text, group=distributed.process_groups["saves"])
+    if any(texts):
+        raise SaveError(first_nonempty(texts))
+    return result
+
+
+def on_rank0(function, *args):
+    if distributed.rank() == 0:
+        function(*args)
+
+
+def make_staging(staging):
+    """Make the folder that a checkpoint is written into. A run's own folder is never made again:
+    if somebody has removed it, the save fails."""
+    if distributed.rank() != 0:
+        return
+    if lock.held and lock.held.problem():
+        raise OSError(lock.held.problem())
+    round_folder = os.path.dirname(staging)
+    if not lock.held:  # not a run
+        os.makedirs(os.path.dirname(round_folder), exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(round_folder)
+        fsync_folder(os.path.dirname(round_folder))
+    remove_tree(staging)
+    os.mkdir(staging)
+
+
+def make_alias(folder) -> str:
+    """A path to an existing folder that has only letters, digits and -._/ in it: a symbolic link in
+    a new temporary folder. DCP takes brackets and other characters in a path for patterns or
+    addresses. Nor can it make the folder again through the link if it is removed meanwhile."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)  # on NFS another machine's folder may be seen late, but not by mkdir
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if re.fullmatch(r"[\w./-]+", place, re.ASCII) and os.access(place, os.W_OK):
+            alias = os.path.join(tempfile.mkdtemp(prefix="nanospin", dir=place), "checkpoint")
+            os.symlink(os.path.abspath(folder), alias)
+            return alias
+    raise OSError("no temporary folder with a plain name; set TMPDIR to one")
+
+
+def remove_alias(alias):
+    if alias:
+        with contextlib.suppress(OSError):
+            os.unlink(alias)
+            os.rmdir(os.path.dirname(alias))
 
 
 def write_tensors(tensors, folder, **options):
@@ -197,9 +332,75 @@ def write_tensors(tensors, folder, **options):
         )
 
 
+def add_other_files(staging, meta, enc):
+    """Rank 0: name the file in which DCP has put the ranks' weights together; add the tokenizer."""
+    consolidated = os.path.join(staging, "model-00001-of-00001.safetensors")
+    os.rename(consolidated, os.path.join(staging, "model.safetensors"))
+    os.remove(os.path.join(staging, "model.safetensors.index.json"))
+    shutil.rmtree(os.path.join(staging, "sharded"))
+    if meta["tokenizer"] not in ("gpt2", "bytes"):
+        tokenizer.save(enc, os.path.join(staging, meta["tokenizer"]))
+
+
+def verify(staging, tensors):
+    """Compare the files with this rank's tensors in memory. Raises ValueError at a difference, and
+    if the weights are not finite."""
+    weights = tensors["model"]
+    with safe_open(os.path.join(staging, "model.safetensors"), framework="pt") as f:
+        if set(f.keys()) != set(weights):
+            raise ValueError("model.safetensors has other tensors than the model")
+        for name, tensor in weights.items():
+            local, part = local_part(tensor)
+            if not torch.isfinite(local).all():
+                raise ValueError(f"{NOT_FINITE}: {name}")
+            saved = f.get_slice(name)
+            same_shape = list(saved.get_shape()) == list(tensor.shape)
+            if not same_shape or (local.numel() and not same_bits(saved[part], local)):
+                raise ValueError(f"model.safetensors: {name} was not written as it is")
+
+    verify_optimizer(os.path.join(staging, "optimizer"), tensors["optimizer"])
+
+
+def verify_optimizer(folder, tensors):
+    """`verify` for the optimizers' state: this rank's file. Rank 0 looks that it is complete."""
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    sizes = dict.fromkeys(tensors, 0)  # numbers in the files of all ranks
+    for file in files:
+        own = file.startswith(f"shard-{distributed.rank() + 1:05d}-")
+        if not own and distributed.rank() != 0:
+            continue
+        with safe_open(os.path.join(folder, file), framework="pt") as f:
+            for name in f.keys():
+                sizes[name] = sizes.get(name, 0) + math.prod(f.get_slice(name).get_shape())
+                if own and not same_bits(f.get_tensor(name), local_part(tensors[name])[0]):
+                    raise ValueError(f"optimizer/{file}: {name} was not written as it is")
+    if distributed.rank() == 0 and sizes != {name: t.numel() for name, t in tensors.items()}:
+        raise ValueError("optimizer: its files do not hold all of its state")
+
+
+def local_part(tensor) -> tuple:
+    """(this rank's part of a tensor, the slices of the tensor that it is)."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, n) for n in tensor.shape)
+    local = tensor.to_local()
+    (chunk,) = tensor.__create_chunk_list__()
+    part = []
+    for start, size in zip(chunk.offsets, chunk.sizes):
+        part.append(slice(start, start + size))
+    return local, tuple(part)
+
+
+def same_bits(a, b) -> bool:
+    """Whether two tensors are equal bit for bit: also NaN, and not 0.0 and -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
 def publish(staging, path, meta):
-    """Write meta.json and manifest.json into a folder that has the other files of a checkpoint, and
-    rename it to `path`."""
+    """Write meta.json and manifest.json into a folder that has the other files of a checkpoint,
+    flush everything to the disk, and rename the folder to `path`."""
     weights = os.path.join(staging, "model.safetensors")
     meta = {"format": FORMAT} | meta | {"weights_sha256": sha256(weights)}
     write_json(os.path.join(staging, "meta.json"), meta)
@@ -208,9 +409,21 @@ def publish(staging, path, meta):
         file = os.path.join(staging, name)
         manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
     write_json(os.path.join(staging, "manifest.json"), manifest)
-    if os.path.exists(path):
-        remove_checkpoint(path)
+    for name in manifest:
+        fsync_file(os.path.join(staging, name))
+    for folder, _, _ in os.walk(staging, topdown=False):
+        fsync_folder(folder)
+    round_folder = os.path.dirname(path)
+    before = ""  # a checkpoint of this step, which is replaced
+    if os.path.lexists(path):
+        before = sibling_path(path, "removing")
+        remove_tree(before)
+        os.rename(path, before)
     os.rename(staging, path)
+    fsync_folder(round_folder)
+    fsync_folder(os.path.dirname(round_folder))
+    if before:
+        remove_tree(before)
 
 
 def write_safetensors(path, tensors, dtype=torch.float32):
@@ -257,9 +470,11 @@ def resume(path, model, optimizers):
     weights, states = get_state_dict(model, optimizers)
     tensors = state_tensors(states)
     folder = os.path.join(path, "optimizer")
+    alias = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
+            alias = make_alias(folder)
             for name in os.listdir(folder):
                 if name.endswith(".safetensors"):
                     # Fail here if it cannot be read: DCP would print a traceback.
@@ -267,15 +482,16 @@ def resume(path, model, optimizers):
                         pass
             dcp.load(
                 tensors,
-                storage_reader=HuggingFaceStorageReader(folder),
+                storage_reader=HuggingFaceStorageReader(alias),
                 no_dist=distributed.world_size() == 1,
             )
-        # CheckpointException is a BaseException: `except Exception` would miss it.
         except (dcp.CheckpointException, SafetensorError, OSError) as e:
             raise SystemExit(
-                f"{folder} cannot be read ({type(e).__name__}); "
+                f"{folder} cannot be read ({type(e).__name__}); run the same command again, or "
                 f"remove {path} to continue from the checkpoint before it"
             )
+        finally:
+            remove_alias(alias)
     for name, state in states["state"].items():
         for key in state:
             if isinstance(state[key], torch.Tensor):
@@ -287,8 +503,26 @@ def load_weights(path, model):
     """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. A
     scalar head that only the model has is set to 0; one that only the file has is ignored."""
     file = os.path.join(path, "model.safetensors")
-    if sha256(file) != read_meta(path)["weights_sha256"]:
-        raise SystemExit(f"{file} is damaged: its sha256 is not the one in meta.json")
+    try:
+        if sha256(file) != read_meta(path)["weights_sha256"]:
+            raise SystemExit(f"{file} is damaged: its sha256 is not the one in meta.json")
+        check_weights(path, model)
+        with safe_open(file, framework="pt") as f:
+            names = set(f.keys())
+            for name, p in model.named_parameters():
+                tensor = f.get_tensor(name) if name in names else torch.zeros(p.shape)
+                if not torch.isfinite(tensor).all():
+                    raise SystemExit(f"{file}: {name} has numbers that are not finite")
+                distributed.copy_parameter_(p, tensor)
+    except (SafetensorError, OSError) as e:
+        raise SystemExit(f"{file} cannot be read ({e})")
+
+
+def check_weights(path, model):
+    """Check that a checkpoint's model.safetensors has a model's tensors: their names, shapes and
+    floating-point numbers. The model may be on the meta device, so that nothing is allocated for a
+    model that is not the file's."""
+    file = os.path.join(path, "model.safetensors")
     params = dict(model.named_parameters())
     try:
         with safe_open(file, framework="pt") as f:
@@ -296,31 +530,30 @@ def load_weights(path, model):
             differing = [n for n in names ^ set(params) if not n.startswith("scalar_head.")]
             if differing:
                 raise SystemExit(
-                    f"{file} has other tensors than the model: {sorted(differing)[:3]}"
+                    printable(f"{file} has other tensors than the model: {sorted(differing)[:3]}")
                 )
-            for name, p in params.items():
-                tensor = f.get_tensor(name) if name in names else torch.zeros(p.shape)
-                if tensor.shape != p.shape:
+            for name in names & set(params):
+                shape, dtype = f.get_slice(name).get_shape(), f.get_slice(name).get_dtype()
+                if list(shape) != list(params[name].shape):
                     raise SystemExit(
-                        f"{file}: {name} has shape {tuple(tensor.shape)}, "
-                        f"the model needs {tuple(p.shape)}"
+                        f"{file}: {name} has shape {tuple(shape)}, "
+                        f"the model needs {tuple(params[name].shape)}"
                     )
-                distributed.copy_parameter_(p, tensor)
-    except SafetensorError as e:
+                if not str(dtype).startswith(("F", "BF")):
+                    raise SystemExit(f"{file}: {name} is {dtype}, not floating point")
+    except (SafetensorError, OSError) as e:
         raise SystemExit(f"{file} cannot be read ({e})")
 
 
 def read_meta(path) -> dict:
     """Read a checkpoint's meta.json. Exits with one line if it is damaged or of another format.
 
-    The fields of "model" are not checked here: see config.model_config_from.
+    The fields of "model" are not checked here but for their size: see config.model_config_from.
     """
     file = f"{path}/meta.json"
     try:
-        with open(os.path.join(path, "meta.json"), "rb") as f:
-            text = f.read()
-        with open(os.path.join(path, "manifest.json"), encoding="utf-8") as f:
-            manifest = json.load(f)
+        text = read_small_file(os.path.join(path, "meta.json"))
+        manifest = json.loads(read_small_file(os.path.join(path, "manifest.json")))
         if hashlib.sha256(text).hexdigest() != manifest["meta.json"]["sha256"]:
             raise SystemExit(f"{file} is damaged: its sha256 is not the one in manifest.json")
         meta = json.loads(text)
@@ -329,6 +562,7 @@ def read_meta(path) -> dict:
                 f"{path} was written by another version of nanoSPIN and cannot be read by this one"
             )
         check_meta(meta, file)
+        check_num_layers(path, meta["model"])
     except BAD_FILE_ERRORS as e:
         raise SystemExit(printable(f"{file} cannot be read ({type(e).__name__}: {e})"))
     return meta
@@ -345,6 +579,33 @@ def check_meta(meta: dict, where: str):
         raise ValueError(f"tokenizer {meta['tokenizer']!r}")
     if not is_template(meta["config"]["template"]):
         raise ValueError(f"template {meta['config']['template']!r}")
+    if "settings" in meta:
+        config.convert("settings", meta["settings"], dict, where)
+    for name, value in meta["model"].items():
+        if type(value) is int and abs(value) > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}")
+
+
+def check_num_layers(path, model: dict):
+    """A model with more layers than model.safetensors has tensors is not built, not even on the
+    meta device: a billion of layers would take hours. Everything else: `check_weights`."""
+    n_layer = model.get("n_layer")
+    with contextlib.suppress(SafetensorError, FileNotFoundError):  # said when it is loaded
+        with safe_open(os.path.join(path, "model.safetensors"), framework="pt") as f:
+            num_tensors = len(f.keys())
+        if type(n_layer) is int and n_layer > num_tensors:
+            raise ValueError(f"n_layer is {n_layer}, model.safetensors has {num_tensors} tensors")
+
+
+def read_small_file(path) -> bytes:
+    """The content of a regular file of a reasonable size; ValueError if it is none."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(f"{os.path.basename(path)} is not a regular file")
+    if info.st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{os.path.basename(path)} has {info.st_size} bytes")
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def weights_sha256(path) -> str:
@@ -369,27 +630,34 @@ def read_tokenizer(path, meta):
 
 
 def list_steps(folder) -> list[str]:
-    """The checkpoints in a round's folder, oldest first."""
+    """The checkpoints in a round's folder, in the order of their steps."""
+    return list_numbered(folder, "step")
+
+
+def list_numbered(folder, name: str) -> list[str]:
+    """The paths NAME_N in a folder, in the order of N."""
     if not os.path.isdir(folder):
         return []
-    names = [name for name in os.listdir(folder) if re.fullmatch(r"step_\d+", name)]
-    return [os.path.join(folder, name) for name in sorted(names)]
+    names = [n for n in os.listdir(folder) if re.fullmatch(rf"{name}_[0-9]+", n)]
+    names.sort(key=lambda n: int(n.removeprefix(f"{name}_")))
+    return [os.path.join(folder, n) for n in names]
+
+
+def list_checkpoints(run) -> list[str]:
+    """All checkpoints of a run, the latest first."""
+    paths = []
+    for folder in list_numbered(run, "round"):
+        paths += list_steps(folder)
+    return paths[::-1]
 
 
 def latest(run, round_id: int | None = None) -> str | None:
     """The latest checkpoint of a run, or of one of its rounds."""
-    if not os.path.isdir(run):
-        return None
-    rounds = []
-    for name in os.listdir(run):
-        if re.fullmatch(r"round_\d+", name):
-            rounds.append(int(name.removeprefix("round_")))
-    for r in sorted(rounds, reverse=True):
-        if round_id is None or round_id == r:
-            paths = list_steps(os.path.join(run, f"round_{r}"))
-            if paths:
-                return paths[-1]
-    return None
+    if round_id is None:
+        paths = list_checkpoints(run)
+        return paths[0] if paths else None
+    paths = list_steps(os.path.join(run, f"round_{round_id}"))
+    return paths[-1] if paths else None
 
 
 def resolve(path) -> str:
@@ -412,64 +680,169 @@ def is_checkpoint(path) -> bool:
 
 
 def latest_valid(run) -> str | None:
-    """The latest checkpoint of a run whose files are as they were saved. Damaged ones are reported
-    and renamed to damaged_S. All ranks call this together."""
+    """The latest checkpoint of a run whose files are as they were saved, and whose numbers are
+    finite; None if the run has saved none. Others are reported and renamed to damaged_S. Exits if
+    none can be used, or if one cannot be read now. All ranks call this together."""
     while path := distributed.broadcast_from_rank0(latest(run)):
         problem = find_corruption(path)
         if not problem:
             return path
-        damaged = sibling_path(path, "damaged")
-        if distributed.rank() == 0:
-            print(
-                f"{path} is damaged: {problem}; "
-                f"renamed to {damaged}, looking for the checkpoint before it",
-                flush=True,
-            )
-            shutil.rmtree(damaged, ignore_errors=True)
-            os.rename(path, damaged)
-        distributed.barrier()
+        distributed.run_on_rank0(set_aside, path, problem)
+    damaged = distributed.broadcast_from_rank0(list_damaged(run))
+    if damaged:
+        raise SystemExit(
+            f"{run} has no checkpoint that can be used; {', '.join(damaged)} are damaged: mend one "
+            f"and rename it to step_S, or remove {run} to begin again at step 0"
+        )
     return None
 
 
+def set_aside(path, problem: str):
+    """Rename a checkpoint to damaged_S. One that has this name already is kept."""
+    damaged = first = sibling_path(path, "damaged")
+    n = 1
+    while os.path.lexists(damaged):
+        n += 1
+        damaged = f"{first}.{n}"
+    os.rename(path, damaged)
+    print(
+        f"{path} is damaged: {problem}; renamed to {damaged}, looking for the checkpoint before it",
+        flush=True,
+    )
+
+
+def list_damaged(run) -> list[str]:
+    """The checkpoints of a run that were set aside, the latest first."""
+    found = []
+    for folder in list_numbered(run, "round"):
+        for name in sorted(os.listdir(folder)):
+            if name.startswith("damaged_"):
+                found.append(os.path.join(folder, name))
+    return found[::-1]
+
+
+class Damaged(Exception):
+    """What is wrong with a checkpoint's files."""
+
+
 def find_corruption(path) -> str:
-    """What is wrong with a checkpoint's files, in one line, or "". Each rank reads a share of the
-    files; all get the result."""
+    """What is wrong with a checkpoint, in one line, or "". Each rank reads a share of the files,
+    and all have the result.
+
+    A file that cannot be read is not taken for damaged: the disk or the network may be at fault. It
+    is tried again for three seconds, then the run exits.
+    """
+    unreadable = ""
+    for pause in (0, *RETRY_SECONDS):
+        time.sleep(pause)
+        problem, unreadable = look_for_corruption(path)
+        if not unreadable:
+            return problem
+    raise SystemExit(
+        f"{path} cannot be read now ({unreadable}). It is not taken for damaged: run the same "
+        f"command again later, or remove it to continue from the checkpoint before it"
+    )
+
+
+def look_for_corruption(path) -> tuple[str, str]:
+    """(what is wrong with a checkpoint, what cannot be read), on all ranks; "" if nothing."""
+    manifest, problem, unreadable = {}, "", ""
+    if distributed.rank() == 0:
+        manifest, problem, unreadable = examine(read_manifest, path)
+    # Rank 0 decides which files there are: another machine may see them late.
+    manifest, problem, unreadable = distributed.broadcast_from_rank0(
+        (manifest, problem, unreadable)
+    )
+    if not problem and not unreadable:
+        _, problem, unreadable = examine(check_hashes, path, manifest)
+    problems, failures = zip(*distributed.all_gather_object((problem, unreadable)))
+    return first_nonempty(problems), first_nonempty(failures)
+
+
+def examine(function, *args) -> tuple:
+    """(the result of a function, what is wrong, what cannot be read)."""
     try:
-        problem = find_own_corruption(path)
-    except BAD_FILE_ERRORS as e:
-        problem = f"its manifest.json or a file cannot be read ({type(e).__name__}: {e})"
-    return first_nonempty(distributed.all_gather_object(printable(problem)))
+        return function(*args), "", ""
+    except Damaged as e:
+        return None, printable(str(e)), ""
+    except OSError as e:
+        return None, "", printable(f"{e.filename or args[0]}: {e.strerror}")
+    except (SafetensorError, *BAD_JSON_ERRORS) as e:
+        text = f"its manifest.json or a file cannot be read ({type(e).__name__}: {e})"
+        return None, printable(text), ""
 
 
-def find_own_corruption(path) -> str:
-    """`find_corruption` for this rank's share of the files."""
-    with open(os.path.join(path, "manifest.json"), "rb") as f:
-        text = f.read()
-    manifest = json.loads(text)
+def read_manifest(path) -> dict:
+    """Read manifest.json. Raises Damaged if it, meta.json or a file's size is wrong. Files that it
+    does not name are ignored."""
+    try:
+        text = read_small_file(os.path.join(path, "manifest.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged("it has no manifest.json")
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise Damaged(f"manifest.json cannot be read ({type(e).__name__}: {e})")
     if text.decode() != json.dumps(manifest, indent=1, ensure_ascii=False) + "\n":
-        return "manifest.json was altered"
-    names = sorted(manifest)
-    if names != list_files(path):
-        differing = sorted(set(names) ^ set(list_files(path)))
-        return f"its files are not those in manifest.json ({', '.join(differing)})"
-    for name in names[distributed.rank() :: distributed.world_size()]:
-        file = os.path.join(path, name)
-        if os.path.getsize(file) != manifest[name]["bytes"]:
-            return f"the size of {name} is not the one in manifest.json"
-        if sha256(file) != manifest[name]["sha256"]:
-            return f"the sha256 of {name} is not the one in manifest.json"
-    with open(os.path.join(path, "meta.json"), encoding="utf-8") as f:
-        meta = json.load(f)
+        raise Damaged("manifest.json was altered")
+    files = set(list_files(path))
+    missing = sorted(set(manifest) - files)
+    if missing:
+        raise Damaged(f"files in manifest.json are missing: {', '.join(missing)}")
+    ignored = sorted(files - set(manifest))
+    if ignored:
+        names = ", ".join(ignored)
+        print(printable(f"{path}: ignored {names}: not in its manifest.json"), flush=True)
+    for name in manifest:
+        if os.path.getsize(os.path.join(path, name)) != manifest[name]["bytes"]:
+            raise Damaged(f"the size of {name} is not the one in manifest.json")
+    for name in ("meta.json", "model.safetensors"):
+        if name not in manifest:
+            raise Damaged(f"manifest.json does not have {name}")
+
+    text = read_small_file(os.path.join(path, "meta.json"))
+    if hashlib.sha256(text).hexdigest() != manifest["meta.json"]["sha256"]:
+        raise Damaged("the sha256 of meta.json is not the one in manifest.json")
+    meta = json.loads(text)
     folders = os.path.abspath(path).split(os.sep)[-2:]
     if folders != [f"round_{meta['round']}", f"step_{meta['step']:06d}"]:
-        return f"its meta.json is of round {meta['round']!r} step {meta['step']!r}"
+        raise Damaged(f"its meta.json is of round {meta['round']!r} step {meta['step']!r}")
+    name = first_not_finite(meta["metrics"])
+    if name:
+        raise Damaged(f"{name} is {meta['metrics'][name]}")
+    return manifest
+
+
+def check_hashes(path, manifest: dict):
+    """Raise Damaged if one of this rank's share of the files has another hash, or if the weights
+    are not finite."""
+    for name in sorted(manifest)[distributed.rank() :: distributed.world_size()]:
+        file = os.path.join(path, name)
+        if sha256(file) != manifest[name]["sha256"]:
+            raise Damaged(f"the sha256 of {name} is not the one in manifest.json")
+        if name == "model.safetensors":
+            with safe_open(file, framework="pt") as f:
+                for tensor_name in f.keys():
+                    if not torch.isfinite(f.get_tensor(tensor_name)).all():
+                        raise Damaged(f"its {NOT_FINITE}: {tensor_name}")
+
+
+def first_not_finite(metrics: dict) -> str:
+    """The name of the first metric that is NaN or infinite, or ""."""
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            return name
     return ""
 
 
 def list_files(path) -> list[str]:
     """The files of a checkpoint, relative to it and sorted, without manifest.json."""
+
+    def fail(error):
+        raise error
+
     files = []
-    for folder, _, names in os.walk(path):
+    for folder, _, names in os.walk(path, onerror=fail):
         files += [os.path.relpath(os.path.join(folder, name), path) for name in names]
     return sorted(file for file in files if file != "manifest.json")
 
@@ -478,7 +851,10 @@ def list_files(path) -> list[str]:
 
 
 def prune_steps(folder, cfg):
-    """Remove a round's checkpoints except the last `keep_last` and the best one by `keep_best`."""
+    """Remove a round's checkpoints except the last `keep_last` and the best one by `keep_best`, and
+    what an earlier removal has left."""
+    for path in list_numbered(folder, "removing"):
+        try_to_remove(path)
     paths = list_steps(folder)
     best = best_checkpoint(paths, cfg.keep_best) if cfg.keep_best else None
     for path in paths[: -cfg.keep_last]:
@@ -488,14 +864,17 @@ def prune_steps(folder, cfg):
 
 def best_checkpoint(paths, keep_best: str) -> str | None:
     """The checkpoint with the lowest value of the metric `keep_best`, or the highest of "-metric".
-    The earlier one wins a tie."""
+    The earlier one wins a tie. Those whose meta.json cannot be read are left out."""
     highest = keep_best.startswith("-")
     rated = []
     for path in paths:
-        value = read_meta(path)["metrics"].get(keep_best.lstrip("-"))
-        if value is not None:
-            rated.append((-value if highest else value, path))
-    return min(rated)[1] if rated else None
+        try:
+            value = read_meta(path)["metrics"].get(keep_best.lstrip("-"))
+        except SystemExit:
+            continue
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            rated.append((-value if highest else value, len(rated), path))
+    return min(rated)[2] if rated else None
 
 
 def prune_rounds(run, first: int):
@@ -507,11 +886,40 @@ def prune_rounds(run, first: int):
     distributed.barrier()
 
 
+def remove_unfinished(run):
+    """Remove what a killed run was writing or removing."""
+    for folder in list_numbered(run, "round"):
+        for name in ("writing", "removing"):
+            for path in list_numbered(folder, name):
+                try_to_remove(path)
+
+
 def remove_checkpoint(path):
-    """Rename it first, so that a step_S folder is always complete."""
+    """Remove a checkpoint. It is renamed first, so that a step_S folder is always complete."""
     removing = sibling_path(path, "removing")
-    os.rename(path, removing)
-    shutil.rmtree(removing)
+    try:
+        remove_tree(removing)
+        os.rename(path, removing)
+    except OSError as e:
+        removal_problems.append(f"{path}: {e.strerror}")
+        return
+    try_to_remove(removing)
+
+
+def try_to_remove(path):
+    """Remove a folder or a link. A failure is noted in `removal_problems`."""
+    try:
+        remove_tree(path)
+    except OSError as e:
+        removal_problems.append(f"{path}: {e.strerror}")
+
+
+def remove_tree(path):
+    """Remove a folder, a file or a link, if there is one. What a link points to stays."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def sibling_path(path, state: str) -> str:

@@ -309,6 +309,21 @@ def broadcast_from_rank0(value):
     return values[0]
 
 
+def run_on_rank0(function, *args):
+    """function(*args) of rank 0, on every rank. If it exits or cannot use the disk, all ranks
+    raise the same."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function(*args)
+        except (SystemExit, OSError) as e:
+            error = e
+    result, error = broadcast_from_rank0((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
 def barrier():
     if world_size() > 1:
         heartbeat.touch()

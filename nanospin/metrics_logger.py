@@ -9,6 +9,7 @@ round), "start" (the loss at a round's first step, and what it should be) or "wa
 shows the few metrics listed below, metrics.jsonl has all.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from data.files import atomic_write, read_json, write_json
+from data.files import atomic_write, printable, require_regular, write_json
 from nanospin import distributed
 
 RANKING_METRICS = ["val_loss", "rank_nll", "acc", "margin", "kl_from_ref"]
@@ -49,16 +50,31 @@ RECENT_STEPS = 50  # whose median time gives the estimate of the time that is le
 # ------------------------------------------------------------------------------------ config.json
 
 
-def write_config(cfg, settings: dict, start: tuple[int, int], device, dtype):
+def write_config(cfg, start, device, dtype):
     """Write out_dir/config.json: the settings, and for each start of the run the (round, step) that
-    it began at and what it ran on."""
+    it began at and what it ran on. start: preflight.Start."""
     path = os.path.join(cfg.out_dir, "config.json")
+    now = {"at": start.at} | versions(device, dtype)
     starts = []
-    if start[1] >= 0 and os.path.exists(path):
-        starts = read_json(path, ("starts",))["starts"]
-    starts.append({"at": start} | versions(device, dtype))
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    write_json(path, {"config": settings, "starts": starts})
+    if start.path:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            with open(path, encoding="utf-8") as f:
+                starts = list(json.load(f)["starts"])
+    if starts:
+        say_other_versions(cfg.out_dir, starts[-1], now)
+    starts.append(now)
+    write_json(path, {"config": start.settings, "starts": starts})
+
+
+def say_other_versions(out_dir: str, before: dict, now: dict):
+    """Say in one line which of torch, numpy and Python are not those of the last start."""
+    changes = []
+    for name in ("torch", "numpy", "python"):
+        if isinstance(before, dict) and before.get(name) not in (None, now[name]):
+            changes.append(f"{name} {before[name]} (now {now[name]})")
+    if changes:
+        text = f"{out_dir}: the last start was with {', '.join(changes)}; last digits may differ"
+        print(printable(text), flush=True)
 
 
 def versions(device, dtype) -> dict:
@@ -110,6 +126,7 @@ class MetricsLogger:
         self.file = None
         if distributed.rank() == 0:
             path = os.path.join(cfg.out_dir, "metrics.jsonl")
+            require_regular(path)
             kept = remove_later_records(path, start)
             self.file = open(path, "a", encoding="utf-8", buffering=1)
             for line in kept:
@@ -132,6 +149,11 @@ class MetricsLogger:
 
     def warning(self, round_id: int, step: int, text: str, **more):
         self.write("warning", round_id, step, more | {"text": text})
+
+    def flush(self):
+        """Wait until the records are on the disk. The thread that saves calls this."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def write(self, kind: str, round_id: int, step: int, metrics: dict, num_steps: int = 0):
         if self.file is None:

@@ -3,17 +3,17 @@
 import glob
 import json
 import os
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from data import tokenizer
-from data.files import read_json, sha256
+from data.files import sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.template import TEMPLATE
-from nanospin import checkpoint, config, distributed
+from nanospin import checkpoint, config, distributed, lock
+from nanospin.distributed import run_on_rank0
 
 # Stages whose `init` is the reference too, for as long as the run lasts.
 POLICY_STAGES = ("preference", "spin", "ppo")
@@ -48,41 +48,62 @@ MAY_CHANGE = {
 
 def resolve_template(cfg):
     """Return the config with its template filled in: that of the run if it has checkpoints, else
-    that of `init`, else the default."""
+    that of `init`, else the default. All ranks call this together."""
     if cfg.template:
         return cfg
-    template = ""
-    path = os.path.join(cfg.out_dir, "config.json")
-    if checkpoint.latest(cfg.out_dir) and os.path.exists(path):
-        template = read_json(path, ("config", "starts"))["config"].get("template")
-    elif cfg.init:
-        template = checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
-    return replace(cfg, template=template or TEMPLATE)
+    return replace(cfg, template=run_on_rank0(find_template, cfg) or TEMPLATE)
 
 
-def prepare_run(cfg) -> tuple[tuple[int, int], dict]:
-    """Check the config and everything that the run reads. Exits with one line on a mistake.
+def find_template(cfg) -> str:
+    if checkpoint.latest(cfg.out_dir):
+        return read_run_settings(cfg.out_dir).get("template") or ""
+    if cfg.init:
+        return checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
+    return ""
 
-    Returns where the run starts, (round, step), with step -1 if it has no checkpoint yet, and its
-    settings for config.json. All ranks call this together.
+
+@dataclass
+class Start:
+    """Where a run starts, and with what."""
+
+    cfg: config.Config  # with its template
+    settings: dict  # for config.json
+    path: str | None = None  # the checkpoint that it resumes from
+    round_id: int = 0
+    step: int = -1  # -1: the run has no checkpoint yet
+
+    @property
+    def at(self) -> tuple[int, int]:
+        return self.round_id, self.step
+
+
+def prepare_run(cfg) -> Start:
+    """Check the config and everything that the run reads, take the lock of its out_dir, and find
+    the checkpoint that it resumes from. Exits with one line on a mistake.
+
+    All ranks call this together, and rank 0 decides.
     """
     check_batch_sizes(cfg)
     check_ranks_agree(cfg)
+    cfg = resolve_template(cfg)
     settings = run_settings(cfg)
     check_teacher(cfg)
-    check_policies(cfg)
+    run_on_rank0(check_policies, cfg)
     check_reward(cfg)
     check_out_dir(cfg.out_dir)
+    run_on_rank0(lock.acquire, cfg.out_dir)
     if distributed.rank() == 0:
-        remove_unfinished_checkpoints(cfg.out_dir)
-    newest = checkpoint.latest_valid(cfg.out_dir)
-    check_same_run(cfg, settings, newest)
-    start = (0, -1)
-    if newest:
-        meta = checkpoint.read_meta(newest)
-        start = (meta["round"], meta["step"])
-    distributed.barrier()  # all have read config.json: rank 0 may write it
-    return start, settings
+        checkpoint.remove_unfinished(cfg.out_dir)
+        for problem in checkpoint.removal_problems:
+            print(f"could not be removed: {problem}", flush=True)
+        checkpoint.removal_problems.clear()
+    path = checkpoint.latest_valid(cfg.out_dir)
+    run_on_rank0(check_same_run, cfg, settings, path)
+    start = Start(cfg, settings, path)
+    if path:
+        meta = run_on_rank0(checkpoint.read_meta, path)
+        start.round_id, start.step = meta["round"], meta["step"]
+    return start
 
 
 # ----------------------------------------------------------------------------------------- checks
@@ -181,22 +202,9 @@ def check_out_dir(out_dir: str):
         raise SystemExit(f"out_dir {out_dir}: no permission to write to it")
 
 
-def remove_unfinished_checkpoints(out_dir: str):
-    """Remove what a killed run was writing or removing."""
-    for name in ("writing_*", "removing_*"):
-        for folder in glob.glob(os.path.join(glob.escape(out_dir), "round_*", name)):
-            shutil.rmtree(folder)
-
-
 def check_same_run(cfg, settings: dict, newest: str | None):
     """If out_dir has results, they must come from the same settings, except for MAY_CHANGE."""
-    path = os.path.join(cfg.out_dir, "config.json")
-    before = {}
-    if os.path.exists(path):
-        advice = "; it does not belong to a run: use another out_dir"
-        before = read_json(path, ("config", "starts"), advice)["config"]
-        if not isinstance(before, dict):
-            raise SystemExit(f"{path}: config must be an object{advice}")
+    before = read_run_settings(cfg.out_dir, print)
     if not before or (not newest and not has_rows(cfg.out_dir)):
         return
     for name in settings | before:
@@ -209,6 +217,56 @@ def check_same_run(cfg, settings: dict, newest: str | None):
                 f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
                 f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
             )
+
+
+def read_run_settings(out_dir: str, say=None) -> dict:
+    """The settings that a run was begun with, {} if there is no run yet: those of config.json, or
+    of the newest checkpoint if config.json was lost. say(text): called if it was."""
+    path = os.path.join(out_dir, "config.json")
+    settings, problem = read_config_json(path)
+    if settings:
+        return settings
+    for checkpoint_path in checkpoint.list_checkpoints(out_dir):
+        try:
+            meta = checkpoint.read_meta(checkpoint_path)
+        except SystemExit:
+            continue  # a damaged one, which is found later
+        if say:
+            say(f"{path} is {problem}: it is written again from the settings in {checkpoint_path}")
+        return saved_settings(meta)
+    if problem == "damaged":
+        raise SystemExit(f"{path} is damaged; it does not belong to a run: use another out_dir")
+    return {}
+
+
+def read_config_json(path: str) -> tuple[dict, str]:
+    """(the settings in a config.json, "") or ({}, "missing", "empty" or "damaged")."""
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except FileNotFoundError:
+        return {}, "missing"
+    except OSError as e:
+        raise SystemExit(f"{path} cannot be read now ({e.strerror})")
+    if not content.strip():
+        return {}, "empty"
+    try:
+        values = json.loads(content)
+        settings, starts = values["config"], values["starts"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}, "damaged"
+    if not settings or not isinstance(settings, dict) or not isinstance(starts, list):
+        return {}, "damaged"
+    return settings, ""
+
+
+def saved_settings(meta: dict) -> dict:
+    """The settings of a run from the meta.json of its checkpoint."""
+    if "settings" in meta:
+        return meta["settings"]
+    settings = dict(meta["config"])  # an older checkpoint: the hashes of the inputs are not there
+    model_settings = settings.pop("model", {})
+    return settings | model_settings
 
 
 def has_rows(out_dir: str) -> bool:

@@ -1,0 +1,200 @@
+"""One run per out_dir: rank 0 holds the file out_dir/lock while the run lasts.
+
+The file names its owner. On the owner's machine it is seen at once whether that process still runs.
+On another machine a newcomer watches for a while whether the owner touches the file. A run whose
+lock is gone (the folder was removed or renamed) or belongs to another run stops.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+
+from data.files import printable, require_regular
+from nanospin import distributed
+
+TOUCH_SECONDS = 5  # between two touches by the owner
+WATCH_SECONDS = 20  # how long a newcomer watches a lock of another machine
+
+held = None  # on rank 0 of a run: the Lock
+
+
+class Lock:
+    def __init__(self, out_dir: str):
+        self.out_dir = out_dir
+        self.path = os.path.join(os.path.abspath(out_dir), "lock")
+        self.owner = {
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "pid": os.getpid(),
+            "process_start": process_start(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "token": secrets.token_hex(8),
+        }
+        self.noticed = ""  # the problem that the thread has found
+        self.released = threading.Event()
+
+    def problem(self) -> str:
+        """Why the run must stop, in one line, or ""."""
+        try:
+            with open(self.path, "rb") as f:
+                owner = parse(f.read())
+        except (FileNotFoundError, NotADirectoryError):
+            return f"out_dir {self.out_dir} was removed or renamed during the run: the run stops"
+        except OSError:
+            return ""  # it cannot be read now, so nothing is known
+        if owner.get("token") != self.owner["token"]:
+            return f"out_dir {self.out_dir} was taken over by {name(owner)}: this run stops"
+        return ""
+
+    def look_after(self):
+        """The thread: look every second whether the lock is still ours, and touch it."""
+        touched = time.monotonic()
+        while not self.noticed and not self.released.wait(1):
+            self.noticed = self.problem()
+            if not self.noticed and time.monotonic() - touched >= TOUCH_SECONDS:
+                touched = time.monotonic()
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
+
+
+def acquire(out_dir: str):
+    """Take the lock of an existing folder, on rank 0. Exits with one line, which names the owner,
+    if another run has it."""
+    global held
+    lock = Lock(out_dir)
+    require_regular(lock.path)
+    stale = None  # what a newcomer has watched in vain
+    while True:
+        with open_exclusively(lock.path, os.O_CREAT) as f:
+            content = f.read()
+            seen = (content, os.fstat(f.fileno()).st_mtime_ns)
+            owner = parse(content)
+            if not content or seen == stale or has_ended(owner):
+                f.seek(0)
+                f.truncate()
+                f.write(json.dumps(lock.owner).encode() + b"\n")
+                break
+        if is_here(owner) or not watch(lock, owner, seen):
+            raise SystemExit(f"out_dir {out_dir} is in use by {name(owner)}; use another out_dir")
+        stale = seen
+    if content and owner.get("pid") != os.getpid():
+        print(f"{out_dir}: took over the lock of {name(owner)}, which has ended", flush=True)
+    held = lock
+    threading.Thread(target=lock.look_after, name="lock", daemon=True).start()
+
+
+def release():
+    """Remove the lock if it is still this run's."""
+    global held
+    lock, held = held, None
+    if lock is None:
+        return
+    lock.released.set()
+    with contextlib.suppress(OSError), open_exclusively(lock.path) as f:
+        if parse(f.read()).get("token") == lock.owner["token"]:
+            os.unlink(lock.path)
+
+
+def noticed() -> bool:
+    """Whether there was a problem a second ago. It costs nothing."""
+    return bool(held and held.noticed)
+
+
+def check():
+    """Exit with one line if this run must stop. All ranks call this together."""
+    text = distributed.broadcast_from_rank0(held.problem() if held else "")
+    if text:
+        raise SystemExit(text)
+
+
+@contextlib.contextmanager
+def open_exclusively(path: str, flags: int = 0):
+    """Open the lock file while no other process has it open so, where the file system has locks."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o644)
+        with open(fd, "r+b") as f:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(f, fcntl.LOCK_EX)
+            try:
+                is_current = os.path.samestat(os.stat(path), os.fstat(fd))
+            except FileNotFoundError:
+                is_current = False  # its owner has removed it meanwhile
+            if is_current:
+                yield f
+                return
+
+
+def watch(lock: Lock, owner: dict, seen) -> bool:
+    """Watch another machine's lock. Returns whether its owner seems to have ended."""
+    print(
+        f"{lock.out_dir}: looks for up to {WATCH_SECONDS} s whether {name(owner)} is alive",
+        flush=True,
+    )
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        distributed.heartbeat.touch()
+        try:
+            with open(lock.path, "rb") as f:
+                if (f.read(), os.fstat(f.fileno()).st_mtime_ns) != seen:
+                    return False
+        except FileNotFoundError:
+            return True
+    return True
+
+
+def parse(content: bytes) -> dict:
+    try:
+        owner = json.loads(content)
+    except (ValueError, RecursionError):
+        owner = None
+    return owner if isinstance(owner, dict) else {}
+
+
+def name(owner: dict) -> str:
+    text = f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
+    return printable(text.replace("\n", " "))[:200]
+
+
+def machine() -> str:
+    """What a process id is unique in: a boot of a machine, and a container's process namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as f:
+            return f"{f.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def process_start(pid: int) -> str:
+    """When a process started, in the kernel's unit; "" if it has ended. "?" without /proc."""
+    if not os.path.exists("/proc/self/stat"):
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return ""
+        return "?"
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            fields = f.read().rpartition(b")")[2].split()  # the program's name may have spaces
+    except OSError:
+        return ""
+    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def is_here(owner: dict) -> bool:
+    """Whether the owner is a process of this machine."""
+    return owner.get("machine") == machine() and type(owner.get("pid")) is int
+
+
+def has_ended(owner: dict) -> bool:
+    """Whether the owner was a process of this machine that has ended, or is this process."""
+    if not is_here(owner):
+        return False
+    start = process_start(owner["pid"])
+    return owner["pid"] == os.getpid() or not start or start != owner.get("process_start")
