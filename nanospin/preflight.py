@@ -232,7 +232,7 @@ def read_run_settings(out_dir: str, say=None) -> dict:
         except SystemExit:
             continue  # a damaged one, which is found later
         if say:
-            say(f"{path} is {problem}: it is written again from the settings in {checkpoint_path}")
+            say(f"{path} is {problem}: its settings are taken from {checkpoint_path}")
         return saved_settings(meta)
     if problem == "damaged":
         raise SystemExit(f"{path} is damaged; it does not belong to a run: use another out_dir")
