@@ -770,6 +770,9 @@ def main(
     elastic.join_process_group(device, cfg.timeout)
     try:
         run_rounds(cfg, model_class, stages, device, began)
+    except OSError:
+        lock.exit_if_lost()  # a file of a removed out_dir: say that, not which file
+        raise
     finally:
         if not checkpoint.is_saving():  # else the lock goes stale when this process ends
             lock.release()

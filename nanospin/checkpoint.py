@@ -287,8 +287,9 @@ def make_staging(staging):
     if somebody has removed it, the save fails."""
     if distributed.rank() != 0:
         return
-    if lock.held and lock.held.problem():
-        raise OSError(lock.held.problem())
+    problem = lock.held.problem() if lock.held else ""
+    if problem:
+        raise OSError(problem)
     round_folder = os.path.dirname(staging)
     if not lock.held:  # not a run
         os.makedirs(os.path.dirname(round_folder), exist_ok=True)

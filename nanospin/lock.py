@@ -107,9 +107,14 @@ def noticed() -> bool:
 
 def check():
     """Exit with one line if this run must stop. All ranks call this together."""
-    text = distributed.broadcast_from_rank0(held.problem() if held else "")
-    if text:
-        raise SystemExit(text)
+    distributed.run_on_rank0(exit_if_lost)
+
+
+def exit_if_lost():
+    """`check` for rank 0 alone."""
+    problem = held.problem() if held else ""
+    if problem:
+        raise SystemExit(problem)
 
 
 @contextlib.contextmanager

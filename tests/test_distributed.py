@@ -173,6 +173,47 @@ def test_pretraining(tiny_data, tmp_path):
     assert_equal_up_to_rounding(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
+SPOIL_ON_RANK_1 = """
+import sys
+
+sys.path.insert(0, ROOT)
+import train
+from nanospin import checkpoint, distributed, elastic
+
+verify = checkpoint.verify
+
+
+def verify_spoiled(staging, tensors):
+    if distributed.rank() == 1 and staging.endswith("writing_000003"):
+        tensors[PART][NAME].to_local()[-1, -1] += 1
+    verify(staging, tensors)
+
+
+checkpoint.verify = verify_spoiled
+sys.exit(elastic.run(train.main, sys.argv[1:]))
+"""
+
+
+def test_each_rank_compares_its_shards_with_the_files(tiny_data, tmp_path):
+    """If one rank finds a difference, there is no checkpoint. The folder has brackets in its name,
+    which DCP would take for a pattern. The same command then resumes."""
+    args = pretrain_args(tiny_data, tmp_path / "lr[1e-3]", "adamw")
+    args.append("--save_interval=1")
+    for part, name in (("model", "wte.weight"), ("optimizer", "wte.weight.exp_avg")):
+        script = tmp_path / "spoil.py"
+        program = SPOIL_ON_RANK_1.replace("ROOT", repr(os.getcwd()))
+        script.write_text(program.replace("PART", repr(part)).replace("NAME", repr(name)))
+        command = torchrun_command(args, program=(str(script),))
+        done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+        assert done.returncode == 1
+        assert f"{name} was not written as it is" in done.stderr
+        steps = sorted(os.listdir(tmp_path / "lr[1e-3]/round_0"))
+        assert steps == ["step_000001", "step_000002"]
+    torchrun(args)
+    train.main(pretrain_args(tiny_data, tmp_path / "one", "adamw"))
+    assert_equal_up_to_rounding(tmp_path / "one", tmp_path / "lr[1e-3]", 1e-5)
+
+
 def test_muon_orthogonalises_full_matrices(tiny_data, tmp_path):
     """Muon iterates in bfloat16, where another order of sums changes the last of 8 bits, and five
     iterations amplify that where a matrix is nearly singular. It makes 3 % of the size of a
