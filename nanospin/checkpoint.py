@@ -134,22 +134,26 @@ class Saver:
         if not error:
             return
         lock.check()
-        if last or NOT_FINITE in error:
-            advice = self.where_to_go_on() if NOT_FINITE in error else self.latest()
-            raise SystemExit(f"the checkpoint could not be saved ({error}); {advice}")
+        if NOT_FINITE in error:
+            text = f"round {round_id} step {step}: a checkpoint was not saved ({error})"
+            raise SystemExit(f"{text}; {self.where_to_go_on()}")
+        if last:
+            path = distributed.broadcast_from_rank0(latest(self.cfg.out_dir))
+            raise SystemExit(
+                f"the checkpoint at round {round_id} step {step} could not be saved ({error}); "
+                f"the latest checkpoint is {path}"
+            )
         text = f"the previous checkpoint could not be saved ({error}); training continues"
         self.log.warning(round_id, step, text)
 
-    def latest(self) -> str:
-        path = distributed.broadcast_from_rank0(latest(self.cfg.out_dir))
-        return f"the latest checkpoint is {path}"
-
     def where_to_go_on(self) -> str:
         """The end of the message of a run that stops because its numbers are not finite."""
-        if distributed.broadcast_from_rank0(latest(self.cfg.out_dir)) != self.start.path:
-            return self.latest()
+        path = distributed.broadcast_from_rank0(latest(self.cfg.out_dir))
+        if path and path != self.start.path:
+            return f"last checkpoint: {path}"
+        began = f"this start began at {path}" if path else "there is no checkpoint"
         return (
-            f"{self.latest()}, where this start began: the same command will stop here again; "
+            f"{began}: the same command will stop here again; "
             "change lr or the like, and use another out_dir"
         )
 

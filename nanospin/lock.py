@@ -20,7 +20,7 @@ from nanospin import distributed
 TOUCH_SECONDS = 5  # between two touches by the owner
 WATCH_SECONDS = 20  # how long a newcomer watches a lock of another machine
 
-held = None  # on rank 0 of a run: the Lock
+held = None  # the Lock of this process, on rank 0 of a run
 
 
 class Lock:
@@ -42,7 +42,7 @@ class Lock:
         """Why the run must stop, in one line, or ""."""
         try:
             with open(self.path, "rb") as f:
-                owner = parse(f.read())
+                owner, _ = read(f)
         except (FileNotFoundError, NotADirectoryError):
             return f"out_dir {self.out_dir} was removed or renamed during the run: the run stops"
         except OSError:
@@ -68,21 +68,19 @@ def acquire(out_dir: str):
     global held
     lock = Lock(out_dir)
     require_regular(lock.path)
-    stale = None  # what a newcomer has watched in vain
+    watched = None
     while True:
         with open_exclusively(lock.path, os.O_CREAT) as f:
-            content = f.read()
-            seen = (content, os.fstat(f.fileno()).st_mtime_ns)
-            owner = parse(content)
-            if not content or seen == stale or has_ended(owner):
+            owner, state = read(f)
+            if not state[0] or has_ended(owner) or state == watched:
+                f.truncate(0)
                 f.seek(0)
-                f.truncate()
                 f.write(json.dumps(lock.owner).encode() + b"\n")
                 break
-        if is_here(owner) or not watch(lock, owner, seen):
+        if is_here(owner) or not watch(lock.path, owner, state):
             raise SystemExit(f"out_dir {out_dir} is in use by {name(owner)}; use another out_dir")
-        stale = seen
-    if content and owner.get("pid") != os.getpid():
+        watched = state
+    if owner and owner.get("pid") != os.getpid():
         print(f"{out_dir}: took over the lock of {name(owner)}, which has ended", flush=True)
     held = lock
     threading.Thread(target=lock.look_after, name="lock", daemon=True).start()
@@ -92,12 +90,11 @@ def release():
     """Remove the lock if it is still this run's."""
     global held
     lock, held = held, None
-    if lock is None:
-        return
-    lock.released.set()
-    with contextlib.suppress(OSError), open_exclusively(lock.path) as f:
-        if parse(f.read()).get("token") == lock.owner["token"]:
-            os.unlink(lock.path)
+    if lock:
+        lock.released.set()
+        with contextlib.suppress(OSError), open_exclusively(lock.path) as f:
+            if read(f)[0].get("token") == lock.owner["token"]:
+                os.unlink(lock.path)
 
 
 def noticed() -> bool:
@@ -128,37 +125,36 @@ def open_exclusively(path: str, flags: int = 0):
             try:
                 is_current = os.path.samestat(os.stat(path), os.fstat(fd))
             except FileNotFoundError:
-                is_current = False  # its owner has removed it meanwhile
+                is_current = False  # its owner has removed it meanwhile: open the next one
             if is_current:
                 yield f
                 return
 
 
-def watch(lock: Lock, owner: dict, seen) -> bool:
+def watch(path: str, owner: dict, state: tuple) -> bool:
     """Watch another machine's lock. Returns whether its owner seems to have ended."""
-    print(
-        f"{lock.out_dir}: looks for up to {WATCH_SECONDS} s whether {name(owner)} is alive",
-        flush=True,
-    )
+    print(f"{path}: looks for {WATCH_SECONDS} s whether {name(owner)} is alive", flush=True)
     deadline = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.5)
         distributed.heartbeat.touch()
         try:
-            with open(lock.path, "rb") as f:
-                if (f.read(), os.fstat(f.fileno()).st_mtime_ns) != seen:
+            with open(path, "rb") as f:
+                if read(f)[1] != state:
                     return False
         except FileNotFoundError:
             return True
     return True
 
 
-def parse(content: bytes) -> dict:
+def read(f) -> tuple[dict, tuple]:
+    """(the owner that a lock file names, what changes when its owner touches it)."""
+    content = f.read(10_000)
     try:
         owner = json.loads(content)
     except (ValueError, RecursionError):
         owner = None
-    return owner if isinstance(owner, dict) else {}
+    return owner if isinstance(owner, dict) else {}, (content, os.fstat(f.fileno()).st_mtime_ns)
 
 
 def name(owner: dict) -> str:
@@ -177,19 +173,17 @@ def machine() -> str:
 
 def process_start(pid: int) -> str:
     """When a process started, in the kernel's unit; "" if it has ended. "?" without /proc."""
-    if not os.path.exists("/proc/self/stat"):
-        with contextlib.suppress(PermissionError):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return ""
-        return "?"
     try:
-        with open(f"/proc/{pid}/stat", "rb") as f:
-            fields = f.read().rpartition(b")")[2].split()  # the program's name may have spaces
-    except OSError:
+        if os.path.exists("/proc/self/stat"):
+            with open(f"/proc/{pid}/stat", "rb") as f:
+                fields = f.read().rpartition(b")")[2].split()  # the program's name may have spaces
+            return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+        os.kill(pid, 0)
+    except (FileNotFoundError, ProcessLookupError):
         return ""
-    return "" if fields[0] in (b"Z", b"X") else fields[19].decode()
+    except PermissionError:
+        pass
+    return "?"
 
 
 def is_here(owner: dict) -> bool:

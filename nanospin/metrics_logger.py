@@ -127,6 +127,8 @@ class MetricsLogger:
         if distributed.rank() == 0:
             path = os.path.join(cfg.out_dir, "metrics.jsonl")
             require_regular(path)
+            if start[1] < 0:
+                keep_records(path, cfg.save_interval)
             kept = remove_later_records(path, start)
             self.file = open(path, "a", encoding="utf-8", buffering=1)
             for line in kept:
@@ -169,6 +171,26 @@ class MetricsLogger:
             seconds_left = statistics.median(self.step_seconds) * (num_steps - step - 1)
             print(format_step(record, num_steps, seconds_left), flush=True)
         self.send(record)
+
+
+def keep_records(path: str, save_interval: int):
+    """Before a run begins at step 0: if metrics.jsonl goes beyond a save, its checkpoints were lost
+    or could not be saved. The file is renamed then, so that no metrics are lost with them."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads(line)
+                if record["round"] > 0 or record["step"] > save_interval:
+                    break
+        else:
+            return
+    n = 1
+    while os.path.lexists(f"{path}.{n}"):
+        n += 1
+    os.rename(path, f"{path}.{n}")
+    print(f"{path} is of a run without checkpoints: renamed to {path}.{n}", flush=True)
 
 
 def remove_later_records(path: str, start: tuple[int, int]) -> list[str]:

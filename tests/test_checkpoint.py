@@ -188,6 +188,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_data, tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "save", save_nan)
     message = refused(pretrain_args(tiny_data, out))
     assert "weights are not finite: wte.weight" in message and "step_000002" in message
+    assert "same command" not in message
     assert step_names(out) == ["step_000001", "step_000002"]
 
 
@@ -385,6 +386,16 @@ def test_a_run_never_begins_anew_by_itself(run, tiny_data, capsys):
     train.main(pretrain_args(tiny_data, run))
 
 
+def test_metrics_outlive_their_checkpoints(run, tiny_data, capsys):
+    """Who removes the checkpoints begins anew, but does not lose what was measured."""
+    metrics = read_text(f"{run}/metrics.jsonl")
+    shutil.rmtree(f"{run}/round_0")
+    train.main(pretrain_args(tiny_data, run))
+    assert "renamed to" in capsys.readouterr().out
+    assert read_text(f"{run}/metrics.jsonl.1") == metrics
+    assert len(read_metrics(run, "step")) == 4
+
+
 def test_checkpoints_that_were_set_aside_are_kept(run, tiny_data):
     for n in range(2):
         os.remove(f"{run}/round_0/step_000004/model.safetensors")
@@ -432,6 +443,8 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, m
     assert "the same command will stop here again" in again and "step_000003" in again
     train.main(args)
     assert step_names(out) == ["step_000003", "step_000004"]
+    fresh = pretrain_args(tiny_data, f"{tmp_path}/fresh", *more)
+    assert "no checkpoint: the same command" in refused(fresh, stages=nan_stages(0))
 
 
 # ---------------------------------------------------------------------------- config.json
