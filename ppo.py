@@ -17,8 +17,11 @@ RUN/round_R/ holds self_train.jsonl (samples), train.jsonl (with their scores), 
 what it was made from), all made once, by the policy that sampled.
 """
 
+import math
 import os
+import sys
 import time
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +29,10 @@ import torch
 
 from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
-from data.files import atomic_write, read_arrays, read_json, sha256, write_json
+from data.files import atomic_write, printable, read_arrays, read_json, sha256, write_json
 from data.rows import (
     encode_rows,
+    is_score,
     name_tokenizer,
     prompt_fields,
     read_rows,
@@ -38,15 +42,19 @@ from data.rows import (
 from eval import map_batches, retokenize, row_scores, validation_rows
 from loss import kl_estimates
 from model import GPT
-from nanospin import checkpoint, distributed
+from nanospin import checkpoint, distributed, inputs
 from nanospin.config import import_function
 from nanospin.distributed import broadcast_from_rank0
 from rollout import (
+    check_finite,
     drop_overlong_prompts,
     match_responses,
     reference_checkpoint,
+    remove_parts,
     round_folder,
     sample_policy,
+    say_shared_prompts,
+    score_in_parts,
     unique_prompts,
 )
 
@@ -76,8 +84,10 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         cfg, rows, enc, block_size, say if round_id == 0 else None, "train"
     )
     n = min(cfg.max_rows or len(rows), len(rows))
-    rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
     val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows))
+    if round_id == 0:
+        say_shared_prompts(rows, val, say)
+    rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
     val = drop_overlong_prompts(cfg, val, enc, block_size)
 
     manifest_path = os.path.join(folder, "collect.json")
@@ -88,6 +98,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
                 "so it is no longer the one that sampled; remove the folder of that round"
             )
         make_round(cfg, round_id, rows, model, enc, device, dtype)
+    remove_score_parts(os.path.join(folder, "self_train.jsonl"))
     train, report = read_round(cfg, folder, enc, block_size)
     num_tokens = sum(len(row["values"]) for row in train)
     say(f"round {round_id}: {len(train)} responses of {num_tokens} tokens")
@@ -113,6 +124,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
         manifest = {
             "policy": checkpoint.read_meta(policy)["weights_sha256"],
             "reward": cfg.reward,
+            "reward_sha256": inputs.reward_sha256(cfg.reward),
             "tokenizer": tokenizer.fingerprint(enc),
             "seed": cfg.seed,
             "files": {
@@ -179,16 +191,19 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
     same random numbers at every evaluation and kept in RUN/round_R/val_step_S.jsonl."""
     path = os.path.join(round_folder(cfg, round_id), f"val_step_{step:06d}.jsonl")
     dtype = distributed.compute_dtype(cfg, device)
-    return sample_report(
-        sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
-    )
+    samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
+    remove_score_parts(path)
+    return sample_report(samples)
 
 
 # -------------------------------------------------------------------------------- trajectories
 
 
 def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Trajectories:
-    """Sample one response to each row into a ranked file and score it, on every rank."""
+    """Sample one response to each row into a ranked file and score it, on every rank.
+
+    What has been scored is kept in parts beside the file, see `remove_score_parts`.
+    """
     sample_policy(path, cfg, rows, name, model, enc, dtype)
     texts, ids = [], []
     for text, response in match_responses(path, rows, enc):
@@ -200,19 +215,63 @@ def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Tra
     encoded, _ = encode_rows(
         sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )
-    logps, values = token_scores(model, encoded, cfg, device)
-    reference, _, _ = GPT.from_checkpoint(cfg.init, device, dtype)
-    refs, _ = token_scores(reference, encoded, cfg, device)
-    del reference
+
+    def score_policy(numbers: range) -> dict[str, np.ndarray]:
+        part = [encoded[n] for n in numbers]
+        return token_arrays(model, cfg, part, enc, device, "the policy")
+
+    policy = score_in_parts(f"{path}.policy", encoded, "policy", score_policy)
+    refs = reference_logps(cfg, path, encoded, enc, device, dtype)
+    scores = reward_scores(cfg, path, rows, texts, ids, encoded, enc, device, dtype)
+    ends = np.cumsum([len(row["responses"][0]) for row in encoded])[:-1]
     return Trajectories(
         texts=texts,
         ids=ids,
         ended=[y[-1] == enc.eot_token for y in ids],
-        scores=rewards(cfg, rows, texts, ids, enc, device, dtype),
-        logps=logps,
-        refs=refs,
-        values=values,
+        scores=scores,
+        logps=np.split(policy["logps"], ends),
+        refs=np.split(refs, ends),
+        values=np.split(policy["values"], ends),
     )
+
+
+def reference_logps(cfg, path, encoded, enc, device, dtype) -> np.ndarray:
+    """Log-probabilities of all response tokens under the reference, (tokens,) float32."""
+    reference, _, _ = GPT.from_checkpoint(cfg.init, device, dtype)
+    weights = inputs.from_rank0(checkpoint.weights_sha256, cfg.init)
+
+    def score(numbers: range) -> dict[str, np.ndarray]:
+        part = [encoded[n] for n in numbers]
+        return token_arrays(reference, cfg, part, enc, device, f"the reference {cfg.init}")
+
+    return score_in_parts(f"{path}.reference", encoded, weights, score)["logps"]
+
+
+def reward_scores(cfg, path, rows, texts, ids, encoded, enc, device, dtype) -> np.ndarray:
+    """The rewards of all responses (n,) float64, see `rewards`."""
+    judge = None if ":" in cfg.reward else GPT.from_checkpoint(cfg.reward, device, dtype)
+    of = str(inputs.from_rank0(inputs.reward_sha256, cfg.reward))
+
+    def score(numbers: range) -> dict[str, np.ndarray]:
+        part = slice(numbers.start, numbers.stop)
+        return {"scores": rewards(cfg, judge, rows[part], texts[part], ids[part], enc, device)}
+
+    return score_in_parts(f"{path}.reward", encoded, of, score)["scores"]
+
+
+def remove_score_parts(path: str):
+    """Remove what `sample_trajectories` has kept, once its result is written or not needed."""
+    for scorer in ("policy", "reference", "reward"):
+        remove_parts(f"{path}.{scorer}")
+
+
+def token_arrays(model, cfg, rows, enc, device, scorer: str) -> dict[str, np.ndarray]:
+    """{"logps", "values"} of all response tokens, (tokens,) float32. Exits with one line, which
+    names `scorer`, if one is not finite."""
+    logps, values = token_scores(model, rows, cfg, device)
+    check_finite(logps, rows, enc, f"log-probabilities under {scorer}")
+    check_finite(values, rows, enc, f"values of {scorer}")
+    return {"logps": np.concatenate(logps), "values": np.concatenate(values)}
 
 
 def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -239,13 +298,16 @@ def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.nd
     return logps, values
 
 
-def rewards(cfg, rows, texts, ids, enc, device, dtype) -> np.ndarray:
+def rewards(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
     """R(x, y) of each response (n,) float64, from module:function, called with the data's row and
-    the response's text, or from a reward model with its own template and limits."""
-    if ":" in cfg.reward:
-        function = import_function(cfg.reward)
-        return np.array([float(function(row, text)) for row, text in zip(rows, texts)])
-    judge, judge_enc, meta = GPT.from_checkpoint(cfg.reward, device, dtype)
+    the response's text, or from a reward model with its own template and limits.
+
+    judge: (model, tokenizer, meta) of a reward model; None: `reward` is a function. Exits with one
+    line if a reward is not a finite number.
+    """
+    if judge is None:
+        return function_rewards(cfg.reward, rows, texts)
+    judge, judge_enc, meta = judge
     config = meta["config"]
     responded = []
     for row, text, y in zip(rows, texts, ids):
@@ -265,7 +327,60 @@ def rewards(cfg, rows, texts, ids, enc, device, dtype) -> np.ndarray:
             f"{counts['dropped']} prompts; set max_prompt of that run"
         )
     budget = distributed.micro_batch_tokens(cfg, device)
-    return row_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
+    scores = row_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
+    for row, text, score in zip(rows, texts, scores):
+        if not is_score(float(score)):
+            raise SystemExit(bad_reward(cfg.reward, f"gave {score}", row, text))
+    return scores
+
+
+def function_rewards(name: str, rows, texts) -> np.ndarray:
+    """The rewards (n,) float64 that "module:function" gives. Each row is scored by one rank, once:
+    a function that is not deterministic must give all ranks the same."""
+    function = import_function(name)
+    scores, error, shown = {}, "", ""
+    for n in range(distributed.rank(), len(rows), distributed.world_size()):
+        try:
+            value = function(rows[n], texts[n])
+        except (Exception, SystemExit) as e:
+            error = bad_reward(name, f"raised {type(e).__name__}: {e}", rows[n], texts[n])
+            trace = e.__traceback__.tb_next  # without this function
+            shown = "".join(traceback.format_exception(type(e), e, trace))
+            break
+        scores[n] = as_number(value)
+        if not is_score(scores[n]):
+            error = bad_reward(name, f"gave {shorten(value)}", rows[n], texts[n])
+            break
+    of_ranks = distributed.all_gather_object((error, shown))
+    for rank, (error, shown) in enumerate(of_ranks):
+        if error:
+            if rank == distributed.rank():
+                sys.stderr.write(printable(shown))
+            raise SystemExit(error)
+    return np.array(distributed.merge_results(len(rows), scores), dtype=np.float64)
+
+
+def as_number(value) -> float:
+    """What a reward function returned as a float; NaN if it is not a number."""
+    if isinstance(value, (str, bytes)):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:  # of whatever type it is
+        return math.nan
+
+
+def bad_reward(name: str, what: str, row: dict, text: str) -> str:
+    return (
+        f"reward {name} {what} for the prompt {row['prompt'][:60]!r} and the response "
+        f"{text[:60]!r}; it must give a finite number. Nothing was written: mend it and run the "
+        "same command again"
+    )
+
+
+def shorten(value) -> str:
+    """A value in one short line."""
+    return " ".join(repr(value).split())[:80]
 
 
 # ---------------------------------------------------------------------------------- arithmetic

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import tokenizer
 from data.batch import permutation
-from data.files import atomic_write, read_arrays, sha256, write_json
+from data.files import atomic_write, read_arrays, read_json, sha256, write_json
 from data.folder import read_stream
 from data.rows import (
     drop_equal_responses,
@@ -48,7 +48,7 @@ from eval import (
     validation_rows,
 )
 from model import GPT
-from nanospin import checkpoint, distributed, elastic, metrics_logger
+from nanospin import checkpoint, distributed, elastic, inputs, metrics_logger
 from nanospin.distributed import all_gather_object, broadcast_from_rank0
 from sample import respond
 
@@ -63,8 +63,12 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
     start = time.time()
     uses_reference = cfg.stage in ("preference", "spin")
+    inputs.from_rank0(check_earlier_rounds, cfg, round_id)
+    rows_by_split = load_rows(cfg)
+    if round_id == 0:
+        say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)
     encoded, report = {}, {}
-    for split, rows in load_rows(cfg).items():
+    for split, rows in rows_by_split.items():
         if cfg.stage == "sft":
             rows = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
         if cfg.stage == "spin":
@@ -74,7 +78,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
                 rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
         if uses_reference:
-            refs = reference_logprobs(cfg, round_id, split, model, encoded[split], device)
+            refs = reference_logprobs(cfg, round_id, split, model, enc, encoded[split], device)
             for row, ref in zip(encoded[split], refs, strict=True):
                 row["ref"] = ref[: len(row["responses"])].tolist()
     if uses_reference and distributed.rank() == 0:
@@ -98,6 +102,23 @@ def load_rows(cfg) -> dict[str, list[dict]]:
         "train": [rows[i] for i in chosen],
         "val": validation_rows(cfg.data, cfg.eval_rows),
     }
+
+
+def say_shared_prompts(train: list[dict], val: list[dict], say):
+    """Say how many validation rows have the prompt of a training row, or its text if they are whole
+    texts."""
+    known = {row_key(row) for row in train}
+    shared = [row for row in val if row_key(row) in known]
+    if shared:
+        first = shared[0]["prompt"] or shared[0]["responses"][0]
+        say(
+            f"warning: {len(shared)} of {len(val)} validation rows are among the training rows too "
+            f"(the same prompt), the first: {first[:60]!r}"
+        )
+
+
+def row_key(row: dict) -> tuple:
+    return prompt_key(row) if row["prompt"] else (row["responses"][0],)
 
 
 def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
@@ -148,20 +169,23 @@ def attach_scores(encoded, rows, where: str):
 
 def reference_checkpoint(cfg, round_id: int) -> str:
     """The reference of a round, which also samples: the last checkpoint of the previous round, or
-    `init` (also in a later round that tools/rebuild.py makes again)."""
+    `init` (also in a later round that tools/rebuild.py makes again). Ranks that look at different
+    times could find different ones: ask rank 0, with `inputs.from_rank0`."""
     previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
     return previous or checkpoint.resolve(cfg.init)
 
 
-def reference_logprobs(cfg, round_id, split, model, rows, device) -> np.ndarray:
+def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.ndarray:
     """log pi_ref of every response (rows, K).
 
     They are computed once and stored, with a hash of the reference's weights and the rows' ids.
     """
     path = os.path.join(round_folder(cfg, round_id), f"{split}.ref.npz")
-    weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
-    fingerprint = hashlib.sha256((weights + json.dumps(rows)).encode()).hexdigest()
+    reference = inputs.from_rank0(reference_checkpoint, cfg, round_id)
+    weights = inputs.from_rank0(checkpoint.weights_sha256, reference)
+    fingerprint = rows_sha256(weights, rows)
     if broadcast_from_rank0(os.path.exists(path)):
+        remove_parts(path)
         return read_reference_logprobs(path, fingerprint, rows)
     if broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
         raise SystemExit(
@@ -169,13 +193,43 @@ def reference_logprobs(cfg, round_id, split, model, rows, device) -> np.ndarray:
             "longer its reference; remove the folder of that round"
         )
     budget = distributed.micro_batch_tokens(cfg, device)
-    refs = row_logps(model, rows, budget, device, "reference", cfg.layout)
+    K = max(len(row["responses"]) for row in rows)
+
+    def score(numbers: range) -> dict[str, np.ndarray]:
+        part = [rows[n] for n in numbers]
+        refs = row_logps(model, part, budget, device, "reference", cfg.layout)
+        check_finite(refs, part, enc, f"log-probabilities under {reference}")
+        return {"refs": np.pad(refs, ((0, 0), (0, K - refs.shape[1])))}
+
+    refs = score_in_parts(path, rows, weights, score)["refs"]
     if distributed.rank() == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path, "wb") as f:
             np.savez(f, refs=refs, of=fingerprint)
-    distributed.barrier()
+    remove_parts(path)
     return refs
+
+
+def rows_sha256(weights: str, rows: list[dict]) -> str:
+    """A hash of encoded rows and of what they are scored with."""
+    names = ("prompt", "responses", "ranks", "group", "scores")
+    contents = []
+    for row in rows:
+        contents.append({name: row[name] for name in names if name in row})
+    return hashlib.sha256((weights + json.dumps(contents)).encode()).hexdigest()
+
+
+def check_finite(values, rows: list[dict], enc, what: str):
+    """Exit with one line if a number is not finite, before anything is written.
+
+    values: for each of the encoded rows an array, or a number.
+    """
+    for row, value in zip(rows, values, strict=True):
+        if not np.isfinite(value).all():
+            prompt = enc.decode(row["prompt"])[-60:]
+            raise SystemExit(
+                f"{what} are not finite numbers for the prompt that ends in {prompt!r}; "
+                "nothing was written"
+            )
 
 
 def read_reference_logprobs(path: str, fingerprint: str, rows: list[dict]) -> np.ndarray:
@@ -204,7 +258,7 @@ def play_round(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]
         cfg, rows, enc, model.config.block_size, say if round_id == 0 else None, split
     )
     if not broadcast_from_rank0(os.path.exists(path)):
-        ranked = build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype)
+        ranked = build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say)
         if distributed.rank() == 0:
             write_rows(path, ranked)
         distributed.barrier()
@@ -232,15 +286,24 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     return [row for row, encoded_row in zip(rows, encoded) if encoded_row is not None]
 
 
-def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype) -> list[dict]:
+def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:
     """The responses of all players to every prompt, best first, as ranked rows with ids.
 
     A response that equals a better one teaches nothing: it is absent, and "same_as" says which one
-    it equals. An earlier self is absent in the rounds before there was one.
+    it equals. An earlier self is absent in the rounds before there was one, and so is a teacher
+    where its answer is empty.
     """
     columns = []  # a column per player: (text, ids) per row, None where it is absent
     for player in cfg.players:
-        columns.append(player_responses(cfg, round_id, split, player, rows, model, enc, dtype))
+        column = player_responses(cfg, round_id, split, player, rows, model, enc, dtype)
+        if player == "teacher":
+            column, num_empty = drop_empty(column)
+            if num_empty:
+                say(
+                    f"round {round_id} {split}: {num_empty} of {len(rows)} answers of the teacher "
+                    "are empty, so they are absent"
+                )
+        columns.append(column)
     ranked = []
     for i, row in enumerate(rows):
         texts = [column[i][0] for column in columns]
@@ -272,6 +335,14 @@ def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> l
     return match_responses(path, rows, enc)
 
 
+def drop_empty(column: list[tuple]) -> tuple[list[tuple], int]:
+    """Make the responses of a player absent that have no text. Returns their number too."""
+    kept = []
+    for text, ids in column:
+        kept.append((text, ids) if text and text.strip() else (None, None))
+    return kept, kept.count((None, None))
+
+
 def mark_equal_responses(row: dict, ids: list):
     """Make responses absent that equal a better one, and note in "same_as" which. ids: of each
     response, as encoded and cut."""
@@ -301,6 +372,7 @@ def prepare_teacher(cfg, enc, block_size: int, device, dtype):
     if broadcast_from_rank0(all(os.path.exists(path) for path in paths.values())):
         return
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
+    check_finite_weights(teacher, f"teacher {cfg.teacher}")
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
     for split, rows in load_rows(cfg).items():
         rows = drop_overlong_prompts(cfg, rows, enc, block_size)
@@ -361,6 +433,70 @@ def own_ids(path: str, row: dict, enc) -> list[int]:
     return ids
 
 
+# --------------------------------------------------------------------------------------- parts
+
+
+def part_files(path: str, n: int, size: int) -> dict[str, range]:
+    """The files in which the n rows of `path` are kept while it is made: {file: numbers of its
+    rows}. A killed run goes on from those that it has."""
+    parts = {}
+    for start in range(0, n, size):
+        end = min(start + size, n)
+        parts[f"{path}.part{start:09d}-{end:09d}"] = range(start, end)
+    return parts
+
+
+def remove_parts(path: str):
+    """Remove the parts of a file that is complete, also those that a kill has left."""
+    if distributed.rank() == 0:
+        for part in glob.glob(glob.escape(path) + ".part*"):
+            os.remove(part)
+    distributed.barrier()
+
+
+def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.ndarray]:
+    """Score encoded rows, PART_SIZE at a time, and keep each part: {name: array} on every rank.
+
+    score(numbers) -> {name: array} of the rows `numbers`, on every rank; the arrays of the parts
+    are concatenated. of: a hash of what scores them; a part of other rows, or of another `of`, is
+    made again. After each part the run stops if a signal asks it to. The caller calls
+    `remove_parts`.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    parts = part_files(path, len(rows), PART_SIZE)
+    hashes = {}
+    for part, numbers in parts.items():
+        hashes[part] = rows_sha256(of, [rows[n] for n in numbers])
+    kept = broadcast_from_rank0([part for part in parts if is_part_of(part, hashes[part])])
+    results = []
+    for part, numbers in parts.items():
+        if part in kept:
+            arrays = read_arrays(part)
+            del arrays["of"]
+            results.append(arrays)
+            continue
+        distributed.heartbeat.set_stage(f"scoring {path}, rows from {numbers[0]} on")
+        results.append(score(numbers))
+        if distributed.rank() == 0:
+            with atomic_write(part, "wb") as f:
+                np.savez(f, of=hashes[part], **results[-1])
+        elastic.exit_if_signalled()
+    merged = {}
+    for name in results[0]:
+        merged[name] = np.concatenate([arrays[name] for arrays in results])
+    return merged
+
+
+def is_part_of(part: str, of: str) -> bool:
+    """Whether a part is there, can be read, and has this hash."""
+    if not os.path.exists(part):
+        return False
+    try:
+        return str(read_arrays(part).get("of")) == of
+    except SystemExit:
+        return False
+
+
 # ------------------------------------------------------------------------------------ sampling
 
 
@@ -379,14 +515,13 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
     is the same file.
     """
     if broadcast_from_rank0(os.path.exists(path)):
+        remove_parts(path)
         return
+    check_finite_weights(model, name)
     rows = unique_prompts(rows)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     size = max(PART_SIZE, cfg.gen_batch_size * distributed.world_size())
-    parts = {}  # file of each part -> numbers of its prompts
-    for start in range(0, len(rows), size):
-        end = min(start + size, len(rows))
-        parts[f"{path}.part{start:09d}-{end:09d}"] = range(start, end)
+    parts = part_files(path, len(rows), size)
     written = broadcast_from_rank0([part for part in parts if os.path.exists(part)])
     hide_bar = None if distributed.rank() == 0 else True
     progress = tqdm(total=len(rows), desc=f"sampling {name}", disable=hide_bar)
@@ -404,9 +539,17 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
         for part in parts:
             sampled += read_rows(part)
         write_rows(path, sampled)
-        for part in glob.glob(glob.escape(path) + ".part*"):
-            os.remove(part)
-    distributed.barrier()
+    remove_parts(path)
+
+
+def check_finite_weights(model, name: str):
+    """Exit with one line if the model that is to be sampled has a weight that is not finite."""
+    tensor = distributed.find_nonfinite_tensor(model)
+    if tensor:
+        raise SystemExit(
+            f"sampling {name}: the weights {tensor} have numbers that are not finite; no sample "
+            "was written"
+        )
 
 
 def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> dict[int, tuple]:
@@ -455,6 +598,7 @@ def player_report(cfg, rows: list[dict], enc) -> dict[str, float]:
     tie/PLAYER          share of responses that equal a better one
     length/PLAYER       mean tokens
     ended/PLAYER        share that ended with end-of-text
+    empty/teacher       share of answers without text, if there are any
     exact_match/PLAYER  with the data
     length_acc/PLAYER   how well length alone separates them from the data's
 
@@ -464,6 +608,9 @@ def player_report(cfg, rows: list[dict], enc) -> dict[str, float]:
     for k, player in enumerate(cfg.players):
         present = [row for row in rows if row["ids"][k] is not None]
         tied = [row for row in rows if row["same_as"][k] is not None]
+        num_absent = len(rows) - len(present) - len(tied)
+        if player == "teacher" and num_absent:
+            report["empty/teacher"] = num_absent / len(rows)
         if not present:
             continue
         lengths = [len(row["ids"][k]) for row in present]
@@ -491,6 +638,9 @@ def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: fl
         return
     inputs = input_files(cfg, round_id, reference_checkpoint(cfg, round_id))
     files = [name for name in sorted(os.listdir(folder)) if name.endswith((".jsonl", ".npz"))]
+    teacher_files = []  # what a teacher checkpoint answered, for all rounds
+    if os.path.isdir(cfg.teacher):
+        teacher_files = ["teacher_train.jsonl", "teacher_val.jsonl"]
     manifest = {
         "round": round_id,
         "config": asdict(cfg),
@@ -499,6 +649,7 @@ def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: fl
         "made_by": metrics_logger.versions(device, dtype),
         "rows": {split: len(rows) for split, rows in encoded.items()},
         "files": {name: sha256(os.path.join(folder, name)) for name in files},
+        "teacher_files": {name: sha256(os.path.join(cfg.out_dir, name)) for name in teacher_files},
         "report": report,
         "seconds": time.time() - start,
     }
@@ -526,6 +677,39 @@ def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
     for name in earlier:
         paths[name] = os.path.join(cfg.out_dir, name)
     return paths
+
+
+def check_earlier_rounds(cfg, round_id: int):
+    """Exit with one line if a file that this round reads from the run's folder is not the one that
+    an earlier round wrote or read: its hash is in collect.json."""
+    expected = {}
+    for name, path in input_files(cfg, round_id, "").items():
+        if name.startswith("round_"):
+            folder, file = os.path.split(path)
+            hashes = manifest_hashes(folder, "files")
+            if hashes is not None:
+                expected[path] = hashes.get(file)
+    if cfg.stage == "spin" and round_id:
+        hashes = manifest_hashes(round_folder(cfg, round_id - 1), "teacher_files") or {}
+        for name, value in hashes.items():
+            expected[os.path.join(cfg.out_dir, name)] = value
+    for path, value in expected.items():
+        inputs.require_sha256(path, value, cfg.out_dir, "collect.json")
+
+
+def manifest_hashes(folder: str, entry: str) -> dict | None:
+    """The hashes of files in a round's collect.json; None if there is none, as in a rebuilt run."""
+    path = os.path.join(folder, "collect.json")
+    if not os.path.exists(path):
+        return None
+    manifest = read_json(path, ("files", "sha256"))
+    contents = {name: value for name, value in manifest.items() if name != "sha256"}
+    if with_checksum(contents) != manifest:
+        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
+    hashes = manifest.get(entry, {})
+    if not isinstance(hashes, dict):
+        raise SystemExit(f"{path}: {entry} must be an object")
+    return hashes
 
 
 def with_checksum(manifest: dict) -> dict:

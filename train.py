@@ -46,7 +46,7 @@ from eval import (
 )
 from loss import ppo_loss, preference_loss, reward_loss, taylor_nll
 from model import GPT, response_logps, response_scores
-from nanospin import checkpoint, distributed, elastic, lock, metrics_logger, preflight
+from nanospin import checkpoint, distributed, elastic, inputs, lock, metrics_logger, preflight
 from nanospin import config as config_module
 from nanospin.config import Config, per_round, pretrain_config
 from nanospin.distributed import all_reduce_sum, broadcast_from_rank0, run_on_rank0, world_size
@@ -781,7 +781,7 @@ def main(
 def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device, began: float):
     """Everything from the checks to the last round. began: when the program was started."""
     start = preflight.prepare_run(cfg)
-    cfg = start.cfg
+    cfg = inputs.pin(start.cfg, start.settings)
     dtype = distributed.compute_dtype(cfg, device)
     if distributed.rank() == 0:
         metrics_logger.write_config(cfg, start, device, dtype)
@@ -805,9 +805,11 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         log = metrics_logger.MetricsLogger(cfg, start.at, began, send)
         saver = checkpoint.Saver(cfg, enc, tokenizer_name, log, start)
         run = Run(cfg, model, enc, device, log, saver, stages)
+        inputs.warn_if_reward_changed(cfg, start.settings, start.at, log)
         for round_id in range(start.round_id, cfg.rounds):
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
             lock.check()
+            inputs.check_unchanged(cfg, start.settings, round_id)
             train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)
             lock.check()
             step = max(0, start.step) if round_id == start.round_id else 0

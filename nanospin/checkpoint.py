@@ -83,6 +83,8 @@ MAX_SIZE = 2**28  # of a number in a model's config
 RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before a file that cannot be read is tried again
 NOT_FINITE = "weights are not finite"
 
+tokenizers = {}  # those that were loaded, by the sha256 of their files
+
 save_thread = ThreadPoolExecutor(1, thread_name_prefix="save")
 latest_save = None  # the Future of the last save of this process
 removal_problems = []  # what could not be removed, and why; the saver logs it
@@ -621,14 +623,29 @@ def weights_sha256(path) -> str:
 
 
 def read_tokenizer(path, meta):
-    """A checkpoint's tokenizer."""
+    """A checkpoint's tokenizer. One with the same files is loaded once: it is large, and PPO reads
+    two checkpoints in every round."""
     name = meta["tokenizer"]
-    enc = tokenizer.load(name if name in ("gpt2", "bytes") else os.path.join(path, name))
+    file = name if name in ("gpt2", "bytes") else os.path.join(path, name)
+    content = tokenizer_content(file)
+    enc = tokenizers.get(content) or tokenizer.load(file)
     if tokenizer.fingerprint(enc) != meta["tokenizer_sha256"]:
         raise SystemExit(
             f"{path}: the tokenizer {name} is not the one that the checkpoint was trained with"
         )
+    tokenizers[content] = enc
     return enc
+
+
+def tokenizer_content(file: str) -> tuple[str, ...]:
+    """The name of a tokenizer and the sha256 of its files."""
+    content = [os.path.basename(file)]
+    for path in (file, tokenizer.config_path(file)):
+        try:
+            content.append(sha256(path))
+        except OSError:
+            pass  # tokenizer.load says which file it needs
+    return tuple(content)
 
 
 # ---------------------------------------------------------------------------- finding checkpoints

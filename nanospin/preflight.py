@@ -12,7 +12,7 @@ from data import tokenizer
 from data.files import sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.template import TEMPLATE
-from nanospin import checkpoint, config, distributed, lock
+from nanospin import checkpoint, config, distributed, inputs, lock
 from nanospin.distributed import run_on_rank0
 
 # Stages whose `init` is the reference too, for as long as the run lasts.
@@ -207,8 +207,9 @@ def check_same_run(cfg, settings: dict, newest: str | None):
     before = read_run_settings(cfg.out_dir, print)
     if not before or (not newest and not has_rows(cfg.out_dir)):
         return
+    same = inputs.same_inputs(before, settings, cfg.stage in POLICY_STAGES)
     for name in settings | before:
-        if name in MAY_CHANGE:
+        if name in MAY_CHANGE or name in same:
             continue
         if name not in before and name not in cfg.model:
             continue  # a setting that did not exist yet
@@ -217,6 +218,20 @@ def check_same_run(cfg, settings: dict, newest: str | None):
                 f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
                 f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
             )
+    say_schedule_change(cfg, before.get("rounds"))
+
+
+def say_schedule_change(cfg, rounds_before):
+    """Say that another number of rounds changes the learning rate, where it does."""
+    constant = cfg.schedule == "constant" and not cfg.warmup_ratio
+    if cfg.stage != "ppo" or constant or rounds_before in (None, cfg.rounds):
+        return
+    if distributed.rank() == 0:
+        print(
+            f"rounds was {rounds_before}, now it is {cfg.rounds}: the learning-rate schedule of "
+            "stage ppo spans all rounds, so the learning rate changes from here on",
+            flush=True,
+        )
 
 
 def read_run_settings(out_dir: str, say=None) -> dict:
@@ -325,7 +340,8 @@ def flat_settings(cfg) -> dict:
 
 def run_settings(cfg) -> dict:
     """What a run must keep from its first start to its last: the settings as JSON has them, the
-    sha256 of the data, and that of the weights that it samples from or compares with."""
+    sha256 of the data, and that of the weights that it samples from or compares with. All ranks
+    call this together."""
     settings = json.loads(json.dumps(flat_settings(cfg)))  # tuples become lists
     kind = "bin" if cfg.stage == "pretrain" else "jsonl"
     names = [f"train.{kind}", f"val.{kind}"]
@@ -336,9 +352,5 @@ def run_settings(cfg) -> dict:
         stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
-    settings["players_sha256"] = {}
-    if cfg.stage in POLICY_STAGES:
-        for path in (cfg.init, cfg.teacher, cfg.reward):
-            if path and os.path.exists(path):
-                settings["players_sha256"][path] = checkpoint.weights_sha256(path)
-    return settings
+    is_policy = cfg.stage in POLICY_STAGES
+    return settings | inputs.from_rank0(inputs.record, cfg, settings["data_sha256"], is_policy)

@@ -1,0 +1,287 @@
+"""What a run reads again at every round, compared with what it was when the run began.
+
+The data, a teacher's file, and the checkpoints that are sampled from or compared with (init,
+teacher, reward model) are read at every round. config.json has their hashes. `check_unchanged`
+compares them at the start of each round: a run must not go on with other rows or another reference.
+An input that has moved is accepted if its hash is the same.
+
+Hashes of files are kept in RUN/hashes.json, so that a large file is read once and not at every
+round. An entry counts as long as the file's size, times and inode are the same.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import time
+from dataclasses import replace
+
+from data import tokenizer
+from data.files import read_json, write_json
+from nanospin import checkpoint, distributed
+from nanospin.config import import_function, pretrain_config
+from nanospin.distributed import broadcast_from_rank0
+
+ROLES = ("init", "teacher", "reward")  # settings that name a checkpoint; a teacher can be a file
+CHUNK_SIZE = 2**24  # bytes that are read at a time
+SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not kept
+
+# Entries of config.json that say where an input was found. They are not compared.
+NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
+
+
+# ------------------------------------------------------------------------------ hashes of files
+
+
+def file_sha256(path: str, out_dir: str) -> str:
+    """The sha256 of a file, from out_dir/hashes.json if the file has not changed since.
+
+    Exits with one line if the file cannot be read.
+    """
+    name = os.path.abspath(path)
+    cache = os.path.join(out_dir, "hashes.json")
+    hashes = read_hashes(cache)
+    try:
+        key = file_key(path)
+        entry = hashes.get(name)
+        if isinstance(entry, dict) and entry.get("key") == key:
+            return str(entry.get("sha256"))
+        value = hash_chunks(path)
+        unchanged = file_key(path) == key
+    except OSError as e:
+        raise SystemExit(f"{path}: {e.strerror}; mend it and run the same command again")
+    newest_change = max(key[1], key[2]) / 1e9
+    if unchanged and time.time() - newest_change > SETTLED and os.path.isdir(out_dir):
+        hashes[name] = {"key": key, "sha256": value}
+        with contextlib.suppress(OSError):  # it can be made again
+            write_json(cache, hashes)
+    return value
+
+
+def file_key(path: str) -> list[int]:
+    """What changes when a file does: size, time of the content and of the inode, inode."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def read_hashes(cache: str) -> dict:
+    """The entries of hashes.json; none if it is missing or damaged: it can be made again."""
+    try:
+        return read_json(cache)
+    except SystemExit:
+        return {}
+
+
+def hash_chunks(path: str) -> str:
+    """The sha256 of a file, chunk by chunk. A large file takes a while: this is progress."""
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(CHUNK_SIZE):
+            h.update(chunk)
+            distributed.heartbeat.touch()
+    return h.hexdigest()
+
+
+def require_sha256(path: str, expected: str, out_dir: str, since: str):
+    """Exit with one line if a file has another hash. since: whose hash is expected."""
+    found = file_sha256(path, out_dir)
+    if found != expected:
+        raise SystemExit(
+            f"{path} was changed: its sha256 is {found[:16]}..., {since} has "
+            f"{str(expected)[:16]}...; put the original back and run the same command again, or "
+            "use another out_dir"
+        )
+
+
+# ------------------------------------------------------------------------- what a run began with
+
+
+def from_rank0(function, *args):
+    """function(*args) of rank 0, on every rank. Its exit with one line is every rank's."""
+    result, error = None, None
+    if distributed.rank() == 0:
+        try:
+            result = function(*args)
+        except SystemExit as e:
+            error = str(e.code)
+    result, error = broadcast_from_rank0((result, error))
+    if error is not None:
+        raise SystemExit(error)
+    return result
+
+
+def record(cfg, data_sha256: dict, is_policy: bool) -> dict:
+    """Entries of config.json about the inputs: the checkpoints that init, teacher and reward are
+    now, the sha256 of their weights, or of a teacher's file, and of a reward function's source.
+
+    data_sha256: what meta.json says of the data's files; token streams are compared with it here.
+    is_policy: the stage reads the weights of init as long as it lasts; others only to begin.
+    """
+    for path, expected in data_files(cfg, data_sha256).items():
+        if path.endswith(".bin"):
+            require_sha256(path, expected, cfg.out_dir, "meta.json")
+    checkpoints, hashes = {}, {}
+    for role in ROLES:
+        path = getattr(cfg, role)
+        if not path or path == "rows" or not os.path.exists(path):
+            continue  # a missing one is refused where it is needed
+        if role == "teacher" and os.path.isfile(path):
+            hashes[role] = file_sha256(path, cfg.out_dir)
+            continue
+        try:
+            found = checkpoint.resolve(path)
+            hashes[role] = checkpoint.read_meta(found)["weights_sha256"]
+            checkpoints[role] = found
+        except SystemExit:
+            if is_policy:
+                raise
+    entries = {"players_sha256": hashes, "checkpoints": checkpoints}
+    if ":" in cfg.reward:
+        entries["reward_source_sha256"] = source_sha256(cfg.reward)
+    if cfg.tokenizer not in ("", "gpt2", "bytes"):
+        entries["tokenizer_sha256"] = tokenizer.fingerprint(tokenizer.load(cfg.tokenizer))
+    return entries
+
+
+def data_files(cfg, data_sha256: dict) -> dict[str, str]:
+    """{path: sha256} of the files named in config.json's data_sha256."""
+    files = {}
+    for name, expected in data_sha256.items():
+        folder = cfg.data
+        if name.startswith("pretrain/"):
+            folder = pretrain_config(cfg).data
+        files[os.path.join(folder, os.path.basename(name))] = expected
+    return files
+
+
+def source_sha256(function: str) -> str | None:
+    """The sha256 of the file that defines "module:function"; None if it is not Python source."""
+    import_function(function)
+    path = getattr(importlib.import_module(function.partition(":")[0]), "__file__", None)
+    if not path or not path.endswith(".py") or not os.path.exists(path):
+        return None
+    return hash_chunks(path)
+
+
+def reward_sha256(reward: str) -> str | None:
+    """The sha256 of a reward function's source, or of a reward model's weights."""
+    return source_sha256(reward) if ":" in reward else checkpoint.weights_sha256(reward)
+
+
+def pin(cfg, settings: dict):
+    """The config with init, teacher and reward replaced by the checkpoints that they were when the
+    run began. The run that wrote them may go on and have newer ones. Every rank's settings become
+    those of rank 0."""
+    settings.update(broadcast_from_rank0(settings))
+    return replace(cfg, **settings["checkpoints"])
+
+
+# ------------------------------------------------------------------------------------- comparing
+
+
+def same_inputs(before: dict, settings: dict, is_policy: bool) -> set[str]:
+    """Which settings need not be equal as text: inputs that are what the run began with, wherever
+    they are now.
+
+    before: the settings in config.json. settings: those of this start. If init, teacher or reward
+    model have newer checkpoints, and the one that the run began with is still there, `settings`
+    gets that one.
+    """
+    same = set(NOT_COMPARED)
+    for name in ("data", "pretrain_data", *ROLES):
+        if same_path(before.get(name), settings.get(name)):
+            same.add(name)
+    if before.get("data_sha256") == settings["data_sha256"]:
+        same |= {"data", "pretrain_data"}
+    if settings.get("tokenizer_sha256") and (
+        before.get("tokenizer_sha256") == settings["tokenizer_sha256"]
+    ):
+        same.add("tokenizer")
+
+    if before.get("reward_source_sha256"):
+        settings["reward_source_sha256"] = before["reward_source_sha256"]
+    if "players_sha256" in before:
+        before["players_sha256"] = hashes_by_role(before)
+        for role, expected in before["players_sha256"].items():
+            if role in same and settings["players_sha256"].get(role) != expected:
+                use_recorded_checkpoint(role, expected, before, settings)
+            if settings["players_sha256"].get(role) == expected:
+                same.add(role)
+    if not is_policy:
+        same.add("players_sha256")  # init was read once, at the beginning
+    return same
+
+
+def same_path(one, other) -> bool:
+    """Whether two settings name the same path: slashes and dots do not matter."""
+    if not isinstance(one, str) or not isinstance(other, str) or not one or not other:
+        return one == other
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def hashes_by_role(before: dict) -> dict:
+    """players_sha256 by role. Older runs have it by path."""
+    hashes = before["players_sha256"]
+    if not isinstance(hashes, dict):
+        return {}
+    found = {}
+    for role in ROLES:
+        value = hashes.get(role, hashes.get(str(before.get(role))))
+        if value is not None:
+            found[role] = value
+    return found
+
+
+def use_recorded_checkpoint(role: str, expected: str, before: dict, settings: dict):
+    """Put the checkpoint that a run began with into its settings, if it is still what it was."""
+    recorded = before.get("checkpoints")
+    path = recorded.get(role) if isinstance(recorded, dict) else None
+    if not isinstance(path, str) or not checkpoint.is_checkpoint(path):
+        return
+    if checkpoint.read_meta(path)["weights_sha256"] == expected:
+        settings["checkpoints"][role] = path
+        settings["players_sha256"][role] = expected
+
+
+def check_unchanged(cfg, settings: dict, round_id: int):
+    """Exit with one line if something that the coming round reads is not what the run began with.
+
+    cfg: from `pin`. Rank 0 looks; all ranks call this together, before anything is written.
+    """
+    from_rank0(find_change, cfg, settings, round_id)
+
+
+def find_change(cfg, settings: dict, round_id: int):
+    for path, expected in data_files(cfg, settings["data_sha256"]).items():
+        require_sha256(path, expected, cfg.out_dir, "this run")
+    for role, expected in settings["players_sha256"].items():
+        if not is_read(cfg, role, round_id):
+            continue
+        path = getattr(cfg, role)
+        if os.path.isfile(path):
+            require_sha256(path, expected, cfg.out_dir, "this run")
+            continue
+        if checkpoint.read_meta(path)["weights_sha256"] != expected:
+            raise SystemExit(
+                f"{role} {path} has other weights than when this run began; put the original back "
+                "and run the same command again, or use another out_dir"
+            )
+        weights = os.path.join(path, "model.safetensors")
+        require_sha256(weights, expected, cfg.out_dir, "this run")
+
+
+def is_read(cfg, role: str, round_id: int) -> bool:
+    """Whether a round reads init, teacher or reward. From the second round on, the reference of
+    preference and spin is the run's own checkpoint."""
+    if cfg.stage not in ("preference", "spin", "ppo"):
+        return False
+    return role != "init" or cfg.stage == "ppo" or round_id == 0
+
+
+def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):
+    """Say that a reward function has another source than when the run began. This is not refused:
+    once a function is mended, the same command must continue."""
+    if ":" not in cfg.reward or source_sha256(cfg.reward) == settings.get("reward_source_sha256"):
+        return
+    text = f"the source of reward {cfg.reward} has changed since this run began"
+    log.warning(start[0], max(0, start[1]), text)
