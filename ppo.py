@@ -330,7 +330,9 @@ def rewards(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
     scores = row_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
     for row, text, score in zip(rows, texts, scores):
         if not is_score(float(score)):
-            raise SystemExit(bad_reward(cfg.reward, f"gave {score}", row, text))
+            raise SystemExit(
+                bad_reward(cfg.reward, f"gave {score}, not a finite number", row, text)
+            )
     return scores
 
 
@@ -349,7 +351,9 @@ def function_rewards(name: str, rows, texts) -> np.ndarray:
             break
         scores[n] = as_number(value)
         if not is_score(scores[n]):
-            error = bad_reward(name, f"gave {shorten(value)}", rows[n], texts[n])
+            error = bad_reward(
+                name, f"gave {shorten(value)}, not a finite number", rows[n], texts[n]
+            )
             break
     of_ranks = distributed.all_gather_object((error, shown))
     for rank, (error, shown) in enumerate(of_ranks):
@@ -372,9 +376,8 @@ def as_number(value) -> float:
 
 def bad_reward(name: str, what: str, row: dict, text: str) -> str:
     return (
-        f"reward {name} {what} for the prompt {row['prompt'][:60]!r} and the response "
-        f"{text[:60]!r}; it must give a finite number. Nothing was written: mend it and run the "
-        "same command again"
+        f"reward {name} {what}, for the prompt {row['prompt'][:60]!r} and the response "
+        f"{text[:60]!r}; no row of the round was written: mend it and run the same command again"
     )
 
 
