@@ -114,6 +114,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     scaling = reward_scaling(cfg, round_id, samples.scores)
     arrays, report = advantages(cfg, scaling, samples)
     report = sample_report(samples) | report
+    inputs.check_again(cfg)
     if distributed.rank() == 0:
         rows_path = os.path.join(folder, "train.jsonl")
         arrays_path = os.path.join(folder, "rollout.npz")

@@ -259,6 +259,7 @@ def play_round(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]
     )
     if not broadcast_from_rank0(os.path.exists(path)):
         ranked = build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say)
+        inputs.check_again(cfg)
         if distributed.rank() == 0:
             write_rows(path, ranked)
         distributed.barrier()

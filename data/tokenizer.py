@@ -126,7 +126,7 @@ def load_into(folder: str, name: str):
     return enc, name
 
 
-@functools.lru_cache(maxsize=8)  # each entry keeps its tokenizer in memory
+@functools.lru_cache(maxsize=4)  # each entry keeps its tokenizer in memory
 def fingerprint(enc) -> str:
     """A checksum that is equal for equal tokenizers, whatever their files are called.
 

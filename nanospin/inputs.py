@@ -29,6 +29,8 @@ SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not k
 # Entries of config.json that say where an input was found. They are not compared.
 NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
 
+watched = {}  # out_dir -> {path: sha256} of what its current round reads
+
 
 # ------------------------------------------------------------------------------ hashes of files
 
@@ -248,26 +250,25 @@ def check_unchanged(cfg, settings: dict, round_id: int):
 
     cfg: from `pin`. Rank 0 looks; all ranks call this together, before anything is written.
     """
-    from_rank0(find_change, cfg, settings, round_id)
-
-
-def find_change(cfg, settings: dict, round_id: int):
-    for path, expected in data_files(cfg, settings["data_sha256"]).items():
-        require_sha256(path, expected, cfg.out_dir, "this run")
+    files = data_files(cfg, settings["data_sha256"])
     for role, expected in settings["players_sha256"].items():
-        if not is_read(cfg, role, round_id):
-            continue
-        path = getattr(cfg, role)
-        if os.path.isfile(path):
-            require_sha256(path, expected, cfg.out_dir, "this run")
-            continue
-        if checkpoint.read_meta(path)["weights_sha256"] != expected:
-            raise SystemExit(
-                f"{role} {path} has other weights than when this run began; put the original back "
-                "and run the same command again, or use another out_dir"
-            )
-        weights = os.path.join(path, "model.safetensors")
-        require_sha256(weights, expected, cfg.out_dir, "this run")
+        if is_read(cfg, role, round_id):
+            path = getattr(cfg, role)
+            file = path if os.path.isfile(path) else os.path.join(path, "model.safetensors")
+            files[file] = expected
+    watched[cfg.out_dir] = files
+    check_again(cfg)
+
+
+def check_again(cfg):
+    """`check_unchanged` for what this round has read by now, before its rows are written. Sampling
+    takes hours, and some inputs are read after it."""
+    from_rank0(require_all, cfg.out_dir)
+
+
+def require_all(out_dir: str):
+    for path, expected in watched.get(out_dir, {}).items():
+        require_sha256(path, expected, out_dir, "this run")
 
 
 def is_read(cfg, role: str, round_id: int) -> bool:
