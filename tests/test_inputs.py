@@ -1,0 +1,362 @@
+"""What a run reads again at every round is what it began with; moved inputs are accepted."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import assert_same_run, make_data, read_metrics, refused, spin_args
+from safetensors.torch import load_file, save_file
+from test_distributed import ENV, torchrun_command
+
+import train
+from data import tokenizer
+from data.files import read_json, sha256, write_json
+from data.folder import write_meta
+from data.rows import read_rows, write_rows
+from nanospin import checkpoint, inputs
+
+
+def write_text(path, text):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+# ------------------------------------------------------------------------------ hashes of files
+
+
+def test_a_hash_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+    path, out = f"{tmp_path}/stream.bin", str(tmp_path)
+    write_text(path, "abc")
+    first = inputs.file_sha256(path, out)
+    assert first == sha256(path)
+    assert not os.path.exists(f"{out}/hashes.json")  # the file may still be changing
+    monkeypatch.setattr(inputs, "SETTLED", -1.0)
+    assert inputs.file_sha256(path, out) == first
+    with monkeypatch.context() as m:
+        m.setattr(inputs, "hash_chunks", None)  # it is not called
+        assert inputs.file_sha256(path, out) == first
+
+    stat = os.stat(path)
+    write_text(path, "abd")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, time and inode
+    assert inputs.file_sha256(path, out) == sha256(path) != first
+
+    for content in ("", "{", "[1]", '{"%s": 5}' % path, "[" * 5000):
+        write_text(f"{out}/hashes.json", content)
+        assert inputs.file_sha256(path, out) == sha256(path)
+
+
+def test_an_input_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="gone: No such file"):
+        inputs.file_sha256(f"{tmp_path}/gone", str(tmp_path))
+
+
+# ------------------------------------------------------------------------------ between two rounds
+
+
+def after_round_0(monkeypatch, change):
+    """Call change() when round 0 has been trained."""
+    fit = train.fit
+
+    def fit_and_change(run, round_id, *rest):
+        fit(run, round_id, *rest)
+        if round_id == 0:
+            change()
+
+    monkeypatch.setattr(train, "fit", fit_and_change)
+
+
+def change_first_row(path):
+    rows = read_rows(path)
+    write_rows(path, [rows[0] | {"responses": ["poison"]}, *rows[1:]])
+
+
+def teacher_file(data, path):
+    rows = []
+    for split in ("train", "val"):
+        for row in read_rows(f"{data}/{split}.jsonl"):
+            rows.append({"prompt": row["prompt"], "responses": ["so it ends"]})
+    write_rows(path, rows)
+
+
+@pytest.mark.parametrize("changed", ["data", "teacher", "earlier samples", "replayed rows"])
+def test_a_changed_input_ends_the_run_before_the_next_round(
+    tiny_runs, tmp_path, monkeypatch, changed
+):
+    """In one line, and nothing of the round is written. Put back, the same command continues."""
+    data, out, whole = make_data(f"{tmp_path}/data"), f"{tmp_path}/r", f"{tmp_path}/whole"
+    teacher_file(data, f"{tmp_path}/teacher.jsonl")
+    options = ["--rounds=2", "--max_steps=2", "--players=data,teacher,self,self-1"]
+    options += [f"--teacher={tmp_path}/teacher.jsonl", "--replay_rounds=1"]
+    path = {
+        "data": f"{data}/train.jsonl",
+        "teacher": f"{tmp_path}/teacher.jsonl",
+        "earlier samples": f"{out}/round_0/self_train.jsonl",
+        "replayed rows": f"{out}/round_0/train.jsonl",
+    }[changed]
+    args = spin_args(tiny_runs, data, out, *options)
+    train.main(spin_args(tiny_runs, data, whole, *options))
+    with monkeypatch.context() as m:
+        after_round_0(m, lambda: change(path))
+
+        def change(path):
+            shutil.copy(path, f"{tmp_path}/original")
+            change_first_row(path)
+
+        message = refused(args)
+    assert f"{path} was changed" in message
+    assert "same command again" in message
+    assert not os.path.exists(f"{out}/round_1")
+    shutil.copy(f"{tmp_path}/original", path)
+    train.main(args)
+    assert_same_run(whole, out)
+
+
+def test_changed_answers_of_a_teacher_checkpoint(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    out = f"{tmp_path}/r"
+    options = ["--rounds=2", "--max_steps=1", "--players=data,teacher,self"]
+    args = spin_args(tiny_runs, tiny_data, out, *options, f"--teacher={tiny_runs['pretrain']}")
+    after_round_0(monkeypatch, lambda: change_first_row(f"{out}/teacher_val.jsonl"))
+    assert "teacher_val.jsonl was changed" in refused(args)
+
+
+def test_an_input_that_changes_while_a_round_samples(tiny_runs, tmp_path, monkeypatch):
+    """The teacher's file is read after the sampling: the rows of the round are not written."""
+    data, out = make_data(f"{tmp_path}/data"), f"{tmp_path}/r"
+    path = f"{tmp_path}/teacher.jsonl"
+    teacher_file(data, path)
+    options = ["--max_steps=1", "--players=data,self,teacher", f"--teacher={path}"]
+    sample = train.rollout.sample_policy
+
+    def sample_and_change(*args):
+        sample(*args)
+        change_first_row(path)
+
+    monkeypatch.setattr(train.rollout, "sample_policy", sample_and_change)
+    assert f"{path} was changed" in refused(spin_args(tiny_runs, data, out, *options))
+    assert not os.path.exists(f"{out}/round_0/train.jsonl")
+
+
+def ppo_options(*more):
+    return ["--stage=ppo", "--reward=conftest:letters", "--max_rows=8", "--rounds=2", *more]
+
+
+def add_checkpoint(run):
+    """What the run of init does when it goes on: a newer checkpoint, with other weights."""
+    old = checkpoint.latest(run)
+    new = shutil.copytree(old, f"{os.path.dirname(old)}/step_000020")
+    weights = load_file(f"{new}/model.safetensors")
+    for tensor in weights.values():
+        tensor *= 2
+    save_file(weights, f"{new}/model.safetensors", metadata={"format": "pt"})
+    meta = read_json(f"{new}/meta.json")
+    meta |= {"step": 20, "weights_sha256": sha256(f"{new}/model.safetensors")}
+    write_json(f"{new}/meta.json", meta)
+    manifest = {}
+    for name in checkpoint.list_files(new):
+        file = f"{new}/{name}"
+        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
+    write_json(f"{new}/manifest.json", manifest)
+    return old
+
+
+def test_ppo_keeps_its_reference_when_the_run_of_init_goes_on(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    """The checkpoint that the run began with is used, at later starts too; without it the run is
+    refused."""
+    init, out, whole = f"{tmp_path}/init", f"{tmp_path}/r", f"{tmp_path}/whole"
+    shutil.copytree(tiny_runs["sft"], init)
+    options = ppo_options("--max_steps=2")
+    train.main(spin_args({"sft": init}, tiny_data, whole, *options))
+    args = spin_args({"sft": init}, tiny_data, out, *options)
+    with monkeypatch.context() as m:
+        after_round_0(m, lambda: add_checkpoint(init))
+        train.main(args)
+    assert_same_run(whole, out)
+    shutil.rmtree(f"{out}/round_1")
+    train.main(args)
+    assert_same_run(whole, out)
+    shutil.rmtree(f"{out}/round_1")
+    shutil.rmtree(f"{init}/round_0/step_000008")
+    assert "begun with players_sha256" in refused(args)
+
+
+# ------------------------------------------------------------------------------------- at a start
+
+
+def pretrain_args(data, out, *more):
+    shape = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32"]
+    steps = ["--max_steps=4", "--save_interval=2", "--batch_size=4", "--eval_batches=1"]
+    return ["--stage=pretrain", f"--data={data}", f"--out_dir={out}", *shape, *steps, *more]
+
+
+def test_a_changed_stream_is_refused(tmp_path):
+    """Of the same size and time, so that only its content tells."""
+    data, out = make_data(f"{tmp_path}/data"), f"{tmp_path}/r"
+    args = pretrain_args(data, out, "--device=cpu")
+    train.main(args)
+    shutil.rmtree(f"{out}/round_0/step_000004")
+    path = f"{data}/train.bin"
+    stat = os.stat(path)
+    ids = np.fromfile(path, dtype=np.uint16)
+    ids[:] = 65
+    ids.tofile(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert f"{path} was changed" in refused(args)
+    assert "meta.json has" in refused(pretrain_args(data, f"{tmp_path}/new", "--device=cpu"))
+
+
+def test_two_ranks_refuse_in_one_line(tmp_path):
+    data = make_data(f"{tmp_path}/data")
+    with open(f"{data}/val.bin", "r+b") as f:
+        f.write(b"\x01\x00")
+    args = pretrain_args(data, f"{tmp_path}/r", "--device=cpu")
+    done = subprocess.run(torchrun_command(args), capture_output=True, text=True, env=ENV)
+    assert done.returncode != 0
+    assert done.stderr.count("val.bin was changed") == 1
+    assert "Traceback (most recent call last):\n  File" not in done.stderr.split("val.bin")[0]
+
+
+def test_moved_inputs_are_accepted(tiny_runs, tiny_data, tmp_path):
+    """Data, init and teacher are elsewhere, with the same contents; also in the config.json of an
+    older version, which has the hashes by path."""
+    out = f"{tmp_path}/r"
+    places = {}
+    for name in ("one", "two"):
+        folder = f"{tmp_path}/{name}"
+        shutil.copytree(tiny_data, f"{folder}/data")
+        shutil.copytree(tiny_runs["sft"], f"{folder}/sft")
+        teacher_file(tiny_data, f"{folder}/teacher.jsonl")
+        places[name] = folder
+
+    def args(folder, *more):
+        players = ["--players=data,teacher,self", f"--teacher={folder}/teacher.jsonl"]
+        runs = {"sft": f"{folder}/sft"}
+        return spin_args(runs, f"{folder}/data", out, "--max_steps=2", *players, *more)
+
+    train.main(args(places["one"]))
+    shutil.rmtree(places["one"])
+    config = read_json(f"{out}/config.json")
+    train.main(args(places["two"]))
+    train.main(args(f"{tmp_path}/./two/"))
+
+    settings = config["config"]
+    for name in ("checkpoints", "players_sha256"):
+        by_role = settings.pop(name)
+    settings["players_sha256"] = {settings[role]: value for role, value in by_role.items()}
+    write_json(f"{out}/config.json", config)
+    train.main(args(places["two"]))
+
+    # with other contents it is refused, in the same place and elsewhere
+    change_first_row(f"{places['two']}/teacher.jsonl")
+    assert "begun with players_sha256" in refused(args(places["two"]))
+    shutil.move(places["two"], f"{tmp_path}/three")
+    assert "begun with teacher" in refused(args(f"{tmp_path}/three"))
+
+
+def test_a_moved_stream_is_accepted(tmp_path):
+    """With a slash more, and if only the words for its source differ."""
+    data, out = make_data(f"{tmp_path}/data"), f"{tmp_path}/r"
+    args = pretrain_args(data, out, "--device=cpu")
+    train.main(args)
+    shutil.move(data, f"{tmp_path}/moved")
+    moved = pretrain_args(f"{tmp_path}/moved/", out, "--device=cpu")
+    train.main(moved)
+    meta = read_json(f"{tmp_path}/moved/meta.json")
+    write_json(f"{tmp_path}/moved/meta.json", meta | {"source": "described in other words"})
+    train.main(moved)
+
+
+def test_a_moved_reward_model_and_tokenizer_are_accepted(tiny_runs, tiny_data, tmp_path):
+    out, reward = f"{tmp_path}/r", f"{tmp_path}/reward"
+    options = ["--stage=reward", f"--out_dir={reward}", "--max_steps=1"]
+    train.main(spin_args(tiny_runs, tiny_data, reward, *options))
+    args = spin_args(tiny_runs, tiny_data, out, *ppo_options("--max_steps=1"))
+    train.main([*args, f"--reward={reward}"])
+    shutil.move(reward, f"{tmp_path}/moved")
+    train.main([*args, f"--reward={tmp_path}/moved"])
+    assert "begun with reward" in refused([*args, "--reward=conftest:letters"])
+
+    data, out = make_data(f"{tmp_path}/data"), f"{tmp_path}/own"
+    enc = tokenizer.load("bytes")
+    for name in ("one", "two"):
+        tokenizer.save(enc, f"{tmp_path}/{name}.tiktoken")
+    args = pretrain_args(data, out, "--device=cpu")
+    train.main([*args, f"--tokenizer={tmp_path}/one.tiktoken"])
+    os.remove(f"{tmp_path}/one.tiktoken")
+    train.main([*args, f"--tokenizer={tmp_path}/two.tiktoken"])
+
+
+def test_a_config_file_with_anything_in_it_is_no_traceback(tiny_runs, tiny_data, tmp_path):
+    out = f"{tmp_path}/r"
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
+    train.main(args)
+    config = read_json(f"{out}/config.json")
+    for value in (5, [], {"init": 3}, {"init": [1]}, None, {"x": {}}):
+        for name in ("players_sha256", "checkpoints", "init", "data_sha256", "rounds"):
+            changed = {"config": config["config"] | {name: value}, "starts": config["starts"]}
+            write_json(f"{out}/config.json", changed)
+            try:
+                train.main(args)
+            except SystemExit as e:
+                assert "\n" not in str(e.code)
+
+
+# -------------------------------------------------------------------------- a reward's source
+
+
+def test_a_reward_function_with_another_source_is_said(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """Once per start, and it goes on: a mended scorer must not end the run."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = f"{tmp_path}/r"
+    write_text(f"{tmp_path}/graded.py", "def f(row, text):\n    return len(text)\n")
+    options = ["--stage=ppo", "--reward=graded:f", "--max_rows=8", "--max_steps=2"]
+    args = spin_args(tiny_runs, tiny_data, out, *options, "--rounds=2")
+    train.main(args)
+    assert not read_metrics(out, "warning")
+    first = read_json(f"{out}/round_1/collect.json")["reward_sha256"]
+    assert first == sha256(f"{tmp_path}/graded.py")
+
+    shutil.rmtree(f"{out}/round_1")
+    write_text(f"{tmp_path}/graded.py", "def f(row, text):\n    return 2 * len(text)\n")
+    importlib.invalidate_caches()
+    del sys.modules["graded"]
+    train.main(args)
+    (warning,) = read_metrics(out, "warning")
+    assert "the source of reward graded:f has changed" in warning["text"]
+    assert read_json(f"{out}/round_1/collect.json")["reward_sha256"] != first
+    config = read_json(f"{out}/config.json")["config"]
+    assert config["reward_source_sha256"] == first
+
+
+def test_rounds_may_change_and_the_schedule_is_said(tiny_runs, tiny_data, tmp_path, capsys):
+    out = f"{tmp_path}/r"
+    args = spin_args(tiny_runs, tiny_data, out, *ppo_options("--max_steps=1"))
+    train.main(args)
+    assert "rounds was" not in capsys.readouterr().out
+    train.main([*args, "--rounds=3"])
+    assert "rounds was 2, now it is 3: the learning-rate schedule" in capsys.readouterr().out
+    train.main([*args, "--rounds=3"])
+    assert "rounds was" not in capsys.readouterr().out
+
+
+def test_validation_rows_that_are_trained_on_are_said(tiny_runs, tiny_data, tmp_path, capsys):
+    data = shutil.copytree(tiny_data, f"{tmp_path}/data")
+    rows = read_rows(f"{data}/train.jsonl")
+    write_rows(f"{data}/val.jsonl", rows[:2] + read_rows(f"{data}/val.jsonl")[2:])
+    write_meta(data, "bytes", "made up")
+    for stage in ("sft", "reward", "spin", "ppo"):
+        args = spin_args(tiny_runs, data, f"{tmp_path}/{stage}", "--max_steps=1", "--eval_rows=12")
+        more = {"ppo": ppo_options(), "spin": ["--rounds=2"]}.get(stage, [f"--stage={stage}"])
+        train.main([*args, *more])
+        printed = capsys.readouterr().out
+        assert printed.count("2 of 12 validation rows are among the training rows") == 1
+    train.main(spin_args(tiny_runs, tiny_data, f"{tmp_path}/apart", "--max_steps=1"))
+    assert "among the training rows" not in capsys.readouterr().out
