@@ -45,7 +45,7 @@ def test_a_hash_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, time and inode
     assert inputs.file_sha256(path, out) == sha256(path) != first
 
-    for content in ("", "{", "[1]", '{"%s": 5}' % path, "[" * 5000):
+    for content in ("", "{", "[1]", '{"' + path + '": 5}', "[" * 5000):
         write_text(f"{out}/hashes.json", content)
         assert inputs.file_sha256(path, out) == sha256(path)
 

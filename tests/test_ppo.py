@@ -1,13 +1,19 @@
 """PPO: its arithmetic against slow or exact forms on small vocabularies, then the stage."""
 
 import dataclasses
+import gc
 import glob
+import importlib
 import math
 import os
 import shutil
+import subprocess
+import sys
 
+import conftest
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import (
     TEMPLATE,
@@ -20,18 +26,19 @@ from conftest import (
     read_metrics,
     refused,
 )
-from test_distributed import assert_equal_up_to_rounding, torchrun
+from test_distributed import ENV, assert_equal_up_to_rounding, torchrun, torchrun_command
 
 import ppo
 import rollout
 import train
 from data import tokenizer
 from data.batch import ppo_batch
+from data.files import sha256
 from data.folder import write_meta
 from data.rows import encode_rows, read_rows, write_rows
 from loss import kl_estimates, ppo_loss
 from model import GPT, GPTConfig
-from nanospin import checkpoint
+from nanospin import checkpoint, elastic
 
 BYTES = tokenizer.load("bytes")
 
@@ -582,6 +589,258 @@ def test_two_ranks_equal_one(tiny_runs, tiny_data, reward_run, tmp_path):
     for kind in ("step", "eval"):
         for a, b in zip(read_metrics(one, kind), read_metrics(two, kind), strict=True):
             assert a["pretrain_loss"] == pytest.approx(b["pretrain_loss"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------ rewards are checked
+
+
+class Scorer:
+    """A reward function that can be broken: gives `result`, or raises it, from call `at` on."""
+
+    def __init__(self, result, at=5):
+        self.result, self.at, self.calls = result, at, 0
+
+    def __call__(self, row, text):
+        self.calls += 1
+        if self.calls <= self.at:
+            return letters(row, text)
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
+
+
+def scored_by(monkeypatch, scorer):
+    monkeypatch.setattr(conftest, "scorer", scorer, raising=False)
+    return "--reward=conftest:scorer"
+
+
+@pytest.mark.parametrize("result", [None, math.nan, -math.inf, "1.5", [1.0, 2.0], 10**400])
+def test_a_reward_that_is_no_number_is_refused(tiny_runs, tiny_data, tmp_path, monkeypatch, result):
+    """It names function, prompt and value, and writes nothing; mended, the same command goes on."""
+    out = f"{tmp_path}/r"
+    # the held-out rows are scored first
+    args = ppo_args(tiny_runs, tiny_data, out, "--rounds=1", "--max_steps=1")
+    args.append(scored_by(monkeypatch, Scorer(result)))
+    message = refused(args)
+    assert "reward conftest:scorer gave " in message
+    assert repr(result)[:20] in message
+    samples = read_rows(f"{out}/round_0/self_train.jsonl")
+    assert f"the prompt {samples[5]['prompt']!r}" in message
+    assert not os.path.exists(f"{out}/round_0/train.jsonl")
+    assert not os.path.exists(f"{out}/round_0/collect.json")
+    scored_by(monkeypatch, letters)
+    train.main(args)
+    whole = f"{tmp_path}/whole"
+    train.main([*ppo_args(tiny_runs, tiny_data, whole), *args[-3:]])
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("server: Connection refused"), SystemExit(3)])
+def test_an_error_of_a_reward_function_is_shown_as_it_is(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, capsys, error
+):
+    args = ppo_args(tiny_runs, tiny_data, f"{tmp_path}/r", "--rounds=1")
+    message = refused([*args, scored_by(monkeypatch, Scorer(error))])
+    assert f"conftest:scorer raised {type(error).__name__}: {error}" in message
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "raise self.result" in shown
+
+
+@pytest.mark.slow
+def test_an_error_of_a_reward_function_on_two_ranks(tiny_runs, tiny_data, tmp_path):
+    """The traceback of one rank and one line. A function that counts its calls sees each row on
+    one rank only, and a random one makes no difference between the ranks."""
+    with open(f"{tmp_path}/scorers.py", "w", encoding="utf-8") as f:
+        f.write(
+            "import os, random\n"
+            "rng = random.SystemRandom()\n"
+            "def broken(row, text):\n    raise RuntimeError('server: Connection refused')\n"
+            "def noisy(row, text):\n"
+            f"    open('{tmp_path}/calls', 'a').write(row['prompt'] + chr(10))\n"
+            "    return rng.random()\n"
+        )
+    env = ENV | {"PYTHONPATH": str(tmp_path)}
+    args = ppo_args(tiny_runs, tiny_data, f"{tmp_path}/r", "--rounds=1", "--max_steps=2")
+    command = torchrun_command([*args, "--reward=scorers:broken"])
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode != 0
+    assert done.stderr.count("reward scorers:broken raised RuntimeError: server") == 1
+    assert done.stderr.count("raise RuntimeError('server: Connection refused')") == 1
+    assert "broke:" not in done.stderr
+
+    args = ppo_args(tiny_runs, tiny_data, f"{tmp_path}/noisy", "--rounds=1", "--max_steps=2")
+    command = torchrun_command([*args, "--reward=scorers:noisy", "--eval_interval=100"])
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    with open(f"{tmp_path}/calls", encoding="utf-8") as f:
+        calls = f.read().splitlines()
+    num_evals = len(read_metrics(f"{tmp_path}/noisy", "eval"))
+    assert len(calls) == 24 + 8 * num_evals
+    assert read_metrics(f"{tmp_path}/noisy", "start")[0]["off"] < 1e-5
+
+
+def test_a_reward_model_that_gives_nan_is_refused(
+    tiny_runs, tiny_data, reward_run, tmp_path, monkeypatch
+):
+    def broken(*args):
+        return np.full((24, 1), np.nan, dtype=np.float32)
+
+    monkeypatch.setattr(ppo, "row_scores", broken)
+    message = refused(ppo_args(tiny_runs, tiny_data, f"{tmp_path}/r", f"--reward={reward_run}"))
+    assert f"reward {reward_run}" in message
+    assert "gave nan" in message
+
+
+@pytest.mark.parametrize("scorer", ["policy", "reference"])
+def test_log_probabilities_that_are_not_finite_are_refused(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, scorer
+):
+    token_scores = ppo.token_scores
+    calls = []
+
+    def broken(*args):
+        logps, values = token_scores(*args)
+        calls.append(scorer)
+        if len(calls) == {"policy": 1, "reference": 2}[scorer]:
+            logps[3] = logps[3] * np.nan
+        return logps, values
+
+    monkeypatch.setattr(ppo, "token_scores", broken)
+    out = f"{tmp_path}/r"
+    message = refused(ppo_args(tiny_runs, tiny_data, out))
+    assert f"log-probabilities under the {scorer}" in message
+    prompt = read_rows(f"{out}/round_0/self_train.jsonl")[3]["prompt"]
+    assert prompt in message
+    assert not os.path.exists(f"{out}/round_0/collect.json")
+
+
+# ------------------------------------------------------------------------------- parts, memory
+
+
+@pytest.mark.parametrize(
+    "function, at",
+    [
+        pytest.param("token_scores", 1, id="policy"),
+        pytest.param("token_scores", 4, id="reference"),
+        pytest.param("rewards", 2, id="reward"),
+        pytest.param("write_json", 0, id="manifest"),
+    ],
+)
+def test_scoring_goes_on_from_its_parts(
+    tiny_runs, tiny_data, ppo_run, tmp_path, monkeypatch, function, at
+):
+    """24 samples in parts of 8. What was scored before the kill is not scored again."""
+    whole, killed = f"{tmp_path}/whole", f"{tmp_path}/killed"
+    monkeypatch.setattr(rollout, "PART_SIZE", 8)
+    options = ["--rounds=1", "--eval_interval=100", "--micro_batch_tokens=256"]
+    calls = []
+
+    def counting(*args):
+        calls.append(len(args[1]))
+        return token_scores(*args)
+
+    token_scores = ppo.token_scores
+    monkeypatch.setattr(ppo, "token_scores", counting)
+    train.main(ppo_args(tiny_runs, tiny_data, whole, *options))
+    num_calls = len(calls)
+    assert calls[:6] == [8] * 6
+    calls.clear()
+    with monkeypatch.context() as m:
+        m.setattr(ppo, function, killing(getattr(ppo, function), at))
+        with pytest.raises(Killed):
+            train.main(ppo_args(tiny_runs, tiny_data, killed, *options))
+    assert glob.glob(f"{killed}/round_0/*.part*")
+    train.main(ppo_args(tiny_runs, tiny_data, killed, *options))
+    assert len(calls) == num_calls
+    assert_same_run(whole, killed)
+    assert not glob.glob(f"{killed}/**/*.part*", recursive=True)
+    for name in ("train.jsonl", "rollout.npz"):
+        assert sha256(f"{killed}/round_0/{name}") == sha256(f"{whole}/round_0/{name}")
+
+
+def test_parts_of_a_mended_reward_function_are_made_again(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rollout, "PART_SIZE", 8)
+    out = f"{tmp_path}/r"
+    options = ["--rounds=1", "--max_steps=1", "--reward=mended:f"]
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(source):
+        with open(f"{tmp_path}/mended.py", "w", encoding="utf-8") as f:
+            f.write(f"calls = []\ndef f(row, text):\n    calls.append(1)\n    return {source}\n")
+        sys.modules.pop("mended", None)
+        importlib.invalidate_caches()
+
+    write("1.0 if len(calls) <= 12 else None")
+    assert "gave None" in refused(ppo_args(tiny_runs, tiny_data, out, *options))
+    write("float(len(text))  # another length of the source, whatever the clock says")
+    train.main(ppo_args(tiny_runs, tiny_data, out, *options))
+    for row in read_rows(f"{out}/round_0/train.jsonl"):
+        assert row["scores"] == [len(row["responses"][0])]
+
+
+def test_a_signal_is_heard_between_parts(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "PART_SIZE", 8)
+    out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
+    options = ["--rounds=1", "--max_steps=2", "--eval_interval=100"]
+    train.main(ppo_args(tiny_runs, tiny_data, whole, *options))
+    rewards = ppo.rewards
+
+    def signalled(*args):
+        elastic.received_signals.append(15)
+        return rewards(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(elastic, "received_signals", [])
+        m.setattr(ppo, "rewards", signalled)
+        with pytest.raises(SystemExit) as e:
+            train.main(ppo_args(tiny_runs, tiny_data, out, *options))
+    assert e.value.code == 128 + 15
+    assert len(glob.glob(f"{out}/round_0/self_train.jsonl.reward.part*")) == 1
+    train.main(ppo_args(tiny_runs, tiny_data, out, *options))
+    assert_same_run(whole, out)
+
+
+def test_a_run_loads_each_tokenizer_once(tiny_runs, tiny_data, reward_run, tmp_path, monkeypatch):
+    """PPO reads its reference and its reward model in every round and evaluation. The number of
+    tokenizers in memory does not grow with them."""
+    loaded = []
+    load = tokenizer.load
+    monkeypatch.setattr(tokenizer, "load", lambda name: loaded.append(name) or load(name))
+    checkpoint.tokenizers.clear()
+    options = ["--rounds=6", "--epochs=1", "--max_rows=8", f"--reward={reward_run}"]
+    live = []
+    rounds_end = train.checkpoint.prune_rounds
+
+    def count(*args):
+        gc.collect()
+        live.append(sum(type(thing) is tiktoken.Encoding for thing in gc.get_objects()))
+        return rounds_end(*args)
+
+    monkeypatch.setattr(train.checkpoint, "prune_rounds", count)
+    out = f"{tmp_path}/r"
+    train.main([*ppo_args(tiny_runs, tiny_data, out), *options, "--keep_rounds=1"])
+    assert len(live) == 6
+    assert live[-1] == live[0]
+    assert len(loaded) <= 2  # the init's, and what preflight looks at
+
+
+def test_tokenizers_that_differ_are_not_confused(tiny_runs, tmp_path):
+    run = shutil.copytree(tiny_runs["sft"], f"{tmp_path}/run")
+    path = checkpoint.latest(run)
+    meta = checkpoint.read_meta(path) | {"tokenizer": "tokenizer.tiktoken"}
+    merges = {bytes([i]): i for i in range(256)}
+    for extra in (b"ab", b"cd"):
+        enc = tokenizer.make_encoding("bpe", merges | {extra: 256})
+        tokenizer.save(enc, f"{path}/tokenizer.tiktoken")
+        read = checkpoint.read_tokenizer(
+            path, meta | {"tokenizer_sha256": tokenizer.fingerprint(enc)}
+        )
+        assert read.decode([256]) == extra.decode()
+    with pytest.raises(SystemExit, match="not the one that the checkpoint was trained with"):
+        checkpoint.read_tokenizer(path, meta)
 
 
 # -------------------------------------------------------------------------------------- refusals

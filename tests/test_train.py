@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -21,16 +22,17 @@ from conftest import (
     refused,
     spin_args,
 )
+from safetensors.torch import load_file, save_file
 
 import rollout
 import train
 from data import tokenizer
-from data.files import sha256
+from data.files import sha256, write_json
 from data.folder import write_meta
 from data.rows import read_rows, write_rows
 from data.template import TEMPLATE as DEFAULT_TEMPLATE
 from model import GPT
-from nanospin import checkpoint
+from nanospin import checkpoint, elastic
 from nanospin.optim import lr_factor, make_optimizers
 
 CPU = torch.device("cpu")
@@ -543,6 +545,185 @@ def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
     assert len(rows) == 40
     for row in rows:
         assert row["ids"][1] == expected[row["prompt"]]
+
+
+def teacher_rows(data, answer):
+    """A teacher's file: answer(row) to every prompt of a data folder."""
+    rows = []
+    for split in ("train", "val"):
+        for row in read_rows(f"{data}/{split}.jsonl"):
+            rows.append({"prompt": row["prompt"], "responses": [answer(row)]})
+    return rows
+
+
+def test_empty_answers_of_a_teacher_are_absent_and_counted(tiny_runs, tiny_data, tmp_path, capsys):
+    """Each row has its own answer, empty for every third prompt; "  " counts as empty."""
+    empty = {0: "", 3: "  \n"}
+
+    def answer(row):
+        number = int(row["prompt"].split()[0])
+        return empty.get(number % 6, f"answer {number}")
+
+    path, out = f"{tmp_path}/teacher.jsonl", f"{tmp_path}/r"
+    write_rows(path, teacher_rows(tiny_data, answer))
+    players = ["--players=data,teacher,self", f"--teacher={path}"]
+    train.main(spin_args(tiny_runs, tiny_data, out, *players, "--max_steps=1"))
+    rows = read_rows(f"{out}/round_0/train.jsonl")
+    num_empty = 0
+    for row in rows:
+        is_empty = answer(row) in empty.values()
+        assert (row["responses"][1] is None) == (row["ids"][1] is None) == is_empty
+        num_empty += is_empty
+    printed = capsys.readouterr().out
+    assert f"round 0 train: {num_empty} of 40 answers of the teacher are empty" in printed
+    report = read_json(f"{out}/round_0/collect.json")["report"]["train"]
+    assert report["empty/teacher"] == num_empty / 40
+
+
+def spoil_weights(run, value):
+    """Set a weight of a run's checkpoint, and seal the checkpoint again."""
+    path = checkpoint.latest(run)
+    weights = load_file(f"{path}/model.safetensors")
+    weights["h.0.mlp.c_proj.weight"][0, 0] = value
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    meta = read_json(f"{path}/meta.json")
+    meta["weights_sha256"] = sha256(f"{path}/model.safetensors")
+    write_json(f"{path}/meta.json", meta)
+    manifest = {}
+    for name in checkpoint.list_files(path):
+        file = f"{path}/{name}"
+        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
+    write_json(f"{path}/manifest.json", manifest)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_sampled(tiny_runs, tiny_data, tmp_path, value):
+    """Of a teacher, or of the policy: no sample is written. With its weights mended it goes on."""
+    out, spoiled = f"{tmp_path}/r", f"{tmp_path}/spoiled"
+    shutil.copytree(tiny_runs["sft"], spoiled)
+    spoil_weights(spoiled, value)
+    players = ["--players=data,teacher,self", "--max_steps=1"]
+    args = spin_args(tiny_runs, tiny_data, out, *players, f"--teacher={spoiled}")
+    message = refused(args)
+    assert spoiled in message
+    assert "h.0.mlp.c_proj.weight have numbers that are not finite" in message
+    assert not glob.glob(f"{out}/**/*.jsonl*", recursive=True)
+    spoil_weights(spoiled, 0.5)
+    train.main(args)
+
+    spoil_weights(spoiled, value)
+    message = refused(spin_args({"sft": spoiled}, tiny_data, f"{tmp_path}/own", "--max_steps=1"))
+    assert "are not finite" in message
+    assert not glob.glob(f"{tmp_path}/own/round_0/*.jsonl*")
+
+
+def preference_args(runs, data, out, *more):
+    return spin_args(runs, data, out, "--stage=preference", "--max_steps=2", *more)
+
+
+def test_a_reference_that_is_not_finite_is_refused(tiny_runs, tiny_data, tmp_path):
+    """Before its log-probabilities are written, with the row and the checkpoint named."""
+    spoiled, out = shutil.copytree(tiny_runs["sft"], f"{tmp_path}/spoiled"), f"{tmp_path}/r"
+    spoil_weights(spoiled, math.nan)
+    message = refused(preference_args({"sft": spoiled}, tiny_data, out))
+    assert f"log-probabilities under {spoiled}" in message
+    assert "are not finite numbers for the prompt" in message
+    assert not glob.glob(f"{out}/round_0/*")
+
+
+def test_scoring_under_the_reference_goes_on_from_its_parts(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    """40 rows in parts of 16, killed in the third, and stopped by a signal after the second. Parts
+    that a kill left behind are removed."""
+    monkeypatch.setattr(rollout, "PART_SIZE", 16)
+    whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
+    train.main(preference_args(tiny_runs, tiny_data, whole))
+    row_logps = rollout.row_logps
+    with monkeypatch.context() as m:
+        m.setattr(rollout, "row_logps", killing(row_logps, 1))
+        with pytest.raises(Killed):
+            train.main(preference_args(tiny_runs, tiny_data, out))
+    assert len(glob.glob(f"{out}/round_0/train.ref.npz.part*")) == 1
+
+    def signalled(*args):
+        elastic.received_signals.append(15)
+        return row_logps(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(elastic, "received_signals", [])
+        m.setattr(rollout, "row_logps", signalled)
+        with pytest.raises(SystemExit) as e:
+            train.main(preference_args(tiny_runs, tiny_data, out))
+    assert e.value.code == 128 + 15
+    parts = glob.glob(f"{out}/round_0/train.ref.npz.part*")
+    assert len(parts) == 2
+    shutil.copy(parts[0], f"{tmp_path}/part")
+    train.main(preference_args(tiny_runs, tiny_data, out))
+    assert_same_run(whole, out)
+    for split in ("train", "val"):
+        expected = read_bytes(f"{whole}/round_0/{split}.ref.npz")
+        assert read_bytes(f"{out}/round_0/{split}.ref.npz") == expected
+
+    shutil.copy(f"{tmp_path}/part", parts[0])
+    train.main(preference_args(tiny_runs, tiny_data, out))
+    assert not glob.glob(f"{out}/round_0/*.part*")
+
+
+def test_parts_of_other_rows_are_made_again(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """A part that is damaged or of another reference is not used."""
+    monkeypatch.setattr(rollout, "PART_SIZE", 16)
+    whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
+    train.main(preference_args(tiny_runs, tiny_data, whole))
+    os.makedirs(f"{out}/round_0")
+    with open(f"{out}/round_0/train.ref.npz.part000000000-000000016", "wb") as f:
+        f.write(b"PK")
+    with open(f"{out}/round_0/train.ref.npz.part000000016-000000032", "wb") as f:
+        np.savez(f, refs=np.zeros((16, 3), dtype=np.float32), of="other")
+    train.main(preference_args(tiny_runs, tiny_data, out))
+    assert_same_run(whole, out)
+
+
+def test_rows_in_which_nothing_is_ranked(tiny_runs, tiny_data, tmp_path):
+    """Responses that are equal after they are cut: said in one line, nothing to train on."""
+    data = shutil.copytree(tiny_data, f"{tmp_path}/data")
+
+    def make_equal(rows):
+        for row in rows:
+            row["responses"] = ["the same beginning, one end", "the same beginning, another"]
+        return rows
+
+    change_rows(data, make_equal)
+    for stage in ("preference", "reward"):
+        args = spin_args(tiny_runs, data, f"{tmp_path}/{stage}", f"--stage={stage}")
+        message = refused(args)
+        assert "none of its 40 rows can be used" in message
+        assert "40 responses equal to a better one, 40 with nothing ranked" in message
+
+
+def test_rows_of_a_round_name_their_tokenizer(spin_run):
+    fingerprint = tokenizer.fingerprint(tokenizer.load("bytes"))
+    paths = glob.glob(f"{spin_run}/round_*/*.jsonl") + glob.glob(f"{spin_run}/teacher_*.jsonl")
+    assert len(paths) == 10
+    for path in paths:
+        assert {row.get("tokenizer") for row in read_rows(path)} == {fingerprint}
+
+
+def test_rows_of_an_older_version_name_no_tokenizer(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """They are the run's own: it goes on with them."""
+    whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
+    train.main(spin_args(tiny_runs, tiny_data, whole, "--max_steps=2"))
+    with monkeypatch.context() as m:
+        m.setattr(rollout, "row_logps", killing(rollout.row_logps, 0))
+        with pytest.raises(Killed):
+            train.main(spin_args(tiny_runs, tiny_data, out, "--max_steps=2"))
+    path = f"{out}/round_0/train.jsonl"
+    rows = read_rows(path)
+    for row in rows:
+        del row["tokenizer"]
+    write_rows(path, rows)
+    train.main(spin_args(tiny_runs, tiny_data, out, "--max_steps=2"))
+    assert_same_run(whole, out)
 
 
 # ------------------------------------------------------------------- one run, one configuration
