@@ -44,7 +44,7 @@ from loss import kl_estimates
 from model import GPT
 from nanospin import checkpoint, distributed, inputs
 from nanospin.config import import_function
-from nanospin.distributed import broadcast_from_rank0
+from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from rollout import (
     check_finite,
     drop_overlong_prompts,
@@ -239,7 +239,7 @@ def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Tra
 def reference_logps(cfg, path, encoded, enc, device, dtype) -> np.ndarray:
     """Log-probabilities of all response tokens under the reference, (tokens,) float32."""
     reference, _, _ = GPT.from_checkpoint(cfg.init, device, dtype)
-    weights = inputs.from_rank0(checkpoint.weights_sha256, cfg.init)
+    weights = run_on_rank0(checkpoint.weights_sha256, cfg.init)
 
     def score(numbers: range) -> dict[str, np.ndarray]:
         part = [encoded[n] for n in numbers]
@@ -251,7 +251,7 @@ def reference_logps(cfg, path, encoded, enc, device, dtype) -> np.ndarray:
 def reward_scores(cfg, path, rows, texts, ids, encoded, enc, device, dtype) -> np.ndarray:
     """The rewards of all responses (n,) float64, see `rewards`."""
     judge = None if ":" in cfg.reward else GPT.from_checkpoint(cfg.reward, device, dtype)
-    of = str(inputs.from_rank0(inputs.reward_sha256, cfg.reward))
+    of = str(run_on_rank0(inputs.reward_sha256, cfg.reward))
 
     def score(numbers: range) -> dict[str, np.ndarray]:
         part = slice(numbers.start, numbers.stop)

@@ -49,7 +49,7 @@ from eval import (
 )
 from model import GPT
 from nanospin import checkpoint, distributed, elastic, inputs, metrics_logger
-from nanospin.distributed import all_gather_object, broadcast_from_rank0
+from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from sample import respond
 
 PART_SIZE = 1024  # prompts sampled before they are written to disk
@@ -63,7 +63,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
     start = time.time()
     uses_reference = cfg.stage in ("preference", "spin")
-    inputs.from_rank0(check_earlier_rounds, cfg, round_id)
+    run_on_rank0(check_earlier_rounds, cfg, round_id)
     rows_by_split = load_rows(cfg)
     if round_id == 0:
         say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)
@@ -170,7 +170,7 @@ def attach_scores(encoded, rows, where: str):
 def reference_checkpoint(cfg, round_id: int) -> str:
     """The reference of a round, which also samples: the last checkpoint of the previous round, or
     `init` (also in a later round that tools/rebuild.py makes again). Ranks that look at different
-    times could find different ones: ask rank 0, with `inputs.from_rank0`."""
+    times could find different ones: ask rank 0, with `run_on_rank0`."""
     previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
     return previous or checkpoint.resolve(cfg.init)
 
@@ -181,8 +181,8 @@ def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.nda
     They are computed once and stored, with a hash of the reference's weights and the rows' ids.
     """
     path = os.path.join(round_folder(cfg, round_id), f"{split}.ref.npz")
-    reference = inputs.from_rank0(reference_checkpoint, cfg, round_id)
-    weights = inputs.from_rank0(checkpoint.weights_sha256, reference)
+    reference = run_on_rank0(reference_checkpoint, cfg, round_id)
+    weights = run_on_rank0(checkpoint.weights_sha256, reference)
     fingerprint = rows_sha256(weights, rows)
     if broadcast_from_rank0(os.path.exists(path)):
         remove_parts(path)

@@ -20,7 +20,7 @@ from data import tokenizer
 from data.files import read_json, write_json
 from nanospin import checkpoint, distributed
 from nanospin.config import import_function, pretrain_config
-from nanospin.distributed import broadcast_from_rank0
+from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 
 ROLES = ("init", "teacher", "reward")  # settings that name a checkpoint; a teacher can be a file
 CHUNK_SIZE = 2**24  # bytes that are read at a time
@@ -96,20 +96,6 @@ def require_sha256(path: str, expected: str, out_dir: str, since: str):
 
 
 # ------------------------------------------------------------------------- what a run began with
-
-
-def from_rank0(function, *args):
-    """function(*args) of rank 0, on every rank. Its exit with one line is every rank's."""
-    result, error = None, None
-    if distributed.rank() == 0:
-        try:
-            result = function(*args)
-        except SystemExit as e:
-            error = str(e.code)
-    result, error = broadcast_from_rank0((result, error))
-    if error is not None:
-        raise SystemExit(error)
-    return result
 
 
 def record(cfg, data_sha256: dict, is_policy: bool) -> dict:
@@ -263,7 +249,7 @@ def check_unchanged(cfg, settings: dict, round_id: int):
 def check_again(cfg):
     """`check_unchanged` for what this round has read by now, before its rows are written. Sampling
     takes hours, and some inputs are read after it."""
-    from_rank0(require_all, cfg.out_dir)
+    run_on_rank0(require_all, cfg.out_dir)
 
 
 def require_all(out_dir: str):

@@ -353,4 +353,4 @@ def run_settings(cfg) -> dict:
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
     is_policy = cfg.stage in POLICY_STAGES
-    return settings | inputs.from_rank0(inputs.record, cfg, settings["data_sha256"], is_policy)
+    return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"], is_policy)
