@@ -373,7 +373,6 @@ def prepare_teacher(cfg, enc, block_size: int, device, dtype):
     if broadcast_from_rank0(all(os.path.exists(path) for path in paths.values())):
         return
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
-    check_finite_weights(teacher, f"teacher {cfg.teacher}")
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
     for split, rows in load_rows(cfg).items():
         rows = drop_overlong_prompts(cfg, rows, enc, block_size)
@@ -518,7 +517,6 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
     if broadcast_from_rank0(os.path.exists(path)):
         remove_parts(path)
         return
-    check_finite_weights(model, name)
     rows = unique_prompts(rows)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     size = max(PART_SIZE, cfg.gen_batch_size * distributed.world_size())
@@ -541,16 +539,6 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
             sampled += read_rows(part)
         write_rows(path, sampled)
     remove_parts(path)
-
-
-def check_finite_weights(model, name: str):
-    """Exit with one line if the model that is to be sampled has a weight that is not finite."""
-    tensor = distributed.find_nonfinite_tensor(model)
-    if tensor:
-        raise SystemExit(
-            f"sampling {name}: the weights {tensor} have numbers that are not finite; no sample "
-            "was written"
-        )
 
 
 def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> dict[int, tuple]:

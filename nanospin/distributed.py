@@ -270,20 +270,6 @@ def reshard(model):
             module.reshard()
 
 
-def find_nonfinite_tensor(model) -> str:
-    """The name of the first parameter with a number that is not finite, or "", on every rank."""
-    found = ""
-    for name, p in model.named_parameters():
-        own = p.to_local() if isinstance(p, DTensor) else p
-        if not torch.isfinite(own).all():
-            found = name
-            break
-    for name in all_gather_object(found):
-        if name:
-            return name
-    return ""
-
-
 def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
     """Clip the gradients by their global norm (0: do not clip). Returns the norm before, ()."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))

@@ -486,7 +486,10 @@ def test_dropout_of_init_is_off_beside_a_reference(tiny_runs, tiny_data, tmp_pat
     ranked = ["--stage=preference", *options, f"--init={init}", "--max_steps=2"]
     train.main([*ranked, f"--out_dir={out}", "--save_interval=1"])
     assert dropout_of(out) == 0.0
-    assert f"dropout 0.2 of {init} is off in stage preference" in capsys.readouterr().out
+    assert (
+        f"dropout 0.2 of {checkpoint.latest(init)} is off in stage preference"
+        in capsys.readouterr().out
+    )
     assert not read_metrics(out, "warning")
 
     train.main([*ranked, f"--out_dir={tmp_path}/set", "--dropout=0.2", "--save_interval=1"])
@@ -606,14 +609,14 @@ def test_weights_that_are_not_finite_are_not_sampled(tiny_runs, tiny_data, tmp_p
     args = spin_args(tiny_runs, tiny_data, out, *players, f"--teacher={spoiled}")
     message = refused(args)
     assert spoiled in message
-    assert "h.0.mlp.c_proj.weight have numbers that are not finite" in message
+    assert "h.0.mlp.c_proj.weight has numbers that are not finite" in message
     assert not glob.glob(f"{out}/**/*.jsonl*", recursive=True)
     spoil_weights(spoiled, 0.5)
     train.main(args)
 
     spoil_weights(spoiled, value)
     message = refused(spin_args({"sft": spoiled}, tiny_data, f"{tmp_path}/own", "--max_steps=1"))
-    assert "are not finite" in message
+    assert "not finite" in message
     assert not glob.glob(f"{tmp_path}/own/round_0/*.jsonl*")
 
 
@@ -621,14 +624,23 @@ def preference_args(runs, data, out, *more):
     return spin_args(runs, data, out, "--stage=preference", "--max_steps=2", *more)
 
 
-def test_a_reference_that_is_not_finite_is_refused(tiny_runs, tiny_data, tmp_path):
+def test_a_reference_that_is_not_finite_is_refused(tiny_runs, tiny_data, tmp_path, monkeypatch):
     """Before its log-probabilities are written, with the row and the checkpoint named."""
-    spoiled, out = shutil.copytree(tiny_runs["sft"], f"{tmp_path}/spoiled"), f"{tmp_path}/r"
-    spoil_weights(spoiled, math.nan)
-    message = refused(preference_args({"sft": spoiled}, tiny_data, out))
-    assert f"log-probabilities under {spoiled}" in message
+    row_logps = rollout.row_logps
+
+    def broken(*args):
+        logps = row_logps(*args)
+        logps[7, 1] = math.nan
+        return logps
+
+    out = f"{tmp_path}/r"
+    with monkeypatch.context() as m:
+        m.setattr(rollout, "row_logps", broken)
+        message = refused(preference_args(tiny_runs, tiny_data, out))
+    assert f"log-probabilities under {tiny_runs['sft']}" in message
     assert "are not finite numbers for the prompt" in message
     assert not glob.glob(f"{out}/round_0/*")
+    train.main(preference_args(tiny_runs, tiny_data, out))
 
 
 def test_scoring_under_the_reference_goes_on_from_its_parts(
