@@ -221,10 +221,14 @@ def hashes_by_role(before: dict) -> dict:
 
 
 def use_recorded_checkpoint(role: str, expected: str, before: dict, settings: dict):
-    """Put the checkpoint that a run began with into its settings, if it is still what it was."""
+    """Put the checkpoint that a run began with into its settings, if it is still what it was and
+    stands in the folder that the setting names."""
     recorded = before.get("checkpoints")
     path = recorded.get(role) if isinstance(recorded, dict) else None
     if not isinstance(path, str) or not checkpoint.is_checkpoint(path):
+        return
+    folder = os.path.join(os.path.abspath(settings[role]), "")
+    if not os.path.abspath(path).startswith(folder):
         return
     if checkpoint.read_meta(path)["weights_sha256"] == expected:
         settings["checkpoints"][role] = path

@@ -633,7 +633,10 @@ RUNS = {
         "was begun with lr", lambda place: pretrain(begun(place, "pretrain"), "--lr=0.1")
     ),
     "begun with other data": Mistake(
-        "was begun with data", lambda place: pretrain(begun(place, "pretrain"), changed_data(place))
+        "was begun with data",
+        lambda place: pretrain(
+            begun(place, "pretrain"), changed_data(place, {"val.bin": b"a\0" * 2000})
+        ),
     ),
     "begun with data since changed": Mistake("was begun with data_sha256", other_data_in_place),
     "begun with init since changed": Mistake("was begun with players_sha256", other_init_in_place),
