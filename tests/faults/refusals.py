@@ -93,11 +93,11 @@ def refused(run, seconds: float, line: str) -> str:
 
 
 def changed_files(place: Place, before: dict[str, str]) -> str:
-    """Says which file was changed or removed, or that it trained; "" if neither. config.json of the
-    run may change."""
+    """Says which file was changed or removed, or that it trained; "" if neither. config.json and
+    hashes.json of the run may change."""
     after = file_hashes(place.folder)
     for path, content in before.items():
-        may_change = path == f"{place.out}/config.json"
+        may_change = path in (f"{place.out}/config.json", f"{place.out}/hashes.json")
         if path not in after or (after[path] != content and not may_change):
             return f"changed {path}"
     for path in after:
