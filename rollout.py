@@ -131,7 +131,10 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
         attach_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
     kept = [row for row in encoded if row is not None]
     if cfg.stage != "sft":
-        counts["responses equal to a better one"] = sum(map(drop_equal_responses, kept))
+        num_equal = sum(map(drop_equal_responses, kept))
+        for row in rows:  # and those that spin has made absent
+            num_equal += sum(same_as is not None for same_as in row.get("same_as") or [])
+        counts["responses equal to a better one"] = num_equal
         ranked = [row for row in kept if is_ranked(row)]
         counts["with nothing ranked"] = len(kept) - len(ranked)
         if split == "train":

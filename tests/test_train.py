@@ -396,7 +396,7 @@ def change_rows(folder, change):
     write_meta(str(folder), "bytes", "made up")
 
 
-def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
+def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path, capsys):
     """A sample that equals the data's response or the teacher's is left out of the ranking. Exact
     match counts only the first as right.
 
@@ -432,6 +432,8 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path):
         same_as = [0, 1, None][data_rows.index(data_row) % 3]  # the data's, the teacher's, neither
         assert row["same_as"] == [None, None, same_as]
         assert (row["ids"][2] is None) == (same_as is not None)
+    num_equal = sum(row["same_as"][2] is not None for row in rows)
+    assert f"{num_equal} responses equal to a better one" in capsys.readouterr().out
     report = read_metrics(out, "collect")[0]
     right = sum(row["same_as"][2] == 0 for row in rows) / len(rows)
     assert report["exact_match/self"] == right

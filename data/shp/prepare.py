@@ -55,6 +55,8 @@ def ranked_pairs(paths):
             row = to_row(value, where)
             if str(value.get("source", "")).startswith("gsm8k"):  # not threads
                 continue
+            if row.get("history"):
+                raise SystemExit(f"{where}: a thread has no history; drop it")
             num_responses = len(row["responses"])
             scores = row.get("scores") or range(num_responses, 0, -1)
             group = value.get("group")
