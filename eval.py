@@ -619,7 +619,7 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
             for player in (first, second):
                 text, ids = player.answers[key]
                 if player.enc is None:
-                    ids = response_ids(row, 0, judge_enc)
+                    text, ids = row["responses"][0], response_ids(row, 0, judge_enc)
                 else:
                     ids = retokenize(judge_enc, player.enc, text, ids)
                 responses.append(text)

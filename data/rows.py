@@ -75,7 +75,8 @@ def check_row(row, where: str, prompt_only: bool = False) -> dict:
 
     needed = ["prompt"] if prompt_only else ["prompt", "responses"]
     missing = [name for name in needed if name not in row]
-    must(not missing, f"a row needs prompt and responses, or text; {missing_fields(row, missing)}")
+    if missing:
+        must(False, f"a row needs prompt and responses, or text; {missing_fields(row, missing)}")
     prompt = row["prompt"]
     must(
         isinstance(prompt, str) and prompt.strip(),
@@ -187,9 +188,8 @@ def is_ended(value, num_responses: int) -> bool:
     """Whether it says which responses ended: a list, or, of a single one, its item. None: all."""
     if not isinstance(value, list):
         return value is None or isinstance(value, bool) and num_responses == 1
-    return is_list_of(value, num_responses) and all(
-        v is None or v is True or v is False for v in value
-    )
+    is_flag = [item is None or isinstance(item, bool) for item in value]
+    return is_list_of(value, num_responses) and all(is_flag)
 
 
 def is_list_of(value, length: int) -> bool:
