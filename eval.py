@@ -13,6 +13,7 @@ import bisect
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import tokenizer
+from data import cli, tokenizer
 from data.batch import (
     Batch,
     batch_rows,
@@ -35,7 +36,7 @@ from data.files import write_json
 from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
 from loss import chosen_rejected_metrics, plackett_luce
 from model import GPT, response_logps, response_scores
-from nanospin import checkpoint, cli, distributed
+from nanospin import checkpoint, distributed
 from nanospin.distributed import all_reduce_sum, world_size
 from sample import respond
 
@@ -592,7 +593,7 @@ def make_parser() -> cli.ArgumentParser:
     parser.add_argument("--out", help="folder for eval.json and the samples")
     parser.add_argument(
         "--seed",
-        type=cli.number_type(int, 0),
+        type=cli.number_type(int, 0, cli.MAX_SEED - 1000),
         default=0,
         help="of sampling; the n-th checkpoint takes seed + n",
     )
@@ -680,4 +681,4 @@ def write_samples(path: str, rows: list[dict], player: Samples):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

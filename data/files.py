@@ -59,10 +59,19 @@ def read_arrays(path: str) -> dict:
         raise SystemExit(f"{path} is damaged: not an .npz file of numbers ({type(e).__name__})")
 
 
+# Characters that can drive a terminal or reorder its text: controls but newline and tab, halves of
+# surrogate pairs, line separators, and the bidirectional controls.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
 def printable(text: str) -> str:
-    """Escape control characters but newline and tab, so that a text cannot drive the terminal."""
+    """Escape UNPRINTABLE characters, so that a text cannot drive the terminal."""
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
-    def escape(match):
-        return ascii(match[0])[1:-1]
 
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", escape, text)
+def one_line(text: str) -> str:
+    """Escape line breaks and whatever else str.isprintable refuses, for a message of one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

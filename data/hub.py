@@ -8,16 +8,15 @@ number of rows read, and the number of bytes that they made of each OUT/FILE.par
 after those bytes is cut off. At the end the files get their names, meta.json last.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import os
 import re
-import sys
 
 from tqdm import tqdm
 
+from data import cli
 from data.files import printable, read_json, write_json
 from data.folder import split_of, write_meta
 from data.rows import check_row, write_rows
@@ -38,16 +37,13 @@ PINNED = {
 CHUNK = 1000  # rows between two writes of state.json
 
 
-def argument_parser(doc: str, hub: str, script: str) -> argparse.ArgumentParser:
+def argument_parser(doc: str, hub: str, script: str) -> cli.ArgumentParser:
     """The options that every prepare.py for a hub data set has.
 
     script: the prepare.py; its folder is the default of --out.
     """
     out = os.path.dirname(os.path.abspath(script))
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
+    parser = cli.ArgumentParser(description=doc)
     parser.add_argument(
         "--hub",
         default=hub,
@@ -67,21 +63,17 @@ def argument_parser(doc: str, hub: str, script: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_val_share(parser: argparse.ArgumentParser, default: float):
+def add_val_share(parser: cli.ArgumentParser, default: float):
     """The option for sets that have no validation split of their own."""
     parser.add_argument(
         "--val_share",
-        type=float,
+        type=cli.number_type(float, 0, 1),
         default=default,
         help="share of the groups that go to validation, by a hash of the group",
     )
 
 
-def nonnegative_int(text: str) -> int:
-    """An argparse type."""
-    if not text.replace("_", "").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
-    return int(text)
+nonnegative_int = cli.number_type(int, 0, 2**62)  # an argparse type
 
 
 # ---- reading

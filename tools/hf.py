@@ -10,6 +10,7 @@ tensors that each of our parameters is made of; import and export both read it. 
 tensor that has no counterpart here is an error that names it.
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -24,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from data import tokenizer
+from data import cli, tokenizer
 from data.files import printable, read_json, write_json
 from data.template import TEMPLATE, check_template, read_template, to_jinja
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
-from nanospin.cli import ArgumentParser
 
 # GPTConfig's fields and their names in config.json. Mistral and Qwen use Llama's names.
 FIELD_NAMES = {
@@ -846,8 +846,19 @@ def new_folder(path):
         raise
 
 
+def positive_float(text):
+    """An argparse type; "inf" is one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
 def parse_args(argv):
-    parser = ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     about = "convert a Hugging Face model, local or on the hub, to a run"
@@ -858,7 +869,7 @@ def parse_args(argv):
     )
     importer.add_argument(
         "--block_size",
-        type=int,
+        type=cli.number_type(int, 0),
         default=0,
         help="longest sequence; 0: the model's, or its sliding window",
     )
@@ -877,7 +888,7 @@ def parse_args(argv):
     )
     exporter.add_argument(
         "--shard_gb",
-        type=float,
+        type=positive_float,
         default=math.inf,
         help="split the weights into files of at most this many 10^9 bytes",
     )
@@ -910,4 +921,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run(main))

@@ -16,13 +16,14 @@ import json
 import logging
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
 
+from data import cli
 from data.files import printable, read_json
-from nanospin.cli import ArgumentParser
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
 import matplotlib.pyplot as plt  # noqa: E402
@@ -645,7 +646,7 @@ def named_runs(text: str) -> tuple[str, list[str]]:
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(prog="python -m tools.plot", description=__doc__)
+    parser = cli.ArgumentParser(prog="python -m tools.plot", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     loss = commands.add_parser("loss", help="validation loss of several settings")
     loss.add_argument("out", help="the figure, OUT.png; OUT.svg is written beside it")
@@ -670,4 +671,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

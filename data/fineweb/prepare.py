@@ -20,11 +20,12 @@ Traps:
 """
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data import hub, tokenizer
+from data import cli, hub, tokenizer
 from data.folder import split_of, token_dtype
 
 CONFIGS = {
@@ -80,4 +81,4 @@ def is_text(value) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -14,14 +14,14 @@ Writes train.jsonl and val.jsonl from lines with a prompt, and train.bin and val
 with a text.
 """
 
-import argparse
 import gzip
 import json
 import os
+import sys
 
 from tqdm import tqdm
 
-from data import tokenizer
+from data import cli, tokenizer
 from data.folder import split_of, write_meta, write_stream
 from data.rows import check_row, is_text, is_unicode, write_rows
 
@@ -96,9 +96,7 @@ def sort_responses(responses, where):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", help=".jsonl or .jsonl.gz")
     parser.add_argument("--out", required=True, help="data folder to write")
     parser.add_argument("--where", help="KEY=PREFIX: only lines whose KEY starts with PREFIX")
@@ -111,9 +109,14 @@ def main(argv=None):
         help="of a stream: gpt2 (default), bytes, bpe (trained on the training texts), or a file"
         " (a .tiktoken, another model's tokenizer.json)",
     )
-    parser.add_argument("--vocab_size", type=int, default=4096, help="vocabulary size of bpe")
     parser.add_argument(
-        "--val_share", type=float, default=0.1, help="share of the groups that go to validation"
+        "--vocab_size", type=cli.vocab_size_type, default=4096, help="vocabulary size of bpe"
+    )
+    parser.add_argument(
+        "--val_share",
+        type=cli.number_type(float, 0, 1),
+        default=0.1,
+        help="share of the groups that go to validation",
     )
     args = parser.parse_args(argv)
 
@@ -184,4 +187,4 @@ def read_files(args):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data import cli
 from tools.plot import (
     GREY,
     PALETTE,
@@ -710,4 +711,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run(main))
