@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 
 import tiktoken
 
@@ -21,6 +22,11 @@ import tiktoken
 # ByteLevel of the `tokenizers` package does the same.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 EOT = "<|endoftext|>"
+
+# Longer runs of characters of one kind are encoded in pieces of this length: tiktoken's regular
+# expression fails on a million spaces, and the time of a merge grows faster than its length.
+MAX_RUN = 10_000
+RUNS = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of spaces, letters, digits, others
 
 
 # ---- load, train, save
@@ -153,10 +159,55 @@ def encode(enc, text: str, where: str = "start") -> list[int]:
 
     where: the text is at the "start" of what the model reads, after a "special" token, or continues
     "within" a text. Some tokenizers put a space before what they take for a beginning.
+
+    A run of more than MAX_RUN characters of one kind is encoded in pieces. Exits with one line that
+    shows how the text begins if the tokenizer fails on it.
     """
-    if isinstance(enc, JsonTokenizer):
-        return enc.encode_ordinary(text, where)
-    return enc.encode_ordinary(text)
+    if not may_have_long_run(text):
+        return encode_piece(enc, text, where)
+    ids = []
+    for piece in cut_long_runs(text):
+        ids += encode_piece(enc, piece, where)
+        where = "within"
+    return ids
+
+
+def encode_piece(enc, text: str, where: str) -> list[int]:
+    try:
+        if isinstance(enc, JsonTokenizer):
+            return enc.encode_ordinary(text, where)
+        return enc.encode_ordinary(text)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as e:  # both packages are in Rust, and their panics are no Exception
+        raise SystemExit(
+            f"the tokenizer cannot encode the text of {len(text):,} characters that begins with"
+            f" {text[:60]!r} ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        )
+
+
+def cut_long_runs(text: str) -> list[str]:
+    """The text in pieces, cut inside of runs of more than MAX_RUN characters of one kind. The rest
+    of a run, at least two characters, stays with what follows it."""
+    pieces = []
+    start = 0
+    for run in RUNS.finditer(text):
+        for end in range(run.start() + MAX_RUN, run.end() - 1, MAX_RUN):
+            pieces.append(text[start:end])
+            start = end
+    return [*pieces, text[start:]]
+
+
+def may_have_long_run(text: str) -> bool:
+    """A quick test: whether a block of MAX_RUN / 2 characters has no space, or nothing else."""
+    if len(text) <= MAX_RUN:
+        return False
+    length = MAX_RUN // 2
+    for start in range(0, len(text) - length, length):
+        block = text[start : start + length]
+        if block.isspace() or len(block.split(None, 1)) < 2:
+            return True
+    return False
 
 
 def specials(enc) -> dict[str, int]:

@@ -194,8 +194,8 @@ def on_side(texts, sides, side):
 
 def share_of_leaks(train, val, enc, num_tokens=64):
     """The share of validation texts whose first tokens (at most 64) begin a training text too."""
-    train_ids = [enc.encode_ordinary(row["text"]) for row in train]
-    val_ids = [enc.encode_ordinary(row["text"]) for row in val]
+    train_ids = [tokenizer.encode(enc, row["text"]) for row in train]
+    val_ids = [tokenizer.encode(enc, row["text"]) for row in val]
     shared = longest_shared_prefix(val_ids, train_ids)
     leaks = [n >= min(num_tokens, len(ids)) for n, ids in zip(shared, val_ids)]
     return sum(leaks) / len(leaks)
