@@ -5,8 +5,11 @@ import hashlib
 import json
 import os
 import re
+import stat
 
 import numpy as np
+
+MAX_TEXT_BYTES = 2**28  # of a JSON file; a large tokenizer.json has 2**25
 
 
 def sha256(path):
@@ -30,14 +33,27 @@ def write_json(path: str, value):
         f.write("\n")
 
 
+def read_text(path: str) -> str:
+    """The text of a regular file of at most MAX_TEXT_BYTES. Exits with one line for another file;
+    raises OSError and UnicodeDecodeError."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise SystemExit(f"{path} is not a regular file")
+    if info.st_size > MAX_TEXT_BYTES:
+        raise SystemExit(
+            f"{path} has {info.st_size:,} bytes; at most {MAX_TEXT_BYTES:,} are read at once"
+        )
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
 def read_json(path: str, required=(), advice: str = "") -> dict:
     """Read a JSON object that has the keys in `required`.
 
     Exits with one line, which ends in `advice`, if it cannot.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+        value = json.loads(read_text(path))
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}{advice}")
     except (ValueError, RecursionError) as e:

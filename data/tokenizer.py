@@ -18,6 +18,8 @@ import re
 
 import tiktoken
 
+from data.files import read_json, read_text
+
 # GPT-2's regular expression that cuts text before merging (tiktoken_ext/openai_public.py).
 # ByteLevel of the `tokenizers` package does the same.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -27,6 +29,11 @@ EOT = "<|endoftext|>"
 # expression fails on a million spaces, and the time of a merge grows faster than its length.
 MAX_RUN = 10_000
 RUNS = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of spaces, letters, digits, others
+
+# How many times as long the steps of a tokenizer.json may make a text, and what each step can do:
+# U+FDFA has 18 characters in compatibility forms.
+MAX_GROWTH = 1000
+NORMALIZER_GROWTH = {"NFKC": 18, "NFKD": 18, "Precompiled": 18, "BertNormalizer": 3, "ByteLevel": 4}
 
 
 # ---- load, train, save
@@ -104,6 +111,8 @@ def save(enc, path: str):
     if isinstance(enc, JsonTokenizer):
         to_json(enc, path)
         config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if enc.stop_tokens != [enc.eos]:
+            config["stop_tokens"] = enc.stop_tokens
         with open(config_path(path), "w", encoding="utf-8") as f:
             json.dump(config, f)
         return
@@ -222,6 +231,14 @@ def eos(enc) -> str:
     return enc.eos if isinstance(enc, JsonTokenizer) else EOT
 
 
+def stop_ids(enc) -> dict[str, int]:
+    """The tokens that end a response of the model as it was imported: {text: id}, its own eos_token
+    first. Here a response ends in `eos` only."""
+    if isinstance(enc, JsonTokenizer):
+        return {token: enc.full.token_to_id(token) for token in enc.stop_tokens}
+    return {EOT: enc.eot_token}
+
+
 def begin(enc) -> str:
     """The text of the special tokens that the tokenizer itself puts before a text (such as <s>)."""
     if not isinstance(enc, JsonTokenizer):
@@ -238,15 +255,20 @@ def begin(enc) -> str:
 class JsonTokenizer:
     """A tokenizer.json with the methods of a tiktoken.Encoding.
 
-    text: the file's content. eos: the text of the token that ends a response.
+    text: the file's content. eos: the text of the token that ends a response. stop_tokens: all
+    tokens that end a response of the original model, its eos_token first; default: eos.
+
+    Raises ValueError for a file whose steps could make a text much longer.
     """
 
-    def __init__(self, text: str, eos: str):
+    def __init__(self, text: str, eos: str, stop_tokens: list[str] | None = None):
         from tokenizers import Tokenizer
 
         self.text = text
         self.eos = eos
+        self.stop_tokens = stop_tokens or [eos]
         spec = json.loads(text)
+        check_growth(spec)
         self.full = Tokenizer.from_str(text)  # may put a space before a text
         self.bare = Tokenizer.from_str(json.dumps(without_prefix_space(spec)))
         for backend in (self.full, self.bare):
@@ -284,6 +306,32 @@ class JsonTokenizer:
         return self.bare.decode(ids, skip_special_tokens=False)
 
 
+def check_growth(spec: dict):
+    """Raise ValueError if the normalizer or the decoder of a parsed tokenizer.json could make a
+    text more than MAX_GROWTH times as long. A chain of 40 replacements of "a" by "aa" would fill
+    any memory."""
+    for name in ("normalizer", "decoder"):
+        factor = growth(spec.get(name))
+        if factor > MAX_GROWTH:
+            raise ValueError(f"its {name} can make a text {factor:.3g} times as long")
+
+
+def growth(step) -> float:
+    """How many times as many characters as before a text can have after a step."""
+    if not isinstance(step, dict):
+        return 1
+    kind = step.get("type")
+    factor = NORMALIZER_GROWTH.get(kind, 1)
+    if kind == "Replace":
+        pattern, content = step["pattern"], step["content"]
+        shortest = len(pattern["String"]) if "String" in pattern else 1  # a match of a regex
+        factor = max(1, len(content) / shortest) if shortest else 1 + len(content)
+    for name in ("normalizers", "decoders"):
+        for part in step.get(name, []):
+            factor = min(factor * growth(part), 1e300)
+    return factor
+
+
 def without_prefix_space(spec: dict) -> dict:
     """A parsed tokenizer.json that puts no space before a text and, when decoding, removes none."""
     parts = ("normalizer", "pre_tokenizer", "decoder")
@@ -316,10 +364,9 @@ def config_path(path: str) -> str:
 def load_json(path: str) -> JsonTokenizer:
     """Load a tokenizer.json. The tokenizer_config.json beside it names the end-of-text token."""
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-        with open(config_path(path), encoding="utf-8") as f:
-            eos = json.load(f).get("eos_token")
+        text = read_text(path)
+        settings = read_json(config_path(path))
+        eos = settings.get("eos_token")
         if isinstance(eos, dict):
             eos = eos.get("content")
         if not isinstance(eos, str):
@@ -327,7 +374,7 @@ def load_json(path: str) -> JsonTokenizer:
                 f"tokenizer {path}: the tokenizer_config.json beside it must give its eos_token,"
                 f" got {eos!r}"
             )
-        enc = JsonTokenizer(text, eos)
+        enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
         begin(enc)  # some broken files fail only when they encode
         enc.encode_ordinary("a 1")
     except OSError as e:
@@ -339,7 +386,15 @@ def load_json(path: str) -> JsonTokenizer:
         raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {reason})")
     if enc.eot_token is None:
         raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is not one of its tokens")
+    if not is_token_list(enc, enc.stop_tokens):
+        raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc
+
+
+def is_token_list(enc: JsonTokenizer, tokens) -> bool:
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return False
+    return all(enc.full.token_to_id(token) is not None for token in tokens)
 
 
 # ---- conversion

@@ -10,7 +10,6 @@ tensors that each of our parameters is made of; import and export both read it. 
 tensor that has no counterpart here is an error that names it.
 """
 
-import argparse
 import contextlib
 import functools
 import math
@@ -27,7 +26,14 @@ from safetensors import SafetensorError, safe_open
 
 from data import cli, tokenizer
 from data.files import printable, read_json, write_json
-from data.template import TEMPLATE, check_template, read_template, to_jinja
+from data.template import (
+    TEMPLATE,
+    check_template,
+    read_template,
+    split_at_specials,
+    split_template,
+    to_jinja,
+)
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 
@@ -415,6 +421,7 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
 
     enc, tokenizer_name = read_tokenizer(folder)
     template = template or read_template(folder, enc, TEMPLATE)
+    enc = with_stop_tokens(folder, enc, template)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
@@ -664,6 +671,49 @@ def read_tokenizer(folder):
     return enc, "tokenizer.tiktoken"
 
 
+def with_stop_tokens(folder, enc, template):
+    """The tokenizer with the token that ends a response. Prints a line if it is not eos_token.
+
+    A chat template may end a response with another special token, which generation_config.json (or
+    config.json) lists beside eos_token: Llama 3 does. The others are kept for an export.
+    """
+    if not isinstance(enc, tokenizer.JsonTokenizer):
+        return enc
+    stop_tokens = [enc.eos]
+    for token_id in read_eos_ids(folder):
+        token = enc.full.id_to_token(token_id)
+        if token is not None and token not in stop_tokens:
+            stop_tokens.append(token)
+    eos = enc.eos
+    pieces = split_at_specials(split_template(template).end, tokenizer.specials(enc))
+    if len(pieces) > 1 and pieces[0] == "" and pieces[1] != eos:
+        if pieces[1] in stop_tokens:
+            eos = pieces[1]
+            print(f"a response ends in {eos!r}, as in the template; eos_token is {enc.eos!r}")
+        else:
+            print(
+                f"a response ends in eos_token {eos!r}: the template ends it in {pieces[1]!r}, but"
+                " generation_config.json does not list that"
+            )
+    return tokenizer.JsonTokenizer(enc.text, eos, stop_tokens)
+
+
+def read_eos_ids(folder) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json: a list of ids."""
+    for name in ("generation_config.json", "config.json"):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        ids = read_json(path).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        ids = [i for i in ids if i is not None]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise SystemExit(f"{path}: eos_token_id must be token ids, got {ids!r}")
+        if ids:
+            return ids
+    return []
+
+
 def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
     """Compare the logits of transformers' model in a folder with those of ours in a run.
 
@@ -768,7 +818,9 @@ def write_tokenizer(folder, enc, template, block_size):
     """Write tokenizer.json and tokenizer_config.json. Returns the ids of the special tokens."""
     tokenizer.to_json(enc, os.path.join(folder, "tokenizer.json"))
     specials = tokenizer.specials(enc)
-    eos = tokenizer.eos(enc)
+    stop_ids = tokenizer.stop_ids(enc)
+    eos = next(iter(stop_ids))  # the original model's
+    end_of_response = "" if tokenizer.eos(enc) == eos else tokenizer.eos(enc)
     bos = tokenizer.begin(enc)
     if bos not in specials:
         bos = eos
@@ -779,13 +831,16 @@ def write_tokenizer(folder, enc, template, block_size):
         "pad_token": eos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
-        "chat_template": to_jinja(template),
+        "chat_template": to_jinja(
+            template, "" if tokenizer.eos(enc) == eos else tokenizer.eos(enc)
+        ),
     }
     write_json(os.path.join(folder, "tokenizer_config.json"), settings)
+    ids = list(stop_ids.values())
     return {
-        "bos_token_id": specials[bos],
-        "eos_token_id": enc.eot_token,
-        "pad_token_id": enc.eot_token,
+        "bos_token_id": specials.get(bos, stop_ids[eos]),
+        "eos_token_id": ids if len(ids) > 1 else ids[0],
+        "pad_token_id": stop_ids[eos],
     }
 
 
@@ -846,17 +901,6 @@ def new_folder(path):
         raise
 
 
-def positive_float(text):
-    """An argparse type; "inf" is one."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
 def parse_args(argv):
     parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -888,7 +932,7 @@ def parse_args(argv):
     )
     exporter.add_argument(
         "--shard_gb",
-        type=positive_float,
+        type=float,
         default=math.inf,
         help="split the weights into files of at most this many 10^9 bytes",
     )
