@@ -831,9 +831,7 @@ def write_tokenizer(folder, enc, template, block_size):
         "pad_token": eos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
-        "chat_template": to_jinja(
-            template, "" if tokenizer.eos(enc) == eos else tokenizer.eos(enc)
-        ),
+        "chat_template": to_jinja(template, end_of_response),
     }
     write_json(os.path.join(folder, "tokenizer_config.json"), settings)
     ids = list(stop_ids.values())
