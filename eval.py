@@ -9,6 +9,7 @@ All checkpoints are measured on the same held-out rows. Each is sampled with its
 limits.
 """
 
+import argparse
 import bisect
 import math
 import os
@@ -557,13 +558,17 @@ def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
     """NAME=CHECKPOINT[@TEMPERATURE] arguments -> {name: (checkpoint, temperature)}."""
     checkpoints = {}
     for spec in specs:
-        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
+        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@([0-9.][0-9.e+-]*))?", spec)
         if not found or found[1] in checkpoints or found[1] == "data":
             raise SystemExit(
                 f"{spec!r}: give a checkpoint as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, "
                 "each NAME once and none of them data"
             )
-        checkpoints[found[1]] = (checkpoint.resolve(found[2]), float(found[3] or 1.0))
+        try:
+            temperature = cli.temperature_type(found[3] or "1")
+        except argparse.ArgumentTypeError as e:
+            raise SystemExit(f"{spec!r}: the temperature {e}")
+        checkpoints[found[1]] = (checkpoint.resolve(found[2]), temperature)
     return checkpoints
 
 

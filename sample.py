@@ -470,7 +470,7 @@ def main(argv=None):
     settings = {
         "template": with_bos(enc, "{prompt}") if args.raw else cfg["template"],
         "max_prompt": cfg["max_prompt"],
-        "max_response": args.max_new_tokens or cfg["max_response"],
+        "max_response": min(args.max_new_tokens, model.config.block_size) or cfg["max_response"],
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,

@@ -184,6 +184,8 @@ def parse_hf_config(hf_config: dict, path: str) -> HFModel:
         default = DEFAULTS[model_type].get(field, REQUIRED)
         fields[field] = settings.take(name, types[field], default)
 
+    if fields["n_layer"] > GPTConfig.MOST["n_layer"]:
+        settings.refuse(f"{FIELD_NAMES[family]['n_layer']} = {fields['n_layer']} is too large")
     activations = ACTIVATIONS[family]
     if fields["mlp"] not in activations:
         name = FIELD_NAMES[family]["mlp"]
@@ -439,8 +441,10 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
             f" the tokenizer has {enc.n_vocab} ids"
         )
     fields = hf_model.fields | {"block_size": block_size, "vocab_size": enc.n_vocab}
+    model_config = GPTConfig(**fields)
+    check_size(folder, model_config)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**fields))
+        model = GPT(model_config)
 
     path = os.path.join(out, "round_0", "step_000000")
     unfinished = checkpoint.sibling_path(path, "writing")
@@ -463,6 +467,23 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
         f"{path}: {hf_model.family}, {model.num_params() / 1e6:.2f}M parameters,"
         f" tokenizer {tokenizer_name}, block_size {block_size}, template {template!r}"
     )
+
+
+def check_size(folder, c: GPTConfig):
+    """Exit if the files are too small for the matrices of the blocks and the embedding, at two
+    bytes a number: config.json could describe a model that fills any memory."""
+    block = c.n_embd * (2 * c.n_head * c.head_dim + 2 * c.n_inner)
+    needed = 2 * (c.n_layer * block + c.vocab_size * c.n_embd)
+    files = set(read_index(folder).values()) or ["model.safetensors"]
+    paths = [os.path.join(folder, file) for file in files]
+    if not all(map(os.path.exists, paths)):
+        return  # open_tensors names the missing file
+    found = sum(map(os.path.getsize, paths))
+    if found < needed:
+        raise SystemExit(
+            f"{folder}/config.json describes a model of more than {needed:,} bytes;"
+            f" its safetensors files have {found:,}"
+        )
 
 
 def find_folder(source):

@@ -18,6 +18,7 @@ import gzip
 import json
 import os
 import sys
+import zlib
 
 from tqdm import tqdm
 
@@ -25,25 +26,41 @@ from data import cli, tokenizer
 from data.folder import split_of, write_meta, write_stream
 from data.rows import check_row, is_text, is_unicode, write_rows
 
+MAX_LINE = 2**28  # characters
+MAX_RATIO = 200  # unpacked size to size of a .gz file; text has 3 to 30
+
 
 def read_lines(path):
     """Yield (file:line, object) for each line. Exits with the file, the line and what is wrong."""
-    open_text = gzip.open if path.endswith(".gz") else open
+    is_gzip = path.endswith(".gz")
+    open_text = gzip.open if is_gzip else open
     try:
+        limit = max(MAX_LINE, MAX_RATIO * os.path.getsize(path))
         with open_text(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
+            number = 0
+            while line := f.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise SystemExit(
+                        f"{path}:{number}: a line of more than {MAX_LINE:,} characters"
+                    )
+                if is_gzip and f.buffer.tell() > limit:
+                    raise SystemExit(
+                        f"{path}:{number}: unpacked it is more than {MAX_RATIO} times as large;"
+                        " unpack it yourself if it is what you expect"
+                    )
                 if line.strip():
                     yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
     except UnicodeDecodeError as e:
         raise SystemExit(f"{path}: not UTF-8: {e.reason}")
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise SystemExit(f"{path}: {getattr(e, 'strerror', None) or e}")
 
 
 def parse_line(line, where):
     try:
         value = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise SystemExit(f"{where}: not JSON: {e}")
     if not isinstance(value, dict):
         raise SystemExit(f"{where}: not an object")
