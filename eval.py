@@ -33,7 +33,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import write_json
+from data.files import check_output, write_json
 from data.rows import encode_rows, prompt_fields, prompt_key, read_rows, write_rows
 from loss import chosen_rejected_metrics, plackett_luce
 from model import GPT, response_logps, response_scores
@@ -640,6 +640,8 @@ def check_arguments(parser, args, checkpoints: dict):
             os.makedirs(args.out, exist_ok=True)
         except OSError as e:
             parser.error(f"--out {args.out}: {e.strerror}")
+        for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in checkpoints)):
+            check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
     if args.judge:
         for name, (path, _) in checkpoints.items():
             if checkpoint.read_meta(path)["config"]["stage"] == "reward":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import cli, tokenizer
-from data.files import printable
+from data.files import check_output, printable
 from data.rows import prompt_fields, read_rows, write_rows
 from data.template import prompt_ids, with_bos
 from model import GPT
@@ -461,6 +461,8 @@ def main(argv=None):
         parser.error("the prompt is empty")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: No such folder")
+    if args.out:
+        check_output(args.out, [args.prompts])
 
     distributed.configure_torch(args.device)
     model, enc, meta = GPT.from_checkpoint(args.checkpoint, args.device)

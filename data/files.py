@@ -1,6 +1,7 @@
 """JSON and .npz files, checksums, and text for a terminal."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,17 +21,72 @@ def sha256(path):
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w"):
-    """Open PATH.tmp and rename it to PATH at the end: PATH is either complete or untouched."""
-    encoding = None if "b" in mode else "utf-8"
-    with open(path + ".tmp", mode, encoding=encoding) as f:
-        yield f
-    os.replace(path + ".tmp", path)
+    """Open PATH.tmp and rename it to PATH at the end: PATH is either complete or untouched, also
+    after a loss of power. mode is "w" (text in UTF-8) or "wb".
+
+    Exits with one line if PATH is not a regular file but a link, a folder, a pipe or a device.
+    """
+    require_regular(path)
+    temporary = path + ".tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    # O_EXCL: nothing that someone puts there meanwhile is followed or overwritten
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    fsync_folder(os.path.dirname(path))
+
+
+def require_regular(path: str):
+    """Exit with one line if something is at `path` that is not a regular file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
+        raise SystemExit(printable(f"{path} is {kind}: it is neither followed nor replaced"))
+
+
+def fsync_file(path: str):
+    """Wait until the content of a file is on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(path: str):
+    """Wait until the names in a folder are on the disk. "" is the current folder."""
+    try:
+        fsync_file(path or ".")
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it
+            raise
 
 
 def write_json(path: str, value):
     with atomic_write(path) as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
+
+
+def check_output(path: str, inputs=()):
+    """Exit with one line if a command must not write to `path`: something is there that is not a
+    regular file, or it is one of the files that the command reads."""
+    require_regular(path)
+    for other in inputs:
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise SystemExit(f"{path} is what this command reads; choose another output")
 
 
 def read_text(path: str) -> str:

@@ -17,7 +17,7 @@ import re
 from tqdm import tqdm
 
 from data import cli
-from data.files import printable, read_json, write_json
+from data.files import printable, read_json, require_regular, write_json
 from data.folder import split_of, write_meta
 from data.rows import check_row, write_rows
 
@@ -172,6 +172,8 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
     `dropped`, {reason: number}. max_bytes: stop when the files have so many bytes together; 0:
     never. Returns the state; state["part"] is the index of the current split.
     """
+    if os.path.isdir(args.hub) and is_inside(args.out, args.hub):
+        raise SystemExit(f"--out {args.out} is inside of --hub {args.hub}; choose another folder")
     state = load_state(args)
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -203,6 +205,11 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
     for f in files.values():
         f.close()
     return state
+
+
+def is_inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
 
 
 def split_progress(args, state: dict, dataset, split: str) -> tqdm:
@@ -270,6 +277,7 @@ def open_partial(out: str, name: str, size: int):
         raise SystemExit(
             f"{path} is shorter than {out}/state.json says; remove state.json to start again"
         )
+    require_regular(path)
     f = open(path, "r+b" if size else "wb")
     f.truncate(size)
     f.seek(size)

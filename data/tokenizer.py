@@ -18,7 +18,7 @@ import re
 
 import tiktoken
 
-from data.files import read_json, read_text
+from data.files import atomic_write, read_json, read_text, write_json
 
 # GPT-2's regular expression that cuts text before merging (tiktoken_ext/openai_public.py).
 # ByteLevel of the `tokenizers` package does the same.
@@ -113,10 +113,9 @@ def save(enc, path: str):
         config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
         if enc.stop_tokens != [enc.eos]:
             config["stop_tokens"] = enc.stop_tokens
-        with open(config_path(path), "w", encoding="utf-8") as f:
-            json.dump(config, f)
+        write_json(config_path(path), config)
         return
-    with open(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         for token, rank in by_rank(enc._mergeable_ranks):
             f.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
 
@@ -133,11 +132,13 @@ def load_into(folder: str, name: str):
 
     Returns (tokenizer, its name in that folder's meta.json).
     """
-    enc = load(name)
+    enc, source = load(name), name
     name = file_name(enc, name)
     if name not in ("gpt2", "bytes"):
         os.makedirs(folder, exist_ok=True)
-        save(enc, os.path.join(folder, name))
+        path = os.path.join(folder, name)
+        if not os.path.exists(path) or not os.path.samefile(path, source):
+            save(enc, path)
     return enc, name
 
 
@@ -465,7 +466,7 @@ def to_json(enc, path: str):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     if isinstance(enc, JsonTokenizer):
-        with open(path, "w", encoding="utf-8") as f:
+        with atomic_write(path) as f:
             f.write(enc.text)
         return
     ranks = enc._mergeable_ranks
@@ -475,7 +476,8 @@ def to_json(enc, path: str):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([EOT])
-    bpe.save(path)
+    with atomic_write(path) as f:
+        f.write(bpe.to_str(pretty=True))
 
 
 def from_json(spec: dict) -> tiktoken.Encoding | None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from data import cli, tokenizer
-from data.files import printable, read_json, write_json
+from data.files import atomic_write, printable, read_json, write_json
 from data.template import (
     TEMPLATE,
     check_template,
@@ -442,7 +442,7 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
         )
     fields = hf_model.fields | {"block_size": block_size, "vocab_size": enc.n_vocab}
     model_config = GPTConfig(**fields)
-    check_size(folder, model_config)
+    check_size(folder, hf_model.family, model_config)
     with torch.device("meta"):
         model = GPT(model_config)
 
@@ -469,7 +469,7 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
     )
 
 
-def check_size(folder, c: GPTConfig):
+def check_size(folder, family, c: GPTConfig):
     """Exit if the files are too small for the matrices of the blocks and the embedding, at two
     bytes a number: config.json could describe a model that fills any memory."""
     block = c.n_embd * (2 * c.n_head * c.head_dim + 2 * c.n_inner)
@@ -480,6 +480,8 @@ def check_size(folder, c: GPTConfig):
         return  # open_tensors names the missing file
     found = sum(map(os.path.getsize, paths))
     if found < needed:
+        with contextlib.ExitStack() as stack:
+            open_tensors(folder, family, stack)  # exits if a file is cut
         raise SystemExit(
             f"{folder}/config.json describes a model of more than {needed:,} bytes;"
             f" its safetensors files have {found:,}"
@@ -787,7 +789,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
     )
     name = os.path.basename(os.path.normpath(run))
-    with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(out, "README.md")) as f:
         f.write(model_card(name, hf_config["model_type"], model, meta, enc, dtype))
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
     print(
@@ -907,6 +909,8 @@ def model_card(name, model_type, model, meta, enc, dtype):
 @contextlib.contextmanager
 def new_folder(path):
     """Make a folder, and remove it again if the code that fills it fails."""
+    if os.path.islink(path):
+        raise SystemExit(f"{path} is a link; choose another --out")
     existed = os.path.isdir(path)
     if os.path.exists(path) and (not existed or os.listdir(path)):
         raise SystemExit(f"{path} already exists; choose another --out, or remove it")

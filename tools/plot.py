@@ -23,7 +23,7 @@ from itertools import cycle
 import numpy as np
 
 from data import cli
-from data.files import printable, read_json
+from data.files import atomic_write, check_output, printable, read_json, require_regular
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
 import matplotlib.pyplot as plt  # noqa: E402
@@ -122,8 +122,10 @@ def save_figure(fig, path: str):
     if ending not in (".png", ".svg"):
         stem = path
     with style():
-        fig.savefig(stem + ".png")
-        fig.savefig(stem + ".svg", metadata={"Date": None})
+        with atomic_write(stem + ".png", "wb") as f:
+            fig.savefig(f, format="png")
+        with atomic_write(stem + ".svg", "wb") as f:
+            fig.savefig(f, format="svg", metadata={"Date": None})
     plt.close(fig)
     print(stem + ".png")
 
@@ -593,7 +595,7 @@ def report(demos: list[str]):
         "",
     ]
     path = os.path.join(folder, "report.md")
-    with open(path, "w", encoding="utf-8") as f:
+    with atomic_write(path) as f:
         f.write("\n".join(text))
     print("\n".join([*stages, "", *lines, path]))
 
@@ -630,9 +632,11 @@ def table(out: str, runs: list[str]):
             lines.append("| " + " | ".join(cells) + " |")
             cells = [""] * 4  # the run is named once
         os.makedirs(os.path.join(out, name), exist_ok=True)
-        shutil.copy(os.path.join(run, "metrics.jsonl"), os.path.join(out, name))
+        copy = os.path.join(out, name, "metrics.jsonl")
+        check_output(copy, [os.path.join(run, "metrics.jsonl")])
+        shutil.copy(os.path.join(run, "metrics.jsonl"), copy)
     head = "# Held-out metrics at the first and the last evaluation of each run"
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(out, "report.md")) as f:
         f.write("\n".join([head, "", *lines, ""]))
     print("\n".join(lines))
 
@@ -660,6 +664,10 @@ def main(argv: list[str] | None = None):
     runs.add_argument("out", help="folder of the report and of the copied logs")
     runs.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run")
     args = parser.parse_args(argv)
+    if args.command in ("loss", "rounds"):
+        stem = args.out.removesuffix(".png").removesuffix(".svg")
+        for ending in (".png", ".svg"):
+            require_regular(stem + ending)
     if args.command == "loss":
         plot_loss(args.out, dict(args.runs))
     elif args.command == "rounds":

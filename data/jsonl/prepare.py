@@ -23,9 +23,11 @@ import zlib
 from tqdm import tqdm
 
 from data import cli, tokenizer
+from data.files import check_output
 from data.folder import split_of, write_meta, write_stream
 from data.rows import check_row, is_text, is_unicode, write_rows
 
+OUTPUTS = ("train.jsonl", "val.jsonl", "train.bin", "val.bin", "meta.json", "tokenizer.tiktoken")
 MAX_LINE = 2**28  # characters
 MAX_RATIO = 200  # unpacked size to size of a .gz file; text has 3 to 30
 
@@ -137,6 +139,8 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
 
+    for name in OUTPUTS:
+        check_output(os.path.join(args.out, name), args.files)
     rows, texts, num_dropped = read_files(args)
     files = ", ".join(args.files)
     if not any(rows.values()) and not any(texts.values()):

@@ -9,6 +9,7 @@ import os
 import sys
 
 from data import cli, tokenizer
+from data.files import check_output
 from data.folder import tokenizer_path, write_meta, write_stream
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -27,6 +28,8 @@ def main(argv=None):
     )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
+    for name in ("train.bin", "val.bin", "meta.json", "bpe.tiktoken"):
+        check_output(os.path.join(args.out, name), [args.file])
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()

@@ -28,6 +28,7 @@ import sys
 from tqdm import tqdm
 
 from data import cli, hub, tokenizer
+from data.files import check_output
 from data.folder import split_of, write_meta
 from data.rows import longest_shared_prefix, write_rows
 
@@ -137,6 +138,9 @@ def main(argv=None):
     pairs = iter(tqdm(pairs, total=total, desc="pairs", disable=None))
     outs = [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]
     splits = ("row", "group") if args.split == "both" else (args.split,)
+    for out in outs:
+        for split, name in itertools.product(splits, ("train.jsonl", "val.jsonl", "meta.json")):
+            check_output(os.path.join(out, split, name), args.files)
     for out in outs:
         texts = []
         for history, comment, post in itertools.islice(pairs, args.rows):

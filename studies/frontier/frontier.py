@@ -29,7 +29,7 @@ import torch
 import train
 from data import cli
 from data.batch import permutation
-from data.files import read_json, write_json
+from data.files import atomic_write, read_json, write_json
 from data.folder import write_meta
 from data.pydocs.scorer import concrete, kinds
 from data.rows import encode_rows, read_rows, write_rows
@@ -525,7 +525,7 @@ def report(args, measured, base):
     lines += ["", "![True reward, learnt reward and win rate](figures/frontier.png)", ""]
     for folder in ("figures", "logs"):
         os.makedirs(os.path.join(args.out, folder), exist_ok=True)
-    with open(os.path.join(args.out, "report.md"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(args.out, "report.md")) as f:
         f.write("\n".join(lines))
     results.save(os.path.join(args.out, "logs", "frontier.json"))
     draw(os.path.join(args.out, "figures", "frontier.png"), results)

@@ -6,6 +6,7 @@
 A run that was cut short or damaged gives a page that says what is missing.
 """
 
+import glob
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from data import cli
-from data.files import atomic_write, printable
+from data.files import atomic_write, check_output, printable
 from tools.plot import HEADLINE_METRICS
 from tools.report import charts, runs
 
@@ -88,6 +89,10 @@ def main(argv: list[str] | None = None):
     rows = cli.number_type(int, 1, 1000)
     parser.add_argument("--rows", type=rows, default=8, help="number of prompts, 1 to 1000")
     args = parser.parse_args(argv)
+    for folder in args.runs:
+        inputs = glob.glob(os.path.join(glob.escape(folder), "round_*", "*.json*"))
+        inputs += [os.path.join(folder, name) for name in ("config.json", "metrics.jsonl")]
+        check_output(args.out, inputs)
     page = render([runs.read_run(folder) for folder in args.runs], args.rows)
     try:
         with atomic_write(args.out) as f:
