@@ -375,6 +375,9 @@ def test_files_are_data(tmp_path):
         with pytest.raises(SystemExit, match=message):
             read_json(str(tmp_path / "a.json"), ("x",), "; advice")
     assert printable("a\tb\n\x1b[2J\r\x9b\ud800é") == "a\tb\n\\x1b[2J\\r\\x9b\\ud800é"
+    assert printable("\u202eab\u2069\u200f\u061c\u2028") == (
+        "\\u202eab\\u2069\\u200f\\u061c\\u2028"
+    )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -774,10 +777,9 @@ def test_a_gzip_bomb_is_one_line(tmp_path, monkeypatch):
         f.write(row + "b" * 10**6)
     with pytest.raises(SystemExit, match="x.jsonl.gz:2: a line of more than 100,000 characters"):
         list(jsonl_prepare.read_lines(path))
-    with gzip.open(path, "wt") as f:
-        f.write(row + "[" * 90_000)
-    with pytest.raises(SystemExit, match="x.jsonl.gz:2: not JSON"):
-        list(jsonl_prepare.read_lines(path))
+    (tmp_path / "deep.jsonl").write_text(row + "[" * 90_000)
+    with pytest.raises(SystemExit, match="deep.jsonl:2: not JSON"):
+        list(jsonl_prepare.read_lines(str(tmp_path / "deep.jsonl")))
     with open(path, "r+b") as f:
         f.seek(40)
         f.write(b"damaged")
