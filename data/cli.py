@@ -43,9 +43,9 @@ MAX_SEED = 2**63 - 1  # the largest one that a torch.Generator takes
 def run(main: Callable, argv: list[str] | None = None) -> int:
     """Call main(argv) as a command. Returns the exit status.
 
-    argv: default sys.argv[1:]. A SystemExit with a text, a disk error and missing memory are one
-    line on stderr. Ctrl-C has no traceback. A pipe whose reader has left ends the command quietly.
-    An exception that is a bug keeps its traceback. All output is escaped, see `Console`.
+    argv: default sys.argv[1:]. A SystemExit with a text, an error with a file and missing memory
+    are one line on stderr. Ctrl-C has no traceback. A pipe whose reader has left ends the command
+    quietly. An exception that is a bug keeps its traceback. All output is escaped: see `Console`.
     """
     with guarded_console():
         try:
@@ -66,6 +66,8 @@ def report_error(error: BaseException) -> int:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
         text = str(error.code)
+    elif isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
     else:
         text = describe_error(error)
     if text:

@@ -89,9 +89,9 @@ def check_output(path: str, inputs=()):
             raise SystemExit(f"{path} is what this command reads; choose another output")
 
 
-def read_text(path: str) -> str:
-    """The text of a regular file of at most MAX_TEXT_BYTES. Exits with one line for another file;
-    raises OSError and UnicodeDecodeError."""
+def check_input(path: str):
+    """Exit with one line if a file is not a regular one of at most MAX_TEXT_BYTES: reading a pipe
+    could block for ever. Raises OSError if it cannot be found."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise SystemExit(f"{path} is not a regular file")
@@ -99,6 +99,11 @@ def read_text(path: str) -> str:
         raise SystemExit(
             f"{path} has {info.st_size:,} bytes; at most {MAX_TEXT_BYTES:,} are read at once"
         )
+
+
+def read_text(path: str) -> str:
+    """The text of a file, after `check_input`. Raises OSError and UnicodeDecodeError."""
+    check_input(path)
     with open(path, encoding="utf-8") as f:
         return f.read()
 

@@ -10,6 +10,7 @@ There are two kinds:
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ import re
 
 import tiktoken
 
-from data.files import atomic_write, read_json, read_text, write_json
+from data.files import atomic_write, check_input, read_json, read_text, write_json
 
 # GPT-2's regular expression that cuts text before merging (tiktoken_ext/openai_public.py).
 # ByteLevel of the `tokenizers` package does the same.
@@ -66,6 +67,7 @@ def load_gpt2() -> tiktoken.Encoding:
 def load_tiktoken(path: str) -> tiktoken.Encoding:
     ranks = {}
     try:
+        check_input(path)
         with open(path, "rb") as f:
             for line in f:
                 token, rank = line.split()
@@ -375,9 +377,10 @@ def load_json(path: str) -> JsonTokenizer:
                 f"tokenizer {path}: the tokenizer_config.json beside it must give its eos_token,"
                 f" got {eos!r}"
             )
-        enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
-        begin(enc)  # some broken files fail only when they encode
-        enc.encode_ordinary("a 1")
+        with no_panic_pages():
+            enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
+            begin(enc)  # some broken files fail only when they encode
+            enc.encode_ordinary("a 1")
     except OSError as e:
         raise SystemExit(f"tokenizer {e.filename}: {e.strerror}")
     except (SystemExit, KeyboardInterrupt):
@@ -390,6 +393,20 @@ def load_json(path: str) -> JsonTokenizer:
     if not is_token_list(enc, enc.stop_tokens):
         raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc
+
+
+@contextlib.contextmanager
+def no_panic_pages():
+    """Drop what Rust prints when it panics, a page, before Python sees the exception."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def is_token_list(enc: JsonTokenizer, tokens) -> bool:

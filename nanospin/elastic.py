@@ -375,7 +375,7 @@ def print_error_once(text: str):
     first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
     if distributed.process_groups:
         store = distributed.process_groups["store"]
-        key = hashlib.sha256(text.encode()).hexdigest()
+        key = hashlib.sha256(one_line(text).encode()).hexdigest()
         rank = str(distributed.rank())
         try:
             first = store.compare_set(key, "", rank).decode() == rank

@@ -148,7 +148,7 @@ def read_metrics(run: str, kind: str | None = None) -> list[dict]:
         return [r for r in records if kind in (None, r["kind"])]
     except OSError as e:
         raise SystemExit(printable(f"{path}: {e.strerror}; train this run first"))
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise SystemExit(printable(f"{path}: not the metrics of a run ({e!r})"))
 
 
