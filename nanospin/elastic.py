@@ -290,12 +290,20 @@ def run_main(main, argv) -> tuple[int, bool]:
             print_error_once(describe_lost_ranks())
             return 1, True
         text = cli.describe_error(e)
-        if text:
+        if text and not is_users_error(e):
             print_error_once(f"{text}; everything saved before is intact")
         else:
             cli.print_traceback(e)
         return 1, False
     return 0, False
+
+
+def is_users_error(error: BaseException) -> bool:
+    """Whether an exception went through code that is neither ours nor an installed package's, such
+    as a reward function: then its traceback is shown."""
+    installed = (ROOT + os.sep, sys.prefix + os.sep, sys.base_prefix + os.sep, "<frozen ")
+    frames = traceback.walk_tb(error.__traceback__)
+    return not all(frame.f_code.co_filename.startswith(installed) for frame, _ in frames)
 
 
 def is_connection_error(error: BaseException) -> bool:

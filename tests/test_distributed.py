@@ -1,6 +1,7 @@
 """Two CPU processes under torchrun give the same run as one, on ragged rows."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -413,6 +414,20 @@ def test_words_alone_do_not_make_a_lost_rank(monkeypatch):
 
     assert elastic.is_connection_error(raise_inside("gloo: Connection closed by peer"))
     assert not elastic.is_connection_error(raise_inside("shapes differ"))
+
+
+def test_a_disk_error_of_users_code_keeps_its_traceback(tmp_path, capsys):
+    def ours(argv):
+        raise PermissionError(errno.EACCES, "Permission denied", "x")
+
+    assert elastic.run_main(ours, []) == (1, False)
+    assert capsys.readouterr().err == "x: Permission denied; everything saved before is intact\n"
+    code = compile("def f(e): raise e", f"{tmp_path}/reward.py", "exec")
+    users = {}
+    exec(code, users)
+    error = PermissionError(errno.EACCES, "Permission denied", "x")
+    assert elastic.run_main(lambda argv: users["f"](error), []) == (1, False)
+    assert "reward.py" in capsys.readouterr().err
 
 
 LONG = ["--max_steps=5000", "--save_interval=5000", "--eval_interval=5000"]
