@@ -9,10 +9,12 @@ All checkpoints are measured on the same held-out rows, those that every one of 
 is sampled with its own template and limits.
 """
 
+import argparse
 import bisect
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import tokenizer
+from data import cli, tokenizer
 from data.batch import (
     Batch,
     batch_rows,
@@ -32,7 +34,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import write_json
+from data.files import check_output, write_json
 from data.rows import (
     drop_equal_responses,
     encode_rows,
@@ -46,7 +48,7 @@ from data.rows import (
 )
 from loss import chosen_rejected_metrics, plackett_luce
 from model import GPT, response_logps, response_scores
-from nanospin import checkpoint, cli, distributed
+from nanospin import checkpoint, distributed
 from nanospin.distributed import all_reduce_sum, world_size
 from sample import respond
 
@@ -648,13 +650,17 @@ def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
     """NAME=CHECKPOINT[@TEMPERATURE] arguments -> {name: (checkpoint, temperature)}."""
     checkpoints = {}
     for spec in specs:
-        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@(\d+\.?\d*))?", spec)
+        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@([0-9.][0-9.e+-]*))?", spec)
         if not found or found[1] in checkpoints or found[1] == "data":
             raise SystemExit(
                 f"{spec!r}: give a checkpoint as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, "
                 "each NAME once and none of them data"
             )
-        checkpoints[found[1]] = (checkpoint.resolve(found[2]), float(found[3] or 1.0))
+        try:
+            temperature = cli.temperature_type(found[3] or "1")
+        except argparse.ArgumentTypeError as e:
+            raise SystemExit(f"{spec!r}: the temperature {e}")
+        checkpoints[found[1]] = (checkpoint.resolve(found[2]), temperature)
     return checkpoints
 
 
@@ -684,7 +690,7 @@ def make_parser() -> cli.ArgumentParser:
     parser.add_argument("--out", help="folder for eval.json and the samples")
     parser.add_argument(
         "--seed",
-        type=cli.number_type(int, 0),
+        type=cli.number_type(int, 0, cli.MAX_SEED - 1000),
         default=0,
         help="of sampling; the n-th checkpoint takes seed + n",
     )
@@ -736,6 +742,8 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
             os.makedirs(args.out, exist_ok=True)
         except OSError as e:
             parser.error(f"--out {args.out}: {e.strerror}")
+        for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in entries)):
+            check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
     for name, entry in entries.items():
         is_reward_model = entry.meta["config"]["stage"] == "reward"
         if args.judge and is_reward_model:
@@ -808,4 +816,4 @@ def write_samples(path: str, rows: list[dict], player: Samples):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

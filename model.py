@@ -54,6 +54,15 @@ class GPTConfig:
         "mlp": ["gelu", "relu", "relu2", "swiglu"],
     }
 
+    # upper bounds of sizes; of those not listed 2**24
+    MOST: ClassVar[dict[str, int]] = {
+        "block_size": 2**28,
+        "n_layer": 10_000,
+        "n_head": 4096,
+        "n_kv_head": 4096,
+        "head_dim": 2**16,
+    }
+
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         self.rope_scaling = list(self.rope_scaling)
@@ -78,8 +87,9 @@ class GPTConfig:
                 )
         sizes = ["vocab_size", "block_size", "n_layer", "n_head", "n_kv_head"]
         for name in [*sizes, "n_embd", "n_inner", "head_dim"]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value, most = getattr(self, name), self.MOST.get(name, 2**24)
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, not {value}")
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.files import printable
+from data import cli
+from data.files import check_output, printable
 from data.rows import encode_prompt, read_rows, sampled_row, write_rows
 from data.template import cut_prompt_ids, with_bos
 from model import GPT
 from nanospin import distributed
-from nanospin.cli import ArgumentParser, default_device, device_type, number_type
 from nanospin.decoding import DecodeStep, prepacked_weights
 from nanospin.kv_cache import KVCache
 
@@ -405,8 +405,8 @@ class StreamPrinter:
 # ---- command line
 
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="a run folder, or a checkpoint in it")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="print a response to this prompt")
@@ -420,33 +420,33 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--raw", action="store_true", help="continue the text, without a template")
     parser.add_argument(
         "--temperature",
-        type=number_type(float, 0),
+        type=cli.temperature_type,
         default=1.0,
         help="divides the logits; 0 is greedy",
     )
     parser.add_argument(
         "--top_k",
-        type=number_type(int, 0),
+        type=cli.number_type(int, 0),
         default=0,
         help="sample from the k most likely tokens; 0: from all",
     )
     parser.add_argument(
         "--top_p",
-        type=number_type(float, 1e-9, 1),
+        type=cli.number_type(float, cli.MIN_TOP_P, 1),
         default=1.0,
         help="sample from the fewest tokens of this total probability; 1: from all",
     )
     parser.add_argument(
         "--max_new_tokens",
-        type=number_type(int, 0),
+        type=cli.number_type(int, 0),
         default=0,
         help="most tokens of a response; 0: max_response of the checkpoint",
     )
-    parser.add_argument("--seed", type=number_type(int, 0), default=0, help="of the samples")
+    parser.add_argument("--seed", type=cli.seed_type, default=0, help="of the samples")
     parser.add_argument(
         "--device",
-        type=device_type,
-        default=default_device(),
+        type=cli.device_type,
+        default=cli.default_device(),
         help="cpu or cuda; default: cuda if torch sees a GPU",
     )
     return parser
@@ -463,6 +463,8 @@ def main(argv=None):
         parser.error("the prompt is empty")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: No such folder")
+    if args.out:
+        check_output(args.out, [args.prompts])
 
     distributed.configure_torch(args.device)
     model, enc, meta = GPT.from_checkpoint(args.checkpoint, args.device)
@@ -472,7 +474,7 @@ def main(argv=None):
     settings = {
         "template": with_bos(enc, "{prompt}") if args.raw else cfg["template"],
         "max_prompt": cfg["max_prompt"],
-        "max_response": args.max_new_tokens or cfg["max_response"],
+        "max_response": min(args.max_new_tokens, model.config.block_size) or cfg["max_response"],
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
@@ -518,4 +520,4 @@ def respond_to_file(model, enc, prompts_path, out_path, settings):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -58,6 +58,7 @@ from bench.baselines import (
     work_of_rows,
     work_of_windows,
 )
+from data import cli
 from data.batch import batch_rows, count_row_tokens, split_by_tokens
 from data.files import read_json, write_json
 from eval import row_logps
@@ -729,9 +730,7 @@ ON_REQUEST = ("growth", "shakespeare")  # not run unless named
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
         "what",
         nargs="*",
@@ -770,4 +769,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -10,6 +10,8 @@ import stat
 
 import numpy as np
 
+MAX_TEXT_BYTES = 2**28  # of a JSON file; a large tokenizer.json has 2**25
+
 
 def sha256(path):
     """The SHA-256 of a file's content, in hexadecimal."""
@@ -78,14 +80,41 @@ def write_json(path: str, value):
         f.write("\n")
 
 
+def check_output(path: str, inputs=()):
+    """Exit with one line if a command must not write to `path`: something is there that is not a
+    regular file, or it is one of the files that the command reads."""
+    require_regular(path)
+    for other in inputs:
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise SystemExit(f"{path} is what this command reads; choose another output")
+
+
+def check_input(path: str):
+    """Exit with one line if a file is not a regular one of at most MAX_TEXT_BYTES: reading a pipe
+    could block for ever. Raises OSError if it cannot be found."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise SystemExit(f"{path} is not a regular file")
+    if info.st_size > MAX_TEXT_BYTES:
+        raise SystemExit(
+            f"{path} has {info.st_size:,} bytes; at most {MAX_TEXT_BYTES:,} are read at once"
+        )
+
+
+def read_text(path: str) -> str:
+    """The text of a file, after `check_input`. Raises OSError and UnicodeDecodeError."""
+    check_input(path)
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
 def read_json(path: str, required=(), advice: str = "") -> dict:
     """Read a JSON object that has the keys in `required`.
 
     Exits with one line, which ends in `advice`, if it cannot.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+        value = json.loads(read_text(path))
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}{advice}")
     except (ValueError, RecursionError) as e:
@@ -107,10 +136,19 @@ def read_arrays(path: str) -> dict:
         raise SystemExit(f"{path} is damaged: not an .npz file of numbers ({type(e).__name__})")
 
 
+# Characters that can drive a terminal or reorder its text: controls but newline and tab, halves of
+# surrogate pairs, line separators, and the bidirectional controls.
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
 def printable(text: str) -> str:
-    """Escape control characters but newline and tab, so that a text cannot drive the terminal."""
+    """Escape UNPRINTABLE characters, so that a text cannot drive the terminal."""
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
-    def escape(match):
-        return ascii(match[0])[1:-1]
 
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", escape, text)
+def one_line(text: str) -> str:
+    """Escape line breaks and whatever else str.isprintable refuses, for a message of one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

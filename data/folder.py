@@ -80,7 +80,7 @@ def write_stream(path: str, documents, enc) -> int:
     num_tokens = 0
     with atomic_write(path, "wb") as f:
         for text in documents:
-            ids = enc.encode_ordinary(text) + [enc.eot_token]
+            ids = tokenizer.encode(enc, text) + [enc.eot_token]
             np.array(ids, dtype=dtype).tofile(f)
             num_tokens += len(ids)
     return num_tokens

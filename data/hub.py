@@ -8,17 +8,16 @@ number of rows read, and the number of bytes that they made of each OUT/FILE.par
 after those bytes is cut off. At the end the files get their names, meta.json last.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import os
 import re
-import sys
 
 from tqdm import tqdm
 
-from data.files import printable, read_json, write_json
+from data import cli
+from data.files import printable, read_json, require_regular, write_json
 from data.folder import split_of, write_meta
 from data.rows import check_row, write_rows
 
@@ -38,16 +37,13 @@ PINNED = {
 CHUNK = 1000  # rows between two writes of state.json
 
 
-def argument_parser(doc: str, hub: str, script: str) -> argparse.ArgumentParser:
+def argument_parser(doc: str, hub: str, script: str) -> cli.ArgumentParser:
     """The options that every prepare.py for a hub data set has.
 
     script: the prepare.py; its folder is the default of --out.
     """
     out = os.path.dirname(os.path.abspath(script))
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: sys.exit(printable(message))  # one line, without the usage
+    parser = cli.ArgumentParser(description=doc)
     parser.add_argument(
         "--hub",
         default=hub,
@@ -67,21 +63,17 @@ def argument_parser(doc: str, hub: str, script: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_val_share(parser: argparse.ArgumentParser, default: float):
+def add_val_share(parser: cli.ArgumentParser, default: float):
     """The option for sets that have no validation split of their own."""
     parser.add_argument(
         "--val_share",
-        type=float,
+        type=cli.number_type(float, 0, 1),
         default=default,
         help="share of the groups that go to validation, by a hash of the group",
     )
 
 
-def nonnegative_int(text: str) -> int:
-    """An argparse type."""
-    if not text.replace("_", "").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
-    return int(text)
+nonnegative_int = cli.number_type(int, 0, 2**62)  # an argparse type
 
 
 # ---- reading
@@ -180,6 +172,8 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
     `dropped`, {reason: number}. max_bytes: stop when the files have so many bytes together; 0:
     never. Returns the state; state["part"] is the index of the current split.
     """
+    if os.path.isdir(args.hub) and is_inside(args.out, args.hub):
+        raise SystemExit(f"--out {args.out} is inside of --hub {args.hub}; choose another folder")
     state = load_state(args)
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -211,6 +205,11 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
     for f in files.values():
         f.close()
     return state
+
+
+def is_inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
 
 
 def split_progress(args, state: dict, dataset, split: str) -> tqdm:
@@ -278,6 +277,7 @@ def open_partial(out: str, name: str, size: int):
         raise SystemExit(
             f"{path} is shorter than {out}/state.json says; remove state.json to start again"
         )
+    require_regular(path)
     f = open(path, "r+b" if size else "wb")
     f.truncate(size)
     f.seek(size)

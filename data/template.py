@@ -15,11 +15,16 @@ import bisect
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 from data import tokenizer
+from data.files import read_json, read_text
 from data.tokenizer import JsonTokenizer
+
+RENDER_SECONDS = 10  # after which a chat template is given up
 
 TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # the default
 
@@ -136,17 +141,21 @@ def split_at_specials(text: str, special_ids: dict) -> list[str]:
 # ---- chat templates in Jinja
 
 
-def to_jinja(template: str) -> str:
-    """The template as a chat template of transformers. It ends a last response in end-of-text."""
+def to_jinja(template: str, end: str = "") -> str:
+    """The template as a chat template of transformers.
+
+    end: the special token that ends a last response; default: eos_token.
+    """
     parts = split_template(template)
-    begin, before, after, end = (json.dumps(part, ensure_ascii=False) for part in parts)
+    begin, before, after, between = (json.dumps(part, ensure_ascii=False) for part in parts)
+    last = json.dumps(end, ensure_ascii=False) if end else "eos_token"
     return (
         "{{ " + begin + " }}"
         "{% for m in messages %}"
         "{% if m['role'] == 'user' %}"
         "{{ " + before + " + m['content'] + " + after + " }}"
         "{% elif m['role'] == 'assistant' %}"
-        "{{ m['content'] + (eos_token if loop.last else " + end + ") }}"
+        "{{ m['content'] + (" + last + " if loop.last else " + between + ") }}"
         "{% else %}"
         "{{ raise_exception('roles are user and assistant') }}"
         "{% endif %}"
@@ -157,40 +166,32 @@ def to_jinja(template: str) -> str:
 def from_jinja(source: str, **special_tokens) -> str | None:
     """Our template for a chat template in Jinja, or None if there is no equivalent.
 
-    It is rendered for one turn and for two, with placeholders as contents, in Jinja's sandbox as in
-    transformers. special_tokens: eos_token="..." and the like.
+    It is rendered for one turn and for two, with placeholders as contents, in a process of its own
+    (data/render.py). special_tokens: eos_token="..." and the like.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
+    messages = [
+        {"role": "user", "content": "{prompt}"},
+        {"role": "assistant", "content": "{response}"},
+        {"role": "user", "content": "{second prompt}"},
+    ]
+    job = {
+        "source": source,
+        "conversations": [messages[:1], messages],
+        "special_tokens": special_tokens,
+    }
     try:
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        done = subprocess.run(
+            [sys.executable, "-m", "data.render"],
+            input=json.dumps(job).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+            timeout=RENDER_SECONDS,
+            check=True,
         )
-        env.globals["raise_exception"] = raise_exception
-        chat_template = env.from_string(source)
-
-        def render(messages):
-            return chat_template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **special_tokens,
-            )
-
-        messages = [
-            {"role": "user", "content": "{prompt}"},
-            {"role": "assistant", "content": "{response}"},
-            {"role": "user", "content": "{second prompt}"},
-        ]
-        return template_from_renders(
-            render(messages[:1]), render(messages), list(special_tokens.values())
-        )
-    except Exception:  # a template may raise anything
+        one_turn, two_turns = json.loads(done.stdout)
+        return template_from_renders(one_turn, two_turns, list(special_tokens.values()))
+    except (subprocess.SubprocessError, ValueError):
         return None
 
 
@@ -240,14 +241,10 @@ def read_template(folder: str, enc, default: str) -> str:
     jinja_path = os.path.join(folder, "chat_template.jinja")
     tokenizer_config = {}
     if os.path.exists(config_path):
-        with open(config_path, encoding="utf-8") as f:
-            tokenizer_config = json.load(f)
-        if not isinstance(tokenizer_config, dict):
-            raise SystemExit(f"{config_path} must hold a JSON object")
+        tokenizer_config = read_json(config_path)
     chat_template = tokenizer_config.get("chat_template")
     if os.path.exists(jinja_path):
-        with open(jinja_path, encoding="utf-8") as f:
-            chat_template = f.read()
+        chat_template = read_text(jinja_path)
     default = with_bos(enc, default)
     if not chat_template:
         return default

@@ -10,17 +10,31 @@ There are two kinds:
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 
 import tiktoken
+
+from data.files import atomic_write, check_input, read_json, read_text, write_json
 
 # GPT-2's regular expression that cuts text before merging (tiktoken_ext/openai_public.py).
 # ByteLevel of the `tokenizers` package does the same.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 EOT = "<|endoftext|>"
+
+# Longer runs of characters of one kind are encoded in pieces of this length: tiktoken's regular
+# expression fails on a million spaces, and the time of a merge grows faster than its length.
+MAX_RUN = 10_000
+RUNS = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of spaces, letters, digits, others
+
+# How many times as long the steps of a tokenizer.json may make a text, and what each step can do:
+# U+FDFA has 18 characters in compatibility forms.
+MAX_GROWTH = 1000
+NORMALIZER_GROWTH = {"NFKC": 18, "NFKD": 18, "Precompiled": 18, "BertNormalizer": 3, "ByteLevel": 4}
 
 
 # ---- load, train, save
@@ -53,6 +67,7 @@ def load_gpt2() -> tiktoken.Encoding:
 def load_tiktoken(path: str) -> tiktoken.Encoding:
     ranks = {}
     try:
+        check_input(path)
         with open(path, "rb") as f:
             for line in f:
                 token, rank = line.split()
@@ -98,10 +113,11 @@ def save(enc, path: str):
     if isinstance(enc, JsonTokenizer):
         to_json(enc, path)
         config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
-        with open(config_path(path), "w", encoding="utf-8") as f:
-            json.dump(config, f)
+        if enc.stop_tokens != [enc.eos]:
+            config["stop_tokens"] = enc.stop_tokens
+        write_json(config_path(path), config)
         return
-    with open(path, "wb") as f:
+    with atomic_write(path, "wb") as f:
         for token, rank in by_rank(enc._mergeable_ranks):
             f.write(base64.b64encode(token) + b" " + str(rank).encode() + b"\n")
 
@@ -118,11 +134,13 @@ def load_into(folder: str, name: str):
 
     Returns (tokenizer, its name in that folder's meta.json).
     """
-    enc = load(name)
+    enc, source = load(name), name
     name = file_name(enc, name)
     if name not in ("gpt2", "bytes"):
         os.makedirs(folder, exist_ok=True)
-        save(enc, os.path.join(folder, name))
+        path = os.path.join(folder, name)
+        if not os.path.exists(path) or not os.path.samefile(path, source):
+            save(enc, path)
     return enc, name
 
 
@@ -153,10 +171,55 @@ def encode(enc, text: str, where: str = "start") -> list[int]:
 
     where: the text is at the "start" of what the model reads, after a "special" token, or continues
     "within" a text. Some tokenizers put a space before what they take for a beginning.
+
+    A run of more than MAX_RUN characters of one kind is encoded in pieces. Exits with one line that
+    shows how the text begins if the tokenizer fails on it.
     """
-    if isinstance(enc, JsonTokenizer):
-        return enc.encode_ordinary(text, where)
-    return enc.encode_ordinary(text)
+    if not may_have_long_run(text):
+        return encode_piece(enc, text, where)
+    ids = []
+    for piece in cut_long_runs(text):
+        ids += encode_piece(enc, piece, where)
+        where = "within"
+    return ids
+
+
+def encode_piece(enc, text: str, where: str) -> list[int]:
+    try:
+        if isinstance(enc, JsonTokenizer):
+            return enc.encode_ordinary(text, where)
+        return enc.encode_ordinary(text)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as e:  # both packages are in Rust, and their panics are no Exception
+        raise SystemExit(
+            f"the tokenizer cannot encode the text of {len(text):,} characters that begins with"
+            f" {text[:60]!r} ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        )
+
+
+def cut_long_runs(text: str) -> list[str]:
+    """The text in pieces, cut inside of runs of more than MAX_RUN characters of one kind. The rest
+    of a run, at least two characters, stays with what follows it."""
+    pieces = []
+    start = 0
+    for run in RUNS.finditer(text):
+        for end in range(run.start() + MAX_RUN, run.end() - 1, MAX_RUN):
+            pieces.append(text[start:end])
+            start = end
+    return [*pieces, text[start:]]
+
+
+def may_have_long_run(text: str) -> bool:
+    """A quick test: whether a block of MAX_RUN / 2 characters has no space, or nothing else."""
+    if len(text) <= MAX_RUN:
+        return False
+    length = MAX_RUN // 2
+    for start in range(0, len(text) - length, length):
+        block = text[start : start + length]
+        if block.isspace() or len(block.split(None, 1)) < 2:
+            return True
+    return False
 
 
 def specials(enc) -> dict[str, int]:
@@ -169,6 +232,14 @@ def specials(enc) -> dict[str, int]:
 def eos(enc) -> str:
     """The text of the end-of-text token."""
     return enc.eos if isinstance(enc, JsonTokenizer) else EOT
+
+
+def stop_ids(enc) -> dict[str, int]:
+    """The tokens that end a response of the model as it was imported: {text: id}, its own eos_token
+    first. Here a response ends in `eos` only."""
+    if isinstance(enc, JsonTokenizer):
+        return {token: enc.full.token_to_id(token) for token in enc.stop_tokens}
+    return {EOT: enc.eot_token}
 
 
 def begin(enc) -> str:
@@ -187,15 +258,20 @@ def begin(enc) -> str:
 class JsonTokenizer:
     """A tokenizer.json with the methods of a tiktoken.Encoding.
 
-    text: the file's content. eos: the text of the token that ends a response.
+    text: the file's content. eos: the text of the token that ends a response. stop_tokens: all
+    tokens that end a response of the original model, its eos_token first; default: eos.
+
+    Raises ValueError for a file whose steps could make a text much longer.
     """
 
-    def __init__(self, text: str, eos: str):
+    def __init__(self, text: str, eos: str, stop_tokens: list[str] | None = None):
         from tokenizers import Tokenizer
 
         self.text = text
         self.eos = eos
+        self.stop_tokens = stop_tokens or [eos]
         spec = json.loads(text)
+        check_growth(spec)
         self.full = Tokenizer.from_str(text)  # may put a space before a text
         self.bare = Tokenizer.from_str(json.dumps(without_prefix_space(spec)))
         for backend in (self.full, self.bare):
@@ -233,6 +309,32 @@ class JsonTokenizer:
         return self.bare.decode(ids, skip_special_tokens=False)
 
 
+def check_growth(spec: dict):
+    """Raise ValueError if the normalizer or the decoder of a parsed tokenizer.json could make a
+    text more than MAX_GROWTH times as long. A chain of 40 replacements of "a" by "aa" would fill
+    any memory."""
+    for name in ("normalizer", "decoder"):
+        factor = growth(spec.get(name))
+        if factor > MAX_GROWTH:
+            raise ValueError(f"its {name} can make a text {factor:.3g} times as long")
+
+
+def growth(step) -> float:
+    """How many times as many characters as before a text can have after a step."""
+    if not isinstance(step, dict):
+        return 1
+    kind = step.get("type")
+    factor = NORMALIZER_GROWTH.get(kind, 1)
+    if kind == "Replace":
+        pattern, content = step["pattern"], step["content"]
+        shortest = len(pattern["String"]) if "String" in pattern else 1  # a match of a regex
+        factor = max(1, len(content) / shortest) if shortest else 1 + len(content)
+    for name in ("normalizers", "decoders"):
+        for part in step.get(name, []):
+            factor = min(factor * growth(part), 1e300)
+    return factor
+
+
 def without_prefix_space(spec: dict) -> dict:
     """A parsed tokenizer.json that puts no space before a text and, when decoding, removes none."""
     parts = ("normalizer", "pre_tokenizer", "decoder")
@@ -265,10 +367,9 @@ def config_path(path: str) -> str:
 def load_json(path: str) -> JsonTokenizer:
     """Load a tokenizer.json. The tokenizer_config.json beside it names the end-of-text token."""
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
-        with open(config_path(path), encoding="utf-8") as f:
-            eos = json.load(f).get("eos_token")
+        text = read_text(path)
+        settings = read_json(config_path(path))
+        eos = settings.get("eos_token")
         if isinstance(eos, dict):
             eos = eos.get("content")
         if not isinstance(eos, str):
@@ -276,9 +377,10 @@ def load_json(path: str) -> JsonTokenizer:
                 f"tokenizer {path}: the tokenizer_config.json beside it must give its eos_token,"
                 f" got {eos!r}"
             )
-        enc = JsonTokenizer(text, eos)
-        begin(enc)  # some broken files fail only when they encode
-        enc.encode_ordinary("a 1")
+        with no_panic_pages():
+            enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
+            begin(enc)  # some broken files fail only when they encode
+            enc.encode_ordinary("a 1")
     except OSError as e:
         raise SystemExit(f"tokenizer {e.filename}: {e.strerror}")
     except (SystemExit, KeyboardInterrupt):
@@ -288,7 +390,29 @@ def load_json(path: str) -> JsonTokenizer:
         raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {reason})")
     if enc.eot_token is None:
         raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is not one of its tokens")
+    if not is_token_list(enc, enc.stop_tokens):
+        raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc
+
+
+@contextlib.contextmanager
+def no_panic_pages():
+    """Drop what Rust prints when it panics, a page, before Python sees the exception."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def is_token_list(enc: JsonTokenizer, tokens) -> bool:
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return False
+    return all(enc.full.token_to_id(token) is not None for token in tokens)
 
 
 # ---- conversion
@@ -359,7 +483,7 @@ def to_json(enc, path: str):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     if isinstance(enc, JsonTokenizer):
-        with open(path, "w", encoding="utf-8") as f:
+        with atomic_write(path) as f:
             f.write(enc.text)
         return
     ranks = enc._mergeable_ranks
@@ -369,7 +493,8 @@ def to_json(enc, path: str):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([EOT])
-    bpe.save(path)
+    with atomic_write(path) as f:
+        f.write(bpe.to_str(pretty=True))
 
 
 def from_json(spec: dict) -> tiktoken.Encoding | None:

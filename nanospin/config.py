@@ -19,6 +19,7 @@ import types
 import typing
 from dataclasses import dataclass, field, fields, replace
 
+from data import cli
 from data.template import is_template
 
 
@@ -436,8 +437,15 @@ def check_values(cfg: Config):
     for name in ("norm_eps", "rope_theta"):
         value = cfg.model.get(name, 1.0)
         require(value > 0, f"{name} must be above 0, got {value}")
-    require(cfg.timeout >= 1, f"timeout must be at least 1, got {cfg.timeout}")
-    require(0 < cfg.top_p <= 1, f"top_p must be in (0, 1], got {cfg.top_p}")
+    require(1 <= cfg.timeout <= 1e7, f"timeout must be from 1 to 1e7, got {cfg.timeout}")
+    require(
+        cli.is_temperature(cfg.temperature),
+        f"temperature must be {cli.TEMPERATURES}, got {cfg.temperature}",
+    )
+    require(
+        cli.MIN_TOP_P <= cfg.top_p <= 1,
+        f"top_p must be from {cli.MIN_TOP_P:g} to 1, got {cfg.top_p}",
+    )
     require(cfg.warmup_ratio <= 1, f"warmup_ratio must be in [0, 1], got {cfg.warmup_ratio}")
     require(cfg.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {cfg.min_lr_ratio}")
     betas = cfg.adam_betas
@@ -512,7 +520,7 @@ def check_rounds(cfg: Config):
 def check_players(cfg: Config):
     players = cfg.players
     for name in players:
-        earlier_self = re.fullmatch(r"self-[1-9]\d*", name)
+        earlier_self = re.fullmatch("self-[1-9][0-9]{0,5}", name)
         require(
             name in ("data", "teacher", "self") or earlier_self,
             f"players are data, teacher, self, self-1, self-2 ..., got {name!r}",

@@ -68,7 +68,12 @@ def setup_device(cfg) -> torch.device:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("config: device is cuda, but torch finds no GPU")
     if cfg.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        index = int(os.environ.get("LOCAL_RANK") or 0)
+        if index >= torch.cuda.device_count():
+            raise SystemExit(
+                f"LOCAL_RANK is {index}, but torch finds {torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", index)
     else:
         device = torch.device("cpu")
     if cfg.deterministic:

@@ -6,30 +6,30 @@ pulse twice a second, from a thread: when a rank dies or hangs, the others exit 
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from data import cli
+from data.files import one_line
 from nanospin import distributed
 from nanospin.distributed import heartbeat
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PULSE_INTERVAL = 0.5  # seconds
 
-# Errors of the file system that are reported in one line: disk full, no permission, read-only.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-# Words in the RuntimeError that gloo or NCCL raises when another rank is lost.
+# Words in the RuntimeError that a collective call raises when another rank is lost.
 CONNECTION_WORDS = ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")
 
 received_signals = []  # signals that asked this process to stop
@@ -38,24 +38,71 @@ received_signals = []  # signals that asked this process to stop
 # ------------------------------------------------------------------------------ joining the ranks
 
 
+@dataclass
+class Environment:
+    """The place of this process in its group, from torchrun's environment variables."""
+
+    rank: int
+    world_size: int
+    address: str  # of rank 0's store, or of torchrun's agent
+    port: int
+
+
+def read_environment() -> Environment | None:
+    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; None if this is the only process.
+
+    Exits with one line if some of them are missing or wrong.
+    """
+    whole_number("LOCAL_RANK", 0, 2**31, required=False)
+    if "RANK" not in os.environ:
+        if whole_number("WORLD_SIZE", 1, 2**31, required=False) > 1:
+            refuse_environment("RANK is not set, but WORLD_SIZE is above 1")
+        return None
+    world_size = whole_number("WORLD_SIZE", 1, 2**31)
+    rank = whole_number("RANK", 0, world_size - 1)
+    if not os.environ.get("MASTER_ADDR"):
+        refuse_environment("RANK is set, but MASTER_ADDR is not")
+    return Environment(
+        rank, world_size, os.environ["MASTER_ADDR"], whole_number("MASTER_PORT", 1, 65535)
+    )
+
+
+def whole_number(name: str, least: int, most: int, required: bool = True) -> int:
+    """An environment variable as a whole number in [least, most]; `least` if it is optional."""
+    text = os.environ.get(name, "")
+    if not text and not required:
+        return least
+    if not text:
+        refuse_environment(f"RANK is set, but {name} is not")
+    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
+        refuse_environment(f"{name} must be a whole number from {least} to {most}, got {text!r}")
+    return int(text)
+
+
+def refuse_environment(problem: str):
+    exit_each_rank(
+        f"environment: {problem}; start several processes with torchrun, or unset its variables"
+    )
+
+
 def join_process_group(device, timeout: float):
     """Join torchrun's process group, if there is one. `timeout` is in seconds without progress.
 
     Besides the default group this makes a gloo group for the thread that writes checkpoints, and
     starts the thread that watches the other ranks.
     """
-    if "RANK" not in os.environ or dist.is_initialized():
+    environment = read_environment()
+    if environment is None or dist.is_initialized():
         return
-    rank = int(os.environ["RANK"])
-    world_size = int(os.environ["WORLD_SIZE"])
-    store = open_store(rank, timeout)
+    store = open_store(environment, timeout)
+    wait_for_ranks(store, environment, timeout)
     # The watcher ends the process first, with a better message.
     group_timeout = timedelta(seconds=2 * timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=world_size,
+        rank=environment.rank,
+        world_size=environment.world_size,
         timeout=group_timeout,
     )
     distributed.process_groups["saves"] = dist.new_group(backend="gloo", timeout=group_timeout)
@@ -63,12 +110,15 @@ def join_process_group(device, timeout: float):
     # Rank 0 serves the store. If it left before the others have joined, they would wait for hours.
     store.add("joined", 1)
     deadline = time.monotonic() + timeout
-    while rank == 0 and store.add("joined", 0) < world_size and time.monotonic() < deadline:
+    world_size = environment.world_size
+    while environment.rank == 0 and store.add("joined", 0) < world_size:
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.01)
     threading.Thread(target=watch_ranks, args=(store.clone(), timeout), daemon=True).start()
 
 
-def open_store(rank: int, timeout: float) -> dist.TCPStore:
+def open_store(environment: Environment, timeout: float) -> dist.TCPStore:
     """The key-value store of this start, served by rank 0.
 
     torchrun's agent has a store too, but it outlives its workers: a restarted worker would read
@@ -76,19 +126,102 @@ def open_store(rank: int, timeout: float) -> dist.TCPStore:
     to the agent's. Until a restart has replaced it, that address is stale: nobody answers at it,
     or another start does.
     """
-    address = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False)
-    agent_store = dist.TCPStore(address, port, is_master=False)
-    if rank != 0:
-        return find_store(agent_store, time.monotonic() + timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return open_store_of_agent(environment, timeout)
+    address, port = environment.address, environment.port
+    if environment.rank != 0:
+        return connect_to_store(address, port, timeout)
+    try:
+        return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as e:
+        text = f"cannot serve a store at MASTER_ADDR {address}, MASTER_PORT {port}"
+        if "EADDRINUSE" in str(e):
+            text = f"MASTER_PORT {port} is in use by another program; choose another one"
+        exit_each_rank(text)
+
+
+def connect_to_store(address: str, port: int, timeout: float) -> dist.TCPStore:
+    """Connect to a store. Exits with one line if none answers within `timeout` seconds.
+
+    First wait until somebody listens: TCPStore prints pages if nobody does. Then connect in a
+    thread: TCPStore waits for ever if a program listens that is not a store.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    else:
+        exit_each_rank(f"rank 0 did not answer at {address}:{port} within {timeout:.0f} seconds")
+    found = []
+
+    def connect():
+        with contextlib.suppress(dist.DistError):
+            found.append(dist.TCPStore(address, port, is_master=False, wait_for_workers=False))
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(max(1.0, deadline - time.monotonic()))
+    if not found:
+        exit_each_rank(f"what listens at {address}:{port} is not the store of rank 0")
+    return found[0]
+
+
+def open_store_of_agent(environment: Environment, timeout: float) -> dist.TCPStore:
+    """`open_store` for a process that torchrun has started."""
+    address, port = environment.address, environment.port
+    agent_store = connect_to_store(address, port, timeout)
+    if environment.rank != 0:
+        agent_store.set_timeout(timedelta(seconds=timeout))
+        try:
+            return find_store(agent_store, time.monotonic() + timeout)
+        except dist.DistError:
+            exit_each_rank(f"rank 0 did not start within {timeout:.0f} seconds")
     host = own_address(address, port)
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
     name = f"{store.host}:{store.port}:{time.time_ns()}"
     store.set("name", name)
     agent_store.set("nanospin", name)
     return store
+
+
+def wait_for_ranks(store, environment: Environment, timeout: float):
+    """Wait until every rank has opened the store. After `timeout` seconds each rank that is there
+    exits with a line that says which are not. Rank 0 decides."""
+    names = [f"here/{rank}" for rank in range(environment.world_size)]
+    deadline = time.monotonic() + timeout
+    try:
+        store.set(names[environment.rank], "")
+        while not store.check(["all here"]):
+            if environment.rank == 0 and store.check(names):
+                store.set("all here", "")
+            elif environment.rank == 0 and time.monotonic() > deadline:
+                text = describe_missing(store, names, timeout)
+                store.set("missing", text)
+                time.sleep(1)  # the others read it before the store is gone
+                exit_each_rank(text)
+            elif environment.rank != 0 and store.check(["missing"]):
+                exit_each_rank(store.get("missing").decode())
+            else:
+                time.sleep(0.02)
+    except dist.DistError:
+        exit_each_rank("rank 0 is gone, and the store with it")
+
+
+def describe_missing(store, names: list[str], timeout: float) -> str:
+    """Which of the ranks have not started, in one line."""
+    missing = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
+    came = len(names) - len(missing)
+    listed = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+    return f"{came} of {len(names)} ranks came within {timeout:.0f} seconds; missing: {listed}"
+
+
+def exit_each_rank(text: str):
+    """Exit with one line that each rank prints: they have no store yet to agree who does."""
+    print(one_line(text), file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def own_address(address: str, port: int) -> str:
@@ -115,7 +248,7 @@ def find_store(agent_store, deadline: float) -> dist.TCPStore:
                 store.set_timeout(timedelta(minutes=5))
                 return store
         time.sleep(0.1)
-    raise SystemExit("could not connect to the store of rank 0")
+    exit_each_rank("could not connect to the store of rank 0")
 
 
 # ------------------------------------------------------------------------------- running the main
@@ -125,51 +258,71 @@ def run(main, argv) -> int:
     """Run main(argv) as a program. Returns the exit status, or exits with it if there are ranks.
 
     Signals stop the run after the current step. An error that the user can fix (SystemExit with a
-    text, a full disk) is one line, printed by one rank. So is the loss of another rank.
+    text, a full disk) is one line, printed by one rank. So is the loss of another rank. A console
+    that was closed does not end the run.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, handle_signal)
-    status, lost_ranks = run_main(main, argv)
-    if dist.is_initialized():
-        # Not sys.exit: gloo's threads sometimes abort an interpreter that shuts down.
-        leave(status, lost_ranks)
+    with cli.guarded_console(on_closed=cli.go_on_without):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+            # nohup starts a run with SIGHUP ignored
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handle_signal)
+        status, lost_ranks = run_main(main, argv)
+        if dist.is_initialized():
+            # Not sys.exit: gloo's threads sometimes abort an interpreter that shuts down.
+            leave(status, lost_ranks)
     return status
 
 
 def run_main(main, argv) -> tuple[int, bool]:
     """Call main(argv) and report its error. Returns (exit status, whether a rank was lost)."""
     try:
+        read_environment()
         main(argv)
     except SystemExit as e:
-        if isinstance(e.code, int):
-            return e.code, False
-        if isinstance(e.code, str):
-            print_error_once(e.code)
-        return (1 if e.code else 0), False
+        if e.code is None or isinstance(e.code, int):
+            return e.code or 0, False
+        print_error_once(str(e.code))
+        return 1, False
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, False
-    except OSError as e:
-        if e.errno in DISK_ERRORS:
-            print_error_once(
-                f"{e.filename or 'a file'}: {e.strerror}; everything saved before is intact"
-            )
-        else:
-            traceback.print_exc()
-        return 1, False
-    except Exception as e:
+    except BaseException as e:
         if is_connection_error(e):
             print_error_once(describe_lost_ranks())
             return 1, True
-        traceback.print_exc()
+        text = cli.describe_error(e)
+        if text and not is_users_error(e):
+            print_error_once(f"{text}; everything saved before is intact")
+        else:
+            cli.print_traceback(e)
         return 1, False
     return 0, False
 
 
-def is_connection_error(error: Exception) -> bool:
-    """Whether a collective call failed because another rank is gone."""
-    if distributed.world_size() == 1 or not isinstance(error, RuntimeError):
+def is_users_error(error: BaseException) -> bool:
+    """Whether an exception went through code that is neither ours nor an installed package's, such
+    as a reward function: then its traceback is shown."""
+    installed = (ROOT + os.sep, sys.prefix + os.sep, sys.base_prefix + os.sep, "<frozen ")
+    frames = traceback.walk_tb(error.__traceback__)
+    return not all(frame.f_code.co_filename.startswith(installed) for frame, _ in frames)
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a collective call failed because another rank is gone.
+
+    It is an error of torch.distributed, or a RuntimeError that was raised inside of it: gloo raises
+    nothing better. The same words in an error of other code, such as a reward function's, do not
+    count.
+    """
+    if distributed.world_size() == 1:
         return False
-    return any(word in str(error) for word in CONNECTION_WORDS)
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    folder = os.path.dirname(dist.__file__)
+    frames = traceback.walk_tb(error.__traceback__)
+    raised_inside = any(f.f_code.co_filename.startswith(folder + os.sep) for f, _ in frames)
+    return raised_inside and any(word in str(error) for word in CONNECTION_WORDS)
 
 
 def leave(status: int, lost_ranks: bool):
@@ -207,7 +360,8 @@ def handle_signal(number, frame):
         text = f"{signal.Signals(number).name}: stopping after the current step"
         if number == signal.SIGINT:
             text += "; press Ctrl-C again to stop immediately"
-        os.write(1, f"{text}\n".encode())  # not print, which the signal may have interrupted
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(1, f"{text}\n".encode())  # not print, which the signal may have interrupted
 
 
 def exit_if_signalled():
@@ -226,18 +380,17 @@ def exit_if_signalled():
 
 def print_error_once(text: str):
     """Print an error to stderr, from the first rank that has it. Always one printable line."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
     if distributed.process_groups:
         store = distributed.process_groups["store"]
-        key = hashlib.sha256(text.encode()).hexdigest()
+        key = hashlib.sha256(one_line(text).encode()).hexdigest()
         rank = str(distributed.rank())
         try:
             first = store.compare_set(key, "", rank).decode() == rank
         except dist.DistError:  # rank 0 is gone, and the store with it
             first = True
     if first:
-        printable = [c if c.isprintable() else ascii(c)[1:-1] for c in text]
-        print("".join(printable), file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------- watching the others
@@ -245,11 +398,19 @@ def print_error_once(text: str):
 
 def watch_ranks(store, timeout: float):
     """The watcher thread: send this rank's pulse, and end the process when there has been no
-    progress for `timeout` seconds or when rank 0 is gone."""
+    progress for `timeout` seconds or when rank 0 is gone.
+
+    Time in which this thread did not run does not count: the job was suspended.
+    """
+    before = time.monotonic()
     try:
         while True:
             send_pulse(store)
-            if time.monotonic() - heartbeat.since > timeout:
+            now = time.monotonic()
+            if now - before > 4 * PULSE_INTERVAL:
+                heartbeat.since = min(now, heartbeat.since + now - before)
+            before = now
+            if now - heartbeat.since > timeout:
                 why = f"no progress for {timeout:.0f} seconds"
                 exit_with_error(describe_lost_ranks(why, store))
     except dist.DistError:

@@ -18,6 +18,7 @@ from nanospin.config import (
     command_for_run,
     field_hints,
     import_function,
+    model_config_from,
     per_round,
 )
 
@@ -77,7 +78,17 @@ def test_fewer_rounds_take_the_first_values():
         (["--stage=dpo"], "stage must be one of"),
         (["--batch_size=0"], "at least 1"),
         (["--temperature=-1"], "not be negative"),
+        (["--temperature=1e-320"], "temperature must be 0 (greedy) or from 0.0001 to 10000"),
+        (["--temperature=1e5"], "temperature must be 0 (greedy) or from 0.0001 to 10000"),
+        (["--timeout=1e200"], "timeout must be from 1 to 1e7"),
+        (["--seed=18446744073709551616"], "seed must be below"),
+        (["--lr=" + "[" * 5000], "lr must be float"),
         (["--top_p=0"], "top_p"),
+        (["--top_p=1e-300"], "top_p must be from 1e-06 to 1"),
+        ([*SPIN, "--players=data,self,self-²"], "players are"),
+        ([*SPIN, "--players=data,self,self-٣"], "players are"),
+        ([*SPIN, "--players=data,self,self-0"], "players are"),
+        ([*SPIN, "--players=data,self,self-99999999999999999999"], "players are"),
         (["--template=Q"], "must contain {prompt}"),
         ([], "needs max_steps"),
         (SPIN[:1], "needs init"),
@@ -170,3 +181,11 @@ def test_import_function():
     for name in ("nowhere:f", "math:nothing", "math:pi"):
         with pytest.raises(SystemExit, match=f"reward {name}"):
             import_function(name)
+
+
+def test_sizes_of_a_model_are_bounded():
+    """Also those in a checkpoint: building a model of 10^9 layers would never end."""
+    for name in ("n_layer", "n_embd", "block_size", "n_head", "n_inner", "vocab_size"):
+        for value in (0 if name != "n_inner" else -1, 10**9, 10**30):
+            with pytest.raises(SystemExit, match=f"here: {name} |here: n_embd"):
+                model_config_from({name: value}, GPTConfig, "here")

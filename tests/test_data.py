@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, command
+from conftest import SHARED, command, source_files
 
 from data import tokenizer
 from data.batch import (
@@ -30,6 +30,7 @@ from data.folder import (
     split_of,
     tokenizer_path,
 )
+from data.jsonl import prepare as jsonl_prepare
 from data.rows import (
     check_row,
     drop_equal_responses,
@@ -451,6 +452,9 @@ def test_files_are_data(tmp_path):
         with pytest.raises(SystemExit, match=message):
             read_json(str(tmp_path / "a.json"), ("x",), "; advice")
     assert printable("a\tb\n\x1b[2J\r\x9b\ud800é") == "a\tb\n\\x1b[2J\\r\\x9b\\ud800é"
+    assert printable("\u202eab\u2069\u200f\u061c\u2028") == (
+        "\\u202eab\\u2069\\u200f\\u061c\\u2028"
+    )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -834,3 +838,95 @@ def test_jsonl_takes_the_shared_rows_as_they_are(tmp_path):
     rows = read_rows(f"{tmp_path}/all/train.jsonl")
     assert {len(row["responses"]) for row in rows} == {3, 4, 5, 6}
     assert any(len(set(row["scores"])) < len(row["scores"]) for row in rows)  # ties
+
+
+# ------------------------------------------------------------------------- bounds of what is read
+
+
+def test_long_runs_are_encoded_in_pieces():
+    most = tokenizer.MAX_RUN
+    for run in (" ", "\n", "a", "7", "!"):
+        for n in (most - 1, most, most + 1, 3 * most + 7):
+            text = f"Some text,{run * n}and more."
+            assert BYTES.decode(tokenizer.encode(BYTES, text)) == text
+    text = "a table" + " " * 1_200_000 + "its last cell"
+    assert len(tokenizer.encode(BYTES, text)) == len(text)
+    pieces = tokenizer.cut_long_runs(text)
+    assert "".join(pieces) == text and max(map(len, pieces)) < most + 100
+    assert pieces[-1].endswith("  its last cell")
+    enc = tokenizer.train(["aa aaaa  a"] * 3, 270)
+    assert enc.decode(tokenizer.encode(enc, "a" * 1_000_000)) == "a" * 1_000_000
+
+
+def test_other_texts_are_encoded_in_one_piece():
+    """Those of the repository, and long ones without spaces."""
+    texts = ["字，" * 9000, "a1" * 9000, "word " * 9000, "a" * tokenizer.MAX_RUN]
+    for path in ("train.py", "README.md", "bench/growth.svg"):
+        with open(path, encoding="utf-8") as f:
+            texts.append(f.read() * 10)
+    for text in texts:
+        assert tokenizer.encode(BYTES, text) == BYTES.encode_ordinary(text)
+        if tokenizer.may_have_long_run(text):
+            assert tokenizer.cut_long_runs(text) == [text]
+
+
+def test_nothing_encodes_around_the_cutting():
+    for path in source_files():
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        assert path == "data/tokenizer.py" or "encode_ordinary(" not in text, path
+
+
+def test_a_failure_of_a_tokenizer_names_the_text(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    class Broken:
+        def encode_ordinary(self, text):
+            raise Panic("oops")
+
+    with pytest.raises(SystemExit, match="text of 4 characters that begins with 'text'.*oops"):
+        tokenizer.encode(Broken(), "text")
+
+
+def test_a_tokenizer_that_makes_texts_longer_is_refused(tmp_path):
+    tokenizer.to_json(BYTES, str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.EOT}))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    anywhere = {"type": "Replace", "pattern": {"Regex": "a|"}, "content": "b" * 2000}
+    for name, part, ok in [
+        ("normalizer", {"type": "Sequence", "normalizers": [double] * 40}, False),
+        ("normalizer", anywhere, False),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKC"}, space]}, True),
+        ("decoder", {"type": "Sequence", "decoders": [double] * 40}, False),
+    ]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {name: part}))
+        if ok:
+            tokenizer.load(str(tmp_path / "tokenizer.json"))
+            continue
+        with pytest.raises(SystemExit, match=f"its {name} can make a text .* times as long"):
+            tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_gzip_bomb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl_prepare, "MAX_LINE", 100_000)
+    path = str(tmp_path / "x.jsonl.gz")
+    row = json.dumps({"text": "a" * 50_000}) + "\n"
+    with gzip.open(path, "wt") as f:
+        f.write(row * 1000)
+    with pytest.raises(SystemExit, match=r"x.jsonl.gz:\d+: unpacked it is more than 200 times"):
+        list(jsonl_prepare.read_lines(path))
+    with gzip.open(path, "wt") as f:
+        f.write(row + "b" * 10**6)
+    with pytest.raises(SystemExit, match="x.jsonl.gz:2: a line of more than 100,000 characters"):
+        list(jsonl_prepare.read_lines(path))
+    (tmp_path / "deep.jsonl").write_text(row + "[" * 90_000)
+    with pytest.raises(SystemExit, match="deep.jsonl:2: not JSON"):
+        list(jsonl_prepare.read_lines(str(tmp_path / "deep.jsonl")))
+    with open(path, "r+b") as f:
+        f.seek(40)
+        f.write(b"damaged")
+    with pytest.raises(SystemExit, match="x.jsonl.gz: "):
+        list(jsonl_prepare.read_lines(path))

@@ -1,15 +1,19 @@
 """Two CPU processes under torchrun give the same run as one, on ragged rows."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, final_weights, read_metrics
 from test_taylor import texts
 from test_train import assert_same_run, spin_args
@@ -17,7 +21,7 @@ from test_train import assert_same_run, spin_args
 import studies.taylor.train
 import train
 from model import GPT, GPTConfig
-from nanospin import distributed, elastic, metrics_logger
+from nanospin import checkpoint, distributed, elastic, metrics_logger
 from nanospin.config import Config
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -343,3 +347,176 @@ def test_torchrun_restarts_a_killed_worker_and_one_rank_resumes_from_two(tiny_da
     train.main(args("killed"))
     # steps of AdamW amplify rounding
     assert_equal_up_to_rounding(undisturbed, killed, 1e-4)
+
+
+# ------------------------------------------------------------------- starting, signals, and errors
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "MASTER_PORT is not"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "RANK must be a whole number"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"LOCAL_RANK": "²"}, "LOCAL_RANK must be a whole number"),
+    ],
+)
+def test_an_incomplete_environment_is_one_line(variables, message, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        elastic.read_environment()
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
+
+
+def test_one_process_has_no_environment(monkeypatch):
+    assert elastic.read_environment() is None
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert elastic.read_environment() is None
+
+
+def start_ranks(tiny_data, tmp_path, ranks, world_size, port):
+    """Start some ranks of a run. Returns [(exit status, standard error)]."""
+    runs = []
+    for rank in ranks:
+        env = ENV | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        args = [*pretrain_args(tiny_data, tmp_path / "out", "adamw"), "--timeout=2"]
+        command = [sys.executable, "train.py", *args]
+        runs.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    return [(run.wait(60), run.stderr.read()) for run in runs]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_ranks_that_never_come_are_named(tiny_data, tmp_path):
+    line = "2 of 3 ranks came within 2 seconds; missing: 1\n"
+    ends = start_ranks(tiny_data, tmp_path, [0, 2], 3, free_port())
+    assert ends == [(1, line), (1, line)]
+
+
+def test_a_busy_port_and_a_missing_rank_0(tiny_data, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        first, second = start_ranks(tiny_data, tmp_path, [0, 1], 2, port)
+    assert first == (1, f"MASTER_PORT {port} is in use by another program; choose another one\n")
+    assert second[0] == 1 and second[1].count("\n") == 1
+    ((status, line),) = start_ranks(tiny_data, tmp_path, [1], 2, port)
+    assert (status, line) == (1, f"rank 0 did not answer at 127.0.0.1:{port} within 2 seconds\n")
+
+
+def test_a_suspended_job_is_not_hanging(monkeypatch):
+    """A pulse every half second, and once 1,000 seconds in which nothing ran."""
+    clock = [0.0]
+    pulses = iter([0.5] * 4 + [1000.0] + [0.5] * 100)
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(distributed.heartbeat, "since", 0.0)
+
+    def send_pulse(store):
+        clock[0] += next(pulses)
+
+    def exit_with_error(text):
+        raise Ended(text)
+
+    class Ended(Exception):
+        pass
+
+    monkeypatch.setattr(elastic, "send_pulse", send_pulse)
+    monkeypatch.setattr(elastic, "describe_lost_ranks", lambda why, store: why)
+    monkeypatch.setattr(elastic, "exit_with_error", exit_with_error)
+    with pytest.raises(Ended, match="no progress for 10 seconds"):
+        elastic.watch_ranks(None, 10.0)
+    assert 1010 <= clock[0] <= 1011
+
+
+def test_words_alone_do_not_make_a_lost_rank(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    users = RuntimeError("reward server: Connection refused, timeout of a peer")
+    assert not elastic.is_connection_error(users)
+    assert elastic.is_connection_error(dist.DistNetworkError("x"))
+
+    def raise_inside(text):
+        code = compile("raise RuntimeError(text)", f"{os.path.dirname(dist.__file__)}/x.py", "exec")
+        try:
+            exec(code, {"text": text})
+        except RuntimeError as e:
+            return e
+
+    assert elastic.is_connection_error(raise_inside("gloo: Connection closed by peer"))
+    assert not elastic.is_connection_error(raise_inside("shapes differ"))
+
+
+def test_a_disk_error_of_users_code_keeps_its_traceback(tmp_path, capsys):
+    def ours(argv):
+        raise PermissionError(errno.EACCES, "Permission denied", "x")
+
+    assert elastic.run_main(ours, []) == (1, False)
+    assert capsys.readouterr().err == "x: Permission denied; everything saved before is intact\n"
+    code = compile("def f(e): raise e", f"{tmp_path}/reward.py", "exec")
+    users = {}
+    exec(code, users)
+    error = PermissionError(errno.EACCES, "Permission denied", "x")
+    assert elastic.run_main(lambda argv: users["f"](error), []) == (1, False)
+    assert "reward.py" in capsys.readouterr().err
+
+
+LONG = ["--max_steps=5000", "--save_interval=5000", "--eval_interval=5000"]
+
+
+def start_alone(tiny_data, out, prefix=()):
+    args = [*pretrain_args(tiny_data, out, "adamw"), *LONG]
+    run = subprocess.Popen(
+        [*prefix, sys.executable, "train.py", *args],
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while logged_steps(out) < 3:
+        assert run.poll() is None
+        time.sleep(0.05)
+    return run
+
+
+def test_a_hangup_saves_and_nohup_goes_on(tiny_data, tmp_path):
+    run = start_alone(tiny_data, tmp_path / "a")
+    run.send_signal(signal.SIGHUP)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGHUP
+    assert "SIGHUP: stopped; run the same command to continue" in output
+    assert checkpoint.latest(str(tmp_path / "a"))
+
+    run = start_alone(tiny_data, tmp_path / "b", ["nohup"])
+    run.send_signal(signal.SIGHUP)
+    before = logged_steps(tmp_path / "b")
+    while logged_steps(tmp_path / "b") < before + 5:
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.kill()
+    run.communicate()
+
+
+def test_a_closed_pipe_does_not_end_training(tiny_data, tmp_path):
+    args = pretrain_args(tiny_data, tmp_path / "out", "adamw")
+    run = subprocess.Popen(
+        [sys.executable, "train.py", *args],
+        env=ENV,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    run.stdout.close()
+    assert run.wait(60) == 0
+    assert run.stderr.read() == "standard output: Broken pipe; going on without it\n"
+    assert checkpoint.latest(str(tmp_path / "out")).endswith("step_000003")

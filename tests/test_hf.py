@@ -15,6 +15,7 @@ import eval as evaluation
 import sample
 import train
 from data import tokenizer
+from data.files import read_json
 from data.template import TEMPLATE
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
@@ -708,3 +709,79 @@ def test_an_import_is_a_run(exported, tiny_data, tmp_path, capsys):
         [f"in={imported}", f"spin={tmp_path / 'spin'}", f"--data={tiny_data}", "--rows=4"]
     )
     assert "val_loss" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- the end of a response
+
+CHAT = (
+    "{% for m in messages %}{% if loop.first %}<s>{% endif %}[{{ m['role'] }}]"
+    "{{ m['content'] }}<|turn|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def turns(tmp_path):
+    """A model whose eos_token is <|endoftext|> and whose turns end in <|turn|>, ids 256 and 257."""
+    make_run(str(tmp_path / "run"), MODERN | {"vocab_size": 257})
+    export_model(tmp_path / "run", tmp_path / "in")
+    path = tmp_path / "in" / "tokenizer.json"
+    edit_json(path, add_turn_tokens)
+    weights = load_file(str(tmp_path / "in" / "model.safetensors"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:2]])
+    save_file(weights, str(tmp_path / "in" / "model.safetensors"))
+    update_json(tmp_path / "in" / "config.json", vocab_size=259)
+    update_json(tmp_path / "in" / "tokenizer_config.json", chat_template=CHAT)
+    update_json(tmp_path / "in" / "generation_config.json", eos_token_id=[256, 257])
+    return tmp_path / "in"
+
+
+def add_turn_tokens(parts):
+    first = parts["added_tokens"][0]
+    for i, content in ((257, "<|turn|>"), (258, "<s>")):
+        parts["added_tokens"].append(first | {"id": i, "content": content})
+
+
+def test_a_response_ends_in_the_token_of_the_template(turns, tmp_path, capsys):
+    import_model(turns, tmp_path / "a")
+    assert "a response ends in '<|turn|>', as in the template" in capsys.readouterr().out
+    _, enc, meta = GPT.from_checkpoint(str(tmp_path / "a"))
+    assert enc.eos == "<|turn|>" and enc.eot_token == 257
+    assert list(tokenizer.stop_ids(enc)) == [tokenizer.EOT, "<|turn|>"]
+
+    export_model(tmp_path / "a", tmp_path / "out")
+    assert read_json(str(tmp_path / "out" / "generation_config.json"))["eos_token_id"] == [256, 257]
+    assert read_json(str(tmp_path / "out" / "config.json"))["eos_token_id"] == [256, 257]
+    assert read_json(str(tmp_path / "out" / "tokenizer_config.json"))["eos_token"] == tokenizer.EOT
+    import_model(tmp_path / "out", tmp_path / "b")
+    again = read_meta(tmp_path / "b")
+    for name in ("tokenizer_sha256", "weights_sha256"):
+        assert again[name] == meta[name], name
+    assert again["config"]["template"] == meta["config"]["template"]
+
+
+def test_a_token_that_the_model_does_not_list_ends_nothing(turns, tmp_path, capsys):
+    update_json(turns / "generation_config.json", eos_token_id=256)
+    import_model(turns, tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "a response ends in eos_token '<|endoftext|>'" in said and "'<|turn|>'" in said
+    _, enc, _ = GPT.from_checkpoint(str(tmp_path / "a"))
+    assert enc.eot_token == 256
+    update_json(turns / "generation_config.json", eos_token_id=["x"])
+    assert "must be token ids" in refused("import", turns, f"--out={tmp_path / 'b'}")
+
+
+def test_a_config_larger_than_its_files_is_refused(exported, tmp_path):
+    shutil.copytree(exported / "modern", tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    for settings, message in [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 is too large"),
+        ({"num_hidden_layers": 9999}, "describes a model of more than"),
+        ({"hidden_size": 2**20}, "describes a model of more than"),
+        ({"hidden_size": 10**12}, "n_embd must be from 1 to"),
+        ({"intermediate_size": 2**24}, "describes a model of more than"),
+    ]:
+        original = path.read_text()
+        update_json(path, **settings)
+        assert message in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
+        path.write_text(original)

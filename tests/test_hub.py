@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
-from data import hub
-from data.files import write_json
+from data import hub, tokenizer
+from data.files import read_json, write_json
 from data.folder import prepare_command, read_meta, read_stream
 from data.rows import read_rows
 
@@ -680,3 +680,26 @@ def test_a_commit_that_cannot_be_resolved_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=message) as e:
         run_main("tldr", f"--out={tmp_path}/out")
     assert "\n" not in str(e.value)
+
+
+def test_documents_that_cannot_be_encoded_are_counted(tmp_path, monkeypatch):
+    encode = tokenizer.encode_piece
+
+    def failing(enc, text, where):
+        if "Document 7" in text:
+            raise SystemExit("the tokenizer cannot encode it")
+        return encode(enc, text, where)
+
+    write_documents(tmp_path / "set")
+    monkeypatch.setattr(tokenizer, "encode_piece", failing)
+    args = (f"--hub={tmp_path}/set", "--tokenizer=bytes", "--val_share=0.2")
+    run_main("fineweb", *args, f"--out={tmp_path}/out")
+    meta = read_json(str(tmp_path / "out" / "meta.json"))
+    assert meta["dropped"]["documents that the tokenizer cannot encode"] >= 1
+
+
+def test_a_set_is_not_written_into_itself(tmp_path):
+    write_documents(tmp_path / "set")
+    for out in (tmp_path / "set", tmp_path / "set" / "inner"):
+        with pytest.raises(SystemExit, match="is inside of --hub"):
+            run_main("fineweb", f"--hub={tmp_path}/set", "--tokenizer=bytes", f"--out={out}")

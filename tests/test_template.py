@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tokenizers_like import chatml, sentencepiece
 
 import sample
 import train
+from data import template as template_module
 from data import tokenizer
 from data.folder import read_meta, read_stream
 from data.rows import check_row, encode_rows
@@ -473,3 +475,22 @@ def write_tokenizer(folder, spec, eos):
         json.dump(spec, f)
     with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
         json.dump({"eos_token": eos}, f)
+
+
+BOMBS = {
+    "time": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{% set ns = namespace(t='x' * 1000) %}"
+    "{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}{{ ns.t }}",
+    "long": "{{ messages[0]['content'] }}{% for i in range(9999) %}{{ 'x' * 1000 }}{% endfor %}",
+    "power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "outside": "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages[0]['content'] }}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_chat_template_cannot_take_time_or_memory(name, monkeypatch):
+    monkeypatch.setattr(template_module, "RENDER_SECONDS", 3)
+    start = time.monotonic()
+    assert template_module.from_jinja(BOMBS[name], eos_token="</s>") is None
+    assert time.monotonic() - start < 6

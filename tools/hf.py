@@ -24,12 +24,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from data import tokenizer
-from data.files import printable, read_json, write_json
-from data.template import TEMPLATE, check_template, read_template, to_jinja
+from data import cli, tokenizer
+from data.files import atomic_write, printable, read_json, write_json
+from data.template import (
+    TEMPLATE,
+    check_template,
+    read_template,
+    split_at_specials,
+    split_template,
+    to_jinja,
+)
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
-from nanospin.cli import ArgumentParser
 
 # GPTConfig's fields and their names in config.json. Mistral and Qwen use Llama's names.
 FIELD_NAMES = {
@@ -178,6 +184,8 @@ def parse_hf_config(hf_config: dict, path: str) -> HFModel:
         default = DEFAULTS[model_type].get(field, REQUIRED)
         fields[field] = settings.take(name, types[field], default)
 
+    if fields["n_layer"] > GPTConfig.MOST["n_layer"]:
+        settings.refuse(f"{FIELD_NAMES[family]['n_layer']} = {fields['n_layer']} is too large")
     activations = ACTIVATIONS[family]
     if fields["mlp"] not in activations:
         name = FIELD_NAMES[family]["mlp"]
@@ -415,6 +423,7 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
 
     enc, tokenizer_name = read_tokenizer(folder)
     template = template or read_template(folder, enc, TEMPLATE)
+    enc = with_stop_tokens(folder, enc, template)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
@@ -432,8 +441,10 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
             f" the tokenizer has {enc.n_vocab} ids"
         )
     fields = hf_model.fields | {"block_size": block_size, "vocab_size": enc.n_vocab}
+    model_config = GPTConfig(**fields)
+    check_size(folder, hf_model.family, model_config)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**fields))
+        model = GPT(model_config)
 
     path = os.path.join(out, "round_0", "step_000000")
     unfinished = checkpoint.sibling_path(path, "writing")
@@ -456,6 +467,25 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
         f"{path}: {hf_model.family}, {model.num_params() / 1e6:.2f}M parameters,"
         f" tokenizer {tokenizer_name}, block_size {block_size}, template {template!r}"
     )
+
+
+def check_size(folder, family, c: GPTConfig):
+    """Exit if the files are too small for the matrices of the blocks and the embedding, at two
+    bytes a number: config.json could describe a model that fills any memory."""
+    block = c.n_embd * (2 * c.n_head * c.head_dim + 2 * c.n_inner)
+    needed = 2 * (c.n_layer * block + c.vocab_size * c.n_embd)
+    files = set(read_index(folder).values()) or ["model.safetensors"]
+    paths = [os.path.join(folder, file) for file in files]
+    if not all(map(os.path.exists, paths)):
+        return  # open_tensors names the missing file
+    found = sum(map(os.path.getsize, paths))
+    if found < needed:
+        with contextlib.ExitStack() as stack:
+            open_tensors(folder, family, stack)  # exits if a file is cut
+        raise SystemExit(
+            f"{folder}/config.json describes a model of more than {needed:,} bytes;"
+            f" its safetensors files have {found:,}"
+        )
 
 
 def find_folder(source):
@@ -664,6 +694,49 @@ def read_tokenizer(folder):
     return enc, "tokenizer.tiktoken"
 
 
+def with_stop_tokens(folder, enc, template):
+    """The tokenizer with the token that ends a response. Prints a line if it is not eos_token.
+
+    A chat template may end a response with another special token, which generation_config.json (or
+    config.json) lists beside eos_token: Llama 3 does. The others are kept for an export.
+    """
+    if not isinstance(enc, tokenizer.JsonTokenizer):
+        return enc
+    stop_tokens = [enc.eos]
+    for token_id in read_eos_ids(folder):
+        token = enc.full.id_to_token(token_id)
+        if token is not None and token not in stop_tokens:
+            stop_tokens.append(token)
+    eos = enc.eos
+    pieces = split_at_specials(split_template(template).end, tokenizer.specials(enc))
+    if len(pieces) > 1 and pieces[0] == "" and pieces[1] != eos:
+        if pieces[1] in stop_tokens:
+            eos = pieces[1]
+            print(f"a response ends in {eos!r}, as in the template; eos_token is {enc.eos!r}")
+        else:
+            print(
+                f"a response ends in eos_token {eos!r}: the template ends it in {pieces[1]!r}, but"
+                " generation_config.json does not list that"
+            )
+    return tokenizer.JsonTokenizer(enc.text, eos, stop_tokens)
+
+
+def read_eos_ids(folder) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json: a list of ids."""
+    for name in ("generation_config.json", "config.json"):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        ids = read_json(path).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        ids = [i for i in ids if i is not None]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise SystemExit(f"{path}: eos_token_id must be token ids, got {ids!r}")
+        if ids:
+            return ids
+    return []
+
+
 def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
     """Compare the logits of transformers' model in a folder with those of ours in a run.
 
@@ -716,7 +789,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
     )
     name = os.path.basename(os.path.normpath(run))
-    with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(out, "README.md")) as f:
         f.write(model_card(name, hf_config["model_type"], model, meta, enc, dtype))
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
     print(
@@ -768,7 +841,9 @@ def write_tokenizer(folder, enc, template, block_size):
     """Write tokenizer.json and tokenizer_config.json. Returns the ids of the special tokens."""
     tokenizer.to_json(enc, os.path.join(folder, "tokenizer.json"))
     specials = tokenizer.specials(enc)
-    eos = tokenizer.eos(enc)
+    stop_ids = tokenizer.stop_ids(enc)
+    eos = next(iter(stop_ids))  # the original model's
+    end_of_response = "" if tokenizer.eos(enc) == eos else tokenizer.eos(enc)
     bos = tokenizer.begin(enc)
     if bos not in specials:
         bos = eos
@@ -779,13 +854,14 @@ def write_tokenizer(folder, enc, template, block_size):
         "pad_token": eos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
-        "chat_template": to_jinja(template),
+        "chat_template": to_jinja(template, end_of_response),
     }
     write_json(os.path.join(folder, "tokenizer_config.json"), settings)
+    ids = list(stop_ids.values())
     return {
-        "bos_token_id": specials[bos],
-        "eos_token_id": enc.eot_token,
-        "pad_token_id": enc.eot_token,
+        "bos_token_id": specials.get(bos, stop_ids[eos]),
+        "eos_token_id": ids if len(ids) > 1 else ids[0],
+        "pad_token_id": stop_ids[eos],
     }
 
 
@@ -833,6 +909,8 @@ def model_card(name, model_type, model, meta, enc, dtype):
 @contextlib.contextmanager
 def new_folder(path):
     """Make a folder, and remove it again if the code that fills it fails."""
+    if os.path.islink(path):
+        raise SystemExit(f"{path} is a link; choose another --out")
     existed = os.path.isdir(path)
     if os.path.exists(path) and (not existed or os.listdir(path)):
         raise SystemExit(f"{path} already exists; choose another --out, or remove it")
@@ -847,7 +925,7 @@ def new_folder(path):
 
 
 def parse_args(argv):
-    parser = ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     about = "convert a Hugging Face model, local or on the hub, to a run"
@@ -858,7 +936,7 @@ def parse_args(argv):
     )
     importer.add_argument(
         "--block_size",
-        type=int,
+        type=cli.number_type(int, 0),
         default=0,
         help="longest sequence; 0: the model's, or its sliding window",
     )
@@ -910,4 +988,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run(main))

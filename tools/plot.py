@@ -16,13 +16,14 @@ import json
 import logging
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import cycle
 
 import numpy as np
 
-from data.files import printable, read_json
-from nanospin.cli import ArgumentParser
+from data import cli
+from data.files import atomic_write, check_output, printable, read_json, require_regular
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
 import matplotlib.pyplot as plt  # noqa: E402
@@ -121,8 +122,10 @@ def save_figure(fig, path: str):
     if ending not in (".png", ".svg"):
         stem = path
     with style():
-        fig.savefig(stem + ".png")
-        fig.savefig(stem + ".svg", metadata={"Date": None})
+        with atomic_write(stem + ".png", "wb") as f:
+            fig.savefig(f, format="png")
+        with atomic_write(stem + ".svg", "wb") as f:
+            fig.savefig(f, format="svg", metadata={"Date": None})
     plt.close(fig)
     print(stem + ".png")
 
@@ -145,7 +148,7 @@ def read_metrics(run: str, kind: str | None = None) -> list[dict]:
         return [r for r in records if kind in (None, r["kind"])]
     except OSError as e:
         raise SystemExit(printable(f"{path}: {e.strerror}; train this run first"))
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise SystemExit(printable(f"{path}: not the metrics of a run ({e!r})"))
 
 
@@ -592,7 +595,7 @@ def report(demos: list[str]):
         "",
     ]
     path = os.path.join(folder, "report.md")
-    with open(path, "w", encoding="utf-8") as f:
+    with atomic_write(path) as f:
         f.write("\n".join(text))
     print("\n".join([*stages, "", *lines, path]))
 
@@ -629,9 +632,11 @@ def table(out: str, runs: list[str]):
             lines.append("| " + " | ".join(cells) + " |")
             cells = [""] * 4  # the run is named once
         os.makedirs(os.path.join(out, name), exist_ok=True)
-        shutil.copy(os.path.join(run, "metrics.jsonl"), os.path.join(out, name))
+        copy = os.path.join(out, name, "metrics.jsonl")
+        check_output(copy, [os.path.join(run, "metrics.jsonl")])
+        shutil.copy(os.path.join(run, "metrics.jsonl"), copy)
     head = "# Held-out metrics at the first and the last evaluation of each run"
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(out, "report.md")) as f:
         f.write("\n".join([head, "", *lines, ""]))
     print("\n".join(lines))
 
@@ -645,7 +650,7 @@ def named_runs(text: str) -> tuple[str, list[str]]:
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(prog="python -m tools.plot", description=__doc__)
+    parser = cli.ArgumentParser(prog="python -m tools.plot", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     loss = commands.add_parser("loss", help="validation loss of several settings")
     loss.add_argument("out", help="the figure, OUT.png; OUT.svg is written beside it")
@@ -659,6 +664,10 @@ def main(argv: list[str] | None = None):
     runs.add_argument("out", help="folder of the report and of the copied logs")
     runs.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run")
     args = parser.parse_args(argv)
+    if args.command in ("loss", "rounds"):
+        stem = args.out.removesuffix(".png").removesuffix(".svg")
+        for ending in (".png", ".svg"):
+            require_regular(stem + ending)
     if args.command == "loss":
         plot_loss(args.out, dict(args.runs))
     elif args.command == "rounds":
@@ -670,4 +679,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -14,10 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from data import cli
 from data.files import read_arrays, read_json, sha256
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, distributed, elastic, metrics_logger
-from nanospin.cli import ArgumentParser
 from rollout import collect, input_files, prepare_teacher, reference_checkpoint, with_checksum
 from train import build_model, resolve_model
 
@@ -187,7 +187,7 @@ def first_different_number(old, new):
 
 
 def main(argv):
-    parser = ArgumentParser(description=__doc__)
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("round", metavar="RUN/round_R", help="the folder of the round")
     parser.add_argument("--out", required=True, help="folder for the rebuilt round: new or empty")
     parser.add_argument("--init", help="the policy that the round started from, if it has moved")

@@ -12,14 +12,13 @@ in |. A response's rank is the number of responses with a higher score. A respon
 import os
 import sys
 
-from data import tokenizer
+from data import cli, tokenizer
 from data.batch import batch_rows, stream_batch
 from data.files import printable
 from data.folder import read_meta, read_stream, tokenizer_path
 from data.rows import drop_equal_responses, encode_rows, read_rows
 from data.template import TEMPLATE
 from nanospin import checkpoint, config
-from nanospin.cli import ArgumentParser
 
 LIMITS = ("template", "block_size", "max_prompt", "max_response")  # arguments of encode_rows
 
@@ -46,14 +45,16 @@ def main(argv=None):
 
 
 def parse_args(argv):
-    parser = ArgumentParser(prog="python -m tools.show", description=__doc__)
+    row, limit = cli.number_type(int, 0, 2**48), cli.number_type(int, 0, 2**31)
+    length = cli.number_type(int, 1, 2**31)
+    parser = cli.ArgumentParser(prog="python -m tools.show", description=__doc__)
     parser.add_argument(
         "path",
         help="a .jsonl file, a train.bin or val.bin, or a data folder: its train.jsonl, else"
         " its train.bin",
     )
     parser.add_argument(
-        "--row", type=int, default=0, help="index of the row, or of the stream's window, from 0"
+        "--row", type=row, default=0, help="index of the row, or of the stream's window, from 0"
     )
     parser.add_argument(
         "--checkpoint", help="run folder or checkpoint; gives tokenizer, template, limits and seed"
@@ -63,25 +64,20 @@ def parse_args(argv):
     )
     parser.add_argument("--template", help="prompt template; else the checkpoint's or the default")
     parser.add_argument(
-        "--block_size", type=int, help="tokens of a sequence; else the checkpoint's, or 1024"
+        "--block_size", type=length, help="tokens of a sequence; else the checkpoint's, or 1024"
     )
     parser.add_argument(
-        "--max_prompt", type=int, help="tokens of a prompt; else the checkpoint's, or block_size"
+        "--max_prompt", type=limit, help="tokens of a prompt; else the checkpoint's, or block_size"
     )
     parser.add_argument(
         "--max_response",
-        type=int,
+        type=limit,
         help="tokens of a response; else the checkpoint's, or what block_size leaves",
     )
     parser.add_argument(
-        "--seed", type=int, help="seed of a stream's windows; else the checkpoint's or the default"
+        "--seed", type=row, help="seed of a stream's windows; else the checkpoint's or the default"
     )
-    args = parser.parse_args(argv)
-    if args.row < 0:
-        parser.error(f"--row must be at least 0, got {args.row}")
-    if args.block_size is not None and args.block_size < 1:
-        parser.error(f"--block_size must be at least 1, got {args.block_size}")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_settings(args):
@@ -154,7 +150,7 @@ def show_row(path, rows, number, enc, settings, colour):
             continue
         tokens = mark_loss(*next(sequences))
         print(head + describe(tokens, enc))
-        print(render(tokens, enc, colour))
+        print_styled(render(tokens, enc, colour))
 
 
 def show_window(folder, split, number, enc, settings, colour):
@@ -174,7 +170,7 @@ def show_window(folder, split, number, enc, settings, colour):
     tokens = mark_loss(batch.idx.flatten().tolist(), batch.targets.flatten().tolist())
     path = os.path.join(printable(folder), f"{split}.bin")
     print(f"{path}, window {number} under seed {settings['seed']}: {describe(tokens, enc)}")
-    print(render(tokens, enc, colour))
+    print_styled(render(tokens, enc, colour))
 
 
 def mark_loss(idx, targets):
@@ -207,6 +203,12 @@ def render(tokens, enc, colour):
     return "".join(rendered)
 
 
+def print_styled(text):
+    """Print a text that is escaped already, with its colours."""
+    write = getattr(sys.stdout, "write_styled", sys.stdout.write)
+    write(text + "\n")
+
+
 def paint(text, style):
     """The text in an ANSI style, switched off at the end of each line."""
     lines = [f"\033[{style}m{line}\033[0m" if line else "" for line in text.split("\n")]
@@ -214,4 +216,4 @@ def paint(text, style):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

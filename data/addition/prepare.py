@@ -5,11 +5,12 @@
 Writes train.jsonl and val.jsonl, K = 1, for the tokenizer "bytes". a + b and b + a are one group.
 """
 
-import argparse
 import os
+import sys
 
 import numpy as np
 
+from data import cli
 from data.folder import split_of, write_meta
 from data.rows import write_rows
 
@@ -17,13 +18,19 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--rows",
+        type=cli.number_type(int, 1, 10**8),
+        default=20000,
+        help="number of draws; a repeated problem is one row",
     )
     parser.add_argument(
-        "--rows", type=int, default=20000, help="number of draws; a repeated problem is one row"
+        "--below",
+        type=cli.number_type(int, 1, 2**62),
+        default=1000,
+        help="both numbers are below this",
     )
-    parser.add_argument("--below", type=int, default=1000, help="both numbers are below this")
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
 
@@ -47,4 +54,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

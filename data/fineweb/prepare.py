@@ -19,12 +19,14 @@ Traps:
   holds parquet (config plain_text, 8M documents). Its documents have only `text`, no id.
 """
 
+import contextlib
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from data import hub, tokenizer
+from data import cli, hub, tokenizer
 from data.folder import split_of, token_dtype
 
 CONFIGS = {
@@ -55,11 +57,18 @@ def main(argv=None):
     enc, tokenizer_name = tokenizer.load_into(args.out, args.tokenizer)
     dtype = token_dtype(enc.n_vocab)
 
+    def encode_or_none(text):
+        with contextlib.suppress(SystemExit):  # the tokenizer fails on this text
+            return tokenizer.encode(enc, text)
+
     def convert(rows, side, dropped):
         texts = [row["text"] for row in rows if is_text(row["text"])]
         if len(texts) < len(rows):
             hub.drop(dropped, "documents without a text", len(rows) - len(texts))
-        for text, ids in zip(texts, pool.map(enc.encode_ordinary, texts)):
+        for text, ids in zip(texts, pool.map(encode_or_none, texts)):
+            if ids is None:
+                hub.drop(dropped, "documents that the tokenizer cannot encode")
+                continue
             name = f"{split_of(text, args.val_share)}.bin"
             yield name, np.array(ids + [enc.eot_token], dtype).tobytes()
 
@@ -80,4 +89,4 @@ def is_text(value) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

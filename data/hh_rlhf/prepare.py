@@ -17,7 +17,9 @@ Traps of the schema:
 - The same opening comes with different continuations.
 """
 
-from data import hub
+import sys
+
+from data import cli, hub
 
 
 def convert(row, dropped):
@@ -42,4 +44,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

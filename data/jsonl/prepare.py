@@ -15,38 +15,56 @@ Writes train.jsonl and val.jsonl from lines with a prompt, and train.bin and val
 with a text.
 """
 
-import argparse
 import gzip
 import json
 import os
+import sys
+import zlib
 from collections import Counter
 
 from tqdm import tqdm
 
-from data import tokenizer
-from data.files import printable
+from data import cli, tokenizer
+from data.files import check_output, printable
 from data.folder import split_of, write_meta, write_stream
 from data.rows import check_row, is_unicode, write_rows
+
+OUTPUTS = ("train.jsonl", "val.jsonl", "train.bin", "val.bin", "meta.json", "tokenizer.tiktoken")
+MAX_LINE = 2**28  # characters
+MAX_RATIO = 200  # unpacked size to size of a .gz file; text has 3 to 30
 
 
 def read_lines(path):
     """Yield (file:line, object) for each line. Exits with the file, the line and what is wrong."""
-    open_text = gzip.open if path.endswith(".gz") else open
+    is_gzip = path.endswith(".gz")
+    open_text = gzip.open if is_gzip else open
     try:
+        limit = max(MAX_LINE, MAX_RATIO * os.path.getsize(path))
         with open_text(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
+            number = 0
+            while line := f.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise SystemExit(
+                        f"{path}:{number}: a line of more than {MAX_LINE:,} characters"
+                    )
+                if is_gzip and f.buffer.tell() > limit:
+                    raise SystemExit(
+                        f"{path}:{number}: unpacked it is more than {MAX_RATIO} times as large;"
+                        " unpack it yourself if it is what you expect"
+                    )
                 if line.strip():
                     yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
     except UnicodeDecodeError as e:
         raise SystemExit(f"{path}: not UTF-8: {e.reason}")
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise SystemExit(f"{path}: {getattr(e, 'strerror', None) or e}")
 
 
 def parse_line(line, where):
     try:
         value = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise SystemExit(f"{where}: not JSON: {e}")
     if not isinstance(value, dict):
         raise SystemExit(f"{where}: not an object")
@@ -162,9 +180,7 @@ def sort_responses(responses, where):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", help=".jsonl or .jsonl.gz")
     parser.add_argument("--out", required=True, help="data folder to write")
     parser.add_argument("--where", help="KEY=PREFIX: only lines whose KEY starts with PREFIX")
@@ -177,14 +193,21 @@ def main(argv=None):
         help="gpt2 (default of a stream; rows need none), bytes, bpe (trained on the training"
         " texts), or a file (a .tiktoken, another model's tokenizer.json)",
     )
-    parser.add_argument("--vocab_size", type=int, default=4096, help="vocabulary size of bpe")
     parser.add_argument(
-        "--val_share", type=float, default=0.1, help="share of the groups that go to validation"
+        "--vocab_size", type=cli.vocab_size_type, default=4096, help="vocabulary size of bpe"
+    )
+    parser.add_argument(
+        "--val_share",
+        type=cli.number_type(float, 0, 1),
+        default=0.1,
+        help="share of the groups that go to validation",
     )
     args = parser.parse_args(argv)
     if args.where is not None and not args.where.partition("=")[1]:
         raise SystemExit(f"--where={args.where}: give KEY=PREFIX, such as --where=source=gsm8k")
 
+    for name in OUTPUTS:
+        check_output(os.path.join(args.out, name), args.files)
     os.makedirs(args.out, exist_ok=True)  # if it cannot be made, that is said before reading
     rows, texts, num_dropped, ignored = read_files(args)
     check_sides(args, rows, texts, num_dropped)
@@ -264,4 +287,4 @@ def read_files(args):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -14,7 +14,9 @@ Traps of the schema:
 - Some of the prompts come from HH-RLHF and UltraFeedback.
 """
 
-from data import hub
+import sys
+
+from data import cli, hub
 
 
 def convert(row, dropped):
@@ -39,4 +41,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

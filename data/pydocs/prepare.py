@@ -13,17 +13,17 @@ The split is by module: no docstring of a validation module is in the training s
 Sizes depend on the versions of the packages.
 """
 
-import argparse
 import ast
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 import sysconfig
 
 from tqdm import tqdm
 
-from data import tokenizer
+from data import cli, tokenizer
 from data.folder import split_of, write_meta, write_stream
 from data.rows import write_rows
 
@@ -113,9 +113,7 @@ def read_docstrings():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.parse_args(argv)
     texts, rows = read_docstrings()
 
@@ -135,4 +133,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -5,28 +5,31 @@
 Writes train.bin and val.bin, and bpe.tiktoken with --tokenizer=bpe.
 """
 
-import argparse
 import os
+import sys
 
-from data import tokenizer
+from data import cli, tokenizer
+from data.files import check_output
 from data.folder import tokenizer_path, write_meta, write_stream
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("file", help="plain text in UTF-8")
     parser.add_argument(
         "--tokenizer",
         default="bytes",
         help="gpt2, bytes (default), or bpe, trained on the training part",
     )
-    parser.add_argument("--vocab_size", type=int, default=4096, help="vocabulary size of bpe")
+    parser.add_argument(
+        "--vocab_size", type=cli.vocab_size_type, default=4096, help="vocabulary size of bpe"
+    )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
+    for name in ("train.bin", "val.bin", "meta.json", "bpe.tiktoken"):
+        check_output(os.path.join(args.out, name), [args.file])
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()
@@ -51,4 +54,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

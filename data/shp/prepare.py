@@ -21,13 +21,14 @@ Traps of the schema:
 - `post_id` is the group. The published splits are by post; only the write-up's own split is not.
 """
 
-import argparse
 import itertools
 import os
+import sys
 
 from tqdm import tqdm
 
-from data import hub, tokenizer
+from data import cli, hub, tokenizer
+from data.files import check_output
 from data.folder import split_of, write_meta
 from data.rows import longest_shared_prefix, write_rows
 
@@ -86,9 +87,7 @@ def surrogate_pairs():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
         "files", nargs="*", help="local ranked rows, .jsonl or .jsonl.gz; none: the hub's"
     )
@@ -103,10 +102,12 @@ def main(argv=None):
     parser.add_argument(
         "--revision", help="commit or branch on the hub (default: the commit in data/hub.py)"
     )
-    parser.add_argument("--rows", type=int, default=10_000, help="number of pairs")
+    parser.add_argument(
+        "--rows", type=cli.number_type(int, 1), default=10_000, help="number of pairs"
+    )
     parser.add_argument(
         "--sets",
-        type=int,
+        type=cli.number_type(int, 0, 1000),
         default=0,
         help="number of sets, each in a folder of OUT; 0: one, in OUT",
     )
@@ -119,16 +120,13 @@ def main(argv=None):
     parser.add_argument(
         "--tokenizer", default="gpt2", help="gpt2, bytes, or bpe, trained on the texts"
     )
-    parser.add_argument("--vocab_size", type=int, default=2048, help="vocabulary size of bpe")
+    parser.add_argument(
+        "--vocab_size", type=cli.vocab_size_type, default=2048, help="vocabulary size of bpe"
+    )
     parser.add_argument("--out", default=HERE, help="folder to write row/ and group/ to")
     args = parser.parse_args(argv)
     if args.surrogate and args.files:
         parser.error("either files or --surrogate")
-    if args.rows < 1 or args.sets < 0 or args.vocab_size < 257:
-        parser.error(
-            "--rows must be at least 1, --sets at least 0,"
-            " --vocab_size at least 257 (the bytes and end-of-text)"
-        )
     if args.tokenizer != "bpe":
         tokenizer.load(args.tokenizer)  # exits before any work if it cannot
 
@@ -143,6 +141,9 @@ def main(argv=None):
     pairs = iter(tqdm(pairs, total=total, desc="pairs", disable=None))
     outs = [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]
     splits = ("row", "group") if args.split == "both" else (args.split,)
+    for out in outs:
+        for split, name in itertools.product(splits, ("train.jsonl", "val.jsonl", "meta.json")):
+            check_output(os.path.join(out, split, name), args.files)
     for out in outs:
         texts = []
         for history, comment, post in itertools.islice(pairs, args.rows):
@@ -200,12 +201,12 @@ def on_side(texts, sides, side):
 
 def share_of_leaks(train, val, enc, num_tokens=64):
     """The share of validation texts whose first tokens (at most 64) begin a training text too."""
-    train_ids = [enc.encode_ordinary(row["text"]) for row in train]
-    val_ids = [enc.encode_ordinary(row["text"]) for row in val]
+    train_ids = [tokenizer.encode(enc, row["text"]) for row in train]
+    val_ids = [tokenizer.encode(enc, row["text"]) for row in val]
     shared = longest_shared_prefix(val_ids, train_ids)
     leaks = [n >= min(num_tokens, len(ids)) for n, ids in zip(shared, val_ids)]
     return sum(leaks) / len(leaks)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -20,7 +20,9 @@ Traps of the schema:
 - Scores tie, and 12 against 11 says little: see --min_ratio.
 """
 
-from data import hub
+import sys
+
+from data import cli, hub
 
 FIELDS = (
     "post_id",
@@ -40,7 +42,7 @@ def main(argv=None):
     parser.add_argument("--pairs", action="store_true", help="the pairs as published")
     parser.add_argument(
         "--min_ratio",
-        type=float,
+        type=cli.number_type(float, 0, 1e9),
         default=1.0,
         help="smallest ratio of a response's score to that of the next one",
     )
@@ -91,4 +93,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

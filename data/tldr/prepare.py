@@ -20,7 +20,9 @@ Traps:
   not say which.
 """
 
-from data import hub
+import sys
+
+from data import cli, hub
 
 PAIRS = "trl-lib/tldr-preference"
 SUMMARIES = "trl-lib/tldr"
@@ -53,4 +55,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

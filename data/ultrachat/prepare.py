@@ -19,8 +19,9 @@ Traps of the schema:
 
 import hashlib
 import heapq
+import sys
 
-from data import hub
+from data import cli, hub
 
 
 def roles_alternate(messages) -> bool:
@@ -39,7 +40,7 @@ def main(argv=None):
         default=50_000,
         help="number of training conversations; 0: all",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--seed", type=cli.seed_type, default=0, help="seed of the sample")
     args = parser.parse_args(argv)
 
     def convert(row, dropped):
@@ -74,4 +75,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

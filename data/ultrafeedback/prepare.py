@@ -19,7 +19,9 @@ Traps of the schema:
   --without.
 """
 
-from data import hub
+import sys
+
+from data import cli, hub
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
@@ -82,4 +84,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -11,13 +11,13 @@ Each method is swept over the strength of its KL control and over seeds. Then al
 the same held-out prompts. An interrupted sweep continues where it stopped.
 """
 
-import argparse
 import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import re
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, dataclass
@@ -27,16 +27,15 @@ import numpy as np
 import torch
 
 import train
-from data import tokenizer
+from data import cli, tokenizer
 from data.batch import permutation
-from data.files import read_json, write_json
+from data.files import atomic_write, read_json, write_json
 from data.folder import write_meta
 from data.pydocs.scorer import concrete, kinds
 from data.rows import encode_rows, read_rows, sampled_row, write_rows
 from eval import row_logps, row_scores, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed
-from nanospin.cli import number_type
 from rollout import unique_prompts
 from sample import respond
 from tools.plot import (
@@ -525,7 +524,7 @@ def report(args, measured, base):
     lines += ["", "![True reward, learnt reward and win rate](figures/frontier.png)", ""]
     for folder in ("figures", "logs"):
         os.makedirs(os.path.join(args.out, folder), exist_ok=True)
-    with open(os.path.join(args.out, "report.md"), "w", encoding="utf-8") as f:
+    with atomic_write(os.path.join(args.out, "report.md")) as f:
         f.write("\n".join(lines))
     results.save(os.path.join(args.out, "logs", "frontier.json"))
     draw(os.path.join(args.out, "figures", "frontier.png"), results)
@@ -585,10 +584,8 @@ def use_one_thread():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    count = number_type(int, 1)
+    parser = cli.ArgumentParser(description=__doc__)
+    count = cli.number_type(int, 1)
     parser.add_argument("--seeds", type=count, default=3, help="seeds of each method, from 0 on")
     parser.add_argument("--values", type=count, default=3, help="values of each sweep, from first")
     parser.add_argument("--workers", type=count, default=2, help="parallel runs, one thread each")
@@ -641,4 +638,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data import cli
+from data.files import atomic_write
 from tools.plot import (
     GREY,
     PALETTE,
@@ -659,7 +661,7 @@ def write_report(folder: str, out: str):
     copy_logs(folder, os.path.join(out, "logs"))
     draw_figures(study, os.path.join(out, "figures"))
     path = os.path.join(out, "report.md")
-    with open(path, "w", encoding="utf-8") as f:
+    with atomic_write(path) as f:
         f.write(report_text(study, data_sources(folder)))
     print(path)
 
@@ -710,4 +712,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run(main))

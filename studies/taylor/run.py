@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from nanospin import cli
+from data import cli
 from studies.taylor import analysis
 
 SEEDS = [1, 2, 3]  # each has its own posts, split and vocabulary
@@ -239,4 +239,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(cli.run(main))

@@ -8,12 +8,12 @@ Prints a line per section: how many cases held, of how many, and what was promis
 failed are listed below it, and the exit status is 1 if there are any.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 
+from data import cli
 from tests.faults import kills, payloads, refusals, scale
 from tests.faults.harness import ROOT, Workspace
 
@@ -41,10 +41,8 @@ NAMES = [section.__name__ for section in SECTIONS]
 NOT_SHORT = [kills.restarts, scale.ranks, scale.pause]  # they have no short form
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument(
         "sections",
         nargs="*",
@@ -105,4 +103,4 @@ def run_section(section, workspace: Workspace, short: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -6,15 +6,17 @@
 A run that was cut short or damaged gives a page that says what is missing.
 """
 
+import glob
 import json
 import os
 import re
+import sys
 
 import jinja2
 from markupsafe import Markup, escape
 
-from data.files import atomic_write, printable
-from nanospin.cli import ArgumentParser, number_type
+from data import cli
+from data.files import atomic_write, check_output, printable
 from tools.plot import HEADLINE_METRICS
 from tools.report import charts, runs
 
@@ -81,12 +83,16 @@ def render(all_runs: list[runs.Run], num_rows: int) -> str:
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(prog="python -m tools.report", description=__doc__)
+    parser = cli.ArgumentParser(prog="python -m tools.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the out_dir of a run")
     parser.add_argument("--out", default="report.html", help="the file to write")
-    rows = number_type(int, 1, 1000)
+    rows = cli.number_type(int, 1, 1000)
     parser.add_argument("--rows", type=rows, default=8, help="number of prompts, 1 to 1000")
     args = parser.parse_args(argv)
+    for folder in args.runs:
+        inputs = glob.glob(os.path.join(glob.escape(folder), "round_*", "*.json*"))
+        inputs += [os.path.join(folder, name) for name in ("config.json", "metrics.jsonl")]
+        check_output(args.out, inputs)
     page = render([runs.read_run(folder) for folder in args.runs], args.rows)
     try:
         with atomic_write(args.out) as f:
@@ -97,4 +103,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))
