@@ -27,6 +27,7 @@ import copy
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 import shutil
@@ -838,6 +839,8 @@ def read_manifest(path) -> dict:
 def check_hashes(path, manifest: dict):
     """Raise Damaged if one of this rank's share of the files has another hash, or if the weights
     are not finite."""
+    for name in manifest:
+        os.stat(os.path.join(path, name))  # this machine may see a file late: then it is no damage
     for name in sorted(manifest)[distributed.rank() :: distributed.world_size()]:
         file = os.path.join(path, name)
         if sha256(file) != manifest[name]["sha256"]:
@@ -852,7 +855,7 @@ def check_hashes(path, manifest: dict):
 def first_not_finite(metrics: dict) -> str:
     """The name of the first metric that is NaN or infinite, or ""."""
     for name, value in metrics.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, numbers.Real) and not math.isfinite(value):
             return name
     return ""
 

@@ -78,7 +78,10 @@ def acquire(out_dir: str):
                 f.write(json.dumps(lock.owner).encode() + b"\n")
                 break
         if is_here(owner) or not watch(lock.path, owner, state):
-            raise SystemExit(f"out_dir {out_dir} is in use by {name(owner)}; use another out_dir")
+            raise SystemExit(
+                f"out_dir {out_dir} is in use by {name(owner)}; use another out_dir, or stop that "
+                f"run (if there is none, remove {lock.path})"
+            )
         watched = state
     if owner and owner.get("pid") != os.getpid():
         print(f"{out_dir}: took over the lock of {name(owner)}, which has ended", flush=True)
