@@ -549,7 +549,9 @@ def check_weights(path, model):
                     )
                 if not str(dtype).startswith(("F", "BF")):
                     raise SystemExit(f"{file}: {name} is {dtype}, not floating point")
-    except (SafetensorError, OSError) as e:
+    except SafetensorError as e:
+        raise SystemExit(printable(f"{file} is damaged: it cannot be read ({e})"))
+    except OSError as e:
         raise SystemExit(f"{file} cannot be read ({e})")
 
 

@@ -640,8 +640,9 @@ RUNS = {
     ),
     "begun with data since changed": Mistake("was begun with data_sha256", other_data_in_place),
     "begun with init since changed": Mistake("was begun with players_sha256", other_init_in_place),
-    "config.json damaged": Mistake(
-        "config.json", lambda place: pretrain(begun(place, "pretrain", "config.json", b"{"))
+    "config.json damaged, and another lr": Mistake(
+        "was begun with lr",
+        lambda place: pretrain(begun(place, "pretrain", "config.json", b"{"), "--lr=1.0"),
     ),
     "config.json of a model": Mistake(
         "config.json", functools.partial(pretrain_over, '{"architectures": ["LlamaForCausalLM"]}')
