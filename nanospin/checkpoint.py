@@ -245,7 +245,7 @@ def write(path, tensors, meta, enc, cfg, flush_log=None) -> str:
     staging = sibling_path(path, "writing")
     alias = ""
     try:
-        together(make_staging, staging)
+        together(on_rank0, make_staging, staging)
         alias = together(make_alias, staging)
         together(write_tensors, tensors["model"], alias, enable_consolidation=True)
         together(write_tensors, tensors["optimizer"], os.path.join(alias, "optimizer"))
@@ -253,9 +253,10 @@ def write(path, tensors, meta, enc, cfg, flush_log=None) -> str:
         together(verify, staging, tensors)
         if flush_log:
             together(on_rank0, flush_log)
+        together(on_rank0, check_lock)
         together(on_rank0, publish, staging, path, meta)
     except SaveError as e:
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and not lock.problem():  # else it may be another run's
             shutil.rmtree(staging, ignore_errors=True)
         return str(e)
     finally:
@@ -289,14 +290,16 @@ def on_rank0(function, *args):
         function(*args)
 
 
+def check_lock():
+    text = lock.problem()
+    if text:
+        raise OSError(text)
+
+
 def make_staging(staging):
     """Make the folder that a checkpoint is written into. A run's own folder is never made again:
     if somebody has removed it, the save fails."""
-    if distributed.rank() != 0:
-        return
-    problem = lock.held.problem() if lock.held else ""
-    if problem:
-        raise OSError(problem)
+    check_lock()
     round_folder = os.path.dirname(staging)
     if not lock.held:  # not a run
         os.makedirs(os.path.dirname(round_folder), exist_ok=True)

@@ -105,6 +105,11 @@ def noticed() -> bool:
     return bool(held and held.noticed)
 
 
+def problem() -> str:
+    """Why this run must stop, in one line, or "". On other ranks than 0 always ""."""
+    return held.problem() if held else ""
+
+
 def check():
     """Exit with one line if this run must stop. All ranks call this together."""
     distributed.run_on_rank0(exit_if_lost)
@@ -112,9 +117,9 @@ def check():
 
 def exit_if_lost():
     """`check` for rank 0 alone."""
-    problem = held.problem() if held else ""
-    if problem:
-        raise SystemExit(problem)
+    text = problem()
+    if text:
+        raise SystemExit(text)
 
 
 @contextlib.contextmanager

@@ -699,6 +699,22 @@ def test_a_run_whose_folder_is_lost_stops(tiny_data, tmp_path, monkeypatch, what
         assert not os.path.exists(out)
 
 
+def test_a_save_leaves_the_folder_of_its_successor_alone(tiny_data, tmp_path, monkeypatch):
+    """A run that was suspended in a save wakes up when another one has taken over."""
+    out = str(tmp_path / "run")
+    staging = f"{out}/round_0/writing_000003"
+    verify = checkpoint.verify
+
+    def take_over(folder, tensors):
+        verify(folder, tensors)
+        if folder == staging:
+            write_owner(out, os.getppid())
+
+    monkeypatch.setattr(checkpoint, "verify", take_over)
+    assert "was taken over by process" in refused(pretrain_args(tiny_data, out))
+    assert step_names(out) == ["step_000001", "step_000002", "writing_000003"]
+
+
 def test_the_lock_is_released_at_every_end(tiny_data, tmp_path, monkeypatch):
     out = str(tmp_path / "run")
     refused(pretrain_args(tiny_data, out), stages=nan_stages(1))
