@@ -24,7 +24,7 @@ from data import tokenizer
 from data.files import read_json, read_text
 from data.tokenizer import JsonTokenizer
 
-RENDER_SECONDS = 10  # after which a chat template is given up
+RENDER_SECONDS = 10  # after which a chat template is given up, on a machine that is busy
 
 TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # the default
 

@@ -31,6 +31,8 @@ EOT = "<|endoftext|>"
 MAX_RUN = 10_000
 RUNS = re.compile(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+")  # of spaces, letters, digits, others
 
+MAX_VOCAB = 2**24  # ids of a tokenizer.json
+
 # How many times as long the steps of a tokenizer.json may make a text, and what each step can do:
 # U+FDFA has 18 characters in compatibility forms.
 MAX_GROWTH = 1000
@@ -70,8 +72,11 @@ def load_tiktoken(path: str) -> tiktoken.Encoding:
         check_input(path)
         with open(path, "rb") as f:
             for line in f:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                text, rank = line.split()
+                token = base64.b64decode(text, validate=True)
+                if token in ranks:
+                    raise ValueError("a token occurs twice")
+                ranks[token] = int(rank)
     except OSError as e:
         raise SystemExit(
             f"tokenizer {path}: {e.strerror};"
@@ -390,6 +395,10 @@ def load_json(path: str) -> JsonTokenizer:
         raise SystemExit(f"tokenizer {path} cannot be read ({type(e).__name__}: {reason})")
     if enc.eot_token is None:
         raise SystemExit(f"tokenizer {path}: its eos_token {enc.eos!r} is not one of its tokens")
+    if enc.n_vocab > MAX_VOCAB:
+        raise SystemExit(
+            f"tokenizer {path}: its largest id is {enc.n_vocab - 1}, above {MAX_VOCAB - 1}"
+        )
     if not is_token_list(enc, enc.stop_tokens):
         raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc

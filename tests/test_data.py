@@ -910,6 +910,22 @@ def test_a_tokenizer_that_makes_texts_longer_is_refused(tmp_path):
             tokenizer.load(str(tmp_path / "tokenizer.json"))
 
 
+def test_a_token_that_occurs_twice_and_ids_that_are_too_large(tmp_path):
+    path = tmp_path / "x.tiktoken"
+    tokenizer.save(BYTES, str(path))
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(f"{first}\n{first}\n{rest}")
+    with pytest.raises(SystemExit, match="not a .tiktoken file"):
+        tokenizer.load(str(path))
+    tokenizer.to_json(BYTES, str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer.EOT}))
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["far"] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(SystemExit, match="its largest id is 2147483648"):
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
 def test_a_gzip_bomb_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl_prepare, "MAX_LINE", 100_000)
     path = str(tmp_path / "x.jsonl.gz")
