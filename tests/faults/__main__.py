@@ -14,7 +14,7 @@ import tempfile
 import time
 
 from data import cli
-from tests.faults import kills, payloads, refusals, scale
+from tests.faults import folders, kills, lasting, payloads, reads, refusals, scale, writes
 from tests.faults.harness import ROOT, Workspace
 
 SECTIONS = [
@@ -27,6 +27,18 @@ SECTIONS = [
     kills.exits,
     kills.corruption,
     kills.disks,
+    folders.names,
+    folders.writers,
+    folders.strays,
+    folders.special_files,
+    reads.unreadable,
+    reads.moves,
+    reads.nonfinite,
+    writes.syncs,
+    writes.millions,
+    lasting.signals,
+    lasting.memory_slope,
+    lasting.environments,
     refusals.inputs,
     payloads.payloads,
     scale.differing,

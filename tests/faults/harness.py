@@ -293,6 +293,7 @@ class Workspace:
         self.rng = random.Random(seed)
         self.num_runs = 0
         self.undisturbed_runs = {}  # (stage, ranks, arguments) -> run folder
+        self.half_runs = {}  # the same, of runs that a signal has stopped
         self.data = f"{folder}/data"
         self.base_runs = {}
         for stage in ("pretrain", "sft"):
@@ -351,6 +352,21 @@ class Workspace:
             run.forget()
         return self.undisturbed_runs[key]
 
+    def half(self, stage: str, ranks: int, *more: str, function="train:lr_factor", call=3) -> str:
+        """A fresh copy of such a run that SIGTERM has stopped, by default in its third step, so
+        that it has checkpoints of steps 2 and 3."""
+        key = (stage, ranks, more, function, call)
+        if key not in self.half_runs:
+            out = self.new_run()
+            fault = Fault(function, "SIGTERM", 0, call)
+            run = run_to_end(self.args(stage, out, *more), ranks, fault)
+            assert run.status == [128 + signal.SIGTERM] * ranks, run.output
+            self.half_runs[key] = out
+            run.forget()
+        out = self.new_run()
+        shutil.copytree(self.half_runs[key], out)
+        return out
+
 
 def sample_in_small_parts(rank: int):
     """A `before`: samples are written down every 16 prompts, so that a round has several parts."""
@@ -394,10 +410,20 @@ def read_metrics(out: str) -> list[dict]:
     return records
 
 
-def difference(a: str, b: str) -> str:
+def without_warnings(records: list[dict]) -> list[dict]:
+    return [record for record in records if record["kind"] != "warning"]
+
+
+def difference(a: str, b: str, warnings: bool = True) -> str:
     """What is not the same, to the last bit, in two runs, or "": logged numbers, weights, optimizer
-    states, samples, ranked rows and reference log-probabilities."""
-    if read_metrics(a) != read_metrics(b):
+    states, samples, ranked rows and reference log-probabilities.
+
+    warnings: False if only one of them may have logged some.
+    """
+    logged_by_a, logged_by_b = read_metrics(a), read_metrics(b)
+    if not warnings:
+        logged_by_a, logged_by_b = without_warnings(logged_by_a), without_warnings(logged_by_b)
+    if logged_by_a != logged_by_b:
         return "logged numbers differ"
     first, second = checkpoint.latest(a), checkpoint.latest(b)
     if not second or os.path.relpath(first, a) != os.path.relpath(second, b):
@@ -412,11 +438,58 @@ def difference(a: str, b: str) -> str:
     return f"files differ: {differing}" if differing else ""
 
 
-def compare(run: Run, undisturbed: str, out: str) -> str:
+def compare(run: Run, undisturbed: str, out: str, warnings: bool = True) -> str:
     """What went wrong in a run that should have ended as the undisturbed one, or ""."""
     if set(run.status) != {0}:
         return f"{run.status} {run.output[-2000:]}"
-    return difference(undisturbed, out)
+    return difference(undisturbed, out, warnings)
+
+
+def not_refused(run: Run, *words: str) -> str:
+    """What is wrong with a run that should have ended with one line of error, or "".
+
+    words: at least one of them is in the line; none: any line will do. All ranks must have ended by
+    themselves, with a status that is not 0.
+    """
+    if 0 in run.status or "hung" in run.status or min(run.status) < 0:
+        return f"it ended with {run.status}: {run.output[-500:]!r}"
+    lines = run.errors.splitlines()
+    if len(lines) != 1:
+        return f"{len(lines)} lines of error: ... {run.errors[-500:]!r}"
+    if words and not any(word in lines[0] for word in words):
+        return f"none of {words} is in {lines[0]!r}"
+    return ""
+
+
+def attempt(case, *arguments) -> str:
+    """What a case returns, "" or what went wrong. A case that raises has gone wrong: a run has left
+    something that cannot be read."""
+    try:
+        return case(*arguments) or ""
+    except Exception as e:
+        text = " ".join(str(e).split())[:200]
+        return f"what is left cannot be checked: {type(e).__name__}: {text}"
+
+
+def pick(workspace, short: bool, cases, n: int) -> list:
+    """All cases, or n of them, which the seed chooses. cases: a list, or the keys of a table."""
+    cases = list(cases)
+    return sorted(workspace.rng.sample(cases, min(n, len(cases)))) if short else cases
+
+
+def tree(folder: str) -> dict[str, str]:
+    """{path: what is there} of everything in a folder: a hash, or where a link leads."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        for name in folders + names:
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                found[path] = os.readlink(path)
+            elif os.path.isfile(path):
+                found[path] = sha256(path)
+            else:
+                found[path] = "folder" if os.path.isdir(path) else "special"
+    return found
 
 
 def collected_files(out: str) -> list[str]:
