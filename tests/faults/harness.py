@@ -465,7 +465,8 @@ def attempt(case, *arguments) -> str:
     """What a case returns, "" or what went wrong. A case that raises has gone wrong: a run has left
     something that cannot be read."""
     try:
-        return case(*arguments) or ""
+        problem = case(*arguments) or ""
+        return " ".join(problem.split())[:900]
     except Exception as e:
         text = " ".join(str(e).split())[:200]
         return f"what is left cannot be checked: {type(e).__name__}: {text}"

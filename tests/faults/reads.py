@@ -191,10 +191,9 @@ def read_badly(workspace: Workspace, error: int, file: str, ranks: int, rank: in
 
 
 def quick_retries():
-    """Shorten the waits between two tries to read, which are for slow file systems."""
-    for name in ("RETRY_SECONDS", "READ_RETRY_SECONDS"):
-        if hasattr(checkpoint, name):
-            setattr(checkpoint, name, 1.0)
+    """Shorten the pauses between two tries to read, which are for slow file systems."""
+    if hasattr(checkpoint, "RETRY_SECONDS"):
+        checkpoint.RETRY_SECONDS = (0.1, 0.1, 0.1)
 
 
 def seen_late(workspace: Workspace, ranks: int, rank: int) -> str:
@@ -619,9 +618,8 @@ def bad_reward(workspace: Workspace, name: str, round_id: int, ranks: int) -> st
         whole = run_to_end(argv, ranks, before=importing(inputs))
         assert whole.status == [0] * ranks, whole.output
         workspace.undisturbed_runs[key] = f"{out}_undisturbed"
-    # a round calls it 16 times, the evaluation before the first step 8 times
-    call = (3 if round_id == 0 else 30) if workspace.rng.random() < 0.5 else 20 + 16 * round_id
-    call = {0: 3, 1: 30}[round_id]
+    # rank 0 calls it 16 times a round, and 8 times at the first evaluation
+    call = 3 if round_id == 0 else 30
     with open(f"{inputs}/moving_reward.py", "w", encoding="utf-8") as f:
         f.write(REWARD_MODULE.format(call=call, value=value))
     argv = workspace.args("ppo", out, *more)
@@ -637,8 +635,8 @@ def bad_reward(workspace: Workspace, name: str, round_id: int, ranks: int) -> st
         if problem:
             return problem
     folder = f"{out}/round_{round_id}"
-    written = [file for file in ("train.jsonl", "rollout.npz", "collect.json")]
-    written = [file for file in written if os.path.exists(f"{folder}/{file}")]
+    files = ("train.jsonl", "rollout.npz", "collect.json")
+    written = [file for file in files if os.path.exists(f"{folder}/{file}")]
     if written:
         return f"it wrote {written}"
     with open(f"{inputs}/moving_reward.py", "w", encoding="utf-8") as f:
