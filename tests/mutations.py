@@ -156,7 +156,8 @@ def retyped(rng: random.Random, value):
     if isinstance(value, bool) or value is None:
         return rng.choice((0, 1, "True", [value]))
     if isinstance(value, int):
-        return rng.choice((value + 0.5 if abs(value) < 2**60 else 0.5, str(value)[:99], [value], -value))
+        as_float = float(value) if abs(value) < 2**60 else 0.5
+        return rng.choice((as_float, str(value)[:99], [value], -value))
     if isinstance(value, float):
         return rng.choice((int(value) if abs(value) < 1e18 else 0, str(value), [value], -value))
     if isinstance(value, list):
