@@ -108,9 +108,8 @@ def pipe_to_head(num_lines: int) -> int:
     if os.fork() == 0:
         os.close(writing)
         with open(reading, "rb", buffering=0) as f:
-            while num_lines:
-                num_lines -= f.read(1) == b"\n"
-            f.close()
+            while num_lines and (byte := f.read(1)):
+                num_lines -= byte == b"\n"
         os._exit(0)
     os.close(reading)
     return writing
