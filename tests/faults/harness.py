@@ -352,8 +352,8 @@ class Workspace:
             run.forget()
         return self.undisturbed_runs[key]
 
-    def half(self, stage: str, ranks: int, *more: str, function="train:lr_factor", call=3) -> str:
-        """A fresh copy of such a run that SIGTERM has stopped, by default in its third step, so
+    def half(self, stage: str, ranks: int, *more: str, function="train:lr_factor", call=2) -> str:
+        """A fresh copy of such a run that SIGTERM has stopped, by default after its third step, so
         that it has checkpoints of steps 2 and 3."""
         key = (stage, ranks, more, function, call)
         if key not in self.half_runs:
@@ -456,7 +456,7 @@ def not_refused(run: Run, *words: str) -> str:
     lines = run.errors.splitlines()
     if len(lines) != 1:
         return f"{len(lines)} lines of error: ... {run.errors[-500:]!r}"
-    if words and not any(word in lines[0] for word in words):
+    if words and not any(word.lower() in lines[0].lower() for word in words):
         return f"none of {words} is in {lines[0]!r}"
     return ""
 

@@ -181,8 +181,8 @@ def read_badly(workspace: Workspace, error: int, file: str, ranks: int, rank: in
     run = run_to_end(argv, ranks, before=arm)
     if times == "once":
         return compare(run, undisturbed, out, warnings=False)
-    if set(run.status) == {0}:
-        # a file that only some other rank reads: the run was not disturbed
+    if set(run.status) == {0} and ranks > 1:
+        # a file that only the other rank reads: the run was not disturbed
         return difference(undisturbed, out, warnings=False)
     problem = not_refused(run, os.strerror(error), "step_000003")
     if problem or contents(out) != before:

@@ -352,8 +352,9 @@ def millions(workspace: Workspace, short: bool) -> Result:
 
 def moved_run(workspace: Workspace) -> tuple[str, list[str]]:
     """(out_dir, arguments) of a run whose only checkpoint is moved from step 2 to 999,998."""
-    out = workspace.half("pretrain", 1, *MILLION, call=2)
+    out = workspace.half("pretrain", 1, *MILLION, call=1)
     old, new = f"{out}/round_0/step_000002", f"{out}/round_0/step_999998"
+    assert os.listdir(f"{out}/round_0") == ["step_000002"]
     os.rename(old, new)
     update_hashes(new, {"step": 999998})
     os.remove(f"{out}/metrics.jsonl")
