@@ -73,7 +73,7 @@ ODD_NAMES = [
 def names(workspace: Workspace, short: bool) -> Result:
     """odd but legal names of out_dir, init, data and teacher: trained, stopped, resumed and sampled
     from, equal bit for bit to plain names"""
-    chosen = ODD_NAMES[:3] + pick(workspace, True, ODD_NAMES[3:], 2 if short else 15)
+    chosen = ODD_NAMES[:3] + pick(workspace, True, ODD_NAMES[3:], 2 if short else 12)
     failures = []
     for name in chosen:
         problem = attempt(run_under_name, workspace, name)
@@ -148,7 +148,7 @@ def writers(workspace: Workspace, short: bool) -> Result:
     for name in cases:
         for ranks in (1, 2):
             chosen.append((name, ranks))
-    chosen = pick(workspace, short, chosen, 4)
+    chosen = pick(workspace, True, chosen, 4 if short else 12)
     failures = []
     for name, ranks in chosen:
         problem = attempt(cases[name], workspace, ranks)
@@ -418,7 +418,7 @@ def strays(workspace: Workspace, short: bool) -> Result:
             cases.append((make.__name__, "{round}/" + name.format(step)))
         for name in ROUND_NAMES:
             cases.append((make.__name__, "{out}/" + name))
-    chosen = workspace.rng.sample(cases, 8 if short else 70)
+    chosen = workspace.rng.sample(cases, 8 if short else 50)
     links = ["older checkpoint", "newest checkpoint", "round", "run"]
     chosen_links = pick(workspace, short, links, 2)
     failures = []
@@ -506,7 +506,7 @@ def special_files(workspace: Workspace, short: bool) -> Result:
             cases.append((output, kind))
     if not can_make_devices(workspace):
         cases = [case for case in cases if case[1] != "device"]
-    chosen = pick(workspace, short, cases, 8)
+    chosen = pick(workspace, True, cases, 8 if short else 30)
     failures = []
     for output, kind in chosen:
         problem = attempt(write_onto, workspace, output, kinds[kind])

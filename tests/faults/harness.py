@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 
 # before torch is imported
@@ -218,9 +219,12 @@ def start(argv, ranks: int = 1, fault=None, env=None, main=None, before=None) ->
             if fault and fault.rank == rank:
                 fault.arm()
             code = elastic.run(main or train.main, argv)
+        except BaseException:  # of `before`, or of the guard itself
+            traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):  # its reader has left
+                    stream.flush()
             os._exit(code)
     return Run(pids, folder)
 

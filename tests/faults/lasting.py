@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 
 import tiktoken
@@ -53,7 +54,7 @@ def signals(workspace: Workspace, short: bool) -> Result:
     for name in cases:
         for ranks in (1, 2):
             chosen.append((name, ranks))
-    chosen = pick(workspace, short, chosen, 5)
+    chosen = pick(workspace, True, chosen, 5 if short else 14)
     failures = []
     for name, ranks in chosen:
         case, *arguments = cases[name]
@@ -97,9 +98,16 @@ def closed_pipe(workspace: Workspace, ranks: int, descriptor: int, num_lines: in
     def leave(rank):
         if rank == 0:
             os.dup2(pipe_to_head(num_lines), descriptor)
+            renew_streams()
 
     run = run_to_end(argv, ranks, before=leave)
     return ended_or_saved(workspace, run, argv, ranks, undisturbed, out)
+
+
+def renew_streams():
+    """Python's streams on the descriptors as they are now: a pipe cannot be sought, a file can."""
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def pipe_to_head(num_lines: int) -> int:
@@ -123,6 +131,8 @@ def no_descriptor(workspace: Workspace, ranks: int, descriptor: int) -> str:
 
     def close(rank):
         os.close(descriptor)
+        name = ("stdin", "stdout", "stderr")[descriptor]
+        setattr(sys, name, None)  # what Python does when it starts without it
 
     run = run_to_end(argv, ranks, before=close)
     return ended_or_saved(workspace, run, argv, ranks, undisturbed, out)
@@ -130,21 +140,21 @@ def no_descriptor(workspace: Workspace, ranks: int, descriptor: int) -> str:
 
 def ended_or_saved(workspace, run, argv, ranks: int, undisturbed: str, out: str) -> str:
     """A run may end because nobody listens, but only after it has saved what it did."""
+    if "hung" in run.status:
+        return f"it hangs: {run.output[-300:]!r}"
     if set(run.status) != {0} and not is_saved(out):
         return f"it ended with {run.status} and lost steps: {run.output[-300:]!r}"
-    if "hung" in run.status:
-        return "it hangs"
     return compare(run_to_end(argv, ranks), undisturbed, out, warnings=False)
 
 
 def is_saved(out: str) -> bool:
-    """Whether the latest checkpoint is of the last step that was logged."""
+    """Whether there are steps, and the latest checkpoint is of the last one that was logged."""
     if not os.path.exists(f"{out}/metrics.jsonl"):
-        return True
+        return False
     steps = [record for record in read_metrics(out) if record["kind"] == "step"]
     path = checkpoint.latest(out)
     if not steps or not path:
-        return not steps
+        return False
     meta = checkpoint.read_meta(path)
     return (meta["round"], meta["step"]) == (steps[-1]["round"], steps[-1]["step"] + 1)
 

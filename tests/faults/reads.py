@@ -387,8 +387,12 @@ INPUTS = {
         change_file("{inputs}/teacher.jsonl"),
         ("teacher",),
     ),
-    "init of PPO": Input("ppo", PPO, lambda inputs, out: change_weights(f"{inputs}/sft"), ("sft",)),
-    "init of PPO goes on": Input("ppo", PPO, lambda inputs, out: go_on(f"{inputs}/sft"), ("sft",)),
+    "init of PPO": Input(
+        "ppo", PPO, lambda inputs, out: change_weights(f"{inputs}/sft"), ("sft", "init")
+    ),
+    "init of PPO goes on": Input(
+        "ppo", PPO, lambda inputs, out: go_on(f"{inputs}/sft"), ("sft", "init")
+    ),
     "reward model": Input(
         "ppo",
         [*PPO, "--reward={inputs}/reward"],
@@ -430,7 +434,7 @@ def moves(workspace: Workspace, short: bool) -> Result:
         cases.append((name, "is moved before a resume", 1))
     for name in workspace.rng.sample(sorted(INPUTS), 3):
         cases.append((name, "changes between rounds", 2))
-    chosen = pick(workspace, short, cases, 5)
+    chosen = pick(workspace, True, cases, 5 if short else 18)
     failures = []
     for name, event, ranks in chosen:
         problem = attempt(change_input, workspace, INPUTS[name], event, ranks)
@@ -515,7 +519,13 @@ def change_input(workspace: Workspace, case: Input, event: str, ranks: int) -> s
         case.change(inputs, out)
         run = run_to_end(argv, ranks, before=importing(inputs))
     if case.warned:
-        if "reward" not in "".join(warnings_of(out)) and "has changed" not in run.output:
+        # between rounds it is not imported again: the run goes on with the function that it has
+        resumed = event == "changes before a resume"
+        if (
+            resumed
+            and "reward" not in "".join(warnings_of(out))
+            and "has changed" not in run.output
+        ):
             return f"nothing is said: {run.status} {run.output[-300:]!r}"
         return compare(run, undisturbed, out, warnings=False)
     if set(run.status) == {0}:
@@ -566,7 +576,7 @@ BAD_REWARDS = {
     "a peer's exception": ("refuse()", "Connection refused by peer"),
 }
 REWARD_MODULE = """
-calls = 0
+calls = -1  # none is bad before calls is 0
 
 
 def refuse():
@@ -575,11 +585,31 @@ def refuse():
 
 def f(row, text):
     global calls
-    calls += 1
-    if calls == {call}:
+    calls += calls >= 0
+    if calls == 3:
         return {value}
     return float(text.count("e"))
 """
+
+
+def bad_from(round_id: int) -> Callable:
+    """A `before`: the third call from a round on is a bad one, on every rank."""
+
+    def before(rank):
+        import moving_reward
+
+        if round_id == 0:
+            moving_reward.calls = 0
+        fit = train.fit
+
+        def fit_and_spoil(run, this_round, *args):
+            fit(run, this_round, *args)
+            if this_round == round_id - 1:
+                moving_reward.calls = 0
+
+        train.fit = fit_and_spoil
+
+    return before
 
 
 def nonfinite(workspace: Workspace, short: bool) -> Result:
@@ -598,7 +628,7 @@ def nonfinite(workspace: Workspace, short: bool) -> Result:
     for ranks in (1, 2):
         cases[f"a validation loss of nan, {ranks} ranks"] = (bad_validation, ranks)
         cases[f"log-probabilities of inf, {ranks} ranks"] = (bad_logps, ranks)
-    chosen = pick(workspace, short, cases, 6)
+    chosen = pick(workspace, True, cases, 6 if short else 20)
     failures = []
     for name in chosen:
         case, *arguments = cases[name]
@@ -618,12 +648,10 @@ def bad_reward(workspace: Workspace, name: str, round_id: int, ranks: int) -> st
         whole = run_to_end(argv, ranks, before=importing(inputs))
         assert whole.status == [0] * ranks, whole.output
         workspace.undisturbed_runs[key] = f"{out}_undisturbed"
-    # rank 0 calls it 16 times a round, and 8 times at the first evaluation
-    call = 3 if round_id == 0 else 30
     with open(f"{inputs}/moving_reward.py", "w", encoding="utf-8") as f:
-        f.write(REWARD_MODULE.format(call=call, value=value))
+        f.write(REWARD_MODULE.format(value=value))
     argv = workspace.args("ppo", out, *more)
-    run = run_to_end(argv, ranks, before=importing(inputs))
+    run = run_to_end(argv, ranks, before=importing(inputs, bad_from(round_id)))
     if "exception" in name:
         # the user's own error, with its traceback, and not a lost rank
         if 0 in run.status or word not in run.errors or "lost" in run.errors:

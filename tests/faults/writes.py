@@ -42,7 +42,7 @@ def syncs(workspace: Workspace, short: bool) -> Result:
         for part in ("model", "optimizer"):
             for when in ("once", "always"):
                 cases.append((name, part, when))
-    cases = pick(workspace, short, cases, 4)
+    cases = pick(workspace, True, cases, 4 if short else 18)
     for name, part, when in cases:
         problem = attempt(save_wrong, workspace, name, part, when)
         if problem:
