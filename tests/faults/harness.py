@@ -223,7 +223,7 @@ def start(argv, ranks: int = 1, fault=None, env=None, main=None, before=None) ->
             traceback.print_exc()
         finally:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):  # its reader has left
+                with contextlib.suppress(Exception):  # closed, or its reader has left
                     stream.flush()
             os._exit(code)
     return Run(pids, folder)
