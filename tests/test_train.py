@@ -503,7 +503,7 @@ def test_dropout_of_init_is_off_beside_a_reference(tiny_runs, tiny_data, tmp_pat
     # a run from before this rule: its checkpoint has the dropout, its config does not set it
     checkpoint_path = checkpoint.latest(f"{tmp_path}/set")
     cfg = load_config([*ranked, f"--out_dir={tmp_path}/set"])
-    model_config, _, _, path = train.resolve_model(cfg, GPT)
+    model_config, _, _, path = train.resolve_model(cfg, GPT, checkpoint_path)
     assert (path, model_config.dropout) == (checkpoint_path, 0.2)
     assert "dropout 0.2 is on" in capsys.readouterr().out
 
