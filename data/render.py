@@ -13,7 +13,7 @@ import sys
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 3  # of computing
+SECONDS = 2  # of computing
 MAX_MEMORY = 2**30  # bytes
 MAX_TEXT = 2**20  # characters
 
