@@ -230,6 +230,8 @@ def read_folder(folder: str, content: bytes, good: dict) -> str:
     write(f"{folder}/meta.json", content)
     meta = read_meta(folder, ["train.jsonl", "val.jsonl", "train.bin", "val.bin"])
     preflight.check_stream(folder, tokenizer.load("bytes"), "bytes")
+    cfg = config.Config(data=folder, max_steps=1, out_dir=f"{folder}_run")
+    preflight.run_settings(cfg)  # a run compares its token streams with meta.json here
     for split in ("train", "val"):
         expected = np.fromfile(f"{folder}/{split}.bin", token_dtype(257))
         if not np.array_equal(read_stream(folder, split), expected):
