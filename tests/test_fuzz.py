@@ -1,8 +1,8 @@
 """Fuzz: more than 2,000 mutated inputs of every kind that a stranger may have made.
 
 Each is refused in one line, or it is read as the data that it is: never a traceback, never more
-than five seconds of computing, never a wrong success. What a wrong success is, each test says. The seed is
-fixed; FUZZ_SEED=2 tries others.
+than five seconds of computing, never a wrong success. Each test says what a wrong success is. The
+seed is fixed; FUZZ_SEED=2 tries others.
 """
 
 import ast
