@@ -333,7 +333,7 @@ def test_torchrun_restarts_a_killed_worker_and_one_rank_resumes_from_two(tiny_da
         text=True,
     )
     deadline = time.time() + 120
-    while logged_steps(killed) <= 12:
+    while logged_steps(killed) <= 12 or not os.path.isdir(f"{killed}/round_0/step_000010"):
         assert run.poll() is None and time.time() < deadline
         time.sleep(0.01)
     os.kill(children(run.pid)[-1], signal.SIGKILL)

@@ -119,7 +119,7 @@ def test_mistakes_are_one_line(tiny_data, tmp_path):
         ([f"{tmp_path}/y.jsonl"], "No such file"),
         ([f"{tmp_path}/x.jsonl"], "names no tokenizer"),
         ([tiny_data, "--template=x"], "contain {prompt} once"),
-        ([tiny_data, "--row=x"], "invalid int"),
+        ([tiny_data, "--row=x"], "must be a number"),
         ([f"{tiny_data}/train.bin", "--tokenizer=gpt2x.json"], "gpt2x.json"),
     ):
         with pytest.raises(SystemExit, match=re.escape(message)) as e:
