@@ -15,6 +15,7 @@ kept in parts on the way, so an interrupted collect resumes. Rank 0 decides what
 `python -m tools.rebuild` makes a round again from its manifest.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -89,6 +90,13 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
 
 def round_folder(cfg, round_id: int) -> str:
     return os.path.join(cfg.out_dir, f"round_{round_id}")
+
+
+def make_round_folder(path: str):
+    """Make the folder of a round's file. The run's own folder is not made again: if somebody has
+    removed it, the run must stop."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.dirname(path))
 
 
 def load_rows(cfg) -> dict[str, list[dict]]:
@@ -465,7 +473,7 @@ def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.
     made again. After each part the run stops if a signal asks it to. The caller calls
     `remove_parts`.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_round_folder(path)
     parts = part_files(path, len(rows), PART_SIZE)
     hashes = {}
     for part, numbers in parts.items():
@@ -521,7 +529,7 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
         remove_parts(path)
         return
     rows = unique_prompts(rows)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_round_folder(path)
     size = max(PART_SIZE, cfg.gen_batch_size * distributed.world_size())
     parts = part_files(path, len(rows), size)
     written = broadcast_from_rank0([part for part in parts if os.path.exists(part)])

@@ -338,7 +338,7 @@ def load_history(run: Run, round_id: int, start: int, optimizers) -> dict:
     latest = broadcast_from_rank0(checkpoint.latest(run.cfg.out_dir))
     history = {"skipped": 0, "losses": []}
     if latest:
-        history = checkpoint.read_meta(latest)["history"]
+        history = run_on_rank0(checkpoint.read_meta, latest)["history"]
     # rounds of ppo are parts of one optimization; the others begin anew
     continues = run.cfg.stage == "ppo" and round_id > 0
     if start or continues:
@@ -688,7 +688,7 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
     if not path and cfg.init:
         path = run_on_rank0(checkpoint.resolve, cfg.init)
     if path:
-        meta = checkpoint.read_meta(path)
+        meta = run_on_rank0(checkpoint.read_meta, path)
         enc, name = checkpoint.read_tokenizer(path, meta), meta["tokenizer"]
         preflight.check_tokenizer(cfg, path, meta)
         saved_config = config_module.model_config_from(

@@ -28,6 +28,8 @@ def atomic_write(path: str, mode: str = "w"):
     """
     require_regular(path)
     temporary = path + ".tmp"
+    if os.path.isdir(temporary) and not os.path.islink(temporary):
+        raise SystemExit(printable(f"{temporary} is a folder, and is needed as a file: move it"))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
     # O_EXCL: nothing that someone puts there meanwhile is followed or overwritten

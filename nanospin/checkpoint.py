@@ -316,19 +316,23 @@ def make_alias(folder) -> str:
     addresses. Nor can it make the folder again through the link if it is removed meanwhile."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)  # on NFS another machine's folder may be seen late, but not by mkdir
+    alias = os.path.join(make_plain_folder(), "checkpoint")
+    os.symlink(os.path.abspath(folder), alias)
+    return alias
+
+
+def make_plain_folder() -> str:
+    """A new temporary folder whose path has only letters, digits and -._/ in it."""
     for place in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
         if re.fullmatch(r"[\w./-]+", place, re.ASCII) and os.access(place, os.W_OK):
-            alias = os.path.join(tempfile.mkdtemp(prefix="nanospin", dir=place), "checkpoint")
-            os.symlink(os.path.abspath(folder), alias)
-            return alias
+            return tempfile.mkdtemp(prefix="nanospin", dir=place)
     raise OSError("no temporary folder with a plain name; set TMPDIR to one")
 
 
 def remove_alias(alias):
+    """Remove a link, or a folder of links, with its temporary folder. What they point to stays."""
     if alias:
-        with contextlib.suppress(OSError):
-            os.unlink(alias)
-            os.rmdir(os.path.dirname(alias))
+        shutil.rmtree(os.path.dirname(alias), ignore_errors=True)
 
 
 def write_tensors(tensors, folder, **options):
@@ -485,12 +489,15 @@ def resume(path, model, optimizers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
-            alias = make_alias(folder)
-            for name in os.listdir(folder):
-                if name.endswith(".safetensors"):
-                    # Fail here if it cannot be read: DCP would print a traceback.
-                    with safe_open(os.path.join(folder, name), framework="pt"):
-                        pass
+            # DCP reads every .safetensors file that it finds: show it those of the manifest only.
+            alias = os.path.join(make_plain_folder(), "optimizer")
+            os.mkdir(alias)
+            for name in saved_files(path, "optimizer"):
+                file = os.path.join(alias, os.path.basename(name))
+                os.symlink(os.path.abspath(os.path.join(path, name)), file)
+                # Fail here if it cannot be read: DCP would print a traceback.
+                with safe_open(file, framework="pt"):
+                    pass
             dcp.load(
                 tensors,
                 storage_reader=HuggingFaceStorageReader(alias),
@@ -510,6 +517,12 @@ def resume(path, model, optimizers):
     set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=states)
 
 
+def saved_files(path, folder: str) -> list[str]:
+    """The files of a checkpoint in one of its folders, as its manifest names them."""
+    manifest = json.loads(read_with_retries(os.path.join(path, "manifest.json")))
+    return [name for name in manifest if name.startswith(f"{folder}/")]
+
+
 def load_weights(path, model):
     """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. A
     scalar head that only the model has is set to 0; one that only the file has is ignored."""
@@ -522,11 +535,27 @@ def load_weights(path, model):
             names = set(f.keys())
             for name, p in model.named_parameters():
                 tensor = f.get_tensor(name) if name in names else torch.zeros(p.shape)
-                if not torch.isfinite(tensor).all():
-                    raise SystemExit(f"{file}: {name} has numbers that are not finite")
+                require_finite(file, name, tensor)
                 distributed.copy_parameter_(p, tensor)
     except (SafetensorError, OSError) as e:
         raise SystemExit(f"{file} cannot be read ({e})")
+
+
+def require_finite(file, name: str, tensor):
+    if not torch.isfinite(tensor).all():
+        raise SystemExit(printable(f"{file}: {name} has numbers that are not finite"))
+
+
+def check_finite(path):
+    """Exit with one line if a checkpoint's weights are not all finite."""
+    file = os.path.join(path, "model.safetensors")
+    try:
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():
+                require_finite(file, name, f.get_tensor(name))
+                distributed.heartbeat.touch()
+    except (SafetensorError, OSError) as e:
+        raise SystemExit(printable(f"{file} cannot be read ({e})"))
 
 
 def check_weights(path, model):
@@ -565,8 +594,8 @@ def read_meta(path) -> dict:
     """
     file = f"{path}/meta.json"
     try:
-        text = read_small_file(os.path.join(path, "meta.json"))
-        manifest = json.loads(read_small_file(os.path.join(path, "manifest.json")))
+        text = read_with_retries(os.path.join(path, "meta.json"))
+        manifest = json.loads(read_with_retries(os.path.join(path, "manifest.json")))
         if hashlib.sha256(text).hexdigest() != manifest["meta.json"]["sha256"]:
             raise SystemExit(f"{file} is damaged: its sha256 is not the one in manifest.json")
         meta = json.loads(text)
@@ -619,6 +648,18 @@ def read_small_file(path) -> bytes:
         raise ValueError(f"{os.path.basename(path)} has {info.st_size} bytes")
     with open(path, "rb") as f:
         return f.read()
+
+
+def read_with_retries(path) -> bytes:
+    """`read_small_file`, tried again for three seconds if the disk or the network is at fault."""
+    for pause in RETRY_SECONDS:
+        try:
+            return read_small_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read_small_file(path)
 
 
 def weights_sha256(path) -> str:
@@ -742,7 +783,7 @@ def set_aside(path, problem: str):
 def list_damaged(run) -> list[str]:
     """The checkpoints of a run that were set aside, the latest first."""
     found = []
-    for folder in list_numbered(run, "round"):
+    for folder in filter(os.path.isdir, list_numbered(run, "round")):
         for name in sorted(os.listdir(folder)):
             if name.startswith("damaged_"):
                 found.append(os.path.join(folder, name))
@@ -818,6 +859,9 @@ def read_manifest(path) -> dict:
     if missing:
         raise Damaged(f"files in manifest.json are missing: {', '.join(missing)}")
     ignored = sorted(files - set(manifest))
+    for name in ignored:
+        if name.startswith("optimizer/shard-") and name.endswith(".safetensors"):
+            raise Damaged(f"manifest.json does not have {name}")
     if ignored:
         names = ", ".join(ignored)
         print(printable(f"{path}: ignored {names}: not in its manifest.json"), flush=True)
@@ -827,7 +871,13 @@ def read_manifest(path) -> dict:
     for name in ("meta.json", "model.safetensors"):
         if name not in manifest:
             raise Damaged(f"manifest.json does not have {name}")
+    check_saved_meta(path, manifest)
+    return manifest
 
+
+def check_saved_meta(path, manifest: dict):
+    """Raise Damaged if meta.json is not the one that was saved here, or has a metric that is not
+    finite."""
     text = read_small_file(os.path.join(path, "meta.json"))
     if hashlib.sha256(text).hexdigest() != manifest["meta.json"]["sha256"]:
         raise Damaged("the sha256 of meta.json is not the one in manifest.json")
@@ -838,7 +888,6 @@ def read_manifest(path) -> dict:
     name = first_not_finite(meta["metrics"])
     if name:
         raise Damaged(f"{name} is {meta['metrics'][name]}")
-    return manifest
 
 
 def check_hashes(path, manifest: dict):

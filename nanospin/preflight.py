@@ -89,7 +89,7 @@ def prepare_run(cfg) -> Start:
     settings = run_settings(cfg)
     check_teacher(cfg)
     run_on_rank0(check_policies, cfg)
-    check_reward(cfg)
+    run_on_rank0(check_reward, cfg)
     check_out_dir(cfg.out_dir)
     run_on_rank0(lock.acquire, cfg.out_dir)
     if distributed.rank() == 0:
@@ -171,11 +171,12 @@ def check_policies(cfg):
     for name, path in paths.items():
         if not path:
             continue
-        stage = checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"]
-        if needs_policy and stage == "reward":
+        found = checkpoint.resolve(path)
+        if needs_policy and checkpoint.read_meta(found)["config"]["stage"] == "reward":
             raise SystemExit(
                 f"{name} {path} is a reward model, not a policy; a reward model is set as `reward`"
             )
+        check_finite_at_first(cfg, found)
 
 
 def check_reward(cfg):
@@ -183,11 +184,19 @@ def check_reward(cfg):
     if ":" in cfg.reward:
         config.import_function(cfg.reward)
     elif cfg.reward:
-        meta = checkpoint.read_meta(checkpoint.resolve(cfg.reward))
-        if meta["config"]["stage"] != "reward":
+        found = checkpoint.resolve(cfg.reward)
+        if checkpoint.read_meta(found)["config"]["stage"] != "reward":
             raise SystemExit(
                 f"reward {cfg.reward} is not a reward model: it was not trained by stage reward"
             )
+        check_finite_at_first(cfg, found)
+
+
+def check_finite_at_first(cfg, path: str):
+    """Before a run writes anything, the weights that it reads must be finite: its config.json will
+    have their hash, and a mended checkpoint would be refused for it."""
+    if not os.path.exists(os.path.join(cfg.out_dir, "config.json")):
+        checkpoint.check_finite(path)
 
 
 def check_out_dir(out_dir: str):
