@@ -156,6 +156,34 @@ def pad_and_stack(rows: list) -> np.ndarray:
 
 # ------------------------------------------------------------------------- metrics of rankings
 
+# The metrics that the evaluation of a stage can have, for `keep_best`. Some are there only if the
+# rows have what they measure. A name that ends in "/" or "@" is followed by a player or a distance.
+RANKING_METRICS = [
+    "val_loss",
+    "rank_nll",
+    "acc",
+    "acc_se",
+    "margin",
+    "reward_chosen",
+    "reward_rejected",
+    "logp_chosen",
+    "logp_rejected",
+    "kl_from_ref",
+    "acc/",
+    "reward/",
+    "logp/",
+]
+REWARD_METRICS = [
+    "pair_nll",
+    "acc",
+    "acc_se",
+    "length_acc",
+    "acc@",
+    "pairs@",
+    "score",
+    "score_std",
+]
+
 
 def pad_rows_to_K(rows: list[dict], K: int) -> list[dict]:
     """Rows with absent responses added, so that each has K."""

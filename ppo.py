@@ -45,18 +45,28 @@ from model import GPT
 from nanospin import checkpoint, distributed, inputs
 from nanospin.config import import_function
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
+from nanospin.rounds import reference_checkpoint, remove_parts, round_folder, score_in_parts
 from rollout import (
     check_finite,
     drop_overlong_prompts,
     match_responses,
-    reference_checkpoint,
-    remove_parts,
-    round_folder,
     sample_policy,
     say_shared_prompts,
-    score_in_parts,
     unique_prompts,
 )
+
+# The metrics of `sample_report`, for `keep_best`.
+METRICS = [
+    "reward",
+    "reward_std",
+    "reward_se",
+    "kl",
+    "kl_se",
+    "kl_token",
+    "entropy",
+    "length",
+    "ended",
+]
 
 
 @dataclass

@@ -15,20 +15,17 @@ kept in parts on the way, so an interrupted collect resumes. Rank 0 decides what
 `python -m tools.rebuild` makes a round again from its manifest.
 """
 
-import contextlib
-import glob
 import hashlib
-import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
 from data import tokenizer
 from data.batch import permutation
-from data.files import atomic_write, read_arrays, read_json, sha256, write_json
+from data.files import atomic_write, read_arrays
 from data.folder import read_stream
 from data.rows import (
     drop_equal_responses,
@@ -49,11 +46,20 @@ from eval import (
     validation_rows,
 )
 from model import GPT
-from nanospin import checkpoint, distributed, elastic, inputs, metrics_logger
+from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
+from nanospin.rounds import (
+    check_earlier_rounds,
+    make_round_folder,
+    part_files,
+    reference_checkpoint,
+    remove_parts,
+    round_folder,
+    rows_sha256,
+    score_in_parts,
+    write_manifest,
+)
 from sample import respond
-
-PART_SIZE = 1024  # prompts sampled before they are written to disk
 
 
 def collect(cfg, round_id: int, model, enc, device, dtype, say):
@@ -86,17 +92,6 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start)
     distributed.barrier()
     return encoded["train"], encoded["val"], report.get("val", {})
-
-
-def round_folder(cfg, round_id: int) -> str:
-    return os.path.join(cfg.out_dir, f"round_{round_id}")
-
-
-def make_round_folder(path: str):
-    """Make the folder of a round's file. The run's own folder is not made again: if somebody has
-    removed it, the run must stop."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(os.path.dirname(path))
 
 
 def load_rows(cfg) -> dict[str, list[dict]]:
@@ -178,14 +173,6 @@ def attach_scores(encoded, rows, where: str):
 # ---------------------------------------------------------------------------------- reference
 
 
-def reference_checkpoint(cfg, round_id: int) -> str:
-    """The reference of a round, which also samples: the last checkpoint of the previous round, or
-    `init` (also in a later round that tools/rebuild.py makes again). Ranks that look at different
-    times could find different ones: ask rank 0, with `run_on_rank0`."""
-    previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
-    return previous or checkpoint.resolve(cfg.init)
-
-
 def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.ndarray:
     """log pi_ref of every response (rows, K).
 
@@ -218,15 +205,6 @@ def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.nda
             np.savez(f, refs=refs, of=fingerprint)
     remove_parts(path)
     return refs
-
-
-def rows_sha256(weights: str, rows: list[dict]) -> str:
-    """A hash of encoded rows and of what they are scored with."""
-    names = ("prompt", "responses", "ranks", "group", "scores")
-    contents = []
-    for row in rows:
-        contents.append({name: row[name] for name in names if name in row})
-    return hashlib.sha256((weights + json.dumps(contents)).encode()).hexdigest()
 
 
 def check_finite(values, rows: list[dict], enc, what: str):
@@ -444,70 +422,6 @@ def own_ids(path: str, row: dict, enc) -> list[int]:
     return ids
 
 
-# --------------------------------------------------------------------------------------- parts
-
-
-def part_files(path: str, n: int, size: int) -> dict[str, range]:
-    """The files in which the n rows of `path` are kept while it is made: {file: numbers of its
-    rows}. A killed run goes on from those that it has."""
-    parts = {}
-    for start in range(0, n, size):
-        end = min(start + size, n)
-        parts[f"{path}.part{start:09d}-{end:09d}"] = range(start, end)
-    return parts
-
-
-def remove_parts(path: str):
-    """Remove the parts of a file that is complete, also those that a kill has left."""
-    if distributed.rank() == 0:
-        for part in glob.glob(glob.escape(path) + ".part*"):
-            os.remove(part)
-    distributed.barrier()
-
-
-def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.ndarray]:
-    """Score encoded rows, PART_SIZE at a time, and keep each part: {name: array} on every rank.
-
-    score(numbers) -> {name: array} of the rows `numbers`, on every rank; the arrays of the parts
-    are concatenated. of: a hash of what scores them; a part of other rows, or of another `of`, is
-    made again. After each part the run stops if a signal asks it to. The caller calls
-    `remove_parts`.
-    """
-    make_round_folder(path)
-    parts = part_files(path, len(rows), PART_SIZE)
-    hashes = {}
-    for part, numbers in parts.items():
-        hashes[part] = rows_sha256(of, [rows[n] for n in numbers])
-    kept = broadcast_from_rank0([part for part in parts if is_part_of(part, hashes[part])])
-    results = []
-    for part, numbers in parts.items():
-        if part in kept:
-            arrays = read_arrays(part)
-            del arrays["of"]
-            results.append(arrays)
-            continue
-        distributed.heartbeat.set_stage(f"scoring {path}, rows from {numbers[0]} on")
-        results.append(score(numbers))
-        if distributed.rank() == 0:
-            with atomic_write(part, "wb") as f:
-                np.savez(f, of=hashes[part], **results[-1])
-        elastic.exit_if_signalled()
-    merged = {}
-    for name in results[0]:
-        merged[name] = np.concatenate([arrays[name] for arrays in results])
-    return merged
-
-
-def is_part_of(part: str, of: str) -> bool:
-    """Whether a part is there, can be read, and has this hash."""
-    if not os.path.exists(part):
-        return False
-    try:
-        return str(read_arrays(part).get("of")) == of
-    except SystemExit:
-        return False
-
-
 # ------------------------------------------------------------------------------------ sampling
 
 
@@ -530,7 +444,7 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
         return
     rows = unique_prompts(rows)
     make_round_folder(path)
-    size = max(PART_SIZE, cfg.gen_batch_size * distributed.world_size())
+    size = max(rounds.PART_SIZE, cfg.gen_batch_size * distributed.world_size())
     parts = part_files(path, len(rows), size)
     written = broadcast_from_rank0([part for part in parts if os.path.exists(part)])
     hide_bar = None if distributed.rank() == 0 else True
@@ -589,7 +503,7 @@ def unique_prompts(rows: list[dict]) -> list[dict]:
     return list({prompt_key(row): row for row in rows}.values())
 
 
-# -------------------------------------------------------------------------- report and manifest
+# -------------------------------------------------------------------------------------- report
 
 
 def player_report(cfg, rows: list[dict], enc) -> dict[str, float]:
@@ -628,91 +542,3 @@ def player_report(cfg, rows: list[dict], enc) -> dict[str, float]:
             report[f"exact_match/{player}"] = float(np.mean(right))
             report[f"length_acc/{player}"] = length_accuracy(data_lengths, lengths)
     return report
-
-
-def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: float):
-    """collect.json: the report, and everything that the files of a round were made from."""
-    folder = round_folder(cfg, round_id)
-    path = os.path.join(folder, "collect.json")
-    if os.path.exists(path):
-        return
-    inputs = input_files(cfg, round_id, reference_checkpoint(cfg, round_id))
-    files = [name for name in sorted(os.listdir(folder)) if name.endswith((".jsonl", ".npz"))]
-    teacher_files = []  # what a teacher checkpoint answered, for all rounds
-    if os.path.isdir(cfg.teacher):
-        teacher_files = ["teacher_train.jsonl", "teacher_val.jsonl"]
-    manifest = {
-        "round": round_id,
-        "config": asdict(cfg),
-        "tokenizer": tokenizer.fingerprint(enc),
-        "made_of": {name: checkpoint.weights_sha256(path) for name, path in inputs.items()},
-        "made_by": metrics_logger.versions(device, dtype),
-        "rows": {split: len(rows) for split, rows in encoded.items()},
-        "files": {name: sha256(os.path.join(folder, name)) for name in files},
-        "teacher_files": {name: sha256(os.path.join(cfg.out_dir, name)) for name in teacher_files},
-        "report": report,
-        "seconds": time.time() - start,
-    }
-    write_json(path, with_checksum(manifest))
-
-
-def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
-    """{name: path} of everything that a round is made from. Files of earlier rounds are named by
-    their place in the run."""
-    paths = {"reference": reference}
-    for split in ("train", "val"):
-        paths[f"{split}.jsonl"] = f"{cfg.data}/{split}.jsonl"
-    if cfg.stage != "spin":
-        return paths
-    if cfg.teacher not in ("", "rows"):
-        paths["teacher"] = cfg.teacher
-    earlier = []
-    for player in cfg.players:
-        if player.startswith("self-"):
-            r = round_id - int(player.removeprefix("self-"))
-            if r >= 0:
-                earlier += [f"round_{r}/self_train.jsonl", f"round_{r}/self_val.jsonl"]
-    for r in range(max(0, round_id - cfg.replay_rounds), round_id):
-        earlier.append(f"round_{r}/train.jsonl")
-    for name in earlier:
-        paths[name] = os.path.join(cfg.out_dir, name)
-    return paths
-
-
-def check_earlier_rounds(cfg, round_id: int):
-    """Exit with one line if a file that this round reads from the run's folder is not the one that
-    an earlier round wrote or read: its hash is in collect.json."""
-    expected = {}
-    for name, path in input_files(cfg, round_id, "").items():
-        if name.startswith("round_"):
-            folder, file = os.path.split(path)
-            hashes = manifest_hashes(folder, "files")
-            if hashes is not None:
-                expected[path] = hashes.get(file)
-    if cfg.stage == "spin" and round_id:
-        hashes = manifest_hashes(round_folder(cfg, round_id - 1), "teacher_files") or {}
-        for name, value in hashes.items():
-            expected[os.path.join(cfg.out_dir, name)] = value
-    for path, value in expected.items():
-        inputs.require_sha256(path, value, cfg.out_dir, "collect.json")
-
-
-def manifest_hashes(folder: str, entry: str) -> dict | None:
-    """The hashes of files in a round's collect.json; None if there is none, as in a rebuilt run."""
-    path = os.path.join(folder, "collect.json")
-    if not os.path.exists(path):
-        return None
-    manifest = read_json(path, ("files", "sha256"))
-    contents = {name: value for name, value in manifest.items() if name != "sha256"}
-    if with_checksum(contents) != manifest:
-        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
-    hashes = manifest.get(entry, {})
-    if not isinstance(hashes, dict):
-        raise SystemExit(f"{path}: {entry} must be an object")
-    return hashes
-
-
-def with_checksum(manifest: dict) -> dict:
-    """The manifest with the sha256 of its contents, so that an edit is noticed."""
-    text = json.dumps(manifest, sort_keys=True)
-    return manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -35,6 +35,8 @@ from data.batch import (
 )
 from data.folder import read_meta, read_stream, tokenizer_path
 from eval import (
+    RANKING_METRICS,
+    REWARD_METRICS,
     loss_metrics,
     pad_rows_to_K,
     ranking_metrics,
@@ -551,33 +553,8 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
         stream = read_stream(other.data, "val")
         metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
     if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
-        raise SystemExit(unknown_keep_best(cfg, list(metrics)))
+        raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
     return metrics
-
-
-def check_keep_best(cfg: Config, stages: dict):
-    """keep_best must be a metric that the stage's evaluation can have. Where a study's stage does
-    not list them, the first evaluation finds out."""
-    names = ["pretrain_loss"] if cfg.pretrain_coef else []
-    for name in stages[cfg.stage].metrics:
-        if name.endswith("/") and cfg.stage == "spin":
-            names += [name + player for player in cfg.players]
-        else:
-            names.append(name)
-    if not cfg.keep_best or not stages[cfg.stage].metrics:
-        return
-    wanted = cfg.keep_best.lstrip("-")
-    for name in names:
-        if wanted == name or (name.endswith(("/", "@")) and wanted.startswith(name)):
-            return
-    raise SystemExit(unknown_keep_best(cfg, names))
-
-
-def unknown_keep_best(cfg: Config, names: list[str]) -> str:
-    return (
-        f"config: keep_best {cfg.keep_best!r} is not a metric of this run; "
-        f"there are {', '.join(names)}"
-    )
 
 
 # ---------------------------------------------------------------------------------- the stages
@@ -595,45 +572,6 @@ class Stage:
     initial_loss: Callable | None = None  # what a round's loss starts with, if that is known
     metrics: list[str] = field(default_factory=list)  # that `evaluate` can return, see below
 
-
-# The metrics of an evaluation. Some are there only if the rows have what they measure. A name that
-# ends in "/" or "@" is followed by a player or a distance.
-RANKING_METRICS = [
-    "val_loss",
-    "rank_nll",
-    "acc",
-    "acc_se",
-    "margin",
-    "reward_chosen",
-    "reward_rejected",
-    "logp_chosen",
-    "logp_rejected",
-    "kl_from_ref",
-    "acc/",
-    "reward/",
-    "logp/",
-]
-REWARD_METRICS = [
-    "pair_nll",
-    "acc",
-    "acc_se",
-    "length_acc",
-    "acc@",
-    "pairs@",
-    "score",
-    "score_std",
-]
-PPO_METRICS = [
-    "reward",
-    "reward_std",
-    "reward_se",
-    "kl",
-    "kl_se",
-    "kl_token",
-    "entropy",
-    "length",
-    "ended",
-]
 
 STAGES = {
     "pretrain": Stage(rollout.collect, token_objective, evaluate_pretrain, metrics=["val_loss"]),
@@ -669,13 +607,10 @@ STAGES = {
         evaluate_ppo,
         make_batch=ppo_batch,
         initial_loss=initial_ppo_loss,
-        metrics=PPO_METRICS,
+        metrics=ppo.METRICS,
     ),
 }
 
-
-# the stages in which policy and reference score the same tokens
-COMPARES_WITH_REFERENCE = ("preference", "spin", "ppo")
 
 # ------------------------------------------------------------------------------------- the run
 
@@ -695,7 +630,9 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
             meta["model"], model_class.config_class, f"{path}/meta.json"
         )
         settings = meta["model"] | cfg.model
-        settings["dropout"] = resolve_dropout(cfg, meta["model"].get("dropout", 0.0), resumes)
+        settings["dropout"] = preflight.resolve_dropout(
+            cfg, meta["model"].get("dropout", 0.0), resumes
+        )
     else:
         name = cfg.tokenizer or data_tokenizer(cfg.data)
         enc = tokenizer.load(name)
@@ -711,24 +648,6 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
     if path:
         preflight.check_model_settings(cfg, model_config, saved_config, path)
     return model_config, enc, name, path
-
-
-def resolve_dropout(cfg, inherited: float, resumes: bool) -> float:
-    """The dropout of a model that starts from a checkpoint: what the config sets, else the
-    checkpoint's. A stage that compares the policy with its reference, which is scored without
-    dropout, takes none from `init`. Either is said."""
-    dropout = cfg.model.get("dropout", inherited)
-    if cfg.stage not in COMPARES_WITH_REFERENCE or not inherited and not dropout:
-        return dropout
-    text = f"dropout {dropout} is on: the policy is trained with it, the reference scored without"
-    if "dropout" not in cfg.model and not resumes:
-        dropout = 0.0
-        text = (
-            f"dropout {inherited} of {cfg.init} is off in stage {cfg.stage} (set dropout to keep)"
-        )
-    if distributed.rank() == 0 and (dropout or "dropout" not in cfg.model):
-        print(text, flush=True)
-    return dropout
 
 
 def data_tokenizer(folder: str) -> str:
@@ -765,7 +684,7 @@ def main(
     """Run all rounds of a config. A study may pass its own settings, model and stages."""
     began = time.time()
     cfg = config_module.load(argv, model_class.config_class, config_class)
-    check_keep_best(cfg, stages)
+    preflight.check_keep_best(cfg, stages[cfg.stage].metrics)
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)
     try:

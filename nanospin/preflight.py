@@ -337,6 +337,49 @@ def check_model_settings(cfg, model_config, its_config, path):
             )
 
 
+def check_keep_best(cfg, metrics: list[str]):
+    """keep_best must be one of the metrics that the stage's evaluation can have. Where a study's
+    stage does not list them, the first evaluation finds out."""
+    names = ["pretrain_loss"] if cfg.pretrain_coef else []
+    for name in metrics:
+        if name.endswith("/") and cfg.stage == "spin":
+            names += [name + player for player in cfg.players]
+        else:
+            names.append(name)
+    if not cfg.keep_best or not metrics:
+        return
+    wanted = cfg.keep_best.lstrip("-")
+    for name in names:
+        if wanted == name or (name.endswith(("/", "@")) and wanted.startswith(name)):
+            return
+    raise SystemExit(unknown_keep_best(cfg, names))
+
+
+def unknown_keep_best(cfg, names: list[str]) -> str:
+    return (
+        f"config: keep_best {cfg.keep_best!r} is not a metric of this run; "
+        f"there are {', '.join(names)}"
+    )
+
+
+def resolve_dropout(cfg, inherited: float, resumes: bool) -> float:
+    """The dropout of a model that starts from a checkpoint: what the config sets, else the
+    checkpoint's. A stage that compares the policy with its reference, which is scored without
+    dropout, takes none from `init`. Either is said."""
+    dropout = cfg.model.get("dropout", inherited)
+    if cfg.stage not in POLICY_STAGES or not inherited and not dropout:
+        return dropout
+    text = f"dropout {dropout} is on: the policy is trained with it, the reference scored without"
+    if "dropout" not in cfg.model and not resumes:
+        dropout = 0.0
+        text = (
+            f"dropout {inherited} of {cfg.init} is off in stage {cfg.stage} (set dropout to keep)"
+        )
+    if distributed.rank() == 0 and (dropout or "dropout" not in cfg.model):
+        print(text, flush=True)
+    return dropout
+
+
 # --------------------------------------------------------------------------------------- settings
 
 

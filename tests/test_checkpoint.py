@@ -320,10 +320,11 @@ def test_the_metrics_of_each_stage(tiny_runs, tiny_data, tmp_path, stage, more):
     record = read_metrics(out, "eval")[-1]
     measured = set(record) - {"kind", "round", "step", "seconds"}
     cfg = train.config_module.load(args, GPT.config_class)
+    metrics = train.STAGES[stage].metrics
     for name in measured:
-        train.check_keep_best(dataclasses.replace(cfg, keep_best=name), train.STAGES)
-        train.check_keep_best(dataclasses.replace(cfg, keep_best=f"-{name}"), train.STAGES)
-    for name in train.STAGES[stage].metrics:
+        preflight.check_keep_best(dataclasses.replace(cfg, keep_best=name), metrics)
+        preflight.check_keep_best(dataclasses.replace(cfg, keep_best=f"-{name}"), metrics)
+    for name in metrics:
         if stage == "preference" and name == "kl_from_ref":
             continue  # it needs the player "self"
         assert any(re.match(re.escape(name), other) for other in measured), name

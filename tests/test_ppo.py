@@ -38,7 +38,7 @@ from data.folder import write_meta
 from data.rows import encode_rows, read_rows, write_rows
 from loss import kl_estimates, ppo_loss
 from model import GPT, GPTConfig
-from nanospin import checkpoint, elastic
+from nanospin import checkpoint, elastic, rounds
 
 BYTES = tokenizer.load("bytes")
 
@@ -732,7 +732,7 @@ def test_scoring_goes_on_from_its_parts(
 ):
     """24 samples in parts of 8. What was scored before the kill is not scored again."""
     whole, killed = f"{tmp_path}/whole", f"{tmp_path}/killed"
-    monkeypatch.setattr(rollout, "PART_SIZE", 8)
+    monkeypatch.setattr(rounds, "PART_SIZE", 8)
     options = ["--rounds=1", "--eval_interval=100", "--micro_batch_tokens=256"]
     calls = []
 
@@ -762,7 +762,7 @@ def test_scoring_goes_on_from_its_parts(
 def test_parts_of_a_mended_reward_function_are_made_again(
     tiny_runs, tiny_data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rollout, "PART_SIZE", 8)
+    monkeypatch.setattr(rounds, "PART_SIZE", 8)
     out = f"{tmp_path}/r"
     options = ["--rounds=1", "--max_steps=1", "--reward=mended:f"]
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -782,7 +782,7 @@ def test_parts_of_a_mended_reward_function_are_made_again(
 
 
 def test_a_signal_is_heard_between_parts(tiny_runs, tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout, "PART_SIZE", 8)
+    monkeypatch.setattr(rounds, "PART_SIZE", 8)
     out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
     options = ["--rounds=1", "--max_steps=2", "--eval_interval=100"]
     train.main(ppo_args(tiny_runs, tiny_data, whole, *options))

@@ -13,7 +13,7 @@ import train
 from data.files import sha256, write_json
 from data.rows import read_rows, write_rows
 from nanospin import checkpoint
-from rollout import with_checksum
+from nanospin.rounds import with_checksum
 from tests.conftest import make_data
 from tests.test_train import spin_args
 from tools import rebuild

@@ -32,7 +32,7 @@ from data.folder import write_meta
 from data.rows import read_rows, write_rows
 from data.template import TEMPLATE as DEFAULT_TEMPLATE
 from model import GPT
-from nanospin import checkpoint, elastic
+from nanospin import checkpoint, elastic, rounds
 from nanospin.optim import lr_factor, make_optimizers
 
 CPU = torch.device("cpu")
@@ -369,7 +369,7 @@ def test_spin_resumes_bit_for_bit(
     tiny_runs, tiny_data, undisturbed, tmp_path, monkeypatch, module, function, at
 ):
     """Killed in the middle of sampling, scoring, a round's fit, or a save, in either round."""
-    monkeypatch.setattr(rollout, "PART_SIZE", 16)
+    monkeypatch.setattr(rounds, "PART_SIZE", 16)
     killed = f"{tmp_path}/killed"
     with monkeypatch.context() as m:
         m.setattr(module, function, killing(getattr(module, function), at))
@@ -650,7 +650,7 @@ def test_scoring_under_the_reference_goes_on_from_its_parts(
 ):
     """40 rows in parts of 16, killed in the third, and stopped by a signal after the second. Parts
     that a kill left behind are removed."""
-    monkeypatch.setattr(rollout, "PART_SIZE", 16)
+    monkeypatch.setattr(rounds, "PART_SIZE", 16)
     whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
     train.main(preference_args(tiny_runs, tiny_data, whole))
     row_logps = rollout.row_logps
@@ -686,7 +686,7 @@ def test_scoring_under_the_reference_goes_on_from_its_parts(
 
 def test_parts_of_other_rows_are_made_again(tiny_runs, tiny_data, tmp_path, monkeypatch):
     """A part that is damaged or of another reference is not used."""
-    monkeypatch.setattr(rollout, "PART_SIZE", 16)
+    monkeypatch.setattr(rounds, "PART_SIZE", 16)
     whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
     train.main(preference_args(tiny_runs, tiny_data, whole))
     os.makedirs(f"{out}/round_0")

@@ -18,7 +18,8 @@ from data import cli
 from data.files import read_arrays, read_json, sha256
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, distributed, elastic, metrics_logger
-from rollout import collect, input_files, prepare_teacher, reference_checkpoint, with_checksum
+from nanospin.rounds import input_files, reference_checkpoint, with_checksum
+from rollout import collect, prepare_teacher
 from train import build_model, resolve_model
 
 MANIFEST = {

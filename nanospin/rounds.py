@@ -1,0 +1,205 @@
+"""The files of a round, RUN/round_R: parts that a killed run goes on from, and collect.json.
+
+collect.json is the manifest of a round: its report, its settings, and the hashes of what it was
+made from and of its files.
+"""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict
+
+import numpy as np
+
+from data import tokenizer
+from data.files import atomic_write, read_arrays, read_json, sha256, write_json
+from nanospin import checkpoint, distributed, elastic, inputs, metrics_logger
+from nanospin.distributed import broadcast_from_rank0
+
+PART_SIZE = 1024  # rows that are sampled or scored before they are written to disk
+
+
+def round_folder(cfg, round_id: int) -> str:
+    return os.path.join(cfg.out_dir, f"round_{round_id}")
+
+
+def make_round_folder(path: str):
+    """Make the folder of a round's file. The run's own folder is not made again: if somebody has
+    removed it, the run must stop."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.dirname(path))
+
+
+def reference_checkpoint(cfg, round_id: int) -> str:
+    """The reference of a round, which also samples: the last checkpoint of the previous round, or
+    `init` (also in a later round that tools/rebuild.py makes again). Ranks that look at different
+    times could find different ones: ask rank 0, with `run_on_rank0`."""
+    previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
+    return previous or checkpoint.resolve(cfg.init)
+
+
+# --------------------------------------------------------------------------------------- parts
+
+
+def part_files(path: str, n: int, size: int) -> dict[str, range]:
+    """The files in which the n rows of `path` are kept while it is made: {file: numbers of its
+    rows}. A killed run goes on from those that it has."""
+    parts = {}
+    for start in range(0, n, size):
+        end = min(start + size, n)
+        parts[f"{path}.part{start:09d}-{end:09d}"] = range(start, end)
+    return parts
+
+
+def remove_parts(path: str):
+    """Remove the parts of a file that is complete, also those that a kill has left."""
+    if distributed.rank() == 0:
+        for part in glob.glob(glob.escape(path) + ".part*"):
+            os.remove(part)
+    distributed.barrier()
+
+
+def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.ndarray]:
+    """Score encoded rows, PART_SIZE at a time, and keep each part: {name: array} on every rank.
+
+    score(numbers) -> {name: array} of the rows `numbers`, on every rank; the arrays of the parts
+    are concatenated. of: a hash of what scores them; a part of other rows, or of another `of`, is
+    made again. After each part the run stops if a signal asks it to. The caller calls
+    `remove_parts`.
+    """
+    make_round_folder(path)
+    parts = part_files(path, len(rows), PART_SIZE)
+    hashes = {}
+    for part, numbers in parts.items():
+        hashes[part] = rows_sha256(of, [rows[n] for n in numbers])
+    kept = broadcast_from_rank0([part for part in parts if is_part_of(part, hashes[part])])
+    results = []
+    for part, numbers in parts.items():
+        if part in kept:
+            arrays = read_arrays(part)
+            del arrays["of"]
+            results.append(arrays)
+            continue
+        distributed.heartbeat.set_stage(f"scoring {path}, rows from {numbers[0]} on")
+        results.append(score(numbers))
+        if distributed.rank() == 0:
+            with atomic_write(part, "wb") as f:
+                np.savez(f, of=hashes[part], **results[-1])
+        elastic.exit_if_signalled()
+    merged = {}
+    for name in results[0]:
+        merged[name] = np.concatenate([arrays[name] for arrays in results])
+    return merged
+
+
+def is_part_of(part: str, of: str) -> bool:
+    """Whether a part is there, can be read, and has this hash."""
+    if not os.path.exists(part):
+        return False
+    try:
+        return str(read_arrays(part).get("of")) == of
+    except SystemExit:
+        return False
+
+
+def rows_sha256(weights: str, rows: list[dict]) -> str:
+    """A hash of encoded rows and of what they are scored with."""
+    names = ("prompt", "responses", "ranks", "group", "scores")
+    contents = []
+    for row in rows:
+        contents.append({name: row[name] for name in names if name in row})
+    return hashlib.sha256((weights + json.dumps(contents)).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ manifest
+
+
+def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: float):
+    """collect.json: the report, and everything that the files of a round were made from."""
+    folder = round_folder(cfg, round_id)
+    path = os.path.join(folder, "collect.json")
+    if os.path.exists(path):
+        return
+    made_of = input_files(cfg, round_id, reference_checkpoint(cfg, round_id))
+    files = [name for name in sorted(os.listdir(folder)) if name.endswith((".jsonl", ".npz"))]
+    teacher_files = []  # what a teacher checkpoint answered, for all rounds
+    if os.path.isdir(cfg.teacher):
+        teacher_files = ["teacher_train.jsonl", "teacher_val.jsonl"]
+    manifest = {
+        "round": round_id,
+        "config": asdict(cfg),
+        "tokenizer": tokenizer.fingerprint(enc),
+        "made_of": {name: checkpoint.weights_sha256(path) for name, path in made_of.items()},
+        "made_by": metrics_logger.versions(device, dtype),
+        "rows": {split: len(rows) for split, rows in encoded.items()},
+        "files": {name: sha256(os.path.join(folder, name)) for name in files},
+        "teacher_files": {name: sha256(os.path.join(cfg.out_dir, name)) for name in teacher_files},
+        "report": report,
+        "seconds": time.time() - start,
+    }
+    write_json(path, with_checksum(manifest))
+
+
+def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
+    """{name: path} of everything that a round is made from. Files of earlier rounds are named by
+    their place in the run."""
+    paths = {"reference": reference}
+    for split in ("train", "val"):
+        paths[f"{split}.jsonl"] = f"{cfg.data}/{split}.jsonl"
+    if cfg.stage != "spin":
+        return paths
+    if cfg.teacher not in ("", "rows"):
+        paths["teacher"] = cfg.teacher
+    earlier = []
+    for player in cfg.players:
+        if player.startswith("self-"):
+            r = round_id - int(player.removeprefix("self-"))
+            if r >= 0:
+                earlier += [f"round_{r}/self_train.jsonl", f"round_{r}/self_val.jsonl"]
+    for r in range(max(0, round_id - cfg.replay_rounds), round_id):
+        earlier.append(f"round_{r}/train.jsonl")
+    for name in earlier:
+        paths[name] = os.path.join(cfg.out_dir, name)
+    return paths
+
+
+def check_earlier_rounds(cfg, round_id: int):
+    """Exit with one line if a file that this round reads from the run's folder is not the one that
+    an earlier round wrote or read: its hash is in collect.json."""
+    expected = {}
+    for name, path in input_files(cfg, round_id, "").items():
+        if name.startswith("round_"):
+            folder, file = os.path.split(path)
+            hashes = manifest_hashes(folder, "files")
+            if hashes is not None:
+                expected[path] = hashes.get(file)
+    if cfg.stage == "spin" and round_id:
+        hashes = manifest_hashes(round_folder(cfg, round_id - 1), "teacher_files") or {}
+        for name, value in hashes.items():
+            expected[os.path.join(cfg.out_dir, name)] = value
+    for path, value in expected.items():
+        inputs.require_sha256(path, value, cfg.out_dir, "collect.json")
+
+
+def manifest_hashes(folder: str, entry: str) -> dict | None:
+    """The hashes of files in a round's collect.json; None if there is none, as in a rebuilt run."""
+    path = os.path.join(folder, "collect.json")
+    if not os.path.exists(path):
+        return None
+    manifest = read_json(path, ("files", "sha256"))
+    contents = {name: value for name, value in manifest.items() if name != "sha256"}
+    if with_checksum(contents) != manifest:
+        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
+    hashes = manifest.get(entry, {})
+    if not isinstance(hashes, dict):
+        raise SystemExit(f"{path}: {entry} must be an object")
+    return hashes
+
+
+def with_checksum(manifest: dict) -> dict:
+    """The manifest with the sha256 of its contents, so that an edit is noticed."""
+    text = json.dumps(manifest, sort_keys=True)
+    return manifest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
