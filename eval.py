@@ -770,6 +770,11 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
             os.makedirs(args.out, exist_ok=True)
         except OSError as e:
             parser.error(f"--out {args.out}: {e.strerror}")
+        for name in ("config.json", "collect.json", "manifest.json", "meta.json"):
+            if os.path.exists(os.path.join(args.out, name)):
+                raise SystemExit(
+                    f"--out {args.out} has a {name}: it is a run's or a data folder; give another"
+                )
         for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in entries)):
             check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
     for name, entry in entries.items():

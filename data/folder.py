@@ -86,6 +86,18 @@ def write_stream(path: str, documents, enc) -> int:
     return num_tokens
 
 
+def check_other_data(folder: str, extensions: tuple[str, ...]):
+    """Exit with one line if a folder has data of another kind than .bin or .jsonl, whichever is
+    about to be written: an earlier preparation made it, maybe with another tokenizer."""
+    for name in ("train.bin", "val.bin", "train.jsonl", "val.jsonl"):
+        path = os.path.join(folder, name)
+        if not name.endswith(extensions) and os.path.exists(path):
+            raise SystemExit(
+                f"{path} is of an earlier preparation and would not be written again: "
+                "use another --out, or remove it"
+            )
+
+
 def tokenizer_path(folder: str, name: str) -> str:
     """What `tokenizer.load` takes for the tokenizer named in a folder's meta.json."""
     return name if name in ("gpt2", "bytes") else os.path.join(folder, name)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import cli
 from data.files import printable, read_json, require_regular, write_json
-from data.folder import split_of, write_meta
+from data.folder import check_other_data, split_of, write_meta
 from data.rows import check_row, write_rows
 
 # The commits that other projects' code names for these sets. A set that is not listed is read at
@@ -418,6 +418,7 @@ def prepare_rows(args, splits, fields, convert, choose=None):
                 line = json.dumps(ranked_row, ensure_ascii=False) + "\n"
                 yield f"{target}.jsonl", line.encode()
 
+    check_other_data(args.out, (".jsonl",))
     state = collect(args, splits, fields, to_json_lines)
     finish_rows(args, state, choose)
 

@@ -946,3 +946,17 @@ def test_a_gzip_bomb_is_one_line(tmp_path, monkeypatch):
         f.write(b"damaged")
     with pytest.raises(SystemExit, match="x.jsonl.gz: "):
         list(jsonl_prepare.read_lines(path))
+
+
+def test_a_preparation_does_not_adopt_data_of_another_kind(tmp_path):
+    """train.bin of an earlier preparation may be of another tokenizer."""
+    texts, rows, out = tmp_path / "texts.jsonl", tmp_path / "rows.jsonl", str(tmp_path / "d")
+    texts.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)))
+    lines = [json.dumps({"prompt": f"q{i}", "response": f"a{i}"}) + "\n" for i in range(40)]
+    rows.write_text("".join(lines))
+    arguments = [f"--out={out}", "--tokenizer=bpe", "--vocab_size=300", "--val_share=0.3"]
+    jsonl_prepare.main([str(texts), *arguments])
+    jsonl_prepare.main([str(texts), *arguments])  # the same kind again is fine
+    with pytest.raises(SystemExit, match=r"train\.bin is of an earlier preparation"):
+        jsonl_prepare.main([str(rows), *arguments])
+    read_meta(out, ["train.bin", "val.bin"])

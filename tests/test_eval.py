@@ -18,6 +18,7 @@ from eval import (
     f1_score,
     harness_metrics,
     length_accuracy,
+    main,
     ranking_metrics,
     rolling_windows,
     row_logps,
@@ -25,6 +26,7 @@ from eval import (
     win_rate,
 )
 from model import GPT
+from nanospin import checkpoint
 
 CPU = torch.device("cpu")
 EOT = 256  # of bytes
@@ -400,3 +402,13 @@ def test_bad_checkpoints_are_one_line(tiny_runs, tiny_data, spec, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_out_is_neither_a_run_nor_a_data_folder(tiny_runs, tiny_data):
+    """The samples of a player named metrics would replace a run's metrics.jsonl."""
+    run = tiny_runs["sft"]
+    for folder in (run, checkpoint.latest(run), tiny_data):
+        before = sorted(os.listdir(folder))
+        with pytest.raises(SystemExit, match="run's or a data folder"):
+            main([f"metrics={run}", f"--data={tiny_data}", f"--out={folder}"])
+        assert sorted(os.listdir(folder)) == before

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from data import cli, hub, tokenizer
-from data.folder import split_of, token_dtype
+from data.folder import check_other_data, split_of, token_dtype
 
 CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",
@@ -73,6 +73,7 @@ def main(argv=None):
             yield name, np.array(ids + [enc.eot_token], dtype).tobytes()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tokenizer releases the GIL
+        check_other_data(args.out, (".bin",))
         state = hub.collect(
             args,
             splits=[("train", None)],

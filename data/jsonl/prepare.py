@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import cli, tokenizer
 from data.files import check_output, printable
-from data.folder import split_of, write_meta, write_stream
+from data.folder import check_other_data, split_of, write_meta, write_stream
 from data.rows import check_row, is_unicode, write_rows
 
 OUTPUTS = ("train.jsonl", "val.jsonl", "train.bin", "val.bin", "meta.json", "tokenizer.tiktoken")
@@ -211,6 +211,8 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)  # if it cannot be made, that is said before reading
     rows, texts, num_dropped, ignored = read_files(args)
     check_sides(args, rows, texts, num_dropped)
+    written = {".bin": texts, ".jsonl": rows}
+    check_other_data(args.out, tuple(kind for kind in written if any(written[kind].values())))
     sizes = {}
     tokenizer_name = args.tokenizer
     if tokenizer_name == "bpe":
