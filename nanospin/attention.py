@@ -92,8 +92,7 @@ class PackedSequences:
         """q (n, H, D), k and v (n, Hkv, D) -> (n, H, D), or (m, H, D) with query_positions."""
         if self.kv_cache is not None:
             self.store(layer, k, v)
-        on_gpu = q.device.type == "cuda"
-        if on_gpu and self.is_causal_rectangle():
+        if on_gpu(q) and self.is_causal_rectangle():
             y = rectangular_attention(q, k, v, self.shape)
             return y if self.query_positions is None else y.index_select(0, self.query_positions)
 
@@ -101,7 +100,7 @@ class PackedSequences:
             q = q.index_select(0, self.query_positions)
             if not len(q):
                 return q
-        if on_gpu:
+        if on_gpu(q):
             if self.mask is None:
                 self.mask = flex_mask(self)
             return flex_attend(q, k, v, self.mask)
@@ -136,6 +135,10 @@ def is_visible(sequence_id, response_id, i, j, pos=None, sliding_window=0):
     if sliding_window:
         visible = visible & (pos[i] - pos[j] < sliding_window)
     return visible
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def round_up(n: int, multiple: int) -> int:
