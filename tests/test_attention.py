@@ -223,9 +223,8 @@ def compilations(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(18))
 def test_block_masks_are_exact(seed):
-    """Every pair of tokens, and which blocks are full, partial or empty, against dense masks. Packed
-    rows and documents of a stream, sliding windows, all and some queries, lengths that are no
-    multiple of a block."""
+    """Every pair of tokens, and which blocks are full, partial or empty, against dense masks:
+    packed rows, documents of a stream, sliding windows, all and some queries, any length."""
     pytest.importorskip("torch.nn.attention.flex_attention")
     window = [0, 5, 150][seed % 3]
     batch = batch_rows(random_rows(seed, 7, 300, 3), multiple=[1, 128][seed % 2])
