@@ -149,14 +149,6 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(
-        self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
-    ) -> Tensor:
-        """x (n, C) -> (m, C): the tokens whose output is needed, see `sequences.select`."""
-        q, k, v = self.queries_keys_values(x, rope)
-        y = sequences.attend(layer, q, k, v).flatten(1)
-        return F.dropout(self.c_proj(y), self.config.dropout, self.training)
-
     def queries_keys_values(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         heads = self.c_attn(x).view(len(x), -1, c.head_dim)  # (n, H + 2 Hkv, D)
@@ -169,6 +161,10 @@ class Attention(nn.Module):
             q = rotate(q, *rope)
             k = rotate(k, *rope)
         return q, k, v
+
+    def output(self, y: Tensor) -> Tensor:
+        """The heads' outputs y (m, H, D) -> (m, C)."""
+        return F.dropout(self.c_proj(y.flatten(1)), self.config.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -209,8 +205,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
     ) -> Tensor:
-        y = self.attn(self.ln_1(x), sequences, layer, rope)
-        x = sequences.select(x) + y
+        """x (n, C) -> (m, C): the tokens whose output is needed, see `sequences.select`."""
+        q, k, v = self.before_attention(x, rope)
+        y = sequences.attend(layer, q, k, v)
+        return self.after_attention(sequences.select(x), y)
+
+    # These two can be compiled (distributed.prepare_model), for any layout and length.
+
+    def before_attention(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.queries_keys_values(self.ln_1(x), rope)
+
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attn.output(y)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -152,12 +152,14 @@ def micro_batch_tokens(cfg, device) -> int:
 def prepare_model(model, device, dtype, cfg):
     """Give storage to a GPT on the meta device and shard it if there are several ranks. The values
     are uninitialised. Weights and gradient reductions are float32, matrix products `dtype`."""
-    if cfg.activation_checkpointing:
-        for block in model.h[:: cfg.activation_checkpointing]:
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    for i, block in enumerate(model.h):
+        if compiled:
+            block.before_attention = torch.compile(block.before_attention, dynamic=True)
+            block.after_attention = torch.compile(block.after_attention, dynamic=True)
+        # outside of what is compiled: Dynamo does not look into a checkpoint
+        if cfg.activation_checkpointing and i % cfg.activation_checkpointing == 0:
             block.forward = functools.partial(checkpointed_forward, block.forward)
-    if cfg.compile:
-        for block in model.h:
-            block.compile()
     if world_size() == 1:
         return set_autocast_dtype(model.to_empty(device=device), dtype)
     shard_model(model, device, dtype, cfg)
