@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loss import sequence_logprobs
 from nanospin import checkpoint, distributed
-from nanospin.attention import PackedSequences, round_up
+from nanospin.attention import PackedSequences, on_gpu, round_up
 from nanospin.config import model_config_from
 from nanospin.fused_head import linear_logprobs
 from nanospin.kv_cache import KVCache
@@ -367,6 +367,9 @@ class GPT(nn.Module):
         (m, C); at all positions if it is None."""
         if positions is None:
             return self.hidden(idx, *layout)
+        if on_gpu(idx):
+            # Few are repeated. To find them, the CPU would have to wait for the GPU.
+            return self.hidden(idx, *layout, query_positions=positions)
         computed, where = positions.unique(return_inverse=True)
         return self.hidden(idx, *layout, query_positions=computed).index_select(0, where)
 
@@ -381,8 +384,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The normalized output of the last block (..., C).
 
-        query_positions (m,), ascending: only at these positions of the flat list, (m, C). For the
-        other tokens, mostly prompts, the last block computes queries, keys and values only.
+        query_positions (m,): only at these positions of the flat list, (m, C), which on a CPU must
+        be ascending. For the other tokens, mostly prompts, the last block computes queries, keys
+        and values only.
         """
         c = self.config
         if idx.dim() == 2:
@@ -391,7 +395,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{T} tokens do not fit block_size {c.block_size}")
             pos = torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos
             pos = pos.expand(B, T).flatten()
-            row = torch.arange(B, device=idx.device).repeat_interleave(T)
+            row = torch.arange(B, device=idx.device)[:, None].expand(B, T).flatten()
             sequences = PackedSequences(
                 row, torch.zeros_like(row), pos, c.sliding_window, (B, T), cache
             )

@@ -49,7 +49,8 @@ class PackedSequences:
     shape: (B, T) if the batch is B rows of T tokens without responses, for which there are faster
         kernels.
     kv_cache: a KVCache that receives the keys and values of every layer; needs `shape`.
-    query_positions: (m,), increasing: compute the output of these tokens only; None: of all.
+    query_positions: (m,): compute the output of these tokens only; None: of all. On a CPU they are
+        increasing. On a GPU they may be in any order, best in that of the tokens, and repeat.
     """
 
     def __init__(

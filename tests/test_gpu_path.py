@@ -1,0 +1,198 @@
+"""The code that runs on a GPU, on a CPU: its values, that it never waits for the GPU, and how often
+it is compiled."""
+
+import contextlib
+import functools
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import random_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_module
+import train
+from data.batch import batch_rows, ppo_batch, reward_batch, stream_batch
+from model import GPT, GPTConfig
+from nanospin import attention, distributed, fused_head
+from nanospin.config import Config
+
+SHAPE = {"vocab_size": 97, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
+MODERN = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": True}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where the CPU would wait for a GPU: to read a value, or for the size of a result."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        reads = name.startswith(self.READS) or str(func) == "aten.repeat_interleave.Tensor"
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            indices = [x for x in args[1] if x is not None]
+            reads = any(x.dtype == torch.bool for x in indices)
+        if reads:
+            raise AssertionError(f"{name} would wait for the GPU")
+        return func(*args, **(kwargs or {}))
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("this would wait for the GPU")
+
+
+@contextlib.contextmanager
+def no_host_reads():
+    """NoHostReads, and the methods that read a CPU tensor without an operator."""
+    methods = {"tolist": refuse, "numpy": refuse, "cpu": refuse}
+    with mock.patch.multiple(torch.Tensor, **methods), NoHostReads():
+        yield
+
+
+def dense_attention(q, k, v, mask):
+    """What `attention.flex_attend` computes, with all scores in memory."""
+    m, n = len(q), len(k)
+    visible = mask.mask_mod(0, 0, torch.arange(m)[:, None], torch.arange(n))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(0, 1), k, v, visible).transpose(0, 1)
+
+
+@pytest.fixture
+def gpu_path(monkeypatch):
+    """Take the branches for a GPU. Only FlexAttention has no backward pass on a CPU."""
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    for module in (attention, fused_head, model_module):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(attention, "flex_attend", dense_attention)
+    monkeypatch.setattr(fused_head, "compiled_log_softmax", lambda: fused_head.log_softmax_)
+
+
+def ranked_rows(n=6):
+    """Rows of three responses, some absent, with what every stage needs of them."""
+    rows = []
+    for row in random_rows(3, n, 20, 3):
+        row["prompt"] = row["prompt"] or [1]
+        row["responses"] = [y or None for y in row["responses"]]
+        rows.append(row | {"ref": [-3.0] * len(row["responses"])})
+    return rows
+
+
+def ppo_rows():
+    rows = []
+    for row in ranked_rows():
+        response = row["responses"][0] or [2]
+        tokens = len(response)
+        arrays = {}
+        for name in ("logps", "values", "advantages", "returns"):
+            arrays[name] = torch.linspace(-3, -1, tokens).numpy()
+        rows.append({"prompt": row["prompt"], "responses": [response], "ranks": [0]} | arrays)
+    return rows
+
+
+def stream(document_end=None):
+    tokens = torch.randint(0, 90, (500,), generator=torch.Generator().manual_seed(0)).numpy()
+    return stream_batch(tokens, 32, 4, 0, 0, 97, document_end=document_end)
+
+
+WORK = {
+    "windows": (train.token_objective, stream),
+    "documents": (train.token_objective, lambda: stream(0)),
+    "sft": (train.token_objective, lambda: batch_rows(ranked_rows())),
+    "ranking": (train.ranking_objective, lambda: batch_rows(ranked_rows())),
+    "padded": (train.ranking_objective, lambda: batch_rows(ranked_rows(), "padded")),
+    "reward": (train.reward_objective, lambda: reward_batch(ranked_rows())),
+    "ppo": (train.ppo_objective, lambda: ppo_batch(ppo_rows())),
+    "padded ppo": (train.ppo_objective, lambda: ppo_batch(ppo_rows(), "padded")),
+}
+
+
+def gradients(model, objective, batch, cfg):
+    model.zero_grad()
+    loss, metrics = objective(model, batch, cfg)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [loss.detach(), *metrics.values(), *grads]
+
+
+@pytest.mark.parametrize("options", [{}, MODERN, MODERN | {"sliding_window": 7, "n_kv_head": 2}])
+@pytest.mark.parametrize("name", WORK)
+def test_a_micro_batch_never_waits_for_the_gpu(name, options, request):
+    """And has the loss, metrics and gradients of the CPU's code."""
+    objective, make_batch = WORK[name]
+    batch, cfg = make_batch(), Config()
+    model = GPT(GPTConfig(**SHAPE | options, scalar_head="ppo" in name or name == "reward"))
+    expected = gradients(model, objective, batch, cfg)
+    request.getfixturevalue("gpu_path")
+    meter = train.Meter()
+    with no_host_reads():
+        found = gradients(model, objective, batch, cfg)
+        meter.add({"loss": found[0]}, 3.0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_guard_of_this_test():
+    x = torch.tensor([1.0, -1.0])
+    reads = [
+        lambda: x.sum().item(),
+        lambda: x.tolist(),
+        lambda: x.unique(),
+        lambda: (x > 0).nonzero(),
+        lambda: x[x > 0],
+        lambda: bool(x.sum()),
+        lambda: x.masked_select(x > 0),
+        lambda: torch.repeat_interleave(torch.tensor([1, 2])),
+    ]
+    for read in reads:
+        with pytest.raises(AssertionError, match="would wait"), no_host_reads():
+            read()
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1])
+def test_blocks_are_compiled_four_times(checkpointing, monkeypatch):
+    """Two halves, with and without gradients: for every layout and length. Also within checkpoints,
+    where an outer compilation would be switched off. The losses stay the same."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    cfg = Config(stage="spin", compile=True, activation_checkpointing=checkpointing)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SHAPE | MODERN | {"n_layer": 3}))
+    model = distributed.prepare_model(model, torch.device("cpu"), torch.float32, cfg)
+    model.init_weights()
+    plain = GPT(model.config)
+    torch._dynamo.reset()
+    for n in range(2, 7):
+        for name in ("ranking", "windows"):
+            batch = batch_rows(ranked_rows(n)) if name == "ranking" else stream()
+            found = gradients(model, WORK[name][0], batch, cfg)
+            expected = gradients(plain, WORK[name][0], batch, cfg)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            with torch.no_grad():
+                model(batch.idx, batch.targets, **batch.layout())
+    assert len(graphs) == 4
+
+
+@pytest.mark.parametrize("stage, compiled", [("pretrain", None), ("spin", True)])
+def test_compile_is_on_by_default_on_a_gpu(stage, compiled, monkeypatch):
+    """And never by default on a CPU."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or f)
+    monkeypatch.setattr(distributed, "set_autocast_dtype", lambda model, dtype: model)
+    cfg = Config(stage=stage)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SHAPE))
+    monkeypatch.setattr(model, "to_empty", lambda device: model)
+    for device in ("cpu", "cuda"):
+        distributed.prepare_model(model, torch.device(device), torch.float32, cfg)
+        assert len(calls) == (4 if device == "cuda" else 0)
+    assert calls[0] == {"dynamic": compiled}
+    distributed.prepare_model(model, torch.device("cuda"), None, replace(cfg, compile=False))
+    assert len(calls) == 4
