@@ -266,33 +266,70 @@ def block_list(mask):
 
 
 def flex_attend(q, k, v, mask):
-    """FlexAttention: q (m, H, D), k and v (n, Hkv, D) -> (m, H, D).
+    """FlexAttention over packed sequences: q (m, H, D), k and v (n, Hkv, D) -> (m, H, D).
 
     The kernels get contiguous tokens, which they load 16 bytes at a time, and whole blocks of them.
-    So one compiled kernel serves every length. Heads are padded with zeros where the kernels do not
-    support the width: below 16, and between 128 and 256. FORCE_USE_FLEX_ATTENTION avoids the kernel
-    for fewer than 128 queries, which does not support every number of grouped heads.
+    So one compiled kernel serves every length.
     """
-    from torch.nn.attention.flex_attention import flex_attention  # slow to import
+    m = len(q)
+    q, k, v = (pad_tokens(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
+    return flex_attention(q, k, v, mask)[0].transpose(0, 1)[:m]
 
-    m, _, head_dim = q.shape
+
+def pad_tokens(x):
+    """x (n, heads, D) -> (whole_blocks(n), heads, D), contiguous."""
+    if len(x) < whole_blocks(len(x)):
+        x = F.pad(x, (0, 0, 0, 0, 0, whole_blocks(len(x)) - len(x)))
+    return x.contiguous()
+
+
+def decode_mask(first, last, num_columns: int):
+    """The BlockMask of a decoding step: row b sees the columns from first[b] to last[b]. Both are
+    (B,) int32. Only these blocks are read, whatever the longest row has."""
+    from torch.nn.attention.flex_attention import BlockMask  # slow to import
+
+    num_blocks = num_columns // FLEX_BLOCK
+    first_block = first // FLEX_BLOCK
+    count = last // FLEX_BLOCK + 1 - first_block
+    blocks = torch.arange(num_blocks, device=first.device, dtype=torch.int32)
+    indices = (first_block[:, None] + blocks) % num_blocks  # the first `count` of each row are read
+
+    def mask_mod(b, h, q, k):
+        return (k >= first[b]) & (k <= last[b])
+
+    return BlockMask.from_kv_blocks(
+        count[:, None, None],
+        indices[:, None, None],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(1, num_columns),
+        compute_q_blocks=False,  # those are for backward
+    )
+
+
+def flex_attention(q, k, v, mask):
+    """The compiled kernels: q (B, H, m, D), k and v (B, Hkv, n, D) -> (B, H, m, D).
+
+    Heads are padded with zeros where they do not support the width: below 16, and between 128 and
+    256. FORCE_USE_FLEX_ATTENTION avoids the kernel for fewer than 128 queries, which does not
+    support every number of grouped heads and is compiled for each batch size.
+    """
+    from torch.nn.attention import flex_attention as flex  # slow to import
+
+    head_dim = q.shape[-1]
     width = max(16 if head_dim <= 128 else 256, head_dim)
-    y = compile_dynamic(flex_attention)(
-        *(heads_first(x, width) for x in (q, k, v)),
+    if head_dim < width:
+        q, k, v = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
+    y = compile_dynamic(flex.flex_attention)(
+        q,
+        k,
+        v,
         block_mask=mask,
         scale=head_dim**-0.5,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
-    return y[0].transpose(0, 1)[:m, :, :head_dim]
-
-
-def heads_first(x, width):
-    """x (n, heads, D) -> (1, heads, whole_blocks(n), width), of contiguous tokens."""
-    n, _, head_dim = x.shape
-    if n < whole_blocks(n) or head_dim < width:
-        x = F.pad(x, (0, width - head_dim, 0, 0, 0, whole_blocks(n) - n))
-    return x.contiguous().transpose(0, 1)[None]
+    return y[..., :head_dim]
 
 
 @functools.cache

@@ -16,8 +16,10 @@ import model as model_module
 import train
 from data.batch import batch_rows, ppo_batch, reward_batch, stream_batch
 from model import GPT, GPTConfig
-from nanospin import attention, distributed, fused_head
+from nanospin import attention, distributed, fused_head, kv_cache
 from nanospin.config import Config
+from nanospin.decoding import DecodeStep
+from sample import generate, prefill
 
 SHAPE = {"vocab_size": 97, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
 MODERN = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": True}
@@ -52,20 +54,27 @@ def no_host_reads():
 
 
 def dense_attention(q, k, v, mask):
-    """What `attention.flex_attend` computes, with all scores in memory."""
-    m, n = len(q), len(k)
-    visible = mask.mask_mod(0, 0, torch.arange(m)[:, None], torch.arange(n))
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(0, 1), k, v, visible).transpose(0, 1)
+    """What `attention.flex_attention` computes, with all scores in memory: the pairs that a mask
+    shows in the blocks that it lists."""
+    m, n = q.shape[2], k.shape[2]
+    b = torch.arange(len(q))[:, None, None]
+    visible = mask.mask_mod(b, 0, torch.arange(m)[:, None], torch.arange(n))  # (B or 1, m or 1, n)
+    listed = mask.to_dense()[:, 0].repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :m]
+    visible = visible & (listed > 0)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, visible[:, None])
 
 
 @pytest.fixture
 def gpu_path(monkeypatch):
     """Take the branches for a GPU. Only FlexAttention has no backward pass on a CPU."""
     pytest.importorskip("torch.nn.attention.flex_attention")
-    for module in (attention, fused_head, model_module):
+    for module in (attention, fused_head, kv_cache, model_module):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
-    monkeypatch.setattr(attention, "flex_attend", dense_attention)
+    for module in (attention, kv_cache):
+        monkeypatch.setattr(module, "flex_attention", dense_attention)
+    monkeypatch.setitem(kv_cache.GROWTH, "cpu", 128)
+    monkeypatch.setitem(kv_cache.GROUP_SIZE, "cpu", 4096)
     monkeypatch.setattr(fused_head, "compiled_log_softmax", lambda: fused_head.log_softmax_)
 
 
@@ -131,6 +140,63 @@ def test_a_micro_batch_never_waits_for_the_gpu(name, options, request):
         meter.add({"loss": found[0]}, 3.0)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+LONG = MODERN | {"block_size": 256}
+DECODED = [
+    {"block_size": 256},
+    LONG | {"n_kv_head": 2},
+    LONG | {"sliding_window": 7},
+    LONG | {"sliding_window": 150},
+]
+
+
+@pytest.mark.parametrize("options", DECODED)
+def test_decoding(options, request):
+    """The tokens that a CPU samples: prompts of many lengths, rows that leave and join, and a cache
+    that grows."""
+    model = GPT(GPTConfig(**SHAPE | options)).double()
+    generator = torch.Generator().manual_seed(0)
+    prompts, limits = [], []
+    for length in (1, 9, 140, 3, 120, 64, 9, 2):
+        prompts.append(torch.randint(0, 97, (length,), generator=generator).tolist())
+        limits.append(30 + length % 5 * 20)
+    expected = generate(model, prompts, limits, temperature=0, batch_size=4)
+    request.getfixturevalue("gpu_path")
+    assert generate(model, prompts, limits, temperature=0, batch_size=4) == expected
+
+
+def test_a_decoding_step_never_waits_for_the_gpu(gpu_path):
+    model = GPT(GPTConfig(**SHAPE | MODERN)).eval()
+    with torch.no_grad():
+        _, places = prefill(model, [[1, 2, 3], [4], [5, 6]])
+        cache = kv_cache.KVCache()
+        cache.rebuild(places, [3, 1, 2])
+        ids, pos, num_sampled = torch.tensor([[7, 8, 9], [3, 1, 2], [0, 0, 0]])
+        step = DecodeStep(model, cache, ids, pos, num_sampled, lambda x, n: x.argmax(-1))
+        with no_host_reads():
+            step()
+
+
+def test_regrouping_is_a_few_operations_a_layer(gpu_path):
+    """However many rows a batch has: per layer, keys and values, one allocation and two operations
+    for each cache that the rows come from."""
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model = GPT(GPTConfig(**SHAPE | {"n_layer": 12})).eval()
+    with torch.no_grad():
+        _, places = prefill(model, [[1] * n for n in range(1, 33)])
+        _, more = prefill(model, [[2] * n for n in range(1, 17)])
+        cache = kv_cache.KVCache()
+        with Count():
+            cache.rebuild(places[:16] + more + places[16:], [*range(1, 17)] * 2 + [*range(17, 33)])
+    assert len(calls) < 12 * 2 * 5 + 10
 
 
 def test_the_guard_of_this_test():
