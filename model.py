@@ -138,6 +138,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMSNorm of each head of x (n, H, D), in the dtype of x. On a GPU it is one kernel, which
+    computes in float32; autocast would add five that convert."""
+    if not on_gpu(x):
+        return norm(x).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -154,9 +163,8 @@ class Attention(nn.Module):
         heads = self.c_attn(x).view(len(x), -1, c.head_dim)  # (n, H + 2 Hkv, D)
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
-            # under autocast a GPU may compute the norms in float32
-            q = self.q_norm(q).to(v.dtype)
-            k = self.k_norm(k).to(v.dtype)
+            q = norm_heads(self.q_norm, q)
+            k = norm_heads(self.k_norm, k)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
@@ -400,7 +408,7 @@ class GPT(nn.Module):
                 row, torch.zeros_like(row), pos, c.sliding_window, (B, T), cache
             )
         elif cache is not None:
-            cache.begin_step(pos, c.sliding_window)
+            cache.begin_step(pos, c.sliding_window, c.n_head // c.n_kv_head)
             sequences = cache
         else:
             sequences = PackedSequences(sequence_id, response_id, pos, c.sliding_window)

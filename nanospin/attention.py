@@ -283,9 +283,9 @@ def pad_tokens(x):
     return x.contiguous()
 
 
-def decode_mask(first, last, num_columns: int):
-    """The BlockMask of a decoding step: row b sees the columns from first[b] to last[b]. Both are
-    (B,) int32. Only these blocks are read, whatever the longest row has."""
+def decode_mask(first, last, num_columns: int, num_queries: int):
+    """The BlockMask of a decoding step: all queries of row b see the columns from first[b] to
+    last[b], both (B,) int32. Only these blocks are read, whatever the longest row has."""
     from torch.nn.attention.flex_attention import BlockMask  # slow to import
 
     num_blocks = num_columns // FLEX_BLOCK
@@ -302,7 +302,7 @@ def decode_mask(first, last, num_columns: int):
         indices[:, None, None],
         BLOCK_SIZE=FLEX_BLOCK,
         mask_mod=mask_mod,
-        seq_lengths=(1, num_columns),
+        seq_lengths=(num_queries, num_columns),
         compute_q_blocks=False,  # those are for backward
     )
 

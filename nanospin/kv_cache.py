@@ -18,13 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanospin.attention import decode_mask, flex_attention, on_gpu, round_up
+from nanospin.attention import decode_mask, flex_attention, on_gpu, round_up, whole_blocks
 
 GROUP_SIZE = {"cpu": 16, "cuda": 4096}  # most rows of a group
 
-# A full group grows to a multiple of so many columns. On a CPU unused columns cost time. On a GPU
-# growing costs a new CUDA graph, and the columns are those of FlexAttention's blocks.
-GROWTH = {"cpu": 32, "cuda": 128}
+GROWTH = 32  # a full group of a CPU grows to a multiple of so many columns; unused ones cost time
 
 
 class KVCache:
@@ -100,8 +98,9 @@ class KVCache:
         """Number of steps until a group is full."""
         return min(keys.shape[2] - end for keys, end in zip(self.groups(), self.ends))
 
-    def begin_step(self, pos: torch.Tensor, sliding_window: int = 0):
+    def begin_step(self, pos: torch.Tensor, sliding_window: int = 0, num_shared: int = 1):
         """Call this before the layers of a decoding step. pos (B,): the position of each new token.
+        num_shared: the number of query heads that share a head of keys and values.
 
         A token sees the last `sliding_window` tokens up to itself, or all if it is 0. Unless the
         cache has to grow, a step only changes tensors in place and never reads one on the CPU, so
@@ -120,7 +119,8 @@ class KVCache:
                 if sliding_window:
                     first = torch.maximum(first, column - sliding_window + 1)
                 last = column.expand_as(row_pos)
-                self.masks.append(decode_mask(first.int(), last.int(), keys.shape[2]))
+                mask = decode_mask(first.int(), last.int(), keys.shape[2], num_shared)
+                self.masks.append(mask)
                 continue
             num_kv_heads, num_columns = keys.shape[1:3]
             # (columns,): how many tokens before the new one
@@ -199,8 +199,7 @@ def right_align(sources: list[Source], tensors, end: int) -> torch.Tensor:
     which they all end at column `end`. Behind it there is room to grow."""
     num_rows = sum(len(source.rows) for source in sources)
     _, num_kv_heads, _, head_dim = tensors[0].shape
-    num_columns = round_up(end + 1, GROWTH[tensors[0].device.type])
-    aligned = tensors[0].new_zeros(num_rows, num_kv_heads, num_columns, head_dim)
+    aligned = tensors[0].new_zeros(num_rows, num_kv_heads, columns_for(end, tensors[0]), head_dim)
     for source, tensor in zip(sources, tensors):
         source_end = source.cache.ends[source.group]
         length = min(source_end, end)
@@ -211,5 +210,10 @@ def right_align(sources: list[Source], tensors, end: int) -> torch.Tensor:
 
 def with_room(tensor, end: int) -> torch.Tensor:
     """A copy of a full group (b, Hkv, end, D) with room to grow."""
-    num_columns = round_up(end + 1, GROWTH[tensor.device.type])
-    return F.pad(tensor, (0, 0, 0, num_columns - end))
+    return F.pad(tensor, (0, 0, 0, columns_for(end, tensor) - end))
+
+
+def columns_for(end: int, tensor) -> int:
+    """Columns of a group that ends at column `end`, with room to grow: on a GPU whole blocks of
+    FlexAttention. There growing costs a new CUDA graph, too."""
+    return whole_blocks(end + 1) if on_gpu(tensor) else round_up(end + 1, GROWTH)

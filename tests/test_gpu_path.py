@@ -73,7 +73,6 @@ def gpu_path(monkeypatch):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     for module in (attention, kv_cache):
         monkeypatch.setattr(module, "flex_attention", dense_attention)
-    monkeypatch.setitem(kv_cache.GROWTH, "cpu", 128)
     monkeypatch.setitem(kv_cache.GROUP_SIZE, "cpu", 4096)
     monkeypatch.setattr(fused_head, "compiled_log_softmax", lambda: fused_head.log_softmax_)
 
