@@ -414,6 +414,8 @@ class GPT(nn.Module):
             sequences = PackedSequences(sequence_id, response_id, pos, c.sliding_window)
 
         x = F.dropout(self.embed(idx.flatten(), pos), c.dropout, self.training)  # (n, C)
+        if on_gpu(x) and self.autocast_dtype:
+            x = x.to(self.autocast_dtype)  # the residual stream, as FSDP2's mixed precision has it
         rope = self.rotary_angles(pos) if c.position == "rotary" else None
         for layer, block in enumerate(self.h):
             if query_positions is not None and layer == c.n_layer - 1:

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class PackedSequences:
@@ -149,6 +150,13 @@ def round_up(n: int, multiple: int) -> int:
 # ---- GPU
 
 
+WITHOUT_CUDNN = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
 def rectangular_attention(q, k, v, shape):
     """Causal attention over rows, shape = (B, T): q (B T, H, D), k and v (B T, Hkv, D)."""
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
@@ -158,7 +166,12 @@ def rectangular_attention(q, k, v, shape):
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         grouped = False
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    kernels = contextlib.nullcontext()
+    if not torch.is_grad_enabled():
+        # Prompts have every length, and cuDNN would make a plan for each.
+        kernels = sdpa_kernel(WITHOUT_CUDNN)
+    with kernels:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(0, 1)
 
 
