@@ -243,13 +243,18 @@ def plain_logprobs(model, idx, targets):
     return of_targets.masked_fill(targets < 0, 0.0)
 
 
+def padded_scores(model, idx, targets):
+    """Log-probability of each padded response (N, T) -> (N,)."""
+    return plain_logprobs(model, idx, targets).sum(1)
+
+
 def padded_step(model, rows, dtype):
     """-> function: a preference step in one padded forward pass over all responses."""
     batch = batch_rows(rows, "padded")
     optimizer = plain_optimizer(model)
 
     def loss_function(model):
-        scores = plain_logprobs(model, batch.idx, batch.targets).sum(1).view(len(rows), -1)
+        scores = padded_scores(model, batch.idx, batch.targets).view(len(rows), -1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
 
     return functools.partial(plain_step, model, optimizer, loss_function, dtype)

@@ -156,6 +156,16 @@ def micro_batch_tokens(cfg, device) -> int:
 def prepare_model(model, device, dtype, cfg):
     """Give storage to a GPT on the meta device and shard it if there are several ranks. The values
     are uninitialised. Weights and gradient reductions are float32, matrix products `dtype`."""
+    compile_blocks(model, device, cfg)
+    if world_size() == 1:
+        return set_autocast_dtype(model.to_empty(device=device), dtype)
+    shard_model(model, device, dtype, cfg)
+    return model.to_empty(device=device)
+
+
+def compile_blocks(model, device, cfg):
+    """Compile the blocks, and checkpoint them around that: Dynamo does not look into a
+    checkpoint."""
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     # windows of a stream have one length, for which the kernels are a little faster
     dynamic = None if cfg.stage == "pretrain" else True
@@ -163,13 +173,8 @@ def prepare_model(model, device, dtype, cfg):
         if compiled:
             block.before_attention = torch.compile(block.before_attention, dynamic=dynamic)
             block.after_attention = torch.compile(block.after_attention, dynamic=dynamic)
-        # outside of what is compiled: Dynamo does not look into a checkpoint
         if cfg.activation_checkpointing and i % cfg.activation_checkpointing == 0:
             block.forward = functools.partial(checkpointed_forward, block.forward)
-    if world_size() == 1:
-        return set_autocast_dtype(model.to_empty(device=device), dtype)
-    shard_model(model, device, dtype, cfg)
-    return model.to_empty(device=device)
 
 
 def checkpointed_forward(forward, *args):
