@@ -16,7 +16,7 @@ import model as model_module
 import train
 from data.batch import batch_rows, ppo_batch, reward_batch, stream_batch
 from model import GPT, GPTConfig
-from nanospin import attention, distributed, fused_head, kv_cache
+from nanospin import attention, decoding, distributed, elastic, fused_head, kv_cache
 from nanospin.config import Config
 from nanospin.decoding import DecodeStep
 from sample import generate, prefill
@@ -261,3 +261,24 @@ def test_compile_is_on_by_default_on_a_gpu(stage, compiled, monkeypatch):
     assert calls[0] == {"dynamic": compiled}
     distributed.prepare_model(model, torch.device("cuda"), None, replace(cfg, compile=False))
     assert len(calls) == 4
+
+
+def test_numbers_of_one_process_are_not_sent_to_the_device():
+    """A tensor on the meta device could not be read."""
+    assert distributed.all_reduce_sum([1, 2.5], torch.device("meta")) == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_rank_whose_gpu_has_work_is_waiting(busy, monkeypatch):
+    """Its line may read a result of a collective call that waits for another rank."""
+    monkeypatch.setattr(elastic, "gpu_is_busy", lambda: busy)
+    waiting, _ = elastic.current_location()
+    assert waiting == busy
+
+
+def test_cuda_graphs_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(decoding, "GRAPHS", {"cuda"})
+    distributed.setup_device(Config(device="cpu"))
+    assert decoding.GRAPHS == {"cuda"}
+    distributed.setup_device(Config(device="cpu", cuda_graphs=False))
+    assert not decoding.GRAPHS
