@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -751,6 +751,37 @@ def attention_speed(bench: Bench):
     if bench.on_gpu:
         seconds = bench.seconds(lambda: attention.flex_mask(layout()))
         found["block mask ms"] = 1000 * seconds
+    return found | decoding_speed(bench)
+
+
+@torch.no_grad()
+def decoding_speed(bench: Bench):
+    """Attention of one layer in a decoding step, rows of equal and of ragged lengths, by
+    FlexAttention, SDPA with a mask, and two matmuls."""
+    size, found = bench.size, {}
+    B, H, D = size.decode_batch, size.shape["n_head"], size.shape["n_embd"] // size.shape["n_head"]
+    last = size.decode_prompt + size.new_tokens // 2
+    columns = attention.whole_blocks(last + 1)
+    q = torch.randn(B, H, 1, D, device=bench.device, dtype=bench.dtype)
+    k, v = torch.randn(2, B, H, columns, D, device=bench.device, dtype=bench.dtype)
+    column = torch.arange(columns, device=bench.device)
+    for name, first in (
+        ("equal", torch.zeros(B, device=bench.device, dtype=torch.int32)),
+        ("ragged", torch.linspace(0, last, B, device=bench.device).int()),
+    ):
+        visible = ((column >= first[:, None]) & (column <= last))[
+            :, None, None
+        ]  # (B, 1, 1, columns)
+        bias = torch.zeros_like(visible, dtype=bench.dtype).masked_fill(~visible, -torch.inf)
+        block_mask = attention.decode_mask(first, torch.full_like(first, last), columns, 1)
+        works = {
+            "SDPA": functools.partial(F.scaled_dot_product_attention, q, k, v, bias),
+            "matmuls": lambda bias=bias: torch.softmax(q @ k.mT * D**-0.5 + bias, -1) @ v,
+        }
+        if bench.on_gpu:
+            works["flex"] = functools.partial(attention.flex_attention, q, k, v, block_mask)
+        for kernel, work in works.items():
+            found[f"decode {name} {kernel} ms"] = 1000 * bench.seconds(work)
     return found
 
 
@@ -864,12 +895,14 @@ KERNELS = {
 
 
 def profile(bench: Bench):
-    """Where the time of a pretraining step and of a preference step goes, by kind of kernel. The
-    tables of all kernels are in OUT/profile_*.txt."""
+    """Where the time of a pretraining step, a preference step and sampling 32 tokens goes, by kind
+    of kernel. The tables of all kernels are in OUT/profile_*.txt."""
     from torch.profiler import ProfilerActivity
 
     size, found = bench.size, {}
     T, V = size.shape["block_size"], size.shape["vocab_size"]
+    short = replace(bench, size=replace(size, new_tokens=min(32, size.new_tokens)))
+    prompts = [[1] * size.decode_prompt] * size.decode_batch
     activities = [ProfilerActivity.CPU]
     if bench.on_gpu:
         activities.append(ProfilerActivity.CUDA)
@@ -877,6 +910,7 @@ def profile(bench: Bench):
     for kind, make_step in (
         ("pretrain", lambda: our_pretraining(bench, idx, targets, bench.on_gpu)),
         ("preference", lambda: packed_preference(bench, preference_rows(bench))),
+        ("decode", lambda: our_sampling(short, prompts)),
     ):
         step = make_step()
         for _ in range(3):
