@@ -7,7 +7,7 @@
 # make lint         ruff format and ruff check
 # make format       format the code
 # make bench        benchmarks beside transformers and TRL, to bench/log.txt
-# make gpu          every check and measurement for one GPU, to GPU_OUT; about 7 minutes
+# make gpu          every check and measurement for one GPU, to GPU_OUT; at most 7 minutes
 #
 # The studies, each to its folder in studies/:
 # make figures-tn, figures-tn-map, figures-tn-play     T_n; RANKED=ranked.jsonl.gz, FULL=1

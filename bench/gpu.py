@@ -1,6 +1,6 @@
 """Every check and measurement for one GPU, from one command.
 
-    bash bench/gpu.sh OUT             all of them, in about seven minutes on an H100
+    bash bench/gpu.sh OUT             all of them, in at most seven minutes (--budget)
     bash bench/gpu.sh OUT decode      some of them; --help names all
     bash bench/gpu.sh OUT --small     the same code at toy size on a CPU, to see that it runs
 
