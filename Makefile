@@ -7,6 +7,7 @@
 # make lint         ruff format and ruff check
 # make format       format the code
 # make bench        benchmarks beside transformers and TRL, to bench/log.txt
+# make gpu          every check and measurement for one GPU, to GPU_OUT; at most 7 minutes
 #
 # The studies, each to its folder in studies/:
 # make figures-tn, figures-tn-map, figures-tn-play     T_n; RANKED=ranked.jsonl.gz, FULL=1
@@ -22,8 +23,9 @@ FAULT_SEED ?= 1
 LOCAL ?=
 JOBS ?= 2
 LOG ?= log
+GPU_OUT ?= out/gpu
 
-.PHONY: student pipeline demo demo-seeds test test-slow test-faults test-peers lint format bench \
+.PHONY: student pipeline demo demo-seeds test test-slow test-faults test-peers lint format bench gpu \
 	figures-tn figures-tn-map figures-tn-play rlhf frontier
 
 # ---- environments
@@ -135,3 +137,7 @@ frontier: .venv/ready data/pydocs/meta.json
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python -m bench.bench --peers 2>bench/$(LOG).err | tee bench/$(LOG).txt
+
+# with PYTHON and its packages: its torch must have CUDA
+gpu:
+	PYTHON=$(PYTHON) bash bench/gpu.sh $(GPU_OUT)

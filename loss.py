@@ -261,8 +261,9 @@ def sequence_logprobs(logps: Tensor, seq: Tensor, n_seq: int) -> Tensor:
 
     logps (...) float; seq (...) int64, the sequence of each token, -1 for none. Returns (n_seq,).
     """
-    in_sequence = seq >= 0
-    return logps.new_zeros(n_seq).index_add(0, seq[in_sequence], logps[in_sequence])
+    # not by a boolean mask, for whose size the CPU would have to wait for a GPU
+    logps, seq = logps.masked_fill(seq < 0, 0.0).flatten(), seq.clamp(min=0).flatten()
+    return logps.new_zeros(n_seq).index_add(0, seq, logps)
 
 
 def mean_logprobs(logps: Tensor, response_mask: Tensor, lengths: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loss import sequence_logprobs
 from nanospin import checkpoint, distributed
-from nanospin.attention import PackedSequences, round_up
+from nanospin.attention import PackedSequences, on_gpu, round_up
 from nanospin.config import model_config_from
 from nanospin.fused_head import linear_logprobs
 from nanospin.kv_cache import KVCache
@@ -148,6 +148,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """RMSNorm of each head of x (n, H, D), in the dtype of x. On a GPU it is one kernel, which
+    computes in float32; autocast would add five that convert."""
+    if not on_gpu(x):
+        return norm(x).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -159,26 +168,21 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(
-        self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
-    ) -> Tensor:
-        """x (n, C) -> (m, C): the tokens whose output is needed, see `sequences.select`."""
-        q, k, v = self.queries_keys_values(x, rope)
-        y = sequences.attend(layer, q, k, v).flatten(1)
-        return F.dropout(self.c_proj(y), self.config.dropout, self.training)
-
     def queries_keys_values(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         heads = self.c_attn(x).view(len(x), -1, c.head_dim)  # (n, H + 2 Hkv, D)
         q, k, v = heads.split([c.n_head, c.n_kv_head, c.n_kv_head], dim=1)
         if c.qk_norm:
-            # under autocast a GPU may compute the norms in float32
-            q = self.q_norm(q).to(v.dtype)
-            k = self.k_norm(k).to(v.dtype)
+            q = norm_heads(self.q_norm, q)
+            k = norm_heads(self.k_norm, k)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
         return q, k, v
+
+    def output(self, y: Tensor) -> Tensor:
+        """The heads' outputs y (m, H, D) -> (m, C)."""
+        return F.dropout(self.c_proj(y.flatten(1)), self.config.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -219,8 +223,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
     ) -> Tensor:
-        y = self.attn(self.ln_1(x), sequences, layer, rope)
-        x = sequences.select(x) + y
+        """x (n, C) -> (m, C): the tokens whose output is needed, see `sequences.select`."""
+        q, k, v = self.before_attention(x, rope)
+        y = sequences.attend(layer, q, k, v)
+        return self.after_attention(sequences.select(x), y)
+
+    # These two can be compiled (distributed.prepare_model), for any layout and length.
+
+    def before_attention(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.queries_keys_values(self.ln_1(x), rope)
+
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attn.output(y)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -372,6 +386,9 @@ class GPT(nn.Module):
         (m, C); at all positions if it is None."""
         if positions is None:
             return self.hidden(idx, *layout)
+        if on_gpu(idx):
+            # Few are repeated. To find them, the CPU would have to wait for the GPU.
+            return self.hidden(idx, *layout, query_positions=positions)
         computed, where = positions.unique(return_inverse=True)
         return self.hidden(idx, *layout, query_positions=computed).index_select(0, where)
 
@@ -386,8 +403,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The normalized output of the last block (..., C).
 
-        query_positions (m,), ascending: only at these positions of the flat list, (m, C). For the
-        other tokens, mostly prompts, the last block computes queries, keys and values only.
+        query_positions (m,): only at these positions of the flat list, (m, C), which on a CPU must
+        be ascending. For the other tokens, mostly prompts, the last block computes queries, keys
+        and values only.
         """
         c = self.config
         if idx.dim() == 2:
@@ -396,17 +414,19 @@ class GPT(nn.Module):
                 raise ValueError(f"{T} tokens do not fit block_size {c.block_size}")
             pos = torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos
             pos = pos.expand(B, T).flatten()
-            row = torch.arange(B, device=idx.device).repeat_interleave(T)
+            row = torch.arange(B, device=idx.device)[:, None].expand(B, T).flatten()
             sequences = PackedSequences(
                 row, torch.zeros_like(row), pos, c.sliding_window, (B, T), cache
             )
         elif cache is not None:
-            cache.begin_step(pos, c.sliding_window)
+            cache.begin_step(pos, c.sliding_window, c.n_head // c.n_kv_head)
             sequences = cache
         else:
             sequences = PackedSequences(sequence_id, response_id, pos, c.sliding_window)
 
         x = F.dropout(self.embed(idx.flatten(), pos), c.dropout, self.training)  # (n, C)
+        if on_gpu(x) and self.autocast_dtype:
+            x = x.to(self.autocast_dtype)  # the residual stream, as FSDP2's mixed precision has it
         rope = self.rotary_angles(pos) if c.position == "rotary" else None
         for layer, block in enumerate(self.h):
             if query_positions is not None and layer == c.n_layer - 1:

@@ -58,7 +58,7 @@ def sample_token(
     probs = logits.softmax(-1)
     if top_p and top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
-        before = sorted_probs.cumsum(-1) - sorted_probs  # probability of the more likely tokens
+        before = cumsum(sorted_probs) - sorted_probs  # probability of the more likely tokens
         outside = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= top_p)
         probs = probs.masked_fill(outside, 0.0)
     return inverse_cdf(probs, uniform)
@@ -81,11 +81,22 @@ def inverse_cdf(probs, uniform):
 def find_bin(weights, point):
     """The first bin where the cumulative sum of weights (B, n) exceeds point (B, 1), and how far
     into this bin the point is; both (B, 1)."""
-    cumulative = weights.cumsum(-1)
+    cumulative = cumsum(weights)
     # Clamp to [0, total): after rounding, the point could fall into a bin of weight 0.
     point = torch.minimum(point.clamp(min=0.0), cumulative[:, -1:] * (1 - 2**-23))
     found = torch.searchsorted(cumulative, point, right=True)
     return found, point - (cumulative - weights).gather(-1, found)
+
+
+def cumsum(x):
+    """Cumulative sums of the rows of x. In deterministic mode PyTorch refuses them on a GPU, where
+    only the sum of one very long row depends on the order of its parts."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return x.cumsum(-1)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 # ---- batched generation

@@ -88,7 +88,9 @@ def ppo_objective(model, batch: Batch, cfg: Config):
     logps, values = model.logps_and_values(
         batch.idx, batch.targets, batch.value_positions, **batch.layout()
     )
-    return policy_gradient_loss(logps[batch.targets >= 0], values, batch, cfg)
+    if batch.logit_positions is None:  # padded: (N, T)
+        logps = logps.flatten().index_select(0, batch.value_positions)
+    return policy_gradient_loss(logps, values, batch, cfg)
 
 
 def ranking_loss(policy_logps, batch: Batch, cfg: Config):

@@ -170,15 +170,15 @@ def work_of_requests(requests):
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, n_head, n_embd):
+    def __init__(self, n_head, n_embd, bias=True):
         super().__init__()
         self.n_head = n_head
-        self.ln_1 = nn.LayerNorm(n_embd)
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
-        self.c_proj = nn.Linear(n_embd, n_embd)
-        self.ln_2 = nn.LayerNorm(n_embd)
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
-        self.out = nn.Linear(4 * n_embd, n_embd)
+        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.out = nn.Linear(4 * n_embd, n_embd, bias=bias)
 
     def forward(self, x):
         B, T, C = x.shape
@@ -192,19 +192,19 @@ class PlainBlock(nn.Module):
 class PlainGPT(nn.Module):
     """nanoGPT's model: rectangular batches, fused attention, the logits of every position."""
 
-    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd):
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, bias=True):
         super().__init__()
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(block_size, n_embd)
-        self.h = nn.ModuleList(PlainBlock(n_head, n_embd) for _ in range(n_layer))
-        self.ln_f = nn.LayerNorm(n_embd)
+        self.h = nn.ModuleList(PlainBlock(n_head, n_embd, bias) for _ in range(n_layer))
+        self.ln_f = nn.LayerNorm(n_embd, bias=bias)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, 0.0, 0.02)
 
     def forward(self, idx):
         """(B, T) -> logits (B, T, V)."""
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
         for block in self.h:
             x = block(x)
         return self.ln_f(x) @ self.wte.weight.T
@@ -230,7 +230,8 @@ def plain_optimizer(model):
 
 def plain_step(model, optimizer, loss_function, dtype):
     """A training step as nanoGPT takes it. loss_function(model) -> loss ()."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = loss_function(model)
     update(model, [loss], [optimizer])
 
@@ -242,13 +243,18 @@ def plain_logprobs(model, idx, targets):
     return of_targets.masked_fill(targets < 0, 0.0)
 
 
+def padded_scores(model, idx, targets):
+    """Log-probability of each padded response (N, T) -> (N,)."""
+    return plain_logprobs(model, idx, targets).sum(1)
+
+
 def padded_step(model, rows, dtype):
     """-> function: a preference step in one padded forward pass over all responses."""
     batch = batch_rows(rows, "padded")
     optimizer = plain_optimizer(model)
 
     def loss_function(model):
-        scores = plain_logprobs(model, batch.idx, batch.targets).sum(1).view(len(rows), -1)
+        scores = padded_scores(model, batch.idx, batch.targets).view(len(rows), -1)
         return preference_loss(scores, torch.zeros_like(scores))[0]
 
     return functools.partial(plain_step, model, optimizer, loss_function, dtype)
@@ -257,15 +263,16 @@ def padded_step(model, rows, dtype):
 # --------------------------------------------------------------------------- transformers and TRL
 
 
-def transformers_model():
+def transformers_model(shape=None):
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    shape = shape or SHAPE
     config = GPT2Config(
-        vocab_size=SHAPE["vocab_size"],
-        n_positions=SHAPE["block_size"],
-        n_embd=SHAPE["n_embd"],
-        n_layer=SHAPE["n_layer"],
-        n_head=SHAPE["n_head"],
+        vocab_size=shape["vocab_size"],
+        n_positions=shape["block_size"],
+        n_embd=shape["n_embd"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -357,7 +364,8 @@ def transformers_generate(model, prompts, limits, batch_size=32):
         batch = order[start : start + batch_size]
         width = max(len(prompts[i]) for i in batch)
         new_tokens = max(limits[i] for i in batch)
-        idx = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch])
+        padded = [[0] * (width - len(prompts[i])) + prompts[i] for i in batch]
+        idx = torch.tensor(padded, device=model.device)
         model.generate(
             idx,
             attention_mask=(idx > 0).long(),

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class PackedSequences:
@@ -49,7 +50,8 @@ class PackedSequences:
     shape: (B, T) if the batch is B rows of T tokens without responses, for which there are faster
         kernels.
     kv_cache: a KVCache that receives the keys and values of every layer; needs `shape`.
-    query_positions: (m,), increasing: compute the output of these tokens only; None: of all.
+    query_positions: (m,): compute the output of these tokens only; None: of all. On a CPU they are
+        increasing. On a GPU they may be in any order, best in that of the tokens, and repeat.
     """
 
     def __init__(
@@ -92,23 +94,23 @@ class PackedSequences:
         """q (n, H, D), k and v (n, Hkv, D) -> (n, H, D), or (m, H, D) with query_positions."""
         if self.kv_cache is not None:
             self.store(layer, k, v)
-        on_gpu = q.device.type == "cuda"
-        if on_gpu and self.is_causal_rectangle():
+        if on_gpu(q) and self.is_causal_rectangle():
             y = rectangular_attention(q, k, v, self.shape)
             return y if self.query_positions is None else y.index_select(0, self.query_positions)
 
         if self.query_positions is not None:
             q = q.index_select(0, self.query_positions)
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (heads, tokens, D)
-        if on_gpu:
+            if not len(q):
+                return q
+        if on_gpu(q):
             if self.mask is None:
                 self.mask = flex_mask(self)
-            y = flex_attend(q, k, v, self.mask)
-        else:
-            if self.mask is None:
-                self.mask = self.make_tiles(q.dtype)
-            y = TiledAttention.apply(q, k, v, self.mask)
-        return y.transpose(0, 1)
+            return flex_attend(q, k, v, self.mask)
+
+        if self.mask is None:
+            self.mask = self.make_tiles(q.dtype)
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (heads, tokens, D)
+        return TiledAttention.apply(q, k, v, self.mask).transpose(0, 1)
 
     def store(self, layer, k, v):
         """Copy keys and values to the cache, as (B, Hkv, T, D). Views would not do: they would
@@ -137,11 +139,22 @@ def is_visible(sequence_id, response_id, i, j, pos=None, sliding_window=0):
     return visible
 
 
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
 # ---- GPU
+
+
+WITHOUT_CUDNN = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def rectangular_attention(q, k, v, shape):
@@ -153,63 +166,196 @@ def rectangular_attention(q, k, v, shape):
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         grouped = False
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    kernels = contextlib.nullcontext()
+    if not torch.is_grad_enabled():
+        # Prompts have every length, and cuDNN would make a plan for each.
+        kernels = sdpa_kernel(WITHOUT_CUDNN)
+    with kernels:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(0, 1)
+
+
+FLEX_BLOCK = 128  # queries or keys of a block of FlexAttention's mask
+
+
+@dataclass
+class VisibleKeys:
+    """The keys that each of m queries sees are two spans of tokens: of its prompt and of its own
+    response. A prompt's token has only the second. All tensors are (m,) int32."""
+
+    prompt_start: torch.Tensor
+    prompt_stop: torch.Tensor
+    own_start: torch.Tensor
+    own_stop: torch.Tensor
+
+    def map_tensors(self, function) -> "VisibleKeys":
+        tensors = (self.prompt_start, self.prompt_stop, self.own_start, self.own_stop)
+        return VisibleKeys(*map(function, tensors))
+
+
+def visible_keys(packed: PackedSequences) -> VisibleKeys:
+    """`is_visible` as spans. Nothing is read on the CPU, so it does not wait for the GPU."""
+    sequence_id, response_id, pos = packed.sequence_id, packed.response_id, packed.pos
+    index = torch.arange(len(sequence_id), device=sequence_id.device)
+
+    def latest(mask, value):  # `value` at the last True up to each token, or 0
+        return torch.where(mask, value, 0).cummax(0).values
+
+    new_sequence = torch.ones_like(sequence_id, dtype=torch.bool)
+    new_sequence[1:] = sequence_id[1:] != sequence_id[:-1]
+    new_response = torch.ones_like(new_sequence)
+    new_response[1:] = response_id[1:] != response_id[:-1]
+    prompt_start = latest(new_sequence, index)
+    own_start = latest(new_sequence | new_response, index)
+    prompt_stop = latest(response_id == 0, index + 1)
+    # empty for a sequence without a prompt, and for the tokens of a prompt
+    prompt_stop = torch.minimum(torch.maximum(prompt_stop, prompt_start), own_start)
+    if packed.sliding_window:
+        for start in (prompt_start, own_start):
+            first = pos - packed.sliding_window + 1  # the first position that a token sees
+            start += (first - pos[start]).clamp(min=0)
+    keys = VisibleKeys(prompt_start, prompt_stop, own_start, index + 1)
+    if packed.query_positions is not None:
+        keys = keys.map_tensors(lambda x: x.index_select(0, packed.query_positions))
+    return keys.map_tensors(lambda x: x.int())
 
 
 @torch.no_grad()
 def flex_mask(packed: PackedSequences):
-    """The BlockMask of FlexAttention. Compiled, on a GPU, it is built without holding all pairs."""
-    from torch.nn.attention.flex_attention import create_block_mask  # slow to import
+    """The BlockMask of FlexAttention, exact in every block.
 
-    sequence_id, response_id, pos = packed.sequence_id, packed.response_id, packed.pos
-    sliding_window, query_positions = packed.sliding_window, packed.query_positions
-    n, device = len(sequence_id), sequence_id.device
-    if query_positions is None:
-        query_positions = torch.arange(n, device=device)
+    It is built from the overlap of each query's spans with each block of keys, m n / 128 numbers,
+    by a few plain operations: `create_block_mask` would test all m n pairs, or be compiled for
+    every length.
+    """
+    from torch.nn.attention.flex_attention import BlockMask  # slow to import
 
-    def mask_mod(b, h, q_idx, kv_idx):
-        i = query_positions[q_idx]
-        return is_visible(sequence_id, response_id, i, kv_idx, pos, sliding_window)
+    keys = visible_keys(packed)
+    m, n = len(keys.own_start), whole_blocks(len(packed.sequence_id))
+    if m < whole_blocks(m):  # the queries that are added see key 0
+        keys = keys.map_tensors(lambda x: F.pad(x, (0, whole_blocks(m) - m)))
+        keys.own_stop[m:] = 1
+    prompt_start, prompt_stop = keys.prompt_start, keys.prompt_stop
+    own_start, own_stop = keys.own_start, keys.own_stop
 
-    make = compile_dynamic(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(mask_mod, None, None, len(query_positions), n, device=device)
+    blocks = torch.arange(0, n, FLEX_BLOCK, device=own_start.device, dtype=torch.int32)
+    count = overlap(prompt_start, prompt_stop, blocks) + overlap(own_start, own_stop, blocks)
+    count = count.unflatten(0, (-1, FLEX_BLOCK))  # (query blocks, 128, key blocks)
+    full = (count == FLEX_BLOCK).all(1)
+    partial = (count > 0).any(1) & ~full
+
+    def mask_mod(b, h, q, k):
+        in_prompt = (k >= prompt_start[q]) & (k < prompt_stop[q])
+        in_own_response = (k >= own_start[q]) & (k < own_stop[q])
+        return in_prompt | in_own_response
+
+    return BlockMask.from_kv_blocks(
+        *block_list(partial),
+        *block_list(full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(len(own_start), n),
+    )
+
+
+def whole_blocks(n: int) -> int:
+    """n tokens rounded up to blocks, at least two: one would be compiled as a special case."""
+    return max(round_up(n, FLEX_BLOCK), 2 * FLEX_BLOCK)
+
+
+def overlap(start, stop, blocks):
+    """How many keys of each block (m, blocks) are in the span [start, stop) of each query."""
+    first = torch.maximum(start[:, None], blocks)
+    last = torch.minimum(stop[:, None], blocks + FLEX_BLOCK)
+    return (last - first).clamp(min=0)
+
+
+def block_list(mask):
+    """(query blocks, key blocks) bool -> the number of key blocks of each query block and their
+    indices, as from_kv_blocks takes them."""
+    count = mask.sum(1, dtype=torch.int32)
+    indices = mask.int().argsort(dim=1, descending=True, stable=True).int()
+    return count[None, None], indices[None, None]
 
 
 def flex_attend(q, k, v, mask):
-    """FlexAttention: q (H, m, D), k, v (Hkv, n, D) -> (H, m, D).
+    """FlexAttention over packed sequences: q (m, H, D), k and v (n, Hkv, D) -> (m, H, D).
 
-    Heads are padded with zeros where the kernels do not support the width: below 16, and between
-    128 and 256. FORCE_USE_FLEX_ATTENTION avoids the separate kernel for fewer than 128 queries,
-    which does not support every number of grouped heads.
+    The kernels get contiguous tokens, which they load 16 bytes at a time, and whole blocks of them.
+    So one compiled kernel serves every length.
     """
-    from torch.nn.attention.flex_attention import flex_attention  # slow to import
+    m = len(q)
+    q, k, v = (pad_tokens(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
+    return flex_attention(q, k, v, mask)[0].transpose(0, 1)[:m]
+
+
+def pad_tokens(x):
+    """x (n, heads, D) -> (whole_blocks(n), heads, D), contiguous."""
+    if len(x) < whole_blocks(len(x)):
+        x = F.pad(x, (0, 0, 0, 0, 0, whole_blocks(len(x)) - len(x)))
+    return x.contiguous()
+
+
+def decode_mask(first, last, num_columns: int, num_queries: int):
+    """The BlockMask of a decoding step: all queries of row b see the columns from first[b] to
+    last[b], both (B,) int32. Only these blocks are read, whatever the longest row has."""
+    from torch.nn.attention.flex_attention import BlockMask  # slow to import
+
+    num_blocks = num_columns // FLEX_BLOCK
+    first_block = first // FLEX_BLOCK
+    count = last // FLEX_BLOCK + 1 - first_block
+    blocks = torch.arange(num_blocks, device=first.device, dtype=torch.int32)
+    indices = (first_block[:, None] + blocks) % num_blocks  # the first `count` of each row are read
+
+    def mask_mod(b, h, q, k):
+        return (k >= first[b]) & (k <= last[b])
+
+    return BlockMask.from_kv_blocks(
+        count[:, None, None],
+        indices[:, None, None],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(num_queries, num_columns),
+        compute_q_blocks=False,  # those are for backward
+    )
+
+
+def flex_attention(q, k, v, mask):
+    """The compiled kernels: q (B, H, m, D), k and v (B, Hkv, n, D) -> (B, H, m, D).
+
+    Heads are padded with zeros where they do not support the width: below 16, and between 128 and
+    256. FORCE_USE_FLEX_ATTENTION avoids the kernel for fewer than 128 queries, which does not
+    support every number of grouped heads and is compiled for each batch size.
+    """
+    from torch.nn.attention import flex_attention as flex  # slow to import
 
     head_dim = q.shape[-1]
     width = max(16 if head_dim <= 128 else 256, head_dim)
-    if width > head_dim:
+    if head_dim < width:
         q, k, v = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
-    y = compile_dynamic(flex_attention)(
-        q[None],
-        k[None],
-        v[None],
+    y = compile_dynamic(flex.flex_attention)(
+        q,
+        k,
+        v,
         block_mask=mask,
         scale=head_dim**-0.5,
-        enable_gqa=len(q) != len(k),
+        enable_gqa=q.shape[1] != k.shape[1],
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
-    return y[0, ..., :head_dim]
+    return y[..., :head_dim]
 
 
 @functools.cache
 def compile_dynamic(function):
-    """A FlexAttention function, compiled for any length. This holds in generate() too, which runs
-    everything else eagerly.
+    """A function, compiled for any length. This holds in generate() too, which runs everything else
+    eagerly.
 
-    Each combination of lengths, heads and gradients may compile once more. Beyond Dynamo's limit
-    (8 by default) it would silently run uncompiled and hold all scores, so the limit is raised.
+    Beyond Dynamo's limit of graphs (8 by default) it would silently run uncompiled and hold all
+    scores, so the limit is raised. Sizes that happen to be equal are not taken to be always equal:
+    as many queries as keys would be compiled as a special case.
     """
     torch._dynamo.config.recompile_limit = 64
+    torch.fx.experimental._config.use_duck_shape = False
     return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 
 

@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
+from nanospin import decoding
+
 # Tokens of a micro-batch: about what the caches of a CPU hold, and what keeps a GPU busy.
 MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
 
@@ -80,6 +82,8 @@ def setup_device(cfg) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     configure_torch(device, cfg.matmul_precision)
+    if not cfg.cuda_graphs:
+        decoding.GRAPHS.clear()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -157,16 +161,25 @@ def micro_batch_tokens(cfg, device) -> int:
 def prepare_model(model, device, dtype, cfg):
     """Give storage to a GPT on the meta device and shard it if there are several ranks. The values
     are uninitialised. Weights and gradient reductions are float32, matrix products `dtype`."""
-    if cfg.activation_checkpointing:
-        for block in model.h[:: cfg.activation_checkpointing]:
-            block.forward = functools.partial(checkpointed_forward, block.forward)
-    if cfg.compile:
-        for block in model.h:
-            block.compile()
+    compile_blocks(model, device, cfg)
     if world_size() == 1:
         return set_autocast_dtype(model.to_empty(device=device), dtype)
     shard_model(model, device, dtype, cfg)
     return model.to_empty(device=device)
+
+
+def compile_blocks(model, device, cfg):
+    """Compile the blocks, and checkpoint them around that: Dynamo does not look into a
+    checkpoint."""
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    # windows of a stream have one length, for which the kernels are a little faster
+    dynamic = None if cfg.stage == "pretrain" else True
+    for i, block in enumerate(model.h):
+        if compiled:
+            block.before_attention = torch.compile(block.before_attention, dynamic=dynamic)
+            block.after_attention = torch.compile(block.after_attention, dynamic=dynamic)
+        if cfg.activation_checkpointing and i % cfg.activation_checkpointing == 0:
+            block.forward = functools.partial(checkpointed_forward, block.forward)
 
 
 def checkpointed_forward(forward, *args):
@@ -285,8 +298,11 @@ def clip_grad_norm_(parameters, max_norm: float) -> torch.Tensor:
 
 
 def all_reduce_sum(values, device) -> list[float]:
-    """Sum a list of numbers or 0-dim tensors over the ranks, in float64, in one message."""
-    values = [torch.as_tensor(v, dtype=torch.float64).to(device).detach() for v in values]
+    """Sum a list of numbers or 0-dim tensors over the ranks, in float64, in one message. With one
+    process numbers are not sent to the device, from which reading them would have to wait."""
+    values = [torch.as_tensor(v, dtype=torch.float64).detach() for v in values]
+    if world_size() > 1 or any(v.device.type != "cpu" for v in values):
+        values = [v.to(device, non_blocking=True) for v in values]
     sums = torch.stack(values)
     if world_size() > 1:
         heartbeat.touch()

@@ -19,6 +19,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from data import cli
@@ -104,6 +105,7 @@ def join_process_group(device, timeout: float):
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=group_timeout,
+        device_id=device if device.type == "cuda" else None,
     )
     distributed.process_groups["saves"] = dist.new_group(backend="gloo", timeout=group_timeout)
     distributed.process_groups["store"] = store
@@ -115,7 +117,8 @@ def join_process_group(device, timeout: float):
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)
-    threading.Thread(target=watch_ranks, args=(store.clone(), timeout), daemon=True).start()
+    args = (store.clone(), timeout, device)
+    threading.Thread(target=watch_ranks, args=args, daemon=True).start()
 
 
 def open_store(environment: Environment, timeout: float) -> dist.TCPStore:
@@ -396,12 +399,14 @@ def print_error_once(text: str):
 # ---------------------------------------------------------------------------- watching the others
 
 
-def watch_ranks(store, timeout: float):
+def watch_ranks(store, timeout: float, device):
     """The watcher thread: send this rank's pulse, and end the process when there has been no
     progress for `timeout` seconds or when rank 0 is gone.
 
     Time in which this thread did not run does not count: the job was suspended.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread has its own
     before = time.monotonic()
     try:
         while True:
@@ -488,7 +493,7 @@ def current_location() -> tuple[bool, str]:
                 thread_id = thread.ident
                 break
     frame = frames[thread_id]
-    waiting = frame.f_code.co_filename in (
+    waiting = gpu_is_busy() or frame.f_code.co_filename in (
         dist.distributed_c10d.__file__,
         distributed.__file__,
     )
@@ -497,6 +502,14 @@ def current_location() -> tuple[bool, str]:
         if is_project_file(path):
             return waiting, f"{heartbeat.stage}, {os.path.relpath(path, ROOT)}:{line_number}"
     return waiting, heartbeat.stage
+
+
+def gpu_is_busy() -> bool:
+    """Whether this rank's GPU has work left. It may be a collective call that waits for another
+    rank, and any line that reads a result waits for it. A rank that hangs elsewhere has none."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return False
+    return not torch.cuda.default_stream().query()
 
 
 def is_project_file(path: str) -> bool:

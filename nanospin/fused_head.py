@@ -1,18 +1,24 @@
 """LM head and log-softmax in one function, which never holds a (tokens, V) matrix of logits.
 
 Both are computed a chunk of tokens at a time. The backward pass needs the probabilities again:
-those of the first tokens are kept, up to KEPT_ELEMENTS, and the rest is recomputed. Liger Kernel
-and Cut Cross-Entropy (arXiv 2411.09009) recompute all of them.
+those of the first tokens are kept, as many as there is room for, and the rest is recomputed. Liger
+Kernel and Cut Cross-Entropy (arXiv 2411.09009) recompute all of them.
+
+On a GPU a chunk is a matmul and one compiled function, which reads the logits, computes in float32
+and writes the gradient in their place.
 """
 
+import functools
 import math
 
 import torch
 
+from nanospin.attention import on_gpu
+
 # Logits of one chunk: on a CPU about what its last cache level holds, on a GPU enough to fill it.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-# Probabilities that are kept for backward. Recomputing the rest costs a quarter of the head's work.
-KEPT_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+# Probabilities that a CPU keeps. Recomputing the rest costs a quarter of the head's work.
+KEPT_ELEMENTS = 1 << 24
 
 
 def linear_logprobs(
@@ -27,8 +33,8 @@ def linear_logprobs(
     """Log-probability of each target under softmax(hidden @ weight.T).
 
     hidden (..., C), weight (V, C), targets (...) int64, -1 where there is no target. Returns (...)
-    float32 (float64 for float64 inputs), 0 where there is no target. Only tokens with a target are
-    computed.
+    float32 (float64 for float64 inputs), 0 where there is no target. On a CPU only tokens with a
+    target are computed. On a GPU all are: to select some, the CPU would have to wait for it.
 
     softcap: c > 0 turns the logits into c * tanh(logit / c), as in Gemma 2.
     vocab_size: the ids from here on are padding and have no probability; None: V.
@@ -40,21 +46,51 @@ def linear_logprobs(
     """
     vocab_size = vocab_size or len(weight)
     device = hidden.device.type
-    if device == "cpu":
-        check_targets(targets, vocab_size)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    chunk = chunk or tokens_of_chunk(hidden, len(weight))
+    num_kept_chunks = 0
+    if needs_grad:
+        kept = room_for_kept(hidden, dtype) if kept is None else kept
+        num_kept_chunks = kept // (chunk * len(weight))
 
+    def logprobs(hidden, targets):  # (n, C), (n,) -> (n,)
+        num_kept = min(len(targets), num_kept_chunks * chunk)
+        with torch.autocast(device, enabled=False):
+            return LinearLogprobs.apply(
+                hidden.to(dtype),
+                weight.to(dtype),
+                targets,
+                softcap,
+                vocab_size,
+                chunk,
+                num_kept,
+                needs_grad,
+            )
+
+    if on_gpu(hidden):
+        logps = logprobs(hidden.flatten(0, -2), targets.flatten().clamp(min=0))
+        return logps.view(targets.shape).masked_fill(targets < 0, 0.0)
+    check_targets(targets, vocab_size)
     has_target = (targets >= 0).nonzero(as_tuple=True)
-    hidden, flat_targets = hidden[has_target].to(dtype), targets[has_target]
-    chunk = chunk or max(64, CHUNK_ELEMENTS[device] // len(weight))
-    kept = KEPT_ELEMENTS[device] if kept is None else kept
-    num_kept_chunks = kept // (chunk * len(weight))
-    num_kept = min(len(flat_targets), num_kept_chunks * chunk)
-    with torch.autocast(device, enabled=False):
-        logps = LinearLogprobs.apply(
-            hidden, weight.to(dtype), flat_targets, softcap, vocab_size, chunk, num_kept
-        )
+    logps = logprobs(hidden[has_target], targets[has_target])
     return logps.new_zeros(targets.shape).index_put(has_target, logps)
+
+
+def tokens_of_chunk(hidden, vocab_size: int) -> int:
+    """Tokens to compute at a time; on a GPU a multiple of 128, for its matmuls."""
+    if on_gpu(hidden):
+        return max(1, CHUNK_ELEMENTS["cuda"] // vocab_size // 128) * 128
+    return max(64, CHUNK_ELEMENTS["cpu"] // vocab_size)
+
+
+def room_for_kept(hidden, dtype) -> int:
+    """Number of probabilities to keep for backward; on a GPU half of the free memory."""
+    if hidden.device.type != "cuda":
+        return KEPT_ELEMENTS
+    free, _ = torch.cuda.mem_get_info(hidden.device)
+    free += torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+    return free // 2 // dtype.itemsize
 
 
 def check_targets(targets, vocab_size):
@@ -72,11 +108,11 @@ class LinearLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk, num_kept):
+    def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk, num_kept, needs_grad):
         # hidden (n, C), weight (V, C), targets (n,)
         n = len(hidden)
         buffer = logits_buffer(chunk, hidden, weight)
-        logps = buffer.new_empty(n)
+        logps = hidden.new_empty(n, dtype=torch.promote_types(hidden.dtype, torch.float32))
         kept = hidden.new_empty(num_kept, len(weight))
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
@@ -85,7 +121,7 @@ class LinearLogprobs(torch.autograd.Function):
             in_place = keep and kept.dtype == buffer.dtype
             logits = kept[part] if in_place else buffer[: part.stop - part.start]
             logps[part] = logprobs_(
-                logits, hidden[part], weight, targets[part], softcap, vocab_size
+                logits, hidden[part], weight, targets[part], softcap, vocab_size, needs_grad
             )
             if keep and not in_place:
                 kept[part] = logits
@@ -110,33 +146,44 @@ class LinearLogprobs(torch.autograd.Function):
             else:
                 d_weight.add_(nll_grad.T @ scaled_hidden.to(nll_grad.dtype))
 
-        if num_kept:
-            add_gradients(slice(0, num_kept), kept)
+        # On a GPU a chunk at a time: how many are kept depends on its free memory, and the sums in
+        # d_weight must not.
+        step = chunk if on_gpu(hidden) else max(num_kept, 1)
+        for start in range(0, num_kept, step):
+            part = slice(start, min(start + step, num_kept))
+            add_gradients(part, kept[part])
         buffer = logits_buffer(chunk, hidden, weight)
         for start in range(num_kept, n, chunk):
             part = slice(start, min(start + chunk, n))
             logits = buffer[: part.stop - part.start]
             logprobs_(logits, hidden[part], weight, targets[part], softcap, vocab_size)
             add_gradients(part, logits.to(hidden.dtype))
-        return d_hidden, d_weight.to(weight.dtype), None, None, None, None, None
+        return d_hidden, d_weight.to(weight.dtype), *[None] * 6
 
 
 def logits_buffer(chunk, hidden, weight):
-    """Memory for the logits of one chunk, float32 or wider. The chunks share it, because glibc
-    does not reuse the memory of a large buffer for the next one of its size."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    """Memory for the logits of one chunk, on a CPU float32 or wider. The chunks share it, because
+    glibc does not reuse the memory of a large buffer for the next one of its size."""
+    dtype = hidden.dtype
+    if not on_gpu(hidden):
+        dtype = torch.promote_types(dtype, torch.float32)
     return hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
 
 
-def logprobs_(logits, hidden, weight, targets, softcap, vocab_size):
+def logprobs_(logits, hidden, weight, targets, softcap, vocab_size, needs_grad=True):
     """The log-probabilities (n,) of a chunk's targets, float32 or wider.
 
-    logits (n, V) is the buffer to compute in. Afterwards it holds nll_grad.
+    logits (n, V) is the buffer to compute in. Afterwards it holds nll_grad, on a GPU only if it is
+    needed.
     """
     if logits.dtype == hidden.dtype:
         torch.mm(hidden, weight.T, out=logits)
     else:
         logits.copy_(hidden @ weight.T)
+    if on_gpu(logits):
+        torch._dynamo.maybe_mark_dynamic(logits, 0)
+        torch._dynamo.maybe_mark_dynamic(targets, 0)
+        return compiled_log_softmax()(logits, targets, softcap, vocab_size, needs_grad)
     if softcap:
         tanh = torch.tanh(logits.div_(softcap))
         torch.mul(tanh, softcap, out=logits)
@@ -152,3 +199,31 @@ def logprobs_(logits, hidden, weight, targets, softcap, vocab_size):
     if softcap:
         probs *= 1 - tanh * tanh
     return logps.squeeze(-1)
+
+
+def log_softmax_(logits, targets, softcap, vocab_size, needs_grad):
+    """The elementwise part of `logprobs_` for a GPU, to be compiled: out of place, so that one
+    kernel keeps a row of float32 values in registers and writes nll_grad to logits at the end."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap:
+        tanh = torch.tanh(x / softcap)
+        x = softcap * tanh
+    token = torch.arange(x.shape[-1], device=x.device)
+    x = torch.where(token < vocab_size, x, -math.inf)
+    top_logit = x.amax(-1, keepdim=True)
+    logsumexp = top_logit + (x - top_logit).exp().sum(-1, keepdim=True).log()
+    is_target = token == targets[:, None]
+    logps = torch.where(is_target, x, 0.0).sum(-1, keepdim=True) - logsumexp
+    if needs_grad:
+        nll_grad = (x - logsumexp).exp() - is_target.to(x.dtype)
+        if softcap:
+            nll_grad = nll_grad * (1 - tanh * tanh)
+        logits.copy_(nll_grad)
+    return logps.squeeze(-1)
+
+
+@functools.cache
+def compiled_log_softmax():
+    """Compiled once for any number of tokens, and for one vocabulary at a time: a kernel for any
+    vocabulary could not load 16 bytes at once."""
+    return torch.compiler.set_stance("default")(torch.compile(log_softmax_, dynamic=False))

@@ -7,23 +7,22 @@ Rows are right-aligned, so that the next token of every row goes to the same col
     row 1      .  .  .  .  b0 b1|           end = 6: the next tokens go to column 6
     row 2      c0 c1 c2 c3 c4 c5|           columns 6 and 7 are room to grow
 
-Rows of similar length form a group with its own tensors. Without groups, every row would cost as
-much as the longest one.
+On a CPU rows of similar length form a group with its own tensors. Without groups, every row would
+cost as much as the longest one. On a GPU all rows are one group, and the kernel of FlexAttention
+skips the blocks of columns that a row does not use.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from nanospin.attention import round_up
+from nanospin.attention import decode_mask, flex_attention, on_gpu, round_up, whole_blocks
 
 GROUP_SIZE = {"cpu": 16, "cuda": 4096}  # most rows of a group
 
-# A full group grows to a multiple of so many columns. Unused columns cost time. On a GPU growing
-# costs a new CUDA graph too, hence the larger number.
-GROWTH = {"cpu": 32, "cuda": 128}
+GROWTH = 32  # a full group of a CPU grows to a multiple of so many columns; unused ones cost time
 
 
 class KVCache:
@@ -38,12 +37,24 @@ class KVCache:
         self.v = {}
         self.ends = list(ends)
         self.column = None  # (groups,) on the device: the column of the last tokens
-        self.masks = []  # (b Hkv, 1, columns) for each group: 0 if visible, -inf if not
+        self.masks = []  # of each group: (b Hkv, 1, columns), 0 or -inf; on a GPU a BlockMask
+        self.shift = None  # by how many columns `store` moves each row to the right, (B,)
 
     def store(self, layer: int, k, v):
-        """Keep a right-padded batch of prompts (B, Hkv, T, D). Each row is a group."""
-        self.k[layer] = list(k.split(1))
-        self.v[layer] = list(v.split(1))
+        """Keep a right-padded batch of prompts (B, Hkv, T, D). Each row is a group; on a GPU they
+        are one, right-aligned."""
+        if not on_gpu(k):
+            self.k[layer] = list(k.split(1))
+            self.v[layer] = list(v.split(1))
+            return
+        T = k.shape[2]
+        if self.shift is None:
+            self.shift = T - torch.tensor(self.ends, device=k.device)
+            self.ends = [T]
+        column = torch.arange(T, device=k.device) - self.shift[:, None]
+        column = column.clamp(min=0)[:, None, :, None].expand_as(k)
+        self.k[layer] = [k.gather(2, column)]
+        self.v[layer] = [v.gather(2, column)]
 
     def rebuild(self, rows: list[tuple["KVCache", int]], lengths: list[int]):
         """Fill this empty cache with rows (cache, row) of other caches, which have these lengths.
@@ -67,10 +78,10 @@ class KVCache:
         for layer in layers:
             self.k[layer], self.v[layer] = [], []
             for sources, end in zip(groups, self.ends):
-                keys = [source.take(source.cache.k[layer]) for source in sources]
-                values = [source.take(source.cache.v[layer]) for source in sources]
-                self.k[layer].append(right_align(keys, end))
-                self.v[layer].append(right_align(values, end))
+                keys = [source.cache.k[layer][source.group] for source in sources]
+                values = [source.cache.v[layer][source.group] for source in sources]
+                self.k[layer].append(right_align(sources, keys, end))
+                self.v[layer].append(right_align(sources, values, end))
 
     def row_places(self) -> list[tuple[int, int]]:
         """(group, index in the group) of each row."""
@@ -87,8 +98,9 @@ class KVCache:
         """Number of steps until a group is full."""
         return min(keys.shape[2] - end for keys, end in zip(self.groups(), self.ends))
 
-    def begin_step(self, pos: torch.Tensor, sliding_window: int = 0):
+    def begin_step(self, pos: torch.Tensor, sliding_window: int = 0, num_shared: int = 1):
         """Call this before the layers of a decoding step. pos (B,): the position of each new token.
+        num_shared: the number of query heads that share a head of keys and values.
 
         A token sees the last `sliding_window` tokens up to itself, or all if it is 0. Unless the
         cache has to grow, a step only changes tensors in place and never reads one on the CPU, so
@@ -102,6 +114,14 @@ class KVCache:
         self.masks = []
         group_pos = pos.split([len(keys) for keys in groups])
         for keys, column, row_pos in zip(groups, self.column, group_pos):
+            if on_gpu(keys):
+                first = column - row_pos
+                if sliding_window:
+                    first = torch.maximum(first, column - sliding_window + 1)
+                last = column.expand_as(row_pos)
+                mask = decode_mask(first.int(), last.int(), keys.shape[2], num_shared)
+                self.masks.append(mask)
+                continue
             num_kv_heads, num_columns = keys.shape[1:3]
             # (columns,): how many tokens before the new one
             distance = column - torch.arange(num_columns, device=pos.device)
@@ -117,7 +137,7 @@ class KVCache:
         for tensors in (*self.k.values(), *self.v.values()):
             for group, end in enumerate(self.ends):
                 if end == tensors[group].shape[2]:
-                    tensors[group] = right_align([tensors[group]], end)
+                    tensors[group] = with_room(tensors[group], end)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """As in PackedSequences: the output of every token is needed."""
@@ -136,6 +156,10 @@ class KVCache:
             values.index_copy_(2, column, v[group][:, :, None])
 
             b, num_kv_heads, num_columns, head_dim = keys.shape
+            if on_gpu(q[group]):
+                queries = q[group].unflatten(1, (num_kv_heads, -1))  # (b, Hkv, g, D)
+                out.append(flex_attention(queries, keys, values, mask).flatten(1, 2))
+                continue
             keys = keys.view(b * num_kv_heads, num_columns, head_dim)
             values = values.view(b * num_kv_heads, num_columns, head_dim)
             queries = q[group].reshape(b * num_kv_heads, -1, head_dim)  # (b Hkv, g, D)
@@ -147,41 +171,49 @@ class KVCache:
 
 @dataclass
 class Source:
-    """Some rows of one group of a cache."""
+    """Rows of one group of a cache, and the rows of a new group that they become."""
 
     cache: KVCache
     group: int
     rows: torch.Tensor  # int64: indices in the group
-
-    def take(self, tensors):
-        """A copy of these rows, without the room behind them. tensors: one for each group."""
-        end = self.cache.ends[self.group]
-        return tensors[self.group][:, :, :end].index_select(0, self.rows)
+    new_rows: torch.Tensor  # int64: indices in the new group
 
 
 def find_sources(rows, places, device) -> list[Source]:
-    """Where `rows` are to be copied from, in order. Neighbours in one group are copied together."""
-    located = []
-    for cache, row in rows:
+    """Where `rows` are to be copied from: all rows of a group together."""
+    indices = {}  # (cache, group) -> ([index in the group], [index in the new group])
+    for new_index, (cache, row) in enumerate(rows):
         group, index = places[cache][row]
-        located.append((cache, group, index))
+        old, new = indices.setdefault((cache, group), ([], []))
+        old.append(index)
+        new.append(new_index)
     sources = []
-    for (cache, group), run in itertools.groupby(located, key=lambda place: place[:2]):
-        indices = [index for _, _, index in run]
-        sources.append(Source(cache, group, torch.tensor(indices, device=device)))
+    for (cache, group), (old, new) in indices.items():
+        old, new = torch.tensor(old, device=device), torch.tensor(new, device=device)
+        sources.append(Source(cache, group, old, new))
     return sources
 
 
-def right_align(parts: list[torch.Tensor], end: int) -> torch.Tensor:
-    """Stack rows (b, Hkv, columns, D), each of which ends with its last token, so that they all end
-    at column `end`. Behind it there is room to grow."""
-    _, num_kv_heads, _, head_dim = parts[0].shape
-    sizes = [len(part) for part in parts]
-    num_columns = round_up(end + 1, GROWTH[parts[0].device.type])
-    aligned = parts[0].new_empty(sum(sizes), num_kv_heads, num_columns, head_dim)
-    aligned[:, :, end:].zero_()
-    for rows, part in zip(aligned.split(sizes), parts):
-        length = min(part.shape[2], end)
-        rows[:, :, : end - length].zero_()
-        rows[:, :, end - length : end] = part[:, :, part.shape[2] - length :]
+def right_align(sources: list[Source], tensors, end: int) -> torch.Tensor:
+    """Copy rows of groups, tensors[i] (b, Hkv, columns, D) for sources[i], into one new group, in
+    which they all end at column `end`. Behind it there is room to grow."""
+    num_rows = sum(len(source.rows) for source in sources)
+    _, num_kv_heads, _, head_dim = tensors[0].shape
+    aligned = tensors[0].new_zeros(num_rows, num_kv_heads, columns_for(end, tensors[0]), head_dim)
+    for source, tensor in zip(sources, tensors):
+        source_end = source.cache.ends[source.group]
+        length = min(source_end, end)
+        part = tensor[:, :, source_end - length : source_end].index_select(0, source.rows)
+        aligned[:, :, end - length : end].index_copy_(0, source.new_rows, part)
     return aligned
+
+
+def with_room(tensor, end: int) -> torch.Tensor:
+    """A copy of a full group (b, Hkv, end, D) with room to grow."""
+    return F.pad(tensor, (0, 0, 0, columns_for(end, tensor) - end))
+
+
+def columns_for(end: int, tensor) -> int:
+    """Columns of a group that ends at column `end`, with room to grow: on a GPU whole blocks of
+    FlexAttention. There growing costs a new CUDA graph, too."""
+    return whole_blocks(end + 1) if on_gpu(tensor) else round_up(end + 1, GROWTH)

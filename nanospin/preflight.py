@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "out_dir",
     "device",
     "compile",
+    "cuda_graphs",
     "activation_checkpointing",
     "deterministic",
     "hsdp_shard_size",

@@ -2,11 +2,12 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from test_model import CLASSIC, MODERN, WINDOWED, random_rows
 
-from data.batch import batch_rows
+from data.batch import batch_rows, stream_batch
 from model import GPT, GPTConfig
 from nanospin import attention, kv_cache
 from nanospin.attention import PackedSequences, attention_tiles, is_visible
@@ -171,11 +172,9 @@ def flex_and_tiles(
 
     q, k, v = (t.to(device).requires_grad_(device != "cpu") for t in inputs)
     packed = pack(batch, window, queries, device)
-    flex_q = q if all_queries else q[packed.query_positions]
-    y = attention.flex_attend(
-        flex_q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attention.flex_mask(packed)
+    flex = results(
+        attention.flex_attend(packed.select(q), k, v, attention.flex_mask(packed)), q, k, v
     )
-    flex = results(y.transpose(0, 1), q, k, v)
 
     q, k, v = (t.clone().requires_grad_(device != "cpu") for t in inputs)
     tiled = results(pack(batch, window, queries).attend(0, q, k, v), q, k, v)
@@ -222,44 +221,75 @@ def compilations(monkeypatch):
         yield counter
 
 
-def make_mask_mod(batch, queries, window):
-    """What flex_mask gives to create_block_mask."""
-    sequence_id, response_id, pos = batch.sequence_id, batch.response_id, batch.pos
+@pytest.mark.parametrize("seed", range(18))
+def test_block_masks_are_exact(seed):
+    """Every pair of tokens, and which blocks are full, partial or empty, against dense masks:
+    packed rows, documents of a stream, sliding windows, all and some queries, any length."""
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    window = [0, 5, 150][seed % 3]
+    batch = batch_rows(random_rows(seed, 7, 300, 3), multiple=[1, 128][seed % 2])
+    if seed % 4 == 3:
+        stream = np.random.default_rng(seed).integers(0, 60, 2000)
+        batch = stream_batch(stream, 200, 4, 0, 0, 60, document_end=0)
+        batch.logit_positions = torch.arange(3, 700)
+    queries = None if seed % 5 == 0 else batch.logit_positions
+    packed = pack(batch, window, queries)
+    n = len(batch.idx)
+    i = torch.arange(n) if queries is None else queries
+    expected = is_visible(
+        batch.sequence_id, batch.response_id, i[:, None], torch.arange(n), batch.pos, window
+    )
+    mask = attention.flex_mask(packed)
+    rows, columns = mask.seq_lengths
+    assert rows % 128 == columns % 128 == 0
+    found = mask.mask_mod(0, 0, torch.arange(rows)[:, None], torch.arange(columns))
+    assert torch.equal(found[: len(i), :n], expected)
+    assert not found[:, n:].any() and found.any(1).all()
 
-    def mask_mod(b, h, i, j):
-        return is_visible(sequence_id, response_id, queries[i], j, pos, window)
+    visible = found.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).sum((1, 3))
+    full = dense_blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
+    partial = dense_blocks(mask.kv_num_blocks, mask.kv_indices)
+    assert torch.equal(full, visible == 128 * 128)
+    assert torch.equal(partial, (visible > 0) & ~full)
 
-    return mask_mod
+
+def dense_blocks(num_blocks, indices):
+    """The lists of a BlockMask as (query blocks, key blocks) bool."""
+    dense = torch.zeros(indices.shape[2:], dtype=torch.bool)
+    for row, (count, columns) in enumerate(zip(num_blocks[0, 0], indices[0, 0])):
+        dense[row, columns[:count]] = True
+    return dense
 
 
-def test_flex_masks_are_compiled_a_few_times_for_all_lengths(compilations):
-    """Past Dynamo's limit a mask would be computed for all pairs."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    fast = attention.compile_dynamic(create_block_mask)
-    counts = []
-    for seed in range(9):
-        rows = random_rows(seed, 6, [80, 120, 40][seed % 3], 3)
-        batch = batch_rows(rows, multiple=128)
-        queries = batch.logit_positions.unique()
-        shape = (len(queries), len(batch.idx))
+def test_flex_attention_is_compiled_once(compilations):
+    """For every length, window and set of queries."""
+    for seed in range(6):
+        batch = batch_rows(random_rows(seed, 6, [80, 200, 40][seed % 3], 3), multiple=128)
+        k = torch.randn(len(batch.idx), 2, 16)
         for window in (0, 9):
-            mask_mod = make_mask_mod(batch, queries, window)
-            a = fast(mask_mod, None, None, *shape, device="cpu")
-            b = create_block_mask(mask_mod, None, None, *shape, device="cpu")
-            assert torch.equal(a.to_dense(), b.to_dense())
-        counts.append(compilations.frame_count)
-    assert counts[-1] == counts[-3] < 20, counts
+            for queries in (None, batch.logit_positions):
+                packed = pack(batch, window, queries)
+                attention.flex_attend(packed.select(k), k, k, attention.flex_mask(packed))
+    assert compilations.frame_count == 1
 
 
 def test_flex_attention_is_compiled_while_sampling(compilations):
     """On a GPU it processes the prompts of a model with a sliding window. The sampler runs
     eagerly."""
     mask = attention.flex_mask(same_sequences(4, 32, sliding_window=5))
-    x = torch.randn(2, 128, 16)
+    x = torch.randn(128, 2, 16)
     with torch.compiler.set_stance("force_eager"):
         attention.flex_attend(x, x, x, mask)
     assert compilations.frame_count == 1
+
+
+def test_no_queries():
+    """An empty set of queries has an empty output, and no gradient."""
+    q, k, v = (torch.randn(20, 2, 8, requires_grad=True) for _ in range(3))
+    y = same_sequences(2, 10, query_positions=torch.arange(0)).attend(0, q, k, v)
+    assert y.shape == (0, 2, 8)
+    y.sum().backward()
+    assert not q.grad.any()
 
 
 # ---- the KV cache

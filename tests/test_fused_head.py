@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanospin import fused_head
 from nanospin.fused_head import linear_logprobs
 
 
@@ -45,6 +46,45 @@ def test_linear_logprobs_equals_the_plain_one(dtype, tolerance, chunk, kept, sof
     for a, b in zip(fast_grads, slow_grads):
         scale = max(1.0, b.abs().max().item())
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.fixture
+def gpu_path(monkeypatch):
+    """The head as a GPU computes it, uncompiled on a CPU."""
+    monkeypatch.setattr(fused_head, "on_gpu", lambda x: True)
+    monkeypatch.setattr(fused_head, "compiled_log_softmax", lambda: fused_head.log_softmax_)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_head_of_a_gpu(gpu_path, dtype, softcap):
+    """The values of the CPU's, whatever is kept. The gradients do not depend on it by a bit."""
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 300, 13, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(64, 13, generator=g).to(dtype).requires_grad_()
+    targets = torch.randint(-1, 33, (2, 300), generator=g)
+    upstream = torch.rand(2, 300, generator=g).to(torch.promote_types(dtype, torch.float32))
+    grads = []
+    for kept in (0, 128 * 64, 1 << 20):
+        found = linear_logprobs(hidden, weight, targets, softcap, 33, chunk=128, kept=kept)
+        grads.append(torch.autograd.grad((found * upstream).sum(), (hidden, weight)))
+    for some in grads[1:]:
+        assert all(map(torch.equal, some, grads[0]))
+    with torch.no_grad():
+        assert torch.equal(linear_logprobs(hidden, weight, targets, softcap, 33), found)
+
+    expected = plain_logprobs(hidden, weight, targets, softcap, 33)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    slow = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
+    for a, b in zip(grads[0], slow):
+        scale = max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_a_chunk_of_a_gpu_is_a_multiple_of_128_tokens(gpu_path):
+    for vocab_size in (257, 50304, 128256, 1 << 23):
+        assert fused_head.tokens_of_chunk(torch.zeros(1), vocab_size) % 128 == 0
 
 
 def test_autocast_decides_the_dtype_of_the_matmuls():

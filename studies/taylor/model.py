@@ -67,12 +67,10 @@ class TaylorBlock(Block):
         if config.mlp_alone:
             del self.ln_2
 
-    def forward(self, x: Tensor, sequences, layer: int, rope=None) -> Tensor:
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.mlp_alone:
-            return super().forward(x, sequences, layer, rope)
-        y = self.attn(self.ln_1(x), sequences, layer, rope)
-        x = sequences.select(x) + y
-        return self.mlp(self.ln_1(x))
+            return super().after_attention(x, y)
+        return self.mlp(self.ln_1(x + self.attn.output(y)))
 
 
 class TaylorGPT(GPT):
