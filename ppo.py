@@ -29,7 +29,7 @@ import torch
 
 from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
-from data.files import atomic_write, printable, read_arrays, read_json, sha256, write_json
+from data.files import atomic_write, printable, read_arrays, sha256, write_json
 from data.rows import (
     encode_rows,
     is_score,
@@ -42,10 +42,16 @@ from data.rows import (
 from eval import map_batches, retokenize, row_scores, validation_rows
 from loss import kl_estimates
 from model import GPT
-from nanospin import checkpoint, distributed, inputs
-from nanospin.config import import_function
+from nanospin import checkpoint, distributed, inputs, rounds
+from nanospin.config import convert, import_function
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
-from nanospin.rounds import reference_checkpoint, remove_parts, round_folder, score_in_parts
+from nanospin.rounds import (
+    reference_checkpoint,
+    remove_parts,
+    round_folder,
+    score_in_parts,
+    with_checksum,
+)
 from rollout import (
     check_finite,
     drop_overlong_prompts,
@@ -146,7 +152,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
             "report": report,
             "seconds": time.time() - start,
         }
-        write_json(os.path.join(folder, "collect.json"), manifest)
+        write_json(os.path.join(folder, "collect.json"), with_checksum(manifest))
     distributed.barrier()
 
 
@@ -168,9 +174,19 @@ def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
     return scored
 
 
+def read_manifest(folder: str) -> dict:
+    """collect.json of a round; exits with one line if it is damaged or was edited."""
+    manifest = rounds.read_manifest(folder, {"files": dict, "now": dict, "report": dict})
+    numbers = {f"now.{name}": manifest["now"].get(name) for name in ("kl_coef", "mean", "std")}
+    numbers["report.kl"] = manifest["report"].get("kl")
+    for name, value in numbers.items():
+        convert(name, value, float, os.path.join(folder, "collect.json"))
+    return manifest
+
+
 def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict]:
     """(rows to train on, report) of a round that was made. Exits if a file was changed."""
-    manifest = read_json(os.path.join(folder, "collect.json"), ("files", "now", "report"))
+    manifest = read_manifest(folder)
     rows_path = os.path.join(folder, "train.jsonl")
     arrays_path = os.path.join(folder, "rollout.npz")
     for path in (rows_path, arrays_path):
@@ -412,8 +428,7 @@ def reward_scaling(cfg, round_id: int, scores: np.ndarray) -> dict[str, float]:
     if round_id == 0:
         std = float(scores.std()) if np.ptp(scores) else 1.0
         return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": std}
-    path = os.path.join(round_folder(cfg, round_id - 1), "collect.json")
-    previous = read_json(path, ("now", "report"))
+    previous = read_manifest(round_folder(cfg, round_id - 1))
     error = 0.0
     if cfg.kl_target:
         error = previous["report"]["kl"] / cfg.kl_target - 1

@@ -16,7 +16,7 @@ import numpy as np
 
 from data import tokenizer
 from data.files import atomic_write, read_arrays, read_json, sha256, write_json
-from nanospin import checkpoint, distributed, elastic, inputs, metrics_logger
+from nanospin import checkpoint, config, distributed, elastic, inputs, metrics_logger
 from nanospin.distributed import broadcast_from_rank0
 
 PART_SIZE = 1024  # rows that are sampled or scored before they are written to disk
@@ -189,14 +189,26 @@ def manifest_hashes(folder: str, entry: str) -> dict | None:
     path = os.path.join(folder, "collect.json")
     if not os.path.exists(path):
         return None
-    manifest = read_json(path, ("files", "sha256"))
-    contents = {name: value for name, value in manifest.items() if name != "sha256"}
-    if with_checksum(contents) != manifest:
-        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
-    hashes = manifest.get(entry, {})
+    hashes = read_manifest(folder, {"files": dict, "sha256": str}).get(entry, {})
     if not isinstance(hashes, dict):
         raise SystemExit(f"{path}: {entry} must be an object")
     return hashes
+
+
+def read_manifest(folder: str, types: dict, advice: str = "") -> dict:
+    """collect.json of a round. types: {name: type} of the fields that it must have.
+
+    Exits with one line, which can end in `advice`, if it is damaged or was edited. PPO's has no
+    sha256 if an older version wrote it.
+    """
+    path = os.path.join(folder, "collect.json")
+    manifest = read_json(path, types, advice)
+    for name, expected in types.items():
+        config.convert(name, manifest[name], expected, path)
+    contents = {name: value for name, value in manifest.items() if name != "sha256"}
+    if "sha256" in manifest and with_checksum(contents) != manifest:
+        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
+    return manifest
 
 
 def with_checksum(manifest: dict) -> dict:

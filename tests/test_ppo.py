@@ -33,7 +33,7 @@ import rollout
 import train
 from data import tokenizer
 from data.batch import ppo_batch
-from data.files import sha256
+from data.files import read_json, sha256, write_json
 from data.folder import write_meta
 from data.rows import encode_rows, read_rows, write_rows
 from loss import kl_estimates, ppo_loss
@@ -883,3 +883,59 @@ def test_a_damaged_or_missing_rollout_is_refused(tiny_runs, tiny_data, ppo_run, 
     assert "rollout.npz is damaged" in refused(args)
     os.remove(f"{copy}/round_1/collect.json")
     assert "no longer the one that sampled" in refused(args)
+
+
+def without_round_1(ppo_run, copy):
+    """A run that was killed when it had trained the first round."""
+    shutil.copytree(ppo_run, copy, ignore=shutil.ignore_patterns("round_1"))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("now", {"kl_coef": 99.0}),
+        ("now", {"mean": 0.5}),
+        ("report", {"kl": 7.0}),
+        ("files", {"train.jsonl": "0" * 64}),
+    ],
+)
+def test_an_edited_manifest_is_refused(tiny_runs, tiny_data, ppo_run, tmp_path, name, change):
+    """The next round would scale its rewards with what the edited one says."""
+    copy = without_round_1(ppo_run, f"{tmp_path}/copy")
+    path = f"{copy}/round_0/collect.json"
+    manifest = read_json(path)
+    write_json(path, manifest | {name: manifest[name] | change})
+    assert "collect.json was edited" in refused(ppo_args(tiny_runs, tiny_data, copy))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"now": []}, "now must be dict, got []"),
+        ({"now": {"kl_coef": 0.1, "mean": 0.5}}, "now.std must be float, got None"),
+        ({"now": {"kl_coef": 0.1, "mean": 0.5, "std": "x"}}, "now.std must be float, got 'x'"),
+        ({"files": []}, "files must be dict, got []"),
+        ({"report": {}}, "report.kl must be float, got None"),
+    ],
+)
+def test_a_damaged_manifest_of_an_older_version_is_refused(
+    tiny_runs, tiny_data, ppo_run, tmp_path, changes, message
+):
+    """One without sha256."""
+    copy = without_round_1(ppo_run, f"{tmp_path}/copy")
+    path = f"{copy}/round_0/collect.json"
+    manifest = read_json(path) | changes
+    del manifest["sha256"]
+    write_json(path, manifest)
+    assert message in refused(ppo_args(tiny_runs, tiny_data, copy))
+
+
+def test_a_run_of_an_older_version_resumes(tiny_runs, tiny_data, ppo_run, tmp_path):
+    copy = without_round_1(ppo_run, f"{tmp_path}/copy")
+    path = f"{copy}/round_0/collect.json"
+    manifest = read_json(path)
+    del manifest["sha256"]
+    write_json(path, manifest)
+    train.main(ppo_args(tiny_runs, tiny_data, copy))
+    assert_same_run(ppo_run, copy)
