@@ -19,6 +19,7 @@ what it was made from), all made once, by the policy that sampled.
 
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -46,6 +47,7 @@ from nanospin import checkpoint, distributed, inputs, rounds
 from nanospin.config import convert, import_function
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
+    check_policy,
     reference_checkpoint,
     remove_parts,
     round_folder,
@@ -106,6 +108,8 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
     val = drop_overlong_prompts(cfg, val, enc, block_size)
 
+    run_on_rank0(check_policy, cfg, round_id)
+    run_on_rank0(remove_later_evaluations, cfg, round_id)
     manifest_path = os.path.join(folder, "collect.json")
     if not broadcast_from_rank0(os.path.exists(manifest_path)):
         if broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
@@ -221,6 +225,18 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
     samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
     remove_score_parts(path)
     return sample_report(samples)
+
+
+def remove_later_evaluations(cfg, round_id: int):
+    """Remove held-out samples of steps that will be repeated. The policy may differ then: on
+    another number of ranks, say."""
+    newest = checkpoint.latest(cfg.out_dir, round_id)
+    last = int(os.path.basename(newest).removeprefix("step_")) if newest else 0
+    folder = round_folder(cfg, round_id)
+    for name in os.listdir(folder):
+        found = re.match(r"val_step_([0-9]+)\.jsonl", name)
+        if found and int(found[1]) > last:
+            os.remove(os.path.join(folder, name))
 
 
 # -------------------------------------------------------------------------------- trajectories

@@ -50,6 +50,7 @@ from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
     check_earlier_rounds,
+    check_policy,
     make_round_folder,
     part_files,
     reference_checkpoint,
@@ -71,6 +72,8 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     start = time.time()
     uses_reference = cfg.stage in ("preference", "spin")
     run_on_rank0(check_earlier_rounds, cfg, round_id)
+    if cfg.stage == "spin":
+        run_on_rank0(check_policy, cfg, round_id)
     rows_by_split = load_rows(cfg)
     if round_id == 0:
         say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)

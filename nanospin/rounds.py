@@ -41,6 +41,28 @@ def reference_checkpoint(cfg, round_id: int) -> str:
     return previous or checkpoint.resolve(cfg.init)
 
 
+def check_policy(cfg, round_id: int):
+    """Set the files of a round aside if another policy made them than the one that there is now:
+    its checkpoint was damaged or removed, and the steps that were repeated since are not the same,
+    on another number of ranks say. policy.json names it."""
+    if checkpoint.latest(cfg.out_dir, round_id):
+        return  # they have been trained on
+    folder = round_folder(cfg, round_id)
+    path = os.path.join(folder, "policy.json")
+    weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
+    if os.path.exists(path) and read_json(path).get("weights_sha256") != weights:
+        aside = checkpoint.unused_path(f"{folder}.other_policy")
+        os.rename(folder, aside)
+        print(
+            f"{folder} was made by another policy than the one that there is now; renamed to "
+            f"{aside}, and made again",
+            flush=True,
+        )
+    if not os.path.exists(path):
+        make_round_folder(path)
+        write_json(path, {"weights_sha256": weights})
+
+
 # --------------------------------------------------------------------------------------- parts
 
 
