@@ -17,6 +17,7 @@ RUN/round_R/ holds self_train.jsonl (samples), train.jsonl (with their scores), 
 what it was made from), all made once, by the policy that sampled.
 """
 
+import copy
 import math
 import os
 import re
@@ -386,7 +387,7 @@ def function_rewards(name: str, rows, texts) -> np.ndarray:
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(rows), distributed.world_size()):
         try:
-            value = function(rows[n], texts[n])
+            value = function(copy.deepcopy(rows[n]), texts[n])  # it may change its row
         except (Exception, SystemExit) as e:
             error = bad_reward(name, f"raised {type(e).__name__}: {e}", rows[n], texts[n])
             trace = e.__traceback__.tb_next  # without this function

@@ -23,6 +23,7 @@ from conftest import (
     killing,
     letters,
     load_config,
+    make_data,
     read_metrics,
     refused,
 )
@@ -633,6 +634,27 @@ def test_a_reward_that_is_no_number_is_refused(tiny_runs, tiny_data, tmp_path, m
     whole = f"{tmp_path}/whole"
     train.main([*ppo_args(tiny_runs, tiny_data, whole), *args[-3:]])
     assert_same_run(whole, out)
+
+
+def test_a_reward_function_cannot_change_the_rows(tiny_runs, tmp_path, monkeypatch):
+    """The round trains on the prompts of the data, and is evaluated on them."""
+    data = make_data(f"{tmp_path}/data")
+    for split in ("train", "val"):
+        rows = read_rows(f"{data}/{split}.jsonl")
+        write_rows(f"{data}/{split}.jsonl", [row | {"history": [["hi", "ho"]]} for row in rows])
+    write_meta(data, "bytes", "made up")
+
+    def change(row, text):
+        score = letters(row, text)
+        row["prompt"] = row.pop("prompt").upper()
+        row["history"].clear()
+        return score
+
+    reward = scored_by(monkeypatch, letters)
+    train.main([*ppo_args(tiny_runs, data, f"{tmp_path}/whole"), reward])
+    scored_by(monkeypatch, change)
+    train.main([*ppo_args(tiny_runs, data, f"{tmp_path}/r"), reward])
+    assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/r")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("server: Connection refused"), SystemExit(3)])
