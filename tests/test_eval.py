@@ -393,6 +393,24 @@ def test_samples_of_eval_say_whether_they_ended(tiny_runs, tiny_data, tmp_path):
     assert not all(row["ended"] for row in rows)
 
 
+def test_rows_of_the_same_prompt_keep_their_own_answers(tiny_runs, tmp_path):
+    """Two rows of one prompt, and a whole text, which nobody answers."""
+    rows = [
+        {"prompt": "same", "responses": ["first answer"]},
+        {"prompt": "same", "responses": ["second one"], "ended": False},
+    ]
+    folder = f"{tmp_path}/data"
+    os.makedirs(folder)
+    for split in ("train", "val"):
+        write_rows(f"{folder}/{split}.jsonl", [*rows, {"text": "the loss of a model"}])
+    write_meta(folder, "bytes", "made up")
+    done = evaluate(f"a={tiny_runs['sft']}", f"--data={folder}", f"--out={tmp_path}/e")
+    assert done.returncode == 0, done.stderr
+    assert sorted(read_rows(f"{tmp_path}/e/data.jsonl"), key=str) == sorted(rows, key=str)
+    one, two = read_rows(f"{tmp_path}/e/a.jsonl")
+    assert one["ids"] != two["ids"]
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [("a=RUN@hot", "no checkpoint"), ("sft", "NAME=CHECKPOINT"), ("a=nowhere", "no checkpoint")],
