@@ -187,7 +187,7 @@ def is_stopped(pid: int) -> bool:
 def stopped_scoring(workspace: Workspace, ranks: int) -> str:
     """SIGTERM while the reference scores more rows than a part has. The run must stop before it has
     scored all of them."""
-    undisturbed = workspace.undisturbed("preference", ranks)
+    undisturbed = workspace.undisturbed("preference", ranks, "--micro_batch_tokens=200")
     out = workspace.new_run()
     argv = workspace.args("preference", out, "--micro_batch_tokens=200")
     counter = f"{workspace.new_run()}.calls"
