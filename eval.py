@@ -402,8 +402,9 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
 
     bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes. A whole text is scored
                       in `rolling_windows` of block_size, after a beginning-of-text
-    choice_acc        of rows with several responses: how often the best has the highest
-                      log-probability. Of equal ones the first counts (`acc` of the harness)
+    choice_acc        of rows in which something is ranked, equal responses being one: how often the
+                      best has the highest log-probability. Of equal ones the first counts (`acc`
+                      of the harness)
     choice_acc_bytes  the same with log-probabilities per UTF-8 byte (acc_bytes)
 
     encoded: from `encode_rows`, None where a row was dropped. Rows with an empty response are left
@@ -430,17 +431,21 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
     sizes = pad_and_stack(sizes)
     nats = -logps[:, 0].sum(dtype=np.float64)
     metrics = {"bits_per_byte": float(nats / math.log(2) / sizes[:, 0].sum())}
-    several = []
+    ranked = []
     for i, row in enumerate(scored):
-        if len(row["responses"]) - row["responses"].count(None) > 1:
-            several.append(i)
-    if several:
+        different = dict(row)
+        drop_equal_responses(different)
+        is_absent = [y is None for y in different["responses"]]
+        sizes[i, : len(is_absent)][is_absent] = 0
+        if is_ranked(different):
+            ranked.append(i)
+    if ranked:
         for name, each in (
             ("choice_acc", logps),
             ("choice_acc_bytes", logps / np.maximum(sizes, 1)),
         ):
             chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
-            right = [scored[i]["ranks"][chosen[i]] == 0 for i in several]
+            right = [scored[i]["ranks"][chosen[i]] == 0 for i in ranked]
             metrics[name] = float(np.mean(right))
     return metrics
 

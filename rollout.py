@@ -388,7 +388,8 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
 
 
 def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
-    """(text, ids) of the best response in a ranked file to the prompt of each row.
+    """(text, ids) of the best response in a ranked file to the prompt of each row, from the first
+    row of that prompt if the file has several.
 
     Samples of this tokenizer keep their ids, see `data.rows.response_ids`.
     """
@@ -399,7 +400,7 @@ def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
             ids = own_ids(path, row, enc)
         else:
             ids = response_ids(row, 0, enc)
-        responses[prompt_key(row)] = (row["responses"][0], ids)
+        responses.setdefault(prompt_key(row), (row["responses"][0], ids))
     missing = [row["prompt"] for row in rows if prompt_key(row) not in responses]
     if missing:
         raise SystemExit(

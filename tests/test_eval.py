@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -274,6 +275,24 @@ def test_harness_metrics_one_sequence_at_a_time(tiny_runs):
     assert m["choice_acc"] == right / num_choices
     assert m["choice_acc_bytes"] == right_by_bytes / num_choices
     assert 0 < right < right_by_bytes < num_choices
+
+
+def test_choices_between_which_nothing_is_ranked_do_not_count(tiny_runs):
+    """Equal scores, and equal responses. Of the last row's equal ones only the first counts."""
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    rows = [
+        {"prompt": "1 the", "responses": ["aa", "bbbb"], "scores": [1, 1]},
+        {"prompt": "2 the", "responses": ["xx", "xx"]},
+        {"prompt": "3 the", "responses": ["the end", "the end", "\x01\x02"]},
+    ]
+    encoded, _ = encode_rows(rows, enc, TEMPLATE, BLOCK_SIZE)
+    metrics = harness_metrics(model, enc, rows[:2], encoded[:2], CPU)
+    assert set(metrics) == {"bits_per_byte"}
+
+    logps = np.array([[-3.0, -2.0, -4.0]] * 3)  # equal ones differ by rounding
+    with mock.patch("eval.row_logps", lambda *args: logps):
+        metrics = harness_metrics(model, enc, rows, encoded, CPU)
+    assert metrics["choice_acc"] == 1
 
 
 # ------------------------------------------------------------------------------------- win rates
