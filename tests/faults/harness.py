@@ -211,6 +211,7 @@ def start(argv, ranks: int = 1, fault=None, env=None, main=None, before=None) ->
         code = 70
         try:
             redirect_output(folder, rank)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
             os.environ.update(env)
             if ranks > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
