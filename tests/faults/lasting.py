@@ -187,9 +187,10 @@ def is_stopped(pid: int) -> bool:
 def stopped_scoring(workspace: Workspace, ranks: int) -> str:
     """SIGTERM while the reference scores more rows than a part has. The run must stop before it has
     scored all of them."""
-    undisturbed = workspace.undisturbed("preference", ranks, "--micro_batch_tokens=200")
+    small = "--micro_batch_tokens=200"
+    undisturbed = workspace.undisturbed("preference", ranks, small)
     out = workspace.new_run()
-    argv = workspace.args("preference", out, "--micro_batch_tokens=200")
+    argv = workspace.args("preference", out, small)
     counter = f"{workspace.new_run()}.calls"
     os.makedirs(os.path.dirname(counter), exist_ok=True)
 
