@@ -40,7 +40,6 @@ from data.rows import (
     encode_rows,
     ended_flags,
     prompt_fields,
-    prompt_key,
     read_rows,
     response_ids,
     sampled_row,
@@ -403,8 +402,9 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
 
     bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes. A whole text is scored
                       in `rolling_windows` of block_size, after a beginning-of-text
-    choice_acc        of rows with several responses: how often the best has the highest
-                      log-probability. Of equal ones the first counts (`acc` of the harness)
+    choice_acc        of rows in which something is ranked, equal responses being one: how often the
+                      best has the highest log-probability. Of equal ones the first counts (`acc`
+                      of the harness)
     choice_acc_bytes  the same with log-probabilities per UTF-8 byte (acc_bytes)
 
     encoded: from `encode_rows`, None where a row was dropped. Rows with an empty response are left
@@ -431,17 +431,21 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
     sizes = pad_and_stack(sizes)
     nats = -logps[:, 0].sum(dtype=np.float64)
     metrics = {"bits_per_byte": float(nats / math.log(2) / sizes[:, 0].sum())}
-    several = []
+    ranked = []
     for i, row in enumerate(scored):
-        if len(row["responses"]) - row["responses"].count(None) > 1:
-            several.append(i)
-    if several:
+        different = dict(row)
+        drop_equal_responses(different)
+        is_absent = [y is None for y in different["responses"]]
+        sizes[i, : len(is_absent)][is_absent] = 0
+        if is_ranked(different):
+            ranked.append(i)
+    if ranked:
         for name, each in (
             ("choice_acc", logps),
             ("choice_acc_bytes", logps / np.maximum(sizes, 1)),
         ):
             chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
-            right = [scored[i]["ranks"][chosen[i]] == 0 for i in several]
+            right = [scored[i]["ranks"][chosen[i]] == 0 for i in ranked]
             metrics[name] = float(np.mean(right))
     return metrics
 
@@ -513,7 +517,7 @@ def validation_rows(folder: str, n: int) -> list[dict]:
 
 @dataclass
 class Samples:
-    """What a player answered: {prompt key: (text, ids)}, and the tokenizer of the ids."""
+    """What a player answered: {number of the row: (text, ids)}, and the tokenizer of the ids."""
 
     answers: dict
     enc: object = None  # None: the data, whose texts have no ids
@@ -599,7 +603,7 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
             [rows[i]["responses"][0] for i in answered],
             enc.eot_token,
         )
-    return metrics, Samples({prompt_key(rows[i]): (texts[i], ids[i]) for i in answered}, enc)
+    return metrics, Samples({i: (texts[i], ids[i]) for i in answered}, enc)
 
 
 def drop_all_equal(name: str, encoded: list[dict]) -> int:
@@ -642,12 +646,11 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
     """(encoded rows of two responses, counts) for the prompts that both players answered. Rows that
     leave the judge no room are dropped and counted."""
     pairs = []
-    for row in rows:
-        key = prompt_key(row)
-        if key in first.answers and key in second.answers:
+    for i, row in enumerate(rows):
+        if i in first.answers and i in second.answers:
             responses, all_ids = [], []
             for player in (first, second):
-                text, ids = player.answers[key]
+                text, ids = player.answers[i]
                 if player.enc is None:
                     text, ids = row["responses"][0], response_ids(row, 0, judge_enc)
                 else:
@@ -811,7 +814,8 @@ def main(argv=None):
     rows = rows_for_all(entries, all_rows)
 
     table = {}
-    samples = {"data": Samples({prompt_key(row): (row["responses"][0], None) for row in rows})}
+    with_prompt = [i for i, row in enumerate(rows) if row["prompt"]]
+    samples = {"data": Samples({i: (rows[i]["responses"][0], None) for i in with_prompt})}
     for n, (name, entry) in enumerate(entries.items()):
         metrics, samples[name] = evaluate_checkpoint(name, entry, args.seed + n, rows, args)
         table[name] = {
@@ -837,14 +841,13 @@ def main(argv=None):
 def write_samples(path: str, rows: list[dict], player: Samples):
     """A player's answers as a ranked file."""
     answered = []
-    for row in rows:
-        if prompt_key(row) in player.answers:
-            text, ids = player.answers[prompt_key(row)]
-            if player.enc is None:
-                its_end = {"ended": False} if ended_flags(row)[0] is False else {}
-                answered.append(prompt_fields(row) | {"responses": [text]} | its_end)
-            else:
-                answered.append(sampled_row(row, text, ids, player.enc))
+    for i, (text, ids) in player.answers.items():
+        row = rows[i]
+        if player.enc is None:
+            its_end = {"ended": False} if ended_flags(row)[0] is False else {}
+            answered.append(prompt_fields(row) | {"responses": [text]} | its_end)
+        else:
+            answered.append(sampled_row(row, text, ids, player.enc))
     write_rows(path, answered)
 
 

@@ -17,8 +17,10 @@ RUN/round_R/ holds self_train.jsonl (samples), train.jsonl (with their scores), 
 what it was made from), all made once, by the policy that sampled.
 """
 
+import copy
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -29,7 +31,7 @@ import torch
 
 from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
-from data.files import atomic_write, printable, read_arrays, read_json, sha256, write_json
+from data.files import atomic_write, printable, read_arrays, sha256, write_json
 from data.rows import (
     encode_rows,
     is_score,
@@ -42,10 +44,17 @@ from data.rows import (
 from eval import map_batches, retokenize, row_scores, validation_rows
 from loss import kl_estimates
 from model import GPT
-from nanospin import checkpoint, distributed, inputs
-from nanospin.config import import_function
+from nanospin import checkpoint, distributed, inputs, rounds
+from nanospin.config import convert, import_function
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
-from nanospin.rounds import reference_checkpoint, remove_parts, round_folder, score_in_parts
+from nanospin.rounds import (
+    check_policy,
+    reference_checkpoint,
+    remove_parts,
+    round_folder,
+    score_in_parts,
+    with_checksum,
+)
 from rollout import (
     check_finite,
     drop_overlong_prompts,
@@ -100,6 +109,8 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
     val = drop_overlong_prompts(cfg, val, enc, block_size)
 
+    run_on_rank0(check_policy, cfg, round_id)
+    run_on_rank0(remove_later_evaluations, cfg, round_id)
     manifest_path = os.path.join(folder, "collect.json")
     if not broadcast_from_rank0(os.path.exists(manifest_path)):
         if broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
@@ -146,7 +157,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
             "report": report,
             "seconds": time.time() - start,
         }
-        write_json(os.path.join(folder, "collect.json"), manifest)
+        write_json(os.path.join(folder, "collect.json"), with_checksum(manifest))
     distributed.barrier()
 
 
@@ -168,9 +179,19 @@ def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
     return scored
 
 
+def read_manifest(folder: str) -> dict:
+    """collect.json of a round; exits with one line if it is damaged or was edited."""
+    manifest = rounds.read_manifest(folder, {"files": dict, "now": dict, "report": dict})
+    numbers = {f"now.{name}": manifest["now"].get(name) for name in ("kl_coef", "mean", "std")}
+    numbers["report.kl"] = manifest["report"].get("kl")
+    for name, value in numbers.items():
+        convert(name, value, float, os.path.join(folder, "collect.json"))
+    return manifest
+
+
 def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict]:
     """(rows to train on, report) of a round that was made. Exits if a file was changed."""
-    manifest = read_json(os.path.join(folder, "collect.json"), ("files", "now", "report"))
+    manifest = read_manifest(folder)
     rows_path = os.path.join(folder, "train.jsonl")
     arrays_path = os.path.join(folder, "rollout.npz")
     for path in (rows_path, arrays_path):
@@ -205,6 +226,18 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
     samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
     remove_score_parts(path)
     return sample_report(samples)
+
+
+def remove_later_evaluations(cfg, round_id: int):
+    """Remove held-out samples of steps that will be repeated. The policy may differ then: on
+    another number of ranks, say."""
+    newest = checkpoint.latest(cfg.out_dir, round_id)
+    last = int(os.path.basename(newest).removeprefix("step_")) if newest else 0
+    folder = round_folder(cfg, round_id)
+    for name in os.listdir(folder):
+        found = re.match(r"val_step_([0-9]+)\.jsonl", name)
+        if found and int(found[1]) > last:
+            os.remove(os.path.join(folder, name))
 
 
 # -------------------------------------------------------------------------------- trajectories
@@ -354,7 +387,7 @@ def function_rewards(name: str, rows, texts) -> np.ndarray:
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(rows), distributed.world_size()):
         try:
-            value = function(rows[n], texts[n])
+            value = function(copy.deepcopy(rows[n]), texts[n])  # it may change its row
         except (Exception, SystemExit) as e:
             error = bad_reward(name, f"raised {type(e).__name__}: {e}", rows[n], texts[n])
             trace = e.__traceback__.tb_next  # without this function
@@ -412,8 +445,7 @@ def reward_scaling(cfg, round_id: int, scores: np.ndarray) -> dict[str, float]:
     if round_id == 0:
         std = float(scores.std()) if np.ptp(scores) else 1.0
         return {"kl_coef": cfg.kl_coef, "mean": float(scores.mean()), "std": std}
-    path = os.path.join(round_folder(cfg, round_id - 1), "collect.json")
-    previous = read_json(path, ("now", "report"))
+    previous = read_manifest(round_folder(cfg, round_id - 1))
     error = 0.0
     if cfg.kl_target:
         error = previous["report"]["kl"] / cfg.kl_target - 1

@@ -50,6 +50,7 @@ from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
     check_earlier_rounds,
+    check_policy,
     make_round_folder,
     part_files,
     reference_checkpoint,
@@ -71,6 +72,8 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     start = time.time()
     uses_reference = cfg.stage in ("preference", "spin")
     run_on_rank0(check_earlier_rounds, cfg, round_id)
+    if cfg.stage == "spin":
+        run_on_rank0(check_policy, cfg, round_id)
     rows_by_split = load_rows(cfg)
     if round_id == 0:
         say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)
@@ -385,7 +388,8 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
 
 
 def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
-    """(text, ids) of the best response in a ranked file to the prompt of each row.
+    """(text, ids) of the best response in a ranked file to the prompt of each row, from the first
+    row of that prompt if the file has several.
 
     Samples of this tokenizer keep their ids, see `data.rows.response_ids`.
     """
@@ -396,7 +400,7 @@ def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
             ids = own_ids(path, row, enc)
         else:
             ids = response_ids(row, 0, enc)
-        responses[prompt_key(row)] = (row["responses"][0], ids)
+        responses.setdefault(prompt_key(row), (row["responses"][0], ids))
     missing = [row["prompt"] for row in rows if prompt_key(row) not in responses]
     if missing:
         raise SystemExit(

@@ -82,10 +82,38 @@ def write_json(path: str, value):
         f.write("\n")
 
 
-def check_output(path: str, inputs=()):
+# A folder with one of these is a checkpoint or a round of a run: nothing else is written there.
+RUN_FOLDER_MARKS = ("manifest.json", "collect.json", "policy.json")
+# What stands beside the config.json of a run or a model, and beside the meta.json of a data folder.
+RUN_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "hashes.json",
+    "lock",
+    "teacher_train.jsonl",
+    "teacher_val.jsonl",
+    "model.safetensors",
+)
+DATA_FILES = ("meta.json", "train.jsonl", "val.jsonl", "train.bin", "val.bin")
+
+
+def check_output(path: str, inputs=(), is_data: bool = False):
     """Exit with one line if a command must not write to `path`: something is there that is not a
-    regular file, or it is one of the files that the command reads."""
+    regular file, it is one of the files that the command reads, or it would be a file of a run, a
+    checkpoint or a data folder. is_data: the command makes a data folder."""
     require_regular(path)
+    folder, name = os.path.split(os.path.abspath(path))
+    marks = []
+    for mark in RUN_FOLDER_MARKS:
+        marks += [os.path.join(folder, mark), os.path.join(os.path.dirname(folder), mark)]
+    if name in RUN_FILES:
+        marks.append(os.path.join(folder, "config.json"))
+    if name in DATA_FILES and not is_data:
+        marks.append(os.path.join(folder, "meta.json"))
+    for mark in marks:
+        if os.path.exists(mark):
+            text = f"{path} would be a file of a run or of data: {mark} is there"
+            raise SystemExit(printable(f"{text}; choose another output"))
     for other in inputs:
         if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
             raise SystemExit(f"{path} is what this command reads; choose another output")

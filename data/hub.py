@@ -17,7 +17,7 @@ import re
 from tqdm import tqdm
 
 from data import cli
-from data.files import printable, read_json, require_regular, write_json
+from data.files import check_output, printable, read_json, require_regular, write_json
 from data.folder import check_other_data, split_of, write_meta
 from data.rows import check_row, write_rows
 
@@ -174,6 +174,7 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
     """
     if os.path.isdir(args.hub) and is_inside(args.out, args.hub):
         raise SystemExit(f"--out {args.out} is inside of --hub {args.hub}; choose another folder")
+    check_output(os.path.join(args.out, "meta.json"), is_data=True)
     state = load_state(args)
     try:
         os.makedirs(args.out, exist_ok=True)

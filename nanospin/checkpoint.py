@@ -768,16 +768,22 @@ def latest_valid(run) -> str | None:
 
 def set_aside(path, problem: str):
     """Rename a checkpoint to damaged_S. One that has this name already is kept."""
-    damaged = first = sibling_path(path, "damaged")
-    n = 1
-    while os.path.lexists(damaged):
-        n += 1
-        damaged = f"{first}.{n}"
+    damaged = unused_path(sibling_path(path, "damaged"))
     os.rename(path, damaged)
     print(
         f"{path} is damaged: {problem}; renamed to {damaged}, looking for the checkpoint before it",
         flush=True,
     )
+
+
+def unused_path(path) -> str:
+    """The path, with a number behind it if something is there already."""
+    unused = path
+    n = 1
+    while os.path.lexists(unused):
+        n += 1
+        unused = f"{path}.{n}"
+    return unused
 
 
 def list_damaged(run) -> list[str]:

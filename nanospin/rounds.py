@@ -16,7 +16,7 @@ import numpy as np
 
 from data import tokenizer
 from data.files import atomic_write, read_arrays, read_json, sha256, write_json
-from nanospin import checkpoint, distributed, elastic, inputs, metrics_logger
+from nanospin import checkpoint, config, distributed, elastic, inputs, metrics_logger
 from nanospin.distributed import broadcast_from_rank0
 
 PART_SIZE = 1024  # rows that are sampled or scored before they are written to disk
@@ -39,6 +39,28 @@ def reference_checkpoint(cfg, round_id: int) -> str:
     times could find different ones: ask rank 0, with `run_on_rank0`."""
     previous = checkpoint.latest(cfg.out_dir, round_id - 1) if round_id else None
     return previous or checkpoint.resolve(cfg.init)
+
+
+def check_policy(cfg, round_id: int):
+    """Set the files of a round aside if another policy made them than the one that there is now:
+    its checkpoint was damaged or removed, and the steps that were repeated since are not the same,
+    on another number of ranks say. policy.json names it."""
+    if checkpoint.latest(cfg.out_dir, round_id):
+        return  # they have been trained on
+    folder = round_folder(cfg, round_id)
+    path = os.path.join(folder, "policy.json")
+    weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
+    if os.path.exists(path) and read_json(path).get("weights_sha256") != weights:
+        aside = checkpoint.unused_path(f"{folder}.other_policy")
+        os.rename(folder, aside)
+        print(
+            f"{folder} was made by another policy than the one that there is now; renamed to "
+            f"{aside}, and made again",
+            flush=True,
+        )
+    if not os.path.exists(path):
+        make_round_folder(path)
+        write_json(path, {"weights_sha256": weights})
 
 
 # --------------------------------------------------------------------------------------- parts
@@ -189,14 +211,26 @@ def manifest_hashes(folder: str, entry: str) -> dict | None:
     path = os.path.join(folder, "collect.json")
     if not os.path.exists(path):
         return None
-    manifest = read_json(path, ("files", "sha256"))
-    contents = {name: value for name, value in manifest.items() if name != "sha256"}
-    if with_checksum(contents) != manifest:
-        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
-    hashes = manifest.get(entry, {})
+    hashes = read_manifest(folder, {"files": dict, "sha256": str}).get(entry, {})
     if not isinstance(hashes, dict):
         raise SystemExit(f"{path}: {entry} must be an object")
     return hashes
+
+
+def read_manifest(folder: str, types: dict, advice: str = "") -> dict:
+    """collect.json of a round. types: {name: type} of the fields that it must have.
+
+    Exits with one line, which can end in `advice`, if it is damaged or was edited. PPO's has no
+    sha256 if an older version wrote it.
+    """
+    path = os.path.join(folder, "collect.json")
+    manifest = read_json(path, types, advice)
+    for name, expected in types.items():
+        config.convert(name, manifest[name], expected, path)
+    contents = {name: value for name, value in manifest.items() if name != "sha256"}
+    if "sha256" in manifest and with_checksum(contents) != manifest:
+        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
+    return manifest
 
 
 def with_checksum(manifest: dict) -> dict:

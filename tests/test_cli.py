@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data import cli
 from data.files import atomic_write, check_output, one_line, printable, read_json
+from nanospin import checkpoint
 
 EVIL = "a\x1b]0;owned\x07\r\u202eb\u2066\u200f\ud800"
 
@@ -218,6 +219,50 @@ def test_outputs_are_regular_files_and_no_inputs(tmp_path):
         check_output(str(tmp_path / "hard"), [str(path)])
     check_output(str(tmp_path / "new"), [str(path)])
     assert path.read_text() == "kept"
+
+
+def test_no_output_becomes_a_file_of_a_run_or_of_data(tiny_runs, tiny_data):
+    """Not into a checkpoint or a round's folder at all; elsewhere not the names that these have."""
+    run = tiny_runs["sft"]
+    step = checkpoint.latest(run)
+    for path in (
+        f"{step}/meta.json",
+        f"{step}/report.html",
+        f"{step}/optimizer/x",
+        f"{run}/metrics.jsonl",
+        f"{run}/teacher_val.jsonl",
+        f"{tiny_data}/val.jsonl",
+    ):
+        with pytest.raises(SystemExit, match="would be a file of a run or of data"):
+            check_output(path)
+    check_output(f"{run}/report.html")
+    check_output(f"{tiny_data}/teacher.jsonl")
+    check_output(f"{tiny_data}/val.jsonl", is_data=True)
+    with pytest.raises(SystemExit, match="manifest.json is there"):
+        check_output(f"{step}/meta.json", is_data=True)
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("tools.report.__main__", ["RUN", "--out=STEP/meta.json"]),
+        ("sample", ["RUN", "--prompts=DATA/val.jsonl", "--out=STEP/model.safetensors"]),
+        ("sample", ["RUN", "--prompts=DATA/val.jsonl", "--out=DATA/train.jsonl"]),
+        ("data.jsonl.prepare", ["DATA/val.jsonl", "--out=STEP", "--tokenizer=bpe"]),
+        ("data.shakespeare.prepare", ["DATA/val.jsonl", "--out=STEP"]),
+        ("data.addition.prepare", ["--out=STEP", "--rows=20"]),
+        ("data.tldr.prepare", ["--out=STEP", "--hub=DATA"]),
+    ],
+)
+def test_commands_write_into_no_checkpoint(tiny_runs, tiny_data, script, arguments):
+    step = checkpoint.latest(tiny_runs["sft"])
+    before = {name: os.stat(f"{step}/{name}").st_mtime_ns for name in os.listdir(step)}
+    for name, path in (("RUN", tiny_runs["sft"]), ("STEP", step), ("DATA", tiny_data)):
+        arguments = [text.replace(name, path) for text in arguments]
+    done = command(script, *arguments)
+    assert done.returncode == 1
+    assert "would be a file of a run or of data" in done.stderr
+    assert before == {name: os.stat(f"{step}/{name}").st_mtime_ns for name in os.listdir(step)}
 
 
 def test_commands_do_not_overwrite_what_they_read(tiny_runs, tiny_data, tmp_path):

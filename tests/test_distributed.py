@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, final_weights, read_metrics
+from conftest import ROOT, TINY, final_weights, read_metrics
 from test_taylor import texts
 from test_train import assert_same_run, spin_args
 
@@ -63,6 +63,39 @@ def test_matmuls_are_float32():
         torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), rtol=0, atol=1e-4)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+SAMPLE_SIZES = """
+import torch
+from nanospin import distributed
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096 / 2**20
+
+distributed.configure_torch("cpu")
+x = torch.randn(200, 64)
+weights = [torch.randn(rows, 64) for rows in (64, 192, 256, 2048)]
+weights = [torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in weights]
+
+def multiply(sizes):
+    for size in sizes:
+        for weight in weights:
+            torch.ops.mkldnn._linear_pointwise(x[:size], weight, None, "none", [], "")
+
+multiply(range(1, 40))
+before = resident()
+multiply(range(40, 200))
+print(resident() - before)
+"""
+
+
+def test_compiled_matmuls_are_few():
+    """160 sizes of 4 matmuls: 400 MiB if all stay in memory."""
+    env = {key: value for key, value in os.environ.items() if "CACHE_CAPACITY" not in key}
+    command = [sys.executable, "-c", SAMPLE_SIZES]
+    output = subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert float(output.stdout) < 60
 
 
 def test_expandable_segments_unless_the_environment_has_a_setting(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -276,6 +277,24 @@ def test_harness_metrics_one_sequence_at_a_time(tiny_runs):
     assert 0 < right < right_by_bytes < num_choices
 
 
+def test_choices_between_which_nothing_is_ranked_do_not_count(tiny_runs):
+    """Equal scores, and equal responses. Of the last row's equal ones only the first counts."""
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    rows = [
+        {"prompt": "1 the", "responses": ["aa", "bbbb"], "scores": [1, 1]},
+        {"prompt": "2 the", "responses": ["xx", "xx"]},
+        {"prompt": "3 the", "responses": ["the end", "the end", "\x01\x02"]},
+    ]
+    encoded, _ = encode_rows(rows, enc, TEMPLATE, BLOCK_SIZE)
+    metrics = harness_metrics(model, enc, rows[:2], encoded[:2], CPU)
+    assert set(metrics) == {"bits_per_byte"}
+
+    logps = np.array([[-3.0, -2.0, -4.0]] * 3)  # equal ones differ by rounding
+    with mock.patch("eval.row_logps", lambda *args: logps):
+        metrics = harness_metrics(model, enc, rows, encoded, CPU)
+    assert metrics["choice_acc"] == 1
+
+
 # ------------------------------------------------------------------------------------- win rates
 
 
@@ -391,6 +410,24 @@ def test_samples_of_eval_say_whether_they_ended(tiny_runs, tiny_data, tmp_path):
     for row in rows:
         assert row["ended"] == (row["ids"][0][-1] == EOT)
     assert not all(row["ended"] for row in rows)
+
+
+def test_rows_of_the_same_prompt_keep_their_own_answers(tiny_runs, tmp_path):
+    """Two rows of one prompt, and a whole text, which nobody answers."""
+    rows = [
+        {"prompt": "same", "responses": ["first answer"]},
+        {"prompt": "same", "responses": ["second one"], "ended": False},
+    ]
+    folder = f"{tmp_path}/data"
+    os.makedirs(folder)
+    for split in ("train", "val"):
+        write_rows(f"{folder}/{split}.jsonl", [*rows, {"text": "the loss of a model"}])
+    write_meta(folder, "bytes", "made up")
+    done = evaluate(f"a={tiny_runs['sft']}", f"--data={folder}", f"--out={tmp_path}/e")
+    assert done.returncode == 0, done.stderr
+    assert sorted(read_rows(f"{tmp_path}/e/data.jsonl"), key=str) == sorted(rows, key=str)
+    one, two = read_rows(f"{tmp_path}/e/a.jsonl")
+    assert one["ids"] != two["ids"]
 
 
 @pytest.mark.parametrize(

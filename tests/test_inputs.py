@@ -141,6 +141,61 @@ def test_an_input_that_changes_while_a_round_samples(tiny_runs, tmp_path, monkey
     assert not os.path.exists(f"{out}/round_0/train.jsonl")
 
 
+def damage_end_of_round_0(run):
+    """Damage its last checkpoint. Only samples of round 1 are left, no checkpoint."""
+    for path in checkpoint.list_steps(f"{run}/round_1"):
+        shutil.rmtree(path)
+    path = checkpoint.latest(run, 0)
+    with open(f"{path}/model.safetensors", "r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\x55")
+
+
+@pytest.mark.parametrize("stage", ["spin", "spin, killed", "ppo"])
+def test_samples_of_another_policy_are_drawn_again(tiny_runs, tiny_data, tmp_path, capsys, stage):
+    """The last checkpoint of round 0 is damaged, and the steps that are repeated differ in the last
+    digits. Round 1 must not go on with samples of the policy that there was."""
+    out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
+    options = [f"--stage={stage.split(',')[0]}", "--rounds=2"]
+    if stage == "ppo":
+        options += ppo_options("--max_rows=16", "--save_interval=1", "--eval_interval=1")
+    train.main([*spin_args(tiny_runs, tiny_data, out), *options])
+    damage_end_of_round_0(out)
+    if stage == "spin, killed":  # while it scored under the reference
+        for name in ("train.ref.npz", "val.ref.npz", "collect.json"):
+            os.remove(f"{out}/round_1/{name}")
+    evaluation = "round_0/val_step_000002.jsonl"
+    if stage == "ppo":
+        change_first_row(f"{out}/{evaluation}")
+    shutil.copytree(out, whole)
+    shutil.rmtree(f"{whole}/round_1")
+    if stage == "ppo":
+        os.remove(f"{whole}/{evaluation}")
+
+    options.append("--micro_batch_tokens=64")
+    train.main([*spin_args(tiny_runs, tiny_data, whole), *options])
+    capsys.readouterr()
+    train.main([*spin_args(tiny_runs, tiny_data, out), *options])
+    assert f"renamed to {out}/round_1.other_policy, and made again" in capsys.readouterr().out
+    assert_same_run(whole, out)
+    names = {"spin": ["self_train.jsonl", "train.jsonl"], "ppo": ["self_train.jsonl"]}
+    for name in names.get(stage, []):
+        assert sha256(f"{whole}/round_1/{name}") == sha256(f"{out}/round_1/{name}")
+    if stage == "ppo":
+        assert sha256(f"{whole}/{evaluation}") == sha256(f"{out}/{evaluation}")
+
+
+def test_samples_of_the_same_policy_are_kept(tiny_runs, tiny_data, tmp_path):
+    """The steps that are repeated are the same, so the samples of round 1 are its own."""
+    out = f"{tmp_path}/r"
+    args = spin_args(tiny_runs, tiny_data, out, "--rounds=2")
+    train.main(args)
+    before = os.stat(f"{out}/round_1/self_train.jsonl").st_ino
+    damage_end_of_round_0(out)
+    train.main(args)
+    assert os.stat(f"{out}/round_1/self_train.jsonl").st_ino == before
+
+
 def ppo_options(*more):
     return ["--stage=ppo", "--reward=conftest:letters", "--max_rows=8", "--rounds=2", *more]
 

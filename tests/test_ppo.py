@@ -23,6 +23,7 @@ from conftest import (
     killing,
     letters,
     load_config,
+    make_data,
     read_metrics,
     refused,
 )
@@ -33,7 +34,7 @@ import rollout
 import train
 from data import tokenizer
 from data.batch import ppo_batch
-from data.files import sha256
+from data.files import read_json, sha256, write_json
 from data.folder import write_meta
 from data.rows import encode_rows, read_rows, write_rows
 from loss import kl_estimates, ppo_loss
@@ -635,6 +636,27 @@ def test_a_reward_that_is_no_number_is_refused(tiny_runs, tiny_data, tmp_path, m
     assert_same_run(whole, out)
 
 
+def test_a_reward_function_cannot_change_the_rows(tiny_runs, tmp_path, monkeypatch):
+    """The round trains on the prompts of the data, and is evaluated on them."""
+    data = make_data(f"{tmp_path}/data")
+    for split in ("train", "val"):
+        rows = read_rows(f"{data}/{split}.jsonl")
+        write_rows(f"{data}/{split}.jsonl", [row | {"history": [["hi", "ho"]]} for row in rows])
+    write_meta(data, "bytes", "made up")
+
+    def change(row, text):
+        score = letters(row, text)
+        row["prompt"] = row.pop("prompt").upper()
+        row["history"].clear()
+        return score
+
+    reward = scored_by(monkeypatch, letters)
+    train.main([*ppo_args(tiny_runs, data, f"{tmp_path}/whole"), reward])
+    scored_by(monkeypatch, change)
+    train.main([*ppo_args(tiny_runs, data, f"{tmp_path}/r"), reward])
+    assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/r")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("server: Connection refused"), SystemExit(3)])
 def test_an_error_of_a_reward_function_is_shown_as_it_is(
     tiny_runs, tiny_data, tmp_path, monkeypatch, capsys, error
@@ -883,3 +905,59 @@ def test_a_damaged_or_missing_rollout_is_refused(tiny_runs, tiny_data, ppo_run, 
     assert "rollout.npz is damaged" in refused(args)
     os.remove(f"{copy}/round_1/collect.json")
     assert "no longer the one that sampled" in refused(args)
+
+
+def without_round_1(ppo_run, copy):
+    """A run that was killed when it had trained the first round."""
+    shutil.copytree(ppo_run, copy, ignore=shutil.ignore_patterns("round_1"))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("now", {"kl_coef": 99.0}),
+        ("now", {"mean": 0.5}),
+        ("report", {"kl": 7.0}),
+        ("files", {"train.jsonl": "0" * 64}),
+    ],
+)
+def test_an_edited_manifest_is_refused(tiny_runs, tiny_data, ppo_run, tmp_path, name, change):
+    """The next round would scale its rewards with what the edited one says."""
+    copy = without_round_1(ppo_run, f"{tmp_path}/copy")
+    path = f"{copy}/round_0/collect.json"
+    manifest = read_json(path)
+    write_json(path, manifest | {name: manifest[name] | change})
+    assert "collect.json was edited" in refused(ppo_args(tiny_runs, tiny_data, copy))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"now": []}, "now must be dict, got []"),
+        ({"now": {"kl_coef": 0.1, "mean": 0.5}}, "now.std must be float, got None"),
+        ({"now": {"kl_coef": 0.1, "mean": 0.5, "std": "x"}}, "now.std must be float, got 'x'"),
+        ({"files": []}, "files must be dict, got []"),
+        ({"report": {}}, "report.kl must be float, got None"),
+    ],
+)
+def test_a_damaged_manifest_of_an_older_version_is_refused(
+    tiny_runs, tiny_data, ppo_run, tmp_path, changes, message
+):
+    """One without sha256."""
+    copy = without_round_1(ppo_run, f"{tmp_path}/copy")
+    path = f"{copy}/round_0/collect.json"
+    manifest = read_json(path) | changes
+    del manifest["sha256"]
+    write_json(path, manifest)
+    assert message in refused(ppo_args(tiny_runs, tiny_data, copy))
+
+
+def test_a_run_of_an_older_version_resumes(tiny_runs, tiny_data, ppo_run, tmp_path):
+    copy = without_round_1(ppo_run, f"{tmp_path}/copy")
+    path = f"{copy}/round_0/collect.json"
+    manifest = read_json(path)
+    del manifest["sha256"]
+    write_json(path, manifest)
+    train.main(ppo_args(tiny_runs, tiny_data, copy))
+    assert_same_run(ppo_run, copy)

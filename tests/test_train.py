@@ -561,6 +561,15 @@ def teacher_rows(data, answer):
     return rows
 
 
+def test_the_first_answer_of_a_teacher_counts(tiny_data, tmp_path):
+    """The recipe appends to its file, so a prompt can be answered twice."""
+    path, rows = f"{tmp_path}/teacher.jsonl", read_rows(f"{tiny_data}/train.jsonl")
+    answers = [teacher_rows(tiny_data, lambda row, n=n: f"answer {n}") for n in (1, 2)]
+    write_rows(path, answers[0] + answers[1])
+    matched = rollout.match_responses(path, rows, tokenizer.load("bytes"))
+    assert {text for text, _ in matched} == {"answer 1"}
+
+
 def test_empty_answers_of_a_teacher_are_absent_and_counted(tiny_runs, tiny_data, tmp_path, capsys):
     """Each row has its own answer, empty for every third prompt; "  " counts as empty."""
     empty = {0: "", 3: "  \n"}

@@ -18,7 +18,7 @@ from data import cli
 from data.files import read_arrays, read_json, sha256
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, distributed, elastic, metrics_logger
-from nanospin.rounds import input_files, reference_checkpoint, with_checksum
+from nanospin.rounds import input_files, read_manifest, reference_checkpoint
 from rollout import collect, prepare_teacher
 from train import build_model, resolve_model
 
@@ -40,7 +40,8 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
     Exits with the first input, or the first output file, that is not the original.
     """
     run = os.path.normpath(os.path.join(folder, ".."))
-    manifest = read_manifest(folder)
+    advice = "; expected the folder of a round of stage preference or spin"
+    manifest = read_manifest(folder, MANIFEST, advice)
     round_id = manifest["round"]
     cfg = load_config(manifest, run, overrides)
 
@@ -70,19 +71,6 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
 
     names = compare_files(manifest, folder, os.path.join(out, f"round_{round_id}"))
     print_on_rank0(f"identical, bit for bit: {', '.join(names)}")
-
-
-def read_manifest(folder):
-    """collect.json of a round's folder, with the checksum of its contents verified."""
-    path = os.path.join(folder, "collect.json")
-    advice = "; expected the folder of a round of stage preference or spin"
-    manifest = read_json(path, MANIFEST, advice)
-    for name, kind in MANIFEST.items():
-        config.convert(name, manifest[name], kind, path)
-    contents = {name: value for name, value in manifest.items() if name != "sha256"}
-    if with_checksum(contents) != manifest:
-        raise SystemExit(f"{path} was edited: its contents do not match its sha256")
-    return manifest
 
 
 def load_config(manifest, run, overrides):

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 
 from data import cli
+from data.files import check_output
 from data.folder import split_of, write_meta
 from data.rows import write_rows
 
@@ -33,6 +34,7 @@ def main(argv=None):
     )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
+    check_output(os.path.join(args.out, "meta.json"), is_data=True)
 
     rng = np.random.default_rng(0)
     rows = {"train": {}, "val": {}}  # side -> {(a, b): row}

@@ -207,7 +207,7 @@ def main(argv=None):
         raise SystemExit(f"--where={args.where}: give KEY=PREFIX, such as --where=source=gsm8k")
 
     for name in OUTPUTS:
-        check_output(os.path.join(args.out, name), args.files)
+        check_output(os.path.join(args.out, name), args.files, is_data=True)
     os.makedirs(args.out, exist_ok=True)  # if it cannot be made, that is said before reading
     rows, texts, num_dropped, ignored = read_files(args)
     check_sides(args, rows, texts, num_dropped)

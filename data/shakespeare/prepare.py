@@ -29,7 +29,7 @@ def main(argv=None):
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
     for name in ("train.bin", "val.bin", "meta.json", "bpe.tiktoken"):
-        check_output(os.path.join(args.out, name), [args.file])
+        check_output(os.path.join(args.out, name), [args.file], is_data=True)
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()

@@ -143,7 +143,7 @@ def main(argv=None):
     splits = ("row", "group") if args.split == "both" else (args.split,)
     for out in outs:
         for split, name in itertools.product(splits, ("train.jsonl", "val.jsonl", "meta.json")):
-            check_output(os.path.join(out, split, name), args.files)
+            check_output(os.path.join(out, split, name), args.files, is_data=True)
     for out in outs:
         texts = []
         for history, comment, post in itertools.islice(pairs, args.rows):

@@ -32,9 +32,10 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 from safetensors import safe_open
 
+import rollout
 import train
 from data.files import sha256
-from nanospin import checkpoint, elastic, rounds
+from nanospin import checkpoint, elastic
 from tests.conftest import ROOT, TEMPLATE, TINY, make_data, make_runs
 
 LIMIT = 120  # seconds after which a run counts as hanging
@@ -210,6 +211,7 @@ def start(argv, ranks: int = 1, fault=None, env=None, main=None, before=None) ->
         code = 70
         try:
             redirect_output(folder, rank)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
             os.environ.update(env)
             if ranks > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
@@ -373,7 +375,7 @@ class Workspace:
 
 def sample_in_small_parts(rank: int):
     """A `before`: samples are written down every 16 prompts, so that a round has several parts."""
-    rounds.PART_SIZE = 16
+    rollout.PART_SIZE = 16
 
 
 def run_to_end(argv, ranks: int = 1, fault=None, before=None, **options) -> Run:

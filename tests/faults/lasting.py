@@ -187,9 +187,10 @@ def is_stopped(pid: int) -> bool:
 def stopped_scoring(workspace: Workspace, ranks: int) -> str:
     """SIGTERM while the reference scores more rows than a part has. The run must stop before it has
     scored all of them."""
-    undisturbed = workspace.undisturbed("preference", ranks)
+    small = "--micro_batch_tokens=200"
+    undisturbed = workspace.undisturbed("preference", ranks, small)
     out = workspace.new_run()
-    argv = workspace.args("preference", out, "--micro_batch_tokens=200")
+    argv = workspace.args("preference", out, small)
     counter = f"{workspace.new_run()}.calls"
     os.makedirs(os.path.dirname(counter), exist_ok=True)
 
@@ -232,6 +233,10 @@ def signal_in_scoring(counter: str):
 
 GROWTH = 5.0  # MiB that a process may grow between the first quarter of the rounds and the end
 
+# Compiled matmuls that may stay in memory, so few that they are there after the first rounds. A
+# run keeps up to 64 (distributed.limit_compiled_matmuls).
+FEW_MATMULS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"}
+
 
 def memory_slope(workspace: Workspace, short: bool) -> Result:
     """many PPO rounds: resident memory is flat (below 5 MiB of growth over the last three quarters:
@@ -243,7 +248,7 @@ def memory_slope(workspace: Workspace, short: bool) -> Result:
     more = [f"--rounds={rounds}", "--max_rows=8", "--max_steps=1", "--keep_rounds=1"]
     more += [f"--eval_interval={rounds}", "--keep_last=1", "--max_response=4"]
     argv = workspace.args("ppo", out, *more)
-    run = start(argv, before=lambda rank: record_memory(records))
+    run = start(argv, env=FEW_MATMULS, before=lambda rank: record_memory(records, rounds // 20))
     run.wait(240)
     if run.status != [0]:
         return Result(0, 2, [f"{run.status} {run.output[-800:]}"])
@@ -254,26 +259,29 @@ def memory_slope(workspace: Workspace, short: bool) -> Result:
     alive = {record["tokenizers"] for record in quarter}
     failures = []
     if growth > GROWTH:
-        failures.append(f"{growth:.1f} MiB from round {len(seen) // 4} to {len(seen)}")
+        failures.append(f"{growth:.1f} MiB from round {quarter[0]['round']} to {rounds}")
     if len(alive) > 1:
         failures.append(f"from {min(alive)} to {max(alive)} tokenizers are alive")
     note = f"{rounds} rounds, {growth:+.1f} MiB, {max(alive)} tokenizers"
     return count(2, failures, note)
 
 
-def record_memory(path: str):
-    """Write down, at the end of each round, the resident memory and the number of tokenizers."""
+def record_memory(path: str, interval: int):
+    """Write down, every `interval` rounds, the resident memory and the number of tokenizers."""
     fit = train.fit
 
-    def fit_and_record(*args, **options):
-        fit(*args, **options)
+    def fit_and_record(run, round_id, *args, **options):
+        fit(run, round_id, *args, **options)
+        if (round_id + 1) % interval:
+            return
         gc.collect()
         with open("/proc/self/statm", encoding="utf-8") as f:
             pages = int(f.read().split()[1])
         alive = sum(isinstance(thing, tiktoken.Encoding) for thing in gc.get_objects())
         with open(path, "a", encoding="utf-8") as f:
             mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-            f.write(json.dumps({"mib": mib, "tokenizers": alive}) + "\n")
+            record = {"round": round_id + 1, "mib": mib, "tokenizers": alive}
+            f.write(json.dumps(record) + "\n")
 
     train.fit = fit_and_record
 

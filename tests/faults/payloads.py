@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.files import sha256, write_json
+from nanospin.rounds import with_checksum
 from tests.faults.harness import Result, Workspace, start
 from tests.faults.spoil import (
     CHECKPOINT,
@@ -259,7 +260,7 @@ def rollout_of_objects(place):
     path = f"{place.out}/round_0/collect.json"
     manifest = read_json(path)
     manifest["files"]["rollout.npz"] = sha256(f"{place.out}/round_0/rollout.npz")
-    write_json(path, manifest)
+    write_json(path, with_checksum(manifest))
     return ppo(remove_checkpoints(place))
 
 
