@@ -469,7 +469,7 @@ def test_a_suspended_job_is_not_hanging(monkeypatch):
     monkeypatch.setattr(elastic, "describe_lost_ranks", lambda why, store: why)
     monkeypatch.setattr(elastic, "exit_with_error", exit_with_error)
     with pytest.raises(Ended, match="no progress for 10 seconds"):
-        elastic.watch_ranks(None, 10.0)
+        elastic.watch_ranks(None, 10.0, torch.device("cpu"))
     assert 1010 <= clock[0] <= 1011
 
 
