@@ -32,10 +32,9 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 from safetensors import safe_open
 
-import rollout
 import train
 from data.files import sha256
-from nanospin import checkpoint, elastic
+from nanospin import checkpoint, elastic, rounds
 from tests.conftest import ROOT, TEMPLATE, TINY, make_data, make_runs
 
 LIMIT = 120  # seconds after which a run counts as hanging
@@ -375,7 +374,7 @@ class Workspace:
 
 def sample_in_small_parts(rank: int):
     """A `before`: samples are written down every 16 prompts, so that a round has several parts."""
-    rollout.PART_SIZE = 16
+    rounds.PART_SIZE = 16
 
 
 def run_to_end(argv, ranks: int = 1, fault=None, before=None, **options) -> Run:
