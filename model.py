@@ -313,7 +313,7 @@ class GPT(nn.Module):
         with one line if there is no readable checkpoint.
         """
         path = checkpoint.resolve(path)
-        meta = checkpoint.read_meta(path)
+        meta = distributed.run_on_rank0(checkpoint.read_meta, path)
         settings = meta["model"] | {"scalar_head": meta["config"]["stage"] == "reward"}
         with torch.device("meta"):
             model = cls(model_config_from(settings, cls.config_class, f"{path}/meta.json"))

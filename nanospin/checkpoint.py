@@ -524,11 +524,15 @@ def saved_files(path, folder: str) -> list[str]:
 
 
 def load_weights(path, model):
-    """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. A
-    scalar head that only the model has is set to 0; one that only the file has is ignored."""
+    """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. All
+    ranks call this together.
+
+    A scalar head that only the model has is set to 0; one that only the file has is ignored.
+    """
     file = os.path.join(path, "model.safetensors")
+    expected = distributed.run_on_rank0(read_meta, path)["weights_sha256"]
     try:
-        if sha256(file) != read_meta(path)["weights_sha256"]:
+        if sha256(file) != expected:
             raise SystemExit(f"{file} is damaged: its sha256 is not the one in meta.json")
         check_weights(path, model)
         with safe_open(file, framework="pt") as f:
@@ -554,8 +558,10 @@ def check_finite(path):
             for name in f.keys():
                 require_finite(file, name, f.get_tensor(name))
                 distributed.heartbeat.touch()
-    except (SafetensorError, OSError) as e:
-        raise SystemExit(printable(f"{file} cannot be read ({e})"))
+    except SafetensorError as e:
+        raise SystemExit(printable(f"{file} is damaged: it cannot be read ({e})"))
+    except OSError as e:
+        raise SystemExit(f"{file} cannot be read ({e})")
 
 
 def check_weights(path, model):

@@ -141,9 +141,7 @@ SETTINGS = {
     "too small": Mistake(
         "batch_size must be at least 1", lambda place: sft(place, "--batch_size=0")
     ),
-    "top_p out of range": Mistake(
-        "top_p must be in (0, 1]", lambda place: spin(place, "--top_p=1.5")
-    ),
+    "top_p out of range": Mistake("top_p must be from", lambda place: spin(place, "--top_p=1.5")),
     "unknown stage": Mistake("stage must be one of", lambda place: sft(place, "--stage=finetune")),
     "bad model setting": Mistake(
         "position must be one of", lambda place: pretrain(place, "--position=absolute")
@@ -151,9 +149,7 @@ SETTINGS = {
     "heads do not divide": Mistake(
         "multiple of n_head", lambda place: pretrain(place, "--n_embd=33")
     ),
-    "no layers": Mistake(
-        "n_layer must be at least 1", lambda place: pretrain(place, "--n_layer=0")
-    ),
+    "no layers": Mistake("n_layer must be from 1", lambda place: pretrain(place, "--n_layer=0")),
     "negative model number": Mistake(
         "logit_softcap must not be negative", lambda place: pretrain(place, "--logit_softcap=-1")
     ),
