@@ -742,8 +742,9 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
             os.makedirs(args.out, exist_ok=True)
         except OSError as e:
             parser.error(f"--out {args.out}: {e.strerror}")
+        data_files = [f"{args.data}/train.jsonl", f"{args.data}/val.jsonl"]
         for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in entries)):
-            check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
+            check_output(os.path.join(args.out, name), data_files)
     for name, entry in entries.items():
         is_reward_model = entry.meta["config"]["stage"] == "reward"
         if args.judge and is_reward_model:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import TEMPLATE, command, read_metrics
 
 import train
 from data import tokenizer
+from data.files import sha256
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
@@ -400,3 +402,13 @@ def test_bad_checkpoints_are_one_line(tiny_runs, tiny_data, spec, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_samples_never_replace_the_data(tiny_runs, tiny_data, tmp_path):
+    """A checkpoint that is called train would write train.jsonl."""
+    folder = f"{tmp_path}/data"
+    shutil.copytree(tiny_data, folder)
+    before = sha256(f"{folder}/train.jsonl")
+    done = evaluate(f"train={tiny_runs['sft']}", f"--data={folder}", f"--out={folder}")
+    assert done.returncode == 1 and "is what this command reads" in done.stderr
+    assert sha256(f"{folder}/train.jsonl") == before
