@@ -240,7 +240,7 @@ FEW_MATMULS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"
 
 def memory_slope(workspace: Workspace, short: bool) -> Result:
     """many PPO rounds: resident memory is flat (below 5 MiB of growth over the last three quarters:
-    a tokenizer that stays alive each round would be 15 MiB or more) and the number of tokenizers
+    a tokenizer that stays alive in each round would be 70 MiB) and the number of tokenizers
     alive is constant"""
     rounds = 40 if short else 200
     out = workspace.new_run()
