@@ -215,8 +215,9 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(one_line(message))
 
 
-def number_type(kind: type, least: float, most: float = float("inf")) -> Callable:
-    """An argparse type: an int or float in [least, most]."""
+def number_type(kind: type, least: float, most: float = 2**63 - 1) -> Callable:
+    """An argparse type: an int or float in [least, most]. The default `most` is what torch can
+    read."""
 
     def parse(text):
         try:

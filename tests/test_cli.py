@@ -164,6 +164,7 @@ def test_closed_descriptors_are_not_given_to_files(tmp_path):
         ("sample", ["x", "--prompt=a", "--temperature=nan"], "--temperature: must be at least 0"),
         ("sample", ["x", "--prompt=a", "--top_p=1e-300"], "--top_p: must be at least 1e-06"),
         ("sample", ["x", "--prompt=a", "--seed=18446744073709551616"], "--seed: must be at most"),
+        ("sample", ["x", "--prompt=a", "--top_k=" + "9" * 400], "--top_k: must be at most"),
         ("eval", ["a=x@1e-40"], "the temperature must be 0 (greedy)"),
         ("eval", ["a=x", "--seed=18446744073709551616"], "--seed: must be at most"),
         (

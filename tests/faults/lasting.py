@@ -240,8 +240,8 @@ FEW_MATMULS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"
 
 def memory_slope(workspace: Workspace, short: bool) -> Result:
     """many PPO rounds: resident memory is flat (below 5 MiB of growth over the last three quarters:
-    a round's rows and samples are 0.1 MiB, a tokenizer that stays alive is 0.1 to 30) and the
-    number of tokenizers alive is constant"""
+    a tokenizer that stays alive in each round would be 70 MiB) and the number of tokenizers
+    alive is constant"""
     rounds = 40 if short else 200
     out = workspace.new_run()
     records = f"{workspace.folder}/memory"
