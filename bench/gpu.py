@@ -45,7 +45,7 @@ from bench.baselines import (
     transformers_model,
     update,
 )
-from data import tokenizer
+from data import cli, tokenizer
 from data.batch import batch_rows, count_row_tokens, split_by_tokens
 from data.files import write_json
 from data.folder import write_meta, write_stream
@@ -1034,9 +1034,7 @@ def run_all(args) -> int:
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="folder for the logs and the table")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(ALL)}")
     parser.add_argument("--small", action="store_true", help="at toy size on a CPU")
@@ -1069,4 +1067,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

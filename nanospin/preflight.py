@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.files import sha256
+from data.files import check_input, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.template import TEMPLATE
 from nanospin import checkpoint, config, distributed, inputs, lock
@@ -267,6 +267,7 @@ def read_run_settings(out_dir: str, say=None) -> dict:
 def read_config_json(path: str) -> tuple[dict, str]:
     """(the settings in a config.json, "") or ({}, "missing", "empty" or "damaged")."""
     try:
+        check_input(path)
         with open(path, "rb") as f:
             content = f.read()
     except FileNotFoundError:

@@ -49,7 +49,7 @@ def runs(tiny_runs, tiny_data, tmp_path_factory):
     for split in ("train", "val"):
         write_stream(f"{folder}/{split}.bin", ["what people write " * 20] * 20, enc)
         rows = [
-            row | {"prompt": f"{i} {EVIL}", "responses": ["a b"]}
+            row | {"prompt": f"{split} {i} {EVIL}", "responses": ["a b"]}
             for i, row in enumerate(read_rows(f"{folder}/{split}.jsonl"))
         ]
         write_rows(f"{folder}/{split}.jsonl", rows)
