@@ -728,7 +728,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         for round_id in range(start.round_id, cfg.rounds):
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
             lock.check()
-            inputs.check_unchanged(cfg, start.settings, round_id)
+            inputs.check_unchanged(cfg, start.settings)
             train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)
             lock.check()
             step = max(0, start.step) if round_id == start.round_id else 0

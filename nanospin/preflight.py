@@ -164,9 +164,9 @@ def check_policies(cfg):
     compared with."""
     needs_policy = cfg.stage in POLICY_STAGES
     paths = {}
-    if needs_policy or not checkpoint.latest(cfg.out_dir):
+    if inputs.is_read(cfg, "init") or not checkpoint.latest(cfg.out_dir):
         paths["init"] = cfg.init
-    if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher):
+    if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher) and inputs.is_read(cfg, "teacher"):
         paths["teacher"] = cfg.teacher
     for name, path in paths.items():
         if not path:
@@ -216,7 +216,7 @@ def check_same_run(cfg, settings: dict, newest: str | None):
     before = read_run_settings(cfg.out_dir, print)
     if not before or (not newest and not has_rows(cfg.out_dir)):
         return
-    same = inputs.same_inputs(before, settings, cfg.stage in POLICY_STAGES)
+    same = inputs.same_inputs(cfg, before, settings)
     for name in settings | before:
         if name in MAY_CHANGE or name in same:
             continue
@@ -404,5 +404,4 @@ def run_settings(cfg) -> dict:
         stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
-    is_policy = cfg.stage in POLICY_STAGES
-    return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"], is_policy)
+    return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"])
