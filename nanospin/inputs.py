@@ -26,6 +26,9 @@ ROLES = ("init", "teacher", "reward")  # settings that name a checkpoint; a teac
 CHUNK_SIZE = 2**24  # bytes that are read at a time
 SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not kept
 
+# Entries of config.json that are, or hold, paths. What is there is compared by its hash.
+PATHS = ("data", "pretrain_data", "tokenizer", *ROLES, "checkpoints")
+
 # Entries of config.json that say where an input was found. They are not compared.
 NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
 

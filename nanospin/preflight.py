@@ -56,7 +56,8 @@ def resolve_template(cfg):
 
 def find_template(cfg) -> str:
     if checkpoint.latest(cfg.out_dir):
-        return read_run_settings(cfg.out_dir).get("template") or ""
+        template = read_run_settings(cfg.out_dir).get("template") or ""
+        return config.convert("template", template, str, os.path.join(cfg.out_dir, "config.json"))
     if cfg.init:
         return checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
     return ""
@@ -212,8 +213,14 @@ def check_out_dir(out_dir: str):
 
 
 def check_same_run(cfg, settings: dict, newest: str | None):
-    """If out_dir has results, they must come from the same settings, except for MAY_CHANGE."""
+    """If out_dir has results, they must come from the same settings, except for MAY_CHANGE. Those
+    in a checkpoint are protected by its manifest, so they count more than config.json, which knows
+    better only where inputs that were moved are now."""
     before = read_run_settings(cfg.out_dir, print)
+    if newest:
+        saved = checkpoint.read_meta(newest).get("settings") or {}
+        paths = {name: before[name] for name in inputs.PATHS if name in before}
+        before |= saved | paths
     if not before or (not newest and not has_rows(cfg.out_dir)):
         return
     same = inputs.same_inputs(cfg, before, settings)
