@@ -50,17 +50,19 @@ def check_policy(cfg, round_id: int):
     folder = round_folder(cfg, round_id)
     path = os.path.join(folder, "policy.json")
     weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
-    if os.path.exists(path) and policy_sha256(cfg, round_id) != weights:
-        aside = checkpoint.unused_path(f"{folder}.other_policy")
-        os.rename(folder, aside)
-        print(
-            f"{folder} was made by another policy than the one that there is now; renamed to "
-            f"{aside}, and made again",
-            flush=True,
-        )
-    if not os.path.exists(path):
-        make_round_folder(path)
-        write_json(path, {"weights_sha256": weights})
+    if os.path.exists(path):
+        if policy_sha256(cfg, round_id) == weights:
+            return
+        if os.listdir(folder) != ["policy.json"]:
+            aside = checkpoint.unused_path(f"{folder}.other_policy")
+            os.rename(folder, aside)
+            print(
+                f"{folder} was made by another policy than the one that there is now; renamed to "
+                f"{aside}, and made again",
+                flush=True,
+            )
+    make_round_folder(path)
+    write_json(path, {"weights_sha256": weights})
 
 
 def policy_sha256(cfg, round_id: int) -> str:
