@@ -70,7 +70,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     response. report: what to log about the players, on validation rows. say: prints a line."""
     if cfg.stage == "pretrain":
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
-    start = time.time()
+    start = time.perf_counter()
     uses_reference = cfg.stage in ("preference", "spin")
     run_on_rank0(check_earlier_rounds, cfg, round_id)
     if uses_reference:

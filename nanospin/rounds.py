@@ -176,7 +176,7 @@ def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: fl
         "files": {name: sha256(os.path.join(folder, name)) for name in files},
         "teacher_files": {name: sha256(os.path.join(cfg.out_dir, name)) for name in teacher_files},
         "report": report,
-        "seconds": time.time() - start,
+        "seconds": time.perf_counter() - start,
     }
     write_json(path, with_checksum(manifest))
 
