@@ -256,7 +256,13 @@ def play_round(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]
         if distributed.rank() == 0:
             write_rows(path, ranked)
         distributed.barrier()
-    return name_tokenizer(read_rows(path), enc)
+    ranked = name_tokenizer(read_rows(path), enc)
+    if list(map(prompt_key, ranked)) != list(map(prompt_key, rows)):
+        raise SystemExit(
+            f"{path} has other prompts than the rows of {cfg.data} that are to be ranked: one of "
+            "the two was changed; put the original back, or use another out_dir"
+        )
+    return ranked
 
 
 def earlier_rows(cfg, round_id: int) -> list[dict]:

@@ -1037,3 +1037,18 @@ def test_a_clock_that_is_set_back_gives_no_negative_times(tiny_data, tmp_path, m
     )
     for record in read_metrics(out, "step"):
         assert record["ms"] > 0 and record["seconds"] > 0 and record["tokens_per_second"] > 0
+
+
+def test_ranked_rows_that_were_cut_are_refused(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """After a kill while they are scored: nothing else knows how many they were."""
+    out = str(tmp_path / "run")
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
+    with monkeypatch.context() as m:
+        m.setattr(rollout, "row_logps", killing(rollout.row_logps, 0))
+        with pytest.raises(Killed):
+            train.main(args)
+    rows = read_rows(f"{out}/round_0/train.jsonl")
+    write_rows(f"{out}/round_0/train.jsonl", rows[:10])
+    assert "train.jsonl has other prompts than the rows of" in refused(args)
+    write_rows(f"{out}/round_0/train.jsonl", rows)
+    train.main(args)
