@@ -200,9 +200,10 @@ def remove_later_records(path: str, start: tuple[int, int]) -> list[str]:
     kept = []
     number = 0
     try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
+        with open(path, "rb") as f:  # a text file reads ahead: a bad line would have no number
+            for content in f:
                 number += 1
+                line = content.decode()
                 is_complete = line.endswith("\n")  # the last line is not, if a kill cut it short
                 if is_complete and is_before(json.loads(line), start):
                     kept.append(line)

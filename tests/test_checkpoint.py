@@ -497,6 +497,15 @@ def test_a_template_in_config_json_that_is_none_is_one_line(run, tiny_data):
     assert "config.json: template must be str, got 5" in message
 
 
+def test_a_line_of_metrics_that_is_not_utf8_has_its_number(run, tiny_data):
+    with open(f"{run}/metrics.jsonl", "rb") as f:
+        number = len(f.readlines()) + 1
+    with open(f"{run}/metrics.jsonl", "ab") as f:
+        f.write(b"\xff\n")
+    message = refused(pretrain_args(tiny_data, run))
+    assert f"metrics.jsonl:{number}: not a record of a run" in message
+
+
 def test_other_versions_are_said_at_a_resume(run, tiny_data, capsys):
     path = f"{run}/config.json"
     values = read_json(path)

@@ -386,8 +386,9 @@ def test_malformed_rows_are_named(tmp_path, line, message):
 
 
 def test_unreadable_files(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff", "responses": ["b"]}\n')
-    with pytest.raises(SystemExit, match="not UTF-8"):
+    good = b'{"prompt": "a", "responses": ["b"]}\n'
+    (tmp_path / "a.jsonl").write_bytes(good * 3 + good.replace(b"a", b"\xff"))
+    with pytest.raises(SystemExit, match="a.jsonl:4: not UTF-8"):
         read_rows(str(tmp_path / "a.jsonl"))
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(SystemExit, match="no rows"):
