@@ -498,12 +498,13 @@ def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tup
 
 def retokenize(judge_enc, enc, text: str, ids: list[int] | None) -> list[int]:
     """A response's ids for a judge: as they are if its tokenizer made them, else encoded again,
-    with end-of-text if the response had ended. enc is None for texts of the data."""
+    with end-of-text if the response had ended, or if it is no token of the judge's (white space).
+    enc is None for texts of the data."""
     if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge_enc):
         return ids
     ended = enc is None or ids[-1] == enc.eot_token
     encoded = tokenizer.encode(judge_enc, text, "within")
-    return encoded + [judge_enc.eot_token] if ended else encoded
+    return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
 
 def validation_rows(folder: str, n: int) -> list[dict]:

@@ -128,7 +128,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
 
 def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     """Sample, score and write a round's files."""
-    start, folder = time.time(), round_folder(cfg, round_id)
+    start, folder = time.perf_counter(), round_folder(cfg, round_id)
     path = os.path.join(folder, "self_train.jsonl")
     name = f"{round_id} self train"
     samples = sample_trajectories(cfg, path, name, rows, model, enc, device, dtype)
@@ -155,7 +155,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
             },
             "now": scaling,
             "report": report,
-            "seconds": time.time() - start,
+            "seconds": time.perf_counter() - start,
         }
         write_json(os.path.join(folder, "collect.json"), with_checksum(manifest))
     distributed.barrier()

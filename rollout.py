@@ -53,6 +53,7 @@ from nanospin.rounds import (
     check_policy,
     make_round_folder,
     part_files,
+    policy_sha256,
     reference_checkpoint,
     remove_parts,
     round_folder,
@@ -69,10 +70,10 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     response. report: what to log about the players, on validation rows. say: prints a line."""
     if cfg.stage == "pretrain":
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
-    start = time.time()
+    start = time.perf_counter()
     uses_reference = cfg.stage in ("preference", "spin")
     run_on_rank0(check_earlier_rounds, cfg, round_id)
-    if cfg.stage == "spin":
+    if uses_reference:
         run_on_rank0(check_policy, cfg, round_id)
     rows_by_split = load_rows(cfg)
     if round_id == 0:
@@ -182,8 +183,7 @@ def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.nda
     They are computed once and stored, with a hash of the reference's weights and the rows' ids.
     """
     path = os.path.join(round_folder(cfg, round_id), f"{split}.ref.npz")
-    reference = run_on_rank0(reference_checkpoint, cfg, round_id)
-    weights = run_on_rank0(checkpoint.weights_sha256, reference)
+    weights = run_on_rank0(policy_sha256, cfg, round_id)
     fingerprint = rows_sha256(weights, rows)
     if broadcast_from_rank0(os.path.exists(path)):
         remove_parts(path)
@@ -193,6 +193,7 @@ def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.nda
             f"{path} is missing, and the policy of round {round_id} has been trained, so it is no "
             "longer its reference; remove the folder of that round"
         )
+    reference = run_on_rank0(reference_checkpoint, cfg, round_id)
     budget = distributed.micro_batch_tokens(cfg, device)
     K = max(len(row["responses"]) for row in rows)
 
@@ -255,7 +256,13 @@ def play_round(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]
         if distributed.rank() == 0:
             write_rows(path, ranked)
         distributed.barrier()
-    return name_tokenizer(read_rows(path), enc)
+    ranked = name_tokenizer(read_rows(path), enc)
+    if list(map(prompt_key, ranked)) != list(map(prompt_key, rows)):
+        raise SystemExit(
+            f"{path} has other prompts than the rows of {cfg.data} that are to be ranked: one of "
+            "the two was changed; put the original back, or use another out_dir"
+        )
+    return ranked
 
 
 def earlier_rows(cfg, round_id: int) -> list[dict]:
@@ -352,23 +359,19 @@ def mark_equal_responses(row: dict, ids: list):
 def prepare_teacher(cfg, enc, block_size: int, device, dtype):
     """Write the responses of a teacher checkpoint to RUN/teacher_{train,val}.jsonl, with the
     teacher's own template. A teacher that is a file must have a response to every prompt."""
-    if not cfg.teacher:
+    if not cfg.teacher or broadcast_from_rank0(inputs.is_answered(cfg)):
         return
     if not os.path.isdir(cfg.teacher):
         for split, rows in load_rows(cfg).items():
             rows = drop_overlong_prompts(cfg, rows, enc, block_size)
             teacher_responses(cfg, split, rows, enc)
         return
-    paths = {}
-    for split in ("train", "val"):
-        paths[split] = os.path.join(cfg.out_dir, f"teacher_{split}.jsonl")
-    if broadcast_from_rank0(all(os.path.exists(path) for path in paths.values())):
-        return
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
     for split, rows in load_rows(cfg).items():
         rows = drop_overlong_prompts(cfg, rows, enc, block_size)
-        write_samples(paths[split], teacher, teacher_enc, teacher_cfg, rows, f"teacher {split}")
+        path = inputs.teacher_file(cfg, split)
+        write_samples(path, teacher, teacher_enc, teacher_cfg, rows, f"teacher {split}")
 
 
 def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
@@ -382,8 +385,8 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
             )
         return [(row["responses"][1], response_ids(row, 1, enc)) for row in rows]
     path = cfg.teacher
-    if os.path.isdir(path):
-        path = os.path.join(cfg.out_dir, f"teacher_{split}.jsonl")
+    if os.path.isdir(path) or inputs.is_answered(cfg):
+        path = inputs.teacher_file(cfg, split)
     return match_responses(path, rows, enc)
 
 

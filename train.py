@@ -295,7 +295,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
             break
 
         # one training step
-        step_start = time.time()
+        step_start = time.perf_counter()
         # dropout is a function of (seed, round, step, rank), so that a resumed run repeats it
         torch.manual_seed(hash((cfg.seed, round_id, step, distributed.rank())) % 2**62)
         model.train()
@@ -328,7 +328,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
 
         if step == 0:
             check_initial_loss(run, round_id, metrics, batches, terms[0], units)
-        seconds = time.time() - step_start
+        seconds = time.perf_counter() - step_start
         metrics["lr"] = lr * factor
         metrics["ms"] = 1000 * seconds
         metrics["tokens_per_second"] = num_tokens / seconds
@@ -391,7 +391,7 @@ def accept_step(run: Run, round_id, step, metrics, history, train) -> bool:
     if math.isfinite(loss) and math.isfinite(norm):
         if is_spike(loss, history["losses"], cfg.loss_spike_factor):
             text = f"more than {cfg.loss_spike_factor} times the recent median loss: {describe()}"
-            run.log.warning(round_id, step, text)
+            run.log.warning(round_id, step, text, during_step=True)
         history["losses"] = [*history["losses"][-49:], loss]
         return True
     if cfg.on_nonfinite == "stop":
@@ -401,7 +401,7 @@ def accept_step(run: Run, round_id, step, metrics, history, train) -> bool:
         )
     history["skipped"] += 1
     text = f"this step is skipped: {describe()}"
-    run.log.warning(round_id, step, text, skipped=history["skipped"])
+    run.log.warning(round_id, step, text, skipped=history["skipped"], during_step=True)
     return False
 
 
@@ -684,7 +684,7 @@ def main(
     stages: dict[str, Stage] = STAGES,
 ):
     """Run all rounds of a config. A study may pass its own settings, model and stages."""
-    began = time.time()
+    began = time.perf_counter()
     cfg = config_module.load(argv, model_class.config_class, config_class)
     preflight.check_keep_best(cfg, stages[cfg.stage].metrics)
     device = distributed.setup_device(cfg)
@@ -730,7 +730,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         for round_id in range(start.round_id, cfg.rounds):
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
             lock.check()
-            inputs.check_unchanged(cfg, start.settings, round_id)
+            inputs.check_unchanged(cfg, start.settings)
             train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)
             lock.check()
             step = max(0, start.step) if round_id == start.round_id else 0

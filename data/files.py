@@ -114,9 +114,10 @@ def check_output(path: str, inputs=(), is_data: bool = False):
         if os.path.exists(mark):
             text = f"{path} would be a file of a run or of data: {mark} is there"
             raise SystemExit(printable(f"{text}; choose another output"))
-    for other in inputs:
-        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
-            raise SystemExit(f"{path} is what this command reads; choose another output")
+    for place in (path, f"{path}.tmp"):  # it is written there first, see `atomic_write`
+        for other in inputs:
+            if os.path.exists(place) and os.path.exists(other) and os.path.samefile(place, other):
+                raise SystemExit(f"{place} is what this command reads; choose another output")
 
 
 def check_input(path: str):

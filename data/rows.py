@@ -21,17 +21,20 @@ def read_rows(path: str, prompt_only: bool = False) -> list[dict]:
     rows = []
     number = 0
     try:
-        f = open(path, encoding="utf-8")
+        f = open(
+            path, "rb"
+        )  # a text file reads ahead: a line that is not UTF-8 would have no number
     except OSError as e:
         command = prepare_command(os.path.dirname(path))
         raise SystemExit(f"{path}: {e.strerror}; make it with: {command}")
     with f:
         try:
-            for number, line in enumerate(f, 1):
+            for number, content in enumerate(f, 1):
+                line = content.decode()
                 if line.strip():
                     rows.append(check_row(json.loads(line), f"{path}:{number}", prompt_only))
         except UnicodeDecodeError as e:
-            raise SystemExit(f"{path}: not UTF-8 after line {number}: {e.reason}")
+            raise SystemExit(f"{path}:{number}: not UTF-8: {e.reason}")
         except (ValueError, RecursionError) as e:
             raise SystemExit(f"{path}:{number}: not JSON: {e}")
     if not rows:

@@ -26,6 +26,9 @@ ROLES = ("init", "teacher", "reward")  # settings that name a checkpoint; a teac
 CHUNK_SIZE = 2**24  # bytes that are read at a time
 SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not kept
 
+# Entries of config.json that are, or hold, paths. What is there is compared by its hash.
+PATHS = ("data", "pretrain_data", "tokenizer", *ROLES, "checkpoints")
+
 # Entries of config.json that say where an input was found. They are not compared.
 NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
 
@@ -98,12 +101,11 @@ def require_sha256(path: str, expected: str, out_dir: str, since: str):
 # ------------------------------------------------------------------------- what a run began with
 
 
-def record(cfg, data_sha256: dict, is_policy: bool) -> dict:
+def record(cfg, data_sha256: dict) -> dict:
     """Entries of config.json about the inputs: the checkpoints that init, teacher and reward are
     now, the sha256 of their weights, or of a teacher's file, and of a reward function's source.
 
     data_sha256: what meta.json says of the data's files; token streams are compared with it here.
-    is_policy: the stage reads the weights of init as long as it lasts; others only to begin.
     """
     for path, expected in data_files(cfg, data_sha256).items():
         if path.endswith(".bin"):
@@ -121,7 +123,7 @@ def record(cfg, data_sha256: dict, is_policy: bool) -> dict:
             hashes[role] = checkpoint.read_meta(found)["weights_sha256"]
             checkpoints[role] = found
         except SystemExit:
-            if is_policy:
+            if is_read(cfg, role):
                 raise
     entries = {"players_sha256": hashes, "checkpoints": checkpoints}
     if ":" in cfg.reward:
@@ -167,7 +169,7 @@ def pin(cfg, settings: dict):
 # ------------------------------------------------------------------------------------- comparing
 
 
-def same_inputs(before: dict, settings: dict, is_policy: bool) -> set[str]:
+def same_inputs(cfg, before: dict, settings: dict) -> set[str]:
     """Which settings need not be equal as text: inputs that are what the run began with, wherever
     they are now.
 
@@ -193,9 +195,11 @@ def same_inputs(before: dict, settings: dict, is_policy: bool) -> set[str]:
         for role, expected in before["players_sha256"].items():
             if role in same and settings["players_sha256"].get(role) != expected:
                 use_recorded_checkpoint(role, expected, before, settings)
+            if role in same and settings["players_sha256"].get(role) != expected:
+                accept_if_gone(cfg, role, expected, before, settings)
             if settings["players_sha256"].get(role) == expected:
                 same.add(role)
-    if not is_policy:
+    if cfg.stage not in ("preference", "spin", "ppo"):
         same.add("players_sha256")  # init was read once, at the beginning
     return same
 
@@ -223,9 +227,8 @@ def hashes_by_role(before: dict) -> dict:
 def use_recorded_checkpoint(role: str, expected: str, before: dict, settings: dict):
     """Put the checkpoint that a run began with into its settings, if it is still what it was and
     stands in the folder that the setting names."""
-    recorded = before.get("checkpoints")
-    path = recorded.get(role) if isinstance(recorded, dict) else None
-    if not isinstance(path, str) or not checkpoint.is_checkpoint(path):
+    path = recorded_checkpoint(role, before)
+    if not path or not checkpoint.is_checkpoint(path):
         return
     folder = os.path.join(os.path.abspath(settings[role]), "")
     if not os.path.abspath(path).startswith(folder):
@@ -235,14 +238,32 @@ def use_recorded_checkpoint(role: str, expected: str, before: dict, settings: di
         settings["players_sha256"][role] = expected
 
 
-def check_unchanged(cfg, settings: dict, round_id: int):
+def recorded_checkpoint(role: str, before: dict) -> str:
+    """The checkpoint that a run began with, "" if config.json does not name it."""
+    recorded = before.get("checkpoints")
+    path = recorded.get(role) if isinstance(recorded, dict) else None
+    return path if isinstance(path, str) else ""
+
+
+def accept_if_gone(cfg, role: str, expected: str, before: dict, settings: dict):
+    """Keep the recorded checkpoint in the settings if it is gone and not needed any more. The run
+    that wrote it removes old ones when it goes on."""
+    path = recorded_checkpoint(role, before)
+    if is_read(cfg, role) or not path or os.path.exists(path):
+        return
+    settings["checkpoints"][role] = path
+    settings["players_sha256"][role] = expected
+    print(f"{role} {path}, which this run began with, is gone; it is not read again", flush=True)
+
+
+def check_unchanged(cfg, settings: dict):
     """Exit with one line if something that the coming round reads is not what the run began with.
 
     cfg: from `pin`. Rank 0 looks; all ranks call this together, before anything is written.
     """
     files = data_files(cfg, settings["data_sha256"])
     for role, expected in settings["players_sha256"].items():
-        if is_read(cfg, role, round_id):
+        if is_read(cfg, role):
             path = getattr(cfg, role)
             file = path if os.path.isfile(path) else os.path.join(path, "model.safetensors")
             files[file] = expected
@@ -261,12 +282,26 @@ def require_all(out_dir: str):
         require_sha256(path, expected, out_dir, "this run")
 
 
-def is_read(cfg, role: str, round_id: int) -> bool:
-    """Whether a round reads init, teacher or reward. From the second round on, the reference of
-    preference and spin is the run's own checkpoint."""
+def is_read(cfg, role: str) -> bool:
+    """Whether a run still reads init, teacher or reward. With a first checkpoint, preference and
+    spin have what they need of init; spin then has the answers of a teacher that is a checkpoint.
+    """
     if cfg.stage not in ("preference", "spin", "ppo"):
         return False
-    return role != "init" or cfg.stage == "ppo" or round_id == 0
+    if role == "reward" or cfg.stage == "ppo" or not checkpoint.latest(cfg.out_dir):
+        return True
+    return role == "teacher" and not is_answered(cfg)
+
+
+def is_answered(cfg) -> bool:
+    """Whether a run has all answers of a teacher that is a checkpoint."""
+    if cfg.teacher in ("", "rows") or os.path.isfile(cfg.teacher):
+        return False
+    return all(os.path.exists(teacher_file(cfg, split)) for split in ("train", "val"))
+
+
+def teacher_file(cfg, split: str) -> str:
+    return os.path.join(cfg.out_dir, f"teacher_{split}.jsonl")
 
 
 def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):

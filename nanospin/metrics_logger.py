@@ -160,7 +160,7 @@ class MetricsLogger:
     def write(self, kind: str, round_id: int, step: int, metrics: dict, num_steps: int = 0):
         if self.file is None:
             return
-        now = time.time()
+        now = time.perf_counter()
         record = {"kind": kind, "round": round_id, "step": step} | metrics
         record["seconds"] = now - self.last_time
         self.last_time = now
@@ -200,9 +200,10 @@ def remove_later_records(path: str, start: tuple[int, int]) -> list[str]:
     kept = []
     number = 0
     try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
+        with open(path, "rb") as f:  # a text file reads ahead: a bad line would have no number
+            for content in f:
                 number += 1
+                line = content.decode()
                 is_complete = line.endswith("\n")  # the last line is not, if a kill cut it short
                 if is_complete and is_before(json.loads(line), start):
                     kept.append(line)
@@ -215,8 +216,10 @@ def remove_later_records(path: str, start: tuple[int, int]) -> list[str]:
 
 def is_before(record: dict, start: tuple[int, int]) -> bool:
     """Whether the checkpoint at start = (round, step) was saved after this record. A record of step
-    s is of the step from s to s + 1."""
-    end = record["step"] + 1 if record["kind"] == "step" else record["step"]
+    s, and a warning during it, is of the step from s to s + 1."""
+    end = record["step"]
+    if record["kind"] == "step" or "during_step" in record:
+        end += 1
     return (record["round"], end) <= start
 
 

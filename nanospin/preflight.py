@@ -57,7 +57,8 @@ def resolve_template(cfg):
 
 def find_template(cfg) -> str:
     if checkpoint.latest(cfg.out_dir):
-        return read_run_settings(cfg.out_dir).get("template") or ""
+        template = read_run_settings(cfg.out_dir).get("template") or ""
+        return config.convert("template", template, str, os.path.join(cfg.out_dir, "config.json"))
     if cfg.init:
         return checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
     return ""
@@ -165,9 +166,9 @@ def check_policies(cfg):
     compared with."""
     needs_policy = cfg.stage in POLICY_STAGES
     paths = {}
-    if needs_policy or not checkpoint.latest(cfg.out_dir):
+    if inputs.is_read(cfg, "init") or not checkpoint.latest(cfg.out_dir):
         paths["init"] = cfg.init
-    if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher):
+    if cfg.teacher != "rows" and not os.path.isfile(cfg.teacher) and inputs.is_read(cfg, "teacher"):
         paths["teacher"] = cfg.teacher
     for name, path in paths.items():
         if not path:
@@ -213,11 +214,17 @@ def check_out_dir(out_dir: str):
 
 
 def check_same_run(cfg, settings: dict, newest: str | None):
-    """If out_dir has results, they must come from the same settings, except for MAY_CHANGE."""
+    """If out_dir has results, they must come from the same settings, except for MAY_CHANGE. Those
+    in a checkpoint are protected by its manifest, so they count more than config.json, which knows
+    better only where inputs that were moved are now."""
     before = read_run_settings(cfg.out_dir, print)
+    if newest:
+        saved = checkpoint.read_meta(newest).get("settings") or {}
+        paths = {name: before[name] for name in inputs.PATHS if name in before}
+        before |= saved | paths
     if not before or (not newest and not has_rows(cfg.out_dir)):
         return
-    same = inputs.same_inputs(before, settings, cfg.stage in POLICY_STAGES)
+    same = inputs.same_inputs(cfg, before, settings)
     for name in settings | before:
         if name in MAY_CHANGE or name in same:
             continue
@@ -406,5 +413,4 @@ def run_settings(cfg) -> dict:
         stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
-    is_policy = cfg.stage in POLICY_STAGES
-    return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"], is_policy)
+    return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"])

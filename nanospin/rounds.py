@@ -50,17 +50,28 @@ def check_policy(cfg, round_id: int):
     folder = round_folder(cfg, round_id)
     path = os.path.join(folder, "policy.json")
     weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
-    if os.path.exists(path) and read_json(path).get("weights_sha256") != weights:
-        aside = checkpoint.unused_path(f"{folder}.other_policy")
-        os.rename(folder, aside)
-        print(
-            f"{folder} was made by another policy than the one that there is now; renamed to "
-            f"{aside}, and made again",
-            flush=True,
-        )
-    if not os.path.exists(path):
-        make_round_folder(path)
-        write_json(path, {"weights_sha256": weights})
+    if os.path.exists(path):
+        if policy_sha256(cfg, round_id) == weights:
+            return
+        if os.listdir(folder) != ["policy.json"]:
+            aside = checkpoint.unused_path(f"{folder}.other_policy")
+            os.rename(folder, aside)
+            print(
+                f"{folder} was made by another policy than the one that there is now; renamed to "
+                f"{aside}, and made again",
+                flush=True,
+            )
+    make_round_folder(path)
+    write_json(path, {"weights_sha256": weights})
+
+
+def policy_sha256(cfg, round_id: int) -> str:
+    """The sha256 of the policy that made a round: that in policy.json, which older versions did not
+    write, or that of its reference."""
+    path = os.path.join(round_folder(cfg, round_id), "policy.json")
+    if os.path.exists(path):
+        return str(read_json(path, ("weights_sha256",))["weights_sha256"])
+    return checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
 
 
 # --------------------------------------------------------------------------------------- parts
@@ -145,22 +156,27 @@ def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: fl
     path = os.path.join(folder, "collect.json")
     if os.path.exists(path):
         return
-    made_of = input_files(cfg, round_id, reference_checkpoint(cfg, round_id))
     files = [name for name in sorted(os.listdir(folder)) if name.endswith((".jsonl", ".npz"))]
-    teacher_files = []  # what a teacher checkpoint answered, for all rounds
-    if os.path.isdir(cfg.teacher):
+    teacher_files, before = [], {}  # what a teacher checkpoint answered, for all rounds
+    if inputs.is_answered(cfg):
         teacher_files = ["teacher_train.jsonl", "teacher_val.jsonl"]
+        if round_id:  # the teacher may be gone by now
+            before = manifest_hashes(round_folder(cfg, round_id - 1), "made_of") or {}
+    made_of = {}
+    for name, input_path in input_files(cfg, round_id, reference_checkpoint(cfg, round_id)).items():
+        known = before.get(name) if name == "teacher" else None
+        made_of[name] = known or checkpoint.weights_sha256(input_path)
     manifest = {
         "round": round_id,
         "config": asdict(cfg),
         "tokenizer": tokenizer.fingerprint(enc),
-        "made_of": {name: checkpoint.weights_sha256(path) for name, path in made_of.items()},
+        "made_of": made_of,
         "made_by": metrics_logger.versions(device, dtype),
         "rows": {split: len(rows) for split, rows in encoded.items()},
         "files": {name: sha256(os.path.join(folder, name)) for name in files},
         "teacher_files": {name: sha256(os.path.join(cfg.out_dir, name)) for name in teacher_files},
         "report": report,
-        "seconds": time.time() - start,
+        "seconds": time.perf_counter() - start,
     }
     write_json(path, with_checksum(manifest))
 

@@ -473,6 +473,39 @@ def test_a_lost_config_json_is_written_again(run, tiny_data, capsys, content, ha
     assert read_json(path)["config"] == before | {"out_dir": run}
 
 
+def edit_config_json(run, **changes):
+    values = read_json(f"{run}/config.json")
+    for name, value in changes.items():
+        values["config"][name] = value
+        if value is None:
+            del values["config"][name]
+    write_json(f"{run}/config.json", values)
+
+
+@pytest.mark.parametrize("lr", [0.05, None])
+def test_an_edited_config_json_does_not_change_the_run(run, tiny_data, lr):
+    """What the checkpoint says counts; of a setting that was taken out too."""
+    edit_config_json(run, lr=lr)
+    message = refused(pretrain_args(tiny_data, run, "--lr=0.05"))
+    assert "begun with lr = 0.0003, now it is 0.05" in message
+    train.main(pretrain_args(tiny_data, run))
+
+
+def test_a_template_in_config_json_that_is_none_is_one_line(run, tiny_data):
+    edit_config_json(run, template=5)
+    message = refused(pretrain_args(tiny_data, run))
+    assert "config.json: template must be str, got 5" in message
+
+
+def test_a_line_of_metrics_that_is_not_utf8_has_its_number(run, tiny_data):
+    with open(f"{run}/metrics.jsonl", "rb") as f:
+        number = len(f.readlines()) + 1
+    with open(f"{run}/metrics.jsonl", "ab") as f:
+        f.write(b"\xff\n")
+    message = refused(pretrain_args(tiny_data, run))
+    assert f"metrics.jsonl:{number}: not a record of a run" in message
+
+
 def test_other_versions_are_said_at_a_resume(run, tiny_data, capsys):
     path = f"{run}/config.json"
     values = read_json(path)

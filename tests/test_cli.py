@@ -218,6 +218,9 @@ def test_outputs_are_regular_files_and_no_inputs(tmp_path):
     os.link(path, tmp_path / "hard")
     with pytest.raises(SystemExit, match="is what this command reads"):
         check_output(str(tmp_path / "hard"), [str(path)])
+    os.link(path, tmp_path / "out.tmp")
+    with pytest.raises(SystemExit, match="out.tmp is what this command reads"):
+        check_output(str(tmp_path / "out"), [str(path)])
     check_output(str(tmp_path / "new"), [str(path)])
     assert path.read_text() == "kept"
 

@@ -386,8 +386,9 @@ def test_malformed_rows_are_named(tmp_path, line, message):
 
 
 def test_unreadable_files(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff", "responses": ["b"]}\n')
-    with pytest.raises(SystemExit, match="not UTF-8"):
+    good = b'{"prompt": "a", "responses": ["b"]}\n'
+    (tmp_path / "a.jsonl").write_bytes(good * 3 + good.replace(b"a", b"\xff"))
+    with pytest.raises(SystemExit, match="a.jsonl:4: not UTF-8"):
         read_rows(str(tmp_path / "a.jsonl"))
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(SystemExit, match="no rows"):
@@ -960,3 +961,17 @@ def test_a_preparation_does_not_adopt_data_of_another_kind(tmp_path):
     with pytest.raises(SystemExit, match=r"train\.bin is of an earlier preparation"):
         jsonl_prepare.main([str(rows), *arguments])
     read_meta(out, ["train.bin", "val.bin"])
+
+
+def test_jsonl_says_which_of_rank_and_score_it_ignores(tmp_path):
+    """Ranks count if every response has one."""
+    ranked = {"prompt": "q", "responses": [{"text": "a", "rank": 2, "score": 9}]}
+    ranked["responses"].append({"text": "b", "rank": 1, "score": 1})
+    scored = {"prompt": "p", "responses": [{"text": "a", "score": 9}]}
+    scored["responses"].append({"text": "b", "rank": 1, "score": 1})
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(ranked)}\n{json.dumps(scored)}\n" * 10)
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/o", "--val_share=0.5")
+    assert "ignored fields: responses.score (20), responses.rank (10)" in done.stdout
+    train, val = read_both(tmp_path / "o")
+    best = {row["prompt"]: row["responses"][0] for row in train + val}
+    assert best == {"q": "b", "p": "a"}

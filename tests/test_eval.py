@@ -12,6 +12,7 @@ from conftest import TEMPLATE, command, read_metrics
 
 import train
 from data import tokenizer
+from data.files import write_json
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
@@ -21,6 +22,7 @@ from eval import (
     length_accuracy,
     main,
     ranking_metrics,
+    retokenize,
     rolling_windows,
     row_logps,
     sample_metrics,
@@ -309,6 +311,21 @@ def test_win_rate(tiny_runs, first, second, share):
     texts = [{"prompt": f"{i} the", "responses": [first, second]} for i in range(6)]
     pairs, _ = encode_rows(texts, enc, TEMPLATE, 64)
     assert win_rate(judge, pairs, CPU) == (share, 0.0)
+
+
+def test_a_response_of_no_token_is_its_end_for_a_judge(tmp_path):
+    """White space that did not end, and a judge whose tokens are words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["</s>"])
+    words.save(f"{tmp_path}/tokenizer.json")
+    write_json(f"{tmp_path}/tokenizer_config.json", {"eos_token": "</s>"})
+    judge_enc, enc = tokenizer.load(f"{tmp_path}/tokenizer.json"), tokenizer.load("bytes")
+    assert retokenize(judge_enc, enc, "  ", [32, 32]) == [1]
+    assert retokenize(judge_enc, enc, "the ", [*b"the "]) == [2]
+    assert retokenize(judge_enc, enc, "the", [*b"the", EOT]) == [2, 1]
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import assert_same_run, make_data, read_metrics, refused, spin_args
+from conftest import Killed, assert_same_run, killing, make_data, read_metrics, refused, spin_args
 from safetensors.torch import load_file, save_file
 from test_distributed import ENV, torchrun_command
 
@@ -194,6 +194,40 @@ def test_samples_of_the_same_policy_are_kept(tiny_runs, tiny_data, tmp_path):
     damage_end_of_round_0(out)
     train.main(args)
     assert os.stat(f"{out}/round_1/self_train.jsonl").st_ino == before
+
+
+@pytest.mark.parametrize("now", ["removed", "pruned"])
+@pytest.mark.parametrize("stage", ["spin", "preference"])
+def test_init_and_teacher_may_go_once_they_are_not_read_again(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, capsys, stage, now
+):
+    """Killed while it samples round 1, or trains round 0. "pruned": the run of init has gone on."""
+    init, out, whole = f"{tmp_path}/init", f"{tmp_path}/r", f"{tmp_path}/whole"
+    shutil.copytree(tiny_runs["sft"], init)
+    options = [f"--stage={stage}", "--save_interval=1"]
+    if stage == "spin":
+        options += ["--rounds=2", "--max_steps=2", f"--teacher={init}"]
+        options += ["--players=data,teacher,self"]
+    train.main([*spin_args({"sft": init}, tiny_data, whole), *options])
+    args = [*spin_args({"sft": init}, tiny_data, out), *options]
+    with monkeypatch.context() as m:
+        module, name, at = train.rollout, "respond", 5
+        if stage == "preference":
+            module, name, at = train.distributed, "clip_grad_norm_", 2
+        m.setattr(module, name, killing(getattr(module, name), at))
+        with pytest.raises(Killed):
+            train.main(args)
+    assert checkpoint.latest(out).startswith(f"{out}/round_0")
+    if now == "removed":
+        shutil.rmtree(init)
+    else:
+        add_checkpoint(init)
+        shutil.rmtree(f"{init}/round_0/step_000008")
+    for _ in range(2):  # the second start is of a finished run
+        capsys.readouterr()
+        train.main(args)
+        assert "is gone; it is not read again" in capsys.readouterr().out
+    assert_same_run(whole, out)
 
 
 def ppo_options(*more):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -650,7 +651,7 @@ def test_a_reference_that_is_not_finite_is_refused(tiny_runs, tiny_data, tmp_pat
         message = refused(preference_args(tiny_runs, tiny_data, out))
     assert f"log-probabilities under {tiny_runs['sft']}" in message
     assert "are not finite numbers for the prompt" in message
-    assert not glob.glob(f"{out}/round_0/*")
+    assert os.listdir(f"{out}/round_0") == ["policy.json"]
     train.main(preference_args(tiny_runs, tiny_data, out))
 
 
@@ -1012,3 +1013,42 @@ def test_a_round_that_does_not_start_at_ln_k_factorial_is_reported(
     train.main(spin_args(tiny_runs, tiny_data, out, "--max_steps=1"))
     (warning,) = read_metrics(out, "warning")
     assert "policy and reference are not the same" in warning["text"]
+
+
+def test_a_resume_repeats_no_warning_of_a_step(tiny_runs, tiny_data, tmp_path):
+    out = str(tmp_path / "run")
+    more = ["--max_steps=14", "--save_interval=1", "--keep_last=20", "--loss_spike_factor=0.1"]
+    args = small_args("sft", tiny_data, tiny_runs["sft"], out, *more)
+    train.main(args)
+    before = [record["step"] for record in read_metrics(out, "warning")]
+    assert 12 in before
+    for step in (13, 14):
+        shutil.rmtree(f"{out}/round_0/step_{step:06d}")
+    train.main(args)
+    assert [record["step"] for record in read_metrics(out, "warning")] == before
+
+
+def test_a_clock_that_is_set_back_gives_no_negative_times(tiny_data, tmp_path, monkeypatch):
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: 2e9 - real())
+    out = str(tmp_path / "run")
+    train.main(
+        ["--stage=pretrain", f"--out_dir={out}", f"--data={tiny_data}", "--max_steps=2", *TINY]
+    )
+    for record in read_metrics(out, "step"):
+        assert record["ms"] > 0 and record["seconds"] > 0 and record["tokens_per_second"] > 0
+
+
+def test_ranked_rows_that_were_cut_are_refused(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """After a kill while they are scored: nothing else knows how many they were."""
+    out = str(tmp_path / "run")
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
+    with monkeypatch.context() as m:
+        m.setattr(rollout, "row_logps", killing(rollout.row_logps, 0))
+        with pytest.raises(Killed):
+            train.main(args)
+    rows = read_rows(f"{out}/round_0/train.jsonl")
+    write_rows(f"{out}/round_0/train.jsonl", rows[:10])
+    assert "train.jsonl has other prompts than the rows of" in refused(args)
+    write_rows(f"{out}/round_0/train.jsonl", rows)
+    train.main(args)

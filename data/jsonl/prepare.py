@@ -74,7 +74,6 @@ def parse_line(line, where):
 # Of the fields of a line, what a row keeps beside prompt, responses and group
 GIVEN_PER_RESPONSE = ("scores", "ids", "tokenizer", "ended")
 FIELDS = ("prompt", "response", "responses", "text", "group", "url", "history", "system")
-OBJECT_FIELDS = ("text", "author", "rank", "score")
 
 
 def to_row(value, where, authors=None):
@@ -140,10 +139,11 @@ def ignored_fields(value) -> list[str]:
     """The names of the fields of a line that no row keeps."""
     ignored = [name for name in value if name not in FIELDS + GIVEN_PER_RESPONSE]
     responses = value.get("responses")
-    for response in responses if isinstance(responses, list) else []:
-        for name in response if isinstance(response, dict) else []:
-            if name not in OBJECT_FIELDS:
-                ignored.append(f"responses.{name}")
+    objects = responses if isinstance(responses, list) else []
+    objects = [response for response in objects if isinstance(response, dict)]
+    used = ("text", "author", ranking_field(objects))
+    for response in objects:
+        ignored += [f"responses.{name}" for name in response if name not in used]
     return ignored
 
 
@@ -167,9 +167,14 @@ def responses_of(authors, responses):
     return [by_author[author] for author in authors]
 
 
+def ranking_field(responses) -> str:
+    """The field that response objects are sorted by: their rank if all have one."""
+    return "rank" if all("rank" in response for response in responses) else "score"
+
+
 def sort_responses(responses, where):
     """Sort response objects, best first. Returns (responses, scores); a rank r is the score -r."""
-    key = "rank" if all("rank" in response for response in responses) else "score"
+    key = ranking_field(responses)
     if any(type(response.get(key)) not in (int, float) for response in responses):
         raise SystemExit(
             f"{where}: every response object needs a text and a number as rank or score"

@@ -141,7 +141,9 @@ SETTINGS = {
     "too small": Mistake(
         "batch_size must be at least 1", lambda place: sft(place, "--batch_size=0")
     ),
-    "top_p out of range": Mistake("top_p must be from", lambda place: spin(place, "--top_p=1.5")),
+    "top_p out of range": Mistake(
+        "top_p must be from 1e-06 to 1", lambda place: spin(place, "--top_p=1.5")
+    ),
     "unknown stage": Mistake("stage must be one of", lambda place: sft(place, "--stage=finetune")),
     "bad model setting": Mistake(
         "position must be one of", lambda place: pretrain(place, "--position=absolute")
@@ -149,7 +151,9 @@ SETTINGS = {
     "heads do not divide": Mistake(
         "multiple of n_head", lambda place: pretrain(place, "--n_embd=33")
     ),
-    "no layers": Mistake("n_layer must be from 1", lambda place: pretrain(place, "--n_layer=0")),
+    "no layers": Mistake(
+        "n_layer must be from 1 to 10000", lambda place: pretrain(place, "--n_layer=0")
+    ),
     "negative model number": Mistake(
         "logit_softcap must not be negative", lambda place: pretrain(place, "--logit_softcap=-1")
     ),
@@ -469,7 +473,7 @@ CHECKPOINTS = {
     ),
     "weights damaged": Mistake("model.safetensors is damaged", flipped_weights),
     "weights damaged, two ranks": Mistake(
-        "model.safetensors is damaged",
+        "model.safetensors cannot be read",
         lambda place: sft_from(place, {"model.safetensors": b"x"}, update=False),
         ranks=2,
     ),

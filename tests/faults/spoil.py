@@ -312,11 +312,13 @@ def remove_checkpoints(place: Place) -> Place:
 
 
 def change_config(place: Place, **changes):
-    """Change settings in the config.json of the case's run."""
+    """Change settings in the config.json of the case's run, and in its checkpoint."""
     path = f"{place.out}/config.json"
     values = read_json(path)
     values["config"] |= changes
     write_json(path, values)
+    step = f"{place.out}/{CHECKPOINT}"
+    update_hashes(step, {"settings": read_json(f"{step}/meta.json")["settings"] | changes})
 
 
 # -------------------------------------------------------------------------------- tables of cases
