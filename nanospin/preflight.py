@@ -98,6 +98,7 @@ def prepare_run(cfg) -> Start:
         for problem in checkpoint.removal_problems:
             print(f"could not be removed: {problem}", flush=True)
         checkpoint.removal_problems.clear()
+    say_what_keep_best_misses(cfg)
     path = checkpoint.latest_valid(cfg.out_dir)
     run_on_rank0(check_same_run, cfg, settings, path)
     start = Start(cfg, settings, path)
@@ -360,6 +361,19 @@ def check_keep_best(cfg, metrics: list[str]):
         if wanted == name or (name.endswith(("/", "@")) and wanted.startswith(name)):
             return
     raise SystemExit(unknown_keep_best(cfg, names))
+
+
+def say_what_keep_best_misses(cfg):
+    """Say that keep_best cannot keep the best of all evaluations if some are of steps that are not
+    saved. PPO evaluates at the end of a round, which is always saved."""
+    if not cfg.keep_best or cfg.stage == "ppo" or cfg.eval_interval % cfg.save_interval == 0:
+        return
+    if distributed.rank() == 0:
+        print(
+            f"keep_best: the steps are evaluated every {cfg.eval_interval} and saved every "
+            f"{cfg.save_interval}, and only one that is both can be kept as the best",
+            flush=True,
+        )
 
 
 def unknown_keep_best(cfg, names: list[str]) -> str:

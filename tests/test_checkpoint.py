@@ -473,6 +473,13 @@ def test_a_lost_config_json_is_written_again(run, tiny_data, capsys, content, ha
     assert read_json(path)["config"] == before | {"out_dir": run}
 
 
+@pytest.mark.parametrize("evaluated, saved, is_said", [(3, 4, True), (4, 2, False), (2, 4, True)])
+def test_what_keep_best_misses_is_said(run, tiny_data, capsys, evaluated, saved, is_said):
+    more = [f"--eval_interval={evaluated}", f"--save_interval={saved}", "--keep_best=val_loss"]
+    train.main(pretrain_args(tiny_data, f"{run}_2", "--max_steps=1", *more))
+    assert ("only one that is both can be kept" in capsys.readouterr().out) == is_said
+
+
 def edit_config_json(run, **changes):
     values = read_json(f"{run}/config.json")
     for name, value in changes.items():
