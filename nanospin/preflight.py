@@ -18,7 +18,8 @@ from nanospin.distributed import run_on_rank0
 # Stages whose `init` is the reference too, for as long as the run lasts.
 POLICY_STAGES = ("preference", "spin", "ppo")
 
-# Settings that may differ when a run is resumed: they do not change its results.
+# Settings that may differ when a run is resumed: they do not change its results, but for rounding,
+# or say that they do.
 MAY_CHANGE = {
     "out_dir",
     "device",
@@ -236,6 +237,8 @@ def check_same_run(cfg, settings: dict, newest: str | None):
                 f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
             )
     say_schedule_change(cfg, before.get("rounds"))
+    if newest:
+        say_dropout_change(before, settings, checkpoint.read_meta(newest)["model"])
 
 
 def say_schedule_change(cfg, rounds_before):
@@ -249,6 +252,17 @@ def say_schedule_change(cfg, rounds_before):
             "stage ppo spans all rounds, so the learning rate changes from here on",
             flush=True,
         )
+
+
+def say_dropout_change(before: dict, settings: dict, model: dict):
+    """Say that other micro-batches have other dropout masks, if the model has dropout."""
+    for name in ("micro_batch_tokens", "layout"):
+        if model.get("dropout") and before.get(name, settings[name]) != settings[name]:
+            print(
+                f"{name} was {before[name]}, now it is {settings[name]}: the dropout masks of the "
+                "coming steps are others, so the steps are not the same",
+                flush=True,
+            )
 
 
 def read_run_settings(out_dir: str, say=None) -> dict:

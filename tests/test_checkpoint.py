@@ -480,6 +480,17 @@ def test_what_keep_best_misses_is_said(run, tiny_data, capsys, evaluated, saved,
     assert ("only one that is both can be kept" in capsys.readouterr().out) == is_said
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_other_dropout_masks_are_said_at_a_resume(tiny_data, tmp_path, capsys, dropout):
+    args = pretrain_args(tiny_data, f"{tmp_path}/r", f"--dropout={dropout}")
+    train.main(args)
+    train.main(args)
+    assert "dropout masks" not in capsys.readouterr().out
+    train.main([*args, "--micro_batch_tokens=64"])
+    said = "micro_batch_tokens was 0, now it is 64: the dropout masks of the coming steps"
+    assert (said in capsys.readouterr().out) == (dropout > 0)
+
+
 def edit_config_json(run, **changes):
     values = read_json(f"{run}/config.json")
     for name, value in changes.items():
