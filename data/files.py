@@ -77,9 +77,11 @@ def fsync_folder(path: str):
 
 
 def write_json(path: str, value):
-    with atomic_write(path) as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.write("\n")
+    """Write a value as JSON. Bytes of file names that are not UTF-8 (in Python lone surrogates)
+    become escapes, which JSON can have."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with atomic_write(path, "wb") as f:
+        f.write(text.encode("utf-8", "backslashreplace"))
 
 
 # A folder with one of these is a checkpoint or a round of a run: nothing else is written there.

@@ -18,7 +18,8 @@ from nanospin.distributed import run_on_rank0
 # Stages whose `init` is the reference too, for as long as the run lasts.
 POLICY_STAGES = ("preference", "spin", "ppo")
 
-# Settings that may differ when a run is resumed: they do not change its results.
+# Settings that may differ when a run is resumed: they do not change its results, but for rounding,
+# or say that they do.
 MAY_CHANGE = {
     "out_dir",
     "device",
@@ -99,6 +100,7 @@ def prepare_run(cfg) -> Start:
         for problem in checkpoint.removal_problems:
             print(f"could not be removed: {problem}", flush=True)
         checkpoint.removal_problems.clear()
+    say_what_keep_best_misses(cfg)
     path = checkpoint.latest_valid(cfg.out_dir)
     run_on_rank0(check_same_run, cfg, settings, path)
     start = Start(cfg, settings, path)
@@ -236,6 +238,8 @@ def check_same_run(cfg, settings: dict, newest: str | None):
                 f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
             )
     say_schedule_change(cfg, before.get("rounds"))
+    if newest:
+        say_dropout_change(before, settings, checkpoint.read_meta(newest)["model"])
 
 
 def say_schedule_change(cfg, rounds_before):
@@ -249,6 +253,17 @@ def say_schedule_change(cfg, rounds_before):
             "stage ppo spans all rounds, so the learning rate changes from here on",
             flush=True,
         )
+
+
+def say_dropout_change(before: dict, settings: dict, model: dict):
+    """Say that other micro-batches have other dropout masks, if the model has dropout."""
+    for name in ("micro_batch_tokens", "layout"):
+        if model.get("dropout") and before.get(name, settings[name]) != settings[name]:
+            print(
+                f"{name} was {before[name]}, now it is {settings[name]}: the dropout masks of the "
+                "coming steps are others, so the steps are not the same",
+                flush=True,
+            )
 
 
 def read_run_settings(out_dir: str, say=None) -> dict:
@@ -362,6 +377,19 @@ def check_keep_best(cfg, metrics: list[str]):
         if wanted == name or (name.endswith(("/", "@")) and wanted.startswith(name)):
             return
     raise SystemExit(unknown_keep_best(cfg, names))
+
+
+def say_what_keep_best_misses(cfg):
+    """Say that keep_best cannot keep the best of all evaluations if some are of steps that are not
+    saved. PPO evaluates at the end of a round, which is always saved."""
+    if not cfg.keep_best or cfg.stage == "ppo" or cfg.eval_interval % cfg.save_interval == 0:
+        return
+    if distributed.rank() == 0:
+        print(
+            f"keep_best: the steps are evaluated every {cfg.eval_interval} and saved every "
+            f"{cfg.save_interval}, and only one that is both can be kept as the best",
+            flush=True,
+        )
 
 
 def unknown_keep_best(cfg, names: list[str]) -> str:

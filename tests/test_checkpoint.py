@@ -473,6 +473,24 @@ def test_a_lost_config_json_is_written_again(run, tiny_data, capsys, content, ha
     assert read_json(path)["config"] == before | {"out_dir": run}
 
 
+@pytest.mark.parametrize("evaluated, saved, is_said", [(3, 4, True), (4, 2, False), (2, 4, True)])
+def test_what_keep_best_misses_is_said(run, tiny_data, capsys, evaluated, saved, is_said):
+    more = [f"--eval_interval={evaluated}", f"--save_interval={saved}", "--keep_best=val_loss"]
+    train.main(pretrain_args(tiny_data, f"{run}_2", "--max_steps=1", *more))
+    assert ("only one that is both can be kept" in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_other_dropout_masks_are_said_at_a_resume(tiny_data, tmp_path, capsys, dropout):
+    args = pretrain_args(tiny_data, f"{tmp_path}/r", f"--dropout={dropout}")
+    train.main(args)
+    train.main(args)
+    assert "dropout masks" not in capsys.readouterr().out
+    train.main([*args, "--micro_batch_tokens=64"])
+    said = "micro_batch_tokens was 0, now it is 64: the dropout masks of the coming steps"
+    assert (said in capsys.readouterr().out) == (dropout > 0)
+
+
 def edit_config_json(run, **changes):
     values = read_json(f"{run}/config.json")
     for name, value in changes.items():

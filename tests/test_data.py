@@ -975,3 +975,14 @@ def test_jsonl_says_which_of_rank_and_score_it_ignores(tmp_path):
     train, val = read_both(tmp_path / "o")
     best = {row["prompt"]: row["responses"][0] for row in train + val}
     assert best == {"q": "b", "p": "a"}
+
+
+def test_a_source_whose_name_is_not_utf8(tmp_path):
+    """Its data folder is complete: meta.json is written last."""
+    path = os.fsdecode(bytes(tmp_path) + b"/b\xff.jsonl")
+    with open(path, "w") as f:
+        for n in range(20):
+            f.write(json.dumps({"prompt": f"{n}", "response": "b"}) + "\n")
+    done = prepare("jsonl", path, f"--out={tmp_path}/o", "--val_share=0.3")
+    assert done.returncode == 0, done.stderr
+    assert read_meta(f"{tmp_path}/o", ["train.jsonl"])["source"] == ["b\udcff.jsonl"]

@@ -100,6 +100,15 @@ def test_a_rebuilt_round_is_identical(original, tmp_path, capsys, round_id):
     assert "must be a new or an empty folder" in refused(folder, f"--out={out}")
 
 
+@pytest.mark.parametrize("stage", ["spin", "preference"])
+def test_a_round_that_needs_no_earlier_file(tiny_runs, tiny_data, tmp_path, capsys, stage):
+    """Then nothing else makes the folder that it is written to."""
+    run = f"{tmp_path}/run"
+    train.main(spin_args(tiny_runs, tiny_data, run, f"--stage={stage}", "--max_steps=1"))
+    rebuild.main([f"{run}/round_0", f"--out={tmp_path}/a/new/folder"])
+    assert "identical, bit for bit" in capsys.readouterr().out
+
+
 def test_moved_inputs(original, tmp_path, capsys):
     inputs = original.copy(tmp_path)
     init = shutil.move(checkpoint.latest(inputs.run, 0), f"{tmp_path}/init")

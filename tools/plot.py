@@ -646,7 +646,7 @@ def named_runs(text: str) -> tuple[str, list[str]]:
     name, equals, runs = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=RUN or NAME=RUN,RUN,...")
-    return name, runs.split(",")
+    return printable(name), runs.split(",")
 
 
 def main(argv: list[str] | None = None):

@@ -50,6 +50,8 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
     dtype = distributed.compute_dtype(cfg, device)
     if distributed.broadcast_from_rank0(is_taken(out)):
         raise SystemExit(f"--out {out} must be a new or an empty folder")
+    if distributed.rank() == 0:
+        os.makedirs(out, exist_ok=True)
 
     reference = overrides.get("init") or reference_checkpoint(cfg, round_id)
     for name, path in input_files(cfg, round_id, reference).items():
