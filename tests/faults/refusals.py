@@ -473,7 +473,7 @@ CHECKPOINTS = {
     ),
     "weights damaged": Mistake("model.safetensors is damaged", flipped_weights),
     "weights damaged, two ranks": Mistake(
-        "model.safetensors cannot be read",
+        "model.safetensors is damaged",
         lambda place: sft_from(place, {"model.safetensors": b"x"}, update=False),
         ranks=2,
     ),
