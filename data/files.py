@@ -104,6 +104,10 @@ def check_output(path: str, inputs=(), is_data: bool = False):
     regular file, it is one of the files that the command reads, or it would be a file of a run, a
     checkpoint or a data folder. is_data: the command makes a data folder."""
     require_regular(path)
+    for place in (path, f"{path}.tmp"):  # it is written there first, see `atomic_write`
+        for other in inputs:
+            if os.path.exists(place) and os.path.exists(other) and os.path.samefile(place, other):
+                raise SystemExit(f"{place} is what this command reads; choose another output")
     folder, name = os.path.split(os.path.abspath(path))
     marks = []
     for mark in RUN_FOLDER_MARKS:
@@ -116,10 +120,6 @@ def check_output(path: str, inputs=(), is_data: bool = False):
         if os.path.exists(mark):
             text = f"{path} would be a file of a run or of data: {mark} is there"
             raise SystemExit(printable(f"{text}; choose another output"))
-    for place in (path, f"{path}.tmp"):  # it is written there first, see `atomic_write`
-        for other in inputs:
-            if os.path.exists(place) and os.path.exists(other) and os.path.samefile(place, other):
-                raise SystemExit(f"{place} is what this command reads; choose another output")
 
 
 def check_input(path: str):

@@ -164,7 +164,6 @@ def test_closed_descriptors_are_not_given_to_files(tmp_path):
         ("sample", ["x", "--prompt=a", "--temperature=nan"], "--temperature: must be at least 0"),
         ("sample", ["x", "--prompt=a", "--top_p=1e-300"], "--top_p: must be at least 1e-06"),
         ("sample", ["x", "--prompt=a", "--seed=18446744073709551616"], "--seed: must be at most"),
-        ("sample", ["x", "--prompt=a", "--top_k=" + "9" * 400], "--top_k: must be at most"),
         ("eval", ["a=x@1e-40"], "the temperature must be 0 (greedy)"),
         ("eval", ["a=x", "--seed=18446744073709551616"], "--seed: must be at most"),
         (
@@ -292,8 +291,8 @@ def test_commands_do_not_overwrite_what_they_read(tiny_runs, tiny_data, tmp_path
         module = f"{script}.__main__" if script == "tools.report" else script
         done = command(module, *args)
         assert done.returncode == 1, (script, args)
-        refusals = ("choose another output", "neither followed", "a run's or a data folder")
-        assert any(text in done.stderr for text in refusals), done.stderr
+        messages = ("reads; choose", "neither followed", "data folder; give another")
+        assert any(message in done.stderr for message in messages), done.stderr
         if script == "data.shakespeare.prepare":
             os.rename(tmp_path / "train.bin", rows)
         assert rows.read_text() == '{"prompt": "a", "responses": ["b"]}\n'

@@ -46,7 +46,7 @@ def runs(tiny_runs, tiny_data, tmp_path_factory):
     )
     enc = tokenizer.load(f"{folder}/evil.tiktoken")
     teacher = []
-    for split in ("train", "val"):
+    for split in ("val", "train"):  # the first answer to a prompt of both counts
         write_stream(f"{folder}/{split}.bin", ["what people write " * 20] * 20, enc)
         rows = [
             row | {"prompt": f"{split} {i} {EVIL}", "responses": ["a b"]}
