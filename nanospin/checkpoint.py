@@ -492,7 +492,7 @@ def resume(path, model, optimizers):
             # DCP reads every .safetensors file that it finds: show it those of the manifest only.
             alias = os.path.join(make_plain_folder(), "optimizer")
             os.mkdir(alias)
-            for name in saved_files(path, "optimizer"):
+            for name in distributed.run_on_rank0(saved_files, path, "optimizer"):
                 file = os.path.join(alias, os.path.basename(name))
                 os.symlink(os.path.abspath(os.path.join(path, name)), file)
                 # Fail here if it cannot be read: DCP would print a traceback.
@@ -519,7 +519,7 @@ def resume(path, model, optimizers):
 
 def saved_files(path, folder: str) -> list[str]:
     """The files of a checkpoint in one of its folders, as its manifest names them."""
-    manifest = json.loads(read_with_retries(os.path.join(path, "manifest.json")))
+    manifest = json.loads(retried(read_small_file, os.path.join(path, "manifest.json")))
     return [name for name in manifest if name.startswith(f"{folder}/")]
 
 
@@ -532,7 +532,7 @@ def load_weights(path, model):
     file = os.path.join(path, "model.safetensors")
     expected = distributed.run_on_rank0(read_meta, path)["weights_sha256"]
     try:
-        if sha256(file) != expected:
+        if retried(sha256, file) != expected:
             raise SystemExit(f"{file} is damaged: its sha256 is not the one in meta.json")
         check_weights(path, model)
         with safe_open(file, framework="pt") as f:
@@ -600,8 +600,8 @@ def read_meta(path) -> dict:
     """
     file = f"{path}/meta.json"
     try:
-        text = read_with_retries(os.path.join(path, "meta.json"))
-        manifest = json.loads(read_with_retries(os.path.join(path, "manifest.json")))
+        text = retried(read_small_file, os.path.join(path, "meta.json"))
+        manifest = json.loads(retried(read_small_file, os.path.join(path, "manifest.json")))
         if hashlib.sha256(text).hexdigest() != manifest["meta.json"]["sha256"]:
             raise SystemExit(f"{file} is damaged: its sha256 is not the one in manifest.json")
         meta = json.loads(text)
@@ -610,7 +610,7 @@ def read_meta(path) -> dict:
                 f"{path} was written by another version of nanoSPIN and cannot be read by this one"
             )
         check_meta(meta, file)
-        check_num_layers(path, meta["model"])
+        retried(check_num_layers, path, meta["model"])
     except BAD_FILE_ERRORS as e:
         raise SystemExit(printable(f"{file} cannot be read ({type(e).__name__}: {e})"))
     return meta
@@ -656,16 +656,16 @@ def read_small_file(path) -> bytes:
         return f.read()
 
 
-def read_with_retries(path) -> bytes:
-    """`read_small_file`, tried again for three seconds if the disk or the network is at fault."""
+def retried(function, *args):
+    """function(*args), tried again for three seconds if the disk or the network is at fault."""
     for pause in RETRY_SECONDS:
         try:
-            return read_small_file(path)
+            return function(*args)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError:
             time.sleep(pause)
-    return read_small_file(path)
+    return function(*args)
 
 
 def weights_sha256(path) -> str:
