@@ -283,7 +283,13 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     )
     if say:
         say(f"data {split}: {list_counts(counts)}")
-    return [row for row, encoded_row in zip(rows, encoded) if encoded_row is not None]
+    kept = [row for row, encoded_row in zip(rows, encoded) if encoded_row is not None]
+    if not kept:
+        raise SystemExit(
+            f"{cfg.data}: no prompt leaves room for a response ({list_counts(counts)}); set "
+            "max_prompt, or use a shorter template or a larger block_size"
+        )
+    return kept
 
 
 def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:

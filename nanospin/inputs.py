@@ -196,7 +196,7 @@ def same_inputs(cfg, before: dict, settings: dict) -> set[str]:
             if role in same and settings["players_sha256"].get(role) != expected:
                 use_recorded_checkpoint(role, expected, before, settings)
             if role in same and settings["players_sha256"].get(role) != expected:
-                accept_if_gone(cfg, role, expected, before, settings)
+                accept_if_unread(cfg, role, expected, before, settings)
             if settings["players_sha256"].get(role) == expected:
                 same.add(role)
     if cfg.stage not in ("preference", "spin", "ppo"):
@@ -245,15 +245,16 @@ def recorded_checkpoint(role: str, before: dict) -> str:
     return path if isinstance(path, str) else ""
 
 
-def accept_if_gone(cfg, role: str, expected: str, before: dict, settings: dict):
-    """Keep the recorded checkpoint in the settings if it is gone and not needed any more. The run
-    that wrote it removes old ones when it goes on."""
+def accept_if_unread(cfg, role: str, expected: str, before: dict, settings: dict):
+    """Keep the recorded checkpoint in the settings if it is gone or another one now, and not needed
+    any more. The run that wrote it removes old ones when it goes on."""
     path = recorded_checkpoint(role, before)
-    if is_read(cfg, role) or not path or os.path.exists(path):
+    if is_read(cfg, role) or not path:
         return
     settings["checkpoints"][role] = path
     settings["players_sha256"][role] = expected
-    print(f"{role} {path}, which this run began with, is gone; it is not read again", flush=True)
+    text = f"{role} {path} is not the one that this run began with any more; it is not read again"
+    print(text, flush=True)
 
 
 def check_unchanged(cfg, settings: dict):

@@ -196,7 +196,7 @@ def test_samples_of_the_same_policy_are_kept(tiny_runs, tiny_data, tmp_path):
     assert os.stat(f"{out}/round_1/self_train.jsonl").st_ino == before
 
 
-@pytest.mark.parametrize("now", ["removed", "pruned"])
+@pytest.mark.parametrize("now", ["removed", "pruned", "replaced"])
 @pytest.mark.parametrize("stage", ["spin", "preference"])
 def test_init_and_teacher_may_go_once_they_are_not_read_again(
     tiny_runs, tiny_data, tmp_path, monkeypatch, capsys, stage, now
@@ -223,10 +223,12 @@ def test_init_and_teacher_may_go_once_they_are_not_read_again(
     else:
         add_checkpoint(init)
         shutil.rmtree(f"{init}/round_0/step_000008")
+        if now == "replaced":
+            os.rename(f"{init}/round_0/step_000020", f"{init}/round_0/step_000008")
     for _ in range(2):  # the second start is of a finished run
         capsys.readouterr()
         train.main(args)
-        assert "is gone; it is not read again" in capsys.readouterr().out
+        assert "it is not read again" in capsys.readouterr().out
     assert_same_run(whole, out)
 
 
@@ -449,3 +451,14 @@ def test_validation_rows_that_are_trained_on_are_said(tiny_runs, tiny_data, tmp_
         assert printed.count("2 of 12 validation rows are among the training rows") == 1
     train.main(spin_args(tiny_runs, tiny_data, f"{tmp_path}/apart", "--max_steps=1"))
     assert "among the training rows" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["spin", "ppo"])
+def test_prompts_without_room_leave_no_file(tiny_runs, tiny_data, tmp_path, stage):
+    """An empty file of samples would stop the mended command too."""
+    options = ppo_options() if stage == "ppo" else []
+    args = [*spin_args(tiny_runs, tiny_data, f"{tmp_path}/r"), *options]
+    with pytest.raises(SystemExit, match="no prompt leaves room for a response"):
+        train.main([*args, "--max_prompt=2"])
+    assert not os.path.exists(f"{tmp_path}/r/round_0/self_train.jsonl")
+    train.main(args)

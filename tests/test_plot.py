@@ -204,3 +204,10 @@ def test_students_interval():
     mean, half_width = plot.t_interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half_width == pytest.approx(4.30 / 3**0.5)
     assert plot.t_interval([5.0, 5.0])[1] == 0.0
+
+
+def test_a_metric_that_a_run_does_not_have(tmp_path):
+    record = {"kind": "eval", "round": 0, "step": 0, "reward": 0.5, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(SystemExit, match="its evaluations have no val_loss"):
+        plot.eval_curve(str(tmp_path), "val_loss")

@@ -175,6 +175,10 @@ def minutes(run: str, last_round: int | None = None) -> float:
 def eval_curve(run: str, metric: str) -> tuple[list, list]:
     """(steps, values) of one metric over the evaluations of a run."""
     records = read_metrics(run, "eval")
+    if any(metric not in r for r in records):
+        raise SystemExit(
+            f"{run}: its evaluations have no {metric}; they have {', '.join(records[0])}"
+        )
     points = dict(zip(global_steps(records), (r[metric] for r in records)))
     return list(points), list(points.values())
 
