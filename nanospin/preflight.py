@@ -318,8 +318,12 @@ def saved_settings(meta: dict) -> dict:
 
 
 def has_rows(out_dir: str) -> bool:
-    """Whether a run has written samples or metrics: a .jsonl file, or part of one, with content."""
-    files = glob.glob(os.path.join(glob.escape(out_dir), "**", "*.jsonl*"), recursive=True)
+    """Whether a run has written samples, scores or metrics: a .jsonl or .npz file, or part of one,
+    with content."""
+    files = []
+    for pattern in ("*.jsonl*", "*.npz*"):
+        path = os.path.join(glob.escape(out_dir), "**", pattern)
+        files += glob.glob(path, recursive=True)
     return any(os.path.getsize(file) for file in files)
 
 

@@ -462,3 +462,15 @@ def test_prompts_without_room_leave_no_file(tiny_runs, tiny_data, tmp_path, stag
         train.main([*args, "--max_prompt=2"])
     assert not os.path.exists(f"{tmp_path}/r/round_0/self_train.jsonl")
     train.main(args)
+
+
+def test_scores_of_the_reference_are_results(tiny_runs, tiny_data, tmp_path):
+    """A run that was killed while the reference scored has settings to keep."""
+    args = [*spin_args(tiny_runs, tiny_data, f"{tmp_path}/r"), "--stage=preference"]
+    train.main(args)
+    for name in ("metrics.jsonl", "round_0/collect.json", "round_0/val.ref.npz"):
+        os.remove(f"{tmp_path}/r/{name}")
+    for path in checkpoint.list_checkpoints(f"{tmp_path}/r"):
+        shutil.rmtree(path)
+    with pytest.raises(SystemExit, match="was begun with dtype"):
+        train.main([*args, "--dtype=bfloat16"])
