@@ -9,6 +9,7 @@ after those bytes is cut off. At the end the files get their names, meta.json la
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -245,6 +246,8 @@ def load_state(args) -> dict:
     """The state of a preparation that was begun with the same options, or a new one."""
     path = state_path(args)
     options = {name: value for name, value in vars(args).items() if name != "out"}
+    if os.path.isdir(args.hub):
+        options["hub_files"] = describe_files(args.hub)
     if not os.path.exists(path):
         return {
             "asked": options,
@@ -259,16 +262,26 @@ def load_state(args) -> dict:
     state = read_json(path, keys, "; remove it to start again")
     begun = state["asked"]
     if begun != options:
-        different = [
-            f"--{name}={begun.get(name)}"
-            for name in sorted(options | begun)
-            if options.get(name) != begun.get(name)
-        ]
+        named = {"hub_files": "other files in --hub", "tokenizer_sha256": "another --tokenizer"}
+        different = []
+        for name in sorted(options | begun):
+            if options.get(name) != begun.get(name):
+                different.append(named.get(name, f"--{name}={begun.get(name)}"))
         raise SystemExit(
             f"{path}: this preparation was begun with {', '.join(different)};"
             " continue with that, or remove the file to start again"
         )
     return state
+
+
+def describe_files(folder: str) -> str:
+    """A checksum of the names, sizes and times of a folder's files: other files are other rows."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            info = os.stat(os.path.join(parent, name))
+            found.append((os.path.join(parent, name), info.st_size, info.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
 
 
 def open_partial(out: str, name: str, size: int):

@@ -703,3 +703,33 @@ def test_a_set_is_not_written_into_itself(tmp_path):
     for out in (tmp_path / "set", tmp_path / "set" / "inner"):
         with pytest.raises(SystemExit, match="is inside of --hub"):
             run_main("fineweb", f"--hub={tmp_path}/set", "--tokenizer=bytes", f"--out={out}")
+
+
+def test_a_stream_goes_on_with_its_own_tokenizer_and_files_only(tmp_path, monkeypatch):
+    write_documents(tmp_path / "set")
+    own = str(tmp_path / "own.tiktoken")
+    tokenizer.save(tokenizer.train(["abc abd " * 9], 300), own)
+    args = [f"--hub={tmp_path}/set", f"--tokenizer={own}", "--val_share=0.2"]
+    monkeypatch.setattr(hub, "CHUNK", 16)
+    out = f"{tmp_path}/out"
+    run_killed(monkeypatch, 2, "fineweb", *args, f"--out={out}")
+    tokenizer.save(tokenizer.train(["xyz xyw " * 9], 300), own)
+    with pytest.raises(SystemExit, match="was begun with another --tokenizer"):
+        run_main("fineweb", *args, f"--out={out}")
+    tokenizer.save(tokenizer.train(["abc abd " * 9], 300), own)
+    os.utime(next((tmp_path / "set").rglob("*.parquet")), (1, 1))
+    with pytest.raises(SystemExit, match="was begun with other files in --hub"):
+        run_main("fineweb", *args, f"--out={out}")
+
+
+def test_a_failed_preparation_keeps_the_tokenizer_of_a_folder(tmp_path):
+    write_documents(tmp_path / "set")
+    own, other, out = (str(tmp_path / name) for name in ("a.tiktoken", "b.tiktoken", "out"))
+    tokenizer.save(tokenizer.train(["abc abd " * 9], 300), own)
+    tokenizer.save(tokenizer.train(["xyz xyw " * 9], 300), other)
+    args = ["--val_share=0.2", f"--out={out}"]
+    run_main("fineweb", f"--hub={tmp_path}/set", f"--tokenizer={own}", *args)
+    before = contents(out)
+    with pytest.raises(SystemExit, match="could not read it"):
+        run_main("fineweb", f"--hub={tmp_path}/none", f"--tokenizer={other}", *args)
+    assert contents(out) == before

@@ -144,7 +144,8 @@ def read_metrics(run: str, kind: str | None = None) -> list[dict]:
     path = os.path.join(run, "metrics.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
-            records = [json.loads(line) for line in f]
+            # a kill can cut the last line short
+            records = [json.loads(line) for line in f if line.endswith("\n")]
         return [r for r in records if kind in (None, r["kind"])]
     except OSError as e:
         raise SystemExit(printable(f"{path}: {e.strerror}; train this run first"))

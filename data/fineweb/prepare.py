@@ -54,7 +54,8 @@ def main(argv=None):
     )
     hub.add_val_share(parser, 0.002)
     args = parser.parse_args(argv)
-    enc, tokenizer_name = tokenizer.load_into(args.out, args.tokenizer)
+    enc = tokenizer.load(args.tokenizer)
+    args.tokenizer_sha256 = tokenizer.fingerprint(enc)  # an option like the others: see load_state
     dtype = token_dtype(enc.n_vocab)
 
     def encode_or_none(text):
@@ -82,6 +83,7 @@ def main(argv=None):
             config=args.config or CONFIGS.get(args.hub),
             max_bytes=args.tokens * dtype.itemsize,
         )
+    _, tokenizer_name = tokenizer.load_into(args.out, args.tokenizer)
     hub.finish_streams(args, state, tokenizer_name, dtype.itemsize)
 
 
