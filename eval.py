@@ -785,8 +785,14 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
         is_reward_model = entry.meta["config"]["stage"] == "reward"
         if args.judge and is_reward_model:
             raise SystemExit(f"{name}: a reward model has no samples to judge; give it as --judge")
+        if args.reference and is_reward_model_at(args.reference):
+            raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
         if args.reference and not is_reward_model:
             check_same_tokenizer(name, entry.enc, args.reference)
+
+
+def is_reward_model_at(path: str) -> bool:
+    return checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward"
 
 
 def check_same_tokenizer(name: str, enc, reference: str):

@@ -114,7 +114,9 @@ def check_output(path: str, inputs=(), is_data: bool = False):
         marks += [os.path.join(folder, mark), os.path.join(os.path.dirname(folder), mark)]
     if name in RUN_FILES:
         marks.append(os.path.join(folder, "config.json"))
-    if name in DATA_FILES and not is_data:
+    if is_data:
+        marks.append(os.path.join(folder, "config.json"))
+    elif name in DATA_FILES:
         marks.append(os.path.join(folder, "meta.json"))
     for mark in marks:
         if os.path.exists(mark):

@@ -986,3 +986,20 @@ def test_a_source_whose_name_is_not_utf8(tmp_path):
     done = prepare("jsonl", path, f"--out={tmp_path}/o", "--val_share=0.3")
     assert done.returncode == 0, done.stderr
     assert read_meta(f"{tmp_path}/o", ["train.jsonl"])["source"] == ["b\udcff.jsonl"]
+
+
+@pytest.mark.parametrize("name, arguments", [("addition", []), ("shakespeare", ["TEXT"])])
+def test_other_preparations_adopt_no_data_either(tmp_path, name, arguments):
+    text, out = tmp_path / "text.txt", tmp_path / "d"
+    text.write_text("alpha beta gamma " * 50)
+    out.mkdir()
+    other = out / ("train.bin" if name == "addition" else "train.jsonl")
+    other.write_bytes(b"abcd")
+    module = importlib.import_module(f"data.{name}.prepare")
+    arguments = [str(text) if argument == "TEXT" else argument for argument in arguments]
+    with pytest.raises(SystemExit, match="is of an earlier preparation"):
+        module.main([*arguments, f"--out={out}"])
+    other.rename(out / "config.json")  # a run
+    with pytest.raises(SystemExit, match="would be a file of a run"):
+        module.main([*arguments, f"--out={out}"])
+    assert os.listdir(out) == ["config.json"]

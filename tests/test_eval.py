@@ -466,3 +466,10 @@ def test_out_is_neither_a_run_nor_a_data_folder(tiny_runs, tiny_data):
         with pytest.raises(SystemExit, match="run's or a data folder"):
             main([f"metrics={run}", f"--data={tiny_data}", f"--out={folder}"])
         assert sorted(os.listdir(folder)) == before
+
+
+def test_a_reward_model_is_no_reference(tiny_runs, tiny_data, tmp_path):
+    args = ["--stage=reward", f"--init={tiny_runs['sft']}", f"--data={tiny_data}"]
+    train.main([*args, f"--out_dir={tmp_path}/rm", "--max_steps=1", "--batch_size=4"])
+    with pytest.raises(SystemExit, match="is a reward model, not a policy"):
+        main([f"a={tiny_runs['sft']}", f"--data={tiny_data}", f"--reference={tmp_path}/rm"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from data import cli
 from data.files import check_output
-from data.folder import split_of, write_meta
+from data.folder import check_other_data, split_of, write_meta
 from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -35,6 +35,7 @@ def main(argv=None):
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
     check_output(os.path.join(args.out, "meta.json"), is_data=True)
+    check_other_data(args.out, (".jsonl",))
 
     rng = np.random.default_rng(0)
     rows = {"train": {}, "val": {}}  # side -> {(a, b): row}

@@ -10,7 +10,7 @@ import sys
 
 from data import cli, tokenizer
 from data.files import check_output
-from data.folder import tokenizer_path, write_meta, write_stream
+from data.folder import check_other_data, tokenizer_path, write_meta, write_stream
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -30,6 +30,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for name in ("train.bin", "val.bin", "meta.json", "bpe.tiktoken"):
         check_output(os.path.join(args.out, name), [args.file], is_data=True)
+    check_other_data(args.out, (".bin",))
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import cli, hub, tokenizer
 from data.files import check_output
-from data.folder import split_of, write_meta
+from data.folder import check_other_data, split_of, write_meta
 from data.rows import longest_shared_prefix, write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -144,6 +144,7 @@ def main(argv=None):
     for out in outs:
         for split, name in itertools.product(splits, ("train.jsonl", "val.jsonl", "meta.json")):
             check_output(os.path.join(out, split, name), args.files, is_data=True)
+            check_other_data(os.path.join(out, split), (".jsonl",))
     for out in outs:
         texts = []
         for history, comment, post in itertools.islice(pairs, args.rows):
