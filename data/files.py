@@ -116,6 +116,7 @@ def check_output(path: str, inputs=(), is_data: bool = False):
         marks.append(os.path.join(folder, "config.json"))
     if is_data:
         marks.append(os.path.join(folder, "config.json"))
+        marks.append(os.path.join(os.path.dirname(folder), "config.json"))
     elif name in DATA_FILES:
         marks.append(os.path.join(folder, "meta.json"))
     for mark in marks:

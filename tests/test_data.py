@@ -1002,4 +1002,6 @@ def test_other_preparations_adopt_no_data_either(tmp_path, name, arguments):
     other.rename(out / "config.json")  # a run
     with pytest.raises(SystemExit, match="would be a file of a run"):
         module.main([*arguments, f"--out={out}"])
+    with pytest.raises(SystemExit, match="would be a file of a run"):
+        module.main([*arguments, f"--out={out}/round_0"])
     assert os.listdir(out) == ["config.json"]
