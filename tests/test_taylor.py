@@ -28,7 +28,7 @@ from studies.taylor.calibration import (
 )
 from studies.taylor.losses import focal_nll, smoothed_nll
 from studies.taylor.model import TaylorGPT, TaylorGPTConfig
-from studies.taylor.run import Study
+from studies.taylor.run import Study, check_texts
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--device=cpu"]
 SHAPE = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -511,3 +511,14 @@ def test_the_committed_report_follows_from_the_committed_logs():
     study = analysis.read_study(f"{folder}/logs")
     text = analysis.report_text(study, analysis.data_sources(f"{folder}/logs"))
     assert open(f"{folder}/report.md", encoding="utf-8").read() == text
+
+
+def test_texts_of_another_file_of_the_same_name(tmp_path):
+    study = Study(str(tmp_path / "out"), str(tmp_path / "data"), "", False)
+    one, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    one.write_text("a\n")
+    other.write_text("b\n")
+    check_texts(study, str(one))
+    check_texts(study, str(one))
+    with pytest.raises(SystemExit, match="is of another file than"):
+        check_texts(study, str(other))

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data import cli
+from data.files import read_json, sha256, write_json
 from studies.taylor import analysis
 
 SEEDS = [1, 2, 3]  # each has its own posts, split and vocabulary
@@ -184,6 +185,19 @@ def data_commands(study: Study, ranked: str) -> list[list[str]]:
     return commands
 
 
+def check_texts(study: Study, ranked: str):
+    """The data folders have the name of the file of rows. Exit if they are of another file of that
+    name; note which one they are of."""
+    path, digest = f"{study.data}/texts.json", sha256(ranked)
+    if not os.path.exists(path):
+        os.makedirs(study.data, exist_ok=True)
+        write_json(path, {"sha256": digest})
+    elif read_json(path, ("sha256",))["sha256"] != digest:
+        raise SystemExit(
+            f"{study.data} is of another file than {ranked}: remove it, or rename this"
+        )
+
+
 def python(command: list[str], threads: int | None = None) -> int:
     """Run a module with its arguments in a process of its own; returns its exit status."""
     env = dict(os.environ)
@@ -231,6 +245,8 @@ def main(argv: list[str]):
         for command in [*prepare, *(run.command for run in runs)]:
             print("python -m " + shlex.join(command))
         return
+    if args.ranked and args.runs != "play":
+        check_texts(study, args.ranked)
     for command in prepare:
         if python(command):
             raise SystemExit(f"python -m {shlex.join(command)} failed")
