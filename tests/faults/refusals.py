@@ -609,15 +609,6 @@ def other_data_in_place(place):
     return sft(place, data)
 
 
-def other_init_in_place(place):
-    """The init of a begun run has other weights now."""
-    begun(place, "spin")
-    path = f"{place.run('pretrain')}/{CHECKPOINT}/model.safetensors"
-    init = changed_run(place, "pretrain", {"model.safetensors": flip_last_bit(path)})
-    change_config(place, init=init)
-    return spin(place, f"--init={init}")
-
-
 def pretrain_over(content: str, place):
     """An out_dir with a config.json that is not a run's."""
     write_file(place, "run/config.json", content)
@@ -639,7 +630,6 @@ RUNS = {
         ),
     ),
     "begun with data since changed": Mistake("was begun with data_sha256", other_data_in_place),
-    "begun with init since changed": Mistake("was begun with players_sha256", other_init_in_place),
     "config.json damaged, and another lr": Mistake(
         "was begun with lr",
         lambda place: pretrain(begun(place, "pretrain", "config.json", b"{"), "--lr=1.0"),
