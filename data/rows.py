@@ -21,9 +21,8 @@ def read_rows(path: str, prompt_only: bool = False) -> list[dict]:
     rows = []
     number = 0
     try:
-        f = open(
-            path, "rb"
-        )  # a text file reads ahead: a line that is not UTF-8 would have no number
+        # not as text, which is read ahead: a line that is not UTF-8 would have no number
+        f = open(path, "rb")
     except OSError as e:
         command = prepare_command(os.path.dirname(path))
         raise SystemExit(f"{path}: {e.strerror}; make it with: {command}")

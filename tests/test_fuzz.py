@@ -120,7 +120,7 @@ def rows_file(rng, rows: list, folder: str, number: int) -> str:
 
 
 def parsed_lines(path: str) -> list:
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", newline="\n") as f:
         return [json.loads(line) for line in f if line.strip()]
 
 
@@ -185,7 +185,7 @@ def sample_rows(path: str, out: str, model, enc) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
         sample.respond_to_file(model, enc, path, out, settings)
     responses = read_rows(out)
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", newline="\n") as f:
         num_asked = sum(1 for line in f if line.strip())
     if len(responses) < num_asked and " left no room" not in said.getvalue():
         return f"{len(responses)} responses to {num_asked} rows, nothing said"
