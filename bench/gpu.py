@@ -612,7 +612,10 @@ def cut_rows(rows, tokens, layout):
     """Batches of about so many tokens."""
     sizes = [count_row_tokens(row, layout) for row in rows]
     parts = split_by_tokens(sizes, min(len(rows), -(-sum(sizes) // tokens)))
-    return [batch_rows([rows[i] for i in part], layout) for part in parts]
+    batches = []
+    for part in parts:
+        batches.append(batch_rows([rows[i] for i in part], layout))
+    return batches
 
 
 def preference(bench: Bench):
