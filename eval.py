@@ -769,6 +769,8 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
     for path in (args.judge, args.reference):
         if path:
             checkpoint.resolve(path)
+    if args.reference and is_reward_model(args.reference):
+        raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
     if args.out:
         try:
             os.makedirs(args.out, exist_ok=True)
@@ -782,16 +784,14 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
         for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in entries)):
             check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
     for name, entry in entries.items():
-        is_reward_model = entry.meta["config"]["stage"] == "reward"
-        if args.judge and is_reward_model:
+        samples_nothing = entry.meta["config"]["stage"] == "reward"
+        if args.judge and samples_nothing:
             raise SystemExit(f"{name}: a reward model has no samples to judge; give it as --judge")
-        if args.reference and is_reward_model_at(args.reference):
-            raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
-        if args.reference and not is_reward_model:
+        if args.reference and not samples_nothing:
             check_same_tokenizer(name, entry.enc, args.reference)
 
 
-def is_reward_model_at(path: str) -> bool:
+def is_reward_model(path: str) -> bool:
     return checkpoint.read_meta(checkpoint.resolve(path))["config"]["stage"] == "reward"
 
 

@@ -572,7 +572,7 @@ class Stage:
     make_batch: Callable = batch_rows
     per_prompt: bool = False  # the loss is a mean over prompts; else over supervised tokens
     initial_loss: Callable | None = None  # what a round's loss starts with, if that is known
-    metrics: list[str] = field(default_factory=list)  # that `evaluate` can return, see below
+    metrics: list[str] = field(default_factory=list)  # that `evaluate` can return; []: not listed
 
 
 STAGES = {

@@ -84,7 +84,7 @@ MAX_SIZE = 2**28  # of a number in a model's config
 RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before a file that cannot be read is tried again
 NOT_FINITE = "weights are not finite"
 
-tokenizers = {}  # those that were loaded, by the sha256 of their files
+tokenizers = {}  # those that were loaded: `tokenizer_content` -> tokenizer
 
 save_thread = ThreadPoolExecutor(1, thread_name_prefix="save")
 latest_save = None  # the Future of the last save of this process
@@ -419,12 +419,8 @@ def publish(staging, path, meta):
     weights = os.path.join(staging, "model.safetensors")
     meta = {"format": FORMAT} | meta | {"weights_sha256": sha256(weights)}
     write_json(os.path.join(staging, "meta.json"), meta)
-    manifest = {}
+    write_manifest(staging)
     for name in list_files(staging):
-        file = os.path.join(staging, name)
-        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
-    write_json(os.path.join(staging, "manifest.json"), manifest)
-    for name in manifest:
         fsync_file(os.path.join(staging, name))
     for folder, _, _ in os.walk(staging, topdown=False):
         fsync_folder(folder)
@@ -439,6 +435,15 @@ def publish(staging, path, meta):
     fsync_folder(os.path.dirname(round_folder))
     if before:
         remove_tree(before)
+
+
+def write_manifest(path):
+    """Write manifest.json: the sha256 and size of every other file of a checkpoint."""
+    manifest = {}
+    for name in list_files(path):
+        file = os.path.join(path, name)
+        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
+    write_json(os.path.join(path, "manifest.json"), manifest)
 
 
 def write_safetensors(path, tensors, dtype=torch.float32):
@@ -523,6 +528,17 @@ def saved_files(path, folder: str) -> list[str]:
     return [name for name in manifest if name.startswith(f"{folder}/")]
 
 
+@contextlib.contextmanager
+def one_line_if_unreadable(file):
+    """Exit with one line if a .safetensors file is damaged, or cannot be read now."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise SystemExit(printable(f"{file} is damaged: it cannot be read ({e})"))
+    except OSError as e:
+        raise SystemExit(printable(f"{file} cannot be read ({e})"))
+
+
 def load_weights(path, model):
     """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. All
     ranks call this together.
@@ -531,7 +547,7 @@ def load_weights(path, model):
     """
     file = os.path.join(path, "model.safetensors")
     expected = distributed.run_on_rank0(read_meta, path)["weights_sha256"]
-    try:
+    with one_line_if_unreadable(file):
         if retried(sha256, file) != expected:
             raise SystemExit(f"{file} is damaged: its sha256 is not the one in meta.json")
         check_weights(path, model)
@@ -541,8 +557,6 @@ def load_weights(path, model):
                 tensor = f.get_tensor(name) if name in names else torch.zeros(p.shape)
                 require_finite(file, name, tensor)
                 distributed.copy_parameter_(p, tensor)
-    except (SafetensorError, OSError) as e:
-        raise SystemExit(f"{file} cannot be read ({e})")
 
 
 def require_finite(file, name: str, tensor):
@@ -553,15 +567,10 @@ def require_finite(file, name: str, tensor):
 def check_finite(path):
     """Exit with one line if a checkpoint's weights are not all finite."""
     file = os.path.join(path, "model.safetensors")
-    try:
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                require_finite(file, name, f.get_tensor(name))
-                distributed.heartbeat.touch()
-    except SafetensorError as e:
-        raise SystemExit(printable(f"{file} is damaged: it cannot be read ({e})"))
-    except OSError as e:
-        raise SystemExit(f"{file} cannot be read ({e})")
+    with one_line_if_unreadable(file), safe_open(file, framework="pt") as f:
+        for name in f.keys():
+            require_finite(file, name, f.get_tensor(name))
+            distributed.heartbeat.touch()
 
 
 def check_weights(path, model):
@@ -570,27 +579,22 @@ def check_weights(path, model):
     model that is not the file's."""
     file = os.path.join(path, "model.safetensors")
     params = dict(model.named_parameters())
-    try:
-        with safe_open(file, framework="pt") as f:
-            names = set(f.keys())
-            differing = [n for n in names ^ set(params) if not n.startswith("scalar_head.")]
-            if differing:
+    with one_line_if_unreadable(file), safe_open(file, framework="pt") as f:
+        names = set(f.keys())
+        differing = [n for n in names ^ set(params) if not n.startswith("scalar_head.")]
+        if differing:
+            raise SystemExit(
+                printable(f"{file} has other tensors than the model: {sorted(differing)[:3]}")
+            )
+        for name in names & set(params):
+            shape, dtype = f.get_slice(name).get_shape(), f.get_slice(name).get_dtype()
+            if list(shape) != list(params[name].shape):
                 raise SystemExit(
-                    printable(f"{file} has other tensors than the model: {sorted(differing)[:3]}")
+                    f"{file}: {name} has shape {tuple(shape)}, "
+                    f"the model needs {tuple(params[name].shape)}"
                 )
-            for name in names & set(params):
-                shape, dtype = f.get_slice(name).get_shape(), f.get_slice(name).get_dtype()
-                if list(shape) != list(params[name].shape):
-                    raise SystemExit(
-                        f"{file}: {name} has shape {tuple(shape)}, "
-                        f"the model needs {tuple(params[name].shape)}"
-                    )
-                if not str(dtype).startswith(("F", "BF")):
-                    raise SystemExit(f"{file}: {name} is {dtype}, not floating point")
-    except SafetensorError as e:
-        raise SystemExit(printable(f"{file} is damaged: it cannot be read ({e})"))
-    except OSError as e:
-        raise SystemExit(f"{file} cannot be read ({e})")
+            if not str(dtype).startswith(("F", "BF")):
+                raise SystemExit(f"{file}: {name} is {dtype}, not floating point")
 
 
 def read_meta(path) -> dict:

@@ -22,6 +22,9 @@ from nanospin import checkpoint, distributed
 from nanospin.config import import_function, pretrain_config
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 
+# Stages whose `init` is the reference too, for as long as the run lasts.
+POLICY_STAGES = ("preference", "spin", "ppo")
+
 ROLES = ("init", "teacher", "reward")  # settings that name a checkpoint; a teacher can be a file
 CHUNK_SIZE = 2**24  # bytes that are read at a time
 SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not kept
@@ -199,7 +202,7 @@ def same_inputs(cfg, before: dict, settings: dict) -> set[str]:
                 accept_if_unread(cfg, role, expected, before, settings)
             if settings["players_sha256"].get(role) == expected:
                 same.add(role)
-    if cfg.stage not in ("preference", "spin", "ppo"):
+    if cfg.stage not in POLICY_STAGES:
         same.add("players_sha256")  # init was read once, at the beginning
     return same
 
@@ -287,7 +290,7 @@ def is_read(cfg, role: str) -> bool:
     """Whether a run still reads init, teacher or reward. With a first checkpoint, preference and
     spin have what they need of init; spin then has the answers of a teacher that is a checkpoint.
     """
-    if cfg.stage not in ("preference", "spin", "ppo"):
+    if cfg.stage not in POLICY_STAGES:
         return False
     if role == "reward" or cfg.stage == "ppo" or not checkpoint.latest(cfg.out_dir):
         return True

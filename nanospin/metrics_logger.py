@@ -25,15 +25,15 @@ import torch
 from data.files import atomic_write, printable, require_regular, write_json
 from nanospin import distributed
 
-RANKING_METRICS = ["val_loss", "rank_nll", "acc", "margin", "kl_from_ref"]
+SHOWN_OF_RANKINGS = ["val_loss", "rank_nll", "acc", "margin", "kl_from_ref"]
 
 # stage -> the metrics of an evaluation that the console shows
 EVAL_METRICS = {
     "pretrain": ["val_loss"],
     "sft": ["val_loss", "pretrain_loss"],
     "reward": ["acc", "pair_nll"],
-    "preference": RANKING_METRICS,
-    "spin": RANKING_METRICS,
+    "preference": SHOWN_OF_RANKINGS,
+    "spin": SHOWN_OF_RANKINGS,
     "ppo": ["reward", "kl", "length", "ended", "pretrain_loss"],
 }
 # stage -> the metrics of a round's samples that the console shows; "length/": of every player

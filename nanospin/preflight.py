@@ -14,9 +14,7 @@ from data.folder import find_invalid_token, read_meta, read_stream
 from data.template import TEMPLATE
 from nanospin import checkpoint, config, distributed, inputs, lock
 from nanospin.distributed import run_on_rank0
-
-# Stages whose `init` is the reference too, for as long as the run lasts.
-POLICY_STAGES = ("preference", "spin", "ppo")
+from nanospin.inputs import POLICY_STAGES
 
 # Settings that may differ when a run is resumed: they do not change its results, but for rounding,
 # or say that they do.
@@ -247,12 +245,11 @@ def say_schedule_change(cfg, rounds_before):
     constant = cfg.schedule == "constant" and not cfg.warmup_ratio
     if cfg.stage != "ppo" or constant or rounds_before in (None, cfg.rounds):
         return
-    if distributed.rank() == 0:
-        print(
-            f"rounds was {rounds_before}, now it is {cfg.rounds}: the learning-rate schedule of "
-            "stage ppo spans all rounds, so the learning rate changes from here on",
-            flush=True,
-        )
+    print(
+        f"rounds was {rounds_before}, now it is {cfg.rounds}: the learning-rate schedule of "
+        "stage ppo spans all rounds, so the learning rate changes from here on",
+        flush=True,
+    )
 
 
 def say_dropout_change(before: dict, settings: dict, model: dict):

@@ -60,11 +60,7 @@ def seal(path):
     meta = read_json(f"{path}/meta.json")
     meta["weights_sha256"] = sha256(f"{path}/model.safetensors")
     write_json(f"{path}/meta.json", meta)
-    manifest = {}
-    for name in checkpoint.list_files(path):
-        size = os.path.getsize(f"{path}/{name}")
-        manifest[name] = {"sha256": sha256(f"{path}/{name}"), "bytes": size}
-    write_json(f"{path}/manifest.json", manifest)
+    checkpoint.write_manifest(path)
 
 
 def change_meta(path, change):

@@ -273,11 +273,7 @@ def reseal(path: str, *, weights: bool = True):
             meta = json.loads(read(f"{path}/meta.json"))
             meta["weights_sha256"] = sha256(f"{path}/model.safetensors")
             write_json(f"{path}/meta.json", meta)
-    manifest = {}
-    for name in checkpoint.list_files(path):
-        file = os.path.join(path, name)
-        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
-    write_json(f"{path}/manifest.json", manifest)
+    checkpoint.write_manifest(path)
 
 
 def use_checkpoint(path: str, good_tensors: dict) -> str:

@@ -247,11 +247,7 @@ def add_checkpoint(run):
     meta = read_json(f"{new}/meta.json")
     meta |= {"step": 20, "weights_sha256": sha256(f"{new}/model.safetensors")}
     write_json(f"{new}/meta.json", meta)
-    manifest = {}
-    for name in checkpoint.list_files(new):
-        file = f"{new}/{name}"
-        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
-    write_json(f"{new}/manifest.json", manifest)
+    checkpoint.write_manifest(new)
     return old
 
 

@@ -604,11 +604,7 @@ def spoil_weights(run, value):
     meta = read_json(f"{path}/meta.json")
     meta["weights_sha256"] = sha256(f"{path}/model.safetensors")
     write_json(f"{path}/meta.json", meta)
-    manifest = {}
-    for name in checkpoint.list_files(path):
-        file = f"{path}/{name}"
-        manifest[name] = {"sha256": sha256(file), "bytes": os.path.getsize(file)}
-    write_json(f"{path}/manifest.json", manifest)
+    checkpoint.write_manifest(path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -635,8 +635,8 @@ loss was.
 Data: {sources}.
 
 - In the first table of a setting, ± is the standard deviation over seeds. In a table of
-  differences, ± is half of Student's 95 % interval of the paired differences (same seed). Bold: the
-  interval excludes 0. There is no correction for multiple comparisons.
+  differences, ± is half of Student's 95 % interval of the paired differences (same seed). Bold:
+  the interval excludes 0. There is no correction for multiple comparisons.
 - Texts are split by row, or by group: then all texts of a post are on one side of the split.
 - Each seed has its own posts, split, vocabulary, initialization and data order (sft and spin: data
   order and samples only).
