@@ -61,7 +61,7 @@ from nanospin.rounds import (
     score_in_parts,
     write_manifest,
 )
-from sample import respond
+from sample import respond, response_text
 
 
 def collect(cfg, round_id: int, model, enc, device, dtype, say):
@@ -431,6 +431,11 @@ def own_ids(path: str, row: dict, enc) -> list[int]:
         raise SystemExit(
             f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, "
             f"outside the vocabulary of {enc.n_vocab}"
+        )
+    if response_text(enc, ids) != row["responses"][0]:
+        raise SystemExit(
+            f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
+            "its text: one of the two was edited; drop the ids to use the text"
         )
     return ids
 

@@ -144,13 +144,29 @@ def read_text(path: str) -> str:
         return f.read()
 
 
+def parse_json(text):
+    """json.loads, but a name that stands twice in an object is a ValueError: the last one would win
+    without a word."""
+    return json.loads(text, object_pairs_hook=unique_names)
+
+
+def unique_names(pairs: list[tuple]) -> dict:
+    """The (name, value) pairs of a JSON object as a dictionary."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:40]!r} stands twice in an object")
+    return found
+
+
 def read_json(path: str, required=(), advice: str = "") -> dict:
     """Read a JSON object that has the keys in `required`.
 
     Exits with one line, which ends in `advice`, if it cannot.
     """
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except OSError as e:
         raise SystemExit(f"{path}: {e.strerror}{advice}")
     except (ValueError, RecursionError) as e:

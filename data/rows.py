@@ -5,7 +5,7 @@ import json
 import os
 
 from data import tokenizer
-from data.files import atomic_write
+from data.files import atomic_write, parse_json
 from data.folder import prepare_command
 from data.template import cut_prompt_ids
 
@@ -31,7 +31,7 @@ def read_rows(path: str, prompt_only: bool = False) -> list[dict]:
             for number, content in enumerate(f, 1):
                 line = content.decode()
                 if line.strip():
-                    rows.append(check_row(json.loads(line), f"{path}:{number}", prompt_only))
+                    rows.append(check_row(parse_json(line), f"{path}:{number}", prompt_only))
         except UnicodeDecodeError as e:
             raise SystemExit(f"{path}:{number}: not UTF-8: {e.reason}")
         except (ValueError, RecursionError) as e:

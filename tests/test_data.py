@@ -1005,3 +1005,15 @@ def test_other_preparations_adopt_no_data_either(tmp_path, name, arguments):
     with pytest.raises(SystemExit, match="would be a file of a run"):
         module.main([*arguments, f"--out={out}/round_0"])
     assert os.listdir(out) == ["config.json"]
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    """json.loads would take the last one without a word."""
+    path = f"{tmp_path}/train.jsonl"
+    with open(path, "w") as f:
+        f.write('{"prompt": "a", "responses": ["b"]}\n')
+        f.write('{"prompt": "a", "responses": ["b"], "prompt": "c"}\n')
+    with pytest.raises(SystemExit, match="train.jsonl:2.*'prompt' stands twice"):
+        read_rows(path)
+    with pytest.raises(SystemExit, match="train.jsonl:2.*'prompt' stands twice"):
+        jsonl_prepare.main([path, f"--out={tmp_path}/out"])

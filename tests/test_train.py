@@ -541,8 +541,8 @@ def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
             answer = {"prompt": row["prompt"], "responses": ["so it ends"]}
             expected[row["prompt"]] = [*b"so it ends", 256]
             if len(teacher) % 2 == 0:
-                answer |= {"ids": [[1, 2, 3]], "tokenizer": fingerprint}
-                expected[row["prompt"]] = [1, 2, 3]
+                answer |= {"ids": [[*b"so it ends"]], "tokenizer": fingerprint}
+                expected[row["prompt"]] = [*b"so it ends"]
             teacher.append(answer)
     write_rows(f"{tmp_path}/teacher.jsonl", teacher)
     options = ["--players=data,teacher,self", f"--teacher={tmp_path}/teacher.jsonl"]
@@ -551,6 +551,19 @@ def test_a_teacher_from_a_ranked_file(tiny_runs, tiny_data, tmp_path):
     assert len(rows) == 40
     for row in rows:
         assert row["ids"][1] == expected[row["prompt"]]
+
+
+def test_samples_whose_text_was_edited_are_refused(tiny_data, tmp_path):
+    """The ids of a sample would be used, and the edit would change nothing."""
+    enc, path = tokenizer.load("bytes"), f"{tmp_path}/teacher.jsonl"
+    rows = read_rows(f"{tiny_data}/train.jsonl")[:1]
+    answer = {"prompt": rows[0]["prompt"], "responses": ["eleven"]}
+    answer |= {"ids": [[*b"twelve", 256]], "tokenizer": tokenizer.fingerprint(enc)}
+    write_rows(path, [answer])
+    with pytest.raises(SystemExit, match="the ids are not those of its text"):
+        rollout.match_responses(path, rows, enc)
+    write_rows(path, [answer | {"responses": ["twelve"]}])
+    assert rollout.match_responses(path, rows, enc) == [("twelve", [*b"twelve", 256])]
 
 
 def teacher_rows(data, answer):

@@ -16,7 +16,6 @@ with a text.
 """
 
 import gzip
-import json
 import os
 import sys
 import zlib
@@ -25,7 +24,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from data import cli, tokenizer
-from data.files import check_output, printable
+from data.files import check_output, parse_json, printable
 from data.folder import check_other_data, split_of, write_meta, write_stream
 from data.rows import check_row, is_unicode, write_rows
 
@@ -63,7 +62,7 @@ def read_lines(path):
 
 def parse_line(line, where):
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except (ValueError, RecursionError) as e:
         raise SystemExit(f"{where}: not JSON: {e}")
     if not isinstance(value, dict):
