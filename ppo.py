@@ -17,13 +17,9 @@ RUN/round_R/ holds self_train.jsonl (samples), train.jsonl (with their scores), 
 what it was made from), all made once, by the policy that sampled.
 """
 
-import copy
-import math
 import os
 import re
-import sys
 import time
-import traceback
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,21 +27,20 @@ import torch
 
 from data import tokenizer
 from data.batch import Batch, batch_indices, ppo_batch
-from data.files import atomic_write, printable, read_arrays, sha256, write_json
+from data.files import atomic_write, read_arrays, sha256, write_json
 from data.rows import (
     encode_rows,
-    is_score,
     name_tokenizer,
     prompt_fields,
     read_rows,
     sampled_row,
     write_rows,
 )
-from eval import map_batches, retokenize, row_scores, validation_rows
+from eval import map_batches, validation_rows
 from loss import kl_estimates
 from model import GPT
 from nanospin import checkpoint, distributed, inputs, rounds
-from nanospin.config import convert, import_function
+from nanospin.config import convert
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
     check_policy,
@@ -63,6 +58,7 @@ from rollout import (
     say_shared_prompts,
     unique_prompts,
 )
+from scorer import score_rows
 
 # The metrics of `sample_report`, for `keep_best`.
 METRICS = [
@@ -146,7 +142,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
         manifest = {
             "policy": checkpoint.read_meta(policy)["weights_sha256"],
             "reward": cfg.reward,
-            "reward_sha256": inputs.reward_sha256(cfg.reward),
+            "reward_sha256": inputs.scorer_sha256(cfg.reward),
             "tokenizer": tokenizer.fingerprint(enc),
             "seed": cfg.seed,
             "files": {
@@ -266,7 +262,8 @@ def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Tra
 
     policy = score_in_parts(f"{path}.policy", encoded, "policy", score_policy)
     refs = reference_logps(cfg, path, encoded, enc, device, dtype)
-    scores = reward_scores(cfg, path, rows, texts, ids, encoded, enc, device, dtype)
+    one_each = [[text] for text in texts], [[y] for y in ids]
+    scores = score_rows(cfg, f"{path}.reward", rows, *one_each, enc, device, dtype)[:, 0]
     ends = np.cumsum([len(row["responses"][0]) for row in encoded])[:-1]
     return Trajectories(
         texts=texts,
@@ -289,18 +286,6 @@ def reference_logps(cfg, path, encoded, enc, device, dtype) -> np.ndarray:
         return token_arrays(reference, cfg, part, enc, device, f"the reference {cfg.init}")
 
     return score_in_parts(f"{path}.reference", encoded, weights, score)["logps"]
-
-
-def reward_scores(cfg, path, rows, texts, ids, encoded, enc, device, dtype) -> np.ndarray:
-    """The rewards of all responses (n,) float64, see `rewards`."""
-    judge = None if ":" in cfg.reward else GPT.from_checkpoint(cfg.reward, device, dtype)
-    of = str(run_on_rank0(inputs.reward_sha256, cfg.reward))
-
-    def score(numbers: range) -> dict[str, np.ndarray]:
-        part = slice(numbers.start, numbers.stop)
-        return {"scores": rewards(cfg, judge, rows[part], texts[part], ids[part], enc, device)}
-
-    return score_in_parts(f"{path}.reward", encoded, of, score)["scores"]
 
 
 def remove_score_parts(path: str):
@@ -340,94 +325,6 @@ def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.nd
     logps = [np.asarray(row[0], dtype=np.float32) for row in results]
     values = [np.asarray(row[1], dtype=np.float32) for row in results]
     return logps, values
-
-
-def rewards(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
-    """R(x, y) of each response (n,) float64, from module:function, called with the data's row and
-    the response's text, or from a reward model with its own template and limits.
-
-    judge: (model, tokenizer, meta) of a reward model; None: `reward` is a function. Exits with one
-    line if a reward is not a finite number.
-    """
-    if judge is None:
-        return function_rewards(cfg.reward, rows, texts)
-    judge, judge_enc, meta = judge
-    config = meta["config"]
-    responded = []
-    for row, text, y in zip(rows, texts, ids):
-        judge_ids = retokenize(judge_enc, enc, text, y)
-        responded.append(sampled_row(row, text, judge_ids, judge_enc))
-    encoded, counts = encode_rows(
-        responded,
-        judge_enc,
-        config["template"],
-        judge.config.block_size,
-        config["max_prompt"],
-        config["max_response"],
-    )
-    if None in encoded:
-        raise SystemExit(
-            f"{cfg.reward}: its block_size {judge.config.block_size} leaves no room after "
-            f"{counts['dropped']} prompts; set max_prompt of that run"
-        )
-    budget = distributed.micro_batch_tokens(cfg, device)
-    scores = row_scores(judge, encoded, budget, device)[:, 0].astype(np.float64)
-    for row, text, score in zip(rows, texts, scores):
-        if not is_score(float(score)):
-            raise SystemExit(
-                bad_reward(cfg.reward, f"gave {score}, not a finite number", row, text)
-            )
-    return scores
-
-
-def function_rewards(name: str, rows, texts) -> np.ndarray:
-    """The rewards (n,) float64 that "module:function" gives. Each row is scored by one rank, once:
-    a function that is not deterministic must give all ranks the same."""
-    function = import_function(name)
-    scores, error, shown = {}, "", ""
-    for n in range(distributed.rank(), len(rows), distributed.world_size()):
-        try:
-            value = function(copy.deepcopy(rows[n]), texts[n])  # it may change its row
-        except (Exception, SystemExit) as e:
-            error = bad_reward(name, f"raised {type(e).__name__}: {e}", rows[n], texts[n])
-            trace = e.__traceback__.tb_next  # without this function
-            shown = "".join(traceback.format_exception(type(e), e, trace))
-            break
-        scores[n] = as_number(value)
-        if not is_score(scores[n]):
-            error = bad_reward(
-                name, f"gave {shorten(value)}, not a finite number", rows[n], texts[n]
-            )
-            break
-    of_ranks = distributed.all_gather_object((error, shown))
-    for rank, (error, shown) in enumerate(of_ranks):
-        if error:
-            if rank == distributed.rank():
-                sys.stderr.write(printable(shown))
-            raise SystemExit(error)
-    return np.array(distributed.merge_results(len(rows), scores), dtype=np.float64)
-
-
-def as_number(value) -> float:
-    """What a reward function returned as a float; NaN if it is not a number."""
-    if isinstance(value, (str, bytes)):
-        return math.nan
-    try:
-        return float(value)
-    except Exception:  # of whatever type it is
-        return math.nan
-
-
-def bad_reward(name: str, what: str, row: dict, text: str) -> str:
-    return (
-        f"reward {name} {what}, for the prompt {row['prompt'][:60]!r} and the response "
-        f"{text[:60]!r}; no row of the round was written: mend it and run the same command again"
-    )
-
-
-def shorten(value) -> str:
-    """A value in one short line."""
-    return " ".join(repr(value).split())[:80]
 
 
 # ---------------------------------------------------------------------------------- arithmetic
@@ -485,6 +382,22 @@ def advantages(
         advantage = whiten(advantage)
     arrays = {"logps": logps, "values": values, "advantages": advantage, "returns": returns}
     return {name: array.astype(np.float32) for name, array in arrays.items()}, metrics
+
+
+def group_advantages(rewards: np.ndarray, estimator: str) -> np.ndarray:
+    """Advantages of K samples of each prompt, from the group alone. rewards (n, K) -> (n, K).
+
+    grpo      (R - mean) / (std + 1e-4), std with K - 1 (arXiv 2402.03300, section 4.1.2)
+    dr_grpo   R - mean (2503.20783)
+    rloo      R - the mean of the others = K / (K - 1) (R - mean) (2402.14740)
+    """
+    K = rewards.shape[1]
+    centered = rewards - rewards.mean(1, keepdims=True)
+    if estimator == "grpo":
+        return centered / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
+    if estimator == "rloo":
+        return centered * K / (K - 1)
+    return centered
 
 
 def gae(

@@ -67,8 +67,16 @@ class Config:
     # ---- self-play: a round samples from the policy, ranks the responses and trains
     rounds: int = 1
     keep_rounds: int = 0  # keep the checkpoints of this many earlier rounds; 0: all
-    # best first: data, teacher, self, and self-1, self-2 ... (samples of earlier rounds)
+    # best first: data, teacher, self, and self-1, self-2 ... (samples of earlier rounds); self:4 is
+    # four samples
     players: list[str] = field(default_factory=lambda: ["data", "self"])
+    # who ranks: "order" of the players (spin) or the "data" (preference), both the default there,
+    # or a scorer: module:function(row, text) -> float, or a checkpoint of a reward model or of a
+    # language model, a judge. docs/ranking.md
+    ranked_by: str = ""
+    top_players: list[str] = field(default_factory=list)  # stay on top, whatever the scorer says
+    best_and_worst: bool = False  # of what a scorer ranks, train on these two only
+    judge_length_normalize: bool = True  # a judge's log-probability per token; else of the whole
     teacher: str = ""  # checkpoint, ranked .jsonl file, or "rows": each row's second response
     replay_rounds: int = 0  # train on the rows of this many earlier rounds too (SPIN: 1)
     temperature: float = 1.0
@@ -96,26 +104,36 @@ class Config:
 
     # ---- objective
     beta: float | list[float] = 0.1  # temperature of implicit rewards; a list: one value per round
-    loss_type: str = "pl"  # pl (DPO, SPIN) | pairs | ipo | simpo | orpo; reward: pl | pairs
+    # pl (DPO, SPIN) | pairs | ipo | simpo | orpo | hinge | linear | sppo | best_of_n; reward: pl |
+    # pairs
+    loss_type: str = "pl"
+    length_normalize: bool = False  # implicit rewards per token of the response
     margin: float = 0.0  # simpo's gamma
     rank_depth: int = 0  # terms of the ranking that count; 0: all
     label_smoothing: float = 0.0  # weight of the reversed ranking (cDPO)
     nll_coef: float = 0.0  # weight of the next-token loss on the best response (RPO)
     taylor_order: float = 0.0  # n of T_n, for tokens and rankings; 0: -log p
-    score_margin: float = 0.0  # reward: margin per difference of the data's scores
+    score_margin: float = 0.0  # pl, pairs: margin per difference of the scores
     center_coef: float = 0.0  # reward: weight of (s_i + s_j)^2, which centers the scores
 
     # ---- ppo: a round samples and scores max_rows prompts and takes `epochs` over them
     reward: str = ""  # checkpoint of a reward model, or module:function(row, text) -> float
+    # gae, with a value head | from the samples of a prompt: grpo | dr_grpo | rloo | from `teacher`,
+    # token by token: reverse_kl (on-policy distillation)
+    advantage: str = "gae"
+    samples_per_prompt: int = 1  # the size of a group
+    loss_average: str = "token"  # over tokens | sequence: of responses' means | constant: Dr. GRPO
+    kl_in: str = "reward"  # where kl_coef counts: in the reward | in the loss, by k3
     kl_coef: float = 0.05  # penalty on log pi - log pi_ref per token; the reference is `init`
     kl_target: float = 0.0  # nats per response that kl_coef adapts to; 0: kl_coef is fixed
     kl_adapt: float = 0.1  # speed of the adaptation (K_beta of arXiv 1909.08593)
-    whiten_rewards: bool = True  # by mean and deviation of the first round's samples
-    whiten_advantages: bool = True  # over the tokens of a round
+    whiten_rewards: bool = True  # gae: by mean and deviation of the first round's samples
+    whiten_advantages: bool = True  # gae: over the tokens of a round
     missing_eos_penalty: float = 1.0  # subtracted if a response has no end-of-text
     discount: float = 1.0
     gae_lambda: float = 0.95
     clip_range: float = 0.2  # of the policy ratio; 0: none
+    clip_range_high: float = 0.0  # its upper end; 0: the same
     value_clip_range: float = 0.2  # of the change in value; 0: none
     value_coef: float = 0.1
     entropy_coef: float = 0.0
@@ -143,7 +161,20 @@ class Config:
 CHOICES = {
     "stage": ["pretrain", "sft", "reward", "preference", "spin", "ppo"],
     "device": ["", "cpu", "cuda"],
-    "loss_type": ["pl", "pairs", "ipo", "simpo", "orpo"],
+    "loss_type": [
+        "pl",
+        "pairs",
+        "ipo",
+        "simpo",
+        "orpo",
+        "hinge",
+        "linear",
+        "sppo",
+        "best_of_n",
+    ],
+    "advantage": ["gae", "grpo", "dr_grpo", "rloo", "reverse_kl"],
+    "loss_average": ["token", "sequence", "constant"],
+    "kl_in": ["reward", "loss"],
     "dtype": ["", "float32", "bfloat16"],
     "matmul_precision": ["", "highest", "high", "medium"],
     "optimizer": ["adamw", "rmsprop", "muon"],
@@ -165,6 +196,7 @@ POSITIVE_INTEGERS = [
     "gen_batch_size",
     "pretrain_batch_size",
     "keep_last",
+    "samples_per_prompt",
 ]
 
 # every other number must be at least 0; these have a range of their own, which `check` tests
@@ -230,6 +262,13 @@ ELSEWHERE = {
     "gamma": "discount",
     "lam": "gae_lambda",
     "reward_model": "reward",
+    "reward_funcs": "reward",
+    "num_generations": "samples_per_prompt",
+    "group_size": "samples_per_prompt",
+    "adv_estimator": "advantage",
+    "epsilon": "clip_range",
+    "epsilon_high": "clip_range_high",
+    "judge": "ranked_by",
     "num_rounds": "rounds",
     "bf16": "dtype",
 }
@@ -412,6 +451,7 @@ def check(cfg: Config):
     check_values(cfg)
     check_objective(cfg)
     check_rounds(cfg)
+    check_ranked_by(cfg)
     if cfg.stage == "spin":
         check_players(cfg)
     if cfg.stage == "ppo":
@@ -471,6 +511,14 @@ def check_objective(cfg: Config):
         f"stage {stage} has no label_smoothing, only preference and spin",
     )
     require(not cfg.margin or loss_type == "simpo", "only loss_type simpo has a margin")
+    require(
+        not cfg.length_normalize or loss_type not in ("simpo", "orpo", "best_of_n"),
+        f"loss_type {loss_type} has no reference, so no length_normalize",
+    )
+    require(
+        not cfg.length_normalize or stage in ("preference", "spin"),
+        f"stage {stage} has no length_normalize, only preference and spin",
+    )
     if loss_type not in ("pl", "simpo", "orpo"):  # loss.PLACKETT_LUCE_TYPES
         ranking = stage in ("preference", "spin")
         unused = cfg.rank_depth or cfg.label_smoothing or (ranking and cfg.taylor_order)
@@ -485,16 +533,21 @@ def check_objective(cfg: Config):
         for name in ("rank_depth", "nll_coef", "taylor_order"):
             require(not getattr(cfg, name), f"stage reward has no {name}")
     else:
-        for name in ("score_margin", "center_coef"):
-            require(not getattr(cfg, name), f"only stage reward has {name}")
+        require(not cfg.center_coef, "only stage reward has center_coef")
+        ranks_pairs = stage in ("preference", "spin") and loss_type in ("pl", "pairs")
+        require(
+            not cfg.score_margin or ranks_pairs,
+            "score_margin is for stages reward, preference and spin with loss_type pl or pairs",
+        )
     require(
         not cfg.pretrain_coef or stage in ("sft", "ppo"),
         f"stage {stage} has no pretrain_coef, only sft and ppo",
     )
+    needs_reward = stage == "ppo" and cfg.advantage != "reverse_kl"
     require(
-        (stage == "ppo") == bool(cfg.reward),
+        needs_reward == bool(cfg.reward),
         "stage ppo, and no other stage, needs `reward`: a reward model's run folder, or "
-        "module:function",
+        "module:function; advantage reverse_kl has none",
     )
 
 
@@ -518,25 +571,62 @@ def check_rounds(cfg: Config):
         require(all(v > 0 for v in values), f"{name} must be above 0")
 
 
+def check_ranked_by(cfg: Config):
+    """Who ranks, and what only a scorer's ranking has."""
+    stage, ranked_by = cfg.stage, cfg.ranked_by
+    if stage not in ("preference", "spin"):
+        require(not ranked_by, f"stage {stage} has no ranked_by, only preference and spin")
+    require(
+        (stage, ranked_by) not in (("spin", "data"), ("preference", "order")),
+        f"stage {stage} is not ranked by {ranked_by}: stage preference ranks the data's responses, "
+        "by the data or a scorer; stage spin the players', by their order or a scorer",
+    )
+    require(
+        not cfg.best_and_worst or is_scored(cfg),
+        "best_and_worst needs a scorer in ranked_by",
+    )
+    require(
+        not cfg.top_players or stage == "spin" and is_scored(cfg),
+        "top_players needs stage spin and a scorer in ranked_by",
+    )
+    require(
+        not cfg.score_margin or stage != "spin" or is_scored(cfg),
+        "score_margin in stage spin needs a scorer in ranked_by",
+    )
+
+
 def check_players(cfg: Config):
     players = cfg.players
     for name in players:
+        several = re.fullmatch("self:[1-9][0-9]{0,3}", name)
         earlier_self = re.fullmatch("self-[1-9][0-9]{0,5}", name)
         require(
-            name in ("data", "teacher", "self") or earlier_self,
-            f"players are data, teacher, self, self-1, self-2 ..., got {name!r}",
+            name in ("data", "teacher", "self") or several or earlier_self,
+            f"players are data, teacher, self, self:2 ..., self-1, self-2 ..., got {name!r}",
         )
-    require(len(set(players)) == len(players), f"players must differ, got {players}")
-    require(len(players) >= 2, f"players must be two or more, got {players}")
+        require(
+            not earlier_self or not is_scored(cfg),
+            f"player {name} is for ranked_by order: under a scorer each round has other prompts",
+        )
+    columns = player_columns(cfg)
+    require("self" in columns, "players must include self, the policy's own samples")
+    names = [name.partition(":")[0] for name in players]
+    require(len(set(names)) == len(names), f"players must differ, got {players}")
+    require(len(columns) >= 2, f"players must be two or more, got {players}")
     require(
-        players[0] == "data",
-        "players must begin with data: validation loss and nll_coef use its responses",
+        is_scored(cfg) or players[0] == "data",
+        "players must begin with data: validation loss and nll_coef use its responses; only a "
+        "scorer in ranked_by takes any players",
     )
-    require("self" in players, "players must include self, the policy's own samples")
     require(
         ("teacher" in players) == bool(cfg.teacher),
         "set `teacher` exactly when players include teacher",
     )
+    top = cfg.top_players
+    for name in top:
+        require(name in ("data", "teacher"), f"top_players are data and teacher, got {name!r}")
+        require(name in players, f"top_players {name} is not among the players {players}")
+    require(len(set(top)) == len(top), f"top_players must differ, got {top}")
 
 
 def check_ppo(cfg: Config):
@@ -547,6 +637,29 @@ def check_ppo(cfg: Config):
     require(cfg.discount <= 1, f"discount must be in [0, 1], got {cfg.discount}")
     require(cfg.gae_lambda <= 1, f"gae_lambda must be in [0, 1], got {cfg.gae_lambda}")
     require(cfg.clip_range < 1, f"clip_range must be below 1, got {cfg.clip_range}")
+    require(
+        not cfg.clip_range_high or cfg.clip_range,
+        "clip_range_high needs clip_range: 0 does not clip",
+    )
+    of_group = cfg.advantage in ("grpo", "dr_grpo", "rloo")
+    require(
+        not of_group or cfg.samples_per_prompt >= 2,
+        f"advantage {cfg.advantage} compares the samples of a prompt: set samples_per_prompt to 2 "
+        "or more",
+    )
+    for_distillation = cfg.advantage == "reverse_kl"
+    require(
+        for_distillation == bool(cfg.teacher),
+        "stage ppo has a `teacher` exactly with advantage reverse_kl",
+    )
+    require(
+        cfg.teacher != "rows" and not cfg.teacher.endswith(".jsonl"),
+        "advantage reverse_kl needs a checkpoint as teacher: its log-probabilities",
+    )
+    require(
+        cfg.loss_average != "constant" or cfg.max_response,
+        "loss_average constant divides by max_response: set it",
+    )
 
 
 # -------------------------------------------------------------------------------- using a config
@@ -557,6 +670,27 @@ def per_round(value, round_id: int):
     if not isinstance(value, list):
         return value
     return value[0] if len(value) == 1 else value[round_id]
+
+
+def scorer_name(cfg: Config) -> str:
+    """Who scores responses: `reward`, or `ranked_by` if that is a scorer; "" if nobody."""
+    if cfg.reward:
+        return cfg.reward
+    return "" if cfg.ranked_by in ("order", "data") else cfg.ranked_by
+
+
+def is_scored(cfg: Config) -> bool:
+    """Whether a scorer ranks the responses of spin or preference."""
+    return not cfg.reward and scorer_name(cfg) != ""
+
+
+def player_columns(cfg: Config) -> list[str]:
+    """The player of each response of a row: ["data", "self:2"] has data, self, self."""
+    columns = []
+    for player in cfg.players:
+        name, _, count = player.partition(":")
+        columns += [name] * int(count or 1)
+    return columns
 
 
 def pretrain_config(cfg: Config) -> Config:
@@ -581,7 +715,7 @@ def import_function(name: str):
         reason = "it is not a function"
     if not callable(found):
         raise SystemExit(
-            f"reward {name}: {reason}; give a reward model's run folder, or module:function"
+            f"scorer {name}: {reason}; give a checkpoint's run folder, or module:function"
         )
     return found
 

@@ -19,13 +19,15 @@ from dataclasses import replace
 from data import tokenizer
 from data.files import read_json, write_json
 from nanospin import checkpoint, distributed
-from nanospin.config import import_function, pretrain_config
+from nanospin.config import import_function, pretrain_config, scorer_name
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 
 # Stages whose `init` is the reference too, for as long as the run lasts.
 POLICY_STAGES = ("preference", "spin", "ppo")
 
-ROLES = ("init", "teacher", "reward")  # settings that name a checkpoint; a teacher can be a file
+# Settings that name a checkpoint. A teacher can be a file, and the last two functions.
+ROLES = ("init", "teacher", "reward", "ranked_by")
+NO_PATHS = ("", "rows", "order", "data")  # values of these settings that name none
 CHUNK_SIZE = 2**24  # bytes that are read at a time
 SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not kept
 
@@ -116,7 +118,7 @@ def record(cfg, data_sha256: dict) -> dict:
     checkpoints, hashes = {}, {}
     for role in ROLES:
         path = getattr(cfg, role)
-        if not path or path == "rows" or not os.path.exists(path):
+        if path in NO_PATHS or not os.path.exists(path):
             continue  # a missing one is refused where it is needed
         if role == "teacher" and os.path.isfile(path):
             hashes[role] = file_sha256(path, cfg.out_dir)
@@ -129,8 +131,8 @@ def record(cfg, data_sha256: dict) -> dict:
             if is_read(cfg, role):
                 raise
     entries = {"players_sha256": hashes, "checkpoints": checkpoints}
-    if ":" in cfg.reward:
-        entries["reward_source_sha256"] = source_sha256(cfg.reward)
+    if ":" in scorer_name(cfg):
+        entries["reward_source_sha256"] = source_sha256(scorer_name(cfg))
     if cfg.tokenizer not in ("", "gpt2", "bytes"):
         entries["tokenizer_sha256"] = tokenizer.fingerprint(tokenizer.load(cfg.tokenizer))
     return entries
@@ -156,9 +158,9 @@ def source_sha256(function: str) -> str | None:
     return hash_chunks(path)
 
 
-def reward_sha256(reward: str) -> str | None:
-    """The sha256 of a reward function's source, or of a reward model's weights."""
-    return source_sha256(reward) if ":" in reward else checkpoint.weights_sha256(reward)
+def scorer_sha256(scorer: str) -> str | None:
+    """The sha256 of a function's source, or of the weights of a model that scores."""
+    return source_sha256(scorer) if ":" in scorer else checkpoint.weights_sha256(scorer)
 
 
 def pin(cfg, settings: dict):
@@ -287,19 +289,22 @@ def require_all(out_dir: str):
 
 
 def is_read(cfg, role: str) -> bool:
-    """Whether a run still reads init, teacher or reward. With a first checkpoint, preference and
-    spin have what they need of init; spin then has the answers of a teacher that is a checkpoint.
+    """Whether a run still reads a role's file. With a first checkpoint, preference and spin have
+    what they need of init, and preference of its scorer; spin then has the answers of a teacher
+    that is a checkpoint.
     """
     if cfg.stage not in POLICY_STAGES:
         return False
     if role == "reward" or cfg.stage == "ppo" or not checkpoint.latest(cfg.out_dir):
         return True
+    if role == "ranked_by":
+        return cfg.stage == "spin"
     return role == "teacher" and not is_answered(cfg)
 
 
 def is_answered(cfg) -> bool:
     """Whether a run has all answers of a teacher that is a checkpoint."""
-    if cfg.teacher in ("", "rows") or os.path.isfile(cfg.teacher):
+    if cfg.stage == "ppo" or cfg.teacher in ("", "rows") or os.path.isfile(cfg.teacher):
         return False
     return all(os.path.exists(teacher_file(cfg, split)) for split in ("train", "val"))
 
@@ -311,7 +316,8 @@ def teacher_file(cfg, split: str) -> str:
 def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):
     """Say that a reward function has another source than when the run began. This is not refused:
     once a function is mended, the same command must continue."""
-    if ":" not in cfg.reward or source_sha256(cfg.reward) == settings.get("reward_source_sha256"):
+    name = scorer_name(cfg)
+    if ":" not in name or source_sha256(name) == settings.get("reward_source_sha256"):
         return
-    text = f"the source of reward {cfg.reward} has changed since this run began"
+    text = f"the source of reward {name} has changed since this run began"
     log.warning(start[0], max(0, start[1]), text)

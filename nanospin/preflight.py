@@ -90,7 +90,7 @@ def prepare_run(cfg) -> Start:
     settings = run_settings(cfg)
     check_teacher(cfg)
     run_on_rank0(check_policies, cfg)
-    run_on_rank0(check_reward, cfg)
+    run_on_rank0(check_scorer, cfg)
     check_out_dir(cfg.out_dir)
     run_on_rank0(lock.acquire, cfg.out_dir)
     if distributed.rank() == 0:
@@ -181,15 +181,17 @@ def check_policies(cfg):
         check_finite_at_first(cfg, found)
 
 
-def check_reward(cfg):
-    """`reward` must be a function that can be imported, or a reward model."""
-    if ":" in cfg.reward:
-        config.import_function(cfg.reward)
-    elif cfg.reward:
-        found = checkpoint.resolve(cfg.reward)
-        if checkpoint.read_meta(found)["config"]["stage"] != "reward":
+def check_scorer(cfg):
+    """`reward` and `ranked_by` must be a function that can be imported, or a checkpoint; `reward`
+    that of a reward model."""
+    name = config.scorer_name(cfg)
+    if ":" in name:
+        config.import_function(name)
+    elif name and inputs.is_read(cfg, "reward" if cfg.reward else "ranked_by"):
+        found = checkpoint.resolve(name)
+        if cfg.reward and checkpoint.read_meta(found)["config"]["stage"] != "reward":
             raise SystemExit(
-                f"reward {cfg.reward} is not a reward model: it was not trained by stage reward"
+                f"reward {name} is not a reward model: it was not trained by stage reward"
             )
         check_finite_at_first(cfg, found)
 

@@ -179,7 +179,7 @@ def test_command_for_run():
 def test_import_function():
     assert import_function("math:sqrt")(9.0) == 3.0
     for name in ("nowhere:f", "math:nothing", "math:pi"):
-        with pytest.raises(SystemExit, match=f"reward {name}"):
+        with pytest.raises(SystemExit, match=f"scorer {name}"):
             import_function(name)
 
 

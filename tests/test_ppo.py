@@ -30,6 +30,7 @@ from conftest import (
 from test_distributed import ENV, assert_equal_up_to_rounding, torchrun, torchrun_command
 
 import ppo
+import scorer as scoring
 import rollout
 import train
 from data import tokenizer
@@ -708,7 +709,7 @@ def test_a_reward_model_that_gives_nan_is_refused(
     def broken(*args):
         return np.full((24, 1), np.nan, dtype=np.float32)
 
-    monkeypatch.setattr(ppo, "row_scores", broken)
+    monkeypatch.setattr(scoring, "row_scores", broken)
     message = refused(ppo_args(tiny_runs, tiny_data, f"{tmp_path}/r", f"--reward={reward_run}"))
     assert f"reward {reward_run}" in message
     assert "gave nan" in message
@@ -745,7 +746,7 @@ def test_log_probabilities_that_are_not_finite_are_refused(
     [
         pytest.param("token_scores", 1, id="policy"),
         pytest.param("token_scores", 4, id="reference"),
-        pytest.param("rewards", 2, id="reward"),
+        pytest.param("score_responses", 2, id="reward"),
         pytest.param("write_json", 0, id="manifest"),
     ],
 )
@@ -769,7 +770,8 @@ def test_scoring_goes_on_from_its_parts(
     assert calls[:6] == [8] * 6
     calls.clear()
     with monkeypatch.context() as m:
-        m.setattr(ppo, function, killing(getattr(ppo, function), at))
+        module = scoring if function == "score_responses" else ppo
+        m.setattr(module, function, killing(getattr(module, function), at))
         with pytest.raises(Killed):
             train.main(ppo_args(tiny_runs, tiny_data, killed, *options))
     assert glob.glob(f"{killed}/round_0/*.part*")
@@ -808,15 +810,15 @@ def test_a_signal_is_heard_between_parts(tiny_runs, tiny_data, tmp_path, monkeyp
     out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
     options = ["--rounds=1", "--max_steps=2", "--eval_interval=100"]
     train.main(ppo_args(tiny_runs, tiny_data, whole, *options))
-    rewards = ppo.rewards
+    score_responses = scoring.score_responses
 
     def signalled(*args):
         elastic.received_signals.append(15)
-        return rewards(*args)
+        return score_responses(*args)
 
     with monkeypatch.context() as m:
         m.setattr(elastic, "received_signals", [])
-        m.setattr(ppo, "rewards", signalled)
+        m.setattr(scoring, "score_responses", signalled)
         with pytest.raises(SystemExit) as e:
             train.main(ppo_args(tiny_runs, tiny_data, out, *options))
     assert e.value.code == 128 + 15
