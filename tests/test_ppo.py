@@ -30,8 +30,8 @@ from conftest import (
 from test_distributed import ENV, assert_equal_up_to_rounding, torchrun, torchrun_command
 
 import ppo
-import scorer as scoring
 import rollout
+import scorer as scoring
 import train
 from data import tokenizer
 from data.batch import ppo_batch
