@@ -35,6 +35,7 @@ from data.batch import (
     stream_batch,
 )
 from data.files import check_output, write_json
+from data.gsm8k.scorer import extract_answer
 from data.rows import (
     drop_equal_responses,
     encode_rows,
@@ -189,6 +190,8 @@ def pad_rows_to_K(rows: list[dict], K: int) -> list[dict]:
     padded = []
     for row in rows:
         missing = K - len(row["responses"])
+        if "players" in row:
+            row = row | {"players": row["players"] + [""] * missing}
         full = row | {
             "responses": row["responses"] + [None] * missing,
             "ranks": row["ranks"] + [K] * missing,
@@ -224,12 +227,14 @@ def loss_metrics(logps: np.ndarray, rows: list[dict]) -> dict[str, float]:
 def ranking_metrics(
     logps: np.ndarray, refs: np.ndarray, rows: list[dict], beta: float, players: list[str]
 ) -> dict[str, float]:
-    """Metrics of a round's held-out rows. logps and refs are (rows, K), from `row_logps`.
+    """Metrics of a round's held-out rows. logps and refs are (rows, K), from `row_logps`. players:
+    of each response, or its place as a string, if the rows do not say it themselves.
 
+    val_loss             cross-entropy per token of the data's response, or that in the first place
     rank_nll             Plackett-Luce on the implicit rewards
     acc, acc_se          share of ordered pairs in the right order, see `pair_accuracy`
     margin, reward_chosen, ...   see `loss.chosen_rejected_metrics`
-    acc/PLAYER           share of rows in which this response beats all worse ones
+    acc/PLAYER           share of this player's responses that beat all worse ones of their row
     reward/PLAYER        mean implicit reward
     logp/PLAYER          mean log-probability of the response under the policy
     kl_from_ref          KL(pi_ref || pi_theta) per token: the mean of log pi_ref - log pi_theta
@@ -239,7 +244,12 @@ def ranking_metrics(
     lengths = response_lengths(rows)
     ranks = np.array([row["ranks"] for row in rows])
     rewards = beta * (logps - refs)
-    metrics = loss_metrics(logps, rows)
+    names = np.array([row.get("players", players) for row in rows])  # (rows, K)
+    metrics = {}
+    best = ((names == "data") | (names == "1")) & mask
+    if best.any():
+        nats = -logps[best].sum()
+        metrics["val_loss"] = float(nats / lengths[best].sum())
 
     worse = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     ranked = worse.any((1, 2))
@@ -254,23 +264,21 @@ def ranking_metrics(
         metrics["acc_se"] = error
         for name, value in chosen_rejected_metrics(scores, policy, ranked_mask).items():
             metrics[name] = float(value)
-        for k, player in enumerate(players[:-1]):
-            has_worse = worse[:, k].any(-1)
-            if has_worse.any():
-                beats_all = (right[:, k] == worse[:, k]).all(-1)  # a tie counts half: not equal
-                metrics[f"acc/{player}"] = float(beats_all[has_worse].mean())
+        has_worse = worse.any(-1)  # (rows, K)
+        beats_all = (right == worse).all(-1)  # a tie counts half: not equal
+        for player in dict.fromkeys(players):
+            its = (names == player) & has_worse
+            if its.any():
+                metrics[f"acc/{player}"] = float(beats_all[its].mean())
 
-    for k, player in enumerate(players):
-        there = mask[:, k]
-        if there.any():
-            metrics[f"reward/{player}"] = float(rewards[there, k].mean())
-            metrics[f"logp/{player}"] = float(logps[there, k].mean())
-    if "self" in players:
-        k = players.index("self")
-        there = mask[:, k]
-        if there.any():
-            nats = (refs - logps)[there, k].sum()
-            metrics["kl_from_ref"] = float(nats / lengths[there, k].sum())
+    for player in dict.fromkeys(players):
+        its = (names == player) & mask
+        if its.any():
+            metrics[f"reward/{player}"] = float(rewards[its].mean())
+            metrics[f"logp/{player}"] = float(logps[its].mean())
+    own = (names == "self") & mask
+    if own.any():
+        metrics["kl_from_ref"] = float((refs - logps)[own].sum() / lengths[own].sum())
     return metrics
 
 
@@ -340,14 +348,6 @@ def dense_ranks(row: dict) -> list[int]:
 
 
 # ------------------------------------------------------------------------- metrics of samples
-
-
-def extract_answer(text: str) -> str:
-    """What exact match compares: the number after "####" (GSM8K), or the whole text."""
-    found = re.findall(r"####\s*(-?[\d.,]+)", text)
-    if found:
-        return found[-1].replace(",", "").rstrip(".")
-    return text.strip()
 
 
 def sample_metrics(texts, ids, references, eot: int) -> dict[str, float]:
@@ -507,9 +507,9 @@ def retokenize(judge_enc, enc, text: str, ids: list[int] | None) -> list[int]:
     return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
 
-def validation_rows(folder: str, n: int) -> list[dict]:
-    """The same n validation rows for every run and seed."""
-    rows = read_rows(f"{folder}/val.jsonl")
+def validation_rows(folder: str, n: int, prompt_only: bool = False) -> list[dict]:
+    """The same n validation rows for every run and seed. prompt_only: see `read_rows`."""
+    rows = read_rows(f"{folder}/val.jsonl", prompt_only)
     return [rows[i] for i in permutation(len(rows), 0, 0)[:n]]
 
 

@@ -7,6 +7,8 @@
     spin          the responses of the `players`, best first, the policy's own sampled now, and
                   their log-probabilities under the reference
 
+`ranked_by` says who ranks: the data, the order of the players, or a scorer (scorer.py).
+
 RUN/round_R/ holds self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows: text and token
 ids), {train,val}.ref.npz (reference log-probabilities) and collect.json (the manifest: report,
 settings, hashes of the inputs). Each file is written once and renamed into place, and samples are
@@ -24,11 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data import tokenizer
-from data.batch import permutation
+from data.batch import batch_indices, permutation
 from data.files import atomic_write, read_arrays
 from data.folder import read_stream
 from data.rows import (
     drop_equal_responses,
+    encode_prompts,
     encode_rows,
     name_tokenizer,
     prompt_fields,
@@ -47,6 +50,7 @@ from eval import (
 )
 from model import GPT
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
+from nanospin.config import is_scored, player_columns
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
     check_earlier_rounds,
@@ -62,6 +66,7 @@ from nanospin.rounds import (
     write_manifest,
 )
 from sample import respond, response_text
+from scorer import score_rows
 
 
 def collect(cfg, round_id: int, model, enc, device, dtype, say):
@@ -75,19 +80,23 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     run_on_rank0(check_earlier_rounds, cfg, round_id)
     if uses_reference:
         run_on_rank0(check_policy, cfg, round_id)
-    rows_by_split = load_rows(cfg)
+    rows_by_split = load_rows(cfg, round_id)
     if round_id == 0:
         say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)
     encoded, report = {}, {}
     for split, rows in rows_by_split.items():
         if cfg.stage == "sft":
             rows = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
-        if cfg.stage == "spin":
-            rows = play_round(cfg, round_id, split, rows, model, enc, dtype, say)
-            report[split] = player_report(cfg, rows, enc)
+        answers = []
+        if cfg.stage == "spin" or is_scored(cfg):
+            if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
+                answers = encode_answers(cfg, rows, enc, model.config.block_size)
+            rows, of_data = play_round(cfg, round_id, split, rows, model, enc, device, dtype, say)
+            report[split] = round_report(cfg, rows, of_data, enc)
             if split == "train":
                 rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
+        encoded[split] += answers
         if uses_reference:
             refs = reference_logprobs(cfg, round_id, split, model, enc, encoded[split], device)
             for row, ref in zip(encoded[split], refs, strict=True):
@@ -98,17 +107,31 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     return encoded["train"], encoded["val"], report.get("val", {})
 
 
-def load_rows(cfg) -> dict[str, list[dict]]:
+def load_rows(cfg, round_id: int = 0) -> dict[str, list[dict]]:
     """The data's rows: a seeded choice of max_rows to train on, and the same validation rows for
-    every run."""
-    rows = read_rows(f"{cfg.data}/train.jsonl")
-    chosen = permutation(len(rows), cfg.seed, 0)
-    if cfg.max_rows:
-        chosen = chosen[: cfg.max_rows]
+    every run. Under a scorer spin has other prompts to train on in each round."""
+    prompt_only = not needs_responses(cfg)
+    rows = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
+    if cfg.stage == "spin" and is_scored(cfg):
+        rows = unique_prompts(rows)
+        n = min(cfg.max_rows or len(rows), len(rows))
+        chosen = batch_indices(len(rows), n, cfg.seed, round_id)
+    else:
+        chosen = permutation(len(rows), cfg.seed, 0)
+        if cfg.max_rows:
+            chosen = chosen[: cfg.max_rows]
     return {
         "train": [rows[i] for i in chosen],
-        "val": validation_rows(cfg.data, cfg.eval_rows),
+        "val": validation_rows(cfg.data, cfg.eval_rows, prompt_only),
     }
+
+
+def needs_responses(cfg) -> bool:
+    """Whether the data must have responses. A scorer can rank the policy's own samples of prompts
+    that have none."""
+    if cfg.stage == "spin" and is_scored(cfg):
+        return "data" in cfg.players or cfg.teacher == "rows"
+    return cfg.stage != "ppo"
 
 
 def say_shared_prompts(train: list[dict], val: list[dict], say):
@@ -124,6 +147,18 @@ def say_shared_prompts(train: list[dict], val: list[dict], say):
         )
 
 
+def encode_answers(cfg, rows, enc, block_size: int) -> list[dict]:
+    """The data's best responses, unranked: for the validation loss where the data is no player."""
+    answered = []
+    for row in rows:
+        if row.get("responses"):
+            answered.append(row | {"responses": row["responses"][:1], "scores": None})
+    encoded, _ = encode_rows(
+        answered, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+    )
+    return [row | {"players": ["data"]} for row in encoded if row is not None]
+
+
 def row_key(row: dict) -> tuple:
     return prompt_key(row) if row["prompt"] else (row["responses"][0],)
 
@@ -136,11 +171,17 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
     )
     if cfg.score_margin:
         attach_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
+    for row, encoded_row in zip(rows, encoded):
+        if encoded_row is not None and "players" in row:
+            encoded_row["players"] = row["players"]
     kept = [row for row in encoded if row is not None]
     if cfg.stage != "sft":
         num_equal = sum(map(drop_equal_responses, kept))
         for row in rows:  # and those that spin has made absent
             num_equal += sum(same_as is not None for same_as in row.get("same_as") or [])
+        if cfg.best_and_worst:
+            for row in kept:
+                keep_best_and_worst(row)
         counts["responses equal to a better one"] = num_equal
         ranked = [row for row in kept if is_ranked(row)]
         counts["with nothing ranked"] = len(kept) - len(ranked)
@@ -148,6 +189,11 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
             kept = ranked
         elif cfg.stage != "spin" and not ranked:
             kept = []  # nothing to evaluate; spin still has the validation loss
+    if not kept and is_scored(cfg) and split == "train":
+        raise SystemExit(
+            f"round {round_id}: {cfg.ranked_by} gives all responses to a prompt the same score, for "
+            f"each of {len(rows)} prompts, so there is nothing to learn ({list_counts(counts)})"
+        )
     if not kept:
         raise SystemExit(
             f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows can be used "
@@ -171,7 +217,16 @@ def attach_scores(encoded, rows, where: str):
                 f"{where}: score_margin needs scores, and the row with the prompt "
                 f"{row['prompt'][:60]!r} has none"
             )
-        encoded_row["scores"] = row["scores"]
+        scores = row["scores"]
+        encoded_row["scores"] = [0.0 if score is None else score for score in scores]
+
+
+def keep_best_and_worst(encoded_row: dict):
+    """Make absent, in place, all responses but the best and the worst."""
+    responses = encoded_row["responses"]
+    there = [k for k, response in enumerate(responses) if response is not None]
+    for k in there[1:-1]:
+        responses[k] = None
 
 
 # ---------------------------------------------------------------------------------- reference
@@ -244,25 +299,32 @@ def read_reference_logprobs(path: str, fingerprint: str, rows: list[dict]) -> np
 # ----------------------------------------------------------------------------------- self-play
 
 
-def play_round(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:
-    """The ranked rows of a round: read from the run's folder, or made and written there."""
+def play_round(cfg, round_id, split, rows, model, enc, device, dtype, say) -> tuple[list, list]:
+    """The ranked rows of a round, read from the run's folder, or made and written there; and the
+    data's rows that they are of."""
     path = os.path.join(round_folder(cfg, round_id), f"{split}.jsonl")
     rows = drop_overlong_prompts(
         cfg, rows, enc, model.config.block_size, say if round_id == 0 else None, split
     )
     if not broadcast_from_rank0(os.path.exists(path)):
-        ranked = build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say)
+        candidates = collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say)
+        if is_scored(cfg):
+            ranked = rank_by_score(cfg, f"{path}.scores", rows, candidates, enc, device, dtype)
+        else:
+            ranked = candidates
+        mark_equal_responses(cfg, ranked, enc, model.config.block_size)
         inputs.check_again(cfg)
         if distributed.rank() == 0:
             write_rows(path, ranked)
         distributed.barrier()
+    remove_parts(f"{path}.scores")
     ranked = name_tokenizer(read_rows(path), enc)
     if list(map(prompt_key, ranked)) != list(map(prompt_key, rows)):
         raise SystemExit(
             f"{path} has other prompts than the rows of {cfg.data} that are to be ranked: one of "
             "the two was changed; put the original back, or use another out_dir"
         )
-    return ranked
+    return ranked, rows
 
 
 def earlier_rows(cfg, round_id: int) -> list[dict]:
@@ -277,13 +339,16 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     """The rows whose prompt leaves room for a response. Exits if a row has no prompt."""
     if not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to respond to")
-    best = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
-    encoded, counts = encode_rows(
-        best, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
-    )
+    if all(row.get("responses") for row in rows):
+        best = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
+        encoded, counts = encode_rows(
+            best, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+        )
+    else:
+        encoded, counts = encode_prompts(rows, enc, cfg.template, block_size, cfg.max_prompt)
     if say:
         say(f"data {split}: {list_counts(counts)}")
-    kept = [row for row, encoded_row in zip(rows, encoded) if encoded_row is not None]
+    kept = [row for row, its_encoded in zip(rows, encoded) if its_encoded]
     if not kept:
         raise SystemExit(
             f"{cfg.data}: no prompt leaves room for a response ({list_counts(counts)}); set "
@@ -292,14 +357,17 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     return kept
 
 
-def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:
-    """The responses of all players to every prompt, best first, as ranked rows with ids.
+def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:
+    """The responses of all players to every prompt, in the order of the players, as ranked rows
+    with ids. The samples of one player are ties. In stage preference there are no players, but the
+    data's own responses.
 
-    A response that equals a better one teaches nothing: it is absent, and "same_as" says which one
-    it equals. An earlier self is absent in the rounds before there was one, and so is a teacher
-    where its answer is empty.
+    An earlier self is absent in the rounds before there was one, and so is a teacher where its
+    answer is empty.
     """
-    columns = []  # a column per player: (text, ids) per row, None where it is absent
+    if cfg.stage == "preference":
+        return [data_candidates(row, enc) for row in rows]
+    columns = []  # a column per player: of each row a list of (text, ids), None where absent
     for player in cfg.players:
         column = player_responses(cfg, round_id, split, player, rows, model, enc, dtype)
         if player == "teacher":
@@ -310,56 +378,114 @@ def build_ranked_rows(cfg, round_id, split, rows, model, enc, dtype, say) -> lis
                     "are empty, so they are absent"
                 )
         columns.append(column)
-    ranked = []
+    names = player_columns(cfg)
+    candidates = []
     for i, row in enumerate(rows):
-        texts = [column[i][0] for column in columns]
-        ids = [column[i][1] for column in columns]
-        ranked.append(
-            prompt_fields(row)
-            | {"responses": texts, "ids": ids, "tokenizer": tokenizer.fingerprint(enc)}
-        )
-    encoded, _ = encode_rows(
-        ranked, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
-    )
-    for row, encoded_row in zip(ranked, encoded):
-        mark_equal_responses(row, encoded_row["responses"])
+        responses = [response for column in columns for response in column[i]]
+        candidate = prompt_fields(row) | {
+            "responses": [text for text, _ in responses],
+            "ids": [ids for _, ids in responses],
+            "tokenizer": tokenizer.fingerprint(enc),
+        }
+        if len(set(names)) < len(names):
+            candidate["ranks"] = [names.index(name) for name in names]
+        candidates.append(candidate)
+    return candidates
+
+
+def data_candidates(row: dict, enc) -> dict:
+    """The data's own responses to a prompt, to be ranked by a scorer."""
+    return prompt_fields(row) | {
+        "responses": row["responses"],
+        "ids": [response_ids(row, k, enc) for k in range(len(row["responses"]))],
+        "tokenizer": tokenizer.fingerprint(enc),
+    }
+
+
+def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[list[tuple]]:
+    """(text, ids) of a player's responses to each row: one, or n of the player "self:n". To add a
+    player, add a branch here."""
+    if player == "data":
+        return [[(row["responses"][0], response_ids(row, 0, enc))] for row in rows]
+    if player == "teacher":
+        return [[response] for response in teacher_responses(cfg, split, rows, enc)]
+    name, _, count = player.partition(":")
+    rounds_ago = 0 if name == "self" else int(name.removeprefix("self-"))
+    if rounds_ago > round_id:
+        return [[(None, None)]] * len(rows)
+    path = os.path.join(round_folder(cfg, round_id - rounds_ago), f"self_{split}.jsonl")
+    count = int(count or 1)
+    if rounds_ago == 0:
+        sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, dtype, count)
+    return match_samples(path, rows, enc, count)
+
+
+def rank_by_score(cfg, path: str, rows, candidates, enc, device, dtype) -> list[dict]:
+    """The candidates of each row in the order of their scores, best first; equal scores are ties.
+    top_players come before the others, in their own order. Absent ones come last.
+
+    rows: the data's rows, which a scorer is called with. A ranked row has "scores", and in stage
+    spin "players", whose each response is. The order of cfg.players makes no difference.
+    """
+    texts = [candidate["responses"] for candidate in candidates]
+    ids = [candidate["ids"] for candidate in candidates]
+    K = max(map(len, texts))
+    texts = [row_texts + [None] * (K - len(row_texts)) for row_texts in texts]
+    scores = score_rows(cfg, path, rows, texts, ids, enc, device, dtype)
+    names = player_columns(cfg) if cfg.stage == "spin" else [""] * K
+    ranked = []
+    for candidate, row_scores in zip(candidates, scores.tolist()):
+        there = [k for k, y in enumerate(candidate["ids"]) if y is not None]
+        absent = [k for k, y in enumerate(candidate["ids"]) if y is None]
+        keys = {}  # smaller is better; equal keys are ties
+        for k in there:
+            on_top = names[k] in cfg.top_players
+            place = cfg.top_players.index(names[k]) if on_top else len(cfg.top_players)
+            keys[k] = (place, 0.0 if on_top else -row_scores[k])
+        # ties stand in an order that depends on their ids alone, and on no property of the text
+        order = sorted(there, key=lambda k: (keys[k], hash_ids(candidate["ids"][k]))) + absent
+        row = dict(candidate)
+        row["responses"] = [candidate["responses"][k] for k in order]
+        row["ids"] = [candidate["ids"][k] for k in order]
+        row["scores"] = [row_scores[k] if k in keys else None for k in order]
+        row["ranks"] = [
+            sum(other < keys[k] for other in keys.values()) for k in order[: len(there)]
+        ]
+        row["ranks"] += [len(order)] * len(absent)
+        if cfg.stage == "spin":
+            row["players"] = [names[k] for k in order]
+        ranked.append(row)
     return ranked
 
 
-def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[tuple]:
-    """(text, ids) of a player's response to each row. To add a player, add a branch here."""
-    if player == "data":
-        return [(row["responses"][0], response_ids(row, 0, enc)) for row in rows]
-    if player == "teacher":
-        return teacher_responses(cfg, split, rows, enc)
-    rounds_ago = 0 if player == "self" else int(player.removeprefix("self-"))
-    if rounds_ago > round_id:
-        return [(None, None)] * len(rows)
-    path = os.path.join(round_folder(cfg, round_id - rounds_ago), f"self_{split}.jsonl")
-    if rounds_ago == 0:
-        sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, dtype)
-    return match_responses(path, rows, enc)
+def hash_ids(ids: list[int]) -> str:
+    return hashlib.sha256(str(ids).encode()).hexdigest()
 
 
-def drop_empty(column: list[tuple]) -> tuple[list[tuple], int]:
+def drop_empty(column: list[list[tuple]]) -> tuple[list[list[tuple]], int]:
     """Make the responses of a player absent that have no text. Returns their number too."""
     kept = []
-    for text, ids in column:
-        kept.append((text, ids) if text and text.strip() else (None, None))
-    return kept, kept.count((None, None))
+    for responses in column:
+        kept.append([(text, y) if text and text.strip() else (None, None) for text, y in responses])
+    return kept, kept.count([(None, None)])
 
 
-def mark_equal_responses(row: dict, ids: list):
-    """Make responses absent that equal a better one, and note in "same_as" which. ids: of each
-    response, as encoded and cut."""
-    same_as = []
-    for k, response in enumerate(ids):
-        equal = response is not None and response in ids[:k]
-        same_as.append(ids.index(response) if equal else None)
-    row["same_as"] = same_as
-    row["ids"] = [y if same is None else None for y, same in zip(ids, same_as)]
-    texts = row["responses"]
-    row["responses"] = [None if y is None else text for y, text in zip(row["ids"], texts)]
+def mark_equal_responses(cfg, ranked: list[dict], enc, block_size: int):
+    """Make responses absent that equal a better one, as encoded and cut: they teach nothing. Note
+    in "same_as" which one it is."""
+    encoded, _ = encode_rows(
+        ranked, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+    )
+    for row, encoded_row in zip(ranked, encoded):
+        ids = encoded_row["responses"]
+        same_as = []
+        for k, response in enumerate(ids):
+            equal = response is not None and response in ids[:k]
+            same_as.append(ids.index(response) if equal else None)
+        row["same_as"] = same_as
+        row["ids"] = [y if same is None else None for y, same in zip(ids, same_as)]
+        texts = row["responses"]
+        row["responses"] = [None if y is None else text for y, text in zip(row["ids"], texts)]
 
 
 def prepare_teacher(cfg, enc, block_size: int, device, dtype):
@@ -367,14 +493,15 @@ def prepare_teacher(cfg, enc, block_size: int, device, dtype):
     teacher's own template. A teacher that is a file must have a response to every prompt."""
     if not cfg.teacher or broadcast_from_rank0(inputs.is_answered(cfg)):
         return
+    all_rounds = replace(cfg, max_rows=0) if is_scored(cfg) else cfg  # the prompts of all rounds
     if not os.path.isdir(cfg.teacher):
-        for split, rows in load_rows(cfg).items():
+        for split, rows in load_rows(all_rounds).items():
             rows = drop_overlong_prompts(cfg, rows, enc, block_size)
             teacher_responses(cfg, split, rows, enc)
         return
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
-    for split, rows in load_rows(cfg).items():
+    for split, rows in load_rows(all_rounds).items():
         rows = drop_overlong_prompts(cfg, rows, enc, block_size)
         path = inputs.teacher_file(cfg, split)
         write_samples(path, teacher, teacher_enc, teacher_cfg, rows, f"teacher {split}")
@@ -397,8 +524,14 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
 
 
 def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
-    """(text, ids) of the best response in a ranked file to the prompt of each row, from the first
-    row of that prompt if the file has several.
+    """(text, ids) of the response in a ranked file to the prompt of each row, see `match_samples`.
+    If the file has several rows of a prompt, the first counts."""
+    return [responses[0] for responses in match_samples(path, rows, enc, 1)]
+
+
+def match_samples(path: str, rows: list[dict], enc, count: int) -> list[list[tuple]]:
+    """(text, ids) of the best response of the first `count` rows in a ranked file that have the
+    prompt of each row.
 
     Samples of this tokenizer keep their ids, see `data.rows.response_ids`.
     """
@@ -409,14 +542,18 @@ def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
             ids = own_ids(path, row, enc)
         else:
             ids = response_ids(row, 0, enc)
-        responses.setdefault(prompt_key(row), (row["responses"][0], ids))
-    missing = [row["prompt"] for row in rows if prompt_key(row) not in responses]
+        responses.setdefault(prompt_key(row), []).append((row["responses"][0], ids))
+    missing = []
+    for row in rows:
+        if len(responses.get(prompt_key(row), [])) < count:
+            missing.append(row["prompt"])
     if missing:
+        wanted = "response" if count == 1 else f"{count} responses"
         raise SystemExit(
-            f"{path}: no response to {len(missing)} of {len(rows)} prompts, "
+            f"{path}: no {wanted} to {len(missing)} of {len(rows)} prompts, "
             f"the first: {missing[0][:80]!r}"
         )
-    return [responses[prompt_key(row)] for row in rows]
+    return [responses[prompt_key(row)][:count] for row in rows]
 
 
 def own_ids(path: str, row: dict, enc) -> list[int]:
@@ -443,24 +580,25 @@ def own_ids(path: str, row: dict, enc) -> list[int]:
 # ------------------------------------------------------------------------------------ sampling
 
 
-def sample_policy(path, cfg, rows, name: str, model, enc, dtype):
+def sample_policy(path, cfg, rows, name: str, model, enc, dtype, count: int = 1):
     """Sample the policy as it is now, with a full copy of its weights on each rank unless
     sample_sharded is set."""
     policy = model if cfg.sample_sharded else distributed.gather_full_model(model, dtype)
-    write_samples(path, policy, enc, cfg, rows, name)
+    write_samples(path, policy, enc, cfg, rows, name, count)
 
 
-def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str):
-    """Sample one response to every prompt and write them to a ranked file.
+def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count: int = 1):
+    """Sample `count` responses to every prompt and write them to a ranked file, a row each, those
+    to one prompt after each other.
 
-    The prompts are divided among the ranks. A sample is a function of (weights, seed, name, number
-    of the prompt): another name draws other samples. Every finished part is kept, so a resumed file
-    is the same file.
+    The rows are divided among the ranks. A sample is a function of (weights, seed, name, number of
+    the row): another name draws other samples. Every finished part is kept, so a resumed file is
+    the same file.
     """
     if broadcast_from_rank0(os.path.exists(path)):
         remove_parts(path)
         return
-    rows = unique_prompts(rows)
+    rows = [row for row in unique_prompts(rows) for _ in range(count)]
     make_round_folder(path)
     size = max(rounds.PART_SIZE, cfg.gen_batch_size * distributed.world_size())
     parts = part_files(path, len(rows), size)
@@ -524,8 +662,8 @@ def unique_prompts(rows: list[dict]) -> list[dict]:
 # -------------------------------------------------------------------------------------- report
 
 
-def player_report(cfg, rows: list[dict], enc) -> dict[str, float]:
-    """What a round reports of its players.
+def round_report(cfg, ranked: list[dict], rows: list[dict], enc) -> dict[str, float]:
+    """What a round reports of its ranked rows. rows: those of the data, one for each.
 
     tie/PLAYER          share of responses that equal a better one
     length/PLAYER       mean tokens
@@ -534,29 +672,80 @@ def player_report(cfg, rows: list[dict], enc) -> dict[str, float]:
     exact_match/PLAYER  with the data
     length_acc/PLAYER   how well length alone separates them from the data's
 
-    Tied responses count for tie and exact match only.
+    Tied responses count for tie and exact match only. Under a scorer also
+
+    score/PLAYER        mean score, tied responses included
+    score_best, score_worst    means over rows of the best and the worst score
+    signal              share of rows in which something is ranked
     """
     report = {}
-    for k, player in enumerate(cfg.players):
-        present = [row for row in rows if row["ids"][k] is not None]
-        tied = [row for row in rows if row["same_as"][k] is not None]
-        num_absent = len(rows) - len(present) - len(tied)
-        if player == "teacher" and num_absent:
-            report["empty/teacher"] = num_absent / len(rows)
-        if not present:
-            continue
-        lengths = [len(row["ids"][k]) for row in present]
-        ended = [row["ids"][k][-1] == enc.eot_token for row in present]
-        report[f"tie/{player}"] = 1 - len(present) / len(present + tied)
-        report[f"length/{player}"] = float(np.mean(lengths))
-        report[f"ended/{player}"] = float(np.mean(ended))
-        if player != "data":
-            right = []
-            for row in present + tied:
-                same_as = row["same_as"][k]
-                text = row["responses"][k if same_as is None else same_as]
-                right.append(extract_answer(text) == extract_answer(row["responses"][0]))
-            data_lengths = [len(row["ids"][0]) for row in present]
-            report[f"exact_match/{player}"] = float(np.mean(right))
-            report[f"length_acc/{player}"] = length_accuracy(data_lengths, lengths)
+    if cfg.stage == "spin":
+        for player in dict.fromkeys(player_columns(cfg)):
+            report |= player_report(cfg, player, ranked, rows, enc)
+    if is_scored(cfg):
+        of_rows = [[score for score in row["scores"] if score is not None] for row in ranked]
+        report["score_best"] = float(np.mean([max(scores) for scores in of_rows]))
+        report["score_worst"] = float(np.mean([min(scores) for scores in of_rows]))
+        signal = []
+        for row in ranked:
+            signal.append(is_ranked({"ranks": row["ranks"], "responses": row["ids"]}))
+        report["signal"] = float(np.mean(signal))
+    return report
+
+
+def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
+    """The part of `round_report` about one player."""
+    report = {}
+    present, tied, scores = [], [], []  # of its responses; the first two: (ranked row, k, data row)
+    num_responses = 0
+    for row, data_row in zip(ranked, rows, strict=True):
+        for k in columns_of(cfg, player, row):
+            num_responses += 1
+            if row["ids"][k] is not None:
+                present.append((row, k, data_row))
+            elif row["same_as"][k] is not None:
+                tied.append((row, k, data_row))
+            if row.get("scores") and row["scores"][k] is not None:
+                scores.append(row["scores"][k])
+    num_absent = num_responses - len(present + tied)
+    if player == "teacher" and num_absent:
+        report["empty/teacher"] = num_absent / num_responses
+    if scores:
+        report[f"score/{player}"] = float(np.mean(scores))
+    if not present:
+        return report
+    lengths = [len(row["ids"][k]) for row, k, _ in present]
+    ended = [row["ids"][k][-1] == enc.eot_token for row, k, _ in present]
+    report[f"tie/{player}"] = 1 - len(present) / len(present + tied)
+    report[f"length/{player}"] = float(np.mean(lengths))
+    report[f"ended/{player}"] = float(np.mean(ended))
+    if player != "data":
+        report |= compare_with_data(cfg, player, present, tied)
+    return report
+
+
+def columns_of(cfg, player: str, row: dict) -> list[int]:
+    """Which responses of a ranked row are a player's."""
+    names = row.get("players") or player_columns(cfg)
+    return [k for k, name in enumerate(names) if name == player]
+
+
+def compare_with_data(cfg, player: str, present, tied) -> dict[str, float]:
+    """exact_match and length_acc of `round_report`, where the data has a response."""
+    report = {}
+    right, lengths, data_lengths = [], [], []
+    for row, k, data_row in present + tied:
+        if data_row.get("responses"):
+            same_as = row["same_as"][k]
+            text = row["responses"][k if same_as is None else same_as]
+            right.append(extract_answer(text) == extract_answer(data_row["responses"][0]))
+    for row, k, _ in present:
+        for of_data in columns_of(cfg, "data", row):
+            if row["ids"][of_data] is not None:
+                lengths.append(len(row["ids"][k]))
+                data_lengths.append(len(row["ids"][of_data]))
+    if right:
+        report[f"exact_match/{player}"] = float(np.mean(right))
+    if data_lengths:
+        report[f"length_acc/{player}"] = length_accuracy(data_lengths, lengths)
     return report

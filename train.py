@@ -50,7 +50,7 @@ from loss import ppo_loss, preference_loss, reward_loss, taylor_nll
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, elastic, inputs, lock, metrics_logger, preflight
 from nanospin import config as config_module
-from nanospin.config import Config, per_round, pretrain_config
+from nanospin.config import Config, per_round, player_columns, pretrain_config
 from nanospin.distributed import all_reduce_sum, broadcast_from_rank0, run_on_rank0, world_size
 from nanospin.mfu import mfu
 from nanospin.optim import lr_factor, make_optimizers
@@ -107,6 +107,9 @@ def ranking_loss(policy_logps, batch: Batch, cfg: Config):
         nll_coef=cfg.nll_coef,
         margin=cfg.margin,
         lengths=batch.lengths,
+        length_normalize=cfg.length_normalize,
+        data_scores=batch.data_scores,
+        score_margin=cfg.score_margin,
     )
     return times(batch.num_rows, loss, metrics)
 
@@ -521,7 +524,9 @@ def evaluate_ranking(run: Run, round_id: int, step: int, train, val) -> dict:
     K = logps.shape[1]
     rows = pad_rows_to_K(val, K)
     refs = np.array([row["ref"] for row in rows], dtype=np.float32)
-    players = cfg.players if cfg.stage == "spin" else [str(k + 1) for k in range(K)]
+    players = [str(k + 1) for k in range(K)]
+    if cfg.stage == "spin":
+        players = player_columns(cfg)
     return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), players)
 
 

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import operator
 import os
 
 from data import tokenizer
@@ -118,14 +119,21 @@ def check_responses(row: dict, must):
     must(responses[0] is not None, "the best response must be there")
     for text in responses:
         must(text is None or is_unicode(text), "text must be Unicode, without lone surrogates")
+    ranks = row.get("ranks")
+    if ranks is not None:
+        must(
+            is_list_of(ranks, len(responses)) and all(map(is_id, ranks)) and ranks == sorted(ranks),
+            "ranks must be an integer for each response, 0 for the best, and must not fall",
+        )
     scores = row.get("scores")
     if scores is not None:
+        numbers = [s for s, text in zip(scores, responses) if s is not None or text is not None]
         must(
-            is_list_of(scores, len(responses)) and all(map(is_score, scores)),
+            is_list_of(scores, len(responses)) and all(map(is_score, numbers)),
             "scores must be a number for each response",
         )
         must(
-            all(better >= worse for better, worse in zip(scores, scores[1:])),
+            ranks is not None or all(map(operator.ge, numbers, numbers[1:])),
             "scores must fall from best to worst",
         )
     ids = row.get("ids")
@@ -221,7 +229,7 @@ def encode_rows(
 
         prompt      token ids; [] for a whole text, which has no prompt and no template
         responses   K lists of token ids, text + end-of-text; None where a response is absent
-        ranks       K ints, the number of responses with a higher score
+        ranks       K ints, 0 for the best, equal ones are ties
         group       as in the row, if it has one
 
     A prompt longer than max_prompt is cut, see `template.cut_prompt_ids`. A response is cut at its
@@ -256,11 +264,25 @@ def encode_row(
     counts["responses cut"] += num_cut
     if responses[0] is None or not prompt and len(responses[0]) < 2:
         return None
-    scores = row.get("scores") or range(len(responses), 0, -1)
-    encoded = {"prompt": prompt, "responses": responses, "ranks": ranks_of(scores)}
+    encoded = {"prompt": prompt, "responses": responses, "ranks": ranks_of(row)}
     if "group" in row:
         encoded["group"] = row["group"]
     return encoded
+
+
+def encode_prompts(
+    rows, enc, template: str, block_size: int, max_prompt: int = 0
+) -> tuple[list[list[int]], dict[str, int]]:
+    """The ids of the prompt of each row, [] where it leaves no room for a response, and counts:
+    rows, prompts cut, dropped."""
+    counts = {"rows": len(rows), "prompts cut": 0, "dropped": 0}
+    prompts = []
+    for row in rows:
+        ids, was_cut = encode_prompt(row, enc, template, block_size, max_prompt)
+        counts["prompts cut"] += was_cut
+        counts["dropped"] += not ids
+        prompts.append(ids)
+    return prompts, counts
 
 
 def encode_prompt(
@@ -348,7 +370,16 @@ def ended_flags(row: dict) -> list[bool | None]:
     return ended if isinstance(ended, list) else [ended] * len(row["responses"])
 
 
-def ranks_of(scores) -> list[int]:
+def ranks_of(row: dict) -> list[int]:
+    """The rank of each response: as the row says, else the number of higher scores, else its place.
+    0 is the best, and equal ranks are ties."""
+    if row.get("ranks"):
+        return row["ranks"]
+    scores = row.get("scores")
+    return ranks_of_scores(scores) if scores else list(range(len(row["responses"])))
+
+
+def ranks_of_scores(scores) -> list[int]:
     """For each score the number of higher ones: 0 for the best; equal scores share a rank."""
     ranks = []
     for score in scores:

@@ -370,7 +370,7 @@ def check_keep_best(cfg, metrics: list[str]):
     names = ["pretrain_loss"] if cfg.pretrain_coef else []
     for name in metrics:
         if name.endswith("/") and cfg.stage == "spin":
-            names += [name + player for player in cfg.players]
+            names += [name + player for player in dict.fromkeys(config.player_columns(cfg))]
         else:
             names.append(name)
     if not cfg.keep_best or not metrics:

@@ -166,6 +166,8 @@ def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: fl
     for name, input_path in input_files(cfg, round_id, reference_checkpoint(cfg, round_id)).items():
         known = before.get(name) if name == "teacher" else None
         made_of[name] = known or checkpoint.weights_sha256(input_path)
+    if config.is_scored(cfg):
+        made_of["ranked_by"] = inputs.scorer_sha256(cfg.ranked_by)
     manifest = {
         "round": round_id,
         "config": asdict(cfg),
@@ -187,6 +189,8 @@ def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
     paths = {"reference": reference}
     for split in ("train", "val"):
         paths[f"{split}.jsonl"] = f"{cfg.data}/{split}.jsonl"
+    if config.is_scored(cfg) and ":" not in cfg.ranked_by:
+        paths["ranked_by"] = cfg.ranked_by
     if cfg.stage != "spin":
         return paths
     if cfg.teacher not in ("", "rows"):
