@@ -15,6 +15,7 @@ from torch import Tensor
 from nanospin.fused_head import linear_logprobs
 
 __all__ = [
+    "grpo_loss",
     "kl_estimates",
     "linear_logprobs",
     "plackett_luce",
@@ -25,9 +26,19 @@ __all__ = [
     "taylor_nll",
 ]
 
-LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo")
-PLACKETT_LUCE_TYPES = ("pl", "simpo", "orpo")  # these take depth, label_smoothing, taylor_order
+LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo", "best_of_n")
+PLACKETT_LUCE_TYPES = ("pl", "simpo", "orpo")
+MEAN_LOGPROB_TYPES = ("simpo", "orpo", "best_of_n")  # these have no reference
+OPTION_TYPES = {  # the loss types that take each option
+    "depth": PLACKETT_LUCE_TYPES,
+    "label_smoothing": PLACKETT_LUCE_TYPES,
+    "taylor_order": PLACKETT_LUCE_TYPES,
+    "length_normalize": ("pl", "pairs", "ipo", "hinge", "linear", "sppo"),
+    "score_margin": ("pl", "pairs"),
+    "nll_coef": ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo"),
+}
 REWARD_LOSS_TYPES = ("pairs", "pl")
+AVERAGES = ("token", "sequence", "constant")
 
 
 # ------------------------------------------------------------------------------------ rankings
@@ -81,11 +92,15 @@ def preference_loss(
     nll_coef: float = 0.0,
     margin: float = 0.0,
     lengths: Tensor | None = None,
+    length_normalize: bool = False,
+    data_scores: Tensor | None = None,
+    score_margin: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Preference loss, mean over rows.
 
     policy_logps, ref_logps  (B, K) log-probabilities of whole responses, best first
     lengths                  (B, K) tokens of each response
+    data_scores              (B, K) scores of the responses in the data, for score_margin
 
     With implicit rewards s_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `loss_type` is
 
@@ -93,55 +108,78 @@ def preference_loss(
             SPIN when y_2 is a sample of the reference (2401.01335, eq. 4.7). depth 1 is S-DPO
             (2406.09215)
     pairs   mean over ordered pairs of -log sigmoid(s_i - s_j): Bradley-Terry
-    ipo     mean over ordered pairs of ((s_i - s_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17).
-            TRL divides each log-ratio by its length first; this does not
+    hinge   mean over ordered pairs of max(0, 1 - (s_i - s_j)): SPIN with the hinge loss; SLiC
+            (2305.10425) on implicit rewards
+    linear  mean over ordered pairs of -(s_i - s_j): SPIN with the linear loss. It has no minimum
+    ipo     mean over ordered pairs of ((s_i - s_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17)
+    sppo    sum over responses of (s_k / beta - (P_k - 1/2) / beta)^2 (2405.00675, eq. 4.5). P_k is
+            the share of the row's other responses that y_k beats by rank; a tie counts half, and
+            P_k = 1/2 if there are no others. K = 2 has P = 1 and 0, TRL's sppo_hard
     simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, with `margin` (2405.14734, eq. 6).
             With label_smoothing it is the authors' -(1 - eps) log sigmoid(x) - eps log sigmoid(-x)
             at K = 2, x = s_1 - s_2 - margin; for any K the reversed ranking has -margin
     orpo    beta x Plackett-Luce on the log-odds of exp(log pi_theta(y_k|x) / |y_k|). With
             nll_coef 1 this is ORPO (2403.07691, eq. 6), beta its lambda
+    best_of_n  -log pi_theta(y_1|x) / |y_1|: SFT on the best response (RAFT, 2304.06767)
 
-    simpo and orpo have no reference. Options of pl, simpo and orpo: `depth`; `label_smoothing` eps,
-    (1 - eps) PL(ranking) + eps PL(reversed), cDPO at K = 2; `taylor_order` n, T_n of the ranking's
-    probability instead of -log. `nll_coef` adds nll_coef x -log pi_theta(y_1|x) / |y_1| (RPO,
-    2404.19733) to any.
+    simpo, orpo and best_of_n have no reference. Options:
+
+    depth, label_smoothing, taylor_order  of pl, simpo and orpo. label_smoothing eps is (1 - eps)
+                      PL(ranking) + eps PL(reversed), cDPO at K = 2; taylor_order n is T_n of the
+                      ranking's probability instead of -log
+    length_normalize  of the types with a reference: s_k / |y_k|, rewards per token. pl at K = 2 is
+                      then Tulu 3's loss (2411.15124; TRL's sigmoid_norm), ipo is TRL's ipo
+    score_margin      of pl and pairs: s_i - s_j - score_margin (data_scores_i - data_scores_j) in
+                      place of s_i - s_j (ODPO, 2402.10571, eq. 5, with f the identity)
+    nll_coef          of all but best_of_n: adds nll_coef x -log pi_theta(y_1|x) / |y_1| (RPO,
+                      2404.19733)
 
     Returns the loss () and metrics, means over rows: `nll` the loss before label_smoothing,
     taylor_order and nll_coef, `acc` the share of ordered pairs in the right order (a tie is wrong),
     and those of `chosen_rejected_metrics`. Raises ValueError for an unknown loss_type and for
     options that it cannot have.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
-    if lengths is None and (nll_coef or loss_type in ("simpo", "orpo")):
-        raise ValueError("nll_coef, simpo and orpo need the lengths of the responses")
-    if loss_type not in PLACKETT_LUCE_TYPES and (label_smoothing or taylor_order or depth):
-        raise ValueError(f"{loss_type} takes no label_smoothing, taylor_order or depth")
+    options = {
+        "depth": depth,
+        "label_smoothing": label_smoothing,
+        "taylor_order": taylor_order,
+        "length_normalize": length_normalize,
+        "score_margin": score_margin,
+        "nll_coef": nll_coef,
+    }
+    check_options(loss_type, options, lengths, data_scores)
 
     mask, ranks, worse = pair_mask(policy_logps, response_mask, ranks)
-    if loss_type == "simpo":
-        scores = beta * mean_logprobs(policy_logps, mask, lengths)
-    elif loss_type == "orpo":
-        scores = log_odds(mean_logprobs(policy_logps, mask, lengths))
+    if loss_type in MEAN_LOGPROB_TYPES:
+        scores = mean_logprobs(policy_logps, mask, lengths)
+        if loss_type == "simpo":
+            scores = beta * scores
+        elif loss_type == "orpo":
+            scores = log_odds(scores)
     else:
         scores = beta * (policy_logps - ref_logps).masked_fill(~mask, 0.0)
+        if length_normalize:
+            scores = scores / lengths.clamp(min=1)
     diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
 
-    if loss_type == "pairs":
-        nll = loss = mean_over_pairs(F.softplus(-diff), worse)
-    elif loss_type == "ipo":
-        nll = loss = mean_over_pairs(((diff - 0.5) / beta).square(), worse)
-    else:
-        margin = margin if loss_type == "simpo" else 0.0
-        nll = plackett_luce(scores, mask, depth, ranks, margin)
+    margins = torch.zeros_like(diff)  # of s_i - s_j; margins[:, j, i] = -margins[:, i, j]
+    if loss_type == "simpo":
+        margins = margin * (worse.to(diff) - worse.transpose(1, 2).to(diff))
+    elif score_margin:
+        margins = score_margins(data_scores, mask, score_margin)
+
+    if loss_type in PLACKETT_LUCE_TYPES:
+        nll = plackett_luce(scores, mask, depth, ranks, margins)
         loss = taylor_nll(-nll, taylor_order)
         if label_smoothing:
-            # x = s_w - s_l - margin is the same in both rankings, so the reversed one adds it
-            reverse = plackett_luce(scores.flip(1), mask.flip(1), depth, -ranks.flip(1), -margin)
-            reverse = taylor_nll(-reverse, taylor_order)
+            # reversed, margins[:, j, i] belong to s_j - s_i: x = s_w - s_l - margin is the same
+            ranking = scores.flip(1), mask.flip(1), depth, -ranks.flip(1), margins.flip(1, 2)
+            reverse = taylor_nll(-plackett_luce(*ranking), taylor_order)
             loss = (1 - label_smoothing) * loss + label_smoothing * reverse
         if loss_type == "orpo":
             nll, loss = beta * nll, beta * loss
+    else:
+        nll = loss = comparison_loss(loss_type, scores, diff - margins, mask, worse, beta)
     if nll_coef:
         loss = loss - nll_coef * policy_logps[:, 0] / lengths[:, 0]
 
@@ -152,6 +190,50 @@ def preference_loss(
             **chosen_rejected_metrics(scores, policy_logps, mask),
         }
     return loss.mean(), metrics
+
+
+def comparison_loss(
+    loss_type: str,
+    scores: Tensor,
+    diff: Tensor,
+    response_mask: Tensor,
+    worse: Tensor,
+    beta: float,
+) -> Tensor:
+    """The losses of `preference_loss` that are no ranking's probability, (B,). scores (B, K), diff
+    (B, i, j) their differences s_i - s_j less the margins, worse (B, i, j) of `pair_mask`."""
+    if loss_type == "pairs":
+        return mean_over_pairs(F.softplus(-diff), worse)
+    if loss_type == "hinge":
+        return mean_over_pairs(F.relu(1 - diff), worse)
+    if loss_type == "linear":
+        return mean_over_pairs(-diff, worse)
+    if loss_type == "ipo":
+        return mean_over_pairs(((diff - 0.5) / beta).square(), worse)
+    if loss_type == "sppo":
+        errors = (scores - (win_rates(response_mask, worse) - 0.5)) / beta
+        return errors.square().masked_fill(~response_mask, 0.0).sum(1)
+    assert loss_type == "best_of_n"
+    return -scores[:, 0].masked_fill(~response_mask[:, 0], 0.0)
+
+
+def check_options(
+    loss_type: str, options: dict[str, float], lengths: Tensor | None, data_scores: Tensor | None
+):
+    """Raise ValueError for an unknown loss_type, and for options that it cannot have."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
+    for name, value in options.items():
+        if value and loss_type not in OPTION_TYPES[name]:
+            raise ValueError(f"{loss_type} takes no {name}: {', '.join(OPTION_TYPES[name])} do")
+    if lengths is None:
+        if loss_type in MEAN_LOGPROB_TYPES or options["length_normalize"] or options["nll_coef"]:
+            raise ValueError(
+                "nll_coef, length_normalize, simpo, orpo and best_of_n need the lengths of the"
+                " responses"
+            )
+    if options["score_margin"] and data_scores is None:
+        raise ValueError("score_margin needs data_scores")
 
 
 def reward_loss(
@@ -186,7 +268,7 @@ def reward_loss(
     diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
     margins = torch.zeros_like(diff)
     if data_scores is not None:
-        margins = score_margin * (data_scores[:, :, None] - data_scores[:, None, :])
+        margins = score_margins(data_scores, mask, score_margin)
 
     if loss_type == "pairs":
         nll = mean_over_pairs(F.softplus(margins - diff), worse)
@@ -227,6 +309,21 @@ def pair_mask(
 def mean_over_pairs(values: Tensor, pairs: Tensor) -> Tensor:
     """Mean of values (B, K, K) over the pairs (B, K, K) of each row -> (B,); 0 without pairs."""
     return (values * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+def score_margins(data_scores: Tensor, response_mask: Tensor, score_margin: float) -> Tensor:
+    """m_ij = score_margin (data_scores_i - data_scores_j), (B, K, K), of data_scores (B, K). The
+    score of an absent response is taken as 0, whatever it is."""
+    data_scores = data_scores.masked_fill(~response_mask, 0.0)
+    return score_margin * (data_scores[:, :, None] - data_scores[:, None, :])
+
+
+def win_rates(response_mask: Tensor, worse: Tensor) -> Tensor:
+    """P_k (B, K), the share of a row's other responses that y_k beats; a tie counts half. worse is
+    `pair_mask`'s. Three responses without ties have 1, 1/2 and 0; a response alone has 1/2."""
+    num_others = response_mask.sum(1, keepdim=True) - 1
+    wins, losses = worse.sum(2), worse.sum(1)
+    return 0.5 + 0.5 * (wins - losses) / num_others.clamp(min=1)
 
 
 def chosen_rejected_metrics(
@@ -283,6 +380,26 @@ def log_odds(mean_logps: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ policy gradient
 
 
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss of each token (arXiv 1707.06347, eq. 7), with r = pi / pi_old:
+
+        - min( r A, clip(r, 1 - clip, 1 + clip_high) A )
+
+    ratio, advantages (m,). clip_high None is clip; a clip of 0 does not clip. Returns the losses
+    (m,) and, (m,), 1 where the ratio is outside the range and 0 elsewhere.
+    """
+    losses = -ratio * advantages
+    if not clip:
+        return losses, torch.zeros_like(ratio)
+    if clip_high is None:
+        clip_high = clip
+    clipped = -ratio.clamp(1 - clip, 1 + clip_high) * advantages
+    outside = (ratio - 1 < -clip) | (ratio - 1 > clip_high)
+    return torch.maximum(losses, clipped), outside.float()
+
+
 def ppo_loss(
     logps: Tensor,
     values: Tensor,
@@ -294,47 +411,120 @@ def ppo_loss(
     value_clip: float = 0.2,
     value_coef: float = 0.1,
     entropy_coef: float = 0.0,
+    clip_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO (arXiv 1707.06347), mean over tokens. All tensors are (m,). The old ones, the
     advantages A and the returns G are of the time of sampling. With r = pi(token) / pi_old(token):
 
-        policy   - min( r A, clip(r, 1 - clip, 1 + clip) A )                               (eq. 7)
+        policy   - min( r A, clip(r, 1 - clip, 1 + clip_high) A )    of `clipped_surrogate`
         value    max( (V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2 ) / 2
         entropy  H = - E_old[ r log pi ], estimated on the sampled tokens: the log-probabilities of
                  the whole vocabulary are never in memory
         loss   = policy + value_coef x value - entropy_coef x H
 
-    A clip of 0 does not clip. Returns the loss () and metrics: `policy_loss`, `value_loss`,
-    `entropy`, `clip_fraction` the share of ratios outside the range, `approx_kl` = KL(pi_old || pi)
-    by k3 of `kl_estimates`.
+    A clip of 0 does not clip; clip_high None is clip. Returns the loss () and metrics:
+    `policy_loss`, `value_loss`, `entropy`, `clip_fraction` the share of ratios outside the range,
+    `approx_kl` = KL(pi_old || pi) by k3 of `kl_estimates`.
     """
-    log_ratio = logps - old_logps
-    ratio = log_ratio.exp()
-    policy_loss = -ratio * advantages
-    if clip:
-        clipped = -ratio.clamp(1 - clip, 1 + clip) * advantages
-        policy_loss = torch.maximum(policy_loss, clipped)
+    ratio = (logps - old_logps).exp()
+    policy_losses, outside = clipped_surrogate(ratio, advantages, clip, clip_high)
     value_loss = (values - returns).square()
     if value_clip:
         change = (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.maximum(value_loss, (old_values + change - returns).square())
     value_loss = value_loss.mean() / 2
     entropy = -ratio * logps.detach()  # has the gradient of H
-    loss = policy_loss.mean() + value_coef * value_loss - entropy_coef * entropy.mean()
+    loss = policy_losses.mean() + value_coef * value_loss - entropy_coef * entropy.mean()
 
     with torch.no_grad():
-        outside = torch.zeros_like(ratio)
-        if clip:
-            outside = ((ratio - 1).abs() > clip).float()
         _, _, k3 = kl_estimates(old_logps, logps)
         metrics = {
-            "policy_loss": policy_loss.mean(),
+            "policy_loss": policy_losses.mean(),
             "value_loss": value_loss,
             "entropy": entropy.mean(),
             "clip_fraction": outside.mean(),
             "approx_kl": k3.mean(),
         }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    seq: Tensor,
+    lengths: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    kl_coef: float = 0.0,
+    average: str = "token",
+    max_length: int = 0,
+    entropy_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy gradient without a value function: GRPO (arXiv 2402.03300, eq. 3), Dr. GRPO, DAPO,
+    RLOO and on-policy distillation, by their advantages and averages.
+
+    logps, old_logps, advantages, ref_logps  (m,) of each token
+    seq                                      (m,) int64 in [0, n), the response of each token
+    lengths                                  (n,) tokens of each response, 0 where there is none
+
+    The loss of a token is that of `clipped_surrogate`, plus kl_coef x k3 of `kl_estimates` to the
+    reference (2402.03300, eq. 4), minus entropy_coef x H as in `ppo_loss`. `average` is
+
+        token     the mean over all tokens (DAPO, 2503.14476, eq. 8)
+        sequence  the mean over responses of the mean over their tokens (GRPO)
+        constant  the sum over tokens / (responses x max_length) (Dr. GRPO, 2503.20783)
+
+    Returns the loss () and metrics: those of `ppo_loss` but for value_loss, and `kl`, the k3 to the
+    reference, if ref_logps are given. `policy_loss` is averaged as the loss is. The other metrics
+    are means over tokens with "token", and over responses of their tokens' means otherwise; both
+    can be summed over micro-batches, with tokens or responses as weights. Raises ValueError for an
+    unknown average, constant without max_length, and kl_coef without ref_logps.
+    """
+    if average not in AVERAGES:
+        raise ValueError(f"unknown average {average!r}: use one of {', '.join(AVERAGES)}")
+    if average == "constant" and max_length < 1:
+        raise ValueError("the constant average needs max_length, the most tokens of a response")
+    if kl_coef and ref_logps is None:
+        raise ValueError("kl_coef needs ref_logps")
+
+    num_responses = (lengths > 0).sum()
+
+    def mean(x: Tensor) -> Tensor:
+        if average == "token":
+            return x.mean()
+        return (x / lengths[seq]).sum() / num_responses
+
+    def loss_mean(x: Tensor) -> Tensor:
+        if average == "constant":
+            return x.sum() / (num_responses * max_length)
+        return mean(x)
+
+    ratio = (logps - old_logps).exp()
+    policy_losses, outside = clipped_surrogate(ratio, advantages, clip, clip_high)
+    entropy = -ratio * logps.detach()  # has the gradient of H
+    losses = policy_losses
+    if kl_coef:
+        _, _, k3 = kl_estimates(logps, ref_logps)
+        losses = losses + kl_coef * k3
+    if entropy_coef:
+        losses = losses - entropy_coef * entropy
+    loss = loss_mean(losses)
+
+    with torch.no_grad():
+        _, _, k3 = kl_estimates(old_logps, logps)
+        metrics = {
+            "policy_loss": loss_mean(policy_losses),
+            "entropy": mean(entropy),
+            "clip_fraction": mean(outside),
+            "approx_kl": mean(k3),
+        }
+        if ref_logps is not None:
+            _, _, k3 = kl_estimates(logps, ref_logps)
+            metrics["kl"] = mean(k3)
+    return loss, metrics
 
 
 def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
