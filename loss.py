@@ -211,7 +211,8 @@ def comparison_loss(
     if loss_type == "ipo":
         return mean_over_pairs(((diff - 0.5) / beta).square(), worse)
     if loss_type == "sppo":
-        errors = (scores - (win_rates(response_mask, worse) - 0.5)) / beta
+        win_rates = mean_win_rates(response_mask, worse, scores.dtype)
+        errors = (scores - (win_rates - 0.5)) / beta
         return errors.square().masked_fill(~response_mask, 0.0).sum(1)
     assert loss_type == "best_of_n"
     return -scores[:, 0].masked_fill(~response_mask[:, 0], 0.0)
@@ -318,12 +319,12 @@ def score_margins(data_scores: Tensor, response_mask: Tensor, score_margin: floa
     return score_margin * (data_scores[:, :, None] - data_scores[:, None, :])
 
 
-def win_rates(response_mask: Tensor, worse: Tensor) -> Tensor:
+def mean_win_rates(response_mask: Tensor, worse: Tensor, dtype: torch.dtype) -> Tensor:
     """P_k (B, K), the share of a row's other responses that y_k beats; a tie counts half. worse is
     `pair_mask`'s. Three responses without ties have 1, 1/2 and 0; a response alone has 1/2."""
     num_others = response_mask.sum(1, keepdim=True) - 1
-    wins, losses = worse.sum(2), worse.sum(1)
-    return 0.5 + 0.5 * (wins - losses) / num_others.clamp(min=1)
+    wins_minus_losses = (worse.sum(2) - worse.sum(1)).to(dtype)
+    return 0.5 + 0.5 * wins_minus_losses / num_others.clamp(min=1)
 
 
 def chosen_rejected_metrics(

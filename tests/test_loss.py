@@ -2,13 +2,23 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loss import LOSS_TYPES, plackett_luce, preference_loss, sequence_logprobs, taylor_nll
+from loss import (
+    LOSS_TYPES,
+    OPTION_TYPES,
+    grpo_loss,
+    plackett_luce,
+    ppo_loss,
+    preference_loss,
+    sequence_logprobs,
+    taylor_nll,
+)
 
 torch.manual_seed(0)
 EPS32, EPS64 = 2**-23, 2**-52
@@ -236,71 +246,256 @@ def test_accuracy_and_margin():
     assert metrics["acc"] == 0.5 and metrics["margin"] == ((3 - 1.5) + (1 - 2)) / 2
 
 
-def slow_preference(loss_type, policy, ref, lengths, response_mask, ranks, beta, margin):
-    """One row in Python, by the formula of the paper. policy and ref are lists of floats."""
-    K = len(policy)
-    present = [k for k in range(K) if response_mask[k]]
-    log_ratio = [policy[k] - ref[k] for k in range(K)]
-    pairs = [(i, j) for i, j in itertools.permutations(present, 2) if ranks[i] < ranks[j]]
+@dataclass
+class Rows:
+    """Random arguments of preference_loss for B rows of K responses, in float64."""
 
-    def worse(k):
-        return [j for j in present if ranks[j] > ranks[k]]
+    policy: torch.Tensor
+    ref: torch.Tensor
+    lengths: torch.Tensor
+    response_mask: torch.Tensor
+    ranks: torch.Tensor
+    data_scores: torch.Tensor
 
-    if loss_type == "pairs":
-        terms = [math.log(1 + math.exp(-beta * (log_ratio[i] - log_ratio[j]))) for i, j in pairs]
-        return sum(terms) / max(1, len(pairs))
-    if loss_type == "ipo":
-        terms = [(log_ratio[i] - log_ratio[j] - 1 / (2 * beta)) ** 2 for i, j in pairs]
-        return sum(terms) / max(1, len(pairs))
-    if loss_type == "simpo":
-        s = [beta * policy[k] / lengths[k] for k in range(K)]
-        total = 0.0
-        for k in present:
-            total += math.log(1 + sum(math.exp(s[j] + margin - s[k]) for j in worse(k)))
-        return total
-    assert loss_type == "orpo", f"{loss_type} has no formula here"
-    p = [math.exp(policy[k] / lengths[k]) for k in range(K)]
-    odds = [x / (1 - x) for x in p]
+    def loss(self, loss_type, beta=0.3, **options):
+        return preference_loss(
+            self.policy,
+            self.ref,
+            self.response_mask,
+            beta,
+            loss_type,
+            ranks=self.ranks,
+            lengths=self.lengths,
+            data_scores=self.data_scores,
+            **options,
+        )
+
+
+def random_rows(B, K, seed=0):
+    """With absent responses and ties. The scores in the data need not follow the ranks."""
+    g = seeded(seed)
+    policy = -20 * torch.rand(B, K, generator=g, dtype=torch.float64) - 0.1
+    ref = -20 * torch.rand(B, K, generator=g, dtype=torch.float64) - 0.1
+    lengths = torch.randint(1, 30, (B, K), generator=g)
+    response_mask = torch.rand(B, K, generator=g) > 0.2
+    ranks = torch.randint(0, K, (B, K), generator=g).sort(1).values
+    data_scores = torch.randn(B, K, generator=g, dtype=torch.float64)
+    return Rows(policy.requires_grad_(), ref, lengths, response_mask, ranks, data_scores)
+
+
+@dataclass
+class Row:
+    """One row of Rows, in lists, and what the formulas of the papers are made of."""
+
+    policy: list[float]
+    ref: list[float]
+    lengths: list[int]
+    response_mask: list[bool]
+    ranks: list[int]
+    data_scores: list[float]
+    length_normalize: bool = False
+    score_margin: float = 0.0
+
+    def present(self):
+        return [k for k in range(len(self.policy)) if self.response_mask[k]]
+
+    def worse(self, k):
+        return [j for j in self.present() if self.ranks[j] > self.ranks[k]]
+
+    def log_ratio(self, k):
+        ratio = self.policy[k] - self.ref[k]
+        return ratio / self.lengths[k] if self.length_normalize else ratio
+
+    def mean_logp(self, k):
+        return self.policy[k] / self.lengths[k]
+
+    def reward_diff(self, i, j):
+        """Of implicit rewards with beta 0.3, less the margin."""
+        margin = self.score_margin * (self.data_scores[i] - self.data_scores[j])
+        return 0.3 * (self.log_ratio(i) - self.log_ratio(j)) - margin
+
+    def win_rate(self, k):
+        wins = []
+        for j in self.present():
+            if j != k:
+                wins.append(
+                    (1 + (self.ranks[k] < self.ranks[j]) - (self.ranks[j] < self.ranks[k])) / 2
+                )
+        return sum(wins) / len(wins) if wins else 0.5
+
+
+SLOW_PAIR_LOSSES = {
+    "pairs": lambda row, i, j: math.log(1 + math.exp(-row.reward_diff(i, j))),
+    "hinge": lambda row, i, j: max(0.0, 1 - row.reward_diff(i, j)),
+    "linear": lambda row, i, j: -row.reward_diff(i, j),
+    "ipo": lambda row, i, j: (row.log_ratio(i) - row.log_ratio(j) - 1 / (2 * 0.3)) ** 2,
+}
+
+
+def slow_preference(loss_type, row):
+    """One row in Python, with beta 0.3 and margin 0.7."""
+    if loss_type in SLOW_PAIR_LOSSES:
+        losses = []
+        for i in row.present():
+            losses += [SLOW_PAIR_LOSSES[loss_type](row, i, j) for j in row.worse(i)]
+        return sum(losses) / max(1, len(losses))
+    if loss_type == "best_of_n":
+        return -row.mean_logp(0) if row.response_mask[0] else 0.0
     total = 0.0
-    for k in present:
-        total -= math.log(odds[k] / (odds[k] + sum(odds[j] for j in worse(k))))
-    return beta * total
+    for k in row.present():
+        if loss_type == "pl":
+            total += math.log(1 + sum(math.exp(-row.reward_diff(k, j)) for j in row.worse(k)))
+        elif loss_type == "simpo":
+            s = [0.3 * row.mean_logp(j) for j in range(len(row.policy))]
+            total += math.log(1 + sum(math.exp(s[j] + 0.7 - s[k]) for j in row.worse(k)))
+        elif loss_type == "orpo":
+            p = [math.exp(row.mean_logp(j)) for j in range(len(row.policy))]
+            odds = [x / (1 - x) for x in p]
+            total -= 0.3 * math.log(odds[k] / (odds[k] + sum(odds[j] for j in row.worse(k))))
+        else:
+            assert loss_type == "sppo", f"{loss_type} has no formula here"
+            total += (row.log_ratio(k) - (row.win_rate(k) - 0.5) / 0.3) ** 2
+    return total
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "pl"])
-@pytest.mark.parametrize("K", [2, 3, 5])
-def test_other_losses_against_their_formulas(loss_type, K):
-    g = seeded(K)
-    policy = -20 * torch.rand(30, K, generator=g, dtype=torch.float64) - 0.1
-    ref = -20 * torch.rand(30, K, generator=g, dtype=torch.float64) - 0.1
-    lengths = torch.randint(1, 30, (30, K), generator=g)
-    response_mask = torch.rand(30, K, generator=g) > 0.2
-    ranks = torch.randint(0, K, (30, K), generator=g).sort(1).values
-    policy.requires_grad_()
-    loss, _ = preference_loss(
-        policy, ref, response_mask, 0.3, loss_type, ranks=ranks, lengths=lengths, margin=0.7
+def assert_equals_slow_preference(rows, loss_type, **options):
+    """Sums of some tens of terms, each a few roundings off, leave 1e-12 of the loss in float64."""
+    loss, _ = rows.loss(loss_type, margin=0.7, **options)
+    columns = (
+        rows.policy,
+        rows.ref,
+        rows.lengths,
+        rows.response_mask,
+        rows.ranks,
+        rows.data_scores,
     )
-    rows = zip(*(x.tolist() for x in (policy, ref, lengths, response_mask, ranks)))
-    slow = sum(slow_preference(loss_type, *row, 0.3, 0.7) for row in rows) / 30
+    slow = 0.0
+    for values in zip(*(x.tolist() for x in columns)):
+        slow += slow_preference(loss_type, Row(*values, **options)) / len(rows.policy)
     assert abs(loss.item() - slow) < 1e-12 * max(1, abs(slow))
-    (grad,) = torch.autograd.grad(loss, policy)
-    assert torch.isfinite(grad).all() and (grad[~response_mask] == 0).all()
+    (grad,) = torch.autograd.grad(loss, rows.policy)
+    assert torch.isfinite(grad).all() and (grad[~rows.response_mask] == 0).all()
 
 
-def test_other_losses_at_two_responses():
-    """As their papers write them."""
+@pytest.mark.parametrize("K", range(2, 9))
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_losses_against_their_formulas(loss_type, K):
+    assert_equals_slow_preference(random_rows(30, K, seed=K), loss_type)
+
+
+@pytest.mark.parametrize("K", [2, 3, 8])
+@pytest.mark.parametrize("loss_type", OPTION_TYPES["length_normalize"])
+def test_rewards_per_token(loss_type, K):
+    assert_equals_slow_preference(random_rows(30, K), loss_type, length_normalize=True)
+
+
+@pytest.mark.parametrize("K", [2, 3, 8])
+@pytest.mark.parametrize("loss_type", OPTION_TYPES["score_margin"])
+def test_score_margins(loss_type, K):
+    rows = random_rows(30, K)
+    assert_equals_slow_preference(rows, loss_type, score_margin=0.4)
+    assert_equals_slow_preference(rows, loss_type, score_margin=0.4, length_normalize=True)
+
+
+def test_a_score_margin_and_label_smoothing():
+    """At two responses -(1 - e) log s(x) - e log s(-x), x = s_1 - s_2 - margin. At more, the
+    reversed ranking is Plackett-Luce with the scores of the data in its order."""
+    rows = random_rows(20, 2)
+    rows.response_mask[:] = True
+    rows.ranks = None
+    loss, _ = rows.loss("pl", score_margin=0.4, label_smoothing=0.1)
+    s = 0.3 * (rows.policy - rows.ref) - 0.4 * rows.data_scores
+    x = s[:, 0] - s[:, 1]
+    expected = (-0.9 * F.logsigmoid(x) - 0.1 * F.logsigmoid(-x)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+
+    rows = random_rows(20, 4)
+    loss, _ = rows.loss("pl", score_margin=0.4, label_smoothing=0.1)
+    s = 0.3 * (rows.policy - rows.ref) - 0.4 * rows.data_scores
+    nll = plackett_luce(s, rows.response_mask, None, rows.ranks)
+    reverse = plackett_luce(s.flip(1), rows.response_mask.flip(1), None, -rows.ranks.flip(1))
+    # s is rounded before the differences are: a few units in the last place of s, at most 10
+    torch.testing.assert_close(loss, (0.9 * nll + 0.1 * reverse).mean(), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradients_against_finite_differences(loss_type):
+    """With gradcheck's own tolerances. No pair of these rows is at the kink of the hinge."""
+    rows = random_rows(5, 4, seed=1)
+    options = {}
+    for name in ("length_normalize", "score_margin", "nll_coef"):
+        if loss_type in OPTION_TYPES[name]:
+            options[name] = 0.5
+
+    def loss(policy):
+        rows.policy = policy
+        return rows.loss(loss_type, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, rows.policy)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_what_absent_responses_hold_does_not_matter(loss_type):
+    rows = random_rows(20, 5)
+    loss, metrics = rows.loss(loss_type)
+    rows.policy = rows.policy.detach().masked_fill(~rows.response_mask, math.nan).requires_grad_()
+    rows.ref = rows.ref.masked_fill(~rows.response_mask, math.nan)
+    rows.data_scores = rows.data_scores.masked_fill(~rows.response_mask, math.nan)
+    rows.lengths = rows.lengths.masked_fill(~rows.response_mask, 0)
+    same, _ = rows.loss(loss_type)
+    assert torch.equal(loss, same)
+    (grad,) = torch.autograd.grad(same, rows.policy)
+    assert torch.isfinite(grad).all()
+    if loss_type in OPTION_TYPES["score_margin"]:
+        assert torch.isfinite(rows.loss(loss_type, score_margin=0.4)[0])
+
+
+@pytest.mark.parametrize("loss_type", ["pl", "pairs", "hinge", "linear", "ipo", "simpo", "orpo"])
+def test_a_row_of_ties_has_no_gradient(loss_type):
+    rows = random_rows(20, 4)
+    rows.ranks = torch.zeros(20, 4, dtype=torch.long)
+    loss, _ = rows.loss(loss_type)
+    (grad,) = torch.autograd.grad(loss, rows.policy)
+    assert loss == 0 and (grad == 0).all()
+
+
+def test_sppo_win_rates():
+    """Three responses are pulled to log-ratios of 1 / (2 beta), 0 and -1 / (2 beta); of ties and
+    of a response alone, to 0."""
+    ref = torch.zeros(1, 3, dtype=torch.float64)
+    options = {"beta": 0.5, "loss_type": "sppo"}
+    loss, _ = preference_loss(float64([[1, 0, -1]]), ref, **options)
+    assert loss == 0
+    ranks = torch.tensor([[0, 1, 1]])  # 1, 1/4, 1/4
+    loss, _ = preference_loss(float64([[1, -0.5, -0.5]]), ref, ranks=ranks, **options)
+    assert loss == 0
+    loss, _ = preference_loss(ref, ref, ranks=torch.zeros(1, 3, dtype=torch.long), **options)
+    assert loss == 0
+    alone = torch.tensor([[False, True, False]])
+    loss, _ = preference_loss(float64([[9, 2, 9]]), ref, alone, **options)
+    assert loss == 4
+
+
+def test_losses_at_two_responses():
+    """As their papers write them. Float64 leaves 1e-12."""
     policy = -20 * torch.rand(9, 2, dtype=torch.float64) - 0.1
     ref = -20 * torch.rand(9, 2, dtype=torch.float64)
     lengths = torch.randint(1, 30, (9, 2))
-    d = (policy - ref)[:, 0] - (policy - ref)[:, 1]
+    ratio = policy - ref
+    d = ratio[:, 0] - ratio[:, 1]
     mean = policy / lengths
     odds = mean - torch.log1p(-mean.exp())
     expected = {
         "pairs": -F.logsigmoid(0.1 * d),
+        "hinge": (1 - 0.1 * d).clamp(min=0),
+        "linear": -0.1 * d,
         "ipo": (d - 5) ** 2,
+        "sppo": (ratio[:, 0] - 5) ** 2 + (ratio[:, 1] + 5) ** 2,
         "simpo": -F.logsigmoid(0.1 * (mean[:, 0] - mean[:, 1]) - 0.5),
         "orpo": -mean[:, 0] - 0.1 * F.logsigmoid(odds[:, 0] - odds[:, 1]),
+        "best_of_n": -mean[:, 0],
     }
+    assert set(expected) == set(LOSS_TYPES) - {"pl"}
     for loss_type, losses in expected.items():
         nll_coef = 1.0 if loss_type == "orpo" else 0.0
         loss, _ = preference_loss(
@@ -321,14 +516,30 @@ def test_orpo_of_a_certain_response_is_finite():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"loss_type": "hinge"}, "unknown loss_type"),
+        ({"loss_type": "bradley_terry"}, "unknown loss_type"),
         ({"loss_type": "simpo"}, "lengths"),
-        ({"loss_type": "ipo", "depth": 1}, "no label_smoothing"),
+        ({"loss_type": "best_of_n"}, "lengths"),
+        ({"length_normalize": True}, "lengths"),
+        ({"nll_coef": 0.1}, "lengths"),
+        ({"score_margin": 1.0}, "needs data_scores"),
     ],
 )
-def test_impossible_options_are_refused(options, message):
+def test_options_without_their_data_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         preference_loss(torch.zeros(1, 2), torch.zeros(1, 2), **options)
+
+
+@pytest.mark.parametrize("name", OPTION_TYPES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_options_that_a_loss_cannot_have_are_refused(loss_type, name):
+    options = {name: 1, "lengths": torch.ones(1, 2), "data_scores": torch.zeros(1, 2)}
+    logps = torch.full((1, 2), -1.0)
+    if loss_type in OPTION_TYPES[name]:
+        loss, _ = preference_loss(logps, logps, loss_type=loss_type, **options)
+        assert torch.isfinite(loss)
+    else:
+        with pytest.raises(ValueError, match=f"{loss_type} takes no {name}"):
+            preference_loss(logps, logps, loss_type=loss_type, **options)
 
 
 def test_sequence_logprobs():
@@ -338,6 +549,334 @@ def test_sequence_logprobs():
     assert total.tolist() == [6.0, 0.0, 40.0, 0.0]
     total.sum().backward()
     assert logps.grad.tolist() == [[0, 1, 1], [1, 0, 1]]
+
+
+# ---- policy gradient without a value function
+
+
+@dataclass
+class Tokens:
+    """Random arguments of grpo_loss, in float64."""
+
+    logps: torch.Tensor
+    old_logps: torch.Tensor
+    advantages: torch.Tensor
+    seq: torch.Tensor
+    lengths: torch.Tensor
+    ref_logps: torch.Tensor
+
+    def loss(self, **options):
+        return grpo_loss(
+            self.logps,
+            self.old_logps,
+            self.advantages,
+            self.seq,
+            self.lengths,
+            self.ref_logps,
+            **options,
+        )
+
+
+def random_tokens(lengths=(3, 1, 0, 5, 2), seed=0):
+    """Responses of these lengths, their tokens in any order. Half of the ratios are outside the
+    range of clip 0.2."""
+    g = seeded(seed)
+    lengths = torch.tensor(lengths)
+    seq = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    seq = seq[torch.randperm(len(seq), generator=g)]
+    logps = -3 * torch.rand(len(seq), generator=g, dtype=torch.float64) - 0.5
+    old_logps = logps - 0.3 * torch.randn(len(seq), generator=g, dtype=torch.float64)
+    advantages = torch.randn(len(seq), generator=g, dtype=torch.float64)
+    ref_logps = logps + 0.5 * torch.randn(len(seq), generator=g, dtype=torch.float64)
+    return Tokens(logps.requires_grad_(), old_logps, advantages, seq, lengths, ref_logps)
+
+
+def slow_average(values, seq, lengths, average, max_length):
+    if average == "token":
+        return sum(values) / len(values)
+    num_responses, total = 0, 0.0
+    for response, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        num_responses += 1
+        tokens = sum(value for value, i in zip(values, seq.tolist()) if i == response)
+        total += tokens / (length if average == "sequence" else max_length)
+    return total / num_responses
+
+
+def slow_grpo(t, average, max_length, clip, clip_high, kl_coef, entropy_coef):
+    """The loss and metrics, token by token. Its gradient is autograd's."""
+    policy_losses, kls, approx_kls, entropies, outside, losses = [], [], [], [], [], []
+    for logp, old, advantage, ref in zip(t.logps, t.old_logps, t.advantages, t.ref_logps):
+        ratio = torch.exp(logp - old)
+        objective = ratio * advantage
+        is_outside = False
+        if clip:
+            low, high = 1 - clip, 1 + (clip if clip_high is None else clip_high)
+            is_outside = bool(ratio < low) or bool(ratio > high)
+            clipped = min(max(ratio.item(), low), high) * advantage  # no gradient
+            if is_outside and clipped < objective:
+                objective = clipped
+        policy_losses.append(-objective)
+        outside.append(float(is_outside))
+        kls.append(torch.exp(ref - logp) - (ref - logp) - 1)
+        approx_kls.append(torch.exp(logp - old) - (logp - old) - 1)
+        entropies.append(-ratio * logp.detach())
+        losses.append(policy_losses[-1] + kl_coef * kls[-1] - entropy_coef * entropies[-1])
+
+    of_metrics = "token" if average == "token" else "sequence"
+    metrics = {"policy_loss": slow_average(policy_losses, t.seq, t.lengths, average, max_length)}
+    for name, values in [
+        ("entropy", entropies),
+        ("clip_fraction", outside),
+        ("approx_kl", approx_kls),
+        ("kl", kls),
+    ]:
+        metrics[name] = slow_average(values, t.seq, t.lengths, of_metrics, 0)
+    metrics = {name: torch.as_tensor(value).item() for name, value in metrics.items()}
+    return slow_average(losses, t.seq, t.lengths, average, max_length), metrics
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("clip, clip_high", [(0.2, None), (0.2, 0.28), (0.1, 0.5), (0.0, None)])
+@pytest.mark.parametrize("kl_coef, entropy_coef", [(0.0, 0.0), (0.1, 0.0), (0.04, 0.02)])
+def test_grpo_against_loops(average, clip, clip_high, kl_coef, entropy_coef):
+    """Value, gradient and metrics. Sums of ten terms of about 1: 1e-13 is hundreds of roundings;
+    clip_fraction is counted in float32."""
+    t = random_tokens()
+    options = {
+        "average": average,
+        "max_length": 7,
+        "clip": clip,
+        "clip_high": clip_high,
+        "kl_coef": kl_coef,
+        "entropy_coef": entropy_coef,
+    }
+    loss, metrics = t.loss(**options)
+    expected, expected_metrics = slow_grpo(t, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
+    (grad,) = torch.autograd.grad(loss, t.logps)
+    (expected_grad,) = torch.autograd.grad(expected, t.logps)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-13, atol=1e-13)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        assert not value.requires_grad
+        tolerance = 1e-6 if name == "clip_fraction" else 1e-13
+        assert value.item() == pytest.approx(expected_metrics[name], abs=tolerance), name
+
+
+def test_grpo_worked_example():
+    """Ratios of 1.5 and 0.5 and advantages of both signs, clipped at 0.8 and 1.28."""
+    old_logps = float64([-1, -1, -1, -1])
+    logps = old_logps + float64([1.5, 1.5, 0.5, 0.5]).log()
+    advantages = float64([1, -1, 1, -1])
+    seq, lengths = torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1])
+    options = {"clip": 0.2, "clip_high": 0.28}
+    per_token = float64([-1.28, 1.5, -0.5, 0.8])
+    expected = {
+        "token": per_token.sum() / 4,
+        "sequence": (per_token[:3].sum() / 3 + per_token[3]) / 2,
+        "constant": per_token.sum() / (2 * 5),
+    }
+    for average, value in expected.items():
+        loss, metrics = grpo_loss(
+            logps, old_logps, advantages, seq, lengths, average=average, max_length=5, **options
+        )
+        torch.testing.assert_close(loss, value, rtol=1e-14, atol=1e-15)
+        assert metrics["clip_fraction"] == 1 and "kl" not in metrics
+
+
+def test_grpo_without_options_is_ppo_without_values():
+    """The token average: the same policy term, entropy and metrics, bit for bit."""
+    t = random_tokens()
+    zeros = torch.zeros_like(t.logps)
+    grpo, metrics = t.loss(entropy_coef=0.01)
+    ppo, ppo_metrics = ppo_loss(
+        t.logps, zeros, t.old_logps, zeros, t.advantages, zeros, entropy_coef=0.01
+    )
+    # losses of tokens are added before the mean in one and after it in the other
+    torch.testing.assert_close(grpo, ppo, rtol=1e-14, atol=1e-15)
+    for name in ("policy_loss", "entropy", "clip_fraction", "approx_kl"):
+        assert torch.equal(metrics[name], ppo_metrics[name])
+
+
+def test_ppo_with_its_clip_ends_apart():
+    t = random_tokens()
+    zeros = torch.zeros_like(t.logps)
+    arguments = (t.logps, zeros, t.old_logps, zeros, t.advantages, zeros)
+    apart, metrics = ppo_loss(*arguments, clip=0.1, clip_high=0.5)
+    expected, expected_metrics = t.loss(clip=0.1, clip_high=0.5)
+    assert torch.equal(apart, expected)
+    assert torch.equal(metrics["clip_fraction"], expected_metrics["clip_fraction"])
+    same, _ = ppo_loss(*arguments, clip=0.2)
+    assert torch.equal(same, ppo_loss(*arguments, clip=0.2, clip_high=0.2)[0])
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+def test_micro_batches_add_up_to_the_whole_batch(average):
+    """Loss, metrics and gradient, with tokens or responses as weights. Only the order of sums
+    differs: 1e-13 in float64; clip_fraction is float32."""
+    whole = random_tokens(lengths=(3, 1, 0, 5, 2, 4, 7))
+    options = {"average": average, "max_length": 8, "kl_coef": 0.1, "entropy_coef": 0.01}
+    loss, metrics = whole.loss(**options)
+    total_units = len(whole.seq) if average == "token" else 6
+    total, totals = 0.0, dict.fromkeys(metrics, 0.0)
+    for first, last in [(0, 3), (3, 5), (5, 7)]:
+        here = (whole.seq >= first) & (whole.seq < last)
+        lengths = whole.lengths[first:last]
+        part = Tokens(
+            whole.logps[here],
+            whole.old_logps[here],
+            whole.advantages[here],
+            whole.seq[here] - first,
+            lengths,
+            whole.ref_logps[here],
+        )
+        units = len(part.seq) if average == "token" else (lengths > 0).sum().item()
+        part_loss, part_metrics = part.loss(**options)
+        total = total + part_loss * units / total_units
+        for name, value in part_metrics.items():
+            totals[name] += value.item() * units / total_units
+    torch.testing.assert_close(total, loss, rtol=1e-13, atol=1e-13)
+    (grad,) = torch.autograd.grad(total, whole.logps)
+    (expected,) = torch.autograd.grad(loss, whole.logps)
+    torch.testing.assert_close(grad, expected, rtol=1e-13, atol=1e-13)
+    for name, value in metrics.items():
+        tolerance = 1e-6 if name == "clip_fraction" else 1e-13
+        assert totals[name] == pytest.approx(value.item(), abs=tolerance), name
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("clip", [0.0, 0.2])
+def test_an_on_policy_step_is_reinforce(average, clip):
+    """The gradient is that of the averaged -A log pi, exactly: the ratio is 1."""
+    t = random_tokens()
+    t.old_logps = t.logps.detach().clone()
+    loss, _ = t.loss(average=average, max_length=6, clip=clip)
+    (grad,) = torch.autograd.grad(loss, t.logps)
+    weights = {
+        "token": torch.full((11,), 1 / 11, dtype=torch.float64),
+        "sequence": 1 / (4 * t.lengths[t.seq].double()),
+        "constant": torch.full((11,), 1 / (4 * 6), dtype=torch.float64),
+    }
+    expected = -t.advantages * weights[average]
+    torch.testing.assert_close(grad, expected, rtol=1e-15, atol=0)  # two divisions, in any order
+
+
+# A toy policy: texts of one or two tokens of three, where token 0 ends a text. logits[0] are those
+# of the first token, logits[1 + v] of the second after v.
+TOY_TEXTS = [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+
+
+def toy_logps(logits, text):
+    """(tokens,) log-probabilities."""
+    logps = logits.log_softmax(-1)
+    contexts = [0] + [1 + token for token in text[:-1]]
+    return torch.stack([logps[context, token] for context, token in zip(contexts, text)])
+
+
+def toy_group_loss(logits, group, advantages):
+    """grpo_loss of the texts of a group: the sum over tokens, mean over texts."""
+    logps = torch.cat([toy_logps(logits, text) for text in group])
+    lengths = torch.tensor([len(text) for text in group])
+    seq = torch.repeat_interleave(torch.arange(len(group)), lengths)
+    loss, _ = grpo_loss(
+        logps, logps.detach(), advantages[seq], seq, lengths, average="constant", max_length=1
+    )
+    return loss
+
+
+def leave_one_out(rewards):
+    return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+
+@pytest.mark.parametrize(
+    "K, advantages, share",
+    [
+        (1, lambda rewards: rewards, 1.0),
+        (1, lambda rewards: rewards - 0.7, 1.0),  # a constant baseline
+        (2, leave_one_out, 1.0),
+        (3, leave_one_out, 1.0),
+        (2, lambda rewards: rewards - rewards.mean(), 1 / 2),  # the mean holds its own reward
+        (3, lambda rewards: rewards - rewards.mean(), 2 / 3),
+    ],
+)
+def test_expected_gradient_is_that_of_the_expected_reward(K, advantages, share):
+    """Over all groups of K texts. A baseline that is the group's mean scales it by (K - 1) / K.
+    Sums of up to 7^3 terms below 1 in float64 leave 1e-13."""
+    g = seeded(4)
+    logits = torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_()
+    rewards = dict(zip(TOY_TEXTS, torch.randn(7, generator=g, dtype=torch.float64)))
+    probs = {text: toy_logps(logits, text).sum().exp() for text in TOY_TEXTS}
+    assert abs(sum(probs.values()).item() - 1) < 1e-14
+    expected_reward = sum(probs[text] * rewards[text] for text in TOY_TEXTS)
+    (policy_gradient,) = torch.autograd.grad(expected_reward, logits, retain_graph=True)
+
+    expected_loss = 0.0
+    for group in itertools.product(TOY_TEXTS, repeat=K):
+        prob = math.prod(probs[text].item() for text in group)
+        group_rewards = torch.stack([rewards[text] for text in group])
+        expected_loss = expected_loss + prob * toy_group_loss(
+            logits, group, advantages(group_rewards)
+        )
+    (grad,) = torch.autograd.grad(expected_loss, logits)
+    torch.testing.assert_close(-grad, share * policy_gradient, rtol=1e-13, atol=1e-13)
+
+
+def test_on_policy_distillation_has_the_gradient_of_the_reverse_kl():
+    """A_t = log T(y_t) - log pi_old(y_t), each token by itself. Over all tokens y_t at the same
+    prefixes, value and gradient are those of the mean of KL(pi || T). 1e-14: sums of 35 terms."""
+    g = seeded(5)
+    prefixes, V = 5, 7
+    logits = torch.randn(prefixes, V, generator=g, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(prefixes, V, generator=g, dtype=torch.float64).log_softmax(-1)
+    policy = logits.log_softmax(-1)
+    reverse_kl = (policy.exp() * (policy - teacher)).sum(-1).mean()
+    (kl_gradient,) = torch.autograd.grad(reverse_kl, logits, retain_graph=True)
+
+    expected_loss = 0.0
+    for prefix in range(prefixes):
+        for token in range(V):
+            logps = policy[prefix, token][None]
+            old_logps = logps.detach()
+            advantages = teacher[prefix, token] - old_logps
+            loss, _ = grpo_loss(logps, old_logps, advantages, torch.tensor([0]), torch.tensor([1]))
+            expected_loss = expected_loss + old_logps.exp() * loss / prefixes
+    torch.testing.assert_close(expected_loss.sum(), reverse_kl, rtol=1e-14, atol=1e-14)
+    (grad,) = torch.autograd.grad(expected_loss, logits)
+    torch.testing.assert_close(grad, kl_gradient, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+def test_grpo_reads_no_value_on_the_host(average):
+    """On a GPU a host read waits for the device. A meta tensor has no values to read."""
+    t = random_tokens()
+    on_meta = Tokens(*(x.detach().to("meta") for x in vars(t).values()))
+    loss, metrics = on_meta.loss(average=average, max_length=9, kl_coef=0.1, entropy_coef=0.1)
+    assert loss.shape == () and all(value.shape == () for value in metrics.values())
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_preference_loss_reads_no_value_on_the_host(loss_type):
+    rows = random_rows(3, 4)
+    on_meta = Rows(*(x.detach().to("meta") for x in vars(rows).values()))
+    loss, _ = on_meta.loss(loss_type)
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"average": "mean"}, "unknown average"),
+        ({"average": "constant"}, "max_length"),
+        ({"kl_coef": 0.1}, "ref_logps"),
+    ],
+)
+def test_impossible_options_of_grpo_are_refused(options, message):
+    t = random_tokens()
+    t.ref_logps = None
+    with pytest.raises(ValueError, match=message):
+        t.loss(**options)
 
 
 # ---- T_n
