@@ -191,8 +191,8 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
             kept = []  # nothing to evaluate; spin still has the validation loss
     if not kept and is_scored(cfg) and split == "train":
         raise SystemExit(
-            f"round {round_id}: {cfg.ranked_by} gives all responses to a prompt the same score, for "
-            f"each of {len(rows)} prompts, so there is nothing to learn ({list_counts(counts)})"
+            f"round {round_id}: {cfg.ranked_by} gives all responses to a prompt the same score, "
+            f"for each of {len(rows)} prompts, so there is nothing to learn ({list_counts(counts)})"
         )
     if not kept:
         raise SystemExit(
