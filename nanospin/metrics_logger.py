@@ -38,7 +38,7 @@ EVAL_METRICS = {
 }
 # stage -> the metrics of a round's samples that the console shows; "length/": of every player
 COLLECT_METRICS = {
-    "spin": ["length/", "ended/self", "tie/"],
+    "spin": ["score/", "score_best", "signal", "length/", "ended/self", "tie/"],
     "ppo": ["reward", "kl", "length", "ended"],
 }
 # of the check of a round's first loss
