@@ -2,8 +2,8 @@
 
 Each test is skipped where its library is not installed; `make test-peers` installs them. Losses are
 equal except for these conventions: TRL's IPO divides each log-ratio by the response's length, the
-paper's and ours does not. TRL's ORPO and SimPO take mean log-probabilities; ours computes them
-from sums and lengths.
+paper's does not; ours does with length_normalize. TRL's ORPO and SimPO take mean log-probabilities;
+ours computes them from sums and lengths. test_rank_peers.py has the other losses.
 """
 
 import math
@@ -38,14 +38,18 @@ class Pairs:
         return (self.policy.sum(1) / self.mask.sum(1)).chunk(2)
 
 
-@pytest.fixture
-def pairs():
+def random_pairs():
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, T + 1, (2 * B,), generator=g)
     mask = torch.arange(T) < lengths[:, None]
     policy = -3 * torch.rand(2 * B, T, generator=g, dtype=torch.float64) * mask
     ref = -3 * torch.rand(2 * B, T, generator=g, dtype=torch.float64) * mask
     return Pairs(policy, ref, mask)
+
+
+@pytest.fixture
+def pairs():
+    return random_pairs()
 
 
 def rows(per_token):
@@ -129,10 +133,9 @@ def test_metrics_sent_to_wandb(pairs):
 
 
 def test_ipo(pairs):
-    """Equal for means; for sums, as in the paper, it is a different loss."""
+    """Equal with length_normalize; for sums, as in the paper, it is a different loss."""
     theirs = trl_dpo_loss("ipo", pairs)
-    means = Pairs(pairs.policy / pairs.lengths(), pairs.ref / pairs.lengths(), pairs.mask)
-    assert_equal(our_loss(means, loss_type="ipo"), theirs)
+    assert_equal(our_loss(pairs, loss_type="ipo", length_normalize=True), theirs)
     assert abs(our_loss(pairs, loss_type="ipo") - theirs) > 1
 
 
