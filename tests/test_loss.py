@@ -446,8 +446,11 @@ def test_what_absent_responses_hold_does_not_matter(loss_type):
     assert torch.equal(loss, same)
     (grad,) = torch.autograd.grad(same, rows.policy)
     assert torch.isfinite(grad).all()
-    if loss_type in OPTION_TYPES["score_margin"]:
-        assert torch.isfinite(rows.loss(loss_type, score_margin=0.4)[0])
+    for name in ("length_normalize", "score_margin"):
+        if loss_type in OPTION_TYPES[name]:
+            loss, _ = rows.loss(loss_type, **{name: 0.4})
+            (grad,) = torch.autograd.grad(loss, rows.policy)
+            assert torch.isfinite(loss) and torch.isfinite(grad).all()
 
 
 @pytest.mark.parametrize("loss_type", ["pl", "pairs", "hinge", "linear", "ipo", "simpo", "orpo"])
