@@ -1,26 +1,47 @@
-"""Collect for PPO (arXiv 1707.06347; on language models 1909.08593, 2203.02155).
+"""Collect for stage ppo: policy gradients on the policy's own samples.
 
-A round samples one response y to each of its prompts from the policy. Its tokens are a trajectory:
+A round samples K = `samples_per_prompt` responses y to each of its prompts, all from the policy as
+it is when the round starts, and gives every token an advantage A_t, by `advantage`:
 
-    r_t = - kl_coef (log pi(y_t | ...) - log pi_ref(y_t | ...)),  and at the last token + R(x, y)
-    R   = the reward, normalized by mean and deviation of the first round's samples if
-          `whiten_rewards`, minus `missing_eos_penalty` if y did not end
-    A_t = sum_l (discount gae_lambda)^l delta_{t+l},
-          delta_t = r_t + discount V_{t+1} - V_t                       GAE, 1506.02438, eq. 16
-    G_t = A_t + V_t, the target of the value head
+    gae         PPO with a value function (arXiv 1707.06347; on language models 1909.08593,
+                2203.02155). The tokens of a response are a trajectory with rewards
+                    r_t = - kl_coef (log pi(y_t | ...) - log pi_ref(y_t | ...)),
+                    and at the last token + R
+                    A_t = sum_l (discount gae_lambda)^l delta_{t+l},
+                    delta_t = r_t + discount V_{t+1} - V_t           (1506.02438, eq. 16)
+                    G_t = A_t + V_t, the target of the value head
+                V is the policy's scalar head, read where a token is predicted, and 0 after the last
+                token. A is whitened over the round's tokens if `whiten_advantages`
+    grpo        (R - mean) / standard deviation of the K samples of the prompt (2402.03300)
+    dr_grpo     R - mean (2503.20783)
+    rloo        R - the mean of the K - 1 others (2402.14740)
+    reverse_kl  on-policy distillation: log pi_teacher(y_t | ...) - log pi(y_t | ...), token by
+                token, without a reward. It descends KL(pi || pi_teacher) on the policy's own
+                samples (2306.13649 with beta = 1 and only the student's samples)
 
-A is whitened over the round's tokens if `whiten_advantages`. pi_ref is `init`. V is the policy's
-scalar head, read where a token is predicted, and 0 after the last token.
+    R = the reward of the response - `missing_eos_penalty` if y did not end
 
-RUN/round_R/ holds self_train.jsonl (samples), train.jsonl (with their scores), rollout.npz
-(log-probabilities, values, advantages and returns of every token) and collect.json (the report and
-what it was made from), all made once, by the policy that sampled.
+In grpo, dr_grpo and rloo all tokens of a response have its advantage. There is no value function,
+and R - kl_coef sum_t (log pi - log pi_ref) stands for R. reverse_kl takes the same penalty from
+each token. With gae the reward is first normalized by mean and deviation of the first round's
+samples if `whiten_rewards`. pi_ref is `init`.
+
+With kl_in "loss" the penalty is not in the advantages: the loss has kl_coef x k3 of
+`loss.kl_estimates` at each token (2402.03300, eq. 4). The loss is `loss.ppo_loss` for gae, else
+`loss.grpo_loss`.
+
+RUN/round_R/ holds self_train.jsonl (samples, those of a prompt are K lines after each other),
+train.jsonl (a row for each prompt: its samples with their scores, best first), rollout.npz
+(log-probabilities and advantages of every token in the order of train.jsonl; values and returns
+with gae, the reference with kl_in "loss") and collect.json (the report and what it was made from),
+all made once, by the policy that sampled.
 """
 
+import itertools
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -33,10 +54,9 @@ from data.rows import (
     name_tokenizer,
     prompt_fields,
     read_rows,
-    sampled_row,
     write_rows,
 )
-from eval import map_batches, validation_rows
+from eval import extract_answer, map_batches, response_lengths, validation_rows
 from loss import kl_estimates
 from model import GPT
 from nanospin import checkpoint, distributed, inputs, rounds
@@ -53,14 +73,14 @@ from nanospin.rounds import (
 from rollout import (
     check_finite,
     drop_overlong_prompts,
-    match_responses,
+    match_samples,
     sample_policy,
     say_shared_prompts,
     unique_prompts,
 )
 from scorer import score_rows
 
-# The metrics of `sample_report`, for `keep_best`.
+# The metrics of `evaluate`, for `keep_best`. exact_match is there if the data has answers.
 METRICS = [
     "reward",
     "reward_std",
@@ -71,35 +91,42 @@ METRICS = [
     "entropy",
     "length",
     "ended",
+    "exact_match",
 ]
 
 
 @dataclass
 class Trajectories:
-    """One response to each of n prompts. Lists have an entry per response."""
+    """K responses to each of n prompts, those of a prompt after each other. Lists and scores have
+    an entry per response."""
 
     texts: list[str]
     ids: list[list[int]]
     ended: list[bool]
-    scores: np.ndarray  # (n,) float64 rewards as the scorer gives them
+    scores: np.ndarray  # (n K,) float64 rewards as the scorer gives them; see `teacher_scores`
     logps: list[np.ndarray]  # (tokens,) float32 under the policy
     refs: list[np.ndarray]  # (tokens,) float32 under the reference
-    values: list[np.ndarray]  # (tokens,) float32
+    values: list[np.ndarray] | None = None  # (tokens,) float32, with gae
+    teacher: list[np.ndarray] | None = None  # (tokens,) float32 under the teacher, with reverse_kl
+    group_size: int = 1  # K
 
 
 def collect(cfg, round_id: int, model, enc, device, dtype, say):
     """(train, val, report) of a round.
 
-    train: encoded rows of one response, with logps, values, advantages and returns, each (tokens,)
-    float32. val: held-out rows, sampled when the run is evaluated. report: metrics of the samples.
+    train: encoded rows of K responses, with the arrays of `rollout_names`, each (tokens,) float32,
+    response after response. val: held-out rows, sampled when the run is evaluated. report: metrics
+    of the samples. The rows of the data may be prompts without responses.
     """
     folder, block_size = round_folder(cfg, round_id), model.config.block_size
-    rows = unique_prompts(read_rows(f"{cfg.data}/train.jsonl"))
+    if cfg.teacher:
+        run_on_rank0(check_teacher, cfg, enc, block_size)
+    rows = unique_prompts(read_rows(f"{cfg.data}/train.jsonl", prompt_only=True))
     rows = drop_overlong_prompts(
         cfg, rows, enc, block_size, say if round_id == 0 else None, "train"
     )
     n = min(cfg.max_rows or len(rows), len(rows))
-    val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows))
+    val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows, prompt_only=True))
     if round_id == 0:
         say_shared_prompts(rows, val, say)
     rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
@@ -117,9 +144,27 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         make_round(cfg, round_id, rows, model, enc, device, dtype)
     remove_score_parts(os.path.join(folder, "self_train.jsonl"))
     train, report = read_round(cfg, folder, enc, block_size)
-    num_tokens = sum(len(row["values"]) for row in train)
-    say(f"round {round_id}: {len(train)} responses of {num_tokens} tokens")
+    num_responses = len(train) * cfg.samples_per_prompt
+    num_tokens = sum(len(row["logps"]) for row in train)
+    say(f"round {round_id}: {num_responses} responses of {num_tokens} tokens")
     return train, val, report
+
+
+def check_teacher(cfg, enc, block_size: int):
+    """Exit with one line if the teacher cannot score the tokens of this policy."""
+    meta = checkpoint.read_meta(checkpoint.resolve(cfg.teacher))
+    if meta["tokenizer_sha256"] != tokenizer.fingerprint(enc):
+        raise SystemExit(
+            f"teacher {cfg.teacher} has another tokenizer than the policy ({meta['tokenizer']}); "
+            "advantage reverse_kl compares their probabilities of the same tokens"
+        )
+    longest = (cfg.max_prompt or block_size) + (cfg.max_response or block_size)
+    longest = min(longest, block_size)
+    if meta["model"]["block_size"] < longest:
+        raise SystemExit(
+            f"teacher {cfg.teacher} has block_size {meta['model']['block_size']}, too short for "
+            f"{longest} tokens; set max_prompt and max_response"
+        )
 
 
 def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
@@ -127,10 +172,12 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     start, folder = time.perf_counter(), round_folder(cfg, round_id)
     path = os.path.join(folder, "self_train.jsonl")
     name = f"{round_id} self train"
-    samples = sample_trajectories(cfg, path, name, rows, model, enc, device, dtype)
+    K = cfg.samples_per_prompt
+    samples = sample_trajectories(cfg, path, name, rows, model, enc, device, dtype, K)
+    samples = best_first(samples)
     scaling = reward_scaling(cfg, round_id, samples.scores)
     arrays, report = advantages(cfg, scaling, samples)
-    report = sample_report(samples) | report
+    report = sample_report(samples, rows) | report
     inputs.check_again(cfg)
     if distributed.rank() == 0:
         rows_path = os.path.join(folder, "train.jsonl")
@@ -141,8 +188,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
         policy = reference_checkpoint(cfg, round_id)
         manifest = {
             "policy": checkpoint.read_meta(policy)["weights_sha256"],
-            "reward": cfg.reward,
-            "reward_sha256": inputs.scorer_sha256(cfg.reward),
+            **scorer_entries(cfg),
             "tokenizer": tokenizer.fingerprint(enc),
             "seed": cfg.seed,
             "files": {
@@ -157,22 +203,68 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     distributed.barrier()
 
 
+def scorer_entries(cfg) -> dict:
+    """What collect.json says of the reward, or of the teacher."""
+    if cfg.teacher:
+        return {
+            "teacher": cfg.teacher,
+            "teacher_sha256": checkpoint.weights_sha256(cfg.teacher),
+        }
+    return {
+        "reward": cfg.reward,
+        "reward_sha256": inputs.scorer_sha256(cfg.reward),
+    }
+
+
+def best_first(samples: Trajectories) -> Trajectories:
+    """The samples of each prompt in the order of their scores. Ties stay as they were sampled."""
+    K = samples.group_size
+    groups = samples.scores.reshape(-1, K)
+    order = np.argsort(-groups, axis=1, kind="stable")
+    order = (order + K * np.arange(len(groups))[:, None]).ravel()
+    changed = {}
+    for f in fields(samples):
+        value = getattr(samples, f.name)
+        if isinstance(value, np.ndarray):
+            changed[f.name] = value[order]
+        elif isinstance(value, list):
+            changed[f.name] = [value[i] for i in order]
+    return replace(samples, **changed)
+
+
 def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
-    """The samples as rows with their score and their KL to the reference."""
+    """The samples as ranked rows with their scores and their KL to the reference. With one sample
+    per prompt, "kl" and "ended" are its own, not lists."""
+    K = samples.group_size
     scored = []
     for i, row in enumerate(rows):
+        part = slice(i * K, (i + 1) * K)
+        kl = []
+        for logps, refs in zip(samples.logps[part], samples.refs[part]):
+            kl.append(float(np.sum(logps - refs)))
+        ended = samples.ended[part]
         scored.append(
             prompt_fields(row)
             | {
-                "responses": [samples.texts[i]],
-                "ids": [samples.ids[i]],
+                "responses": samples.texts[part],
+                "ids": samples.ids[part],
                 "tokenizer": tokenizer.fingerprint(enc),
-                "scores": [float(samples.scores[i])],
-                "kl": float(np.sum(samples.logps[i] - samples.refs[i])),
-                "ended": samples.ended[i],
+                "scores": samples.scores[part].tolist(),
+                "kl": kl if K > 1 else kl[0],
+                "ended": ended if K > 1 else ended[0],
             }
         )
     return scored
+
+
+def rollout_names(cfg) -> list[str]:
+    """The arrays of rollout.npz."""
+    names = ["logps", "advantages"]
+    if cfg.advantage == "gae":
+        names += ["values", "returns"]
+    if cfg.kl_in == "loss":
+        names.append("refs")
+    return names
 
 
 def read_manifest(folder: str) -> dict:
@@ -203,8 +295,8 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
         cfg.max_response,
     )
     arrays = read_arrays(arrays_path)
-    ends = np.cumsum([len(row["responses"][0]) for row in train])
-    for name in ("logps", "values", "advantages", "returns"):
+    ends = np.cumsum(response_lengths(train).sum(1))
+    for name in rollout_names(cfg):
         if name not in arrays or arrays[name].shape != (ends[-1],):
             raise SystemExit(
                 f"{arrays_path} is damaged: its {name} are not those of {ends[-1]} tokens"
@@ -221,7 +313,7 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
     dtype = distributed.compute_dtype(cfg, device)
     samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
     remove_score_parts(path)
-    return sample_report(samples)
+    return sample_report(samples, rows)
 
 
 def remove_later_evaluations(cfg, round_id: int):
@@ -239,58 +331,81 @@ def remove_later_evaluations(cfg, round_id: int):
 # -------------------------------------------------------------------------------- trajectories
 
 
-def sample_trajectories(cfg, path, name, rows, model, enc, device, dtype) -> Trajectories:
-    """Sample one response to each row into a ranked file and score it, on every rank.
+def sample_trajectories(
+    cfg, path, name, rows, model, enc, device, dtype, count: int = 1
+) -> Trajectories:
+    """Sample `count` responses to each row into a ranked file and score them, on every rank.
 
     What has been scored is kept in parts beside the file, see `remove_score_parts`.
     """
-    sample_policy(path, cfg, rows, name, model, enc, dtype)
-    texts, ids = [], []
-    for text, response in match_responses(path, rows, enc):
-        texts.append(text)
-        ids.append(response)
-    sampled = []
-    for row, text, y in zip(rows, texts, ids):
-        sampled.append(sampled_row(row, text, y, enc))
+    sample_policy(path, cfg, rows, name, model, enc, dtype, count)
+    texts, ids, sampled = [], [], []
+    for row, samples in zip(rows, match_samples(path, rows, enc, count)):
+        texts.append([text for text, _ in samples])
+        ids.append([y for _, y in samples])
+        sampled.append(
+            prompt_fields(row)
+            | {"responses": texts[-1], "ids": ids[-1], "tokenizer": tokenizer.fingerprint(enc)}
+        )
     encoded, _ = encode_rows(
         sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )
+    ends = np.cumsum(response_lengths(encoded))[:-1]  # of each response in the list of tokens
 
     def score_policy(numbers: range) -> dict[str, np.ndarray]:
         part = [encoded[n] for n in numbers]
         return token_arrays(model, cfg, part, enc, device, "the policy")
 
     policy = score_in_parts(f"{path}.policy", encoded, "policy", score_policy)
-    refs = reference_logps(cfg, path, encoded, enc, device, dtype)
-    one_each = [[text] for text in texts], [[y] for y in ids]
-    scores = score_rows(cfg, f"{path}.reward", rows, *one_each, enc, device, dtype)[:, 0]
-    ends = np.cumsum([len(row["responses"][0]) for row in encoded])[:-1]
+    logps = np.split(policy["logps"], ends)
+    values = np.split(policy["values"], ends) if model.config.scalar_head else None
+    refs = checkpoint_logps(cfg, path, "reference", cfg.init, encoded, enc, device, dtype)
+    teacher = None
+    if cfg.teacher:
+        teacher = checkpoint_logps(cfg, path, "teacher", cfg.teacher, encoded, enc, device, dtype)
+        teacher = np.split(teacher, ends)
+        scores = teacher_scores(logps, teacher)
+    else:
+        scores = score_rows(cfg, f"{path}.reward", rows, texts, ids, enc, device, dtype).ravel()
+    ids = list(itertools.chain.from_iterable(ids))
     return Trajectories(
-        texts=texts,
+        texts=list(itertools.chain.from_iterable(texts)),
         ids=ids,
         ended=[y[-1] == enc.eot_token for y in ids],
         scores=scores,
-        logps=np.split(policy["logps"], ends),
+        logps=logps,
         refs=np.split(refs, ends),
-        values=np.split(policy["values"], ends),
+        values=values,
+        teacher=teacher,
+        group_size=count,
     )
 
 
-def reference_logps(cfg, path, encoded, enc, device, dtype) -> np.ndarray:
-    """Log-probabilities of all response tokens under the reference, (tokens,) float32."""
-    reference, _, _ = GPT.from_checkpoint(cfg.init, device, dtype)
-    weights = run_on_rank0(checkpoint.weights_sha256, cfg.init)
+def teacher_scores(logps: list[np.ndarray], teacher: list[np.ndarray]) -> np.ndarray:
+    """log pi_teacher(y|x) - log pi(y|x) of each response (n K,) float64: what reverse_kl has in
+    place of a reward. Its mean is -KL(pi || pi_teacher)."""
+    scores = []
+    for own, its in zip(logps, teacher):
+        scores.append(float(np.sum(its.astype(np.float64) - own)))
+    return np.array(scores)
+
+
+def checkpoint_logps(cfg, path, role, source, encoded, enc, device, dtype) -> np.ndarray:
+    """Log-probabilities of all response tokens under a checkpoint, (tokens,) float32. role:
+    "reference" or "teacher"."""
+    model, _, _ = GPT.from_checkpoint(source, device, dtype)
+    weights = run_on_rank0(checkpoint.weights_sha256, source)
 
     def score(numbers: range) -> dict[str, np.ndarray]:
         part = [encoded[n] for n in numbers]
-        return token_arrays(reference, cfg, part, enc, device, f"the reference {cfg.init}")
+        return token_arrays(model, cfg, part, enc, device, f"the {role} {source}")
 
-    return score_in_parts(f"{path}.reference", encoded, weights, score)["logps"]
+    return score_in_parts(f"{path}.{role}", encoded, weights, score)["logps"]
 
 
 def remove_score_parts(path: str):
     """Remove what `sample_trajectories` has kept, once its result is written or not needed."""
-    for scorer in ("policy", "reference", "reward"):
+    for scorer in ("policy", "reference", "teacher", "reward"):
         remove_parts(f"{path}.{scorer}")
 
 
@@ -305,7 +420,8 @@ def token_arrays(model, cfg, rows, enc, device, scorer: str) -> dict[str, np.nda
 
 def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Log-probability and value of every response token: two lists of (tokens,) float32, one entry
-    per row. Without a scalar head the values are the log-probabilities again."""
+    per row, its responses after each other. Without a scalar head the values are the
+    log-probabilities again."""
 
     def score(batch: Batch):
         if model.config.scalar_head:
@@ -317,7 +433,7 @@ def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.nd
             values = None
         logps = logps[batch.targets >= 0]
         values = logps if values is None else values
-        lengths = batch.lengths.flatten().tolist()
+        lengths = batch.lengths.sum(1).tolist()
         return list(zip(logps.cpu().split(lengths), values.cpu().split(lengths)))
 
     budget = distributed.micro_batch_tokens(cfg, device)
@@ -353,34 +469,32 @@ def reward_scaling(cfg, round_id: int, scores: np.ndarray) -> dict[str, float]:
 def advantages(
     cfg, scaling: dict[str, float], samples: Trajectories
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """({"logps", "values", "advantages", "returns"} (tokens,) float32, response after response,
-    metrics) of a round's samples."""
+    """(the arrays of `rollout_names`, (tokens,) float32, response after response, metrics) of a
+    round's samples."""
     lengths = np.array([len(y) for y in samples.ids])
-    n, T = len(lengths), lengths.max()
-    inside = np.arange(T) < lengths[:, None]  # (n, T)
-    logps = np.concatenate(samples.logps)  # (tokens,)
-    log_ratio = logps.astype(np.float64) - np.concatenate(samples.refs)
-    rewards, values = np.zeros((n, T)), np.zeros((n, T))
-    rewards[inside] = -scaling["kl_coef"] * log_ratio
-    values[inside] = np.concatenate(samples.values)
-    scores = samples.scores
-    if cfg.whiten_rewards:
+    logps, refs = np.concatenate(samples.logps), np.concatenate(samples.refs)  # (tokens,)
+    kl_coef = scaling["kl_coef"] if cfg.kl_in == "reward" else 0.0
+    rewards = -kl_coef * (logps.astype(np.float64) - refs)  # of each token
+    scores = samples.scores  # of each response
+    if cfg.advantage == "gae" and cfg.whiten_rewards:
         scores = (scores - scaling["mean"]) / scaling["std"]
-    missing_eos = ~np.array(samples.ended)
-    rewards[np.arange(n), lengths - 1] += scores - cfg.missing_eos_penalty * missing_eos
-
-    padded = gae(rewards, values, lengths, cfg.discount, cfg.gae_lambda)
-    returns = (padded + values)[inside]
-    values, advantage = values[inside], padded[inside]
-    metrics = {
-        "explained_variance": float(1 - np.var(returns - values) / max(np.var(returns), 1e-12)),
-        "value": float(values.mean()),
-        "return": float(rewards.sum(1).mean()),
-        "kl_coef": scaling["kl_coef"],
-    }
-    if cfg.whiten_advantages:
-        advantage = whiten(advantage)
-    arrays = {"logps": logps, "values": values, "advantages": advantage, "returns": returns}
+    scores = scores - cfg.missing_eos_penalty * ~np.array(samples.ended)
+    arrays = {"logps": logps}
+    if cfg.advantage == "gae":
+        more, metrics = value_advantages(cfg, samples.values, lengths, rewards, scores)
+        arrays |= more
+    elif cfg.advantage == "reverse_kl":
+        arrays["advantages"] = rewards + np.concatenate(samples.teacher) - logps
+        metrics = {"return": float(arrays["advantages"].sum() / len(lengths))}
+    else:
+        starts = np.cumsum(lengths) - lengths
+        totals = np.add.reduceat(rewards, starts) + scores  # R of each response
+        of_group = group_advantages(totals.reshape(-1, samples.group_size), cfg.advantage)
+        arrays["advantages"] = np.repeat(of_group.ravel(), lengths)
+        metrics = {"return": float(totals.mean())}
+    if cfg.kl_in == "loss":
+        arrays["refs"] = refs
+    metrics["kl_coef"] = scaling["kl_coef"]
     return {name: array.astype(np.float32) for name, array in arrays.items()}, metrics
 
 
@@ -392,12 +506,40 @@ def group_advantages(rewards: np.ndarray, estimator: str) -> np.ndarray:
     rloo      R - the mean of the others = K / (K - 1) (R - mean) (2402.14740)
     """
     K = rewards.shape[1]
+    rewards = rewards - rewards[:, :1]  # exactly 0 where all are equal
     centered = rewards - rewards.mean(1, keepdims=True)
     if estimator == "grpo":
         return centered / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
     if estimator == "rloo":
         return centered * K / (K - 1)
     return centered
+
+
+def value_advantages(
+    cfg, values: list[np.ndarray], lengths: np.ndarray, token_rewards, scores
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """({"values", "advantages", "returns"} (tokens,), metrics) by `gae`.
+
+    lengths, scores (n,): of each response; its score is added to the reward of its last token.
+    token_rewards (tokens,).
+    """
+    n, T = len(lengths), lengths.max()
+    inside = np.arange(T) < lengths[:, None]  # (n, T)
+    rewards, padded_values = np.zeros((n, T)), np.zeros((n, T))
+    rewards[inside] = token_rewards
+    rewards[np.arange(n), lengths - 1] += scores
+    padded_values[inside] = np.concatenate(values)
+    padded = gae(rewards, padded_values, lengths, cfg.discount, cfg.gae_lambda)
+    returns = (padded + padded_values)[inside]
+    values, advantage = padded_values[inside], padded[inside]
+    metrics = {
+        "explained_variance": float(1 - np.var(returns - values) / max(np.var(returns), 1e-12)),
+        "value": float(values.mean()),
+        "return": float(rewards.sum(1).mean()),
+    }
+    if cfg.whiten_advantages:
+        advantage = whiten(advantage)
+    return {"values": values, "advantages": advantage, "returns": returns}, metrics
 
 
 def gae(
@@ -428,32 +570,50 @@ def whiten(x: np.ndarray) -> np.ndarray:
     return (x - x.mean()) / (x.std() + 1e-8)
 
 
-def sample_report(samples: Trajectories) -> dict[str, float]:
+def sample_report(samples: Trajectories, rows=()) -> dict[str, float]:
     """Metrics of sampled responses.
 
-    reward, reward_std, reward_se   as the scorer gives it, with deviation and standard error
+    reward, reward_std, reward_se   as the scorer gives it, with deviation and standard error;
+                                    reverse_kl: see `teacher_scores`
     kl, kl_se                       KL(pi || pi_ref) of a response: k1 of `loss.kl_estimates` summed
                                     over its tokens, with standard error
     kl_token                        mean of k3 over tokens
     entropy                         mean of -log pi over the sampled tokens
     length, ended                   mean tokens; share that ended with end-of-text
+    exact_match                     with the first response of the data's `rows`, if all have one
+    signal                          several samples of a prompt: share of the prompts whose samples
+                                    have different scores
+    score_best, score_worst         mean over prompts of the best and the worst score
+
+    Standard errors are those of the prompts' means.
     """
     logps = torch.from_numpy(np.concatenate(samples.logps)).double()
     refs = torch.from_numpy(np.concatenate(samples.refs)).double()
     kl = []
     for logp, ref in zip(samples.logps, samples.refs):
         kl.append(float(np.sum(logp.astype(np.float64) - ref)))
-    kl = np.array(kl)
+    K = samples.group_size
+    kl, scores = np.array(kl).reshape(-1, K), samples.scores.reshape(-1, K)
     n = len(kl)
     _, _, k3 = kl_estimates(logps, refs)
-    return {
-        "reward": float(samples.scores.mean()),
-        "reward_std": float(samples.scores.std()),
-        "reward_se": float(samples.scores.std() / n**0.5),
+    report = {
+        "reward": float(scores.mean()),
+        "reward_std": float(scores.std()),
+        "reward_se": float(scores.mean(1).std() / n**0.5),
         "kl": float(kl.mean()),
-        "kl_se": float(kl.std() / n**0.5),
+        "kl_se": float(kl.mean(1).std() / n**0.5),
         "kl_token": float(k3.mean()),
         "entropy": float(-logps.mean()),
-        "length": len(logps) / n,
+        "length": len(logps) / (n * K),
         "ended": float(np.mean(samples.ended)),
     }
+    if rows and all(row.get("responses") for row in rows):
+        right = []
+        for i, text in enumerate(samples.texts):
+            right.append(extract_answer(text) == extract_answer(rows[i // K]["responses"][0]))
+        report["exact_match"] = float(np.mean(right))
+    if K > 1:
+        report["signal"] = float(np.mean(np.ptp(scores, axis=1) > 0))
+        report["score_best"] = float(scores.max(1).mean())
+        report["score_worst"] = float(scores.min(1).mean())
+    return report

@@ -46,7 +46,14 @@ from eval import (
     stream_loss,
     window_slices,
 )
-from loss import ppo_loss, preference_loss, reward_loss, taylor_nll
+from loss import (
+    grpo_loss,
+    kl_estimates,
+    ppo_loss,
+    preference_loss,
+    reward_loss,
+    taylor_nll,
+)
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, elastic, inputs, lock, metrics_logger, preflight
 from nanospin import config as config_module
@@ -57,8 +64,20 @@ from nanospin.optim import lr_factor, make_optimizers
 from nanospin.wandb_logger import wandb_sender
 
 # ------------------------------------------------------------------------------- objectives
-# objective(model, batch, cfg) -> (loss, metrics), both summed over the units of the batch: prompts
-# for reward, preference and spin, supervised tokens for the others. STAGES, below, lists them.
+# objective(model, batch, cfg) -> (loss, metrics), both summed over the units of the batch: what a
+# mean is taken over, prompts, responses or supervised tokens. STAGES, below, lists both.
+
+
+def count_tokens(batch: Batch, cfg: Config) -> int:
+    return batch.num_targets
+
+
+def count_prompts(batch: Batch, cfg: Config) -> int:
+    return batch.num_rows
+
+
+def count_tokens_or_responses(batch: Batch, cfg: Config) -> int:
+    return batch.num_targets if cfg.loss_average == "token" else batch.num_responses
 
 
 def token_objective(model, batch: Batch, cfg: Config):
@@ -84,10 +103,14 @@ def reward_objective(model, batch: Batch, cfg: Config):
 
 
 def ppo_objective(model, batch: Batch, cfg: Config):
-    """Clipped surrogate, value loss and entropy."""
-    logps, values = model.logps_and_values(
-        batch.idx, batch.targets, batch.value_positions, **batch.layout()
-    )
+    """Clipped surrogate and entropy; value loss, or KL to the reference."""
+    values = None
+    if cfg.advantage == "gae":
+        logps, values = model.logps_and_values(
+            batch.idx, batch.targets, batch.value_positions, **batch.layout()
+        )
+    else:
+        logps = model(batch.idx, batch.targets, **batch.layout())
     if batch.logit_positions is None:  # padded: (N, T)
         logps = logps.flatten().index_select(0, batch.value_positions)
     return policy_gradient_loss(logps, values, batch, cfg)
@@ -128,19 +151,46 @@ def reward_model_loss(scores, batch: Batch, cfg: Config):
 
 
 def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
-    loss, metrics = ppo_loss(
-        logps,
-        values,
-        batch.old_logps,
-        batch.old_values,
-        batch.advantages,
-        batch.returns,
-        clip=cfg.clip_range,
-        value_clip=cfg.value_clip_range,
-        value_coef=cfg.value_coef,
-        entropy_coef=cfg.entropy_coef,
-    )
-    return times(len(values), loss, metrics)
+    """logps (m,) of the tokens; values (m,) with gae, else None."""
+    options = {
+        "clip": cfg.clip_range,
+        "clip_high": cfg.clip_range_high or None,
+        "entropy_coef": cfg.entropy_coef,
+    }
+    kl_coef = cfg.kl_coef if cfg.kl_in == "loss" else 0.0
+    if cfg.advantage == "gae":
+        loss, metrics = ppo_loss(
+            logps,
+            values,
+            batch.old_logps,
+            batch.old_values,
+            batch.advantages,
+            batch.returns,
+            value_clip=cfg.value_clip_range,
+            value_coef=cfg.value_coef,
+            **options,
+        )
+        if kl_coef:
+            _, _, k3 = kl_estimates(logps, batch.token_refs)
+            loss = loss + kl_coef * k3.mean()
+            metrics["kl"] = k3.mean().detach()
+    else:
+        seq = batch.seq
+        if batch.logit_positions is None:  # padded: (N, T)
+            seq = seq.flatten().index_select(0, batch.value_positions)
+        loss, metrics = grpo_loss(
+            logps,
+            batch.old_logps,
+            batch.advantages,
+            seq,
+            batch.lengths.flatten(),
+            batch.token_refs,
+            kl_coef=kl_coef,
+            average=cfg.loss_average,
+            max_length=cfg.max_response,
+            **options,
+        )
+    return times(count_tokens_or_responses(batch, cfg), loss, metrics)
 
 
 def times(n: int, loss, metrics: dict):
@@ -162,8 +212,8 @@ class LossTerm:
     objective: Callable
 
     def num_units(self, batch: Batch) -> int:
-        """What the loss of a batch is averaged over: prompts or supervised tokens."""
-        return batch.num_rows if self.stage.per_prompt else batch.num_targets
+        """How many prompts, responses or supervised tokens the loss of a batch is a mean over."""
+        return self.stage.num_units(batch, self.cfg)
 
 
 def loss_terms(cfg: Config, train, stages: dict) -> list[LossTerm]:
@@ -575,7 +625,7 @@ class Stage:
     objective: Callable
     evaluate: Callable
     make_batch: Callable = batch_rows
-    per_prompt: bool = False  # the loss is a mean over prompts; else over supervised tokens
+    num_units: Callable = count_tokens  # (batch, cfg) -> what the loss is a mean over
     initial_loss: Callable | None = None  # what a round's loss starts with, if that is known
     metrics: list[str] = field(default_factory=list)  # that `evaluate` can return; []: not listed
 
@@ -588,7 +638,7 @@ STAGES = {
         reward_objective,
         evaluate_reward,
         make_batch=reward_batch,
-        per_prompt=True,
+        num_units=count_prompts,
         initial_loss=initial_reward_loss,
         metrics=REWARD_METRICS,
     ),
@@ -596,7 +646,7 @@ STAGES = {
         rollout.collect,
         ranking_objective,
         evaluate_ranking,
-        per_prompt=True,
+        num_units=count_prompts,
         initial_loss=initial_ranking_loss,
         metrics=RANKING_METRICS,
     ),
@@ -604,7 +654,7 @@ STAGES = {
         rollout.collect,
         ranking_objective,
         evaluate_ranking,
-        per_prompt=True,
+        num_units=count_prompts,
         initial_loss=initial_ranking_loss,
         metrics=RANKING_METRICS,
     ),
@@ -613,6 +663,7 @@ STAGES = {
         ppo_objective,
         evaluate_ppo,
         make_batch=ppo_batch,
+        num_units=count_tokens_or_responses,
         initial_loss=initial_ppo_loss,
         metrics=ppo.METRICS,
     ),
@@ -647,7 +698,8 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
         preflight.check_stream(pretrain_config(cfg).data, enc, name)
 
-    settings["scalar_head"] = cfg.stage in ("reward", "ppo")
+    has_values = cfg.stage == "ppo" and cfg.advantage == "gae"
+    settings["scalar_head"] = cfg.stage == "reward" or has_values
     try:
         model_config = model_class.config_class(**settings)
     except ValueError as e:

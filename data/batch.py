@@ -41,18 +41,22 @@ class Batch:
     value_seq: Tensor | None = None  # (r,) b K + k of each
     data_scores: Tensor | None = None  # (B, K) the data's own scores
 
-    # ppo, by token, from when the tokens were sampled
+    # ppo, by token, from when the tokens were sampled; values and returns with gae
     old_logps: Tensor | None = None  # (m,)
     old_values: Tensor | None = None  # (m,)
     advantages: Tensor | None = None  # (m,)
     returns: Tensor | None = None  # (m,)
+    token_refs: Tensor | None = None  # (m,) log-probability of each token under the reference
 
     num_tokens: int = 0  # tokens read, without padding
     num_targets: int = 0  # supervised tokens; counted from targets
+    num_responses: int = 0  # that are there; counted from response_mask
 
     def __post_init__(self):
         if self.targets is not None and not self.num_targets:
             self.num_targets = int((self.targets >= 0).sum())
+        if self.response_mask is not None and not self.num_responses:
+            self.num_responses = int(self.response_mask.sum())
 
     @property
     def num_rows(self) -> int:
@@ -151,15 +155,17 @@ def ppo_batch(rows: list[dict], layout: str = "packed") -> Batch:
     """Rows of `ppo.collect` -> a batch. A state's value is read where its token is predicted."""
     batch = batch_rows(rows, layout)
     batch.value_positions = target_positions(batch)
-    if "logps" in rows[0]:
-
-        def join(key: str) -> Tensor:
-            return torch.from_numpy(np.concatenate([row[key] for row in rows]))
-
-        batch.old_logps = join("logps")
-        batch.old_values = join("values")
-        batch.advantages = join("advantages")
-        batch.returns = join("returns")
+    names = {
+        "logps": "old_logps",
+        "values": "old_values",
+        "advantages": "advantages",
+        "returns": "returns",
+        "refs": "token_refs",
+    }
+    for key, name in names.items():
+        if key in rows[0]:
+            tokens = np.concatenate([row[key] for row in rows])
+            setattr(batch, name, torch.from_numpy(tokens))
     return batch.pin_memory()
 
 

@@ -441,7 +441,7 @@ def records_without_time(run, kind):
     "module, function, at",
     [
         pytest.param(rollout, "respond", 3, id="sampling", marks=pytest.mark.slow),
-        pytest.param(ppo, "rewards", 0, id="scoring", marks=pytest.mark.slow),
+        pytest.param(ppo, "score_rows", 0, id="scoring", marks=pytest.mark.slow),
         pytest.param(ppo, "advantages", 1, id="storing", marks=pytest.mark.slow),
         pytest.param(train, "lr_factor", 3, id="training", marks=pytest.mark.slow),
         pytest.param(train, "lr_factor", 8, id="training in round 1"),
