@@ -22,6 +22,7 @@ from conftest import (
     refused,
 )
 from test_distributed import ENV, torchrun_command
+from test_gpu_path import gpu_path, gradients, no_host_reads
 from test_ppo import BYTES, ppo_args, ppo_config, records_without_time, reward_args
 
 import ppo
@@ -36,6 +37,8 @@ from data.rows import check_row, encode_rows, prompt_key, read_rows, write_rows
 from loss import kl_estimates
 from model import GPT, GPTConfig
 from nanospin import checkpoint, rounds
+
+__all__ = ["gpu_path"]  # a fixture
 
 GROUP_ESTIMATORS = ["grpo", "dr_grpo", "rloo"]
 
@@ -262,6 +265,24 @@ def test_packed_equals_padded_and_parts_add_up(average, K):
         torch.testing.assert_close(value, total, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_micro_batch_never_waits_for_the_gpu(average, layout, request):
+    """And has the loss and the gradients of the CPU's code."""
+    options = [f"--loss_average={average}", "--max_response=9", "--kl_in=loss"]
+    cfg = group_config("--advantage=grpo", *options)
+    model, rows = tiny_model().float(), grouped_rows()
+    for row in rows:
+        row |= {name: row[name].astype(np.float32) for name in ("logps", "advantages", "refs")}
+    batch = ppo_batch(rows, layout)
+    expected = gradients(model, train.ppo_objective, batch, cfg)
+    request.getfixturevalue("gpu_path")
+    with no_host_reads():
+        found = gradients(model, train.ppo_objective, batch, cfg)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------ the stage
 
 
@@ -466,22 +487,31 @@ def test_the_first_step_of_distillation(tiny_runs, tiny_data, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_the_size_of_micro_batches_does_not_change_a_round(tiny_runs, tiny_data, tmp_path, average):
+def test_the_size_of_micro_batches_does_not_change_a_round(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, average
+):
     """Four steps with k3 in the loss, in one and in many micro-batches, packed and padded."""
-    outs = []
-    for name, more in {
+    sizes = {
         "large": ["--micro_batch_tokens=100000"],
         "small": ["--micro_batch_tokens=150"],
         "padded": ["--layout=padded", "--micro_batch_tokens=1000"],
-    }.items():
-        outs.append(f"{tmp_path}/{name}")
+    }
+    grads, steps = {}, {}
+    for name, more in sizes.items():
+        out = f"{tmp_path}/{name}"
         options = ["--rounds=1", "--kl_in=loss", f"--loss_average={average}", "--optimizer=rmsprop"]
         options += ["--entropy_coef=0.01", "--clip_range_high=0.3", "--eval_interval=100", *more]
-        train.main(group_args(tiny_runs, tiny_data, outs[-1], *options))
-    for other in outs[1:]:
-        for a, b in zip(read_metrics(outs[0], "step"), read_metrics(other, "step"), strict=True):
-            for name in ("loss", "norm", "policy_loss", "entropy", "clip_fraction", "kl"):
-                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
+        args = group_args(tiny_runs, tiny_data, out, *options)
+        grads[name], _ = first_gradient(monkeypatch, args)
+        steps[name] = read_metrics(out, "step")
+    for name in ("small", "padded"):
+        scale = max(grad.abs().max() for grad in grads["large"]).item()
+        for a, b in zip(grads["large"], grads[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * scale)
+        for a, b in zip(steps["large"], steps[name], strict=True):
+            rel = 1e-4 if a["step"] else 1e-6  # rmsprop divides roundings by small gradients
+            for key in ("loss", "norm", "policy_loss", "entropy", "clip_fraction", "kl"):
+                assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-6), (a["step"], key)
 
 
 def test_the_pretraining_loss_beside_groups(tiny_runs, tiny_data, tmp_path):
