@@ -657,6 +657,14 @@ def check_ppo(cfg: Config):
         "advantage reverse_kl needs a checkpoint as teacher: its log-probabilities",
     )
     require(
+        cfg.loss_average == "token" or cfg.advantage != "gae",
+        f"advantage gae has loss_average token, not {cfg.loss_average}",
+    )
+    require(
+        not cfg.kl_target or cfg.kl_in == "reward",
+        "kl_target adapts kl_coef in the reward: it needs kl_in reward",
+    )
+    require(
         cfg.loss_average != "constant" or cfg.max_response,
         "loss_average constant divides by max_response: set it",
     )
