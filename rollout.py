@@ -50,7 +50,7 @@ from eval import (
 )
 from model import GPT
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
-from nanospin.config import is_scored, player_columns
+from nanospin.config import is_scored, ordered_players, player_columns
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
     check_earlier_rounds,
@@ -368,7 +368,7 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
     if cfg.stage == "preference":
         return [data_candidates(row, enc) for row in rows]
     columns = []  # a column per player: of each row a list of (text, ids), None where absent
-    for player in cfg.players:
+    for player in ordered_players(cfg):
         column = player_responses(cfg, round_id, split, player, rows, model, enc, dtype)
         if player == "teacher":
             column, num_empty = drop_empty(column)
@@ -442,8 +442,10 @@ def rank_by_score(cfg, path: str, rows, candidates, enc, device, dtype) -> list[
             on_top = names[k] in cfg.top_players
             place = cfg.top_players.index(names[k]) if on_top else len(cfg.top_players)
             keys[k] = (place, 0.0 if on_top else -row_scores[k])
-        # ties stand in an order that depends on their ids alone, and on no property of the text
-        order = sorted(there, key=lambda k: (keys[k], hash_ids(candidate["ids"][k]))) + absent
+        # ties stand in an order that depends on their ids alone, and on no property of the text;
+        # of equal ones the data's is the first, and stays
+        cut_ids = [y and y[: cfg.max_response or None] for y in candidate["ids"]]
+        order = sorted(there, key=lambda k: (keys[k], hash_ids(cut_ids[k]))) + absent
         row = dict(candidate)
         row["responses"] = [candidate["responses"][k] for k in order]
         row["ids"] = [candidate["ids"][k] for k in order]

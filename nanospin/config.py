@@ -692,10 +692,16 @@ def is_scored(cfg: Config) -> bool:
     return not cfg.reward and scorer_name(cfg) != ""
 
 
+def ordered_players(cfg: Config) -> list[str]:
+    """The players, best first; in alphabetical order under a scorer, to which their order in the
+    config makes no difference."""
+    return sorted(cfg.players) if is_scored(cfg) else cfg.players
+
+
 def player_columns(cfg: Config) -> list[str]:
     """The player of each response of a row: ["data", "self:2"] has data, self, self."""
     columns = []
-    for player in cfg.players:
+    for player in ordered_players(cfg):
         name, _, count = player.partition(":")
         columns += [name] * int(count or 1)
     return columns
