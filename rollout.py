@@ -169,7 +169,7 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
     encoded, counts = encode_rows(
         rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
     )
-    if cfg.score_margin:
+    if cfg.score_margin and split == "train":
         attach_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
     for row, encoded_row in zip(rows, encoded):
         if encoded_row is not None and "players" in row:
@@ -179,7 +179,7 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
         num_equal = sum(map(drop_equal_responses, kept))
         for row in rows:  # and those that spin has made absent
             num_equal += sum(same_as is not None for same_as in row.get("same_as") or [])
-        if cfg.best_and_worst:
+        if cfg.best_and_worst and split == "train":
             for row in kept:
                 keep_best_and_worst(row)
         counts["responses equal to a better one"] = num_equal
@@ -395,9 +395,11 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
 
 def data_candidates(row: dict, enc) -> dict:
     """The data's own responses to a prompt, to be ranked by a scorer."""
+    ids = [response_ids(row, k, enc) for k in range(len(row["responses"]))]
+    texts = [None if y is None else text for text, y in zip(row["responses"], ids)]
     return prompt_fields(row) | {
-        "responses": row["responses"],
-        "ids": [response_ids(row, k, enc) for k in range(len(row["responses"]))],
+        "responses": texts,
+        "ids": ids,
         "tokenizer": tokenizer.fingerprint(enc),
     }
 
