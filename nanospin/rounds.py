@@ -26,6 +26,16 @@ def round_folder(cfg, round_id: int) -> str:
     return os.path.join(cfg.out_dir, f"round_{round_id}")
 
 
+def response_titles(players: list[str]) -> list[str]:
+    """A title for each response of a row whose responses are these players': the player, numbered
+    if it has several: ["data", "self", "self"] has data, self 1, self 2."""
+    titles = []
+    for k, player in enumerate(players):
+        several = players.count(player) > 1
+        titles.append(f"{player} {players[: k + 1].count(player)}" if several else player)
+    return titles
+
+
 def make_round_folder(path: str):
     """Make the folder of a round's file. The run's own folder is not made again: if somebody has
     removed it, the run must stop."""

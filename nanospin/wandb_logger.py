@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 from data.files import printable
 from data.rows import read_rows
 from nanospin import distributed
+from nanospin.config import player_columns
+from nanospin.rounds import response_titles
 
 # Our names of metrics -> TRL's (DPOTrainer and RewardTrainer of TRL 1.16), by stage. A name that
 # ends in "/" stands for every name that begins with it. As in TRL, rewards are
@@ -285,11 +287,12 @@ def wandb_name(name: str, names: dict) -> str:
 
 def sample_table(cfg, record: dict) -> dict:
     """{"samples": a table of validation prompts with their responses}, for the samples of a spin
-    round and for an evaluation of ppo; otherwise {}."""
+    round and for an evaluation of ppo; otherwise {}. Under a scorer a player's samples are numbered
+    from its best one on, and "scores" has the scores in the order of the columns."""
     folder = os.path.join(cfg.out_dir, f"round_{record['round']}")
     if cfg.stage == "spin" and record["kind"] == "collect":
         path = os.path.join(folder, "val.jsonl")
-        columns = cfg.players
+        columns = response_titles(player_columns(cfg))
     elif cfg.stage == "ppo" and record["kind"] == "eval":
         path = os.path.join(folder, f"val_step_{record['step']:06d}.jsonl")
         columns = ["response"]
@@ -297,8 +300,11 @@ def sample_table(cfg, record: dict) -> dict:
         return {}
     import wandb
 
-    rows = [table_row(row, columns) for row in read_rows(path)[:TABLE_ROWS]]
-    return {"samples": wandb.Table(columns=["prompt", *columns], data=rows)}
+    rows = read_rows(path)[:TABLE_ROWS]
+    has_scores = "players" in rows[0]
+    cells = [table_row(row, columns) for row in rows]
+    head = ["prompt", *columns] + ["scores"] * has_scores
+    return {"samples": wandb.Table(columns=head, data=cells)}
 
 
 def table_row(row: dict, columns: list[str]) -> list[str]:
@@ -308,7 +314,13 @@ def table_row(row: dict, columns: list[str]) -> list[str]:
     for prompt, response in row.get("history", []):
         turns += [prompt, response]
     cells = ["\n\n".join([*turns, row["prompt"]])]
+    titles = response_titles(row["players"]) if "players" in row else columns
     same_as = row.get("same_as", [None] * len(columns))
-    for text, better in zip(row["responses"], same_as):
-        cells.append(text if better is None else f"(as {columns[better]})")
+    where = [titles.index(column) for column in columns]  # the response of each column
+    for k in where:
+        better = same_as[k]
+        cells.append(row["responses"][k] if better is None else f"(as {titles[better]})")
+    if "players" in row:
+        scores = [row["scores"][k] for k in where]
+        cells.append(", ".join("-" if score is None else f"{score:.4g}" for score in scores))
     return cells

@@ -7,8 +7,9 @@ import shutil
 
 import matplotlib.pyplot as plt
 import pytest
-from conftest import command, read_metrics
+from conftest import command, read_metrics, spin_args
 
+import train
 from tools import plot
 
 SEEDS = [f"studies/selfplay/demo_seeds/{seed}" for seed in (1, 2, 3)]
@@ -96,6 +97,33 @@ def test_rounds_from_old_logs(tmp_path):
     for text in ("round 1", "teacher above self", "chance (1/2; data: 1/3)", "nats per response"):
         assert text in svg, text
     assert "studies" not in svg  # no path of a run
+
+
+@pytest.mark.parametrize(
+    "options, texts",
+    [
+        (["--players=data,self:2"], ["data above self", "chance (1/2)"]),
+        (
+            ["--players=data,self:2,teacher", "--teacher=rows"],
+            ["all pairs", "data above self and teacher", "chance (1/2; data: 1/4; self: 1/3)"],
+        ),
+        (
+            ["--players=data,self:2", "--ranked_by=conftest:letters"],
+            ["data above all worse", "self above all worse", "chance (1/2, all pairs)"],
+        ),
+    ],
+)
+def test_rounds_of_several_samples(tiny_runs, tiny_data, tmp_path, options, texts):
+    """Chance is 1 of the responses, not of the players; none is given where a scorer ranks."""
+    out = f"{tmp_path}/run"
+    train.main(spin_args(tiny_runs, tiny_data, out, "--max_rows=16", "--max_steps=2", *options))
+    done = run("rounds", f"{tmp_path}/figure.png", out)
+    assert done.returncode == 0 and is_figure(f"{tmp_path}/figure"), done.stderr
+    with open(f"{tmp_path}/figure.svg", encoding="utf-8") as f:
+        svg = f.read()
+    for text in texts:
+        assert text in svg, text
+    assert "length alone" not in svg or options == ["--players=data,self:2"]
 
 
 def test_table(tiny_runs, tmp_path):

@@ -109,13 +109,49 @@ def test_a_round_that_needs_no_earlier_file(tiny_runs, tiny_data, tmp_path, caps
     assert "identical, bit for bit" in capsys.readouterr().out
 
 
+def test_a_round_ranked_by_a_function(tiny_runs, tiny_data, tmp_path, capsys, monkeypatch):
+    """It is made again, the second round too, whose prompts are others. With another source the
+    function is named."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "graded_again.py"
+    source.write_text("def f(row, text):\n    return float(text.count('e'))\n")
+    run = f"{tmp_path}/run"
+    players = ["--players=data,self:3", "--ranked_by=graded_again:f", "--replay_rounds=1"]
+    sizes = ["--rounds=2", "--max_rows=16", "--max_steps=1"]
+    train.main(spin_args(tiny_runs, tiny_data, run, *players, *sizes))
+    for round_id in (0, 1):
+        rebuild.main([f"{run}/round_{round_id}", f"--out={tmp_path}/again_{round_id}"])
+        output = capsys.readouterr().out
+        assert "identical, bit for bit: self_train.jsonl, train.jsonl, train.ref.npz" in output
+    source.write_text("def f(row, text):\n    return -float(text.count('e'))\n")
+    message = refused(f"{run}/round_1", f"--out={tmp_path}/other")
+    assert "graded_again:f is not the function that ranked the round" in message
+
+
+@pytest.mark.parametrize("stage", ["spin", "preference"])
+def test_a_round_ranked_by_a_judge_that_has_moved(tiny_runs, tiny_data, tmp_path, capsys, stage):
+    run, judge, moved = f"{tmp_path}/run", f"{tmp_path}/judge", f"{tmp_path}/moved"
+    shutil.copytree(tiny_runs["pretrain"], judge)
+    options = [f"--stage={stage}", f"--ranked_by={judge}", "--max_rows=16", "--max_steps=1"]
+    train.main(spin_args(tiny_runs, tiny_data, run, *options))
+    shutil.move(judge, moved)
+    args = [f"{run}/round_0", f"--out={tmp_path}/again"]
+    message = refused(*args)
+    assert f"{judge}" in message and "pass its path as --init, --data" in message
+    other = tiny_runs["sft"]
+    message = refused(*args, f"--ranked_by={other}")
+    assert f"{other} is not the ranked_by that the round was made from" in message
+    rebuild.main([*args, f"--ranked_by={moved}"])
+    assert "identical, bit for bit" in capsys.readouterr().out
+
+
 def test_moved_inputs(original, tmp_path, capsys):
     inputs = original.copy(tmp_path)
     init = shutil.move(checkpoint.latest(inputs.run, 0), f"{tmp_path}/init")
     settings = read_manifest(inputs.run)["config"] | {"data": "nowhere", "teacher": "nowhere"}
     edit_manifest(inputs.run, config=settings)
     args = [f"{inputs.run}/round_1", f"--out={tmp_path}/again", f"--init={init}"]
-    assert "--init, --data or --teacher" in refused(*args)
+    assert "--init, --data, --teacher or --ranked_by" in refused(*args)
     rebuild.main([*args, *inputs.moved()])
     assert "identical, bit for bit" in capsys.readouterr().out
 

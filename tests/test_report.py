@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import html.parser
 import json
+import math
 import os
 import re
 import shutil
@@ -19,10 +20,19 @@ from data import tokenizer
 from data.batch import batch_rows, reward_batch
 from data.folder import write_meta, write_stream
 from data.rows import encode_rows, read_rows, write_rows
+from nanospin.rounds import response_titles
 from tools.plot import HEADLINE_METRICS
 from tools.report.__main__ import main, visible
-from tools.report.charts import Chart, format_number, ticks
-from tools.report.runs import read_run, supervised_tokens, training_batch
+from tools.report.charts import Chart, equal_scores, format_number, ticks
+from tools.report.runs import (
+    Run,
+    mask_parts,
+    read_run,
+    supervised_tokens,
+    training_batch,
+    training_cards,
+    validation_cards,
+)
 
 EVIL = "<script>alert(1)</script> \x1b[31m & \u202eabc \"'"
 SMALL = [
@@ -246,6 +256,88 @@ def test_samples_are_the_rounds_own(runs, tmp_path):
     scores = sorted(row["scores"][0] for row in read_rows(f"{runs['ppo']}/round_1/train.jsonl"))
     for score in (scores[0], scores[-1]):
         assert f"score {format_number(score)}" in checked.text
+
+
+@pytest.fixture(scope="module")
+def ranked_runs(tiny_runs, tiny_data, tmp_path_factory):
+    """Spin with several samples in order and under a function, and preference under a function."""
+    root = str(tmp_path_factory.mktemp("ranked"))
+    small = [f"--data={tiny_data}", f"--init={tiny_runs['sft']}", *SMALL, "--max_steps=2"]
+    spin = ["--stage=spin", "--max_rows=16", *small]
+    scored = "--ranked_by=conftest:letters"
+    train.main([*spin, f"--out_dir={root}/order", "--players=data,self:2"])
+    train.main([*spin, f"--out_dir={root}/scored", "--players=self:3,data", scored])
+    train.main(["--stage=preference", *small, f"--out_dir={root}/preference", scored])
+    return {name: f"{root}/{name}" for name in ("order", "scored", "preference")}
+
+
+@pytest.mark.parametrize("name", ["order", "scored", "preference"])
+def test_a_page_of_several_samples(ranked_runs, tmp_path, name):
+    """Samples of a player are numbered. The level ln K! is not drawn: ties and scores differ from
+    row to row."""
+    page, checked = page_of(ranked_runs[name], tmp_path=tmp_path)
+    assert "cannot be shown" not in page and "class=notes" not in page
+    assert "equal scores: ln" not in page
+    drawn = re.findall("<figcaption>(.*?)</figcaption>", page)
+    scored = {"Score", "Rows in which something is ranked"}
+    assert (scored <= set(drawn)) == (name != "order")
+    if name != "preference":
+        for title in ("self 1, round 0", "self 2, round 0"):
+            assert title in checked.text
+    assert ("self 3, round 0" in checked.text) == (name == "scored")
+
+
+def test_cards_show_the_response_of_their_player(ranked_runs):
+    """In a row that a scorer ranked too, where the players stand in the order of their scores."""
+    run = read_run(ranked_runs["scored"])
+    rows = {row["prompt"]: row for row in read_rows(f"{ranked_runs['scored']}/round_0/val.jsonl")}
+    cards = validation_cards(run, 8)
+    assert len(cards) == 8
+    for row, answers in cards:
+        titles = [title for _, title, _, _ in answers]
+        assert titles == ["data", "self 1, round 0", "self 2, round 0", "self 3, round 0"]
+        places = [k for _, _, _, k in answers]
+        assert sorted(places) == [0, 1, 2, 3] and places[1:] == sorted(places[1:])
+        assert rows[row["prompt"]]["players"][places[0]] == "data"
+    for row, answers in training_cards(run, 4):
+        titles = [title.partition(" ")[0] for _, title, _, _ in answers]
+        assert titles == row["players"]
+
+
+@pytest.mark.parametrize("name", ["order", "scored"])
+def test_the_mask_names_the_players_of_its_row(ranked_runs, name):
+    run = read_run(ranked_runs[name])
+    row, _ = training_batch(run)
+    names = response_titles(row.get("players") or ["data", "self", "self"])
+    shown = [part[0] for part in mask_parts(run)]
+    there = [title for title, y in zip(names, row["responses"]) if y is not None]
+    assert shown == ["prompt", *there]
+
+
+def test_titles_of_responses():
+    assert response_titles(["self", "data", "self"]) == ["self 1", "data", "self 2"]
+    assert response_titles(["data", "self", "self-1"]) == ["data", "self", "self-1"]
+    assert response_titles([]) == []
+
+
+@pytest.mark.parametrize(
+    "settings, level",
+    [
+        ({}, math.log(2)),
+        ({"players": ["data", "teacher", "self"]}, math.log(6)),
+        ({"players": ["data", "self:2"]}, None),
+        ({"players": ["data", "self:2"], "loss_type": "pairs"}, math.log(2)),
+        ({"ranked_by": "module:f"}, None),
+        ({"ranked_by": "module:f", "loss_type": "pairs"}, math.log(2)),
+        ({"ranked_by": "module:f", "loss_type": "pairs", "score_margin": 1.0}, None),
+        ({"ranked_by": "order"}, math.log(2)),
+        ({"players": ["data", "teacher", "self"], "rank_depth": 1}, None),
+        ({"loss_type": "hinge"}, None),
+    ],
+)
+def test_the_level_of_equal_scores(settings, level):
+    found = equal_scores(Run("folder", config={"stage": "spin"} | settings))
+    assert found is None if level is None else found[0] == pytest.approx(level)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

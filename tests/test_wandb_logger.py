@@ -403,6 +403,43 @@ def test_a_key_is_found(tmp_path, monkeypatch):
     assert wandb_logger.has_key(settings)
 
 
+def test_the_table_of_a_scored_round(tmp_path):
+    """A column for each sample of a player, the best first, and the scores in that order."""
+    cfg = config.Config(
+        stage="spin",
+        out_dir=str(tmp_path),
+        players=["teacher", "self:2", "data"],
+        ranked_by="module:function",
+    )
+    os.makedirs(f"{tmp_path}/round_1")
+    rows = [
+        {
+            "prompt": "p",
+            "responses": ["b", "a", None, None],
+            "ranks": [0, 1, 2, 4],
+            "scores": [3.0, 2.5, 0.123456, None],
+            "players": ["self", "data", "self", "teacher"],
+            "same_as": [None, None, 1, None],
+        }
+    ]
+    write_rows(f"{tmp_path}/round_1/val.jsonl", rows)
+    record = {"kind": "collect", "round": 1, "step": 0}
+    table = wandb_logger.sample_table(cfg, record)["samples"]
+    assert table.columns == ["prompt", "data", "self 1", "self 2", "teacher", "scores"]
+    assert table.data == [["p", "a", "b", "(as data)", None, "2.5, 3, 0.1235, -"]]
+
+
+def test_the_table_of_several_samples_in_order(tmp_path):
+    cfg = config.Config(stage="spin", out_dir=str(tmp_path), players=["data", "self:2"])
+    os.makedirs(f"{tmp_path}/round_0")
+    row = {"prompt": "p", "responses": ["a", "b", None], "ranks": [0, 1, 1]}
+    write_rows(f"{tmp_path}/round_0/val.jsonl", [row | {"same_as": [None, None, 1]}])
+    record = {"kind": "collect", "round": 0, "step": 0}
+    table = wandb_logger.sample_table(cfg, record)["samples"]
+    assert table.columns == ["prompt", "data", "self 1", "self 2"]
+    assert table.data == [["p", "a", "b", "(as self 1)"]]
+
+
 def test_the_table_of_ppo(tmp_path):
     os.makedirs(tmp_path / "round_3")
     rows = [{"prompt": f"{i}", "responses": [f"said {i}"], "ids": [[1]]} for i in range(20)]

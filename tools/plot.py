@@ -24,6 +24,7 @@ import numpy as np
 
 from data import cli
 from data.files import atomic_write, check_output, printable, read_json, require_regular
+from nanospin.config import Config, player_columns
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
 import matplotlib.pyplot as plt  # noqa: E402
@@ -282,8 +283,10 @@ def plot_rounds(out: str, runs: list[str]):
         reward = r"$\beta\,(\log \pi_\theta - \log \pi_{\mathrm{ref}})$ (nats)"
         axes[0].set(title="Implicit reward", ylabel=reward)
         axes[1].set(title="Log-probability of responses", ylabel="nats per response")
-        draw_accuracy(axes[2], by_seed, players, colors)
-        if players == ["data", "self"]:
+        columns = columns_of_run(runs[0]) or players
+        is_scored = any("score_best" in r for r in read_metrics(runs[0], "collect"))
+        draw_accuracy(axes[2], by_seed, [] if is_scored else columns, players, colors)
+        if players == ["data", "self"] and not is_scored:
             draw_length_baseline(axes[2], runs)
         for ax in axes:
             mark_rounds(ax, by_seed[0])
@@ -309,13 +312,29 @@ def draw_rounds(ax, by_seed, metric, color, label, after=-1):
             label = None  # one legend entry for all rounds
 
 
-def draw_accuracy(ax, by_seed, players, colors):
-    """Ranking accuracy with its chance levels. players: the best first.
+def columns_of_run(run: str) -> list[str]:
+    """The player of each response of a run's rows; [] if there is no config.json."""
+    path = os.path.join(run, "config.json")
+    if not os.path.exists(path):
+        return []
+    settings = read_json(path, ["config"])["config"]
+    return player_columns(Config(players=settings["players"]))
+
+
+def draw_accuracy(ax, by_seed, columns, players, colors):
+    """Ranking accuracy with its chance levels. players: the best first. columns: the player of each
+    response, the best first; none if a scorer ranks, which has no order of players.
 
     Step 0 is left out: all rewards are equal there, so nothing is ranked yet.
     """
     ax.axhline(1 / 2, color="#000000", **DASHED)
-    if len(players) == 2:
+    if not columns:
+        chance = "chance (1/2, all pairs)"
+        draw_rounds(ax, by_seed, "acc", "#000000", "all pairs", after=0)
+        for player in players:
+            label = f"{player} above all worse"
+            draw_rounds(ax, by_seed, f"acc/{player}", colors[player], label, after=0)
+    elif len(players) == 2:
         label, chance = " above ".join(players), "chance (1/2)"
         draw_rounds(ax, by_seed, "acc", "#000000", label, after=0)
     else:
@@ -324,7 +343,7 @@ def draw_accuracy(ax, by_seed, players, colors):
         for k, player in enumerate(players[:-1]):
             label = f"{player} above {' and '.join(players[k + 1 :])}"
             draw_rounds(ax, by_seed, f"acc/{player}", colors[player], label, after=0)
-            n = len(players) - k
+            n = len(columns) - columns.index(player)
             if n > 2:
                 ax.axhline(1 / n, color=colors[player], **DASHED)
                 chance += f"; {player}: 1/{n}"

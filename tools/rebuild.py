@@ -17,7 +17,8 @@ import numpy as np
 from data import cli
 from data.files import read_arrays, read_json, sha256
 from model import GPT, GPTConfig
-from nanospin import checkpoint, config, distributed, elastic, metrics_logger
+from nanospin import checkpoint, config, distributed, elastic, inputs, metrics_logger
+from nanospin.config import is_scored
 from nanospin.rounds import input_files, read_manifest, reference_checkpoint
 from rollout import collect, prepare_teacher
 from train import build_model, resolve_model
@@ -54,6 +55,8 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
         os.makedirs(out, exist_ok=True)
 
     reference = overrides.get("init") or reference_checkpoint(cfg, round_id)
+    if is_scored(cfg) and ":" in cfg.ranked_by:
+        check_function(cfg.ranked_by, manifest)
     for name, path in input_files(cfg, round_id, reference).items():
         check_input(name, path, manifest)
         if name.startswith("round_") and distributed.rank() == 0:
@@ -95,7 +98,7 @@ def check_input(name, path, manifest):
     if not os.path.exists(path):
         raise SystemExit(
             f"{path}, the round's {name}, is missing; if it has moved, pass its path"
-            " as --init, --data or --teacher"
+            " as --init, --data, --teacher or --ranked_by"
         )
     expected = manifest["made_of"].get(name)
     found = checkpoint.weights_sha256(path)
@@ -103,6 +106,17 @@ def check_input(name, path, manifest):
         raise SystemExit(
             f"{path} is not the {name} that the round was made from: its sha256 is {found[:16]}...,"
             f" the manifest has {str(expected)[:16]}..."
+        )
+
+
+def check_function(name: str, manifest):
+    """Exit if the function that ranked the round has another source now."""
+    found = inputs.source_sha256(name)
+    expected = manifest["made_of"].get("ranked_by")
+    if found != expected:
+        raise SystemExit(
+            f"{name} is not the function that ranked the round: the sha256 of its source is "
+            f"{str(found)[:16]}..., the manifest has {str(expected)[:16]}..."
         )
 
 
@@ -184,10 +198,11 @@ def main(argv):
     parser.add_argument("--init", help="the policy that the round started from, if it has moved")
     parser.add_argument("--data", help="the data folder, if it has moved")
     parser.add_argument("--teacher", help="the teacher, if it has moved")
+    parser.add_argument("--ranked_by", help="the reward model or judge, if it has moved")
     parser.add_argument("--device", help="cpu or cuda, if not the original one")
     args = parser.parse_args(argv)
     overrides = {}
-    for name in ("init", "data", "teacher", "device"):
+    for name in ("init", "data", "teacher", "ranked_by", "device"):
         if getattr(args, name):
             overrides[name] = getattr(args, name)
     rebuild(args.round, args.out, overrides)

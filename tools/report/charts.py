@@ -25,6 +25,10 @@ CHARTED = {
     "entropy": ("Entropy", "nats per token"),
     "length": ("Length of responses", "tokens"),
     "ended": ("Ended with end-of-text", "share"),
+    "score/": ("Score", "as scored"),
+    "score_best": ("Best", "as scored", "Score"),
+    "score_worst": ("Worst", "as scored", "Score"),
+    "signal": ("Rows in which something is ranked", "share"),
     "policy_loss": ("Policy loss", "per token"),
     "value_loss": ("Value loss", "squared reward"),
     "clip_fraction": ("Clipped policy ratios", "share of tokens"),
@@ -42,6 +46,7 @@ METRICS = CHARTED | {
     "off": ("Difference from the expected loss", "nats"),
     "kl_token": ("KL to the reference", "nats per token"),
     "tie": ("Equal to a better response", "share"),
+    "empty": ("Without text", "share"),
     "length_acc/": ("Told from the data by length alone", "share of pairs"),
     "exact_match": ("Exact match with the data", "share"),
     "reward_std": ("Standard deviation of the reward", ""),
@@ -147,11 +152,18 @@ def compare(all_runs):
 
 
 def equal_scores(run):
-    """(the ranking loss if all scores are equal, its name), or None."""
+    """(the ranking loss if all scores are equal, its name), or None. Where a scorer ranks, or a
+    player has several samples, which are ties, it differs from row to row."""
     loss_type = run.setting("loss_type")
-    if loss_type not in ("pl", "pairs"):
+    if loss_type not in ("pl", "pairs") or run.setting("score_margin"):
         return None
-    K = 2 if run.stage == "reward" or loss_type == "pairs" else len(run.players)
+    players = run.players
+    if run.stage == "reward" or loss_type == "pairs":
+        K = 2
+    elif run.is_scored or len(set(players)) < len(players) or run.setting("rank_depth"):
+        return None
+    else:
+        K = len(players)
     value = math.lgamma(K + 1)
     return (value, f"equal scores: ln {K}! = {value:.4f}") if K > 1 else None
 

@@ -14,7 +14,9 @@ from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
 from data.rows import drop_equal_responses, encode_rows, name_tokenizer, prompt_key, read_rows
 from nanospin import checkpoint
-from nanospin.config import Config
+from nanospin.config import Config, is_scored, player_columns
+from nanospin.rounds import response_titles
+from rollout import keep_best_and_worst
 from tools.plot import global_steps
 from tools.report.charts import number
 
@@ -43,7 +45,17 @@ class Run:
 
     @property
     def players(self):
-        return self.setting("players") if self.stage == "spin" else []
+        """The player of each response of a row, unless the row says it itself."""
+        return player_columns(self.ranking()) if self.stage == "spin" else []
+
+    @property
+    def is_scored(self):
+        """Whether a scorer ranks the responses."""
+        return self.stage in ("spin", "preference") and is_scored(self.ranking())
+
+    def ranking(self):
+        """The settings of players and of who ranks them."""
+        return Config(players=self.setting("players"), ranked_by=self.setting("ranked_by"))
 
     @property
     def span(self):
@@ -201,7 +213,7 @@ def round_rows(run: Run, round_id: int, name: str) -> list[dict]:
 @functools.cache
 def training_rows(run: Run) -> list[dict]:
     """The rows that the latest round trains on, in the order of the run."""
-    if run.stage in ("spin", "ppo"):
+    if run.stage in ("spin", "ppo") or run.is_scored:
         return round_rows(run, run.rounds[-1], "train.jsonl") if run.rounds else []
     path = os.path.join(run.setting("data"), "train.jsonl")
     rows = read_unchanged_rows(run, path, run.config.get("data_sha256"))
@@ -210,8 +222,9 @@ def training_rows(run: Run) -> list[dict]:
 
 
 def sample_columns(run: Run) -> list[tuple]:
-    """[(title, {prompt: row}, which response)] of samples for validation prompts: of the policy
-    after at most four rounds (spin) or evaluations (ppo), of the other players once."""
+    """[(title, {prompt: row}, player's title)] of samples for validation prompts: of the policy
+    after at most four rounds (spin) or evaluations (ppo), of the other players once. The player's
+    title is None if there are no players."""
     files = []
     for round_id in run.rounds:
         for name in sorted(os.listdir(run.round_path(round_id))):
@@ -223,12 +236,12 @@ def sample_columns(run: Run) -> list[tuple]:
     for round_id, name in files:
         rows = {prompt_key(row): row for row in round_rows(run, round_id, name)}
         if name != "val.jsonl":
-            columns.append((f"round {round_id}, step {int(name[9:-6])}", rows, 0))
-        for k, player in enumerate(run.players):
+            columns.append((f"round {round_id}, step {int(name[9:-6])}", rows, None))
+        for player, title in zip(run.players, response_titles(run.players)):
             if player == "self":
-                columns.append((f"self, round {round_id}", rows, k))
+                columns.append((f"{title}, round {round_id}", rows, title))
             elif round_id == files[0][0] and not player.startswith("self"):
-                columns.append((player, rows, k))
+                columns.append((player, rows, title))
     return columns
 
 
@@ -238,9 +251,15 @@ def validation_cards(run: Run, n: int) -> list[tuple]:
     prompts = next((rows for _, rows, _ in columns if rows), {})
     for prompt in list(prompts)[:n]:
         answers = []
-        for color, (title, rows, k) in enumerate(columns):
-            if prompt in rows and k < len(rows[prompt]["responses"]):
-                answers.append((color, title, rows[prompt], k))
+        for color, (title, rows, player) in enumerate(columns):
+            if prompt not in rows:
+                continue
+            row = rows[prompt]
+            names = response_names(run, row)
+            if player is None:
+                answers.append((color, title, row, 0))
+            elif player in names:
+                answers.append((color, title, row, names.index(player)))
         cards.append((prompts[prompt], answers))
     return cards
 
@@ -257,10 +276,21 @@ def training_cards(run: Run, n: int) -> list[tuple]:
     return cards
 
 
+def is_tied(row: dict, k: int) -> bool:
+    """Whether response k has the rank of the one before it; without ranks, its score."""
+    ranks = row.get("ranks") or row["scores"]
+    return k > 0 and ranks[k] == ranks[k - 1]
+
+
 def response_names(run: Run, row: dict) -> list[str]:
+    """A name for each response of a row: its player, or its place."""
     K = len(row["responses"])
-    names = run.players or ["response 1 (best)", *(f"response {k}" for k in range(2, K + 1))]
-    return names[:K] if K > 1 else ["response"]
+    if K == 1:
+        return ["response"]
+    players = row.get("players") or run.players
+    if players:
+        return response_titles(players)[:K]
+    return ["response 1 (best)", *(f"response {k}" for k in range(2, K + 1))]
 
 
 # -------------------------------------------------------------------------------------- loss mask
@@ -282,8 +312,12 @@ def training_batch(run: Run) -> tuple | None:
         (encoded,), _ = encode_rows([row], run.enc, cfg["template"], *limits)
         if not encoded:
             continue
+        if "players" in row:
+            encoded["players"] = row["players"]
         if run.stage not in ("sft", "ppo"):
             drop_equal_responses(encoded)
+        if run.setting("best_and_worst"):
+            keep_best_and_worst(encoded)
         ranks = {r for r, ids in zip(encoded["ranks"], encoded["responses"]) if ids is not None}
         if run.stage in ("sft", "ppo") or len(ranks) > 1:
             make_batch = reward_batch if run.stage == "reward" else batch_rows
