@@ -125,6 +125,7 @@ def call_function(name: str, calls: list[tuple[dict, str]]) -> np.ndarray:
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(calls), distributed.world_size()):
         row, text = calls[n]
+        distributed.heartbeat.touch()  # a call may take a second: it is progress
         try:
             value = function(copy.deepcopy(row), text)  # it may change its row
         except (Exception, SystemExit) as e:
