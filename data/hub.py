@@ -418,8 +418,8 @@ def read_partial(path: str):
 # ---- rows
 
 
-def prepare_rows(args, splits, fields, convert, choose=None):
-    """Make a data folder of ranked rows.
+def prepare_rows(args, splits, fields, convert, choose=None, config=None):
+    """Make a data folder of ranked rows. config: the part of a data set that has several.
 
     convert(row, dropped) -> the list of ranked rows that a row of the data set makes. A split
     with side None is divided by a hash of the group. choose: see `finish_rows`.
@@ -433,7 +433,7 @@ def prepare_rows(args, splits, fields, convert, choose=None):
                 yield f"{target}.jsonl", line.encode()
 
     check_other_data(args.out, (".jsonl",))
-    state = collect(args, splits, fields, to_json_lines)
+    state = collect(args, splits, fields, to_json_lines, config)
     finish_rows(args, state, choose)
 
 

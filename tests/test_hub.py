@@ -49,6 +49,21 @@ def prepare(name, folder, out, *args):
 # ---- the sets
 
 
+def test_gsm8k(tmp_path):
+    """Notes of the calculator are removed, a solution without an answer is dropped and counted."""
+    train = [
+        {"question": " How many? ", "answer": "48/2 = <<48/2=24>>24 in May.\n#### 24"},
+        {"question": "And now?", "answer": "Nobody knows."},
+    ]
+    test = [{"question": "Why?", "answer": "Because.\n#### 1,000"}]
+    folder = parquet(tmp_path / "gsm8k", train=train, test=test)
+    train, val, dropped = prepare("gsm8k", folder, tmp_path / "out")
+    expected = {"prompt": "How many?", "responses": ["48/2 = 24 in May.\n#### 24"]}
+    assert train == [expected | {"group": "How many?"}]
+    assert val[0]["responses"] == ["Because.\n#### 1,000"]
+    assert dropped == {"solutions without ####": 1}
+
+
 def chat(name, *texts, roles=("user", "assistant")):
     """A conversation as UltraChat has it."""
     messages = [{"content": text, "role": roles[i % 2]} for i, text in enumerate(texts)]

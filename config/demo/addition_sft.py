@@ -1,0 +1,30 @@
+"""Fine-tune a small model from scratch on 1,500 sums: "What is 347 + 58?" -> "405".
+
+    python -m data.addition.prepare
+    python train.py config/demo/addition_sft.py
+
+One CPU core, half a minute. About 60 % of held-out sums are right when sampled, 75 % greedily.
+"""
+
+stage = "sft"
+out_dir = "out/addition/sft"
+data = "data/addition"
+tokenizer = "bytes"
+template = "{prompt} "
+
+n_layer = 4
+n_head = 4
+n_embd = 128  # 0.84M parameters
+block_size = 64
+
+max_rows = 1500  # the answers that there are; the other 16,336 prompts are for the verifier
+max_prompt = 32
+max_response = 8
+batch_size = 64
+max_steps = 350  # 15 epochs
+optimizer = "muon"
+lr = 1e-3
+schedule = "cosine"
+eval_interval = 50
+eval_rows = 500
+log_interval = 10
