@@ -1,6 +1,6 @@
 """Fine-tune a small model from scratch on 1,500 sums: "What is 347 + 58?" -> "405".
 
-    python -m data.addition.prepare
+    python -m data.addition.prepare --answers=1500 --out=data/sums
     python train.py config/demo/addition_sft.py
 
 One CPU core, half a minute. About 60 % of held-out sums are right when sampled, 75 % greedily.
@@ -8,7 +8,7 @@ One CPU core, half a minute. About 60 % of held-out sums are right when sampled,
 
 stage = "sft"
 out_dir = "out/addition/sft"
-data = "data/addition"
+data = "data/sums/answers"
 tokenizer = "bytes"
 template = "{prompt} "
 
@@ -17,7 +17,6 @@ n_head = 4
 n_embd = 128  # 0.84M parameters
 block_size = 64
 
-max_rows = 1500  # the answers that there are; the other 16,336 prompts are for the verifier
 max_prompt = 32
 max_response = 8
 batch_size = 64

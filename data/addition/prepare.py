@@ -1,8 +1,11 @@
 """Sums, generated: "What is 347 + 58?" -> "405". Exact match can be checked.
 
     python -m data.addition.prepare                      # 20,000 draws of numbers below 1,000
+    python -m data.addition.prepare --answers=1500 --out=data/sums
 
 Writes train.jsonl and val.jsonl, K = 1, for the tokenizer "bytes". a + b and b + a are one group.
+With --answers there are two folders with the same val.jsonl: OUT/answers has that many training
+rows, and OUT/prompts the prompts of the others, without responses.
 """
 
 import os
@@ -32,10 +35,20 @@ def main(argv=None):
         default=1000,
         help="both numbers are below this",
     )
+    parser.add_argument(
+        "--answers",
+        type=cli.number_type(int, 0, 10**8),
+        default=0,
+        help="training rows that keep their answer; 0: all",
+    )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
-    check_output(os.path.join(args.out, "meta.json"), is_data=True)
-    check_other_data(args.out, (".jsonl",))
+    folders = [args.out]
+    if args.answers:
+        folders = [os.path.join(args.out, name) for name in ("answers", "prompts")]
+    for folder in folders:
+        check_output(os.path.join(folder, "meta.json"), is_data=True)
+        check_other_data(folder, (".jsonl",))
 
     rng = np.random.default_rng(0)
     rows = {"train": {}, "val": {}}  # side -> {(a, b): row}
@@ -47,13 +60,24 @@ def main(argv=None):
             "group": group,
         }
 
-    os.makedirs(args.out, exist_ok=True)
-    sizes = {}
-    for side in ("train", "val"):
-        write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
-        sizes[f"{side}_rows"] = len(rows[side])
-    write_meta(args.out, "bytes", f"a + b below {args.below}", **sizes)
-    print(f"{args.out}: {sizes['train_rows']:,} train rows, {sizes['val_rows']:,} val rows")
+    train, val = list(rows["train"].values()), list(rows["val"].values())
+    if not args.answers:
+        write_folder(args, args.out, train, val)
+        return
+    if args.answers >= len(train):
+        parser.error(f"--answers must be below the number of training rows, {len(train)}")
+    prompts = [{"prompt": row["prompt"], "group": row["group"]} for row in train[args.answers :]]
+    for folder, its_rows in zip(folders, (train[: args.answers], prompts)):
+        write_folder(args, folder, its_rows, val)
+
+
+def write_folder(args, folder: str, train: list[dict], val: list[dict]):
+    os.makedirs(folder, exist_ok=True)
+    write_rows(os.path.join(folder, "train.jsonl"), train)
+    write_rows(os.path.join(folder, "val.jsonl"), val)
+    sizes = {"train_rows": len(train), "val_rows": len(val)}
+    write_meta(folder, "bytes", f"a + b below {args.below}", **sizes)
+    print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m data.gsm8k.prepare
 
 From openai/gsm8k (arXiv 2110.14168, MIT), its set "main": 7,473 training and 1,319 test problems.
-The test split is val.jsonl, so never train on it. Writes K = 1; data/gsm8k/scorer.py checks answers.
+The test split is val.jsonl, so never train on it. K = 1. data/gsm8k/scorer.py checks answers.
 
 The calculator's notes, such as <<48/2=24>>, are removed: a model would have to run them.
 """

@@ -1,0 +1,33 @@
+"""Online ranking on sums: eight samples a prompt, ranked by whether they are right.
+
+    python train.py config/demo/addition_online_pl.py
+
+After config/demo/addition_sft.py. One CPU core, 3 minutes. No answers are used: the scorer adds the
+numbers of the prompt itself. score/self is the share of right samples on held-out prompts.
+"""
+
+stage = "spin"
+out_dir = "out/addition/online_pl"
+init = "out/addition/sft"
+data = "data/sums/prompts"
+
+players = ["self:8"]
+ranked_by = "data.addition.scorer:exact_match"
+rounds = 12
+keep_rounds = 1
+max_rows = 2048  # prompts a round, others in each
+max_prompt = 32
+max_response = 8
+gen_batch_size = 1024
+
+beta = 1.0
+nll_coef = 1.0  # without it right samples become less likely together with wrong ones
+batch_size = 32  # prompts that have both kinds, about a third of all
+optimizer = "adamw"
+lr = [1e-4] * 6 + [5e-5] * 3 + [2e-5] * 3
+schedule = "constant"
+micro_batch_tokens = 8192
+eval_interval = 1000  # at the start and the end of each round
+eval_rows = 500
+log_interval = 10
+loss_spike_factor = 0.0

@@ -1,0 +1,17 @@
+"""The baseline: fine-tune on the same 1,500 answers for longer.
+
+    python train.py config/demo/addition_sft_more.py
+
+One CPU core, 3 minutes: as long as addition_online_pl and addition_grpo take.
+"""
+
+from config.demo.addition_sft import *
+
+out_dir = "out/addition/sft_more"
+init = "out/addition/sft"
+optimizer = "adamw"
+lr = 3e-4
+max_steps = 2000
+eval_interval = 500
+log_interval = 100
+loss_spike_factor = 0.0  # the loss is near zero
