@@ -794,12 +794,16 @@ def test_rows_of_an_older_version_are_the_runs_own(tiny_runs, tiny_data, tmp_pat
     last = checkpoint.latest(out)
     expected = checkpoint.read_meta(last)["weights_sha256"]
     shutil.rmtree(last)
-    for split in ("train", "val"):
-        path = f"{out}/round_0/{split}.jsonl"
+    paths = {split: f"{out}/round_0/{split}.jsonl" for split in ("train", "val")}
+    for path in paths.values():
         rows = read_rows(path)
         for row in rows:
             assert row.pop("tokenizer") == tokenizer.fingerprint(tokenizer.load("bytes"))
         write_rows(path, rows)
+    manifest = read_json(f"{out}/round_0/collect.json")
+    del manifest["sha256"]
+    manifest["files"] |= {f"{split}.jsonl": sha256(path) for split, path in paths.items()}
+    write_json(f"{out}/round_0/collect.json", rounds.with_checksum(manifest))
     train.main(args)
     assert checkpoint.latest(out) == last
     assert checkpoint.read_meta(last)["weights_sha256"] == expected
