@@ -21,7 +21,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import atomic_write, printable, read_arrays, read_json
+from data.files import atomic_write, printable, read_arrays, read_json, write_json
 from data.folder import (
     find_invalid_token,
     prepare_command,
@@ -1017,3 +1017,40 @@ def test_a_name_that_stands_twice_is_refused(tmp_path):
         read_rows(path)
     with pytest.raises(SystemExit, match="train.jsonl:2.*'prompt' stands twice"):
         jsonl_prepare.main([path, f"--out={tmp_path}/out"])
+
+
+@pytest.mark.parametrize("author", [["a"], {"name": "a"}])
+def test_an_author_that_is_no_text_is_one_line(tmp_path, author):
+    responses = [{"text": "x", "author": "a"}, {"text": "y", "author": author}]
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "p", "responses": responses}])
+    with pytest.raises(SystemExit, match="in.jsonl:1: an author must be a string"):
+        jsonl_prepare.main([f"{tmp_path}/in.jsonl", f"--out={tmp_path}/out", "--authors=a"])
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.tiktoken", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["shakespeare", "shp"])
+def test_other_preparations_copy_a_tokenizer_file(tmp_path, monkeypatch, name, kind):
+    """From an absolute and from a relative path; the folder has all that a run needs."""
+    own = tokenizer.train(["the loss of a model " * 9], 300)
+    path = f"{tmp_path}/own/{kind}"
+    os.makedirs(f"{tmp_path}/own")
+    if kind == "tokenizer.json":
+        tokenizer.to_json(own, path)
+        write_json(f"{tmp_path}/own/tokenizer_config.json", {"eos_token": tokenizer.EOT})
+    else:
+        tokenizer.save(own, path)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    write_lines(tmp_path / "ranked.jsonl", threads())
+    monkeypatch.chdir(tmp_path)
+    source = "text.txt" if name == "shakespeare" else "ranked.jsonl"
+    for n, given in enumerate((path, os.path.relpath(path))):
+        out = f"{tmp_path}/{n}"
+        module = importlib.import_module(f"data.{name}.prepare")
+        module.main([source, f"--out={out}", f"--tokenizer={given}"])
+        for folder in [out] if name == "shakespeare" else [f"{out}/row", f"{out}/group"]:
+            meta = read_meta(folder, [])
+            enc = tokenizer.load(tokenizer_path(folder, meta["tokenizer"]))
+            assert tokenizer.fingerprint(enc) == meta["tokenizer_sha256"]
+    with pytest.raises(SystemExit, match="gone.tiktoken: No such file"):
+        module.main([source, f"--out={tmp_path}/new", "--tokenizer=gone.tiktoken"])
+    assert not os.path.exists(f"{tmp_path}/new")

@@ -187,7 +187,8 @@ def sample_rows(path: str, out: str, model, enc) -> str:
     responses = read_rows(out)
     with open(path, encoding="utf-8", newline="\n") as f:
         num_asked = sum(1 for line in f if line.strip())
-    if len(responses) < num_asked and " left no room" not in said.getvalue():
+    reasons = (" left no room", " have no prompt")
+    if len(responses) < num_asked and not any(reason in said.getvalue() for reason in reasons):
         return f"{len(responses)} responses to {num_asked} rows, nothing said"
     return ""
 

@@ -95,7 +95,7 @@ def to_row(value, where, authors=None):
                 "make the responses strings, best first"
             )
         if authors:
-            responses = responses_of(authors, responses)
+            responses = responses_of(authors, responses, where)
             if responses is None:
                 return None
             row["responses"] = [r.get("text") for r in responses]
@@ -156,11 +156,14 @@ def training_texts(rows, texts):
         yield from row["responses"]
 
 
-def responses_of(authors, responses):
+def responses_of(authors, responses, where):
     """The first response of each author, or None if one has none."""
     by_author = {}
     for response in responses:
-        by_author.setdefault(response.get("author"), response)
+        author = response.get("author")
+        if isinstance(author, (list, dict)):
+            raise SystemExit(f"{where}: an author must be a string")
+        by_author.setdefault(author, response)
     if not all(author in by_author for author in authors):
         return None
     return [by_author[author] for author in authors]
