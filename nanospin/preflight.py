@@ -18,7 +18,7 @@ from nanospin.distributed import run_on_rank0
 from nanospin.inputs import POLICY_STAGES
 
 # Settings that may differ when a run is resumed: they do not change its results, but for rounding,
-# or say that they do.
+# or say that they do. Of lists with one value per round see `is_same_so_far`.
 MAY_CHANGE = {
     "out_dir",
     "device",
@@ -262,6 +262,8 @@ def check_same_run(cfg, settings: dict, newest: str | None):
             continue
         if name not in before and name not in cfg.model:
             continue  # a setting that did not exist yet
+        if name in config.PER_ROUND and is_same_so_far(cfg, before.get(name), settings[name]):
+            continue
         if before.get(name) != settings.get(name):
             raise SystemExit(
                 f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
@@ -270,6 +272,20 @@ def check_same_run(cfg, settings: dict, newest: str | None):
     say_schedule_change(cfg, before.get("rounds"))
     if newest:
         say_dropout_change(before, settings, checkpoint.read_meta(newest)["model"])
+
+
+def is_same_so_far(cfg, before, now) -> bool:
+    """Whether a setting that may be a list with one value per round has the same values in all
+    rounds that have begun. Those of later rounds may change, and there may be more of them."""
+    folders = checkpoint.list_numbered(cfg.out_dir, "round")
+    begun = 1
+    if folders:
+        begun += int(os.path.basename(folders[-1]).removeprefix("round_"))
+    values = [value if isinstance(value, list) else [value] for value in (before, now)]
+    begun = min(begun, cfg.rounds, max(map(len, values)))
+    for n, listed in enumerate(values):
+        values[n] = listed * begun if len(listed) == 1 else listed[:begun]
+    return values[0] == values[1]
 
 
 def collected_settings(out_dir: str, settings: dict) -> dict:

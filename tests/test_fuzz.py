@@ -627,7 +627,7 @@ def load_settings(argv: list[str]) -> str:
     for name, value in (vars(cfg) | cfg.model).items():
         values = value if isinstance(value, list) else [value]
         for v in values:
-            if isinstance(v, float) and not -1e300 < v < 1e300:
+            if isinstance(v, float) and not abs(v) <= config.MAX_FLOAT:
                 return f"{name} is {v}"
             if isinstance(v, int) and abs(v) >= 2**48:
                 return f"{name} is {v}"

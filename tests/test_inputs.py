@@ -434,6 +434,22 @@ def test_rounds_may_change_and_the_schedule_is_said(tiny_runs, tiny_data, tmp_pa
     assert "rounds was" not in capsys.readouterr().out
 
 
+def test_lists_grow_with_the_rounds(tiny_runs, tiny_data, tmp_path):
+    """As if the run had had them from the start; the values of rounds that have begun stay."""
+    out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
+    more = ["--rounds=2", "--lr=[1e-3,5e-4]", "--beta=[0.5,0.2]"]
+    train.main([*args, "--lr=[1e-3]"])
+    for name, value in (("lr", "[5e-4,1e-3]"), ("beta", "[0.2,0.2]"), ("lr", "5e-4")):
+        message = refused([*args, *more, f"--{name}={value}"])
+        assert f"was begun with {name} = " in message
+    train.main([*args, *more])
+    train.main([*spin_args(tiny_runs, tiny_data, whole, "--max_steps=1"), *more])
+    assert_same_run(whole, out)
+    assert "was begun with lr = [0.001, 0.0005]" in refused([*args, *more, "--lr=[1e-3,1e-3]"])
+    train.main([*args, *more, "--rounds=3", "--lr=[1e-3,5e-4,1e-4]", "--beta=[0.5,0.2,0.2]"])
+
+
 def test_validation_rows_that_are_trained_on_are_said(tiny_runs, tiny_data, tmp_path, capsys):
     data = shutil.copytree(tiny_data, f"{tmp_path}/data")
     rows = read_rows(f"{data}/train.jsonl")
