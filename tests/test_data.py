@@ -24,6 +24,7 @@ from data.batch import (
 from data.files import atomic_write, printable, read_arrays, read_json, write_json
 from data.folder import (
     find_invalid_token,
+    lock_folder,
     prepare_command,
     read_meta,
     read_stream,
@@ -1054,3 +1055,26 @@ def test_other_preparations_copy_a_tokenizer_file(tmp_path, monkeypatch, name, k
     with pytest.raises(SystemExit, match="gone.tiktoken: No such file"):
         module.main([source, f"--out={tmp_path}/new", "--tokenizer=gone.tiktoken"])
     assert not os.path.exists(f"{tmp_path}/new")
+
+
+def test_two_preparations_of_a_folder_do_not_mix(tmp_path):
+    """The second one is refused while the first writes; a lock leaves nothing behind."""
+    lines = [{"prompt": f"q{n}", "response": "an answer"} for n in range(30)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    out = str(tmp_path / "out")
+    with lock_folder(out):
+        for name, arguments in (
+            ("jsonl", [tmp_path / "in.jsonl"]),
+            ("shakespeare", [tmp_path / "text.txt"]),
+            ("addition", []),
+            ("nectar", [f"--hub={tmp_path}/hub"]),
+            ("fineweb", [f"--hub={tmp_path}/hub", "--tokenizer=bytes"]),
+        ):
+            done = prepare(name, *arguments, f"--out={out}")
+            assert done.returncode == 1 and done.stderr.count("\n") == 1
+            assert f"{out} is being prepared by another command" in done.stderr
+    assert os.listdir(out) == []
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={out}", "--val_share=0.3")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(out)) == ["meta.json", "train.jsonl", "val.jsonl"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from data import cli
 from data.files import check_output
-from data.folder import check_other_data, split_of, write_meta
+from data.folder import check_other_data, lock_folder, split_of, write_meta
 from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -47,12 +47,12 @@ def main(argv=None):
             "group": group,
         }
 
-    os.makedirs(args.out, exist_ok=True)
-    sizes = {}
-    for side in ("train", "val"):
-        write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
-        sizes[f"{side}_rows"] = len(rows[side])
-    write_meta(args.out, "bytes", f"a + b below {args.below}", **sizes)
+    with lock_folder(args.out):
+        sizes = {}
+        for side in ("train", "val"):
+            write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
+            sizes[f"{side}_rows"] = len(rows[side])
+        write_meta(args.out, "bytes", f"a + b below {args.below}", **sizes)
     print(f"{args.out}: {sizes['train_rows']:,} train rows, {sizes['val_rows']:,} val rows")
 
 

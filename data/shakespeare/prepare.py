@@ -10,7 +10,7 @@ import sys
 
 from data import cli, tokenizer
 from data.files import check_output
-from data.folder import check_other_data, write_meta, write_stream
+from data.folder import check_other_data, lock_folder, write_meta, write_stream
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OUTPUTS = ("train.bin", "val.bin", "meta.json", "bpe.tiktoken", "tokenizer.tiktoken")
@@ -43,18 +43,18 @@ def main(argv=None):
     cut = len(text) * 9 // 10
     train_text, val_text = text[:cut], text[cut:]
 
-    os.makedirs(args.out, exist_ok=True)
-    if args.tokenizer == "bpe":
-        name = "bpe.tiktoken"
-        enc = tokenizer.train([train_text], args.vocab_size)
-        tokenizer.save(enc, os.path.join(args.out, name))
-    else:
-        enc, name = tokenizer.load_into(args.out, args.tokenizer)
-    sizes = {
-        "train_tokens": write_stream(os.path.join(args.out, "train.bin"), [train_text], enc),
-        "val_tokens": write_stream(os.path.join(args.out, "val.bin"), [val_text], enc),
-    }
-    write_meta(args.out, name, os.path.basename(args.file), **sizes)
+    with lock_folder(args.out):
+        if args.tokenizer == "bpe":
+            name = "bpe.tiktoken"
+            enc = tokenizer.train([train_text], args.vocab_size)
+            tokenizer.save(enc, os.path.join(args.out, name))
+        else:
+            enc, name = tokenizer.load_into(args.out, args.tokenizer)
+        sizes = {
+            "train_tokens": write_stream(os.path.join(args.out, "train.bin"), [train_text], enc),
+            "val_tokens": write_stream(os.path.join(args.out, "val.bin"), [val_text], enc),
+        }
+        write_meta(args.out, name, os.path.basename(args.file), **sizes)
     print(f"{args.out}: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()))
 
 
