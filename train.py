@@ -246,7 +246,8 @@ class Meter:
 
 
 def num_steps_of_round(cfg: Config, train) -> int:
-    return cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    steps = cfg.epochs * len(train) / cfg.batch_size
+    return cfg.max_steps or max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 is above 3 in floating point
 
 
 # --------------------------------------------------------------------------------- the loop

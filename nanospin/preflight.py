@@ -451,7 +451,8 @@ def check_keep_best(cfg, metrics: list[str]):
     names = ["pretrain_loss"] if cfg.pretrain_coef else []
     for name in metrics:
         if name.endswith("/") and cfg.stage == "spin":
-            names += [name + player for player in cfg.players]
+            players = cfg.players[:-1] if name == "acc/" else cfg.players  # the last beats none
+            names += [name + player for player in players]
         else:
             names.append(name)
     if not cfg.keep_best or not metrics:

@@ -212,6 +212,11 @@ def check_files(cfg, round_id: int):
     for name, path in input_files(cfg, round_id, "").items():
         if name.startswith("round_"):
             folder, file = os.path.split(path)
+            if file == "train.jsonl" and not os.path.exists(path):
+                raise SystemExit(
+                    f"{path} is missing, and replay_rounds trains on it again: put it back, or use "
+                    "another out_dir"
+                )
             hashes = manifest_hashes(folder, "files")
             if hashes is not None:
                 expected[path] = hashes.get(file)
