@@ -34,7 +34,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import check_output, write_json
+from data.files import check_output, read_json, write_json
 from data.gsm8k.scorer import extract_answer
 from data.rows import (
     drop_equal_responses,
@@ -783,12 +783,36 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
                 )
         for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in entries)):
             check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
+        check_replaced(args.out, ["data", *entries])
     for name, entry in entries.items():
         samples_nothing = entry.meta["config"]["stage"] == "reward"
         if args.judge and samples_nothing:
             raise SystemExit(f"{name}: a reward model has no samples to judge; give it as --judge")
         if args.reference and not samples_nothing:
             check_same_tokenizer(name, entry.enc, args.reference)
+
+
+def check_replaced(out: str, players: list[str]):
+    """Exit with one line if a file would be replaced that an earlier eval.py did not write. It
+    wrote eval.json, which names the checkpoints whose samples are beside it."""
+    path = os.path.join(out, "eval.json")
+    earlier = read_table(path) if os.path.exists(path) else []
+    for player in players:
+        path = os.path.join(out, f"{player}.jsonl")
+        if os.path.exists(path) and player not in earlier:
+            raise SystemExit(
+                f"{path} is there, and is not of an earlier eval.py in that folder: move it, or "
+                "give another --out"
+            )
+
+
+def read_table(path: str) -> list[str]:
+    """The players in an eval.json. Exits with one line if eval.py did not write the file."""
+    advice = ": eval.py did not write it; give another --out"
+    table = read_json(path, advice=advice)
+    if not any(isinstance(row, dict) and "checkpoint" in row for row in table.values()):
+        raise SystemExit(f"{path} names no checkpoint{advice}")
+    return ["data", *table]
 
 
 def is_reward_model(path: str) -> bool:

@@ -53,7 +53,7 @@ from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.config import is_scored, ordered_players, player_columns
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from nanospin.rounds import (
-    check_earlier_rounds,
+    check_files,
     check_policy,
     make_round_folder,
     part_files,
@@ -77,7 +77,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         return read_stream(cfg.data, "train"), read_stream(cfg.data, "val"), {}
     start = time.perf_counter()
     uses_reference = cfg.stage in ("preference", "spin")
-    run_on_rank0(check_earlier_rounds, cfg, round_id)
+    run_on_rank0(check_files, cfg, round_id)
     if uses_reference:
         run_on_rank0(check_policy, cfg, round_id)
     rows_by_split = load_rows(cfg, round_id)

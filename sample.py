@@ -523,10 +523,17 @@ def respond_to_file(model, enc, prompts_path, out_path, settings):
         if new_ids is None:
             continue
         written.append(sampled_row(row, text, new_ids, enc))
+    num_texts = sum(not row["prompt"] for row in rows)
+    no_room = len(rows) - len(written) - num_texts
+    if not written:
+        raise SystemExit(
+            f"{prompts_path}: nothing to respond to: {num_texts} of its {len(rows)} rows are whole "
+            f"texts, and {no_room} prompts leave no room"
+        )
     write_rows(out_path, written)
-    no_room = len(rows) - len(written)
     note = f", {num_cut} prompts cut" if num_cut else ""
     note += f", {no_room} prompts left no room" if no_room else ""
+    note += f", {num_texts} whole texts have no prompt" if num_texts else ""
     print(f"{out_path}: {len(written)} rows{note}")
 
 

@@ -299,7 +299,8 @@ class Meter:
 
 
 def num_steps_of_round(cfg: Config, train) -> int:
-    return cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    steps = cfg.epochs * len(train) / cfg.batch_size
+    return cfg.max_steps or max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 is above 3 in floating point
 
 
 # --------------------------------------------------------------------------------- the loop
@@ -720,15 +721,16 @@ def data_tokenizer(folder: str) -> str:
     return tokenizer_path(folder, name)
 
 
-def build_model(cfg, model_class: type, model_config, path, device, dtype) -> GPT:
-    """The model, sharded over the ranks, with the weights of a checkpoint or new ones."""
+def build_model(cfg, model_class: type, model_config, path, device, dtype, resumes=False) -> GPT:
+    """The model, sharded over the ranks, with the weights of a checkpoint or new ones. The scalar
+    head starts at zero, unless the run resumes from the checkpoint."""
     with torch.device("meta"):
         model = model_class(model_config)
     if path:
         checkpoint.check_weights(path, model)
     model = distributed.prepare_model(model, device, dtype, cfg)
     if path:
-        checkpoint.load_weights(path, model)
+        checkpoint.load_weights(path, model, with_head=resumes)
     else:
         model.init_weights(cfg.seed, distributed.copy_parameter_)
     return model
@@ -772,7 +774,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
     if cfg.stage == "spin":
         # the teacher samples before the student is built: the two are never in memory together
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
-    model = build_model(cfg, model_class, model_config, path, device, dtype)
+    model = build_model(cfg, model_class, model_config, path, device, dtype, bool(start.path))
     say(
         f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, "
         f"{device.type} x {world_size()}, {dtype}, "

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 train.py config/online_pl.py
 
 After config/sft_gsm8k.py. Not run at this size yet. Right answers tie above wrong ones, which tie
-too; a prompt whose samples are all right or all wrong teaches nothing and is left out. Plackett-Luce
-on these ranks lets each right sample compete with all wrong ones.
+too. A prompt whose samples are all right or all wrong teaches nothing and is left out. Under
+Plackett-Luce each right sample competes with all wrong ones.
 
 Batch arithmetic: 1,024 prompts x 8 samples a round; if half of the prompts have both kinds, 512 /
 64 = 8 steps of 64 prompts. A prompt of 100 and eight responses of 150 tokens are 1,300 packed

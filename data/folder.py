@@ -1,5 +1,7 @@
 """Read and write data folders: meta.json, token streams, the train/val split."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 
@@ -96,6 +98,29 @@ def check_other_data(folder: str, extensions: tuple[str, ...]):
                 f"{path} is of an earlier preparation and would not be written again: "
                 "use another --out, or remove it"
             )
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str):
+    """Make a data folder, and keep other preparations out of it while this one writes there: files
+    of two would be mixed. The lock is on the folder itself and ends with the process."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise SystemExit(f"{folder}: {e.strerror}")
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(
+                    f"{folder} is being prepared by another command: wait for its end, or use "
+                    "another --out"
+                )
+        yield
+    finally:
+        os.close(fd)
 
 
 def tokenizer_path(folder: str, name: str) -> str:

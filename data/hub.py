@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import cli
 from data.files import check_output, printable, read_json, require_regular, write_json
-from data.folder import check_other_data, split_of, write_meta
+from data.folder import check_other_data, lock_folder, split_of, write_meta
 from data.rows import check_row, write_rows
 
 # The commits that other projects' code names for these sets. A set that is not listed is read at
@@ -165,22 +165,26 @@ def check_fields(hub: str, row: dict, fields):
 # ---- writing
 
 
+@contextlib.contextmanager
+def lock_output(args):
+    """`lock_folder` for --out, if data may be written there."""
+    if os.path.isdir(args.hub) and is_inside(args.out, args.hub):
+        raise SystemExit(f"--out {args.out} is inside of --hub {args.hub}; choose another folder")
+    check_output(os.path.join(args.out, "meta.json"), is_data=True)
+    with lock_folder(args.out):
+        yield
+
+
 def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> dict:
-    """Read the splits of a data set and append their converted rows to OUT/FILE.partial.
+    """Read the splits of a data set and append their converted rows to OUT/FILE.partial, which the
+    caller has locked (`lock_output`).
 
     splits: [(split on the hub, side)], side "train", "val", or None if `convert` decides.
     convert(rows, side, dropped) yields (file name, bytes) and counts what it leaves out in
     `dropped`, {reason: number}. max_bytes: stop when the files have so many bytes together; 0:
     never. Returns the state; state["part"] is the index of the current split.
     """
-    if os.path.isdir(args.hub) and is_inside(args.out, args.hub):
-        raise SystemExit(f"--out {args.out} is inside of --hub {args.hub}; choose another folder")
-    check_output(os.path.join(args.out, "meta.json"), is_data=True)
     state = load_state(args)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f"{args.out}: {e.strerror}")
     if state["part"] == len(splits):  # all is read; only `finish` is missing
         return state
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
@@ -433,8 +437,9 @@ def prepare_rows(args, splits, fields, convert, choose=None, config=None):
                 yield f"{target}.jsonl", line.encode()
 
     check_other_data(args.out, (".jsonl",))
-    state = collect(args, splits, fields, to_json_lines, config)
-    finish_rows(args, state, choose)
+    with lock_output(args):
+        state = collect(args, splits, fields, to_json_lines, config)
+        finish_rows(args, state, choose)
 
 
 def convert_checked(row: dict, convert, dropped: dict) -> list[dict]:

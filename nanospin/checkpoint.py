@@ -539,11 +539,12 @@ def one_line_if_unreadable(file):
         raise SystemExit(printable(f"{file} cannot be read ({e})"))
 
 
-def load_weights(path, model):
+def load_weights(path, model, with_head: bool = True):
     """Fill a GPT, sharded or not, from a checkpoint's model.safetensors, one tensor at a time. All
     ranks call this together.
 
-    A scalar head that only the model has is set to 0; one that only the file has is ignored.
+    A scalar head that only the model has is set to 0, and so is every one without `with_head`; one
+    that only the file has is ignored.
     """
     file = os.path.join(path, "model.safetensors")
     expected = distributed.run_on_rank0(read_meta, path)["weights_sha256"]
@@ -553,6 +554,8 @@ def load_weights(path, model):
         check_weights(path, model)
         with safe_open(file, framework="pt") as f:
             names = set(f.keys())
+            if not with_head:
+                names.discard("scalar_head.weight")
             for name, p in model.named_parameters():
                 tensor = f.get_tensor(name) if name in names else torch.zeros(p.shape)
                 require_finite(file, name, tensor)

@@ -199,6 +199,10 @@ POSITIVE_INTEGERS = [
     "samples_per_prompt",
 ]
 
+PER_ROUND = ("lr", "beta")  # settings that may be a list with one value per round
+
+MAX_FLOAT = 1e30  # of a setting: float32 ends at 3.4e38
+
 # every other number must be at least 0; these have a range of their own, which `check` tests
 OWN_RANGE = ["lr", "beta", "margin"]
 
@@ -397,6 +401,13 @@ def convert(name: str, value, hint, where: str):
     raise SystemExit(f"{where}: {name} must be {expected}, got {value!r}")
 
 
+def check_magnitude(name: str, value, where: str):
+    """Exit with one line if a float setting, or one of a list, could overflow in float32."""
+    for number in value if isinstance(value, list) else [value]:
+        if type(number) is float and abs(number) > MAX_FLOAT:
+            raise SystemExit(f"{where}: {name} must be at most {MAX_FLOAT:g}, got {number}")
+
+
 def has_type(value, expected: type) -> bool:
     if expected is float:
         return type(value) in (int, float) and abs(value) < 1e300
@@ -410,7 +421,7 @@ def model_config_from(values: dict, model_config_class: type, where: str):
     if unknown:
         raise SystemExit(f"{where}: {model_config_class.__name__} has no {', '.join(unknown)}")
     for name, value in values.items():
-        convert(name, value, hints[name], where)
+        check_magnitude(name, convert(name, value, hints[name], where), where)
     try:
         return model_config_class(**values)
     except (ValueError, TypeError) as e:
@@ -497,6 +508,8 @@ def check_values(cfg: Config):
         "template must contain {prompt} once, and at most once {turn} before it and "
         "{response} after it",
     )
+    for name, value in (vars(cfg) | cfg.model).items():
+        check_magnitude(name, value, "config")
 
 
 def check_objective(cfg: Config):
@@ -561,7 +574,7 @@ def check_rounds(cfg: Config):
         f"stage {stage} needs init, the checkpoint to start from",
     )
     require(stage in ("spin", "ppo") or cfg.rounds == 1, f"stage {stage} has one round")
-    for name in ("lr", "beta"):
+    for name in PER_ROUND:
         value = getattr(cfg, name)
         values = value if isinstance(value, list) else [value]
         require(

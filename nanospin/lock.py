@@ -72,6 +72,11 @@ def acquire(out_dir: str):
     while True:
         with open_exclusively(lock.path, os.O_CREAT) as f:
             owner, state = read(f)
+            if not owner and not is_cut_short(state[0]):
+                raise SystemExit(
+                    f"{lock.path} is not the lock of a run, so it is left alone: move it, or use "
+                    "another out_dir"
+                )
             if not state[0] or has_ended(owner) or state == watched:
                 f.truncate(0)
                 f.seek(0)
@@ -83,7 +88,7 @@ def acquire(out_dir: str):
                 f"run (if there is none, remove {lock.path})"
             )
         watched = state
-    if owner and owner.get("pid") != os.getpid():
+    if state[0] and owner.get("pid") != os.getpid():
         print(f"{out_dir}: took over the lock of {name(owner)}, which has ended", flush=True)
     held = lock
     threading.Thread(target=lock.look_after, name="lock", daemon=True).start()
@@ -162,10 +167,21 @@ def read(f) -> tuple[dict, tuple]:
         owner = json.loads(content)
     except (ValueError, RecursionError):
         owner = None
-    return owner if isinstance(owner, dict) else {}, (content, os.fstat(f.fileno()).st_mtime_ns)
+    if not isinstance(owner, dict) or not {"host", "pid"} <= owner.keys():
+        owner = {}
+    return owner, (content, os.fstat(f.fileno()).st_mtime_ns)
+
+
+def is_cut_short(content: bytes) -> bool:
+    """Whether a lock file that names no owner is the beginning of one, as a full disk leaves it, or
+    has nothing but zeros, as a loss of power does."""
+    begin = b'{"host": "'
+    return content[: len(begin)] == begin[: len(content)] or not content.strip(b"\0")
 
 
 def name(owner: dict) -> str:
+    if not owner:
+        return "a run whose name was not written to the end"
     text = f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
     return printable(text.replace("\n", " "))[:200]
 

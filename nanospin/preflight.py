@@ -3,21 +3,22 @@
 import glob
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from data import tokenizer
-from data.files import check_input, sha256
+from data.files import RUN_FOLDER_MARKS, check_input, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.template import TEMPLATE
-from nanospin import checkpoint, config, distributed, inputs, lock
+from nanospin import checkpoint, config, distributed, inputs, lock, rounds
 from nanospin.distributed import run_on_rank0
 from nanospin.inputs import POLICY_STAGES
 
 # Settings that may differ when a run is resumed: they do not change its results, but for rounding,
-# or say that they do.
+# or say that they do. Of lists with one value per round see `is_same_so_far`.
 MAY_CHANGE = {
     "out_dir",
     "device",
@@ -204,15 +205,41 @@ def check_finite_at_first(cfg, path: str):
 
 
 def check_out_dir(out_dir: str):
-    """Make out_dir if it does not exist; it must be a folder that can be written to."""
+    """Make out_dir if it does not exist; it must be a folder that can be written to, and no part of
+    a checkpoint or of another run's round."""
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise SystemExit(f"out_dir {out_dir} is a file")
+    for path in (os.path.abspath(out_dir), os.path.realpath(out_dir)):
+        refuse_if_inside_run(out_dir, path)
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as e:
         raise SystemExit(f"out_dir {out_dir}: {e.strerror}")
     if not os.access(out_dir, os.W_OK):
         raise SystemExit(f"out_dir {out_dir}: no permission to write to it")
+
+
+def refuse_if_inside_run(out_dir: str, path: str):
+    """Exit with one line if a path is, or is in, a checkpoint or a round of a run: a run there
+    would be removed with it, and its checkpoints would be taken for those of the other run."""
+    while os.path.dirname(path) != path:
+        if checkpoint.is_checkpoint(path) or is_round_of_run(path):
+            raise SystemExit(
+                f"out_dir {out_dir} would be inside a run or a checkpoint: {path} belongs to one; "
+                "use another out_dir"
+            )
+        path = os.path.dirname(path)
+
+
+def is_round_of_run(path: str) -> bool:
+    """Whether a path is the folder round_R of a run, also one that the run has not made yet."""
+    run, name = os.path.split(path)
+    if not re.fullmatch("round_[0-9]+", name):
+        return False
+    if any(os.path.exists(os.path.join(path, mark)) for mark in RUN_FOLDER_MARKS):
+        return True
+    settings, _ = read_config_json(os.path.join(run, "config.json"))
+    return bool(settings or checkpoint.list_steps(path))
 
 
 def check_same_run(cfg, settings: dict, newest: str | None):
@@ -224,14 +251,21 @@ def check_same_run(cfg, settings: dict, newest: str | None):
         saved = checkpoint.read_meta(newest).get("settings") or {}
         paths = {name: before[name] for name in inputs.PATHS if name in before}
         before |= saved | paths
-    if not before or (not newest and not has_rows(cfg.out_dir)):
+    if not newest and not has_rows(cfg.out_dir):
+        return
+    if not before:
+        before = collected_settings(cfg.out_dir, settings)
+    if not before:
+        refuse_if_samples(cfg.out_dir)
         return
     same = inputs.same_inputs(cfg, before, settings)
     for name in settings | before:
         if name in MAY_CHANGE or name in same:
             continue
-        if name not in before and name not in cfg.model:
+        if name not in before and name not in cfg.model and has_default(cfg, settings, name):
             continue  # a setting that did not exist yet
+        if name in config.PER_ROUND and is_same_so_far(cfg, before.get(name), settings[name]):
+            continue
         if before.get(name) != settings.get(name):
             raise SystemExit(
                 f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
@@ -240,6 +274,62 @@ def check_same_run(cfg, settings: dict, newest: str | None):
     say_schedule_change(cfg, before.get("rounds"))
     if newest:
         say_dropout_change(before, settings, checkpoint.read_meta(newest)["model"])
+
+
+def has_default(cfg, settings: dict, name: str) -> bool:
+    """Whether a setting has its default. Entries of config.json that are no settings have none, and
+    count as if they had."""
+    defaults = settings_as_json(type(cfg)())
+    return name not in defaults or settings[name] == defaults[name]
+
+
+def is_same_so_far(cfg, before, now) -> bool:
+    """Whether a setting that may be a list with one value per round has the same values in all
+    rounds that have begun. Those of later rounds may change, and there may be more of them."""
+    folders = checkpoint.list_numbered(cfg.out_dir, "round")
+    begun = 1
+    if folders:
+        begun += int(os.path.basename(folders[-1]).removeprefix("round_"))
+    values = [value if isinstance(value, list) else [value] for value in (before, now)]
+    begun = min(begun, cfg.rounds, max(map(len, values)))
+    for n, listed in enumerate(values):
+        values[n] = listed * begun if len(listed) == 1 else listed[:begun]
+    return values[0] == values[1]
+
+
+def collected_settings(out_dir: str, settings: dict) -> dict:
+    """The settings in collect.json of the latest round that has them, {} if none does.
+
+    They name the checkpoints that init, teacher and reward were: where that is what `settings` have
+    found, it is the same setting.
+    """
+    for folder in reversed(checkpoint.list_numbered(out_dir, "round")):
+        path = os.path.join(folder, "collect.json")
+        if not os.path.exists(path):
+            continue
+        manifest = rounds.read_manifest(folder, {})
+        if not isinstance(manifest.get("config"), dict):
+            continue  # stage ppo
+        before = saved_settings(manifest)
+        for role, found in settings["checkpoints"].items():
+            if inputs.same_path(before.get(role), found):
+                before[role] = settings[role]
+        print(f"{out_dir} has no config.json: its settings are taken from {path}", flush=True)
+        return before
+    return {}
+
+
+def refuse_if_samples(out_dir: str):
+    """Exit with one line if a run's folder has samples or scores. Nothing says with which settings
+    they were made."""
+    for pattern in ("round_*/*.jsonl*", "round_*/*.npz*", "teacher_*.jsonl*"):
+        for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern))):
+            if os.path.getsize(path):
+                raise SystemExit(
+                    f"{out_dir} has samples ({path}), and no config.json or checkpoint that says "
+                    "with which settings they were made: put its config.json back, or use another "
+                    "out_dir"
+                )
 
 
 def say_schedule_change(cfg, rounds_before):
@@ -370,7 +460,10 @@ def check_keep_best(cfg, metrics: list[str]):
     names = ["pretrain_loss"] if cfg.pretrain_coef else []
     for name in metrics:
         if name.endswith("/") and cfg.stage == "spin":
-            names += [name + player for player in dict.fromkeys(config.player_columns(cfg))]
+            players = config.player_columns(cfg)
+            if name == "acc/" and not config.is_scored(cfg):
+                players = [player for player in players if player != players[-1]]  # beats none
+            names += [name + player for player in dict.fromkeys(players)]
         else:
             names.append(name)
     if not cfg.keep_best or not metrics:
@@ -430,11 +523,16 @@ def flat_settings(cfg) -> dict:
     return settings | model_settings
 
 
+def settings_as_json(cfg) -> dict:
+    """`flat_settings` as JSON has them: tuples become lists."""
+    return json.loads(json.dumps(flat_settings(cfg)))
+
+
 def run_settings(cfg) -> dict:
     """What a run must keep from its first start to its last: the settings as JSON has them, the
     sha256 of the data, and that of the weights that it samples from or compares with. All ranks
     call this together."""
-    settings = json.loads(json.dumps(flat_settings(cfg)))  # tuples become lists
+    settings = settings_as_json(cfg)
     kind = "bin" if cfg.stage == "pretrain" else "jsonl"
     names = [f"train.{kind}", f"val.{kind}"]
     meta = read_meta(cfg.data, names)

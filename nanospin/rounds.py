@@ -218,13 +218,19 @@ def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
     return paths
 
 
-def check_earlier_rounds(cfg, round_id: int):
+def check_files(cfg, round_id: int):
     """Exit with one line if a file that this round reads from the run's folder is not the one that
-    an earlier round wrote or read: its hash is in collect.json."""
-    expected = {}
+    an earlier round wrote or read, or that this one wrote before it was killed: its hash is in
+    collect.json."""
+    expected = own_files(cfg, round_id)
     for name, path in input_files(cfg, round_id, "").items():
         if name.startswith("round_"):
             folder, file = os.path.split(path)
+            if file == "train.jsonl" and not os.path.exists(path):
+                raise SystemExit(
+                    f"{path} is missing, and replay_rounds trains on it again: put it back, or use "
+                    "another out_dir"
+                )
             hashes = manifest_hashes(folder, "files")
             if hashes is not None:
                 expected[path] = hashes.get(file)
@@ -234,6 +240,18 @@ def check_earlier_rounds(cfg, round_id: int):
             expected[os.path.join(cfg.out_dir, name)] = value
     for path, value in expected.items():
         inputs.require_sha256(path, value, cfg.out_dir, "collect.json")
+
+
+def own_files(cfg, round_id: int) -> dict[str, str]:
+    """{path: sha256} of the files of a round that are there, as its own collect.json has them. A
+    missing one is made again, or refused where it cannot be."""
+    folder = round_folder(cfg, round_id)
+    expected = {}
+    for name, value in (manifest_hashes(folder, "files") or {}).items():
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            expected[path] = value
+    return expected
 
 
 def manifest_hashes(folder: str, entry: str) -> dict | None:

@@ -284,7 +284,7 @@ def test_the_best_is_not_one_whose_metric_is_nan(run):
 def test_an_unknown_keep_best_is_refused_before_anything_is_written(tiny_runs, tiny_data, tmp_path):
     out = f"{tmp_path}/run"
     message = refused(spin_args(tiny_runs, tiny_data, out, "--keep_best=acc/nobody"))
-    assert "keep_best 'acc/nobody' is not a metric" in message and "acc/self" in message
+    assert "keep_best 'acc/nobody' is not a metric" in message and "acc/data" in message
     assert not os.path.exists(out)
 
 
@@ -677,6 +677,30 @@ def test_the_lock_of_another_machine_is_watched(tiny_data, tmp_path, monkeypatch
     else:
         train.main(pretrain_args(tiny_data, out))
         assert "took over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["my notes\n", "{}", '{"pid": 5}', "[1]", "{" * 5000, "\0a"])
+def test_a_file_that_is_no_lock_is_left_alone(tiny_data, tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    message = refused(pretrain_args(tiny_data, tmp_path))
+    assert f"{tmp_path}/lock is not the lock of a run" in message
+    assert (tmp_path / "lock").read_text() == content
+
+
+@pytest.mark.parametrize("size", [0, 1, 10, 40, "zeros"])
+def test_a_lock_that_was_cut_short_is_taken_over(tiny_data, tmp_path, monkeypatch, capsys, size):
+    """A full disk leaves the beginning of it, a loss of power can leave zeros."""
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 1)
+    out = str(tmp_path / "run")
+    write_owner(out, 1, machine="other")
+    os.truncate(f"{out}/lock", 0 if size == "zeros" else size)
+    if size == "zeros":
+        os.truncate(f"{out}/lock", 100)
+    train.main(pretrain_args(tiny_data, out))
+    said = capsys.readouterr().out
+    assert ("took over the lock of a run whose name was not written" in said) == bool(size)
+    assert "None" not in said
+    assert not os.path.exists(f"{out}/lock")
 
 
 def test_an_owner_touches_its_lock(tmp_path, monkeypatch):

@@ -81,6 +81,11 @@ def test_fewer_rounds_take_the_first_values():
         (["--temperature=1e-320"], "temperature must be 0 (greedy) or from 0.0001 to 10000"),
         (["--temperature=1e5"], "temperature must be 0 (greedy) or from 0.0001 to 10000"),
         (["--timeout=1e200"], "timeout must be from 1 to 1e7"),
+        (["--value_clip_range=1e299"], "value_clip_range must be at most 1e+30, got 1e+299"),
+        (["--grad_clip=1e39"], "grad_clip must be at most 1e+30"),
+        (["--norm_eps=1e39"], "norm_eps must be at most 1e+30"),
+        ([*SPIN, "--lr=[1e-3,1e39]"], "lr must be at most 1e+30"),
+        (["--margin=-1e39"], "margin must be at most 1e+30"),
         (["--seed=18446744073709551616"], "seed must be below"),
         (["--lr=" + "[" * 5000], "lr must be float"),
         (["--top_p=0"], "top_p"),
@@ -181,6 +186,11 @@ def test_import_function():
     for name in ("nowhere:f", "math:nothing", "math:pi"):
         with pytest.raises(SystemExit, match=f"scorer {name}"):
             import_function(name)
+
+
+def test_numbers_of_a_model_fit_float32():
+    with pytest.raises(SystemExit, match="here: norm_eps must be at most 1e"):
+        model_config_from({"norm_eps": 1e39}, GPTConfig, "here")
 
 
 def test_sizes_of_a_model_are_bounded():

@@ -21,9 +21,10 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import atomic_write, printable, read_arrays, read_json
+from data.files import atomic_write, printable, read_arrays, read_json, write_json
 from data.folder import (
     find_invalid_token,
+    lock_folder,
     prepare_command,
     read_meta,
     read_stream,
@@ -988,6 +989,23 @@ def test_a_source_whose_name_is_not_utf8(tmp_path):
     assert read_meta(f"{tmp_path}/o", ["train.jsonl"])["source"] == ["b\udcff.jsonl"]
 
 
+def test_addition_with_few_answers(tmp_path):
+    """The rows with answers and the prompts without are those of the whole set, and no row is in
+    both."""
+    whole, few = f"{tmp_path}/whole", f"{tmp_path}/few"
+    sizes = ["--rows=300", "--below=30"]
+    for out in ([f"--out={whole}"], [f"--out={few}", "--answers=100"]):
+        assert prepare("addition", *sizes, *out).returncode == 0
+    rows = read_rows(f"{whole}/train.jsonl")
+    answers = read_rows(f"{few}/answers/train.jsonl")
+    prompts = read_rows(f"{few}/prompts/train.jsonl", prompt_only=True)
+    assert answers == rows[:100]
+    assert [row["prompt"] for row in prompts] == [row["prompt"] for row in rows[100:]]
+    assert not any("responses" in row for row in prompts)
+    for name in ("answers", "prompts"):
+        assert read_rows(f"{few}/{name}/val.jsonl") == read_rows(f"{whole}/val.jsonl")
+
+
 @pytest.mark.parametrize("name, arguments", [("addition", []), ("shakespeare", ["TEXT"])])
 def test_other_preparations_adopt_no_data_either(tmp_path, name, arguments):
     text, out = tmp_path / "text.txt", tmp_path / "d"
@@ -1017,3 +1035,63 @@ def test_a_name_that_stands_twice_is_refused(tmp_path):
         read_rows(path)
     with pytest.raises(SystemExit, match="train.jsonl:2.*'prompt' stands twice"):
         jsonl_prepare.main([path, f"--out={tmp_path}/out"])
+
+
+@pytest.mark.parametrize("author", [["a"], {"name": "a"}])
+def test_an_author_that_is_no_text_is_one_line(tmp_path, author):
+    responses = [{"text": "x", "author": "a"}, {"text": "y", "author": author}]
+    write_lines(tmp_path / "in.jsonl", [{"prompt": "p", "responses": responses}])
+    with pytest.raises(SystemExit, match="in.jsonl:1: an author must be a string"):
+        jsonl_prepare.main([f"{tmp_path}/in.jsonl", f"--out={tmp_path}/out", "--authors=a"])
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.tiktoken", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["shakespeare", "shp"])
+def test_other_preparations_copy_a_tokenizer_file(tmp_path, monkeypatch, name, kind):
+    """From an absolute and from a relative path; the folder has all that a run needs."""
+    own = tokenizer.train(["the loss of a model " * 9], 300)
+    path = f"{tmp_path}/own/{kind}"
+    os.makedirs(f"{tmp_path}/own")
+    if kind == "tokenizer.json":
+        tokenizer.to_json(own, path)
+        write_json(f"{tmp_path}/own/tokenizer_config.json", {"eos_token": tokenizer.EOT})
+    else:
+        tokenizer.save(own, path)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    write_lines(tmp_path / "ranked.jsonl", threads())
+    monkeypatch.chdir(tmp_path)
+    source = "text.txt" if name == "shakespeare" else "ranked.jsonl"
+    for n, given in enumerate((path, os.path.relpath(path))):
+        out = f"{tmp_path}/{n}"
+        module = importlib.import_module(f"data.{name}.prepare")
+        module.main([source, f"--out={out}", f"--tokenizer={given}"])
+        for folder in [out] if name == "shakespeare" else [f"{out}/row", f"{out}/group"]:
+            meta = read_meta(folder, [])
+            enc = tokenizer.load(tokenizer_path(folder, meta["tokenizer"]))
+            assert tokenizer.fingerprint(enc) == meta["tokenizer_sha256"]
+    with pytest.raises(SystemExit, match="gone.tiktoken: No such file"):
+        module.main([source, f"--out={tmp_path}/new", "--tokenizer=gone.tiktoken"])
+    assert not os.path.exists(f"{tmp_path}/new")
+
+
+def test_two_preparations_of_a_folder_do_not_mix(tmp_path):
+    """The second one is refused while the first writes; a lock leaves nothing behind."""
+    lines = [{"prompt": f"q{n}", "response": "an answer"} for n in range(30)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    out = str(tmp_path / "out")
+    with lock_folder(out):
+        for name, arguments in (
+            ("jsonl", [tmp_path / "in.jsonl"]),
+            ("shakespeare", [tmp_path / "text.txt"]),
+            ("addition", []),
+            ("nectar", [f"--hub={tmp_path}/hub"]),
+            ("fineweb", [f"--hub={tmp_path}/hub", "--tokenizer=bytes"]),
+        ):
+            done = prepare(name, *arguments, f"--out={out}")
+            assert done.returncode == 1 and done.stderr.count("\n") == 1
+            assert f"{out} is being prepared by another command" in done.stderr
+    assert os.listdir(out) == []
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={out}", "--val_share=0.3")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(out)) == ["meta.json", "train.jsonl", "val.jsonl"]

@@ -473,3 +473,25 @@ def test_a_reward_model_is_no_reference(tiny_runs, tiny_data, tmp_path):
     train.main([*args, f"--out_dir={tmp_path}/rm", "--max_steps=1", "--batch_size=4"])
     with pytest.raises(SystemExit, match="is a reward model, not a policy"):
         main([f"a={tiny_runs['sft']}", f"--data={tiny_data}", f"--reference={tmp_path}/rm"])
+
+
+def test_out_replaces_only_what_an_earlier_eval_wrote(tiny_runs, tiny_data, tmp_path):
+    options = [f"--data={tiny_data}", "--rows=4"]
+    for name in ("a.jsonl", "data.jsonl", "eval.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        content = '{"prompt": "mine", "responses": ["x"]}\n'
+        (folder / name).write_text(content)
+        done = evaluate(f"a={tiny_runs['sft']}", *options, f"--out={folder}")
+        assert done.returncode == 1
+        assert f"{folder}/{name}" in done.stderr and "give another --out" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert os.listdir(folder) == [name] and (folder / name).read_text() == content
+    out = tmp_path / "e"
+    for rows in ("4", "6"):
+        done = evaluate(f"a={tiny_runs['sft']}", *options, f"--out={out}", f"--rows={rows}")
+        assert done.returncode == 0, done.stderr
+        assert len(read_rows(f"{out}/a.jsonl")) == len(read_rows(f"{out}/data.jsonl")) == int(rows)
+    (out / "b.jsonl").write_text(content)
+    done = evaluate(f"b={tiny_runs['sft']}", *options, f"--out={out}")
+    assert done.returncode == 1 and f"{out}/b.jsonl is there" in done.stderr

@@ -187,7 +187,8 @@ def sample_rows(path: str, out: str, model, enc) -> str:
     responses = read_rows(out)
     with open(path, encoding="utf-8", newline="\n") as f:
         num_asked = sum(1 for line in f if line.strip())
-    if len(responses) < num_asked and " left no room" not in said.getvalue():
+    reasons = (" left no room", " have no prompt")
+    if len(responses) < num_asked and not any(reason in said.getvalue() for reason in reasons):
         return f"{len(responses)} responses to {num_asked} rows, nothing said"
     return ""
 
@@ -626,7 +627,7 @@ def load_settings(argv: list[str]) -> str:
     for name, value in (vars(cfg) | cfg.model).items():
         values = value if isinstance(value, list) else [value]
         for v in values:
-            if isinstance(v, float) and not -1e300 < v < 1e300:
+            if isinstance(v, float) and not abs(v) <= config.MAX_FLOAT:
                 return f"{name} is {v}"
             if isinstance(v, int) and abs(v) >= 2**48:
                 return f"{name} is {v}"

@@ -429,6 +429,9 @@ def test_block_size_and_sliding_window(exported, tmp_path, capsys):
     assert meta["config"]["template"] == "Q: {prompt}\nA: "
 
     update_json(path, model_type="qwen3", max_window_layers=1, head_dim=8)
+    arguments = ["import", folder, f"--out={tmp_path / 'none'}", "--block_size=32"]
+    assert "q_norm.weight is missing" in refused(*arguments)  # no window, which is Qwen's default
+    update_json(path, max_window_layers=1, use_sliding_window=True)
     message = refused("import", folder, f"--out={tmp_path / 'some'}", "--block_size=32")
     assert "block_size must be from 1 to 16, the sliding window of some of its layers" in message
     layer_types = ["full_attention", "sliding_attention"]

@@ -434,6 +434,22 @@ def test_rounds_may_change_and_the_schedule_is_said(tiny_runs, tiny_data, tmp_pa
     assert "rounds was" not in capsys.readouterr().out
 
 
+def test_lists_grow_with_the_rounds(tiny_runs, tiny_data, tmp_path):
+    """As if the run had had them from the start; the values of rounds that have begun stay."""
+    out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
+    more = ["--rounds=2", "--lr=[1e-3,5e-4]", "--beta=[0.5,0.2]"]
+    train.main([*args, "--lr=[1e-3]"])
+    for name, value in (("lr", "[5e-4,1e-3]"), ("beta", "[0.2,0.2]"), ("lr", "5e-4")):
+        message = refused([*args, *more, f"--{name}={value}"])
+        assert f"was begun with {name} = " in message
+    train.main([*args, *more])
+    train.main([*spin_args(tiny_runs, tiny_data, whole, "--max_steps=1"), *more])
+    assert_same_run(whole, out)
+    assert "was begun with lr = [0.001, 0.0005]" in refused([*args, *more, "--lr=[1e-3,1e-3]"])
+    train.main([*args, *more, "--rounds=3", "--lr=[1e-3,5e-4,1e-4]", "--beta=[0.5,0.2,0.2]"])
+
+
 def test_validation_rows_that_are_trained_on_are_said(tiny_runs, tiny_data, tmp_path, capsys):
     data = shutil.copytree(tiny_data, f"{tmp_path}/data")
     rows = read_rows(f"{data}/train.jsonl")
@@ -470,3 +486,90 @@ def test_scores_of_the_reference_are_results(tiny_runs, tiny_data, tmp_path):
         shutil.rmtree(path)
     with pytest.raises(SystemExit, match="was begun with dtype"):
         train.main([*args, "--dtype=bfloat16"])
+
+
+def killed_in_fit(monkeypatch, args):
+    """A run that is killed in its first step, when all files of round 0 are there."""
+    with monkeypatch.context() as m:
+        m.setattr(train.distributed, "clip_grad_norm_", killing(None, 0))
+        with pytest.raises(Killed):
+            train.main(args)
+
+
+@pytest.mark.parametrize("name", ["train.ref.npz", "val.ref.npz", "train.jsonl", "self_val.jsonl"])
+def test_a_changed_file_of_the_current_round_is_refused(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, name
+):
+    """Log-probabilities of the reference that are other numbers say so nowhere but in the hash."""
+    out = f"{tmp_path}/r"
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=2")
+    killed_in_fit(monkeypatch, args)
+    path = f"{out}/round_0/{name}"
+    shutil.copy(path, f"{tmp_path}/original")
+    if name.endswith(".npz"):
+        with np.load(path) as f:
+            arrays = dict(f)
+        np.savez(path, **arrays | {"refs": arrays["refs"] + 0.5})
+    else:
+        change_first_row(path)
+    assert f"{path} was changed" in refused(args)
+    shutil.copy(f"{tmp_path}/original", path)
+    train.main(args)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n"])
+def test_samples_without_settings_are_not_gone_on_with(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, content
+):
+    """config.json is lost, and no checkpoint or manifest has the settings of the samples."""
+    out = f"{tmp_path}/r"
+    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
+    with monkeypatch.context() as m:
+        m.setattr(train.rollout, "reference_logprobs", killing(None, 0))
+        with pytest.raises(Killed):
+            train.main(args)
+    os.rename(f"{out}/config.json", f"{tmp_path}/config.json")
+    if content is not None:
+        with open(f"{out}/config.json", "wb") as f:
+            f.write(content)
+    for more in ([], ["--temperature=0.5"]):
+        message = refused([*args, *more])
+        assert f"{out} has samples ({out}/round_0/" in message
+        assert "put its config.json back" in message
+    os.replace(f"{tmp_path}/config.json", f"{out}/config.json")
+    train.main(args)
+
+
+def test_a_manifest_has_the_settings_of_a_lost_config_json(
+    tiny_runs, tiny_data, tmp_path, monkeypatch, capsys
+):
+    out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
+    options = ["--max_steps=2", "--players=data,teacher,self", f"--teacher={tiny_runs['pretrain']}"]
+    train.main(spin_args(tiny_runs, tiny_data, whole, *options))
+    args = spin_args(tiny_runs, tiny_data, out, *options)
+    killed_in_fit(monkeypatch, args)
+    os.remove(f"{out}/config.json")
+    assert "was begun with temperature = 1.0" in refused([*args, "--temperature=0.5"])
+    assert "was begun with init" in refused([*args, f"--init={tiny_runs['pretrain']}"])
+    capsys.readouterr()
+    train.main(args)
+    assert f"taken from {out}/round_0/collect.json" in capsys.readouterr().out
+    assert_same_run(whole, out)
+
+
+def test_an_out_dir_inside_a_run_is_refused(tiny_runs, tmp_path):
+    """In a round or a checkpoint it would be removed with it, and be taken for the other run."""
+    run = shutil.copytree(tiny_runs["sft"], f"{tmp_path}/out/sft")
+    data = make_data(f"{tmp_path}/data")
+    step = checkpoint.latest(run)
+    os.symlink(step, f"{tmp_path}/link")
+    copy = shutil.copytree(step, f"{tmp_path}/copy")  # as tools/hf.py imports one
+    inside = [f"{run}/round_0", f"{run}/round_0/a/b", f"{run}/round_7", step, f"{step}/a/b/c"]
+    inside += [f"{tmp_path}/link", f"{tmp_path}/link/a", copy, f"{copy}/a"]
+    for out in inside:
+        message = refused(pretrain_args(data, out, "--device=cpu"))
+        assert f"out_dir {out} would be inside a run" in message
+    assert not os.path.exists(f"{run}/round_7")
+    assert sorted(os.listdir(f"{run}/round_0")) == ["step_000008"]
+    for out in (f"{tmp_path}/out/round_1", f"{tmp_path}/out/demo/a", f"{run}/beside"):
+        train.main(pretrain_args(data, out, "--device=cpu", "--max_steps=1"))

@@ -3,6 +3,7 @@ and the stage."""
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from data.rows import encode_rows, write_rows
 from eval import reward_metrics, row_scores
 from loss import plackett_luce, reward_loss
 from model import GPT, GPTConfig
+from nanospin import checkpoint
 
 BYTES = tokenizer.load("bytes")
 
@@ -300,6 +302,38 @@ def test_a_later_stage_has_no_scalar_head(reward_run, tiny_data, tmp_path):
     policy, _, _ = GPT.from_checkpoint(out)
     assert reward_model.config.scalar_head
     assert not policy.config.scalar_head
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_the_head_of_init_is_not_kept(tiny_runs, reward_run, graded, tmp_path, monkeypatch, stage):
+    """A new run's head starts at zero, whatever `init` was. A run that resumes keeps its own."""
+    ppo = f"{tmp_path}/ppo"
+    options = ["--stage=ppo", "--reward=conftest:letters", "--max_rows=16", "--loss_type=pl"]
+    train.main(reward_args(tiny_runs, graded, ppo, *options, "--max_steps=3"))
+    assert final_weights(ppo)["scalar_head.weight"].abs().max() > 0
+    heads = []
+    fit = train.fit
+
+    def look(run, *rest):
+        heads.append(run.model.scalar_head.weight.detach().clone())
+        fit(run, *rest)
+
+    monkeypatch.setattr(train, "fit", look)
+    init = [f"--init={ppo}", "--max_steps=4"]
+    init += options if stage == "ppo" else []
+    out = f"{tmp_path}/again"
+    args = reward_args(tiny_runs, graded, out, *init, "--save_interval=2")
+    train.main(args)
+    expected = final_weights(out)
+    shutil.rmtree(checkpoint.latest(out))
+    train.main(args)
+    assert heads[0].abs().max() == 0 < heads[1].abs().max()
+    for name, tensor in final_weights(out).items():
+        assert torch.equal(tensor, expected[name])
+    if stage == "reward":
+        train.main(reward_args({"sft": reward_run}, graded, f"{tmp_path}/c", "--max_steps=1"))
+        assert heads[-1].abs().max() == 0
+        assert not read_metrics(f"{tmp_path}/c", "warning")
 
 
 # ----------------------------------------------------------------------------------- as a judge

@@ -377,6 +377,12 @@ def test_prompts_without_responses(tiny_runs, tmp_path):
     sampled = read_rows(out)
     assert [row["prompt"] for row in sampled] == ["the loss", "model"]
     assert sampled[0]["history"] == [["a", "b"]] and sampled[0]["group"] == "g"
+
+    path.write_text(json.dumps({"text": "a whole text"}) + "\n" + json.dumps(rows[2]) + "\n")
+    done = command("sample", tiny_runs["sft"], "--prompts", path, "--out", f"{tmp_path}/none.jsonl")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "1 of its 2 rows are whole texts, and 1 prompts leave no room" in done.stderr
+    assert not (tmp_path / "none.jsonl").exists()
     for row in sampled:
         assert row["ended"] == (row["ids"][0][-1] == 256)
 

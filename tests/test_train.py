@@ -794,12 +794,16 @@ def test_rows_of_an_older_version_are_the_runs_own(tiny_runs, tiny_data, tmp_pat
     last = checkpoint.latest(out)
     expected = checkpoint.read_meta(last)["weights_sha256"]
     shutil.rmtree(last)
-    for split in ("train", "val"):
-        path = f"{out}/round_0/{split}.jsonl"
+    paths = {split: f"{out}/round_0/{split}.jsonl" for split in ("train", "val")}
+    for path in paths.values():
         rows = read_rows(path)
         for row in rows:
             assert row.pop("tokenizer") == tokenizer.fingerprint(tokenizer.load("bytes"))
         write_rows(path, rows)
+    manifest = read_json(f"{out}/round_0/collect.json")
+    del manifest["sha256"]
+    manifest["files"] |= {f"{split}.jsonl": sha256(path) for split, path in paths.items()}
+    write_json(f"{out}/round_0/collect.json", rounds.with_checksum(manifest))
     train.main(args)
     assert checkpoint.latest(out) == last
     assert checkpoint.read_meta(last)["weights_sha256"] == expected
@@ -902,9 +906,29 @@ def test_the_last_checkpoints_and_the_best_are_kept(tiny_runs, tiny_data, tmp_pa
     assert [os.path.basename(path) for path in steps] == [f"step_{n:06d}" for n in kept]
 
 
+def test_steps_of_a_share_of_an_epoch():
+    for epochs, num_rows, batch_size, expected in ((0.1, 30, 1, 3), (1, 40, 8, 5), (1, 41, 8, 6)):
+        cfg = load_config(["--stage=sft", f"--epochs={epochs}", f"--batch_size={batch_size}"])
+        assert train.num_steps_of_round(cfg, range(num_rows)) == expected
+    cfg = load_config(["--stage=sft", "--epochs=1e-20"])
+    assert train.num_steps_of_round(cfg, range(5)) == 1
+
+
 def test_an_unknown_metric_to_keep_the_best_by_is_refused(tiny_runs, tiny_data, tmp_path):
     args = small_args("sft", tiny_data, tiny_runs["pretrain"], tmp_path / "r", "--keep_best=los")
     assert "there are val_loss" in refused(args)
+    args = spin_args(tiny_runs, tiny_data, f"{tmp_path}/spin")
+    assert "there are val_loss" in refused([*args, "--keep_best=acc/self"])  # it beats none
+    assert not os.path.exists(f"{tmp_path}/spin")
+
+
+def test_replayed_rows_that_are_gone_are_named(tiny_runs, tiny_data, tmp_path):
+    out = f"{tmp_path}/r"
+    options = ["--max_steps=1", "--replay_rounds=1", "--rounds=2"]
+    train.main(spin_args(tiny_runs, tiny_data, out, *options))
+    shutil.rmtree(f"{out}/round_0")
+    message = refused(spin_args(tiny_runs, tiny_data, out, *options))
+    assert f"{out}/round_0/train.jsonl is missing, and replay_rounds" in message
 
 
 def change_weights(folder):

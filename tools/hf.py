@@ -241,11 +241,12 @@ def take_sliding_window(settings, model_type, n_layer):
     if model_type == "mistral" and "sliding_window" not in settings.left:  # null: no window
         default = 4096
     window = settings.take("sliding_window", int, default)
-    if not settings.take("use_sliding_window", bool, True):
+    is_qwen = model_type.startswith("qwen")
+    if not settings.take("use_sliding_window", bool, not is_qwen):
         window = 0
 
     num_full = settings.take("max_window_layers", int, 28)  # Qwen's first layers have no window
-    if not model_type.startswith("qwen"):
+    if not is_qwen:
         num_full = 0
     usual = ["full_attention" if i < num_full else "sliding_attention" for i in range(n_layer)]
     layer_types = settings.take("layer_types", list[str], usual)

@@ -15,7 +15,7 @@ import numpy as np
 
 from data import cli
 from data.files import check_output
-from data.folder import check_other_data, split_of, write_meta
+from data.folder import check_other_data, lock_folder, split_of, write_meta
 from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -72,11 +72,11 @@ def main(argv=None):
 
 
 def write_folder(args, folder: str, train: list[dict], val: list[dict]):
-    os.makedirs(folder, exist_ok=True)
-    write_rows(os.path.join(folder, "train.jsonl"), train)
-    write_rows(os.path.join(folder, "val.jsonl"), val)
-    sizes = {"train_rows": len(train), "val_rows": len(val)}
-    write_meta(folder, "bytes", f"a + b below {args.below}", **sizes)
+    with lock_folder(folder):
+        write_rows(os.path.join(folder, "train.jsonl"), train)
+        write_rows(os.path.join(folder, "val.jsonl"), val)
+        sizes = {"train_rows": len(train), "val_rows": len(val)}
+        write_meta(folder, "bytes", f"a + b below {args.below}", **sizes)
     print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
 
 

@@ -16,7 +16,7 @@ import sys
 
 from data import cli
 from data.files import check_output
-from data.folder import check_other_data, split_of, write_meta
+from data.folder import check_other_data, lock_folder, split_of, write_meta
 from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -100,13 +100,13 @@ def main(argv=None):
         group = f"{target}: {sorted(given)}"
         rows[split_of(group)][prompt] = {"prompt": prompt, "responses": [text], "group": group}
 
-    os.makedirs(args.out, exist_ok=True)
-    sizes = {}
-    for side in ("train", "val"):
-        write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
-        sizes[f"{side}_rows"] = len(rows[side])
     source = f"{args.numbers} numbers below {args.below}, targets to {args.max_target}"
-    write_meta(args.out, "bytes", source, **sizes)
+    with lock_folder(args.out):
+        sizes = {}
+        for side in ("train", "val"):
+            write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
+            sizes[f"{side}_rows"] = len(rows[side])
+        write_meta(args.out, "bytes", source, **sizes)
     print(f"{args.out}: {sizes['train_rows']:,} train rows, {sizes['val_rows']:,} val rows")
 
 

@@ -73,18 +73,19 @@ def main(argv=None):
             name = f"{split_of(text, args.val_share)}.bin"
             yield name, np.array(ids + [enc.eot_token], dtype).tobytes()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tokenizer releases the GIL
-        check_other_data(args.out, (".bin",))
-        state = hub.collect(
-            args,
-            splits=[("train", None)],
-            fields=("text",),
-            convert=convert,
-            config=args.config or CONFIGS.get(args.hub),
-            max_bytes=args.tokens * dtype.itemsize,
-        )
-    _, tokenizer_name = tokenizer.load_into(args.out, args.tokenizer)
-    hub.finish_streams(args, state, tokenizer_name, dtype.itemsize)
+    check_other_data(args.out, (".bin",))
+    with hub.lock_output(args):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the tokenizer releases the GIL
+            state = hub.collect(
+                args,
+                splits=[("train", None)],
+                fields=("text",),
+                convert=convert,
+                config=args.config or CONFIGS.get(args.hub),
+                max_bytes=args.tokens * dtype.itemsize,
+            )
+        _, tokenizer_name = tokenizer.load_into(args.out, args.tokenizer)
+        hub.finish_streams(args, state, tokenizer_name, dtype.itemsize)
 
 
 def is_text(value) -> bool:

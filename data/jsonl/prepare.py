@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import cli, tokenizer
 from data.files import check_output, parse_json, printable
-from data.folder import check_other_data, split_of, write_meta, write_stream
+from data.folder import check_other_data, lock_folder, split_of, write_meta, write_stream
 from data.rows import check_row, is_unicode, write_rows
 
 OUTPUTS = ("train.jsonl", "val.jsonl", "train.bin", "val.bin", "meta.json", "tokenizer.tiktoken")
@@ -95,7 +95,7 @@ def to_row(value, where, authors=None):
                 "make the responses strings, best first"
             )
         if authors:
-            responses = responses_of(authors, responses)
+            responses = responses_of(authors, responses, where)
             if responses is None:
                 return None
             row["responses"] = [r.get("text") for r in responses]
@@ -156,11 +156,14 @@ def training_texts(rows, texts):
         yield from row["responses"]
 
 
-def responses_of(authors, responses):
+def responses_of(authors, responses, where):
     """The first response of each author, or None if one has none."""
     by_author = {}
     for response in responses:
-        by_author.setdefault(response.get("author"), response)
+        author = response.get("author")
+        if isinstance(author, (list, dict)):
+            raise SystemExit(f"{where}: an author must be a string")
+        by_author.setdefault(author, response)
     if not all(author in by_author for author in authors):
         return None
     return [by_author[author] for author in authors]
@@ -212,29 +215,29 @@ def main(argv=None):
 
     for name in OUTPUTS:
         check_output(os.path.join(args.out, name), args.files, is_data=True)
-    os.makedirs(args.out, exist_ok=True)  # if it cannot be made, that is said before reading
-    rows, texts, num_dropped, ignored = read_files(args)
-    check_sides(args, rows, texts, num_dropped)
-    written = {".bin": texts, ".jsonl": rows}
-    check_other_data(args.out, tuple(kind for kind in written if any(written[kind].values())))
-    sizes = {}
-    tokenizer_name = args.tokenizer
-    if tokenizer_name == "bpe":
-        tokenizer_name = os.path.join(args.out, "tokenizer.tiktoken")
-        enc = tokenizer.train(training_texts(rows, texts), args.vocab_size)
-        tokenizer.save(enc, tokenizer_name)
-    if tokenizer_name or any(texts.values()):
-        enc, tokenizer_name = tokenizer.load_into(args.out, tokenizer_name or "gpt2")
-    if any(texts.values()):
-        for side in ("train", "val"):
-            documents = tqdm(texts[side], desc=f"{side}.bin", disable=None)
-            path = os.path.join(args.out, f"{side}.bin")
-            sizes[f"{side}_tokens"] = write_stream(path, documents, enc)
-    if any(rows.values()):
-        for side in ("train", "val"):
-            sizes[f"{side}_rows"] = len(rows[side])
-            write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side])
-    write_meta(args.out, tokenizer_name, [os.path.basename(f) for f in args.files], **sizes)
+    with lock_folder(args.out):  # if it cannot be made, that is said before reading
+        rows, texts, num_dropped, ignored = read_files(args)
+        check_sides(args, rows, texts, num_dropped)
+        written = {".bin": texts, ".jsonl": rows}
+        check_other_data(args.out, tuple(kind for kind in written if any(written[kind].values())))
+        sizes = {}
+        tokenizer_name = args.tokenizer
+        if tokenizer_name == "bpe":
+            tokenizer_name = os.path.join(args.out, "tokenizer.tiktoken")
+            enc = tokenizer.train(training_texts(rows, texts), args.vocab_size)
+            tokenizer.save(enc, tokenizer_name)
+        if tokenizer_name or any(texts.values()):
+            enc, tokenizer_name = tokenizer.load_into(args.out, tokenizer_name or "gpt2")
+        if any(texts.values()):
+            for side in ("train", "val"):
+                documents = tqdm(texts[side], desc=f"{side}.bin", disable=None)
+                path = os.path.join(args.out, f"{side}.bin")
+                sizes[f"{side}_tokens"] = write_stream(path, documents, enc)
+        if any(rows.values()):
+            for side in ("train", "val"):
+                sizes[f"{side}_rows"] = len(rows[side])
+                write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side])
+        write_meta(args.out, tokenizer_name, [os.path.basename(f) for f in args.files], **sizes)
     summary = ", ".join(f"{n:,} {what}" for what, n in sizes.items())
     if num_dropped:
         summary += f"; {num_dropped} rows lack an author"

@@ -24,7 +24,7 @@ import sysconfig
 from tqdm import tqdm
 
 from data import cli, tokenizer
-from data.folder import split_of, write_meta, write_stream
+from data.folder import lock_folder, split_of, write_meta, write_stream
 from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -119,16 +119,17 @@ def main(argv=None):
 
     print("training the tokenizer")
     enc = tokenizer.train(texts["train"], 4096)
-    tokenizer.save(enc, os.path.join(HERE, "bpe.tiktoken"))
-    sizes = {}
-    for side in ("train", "val"):
-        path = os.path.join(HERE, f"{side}.bin")
-        sizes[f"{side}_tokens"] = write_stream(path, texts[side], enc)
-        sizes[f"{side}_rows"] = len(rows[side])
-        write_rows(os.path.join(HERE, f"{side}.jsonl"), rows[side])
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    versions["python"] = platform.python_version()
-    write_meta(HERE, "bpe.tiktoken", versions, **sizes)
+    with lock_folder(HERE):
+        tokenizer.save(enc, os.path.join(HERE, "bpe.tiktoken"))
+        sizes = {}
+        for side in ("train", "val"):
+            path = os.path.join(HERE, f"{side}.bin")
+            sizes[f"{side}_tokens"] = write_stream(path, texts[side], enc)
+            sizes[f"{side}_rows"] = len(rows[side])
+            write_rows(os.path.join(HERE, f"{side}.jsonl"), rows[side])
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        versions["python"] = platform.python_version()
+        write_meta(HERE, "bpe.tiktoken", versions, **sizes)
     print("data/pydocs: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()))
 
 

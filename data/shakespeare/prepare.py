@@ -2,7 +2,7 @@
 
     python -m data.shakespeare.prepare input.txt --tokenizer=gpt2
 
-Writes train.bin and val.bin, and bpe.tiktoken with --tokenizer=bpe.
+Writes train.bin and val.bin, and the tokenizer unless it is gpt2 or bytes.
 """
 
 import os
@@ -10,9 +10,10 @@ import sys
 
 from data import cli, tokenizer
 from data.files import check_output
-from data.folder import check_other_data, tokenizer_path, write_meta, write_stream
+from data.folder import check_other_data, lock_folder, write_meta, write_stream
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+OUTPUTS = ("train.bin", "val.bin", "meta.json", "bpe.tiktoken", "tokenizer.tiktoken")
 
 
 def main(argv=None):
@@ -21,16 +22,19 @@ def main(argv=None):
     parser.add_argument(
         "--tokenizer",
         default="bytes",
-        help="gpt2, bytes (default), or bpe, trained on the training part",
+        help="gpt2, bytes (default), bpe (trained on the training part), or a file (a .tiktoken,"
+        " another model's tokenizer.json)",
     )
     parser.add_argument(
         "--vocab_size", type=cli.vocab_size_type, default=4096, help="vocabulary size of bpe"
     )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
-    for name in ("train.bin", "val.bin", "meta.json", "bpe.tiktoken"):
+    for name in OUTPUTS:
         check_output(os.path.join(args.out, name), [args.file], is_data=True)
     check_other_data(args.out, (".bin",))
+    if args.tokenizer != "bpe":
+        tokenizer.load(args.tokenizer)  # exits before any work if it cannot
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()
@@ -39,18 +43,18 @@ def main(argv=None):
     cut = len(text) * 9 // 10
     train_text, val_text = text[:cut], text[cut:]
 
-    os.makedirs(args.out, exist_ok=True)
-    name = args.tokenizer
-    if name == "bpe":
-        name = "bpe.tiktoken"
-        bpe = tokenizer.train([train_text], args.vocab_size)
-        tokenizer.save(bpe, os.path.join(args.out, name))
-    enc = tokenizer.load(tokenizer_path(args.out, name))
-    sizes = {
-        "train_tokens": write_stream(os.path.join(args.out, "train.bin"), [train_text], enc),
-        "val_tokens": write_stream(os.path.join(args.out, "val.bin"), [val_text], enc),
-    }
-    write_meta(args.out, name, os.path.basename(args.file), **sizes)
+    with lock_folder(args.out):
+        if args.tokenizer == "bpe":
+            name = "bpe.tiktoken"
+            enc = tokenizer.train([train_text], args.vocab_size)
+            tokenizer.save(enc, os.path.join(args.out, name))
+        else:
+            enc, name = tokenizer.load_into(args.out, args.tokenizer)
+        sizes = {
+            "train_tokens": write_stream(os.path.join(args.out, "train.bin"), [train_text], enc),
+            "val_tokens": write_stream(os.path.join(args.out, "val.bin"), [val_text], enc),
+        }
+        write_meta(args.out, name, os.path.basename(args.file), **sizes)
     print(f"{args.out}: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()))
 
 

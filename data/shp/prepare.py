@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import cli, hub, tokenizer
 from data.files import check_output
-from data.folder import check_other_data, split_of, write_meta
+from data.folder import check_other_data, lock_folder, split_of, write_meta
 from data.rows import longest_shared_prefix, write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -118,7 +118,10 @@ def main(argv=None):
         help="split by row, by post, or a folder of each",
     )
     parser.add_argument(
-        "--tokenizer", default="gpt2", help="gpt2, bytes, or bpe, trained on the texts"
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2, bytes, bpe (trained on the texts), or a file (a .tiktoken, another model's"
+        " tokenizer.json)",
     )
     parser.add_argument(
         "--vocab_size", type=cli.vocab_size_type, default=2048, help="vocabulary size of bpe"
@@ -161,34 +164,35 @@ def write_splits(out, texts, source, splits, args):
     }
     if any(set(side) != {"train", "val"} for side in sides.values()):
         raise SystemExit(f"{source}: {len(texts)} texts are too few for a split")
-    name = args.tokenizer
-    if name == "bpe":
-        name = "bpe.tiktoken"
+    if args.tokenizer == "bpe":
         enc = tokenizer.train(
             [row["text"] for row in on_side(texts, sides["group"], "train")], args.vocab_size
         )
     else:
-        enc = tokenizer.load(name)
+        enc = tokenizer.load(args.tokenizer)
     for split in splits:
         folder = os.path.join(out, split)
-        os.makedirs(folder, exist_ok=True)
-        if args.tokenizer == "bpe":
-            tokenizer.save(enc, os.path.join(folder, name))
-        train = on_side(texts, sides[split], "train")
-        val = on_side(texts, sides[split], "val")
-        write_rows(os.path.join(folder, "train.jsonl"), train)
-        write_rows(os.path.join(folder, "val.jsonl"), val)
-        leaks = share_of_leaks(train, val, enc)
-        posts = len({row["group"] for row in texts})
-        write_meta(
-            folder,
-            name,
-            source,
-            train_rows=len(train),
-            val_rows=len(val),
-            posts=posts,
-            leaks=leaks,
-        )
+        with lock_folder(folder):
+            if args.tokenizer == "bpe":
+                name = "bpe.tiktoken"
+                tokenizer.save(enc, os.path.join(folder, name))
+            else:
+                _, name = tokenizer.load_into(folder, args.tokenizer)
+            train = on_side(texts, sides[split], "train")
+            val = on_side(texts, sides[split], "val")
+            write_rows(os.path.join(folder, "train.jsonl"), train)
+            write_rows(os.path.join(folder, "val.jsonl"), val)
+            leaks = share_of_leaks(train, val, enc)
+            posts = len({row["group"] for row in texts})
+            write_meta(
+                folder,
+                name,
+                source,
+                train_rows=len(train),
+                val_rows=len(val),
+                posts=posts,
+                leaks=leaks,
+            )
         print(
             f"{folder}: {len(train):,} train rows, {len(val):,} val rows of {posts:,} posts;"
             f" {100 * leaks:.1f} % of the validation rows share their first 64 tokens with a"
