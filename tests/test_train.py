@@ -709,6 +709,7 @@ def test_parts_of_other_rows_are_made_again(tiny_runs, tiny_data, tmp_path, monk
     whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
     train.main(preference_args(tiny_runs, tiny_data, whole))
     os.makedirs(f"{out}/round_0")
+    shutil.copy(f"{whole}/config.json", out)
     with open(f"{out}/round_0/train.ref.npz.part000000000-000000016", "wb") as f:
         f.write(b"PK")
     with open(f"{out}/round_0/train.ref.npz.part000000016-000000032", "wb") as f:
