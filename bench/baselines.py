@@ -78,6 +78,53 @@ def text_tokens(text):
     return max(1, len(text) // 4)
 
 
+@dataclass(frozen=True)
+class OnlineSize:
+    """Of an online round: K samples of the policy to each prompt, all of equal length."""
+
+    num_prompts: int
+    prompt_length: int
+    response_length: int
+    K: int
+    shape: dict  # of the model
+
+    def rows(self):
+        """Encoded rows with random tokens in place of the samples."""
+        rng = np.random.default_rng(0)
+        lengths = [self.response_length] * self.K
+        vocab_size = self.shape["vocab_size"]
+        return [
+            random_row(rng, self.prompt_length, lengths, vocab_size)
+            for _ in range(self.num_prompts)
+        ]
+
+    def name(self):
+        return f"K={self.K}, prompt:response {self.prompt_length}:{self.response_length}"
+
+
+def ragged_groups(n, K):
+    """n encoded rows of K responses, with lengths drawn from those of real rows."""
+    rng = np.random.default_rng(0)
+    fitting = [(prompt, some) for prompt, some in real_lengths() if prompt + max(some) < 1000]
+    num_responses = len(fitting[0][1])
+    rows = []
+    for _ in range(n):
+        prompt, _ = fitting[rng.integers(len(fitting))]
+        lengths = []
+        while len(lengths) < K:
+            length = fitting[rng.integers(len(fitting))][1][rng.integers(num_responses)]
+            if prompt + length < 1000:
+                lengths.append(length)
+        rows.append(random_row(rng, prompt, lengths))
+    return rows
+
+
+def number_reward(text):
+    """The reward of the online rounds: the mean of the numbers in a text."""
+    numbers = [int(word) for word in text.split() if word.isdigit()]
+    return sum(numbers) / max(1, len(numbers))
+
+
 def ragged_rows(n, K=3):
     """n encoded rows of K responses, with the lengths of real rows."""
     rng = np.random.default_rng(0)
@@ -282,13 +329,13 @@ def transformers_model(shape=None):
     return GPT2LMHeadModel(config)
 
 
-def number_tokenizer():
+def number_tokenizer(vocab_size=SHAPE["vocab_size"]):
     """A tokenizer whose text for token i is " i", so that TRL sees the same ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocab = {"<eos>": 0}
-    for i in range(1, SHAPE["vocab_size"]):
+    for i in range(1, vocab_size):
         vocab[str(i)] = i
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -375,3 +422,174 @@ def transformers_generate(model, prompts, limits, batch_size=32):
             top_k=0,
             pad_token_id=0,
         )
+
+
+GRPO_KL_COEF = 0.04  # weight of k3 to the reference, on both sides
+TRL_BATCH = 8  # TRL's default micro-batch: completions (GRPO) or prompts (online DPO)
+
+
+def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False):
+    """TRL's "GRPO" or "OnlineDPO" trainer for an `OnlineSize`, with its own sampling and reference.
+
+    A response cannot end before size.response_length tokens. batch: completions (GRPO) or prompts
+    (OnlineDPO) of a micro-batch. Gradient checkpointing is TRL's default; it saves memory and takes
+    a third more time in training.
+    """
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    texts = [number_text(row["prompt"]) for row in size.rows()]
+    data = Dataset.from_list([{"prompt": text} for text in texts])
+    folder = tempfile.mkdtemp()
+    transformers_model(size.shape).save_pretrained(folder)  # from where TRL takes the reference
+    options = {
+        "output_dir": folder,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": gradient_checkpointing,
+        "generation_kwargs": {"min_new_tokens": size.response_length},
+    }
+
+    def reward(prompts, completions, **kwargs):
+        return [number_reward(text) for text in completions]
+
+    if name == "GRPO":
+        from trl import GRPOConfig as Settings
+        from trl import GRPOTrainer as Trainer
+
+        num_micro_batches = size.num_prompts * size.K // batch
+        options |= {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": num_micro_batches,
+            "num_generations": size.K,
+            "max_completion_length": size.response_length,
+            "beta": GRPO_KL_COEF,
+        }
+    else:
+        from trl.experimental.online_dpo import OnlineDPOConfig as Settings
+        from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer
+
+        assert size.K == 2  # all that TRL's trainer can do
+        num_micro_batches = size.num_prompts // batch
+        options |= {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": num_micro_batches,
+            "max_new_tokens": size.response_length,
+            "max_length": size.prompt_length + size.response_length,
+        }
+    trainer = Trainer(
+        folder,
+        reward_funcs=reward,
+        args=Settings(**options),
+        train_dataset=data,
+        processing_class=number_tokenizer(size.shape["vocab_size"]),
+    )
+    assert trainer.model.dtype == torch.float32
+    trainer.current_gradient_accumulation_steps = num_micro_batches  # as its own loop sets it
+    return trainer
+
+
+def trl_online_round(name, size, **options):
+    """-> function: a round of TRL's trainer: sample, score, reference, one optimizer step."""
+    trainer = trl_online_trainer(name, size, **options)
+    optimizer = plain_optimizer(trainer.model)
+    texts = [number_text(row["prompt"]) for row in size.rows()]
+    num_micro_batches = trainer.current_gradient_accumulation_steps
+    if name == "GRPO":  # it samples for all micro-batches at once
+        repeated = []
+        for text in texts:
+            repeated += [{"prompt": text}] * size.K
+        micro_batches = [repeated] * num_micro_batches
+    else:
+        n = len(texts) // num_micro_batches
+        micro_batches = [{"prompt": texts[i * n : (i + 1) * n]} for i in range(num_micro_batches)]
+
+    def play():
+        for micro_batch in micro_batches:
+            trainer.training_step(trainer.model, micro_batch, None)
+        update(trainer.model, [], [optimizer])
+
+    return play
+
+
+def trl_grpo_batches(rows, batch=TRL_BATCH):
+    """Encoded rows with scored samples -> micro-batches as GRPOTrainer's loss takes them.
+
+    A row has "advantages" and "refs", (tokens,) of its responses after each other.
+    """
+    sequences = []  # (prompt, response, its advantage, its reference log-probabilities)
+    for row in rows:
+        start = 0
+        for response in row["responses"]:
+            part = slice(start, start + len(response))
+            start += len(response)
+            sequences.append((row["prompt"], response, row["advantages"][part], row["refs"][part]))
+    P = max(len(prompt) for prompt, _, _, _ in sequences)
+    R = max(len(response) for _, response, _, _ in sequences)
+    n = len(sequences)
+    tensors = {
+        "prompt_ids": torch.zeros(n, P, dtype=torch.long),
+        "prompt_mask": torch.zeros(n, P, dtype=torch.long),
+        "completion_ids": torch.zeros(n, R, dtype=torch.long),
+        "completion_mask": torch.zeros(n, R, dtype=torch.long),
+        "ref_per_token_logps": torch.zeros(n, R),
+        "advantages": torch.zeros(n),
+    }
+    for i, (prompt, response, advantages, refs) in enumerate(sequences):
+        length = len(response)
+        tensors["prompt_ids"][i, P - len(prompt) :] = torch.tensor(prompt)
+        tensors["prompt_mask"][i, P - len(prompt) :] = 1
+        tensors["completion_ids"][i, :length] = torch.tensor(response)
+        tensors["completion_mask"][i, :length] = 1
+        tensors["ref_per_token_logps"][i, :length] = torch.as_tensor(refs)
+        tensors["advantages"][i] = float(advantages[0])
+    num_tokens = tensors["completion_mask"].sum()
+    batches = []
+    for start in range(0, n, batch):
+        part = {name: tensor[start : start + batch] for name, tensor in tensors.items()}
+        batches.append(part | {"num_items_in_batch": num_tokens})
+    return batches
+
+
+def trl_grpo_step(rows, size, **options):
+    """-> function: an optimizer step of GRPOTrainer on rows of `trl_grpo_batches`."""
+    trainer = trl_online_trainer("GRPO", size, **options)
+    trainer.model.train()
+    optimizer = plain_optimizer(trainer.model)
+    batches = trl_grpo_batches(rows, options.get("batch", TRL_BATCH))
+
+    def step():
+        losses = (trainer.compute_loss(trainer.model, batch) for batch in batches)
+        update(trainer.model, losses, [optimizer])
+
+    return step
+
+
+def trl_sampling_parts(size, rows):
+    """-> two functions: GRPOTrainer's sampling with the rewards, and its reference's
+    log-probabilities of encoded rows."""
+    trainer = trl_online_trainer("GRPO", size)
+    inputs = []
+    for row in rows:
+        inputs += [{"prompt": number_text(row["prompt"])}] * size.K
+    prompts = [one["prompt"] for one in inputs]
+    batches = trl_grpo_batches(rows)
+
+    def sample():
+        trainer.model.train()
+        _, completion_ids, _, completions, *_ = trainer._generate(prompts)
+        trainer._calculate_rewards(inputs, prompts, completions, completion_ids)
+
+    @torch.no_grad()
+    def reference():
+        for batch in batches:
+            trainer._get_per_token_logps_and_entropies(
+                trainer.ref_model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+                batch["completion_ids"].shape[1],
+            )
+
+    return sample, reference

@@ -4,6 +4,7 @@
     python -m bench.bench --peers            # and transformers and TRL (bench/requirements.txt)
     python -m bench.bench pretrain sampling  # some of them; --help names all
     python -m bench.bench profile            # where our time goes
+    python -m bench.bench online --peers     # GRPO and online DPO beside TRL; log_online.txt
     python -m bench.bench growth             # bench/growth.png: cost against K, prompt, V, model
     python -m bench.bench shakespeare        # time to nanoGPT's validation loss, three seeds
 
@@ -21,6 +22,7 @@ for float32 matmuls, the baseline PyTorch's default.
 """
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -36,14 +38,19 @@ import torch
 import torch.nn.functional as F
 
 from bench.baselines import (
+    GRPO_KL_COEF,
     ROOT,
     SHAKESPEARE,
     SHAPE,
+    OnlineSize,
     PlainGPT,
+    number_reward,
+    number_text,
     padded_step,
     plain_logprobs,
     plain_optimizer,
     plain_step,
+    ragged_groups,
     ragged_rows,
     random_prompts,
     random_row,
@@ -51,6 +58,9 @@ from bench.baselines import (
     sampling_requests,
     transformers_generate,
     transformers_model,
+    trl_grpo_step,
+    trl_online_round,
+    trl_sampling_parts,
     trl_step,
     trl_trainer,
     update,
@@ -59,7 +69,7 @@ from bench.baselines import (
     work_of_windows,
 )
 from data import cli
-from data.batch import batch_rows, count_row_tokens, split_by_tokens
+from data.batch import batch_rows, count_row_tokens, ppo_batch, split_by_tokens
 from data.files import read_json, write_json
 from eval import row_logps
 from loss import linear_logprobs, preference_loss, sequence_logprobs
@@ -67,8 +77,9 @@ from model import GPT, GPTConfig
 from nanospin import distributed
 from nanospin.config import Config
 from nanospin.optim import make_optimizers
+from ppo import group_advantages, token_scores
 from sample import generate
-from train import backward
+from train import backward, ppo_objective, ranking_objective
 
 REPEATS = 5
 MICRO_BATCH_TOKENS = distributed.MICRO_BATCH_TOKENS["cpu"]
@@ -260,15 +271,102 @@ class OurTrainer:
         return loss * B
 
 
-def micro_batches(rows, layout="packed"):
+def micro_batches(rows, layout="packed", make_batch=batch_rows):
     """Batches of similar rows, as train.py makes them."""
     rows = sorted(rows, key=count_row_tokens)
     sizes = [count_row_tokens(row, layout) for row in rows]
     num_batches = min(len(rows), -(-sum(sizes) // MICRO_BATCH_TOKENS))
     batches = []
     for part in split_by_tokens(sizes, num_batches):
-        batches.append(batch_rows([rows[i] for i in part], layout))
+        batches.append(make_batch([rows[i] for i in part], layout))
     return batches
+
+
+GRPO = Config(
+    stage="ppo",
+    advantage="grpo",
+    samples_per_prompt=8,
+    kl_in="loss",
+    kl_coef=GRPO_KL_COEF,
+    loss_average="token",
+)
+ONLINE_PL = Config(stage="spin", players=["self:2"], ranked_by="bench.baselines:number_reward")
+
+
+class OnlineTrainer(OurTrainer):
+    """Online rounds with the parts that a run of train.py is made of, without its files."""
+
+    def __init__(self, size):
+        super().__init__(**size.shape)
+        self.size = size
+        self.reference = copy.deepcopy(self.model)
+        self.prompts = [row["prompt"] for row in size.rows()]
+
+    def sample(self):
+        """(rows of K samples, scores (n, K)) of the policy."""
+        K = self.size.K
+        repeated = [prompt for prompt in self.prompts for _ in range(K)]
+        sampled = generate(self.model, repeated, self.size.response_length)
+        rows, scores = [], []
+        for i, prompt in enumerate(self.prompts):
+            responses = sampled[i * K : (i + 1) * K]
+            scores.append([number_reward(number_text(response)) for response in responses])
+            rows.append({"prompt": prompt, "responses": responses, "ranks": [0] * K})
+        return rows, np.array(scores)
+
+    def token_scores(self, model, rows):
+        logps, _ = token_scores(model, rows, GRPO, torch.device("cpu"))
+        return logps
+
+    def grpo_round(self):
+        rows, scores = self.sample()
+        add_token_arrays(
+            rows,
+            group_advantages(scores, "grpo"),
+            self.token_scores(self.model, rows),
+            self.token_scores(self.reference, rows),
+        )
+        self.grpo_step(micro_batches(rows, make_batch=ppo_batch))
+
+    def grpo_step(self, batches):
+        self.step_of(ppo_objective, GRPO, batches, sum(b.num_targets for b in batches))
+
+    def pl_round(self):
+        """Plackett-Luce, the reference is the policy that sampled. At K = 2 this is online DPO."""
+        rows, scores = self.sample()
+        refs = row_logps(self.model, rows, MICRO_BATCH_TOKENS, torch.device("cpu"))
+        order = (-scores).argsort(1)
+        for row, its_order, its_refs in zip(rows, order, refs):
+            row["responses"] = [row["responses"][k] for k in its_order]
+            row["ref"] = its_refs[its_order].tolist()
+            row["ranks"] = list(range(self.size.K))
+        self.step_of(ranking_objective, ONLINE_PL, micro_batches(rows), len(rows))
+
+    def step_of(self, objective, cfg, batches, num_units):
+        losses = (objective(self.model, batch, cfg)[0] / num_units for batch in batches)
+        update(self.model, losses, self.optimizers)
+
+
+def add_token_arrays(rows, advantages, logps, refs):
+    """Give each row "advantages", "logps" and "refs", (tokens,) float32. advantages (n, K)."""
+    for row, its_advantages, its_logps, its_refs in zip(rows, advantages, logps, refs):
+        lengths = [len(response) for response in row["responses"]]
+        row["advantages"] = np.repeat(its_advantages, lengths).astype(np.float32)
+        row["logps"] = its_logps
+        row["refs"] = its_refs
+
+
+def scored_rows(rows):
+    """Rows as of a round of GRPO, with random scores and log-probabilities."""
+    rng = np.random.default_rng(0)
+    K = len(rows[0]["responses"])
+    advantages = group_advantages(rng.normal(size=(len(rows), K)), "grpo")
+    logps = []
+    for row in rows:
+        num_tokens = sum(len(response) for response in row["responses"])
+        logps.append(np.full(num_tokens, -9.0, dtype=np.float32))
+    add_token_arrays(rows, advantages, logps, logps)
+    return rows
 
 
 # -------------------------------------------------------------------------------------- benchmarks
@@ -453,23 +551,181 @@ def trl_round(rows):
     return play
 
 
+# ---- online: GRPO and online DPO
+
+
+def online_size(prompt_length, K, shape=SHAPE):
+    """64 samples at K = 8, and 32 at K = 2, of 64 tokens each."""
+    return OnlineSize(8 if K == 8 else 16, prompt_length, 64, K, shape)
+
+
+def online(options):
+    """GRPO's step, and whole rounds of GRPO (K = 8) and online DPO (K = 2), beside TRL's trainers.
+
+    A round samples, scores by a Python function, takes the reference's log-probabilities and one
+    optimizer step. Prompts are long or short beside the responses, which have 64 tokens on both
+    sides; ragged ones have the lengths of real rows.
+    """
+    if not options.peers:
+        return  # TRL is the only baseline
+    for prompt_length in (256, 32):
+        time_grpo_step(online_size(prompt_length, 8))
+    time_grpo_step(online_size(256, 8), ragged_groups(8, 8), "8 ragged prompts, K=8")
+    for prompt_length in (256, 32):
+        time_online_round("GRPO", online_size(prompt_length, 8))
+    for prompt_length in (256, 32):
+        time_online_round("OnlineDPO", online_size(prompt_length, 2))
+    online_memory()
+    online_profile()
+
+
+def time_grpo_step(size, rows=None, name=None):
+    """rows: of another size than `size` says."""
+    rows = scored_rows(rows or size.rows())
+    work = work_of_rows(rows)
+    ours = OnlineTrainer(size)
+    batches = micro_batches(rows, make_batch=ppo_batch)
+    timing = take_turns(
+        functools.partial(ours.grpo_step, batches),
+        trl_grpo_step(rows, size),
+        Need(count_flops(ours.model, work)),
+    )
+    print_speed(f"GRPO step, {name or size.name()}", "TRL's GRPOTrainer", timing, work.targets)
+
+
+def time_online_round(trainer_name, size):
+    timing = take_turns(
+        our_online_round(trainer_name, size),
+        trl_online_round(trainer_name, size),
+        online_need(size),
+    )
+    method = {"GRPO": "GRPO", "OnlineDPO": "Plackett-Luce"}[trainer_name]
+    num_sampled = size.num_prompts * size.K * size.response_length
+    what = f"{method} round, {size.name()}"
+    print_speed(what, f"TRL's {trainer_name}Trainer", timing, num_sampled)
+
+
+def our_online_round(trainer_name, size):
+    ours = OnlineTrainer(size)
+    return ours.grpo_round if trainer_name == "GRPO" else ours.pl_round
+
+
+def online_need(size):
+    """Training, the reference's forward pass, and one for sampling, each prompt once.
+
+    A step of sampling reads the keys and values of a prompt once for all its samples. The
+    log-probabilities of the policy that sampled come with the samples.
+    """
+    model = GPT(GPTConfig(**size.shape))
+    flops = count_flops(model, work_of_rows(size.rows()), passes=5)
+    cached = size.response_length * (size.prompt_length + size.K * size.response_length / 2)
+    num_bytes = 2 * model.config.n_layer * model.config.n_embd * 4 * cached * size.num_prompts
+    return Need(flops, num_bytes=num_bytes)
+
+
+def online_memory():
+    """TRL with its default micro-batch; its step also with gradient checkpointing, and with one
+    micro-batch for all samples."""
+    for prompt_length in (256, 32):
+        for what in ("grpo_step", "grpo_round", "dpo_round"):
+            sides = {"trl": "TRL"}
+            if what == "grpo_step":
+                sides["checkpointing"] = "TRL, gradient checkpointing"
+                sides["whole"] = "TRL, one micro-batch"
+            name = what.replace("_", " ").replace("grpo", "GRPO").replace("dpo", "Plackett-Luce")
+            name += f", {online_memory_size(what, prompt_length).name()}"
+            our_mib = peak_mib(f"{what} {prompt_length} ours")
+            for side, baseline_name in sides.items():
+                baseline_mib = peak_mib(f"{what} {prompt_length} {side}")
+                print_memory(name, baseline_name, our_mib, baseline_mib)
+
+
+def online_memory_size(what, prompt_length):
+    return online_size(prompt_length, 2 if what == "dpo_round" else 8)
+
+
+def online_memory_work(what, prompt_length, side):
+    """-> function. what: grpo_step, grpo_round or dpo_round."""
+    size = online_memory_size(what, prompt_length)
+    options = {"gradient_checkpointing": side == "checkpointing"}
+    if side == "whole":
+        options["batch"] = size.num_prompts * size.K
+    trainer_name = "OnlineDPO" if what == "dpo_round" else "GRPO"
+    if what != "grpo_step":
+        if side == "ours":
+            return our_online_round(trainer_name, size)
+        return trl_online_round(trainer_name, size, **options)
+    rows = scored_rows(size.rows())
+    if side == "ours":
+        batches = micro_batches(rows, make_batch=ppo_batch)
+        return functools.partial(OnlineTrainer(size).grpo_step, batches)
+    return trl_grpo_step(rows, size, **options)
+
+
+def online_profile():
+    """Seconds of the parts of a round of GRPO, on both sides."""
+    print("\n| part of a round of GRPO, K=8 | nanoSPIN | TRL | ratio |\n|---|---|---|---|")
+    for prompt_length in (256, 32):
+        size = online_size(prompt_length, 8)
+        ours = our_online_parts(size)
+        baseline = trl_online_parts(size)
+        seconds = {name: ([], []) for name in ours}
+        for repeat in range(-1, 3):  # repeat -1 warms up
+            for name, times in seconds.items():
+                pair = cpu_seconds(ours[name]), cpu_seconds(baseline[name])
+                if repeat >= 0:
+                    times[0].append(pair[0])
+                    times[1].append(pair[1])
+        for name, (our_times, trl_times) in seconds.items():
+            a, b = statistics.median(our_times), statistics.median(trl_times)
+            ratio = f"{b / a:.2f}x" if b and a else ""
+            cells = [f"{name}, prompt {prompt_length}", f"{a:.2f} s", f"{b:.2f} s", ratio]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def our_online_parts(size):
+    trainer = OnlineTrainer(size)
+    rows = scored_rows(size.rows())
+    batches = micro_batches(rows, make_batch=ppo_batch)
+    return {
+        "sample and score": trainer.sample,
+        "log-probabilities of the reference": lambda: trainer.token_scores(trainer.reference, rows),
+        "log-probabilities of the policy": lambda: trainer.token_scores(trainer.model, rows),
+        "optimizer step": lambda: trainer.grpo_step(batches),
+    }
+
+
+def trl_online_parts(size):
+    rows = scored_rows(size.rows())
+    sample, reference = trl_sampling_parts(size, rows)
+    return {
+        "sample and score": sample,
+        "log-probabilities of the reference": reference,
+        "log-probabilities of the policy": lambda: None,
+        "optimizer step": trl_grpo_step(rows, size),
+    }
+
+
 def memory(options):
     """Peak memory over idle, of each side in its own process."""
     for V in (8192, 50304, 128256):
         what = f"head, 2048 tokens, V={V}"
-        print_memory(what, "full logits", f"head {V} ours", f"head {V} plain")
+        measure_memory(what, "full logits", f"head {V} ours", f"head {V} plain")
     what = "8 ragged rows, K=3, fp32"
-    print_memory(what, "one padded forward", "ragged 3 ours", "ragged 3 plain")
+    measure_memory(what, "one padded forward", "ragged 3 ours", "ragged 3 plain")
     if options.peers:
         what = "8 ragged rows, K=2, fp32"
-        print_memory(what, "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
+        measure_memory(what, "TRL's DPOTrainer", "ragged 2 ours", "ragged 2 trl")
         what = "a round of self-play, K=2, fp32"
-        print_memory(what, "generate + DPOTrainer", "round 16 ours", "round 16 trl")
+        measure_memory(what, "generate + DPOTrainer", "round 16 ours", "round 16 trl")
 
 
-def print_memory(what, baseline_name, ours, baseline):
-    our_mib = peak_mib(ours)
-    baseline_mib = peak_mib(baseline)
+def measure_memory(what, baseline_name, ours, baseline):
+    """ours, baseline: arguments of `measure_peak`."""
+    print_memory(what, baseline_name, peak_mib(ours), peak_mib(baseline))
+
+
+def print_memory(what, baseline_name, our_mib, baseline_mib):
     print(
         f"| {what}: peak memory | {our_mib:,} MiB | {baseline_mib:,} MiB, {baseline_name} "
         f"| {baseline_mib / max(1, our_mib):.1f}x less | | | |",
@@ -495,9 +751,12 @@ def measure_peak(what, size, side):
 
 
 def memory_work(what, size, side):
-    """-> function. size: vocabulary of the head, K of the ragged rows, or rows of the round."""
+    """-> function. size: vocabulary of the head, K of the ragged rows, rows of the round, or
+    tokens of an online round's prompts."""
     if what == "head":
         return head_work(size, side)
+    if what in ("grpo_step", "grpo_round", "dpo_round"):
+        return online_memory_work(what, size, side)
     if what == "round":
         rows = ragged_rows(size, K=2)
         return our_round(rows) if side == "ours" else trl_round(rows)
@@ -721,12 +980,13 @@ BENCHMARKS = {
     "ragged": ragged,
     "sampling": sampling,
     "spin_round": spin_round,
+    "online": online,
     "memory": memory,
     "profile": profile,
     "growth": growth,
     "shakespeare": shakespeare,
 }
-ON_REQUEST = ("growth", "shakespeare")  # not run unless named
+ON_REQUEST = ("online", "growth", "shakespeare")  # not run unless named
 
 
 def main(argv=None):
@@ -734,7 +994,7 @@ def main(argv=None):
     parser.add_argument(
         "what",
         nargs="*",
-        help=f"{', '.join(BENCHMARKS)}; default: all but {' and '.join(ON_REQUEST)}",
+        help=f"{', '.join(BENCHMARKS)}; default: all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument(
         "--peers", action="store_true", help="also transformers and TRL (bench/requirements.txt)"
@@ -760,6 +1020,7 @@ def main(argv=None):
         f"{rates['fp32']:.0f} GFLOP/s in float32 ({torch.get_float32_matmul_precision()}), "
         f"{rates['bf16']:.0f} in bfloat16, {rates['bytes']:.1f} GB/s; torch {torch.__version__}"
     )
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, this run not counted")
     if rates["bf16"] < rates["fp32"]:
         del options.dtypes["bf16"]
         print("This chip emulates bfloat16: its rows are left out.")
