@@ -10,8 +10,13 @@ from bench import baselines, bench
 from data.batch import batch_rows
 from model import GPT, GPTConfig
 from nanospin.attention import is_visible
+from train import ppo_objective
 
 SMALL = {"vocab_size": 128, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+ONLINE = {
+    "GRPO": baselines.OnlineSize(4, 9, 6, 4, SMALL),
+    "OnlineDPO": baselines.OnlineSize(8, 9, 6, 2, SMALL),
+}
 
 
 def test_plain_model_equals_ours():
@@ -82,6 +87,110 @@ def test_flops_are_the_models_own_count(num_outputs):
     )
     expected = 100 * model.flops_per_token(64, num_outputs / 100)
     assert bench.count_flops(model, work) == expected
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_an_online_round_moves_the_policy_and_not_the_reference(name):
+    size = ONLINE[name]
+    trainer = bench.OnlineTrainer(size)
+    torch.testing.assert_close(trainer.reference.wte.weight, trainer.model.wte.weight)
+    before = trainer.model.wte.weight.clone()
+    rows, scores = trainer.sample()
+    assert scores.shape == (size.num_prompts, size.K)
+    assert {len(y) for row in rows for y in row["responses"]} == {size.response_length}
+    assert scores[1, 0] == np.mean([i for i in rows[1]["responses"][0] if i])
+    {"GRPO": trainer.grpo_round, "OnlineDPO": trainer.pl_round}[name]()
+    assert not trainer.model.wte.weight.equal(before)
+    assert trainer.reference.wte.weight.equal(before)
+
+
+def test_an_online_round_needs_five_passes_over_its_rows():
+    size = ONLINE["GRPO"]
+    work = baselines.work_of_rows(size.rows())
+    assert work.tokens == 4 * (9 + 4 * 5)  # each prompt once; the last token is only a target
+    need = bench.online_need(size)
+    assert need.flops == bench.count_flops(GPT(GPTConfig(**SMALL)), work, passes=5)
+    keys_and_values = 2 * 2 * 32 * 4  # bytes of a token in 2 layers of width 32
+    assert need.num_bytes == keys_and_values * 4 * 6 * (9 + 4 * 6 / 2)
+
+
+def online_rows(prompt_length):
+    """Rows of ragged responses, with random advantages and reference. The second prompt has 8."""
+    rows = bench.scored_rows(rows_of((prompt_length, [3, 9, 2, 4]), (8, [1, 2, 6, 5])))
+    rng = np.random.default_rng(0)
+    for row in rows:
+        row["refs"] = rng.normal(-5, 0.1, len(row["refs"])).astype(np.float32)
+    return rows
+
+
+def test_trl_has_our_tokens():
+    rows = online_rows(5)
+    first, second = baselines.trl_grpo_batches(rows, batch=4)
+    assert first["num_items_in_batch"] == second["num_items_in_batch"] == 32
+    for row, batch in zip(rows, (first, second)):
+        start = 0
+        for k, response in enumerate(row["responses"]):
+            prompt = batch["prompt_ids"][k][batch["prompt_mask"][k] == 1]
+            completion = batch["completion_ids"][k][batch["completion_mask"][k] == 1]
+            assert prompt.tolist() == row["prompt"]
+            assert completion.tolist() == response
+            refs = batch["ref_per_token_logps"][k, : len(response)]
+            assert refs.numpy() == pytest.approx(row["refs"][start : start + len(response)])
+            assert batch["advantages"][k] == pytest.approx(row["advantages"][start])
+            start += len(response)
+
+
+def test_our_grpo_step_equals_trls():
+    """Loss and gradient of both sides with the same weights. The prompts have equal length: TRL
+    gives a left-padded one shifted positions, as it passes none to GPT-2."""
+    pytest.importorskip("trl", reason="TRL is in bench/requirements.txt")
+    size = ONLINE["GRPO"]
+    trainer = baselines.trl_online_trainer("GRPO", size, batch=4)
+    trainer.model.train()
+    ours = bench.OnlineTrainer(size)
+    theirs = dict(trainer.model.named_parameters())
+    for name, p in ours.model.named_parameters():
+        p.data.copy_(like_ours(name, theirs["transformer." + name]))
+    rows = online_rows(8)
+    for row, logps in zip(rows, ours.token_scores(ours.model, rows)):
+        row["logps"] = logps
+    batch = bench.ppo_batch(rows)
+    loss = ppo_objective(ours.model, batch, bench.GRPO)[0] / batch.num_targets
+    expected = 0.0
+    for micro_batch in baselines.trl_grpo_batches(rows, batch=4):
+        expected = expected + trainer.compute_loss(trainer.model, micro_batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    names = [name for name, _ in ours.model.named_parameters()]
+    grads = torch.autograd.grad(loss, list(ours.model.parameters()))
+    their_grads = torch.autograd.grad(expected, [theirs["transformer." + name] for name in names])
+    for name, grad, their_grad in zip(names, grads, their_grads):
+        error = (grad - like_ours(name, their_grad)).norm()
+        assert error < 3e-3 * grad.norm(), name  # TRL's backward pass of the head is less exact
+
+
+def like_ours(name, weight):
+    """GPT-2's matrices of a block are transposed in transformers."""
+    is_matrix = weight.dim() == 2 and name.startswith("h.")
+    return weight.T if is_matrix else weight
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_trls_responses_have_full_length(name):
+    pytest.importorskip("trl", reason="TRL is in bench/requirements.txt")
+    size = ONLINE[name]
+    trainer = baselines.trl_online_trainer(name, size)
+    texts = [baselines.number_text(row["prompt"]) for row in size.rows()]
+    if name == "GRPO":
+        _, completions, *_ = trainer._generate(texts)
+        lengths = {len(completion) for completion in completions}
+    else:
+        _, _, _, mask, _ = trainer._generate(trainer.model, texts)
+        assert len(mask) == 2 * size.num_prompts
+        lengths = set(mask.sum(1).tolist())
+    assert lengths == {size.response_length}
+    before = trainer.model.transformer.wte.weight.clone()
+    assert trainer.ref_model.transformer.wte.weight.equal(before)
+    baselines.trl_online_round(name, size)()
 
 
 def test_the_table_has_one_line_per_timing(capsys):
