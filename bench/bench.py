@@ -663,7 +663,7 @@ def online_memory_work(what, prompt_length, side):
 
 
 def online_profile():
-    """Seconds of the parts of a round of GRPO, on both sides."""
+    """Seconds of the parts of a round of GRPO, on both sides, and the operations of our parts."""
     print("\n| part of a round of GRPO, K=8 | nanoSPIN | TRL | ratio |\n|---|---|---|---|")
     for prompt_length in (256, 32):
         size = online_size(prompt_length, 8)
@@ -678,9 +678,18 @@ def online_profile():
                     times[1].append(pair[1])
         for name, (our_times, trl_times) in seconds.items():
             a, b = statistics.median(our_times), statistics.median(trl_times)
-            ratio = f"{b / a:.2f}x" if b and a else ""
+            ratio = f"{b / a:.2f}x" if b > 0.001 else ""  # TRL has no such part
             cells = [f"{name}, prompt {prompt_length}", f"{a:.2f} s", f"{b:.2f} s", ratio]
             print("| " + " | ".join(cells) + " |", flush=True)
+    print_profile_header()
+    for prompt_length in (256, 32):
+        size = online_size(prompt_length, 8)
+        trainer = OnlineTrainer(size)
+        rows = scored_rows(size.rows())
+        work = work_of_rows(rows)
+        step = functools.partial(trainer.grpo_step, micro_batches(rows, make_batch=ppo_batch))
+        print_profile(f"GRPO step, {size.name()}", step, trainer.model, work, passes=3)
+        print_profile(f"its sampling, {size.name()}", trainer.sample, trainer.model, work, passes=1)
 
 
 def our_online_parts(size):
@@ -799,17 +808,7 @@ def profile(options):
 
     The rates count the FLOPs that the work needs, so what masks hide counts against them.
     """
-    columns = [
-        "where the time goes, fp32",
-        "nanoSPIN",
-        "rate of matmuls with weights",
-        "rate of attention matmuls",
-        *OPERATIONS,
-        "other",
-    ]
-    print("\n| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|")
-
+    print_profile_header()
     idx, targets = random_windows()
     ours = OurTrainer()
     step = functools.partial(ours.pretraining_step, idx, targets)
@@ -830,6 +829,19 @@ def profile(options):
         limits = [request.new_tokens for request in requests]
         step = functools.partial(generate, model, random_prompts(requests), limits)
         print_profile(f"sampling {what}", step, model, work_of_requests(requests), passes=1)
+
+
+def print_profile_header():
+    columns = [
+        "where the time goes, fp32",
+        "nanoSPIN",
+        "rate of matmuls with weights",
+        "rate of attention matmuls",
+        *OPERATIONS,
+        "other",
+    ]
+    print("\n| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
 
 
 def print_profile(what, step, model, work, passes):
