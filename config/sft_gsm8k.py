@@ -6,6 +6,7 @@
 
 Not run at this size yet. On paper, on 8 x 80 GB GPUs: 7,473 rows of 250 tokens x 3 epochs are 5.6M
 tokens, 1.7e16 FLOPs at 6 x 0.5B a token: seconds of computing, a minute with everything around it.
+The validation loss of the first step is that of the base model.
 """
 
 stage = "sft"

@@ -22,8 +22,11 @@ COMMANDS = {
     "data/local_sft": f"{JSONL} sft.jsonl.gz --out=data/local_sft",
     "data/ranked": f"{JSONL} ranked.jsonl.gz --out=data/ranked",
     "data/gsm8k_sft": f"{JSONL} sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train",
-    "data/gsm8k": f"{JSONL} ranked.jsonl.gz --out=data/gsm8k"
+    "data/gsm8k_ranked": f"{JSONL} ranked.jsonl.gz --out=data/gsm8k_ranked"
     " --where=source=gsm8k --authors=human,175b_verification",
+    # sums with few answers
+    "data/sums/answers": "python -m data.addition.prepare --answers=1500 --out=data/sums",
+    "data/sums/prompts": "python -m data.addition.prepare --answers=1500 --out=data/sums",
     # studies
     "out/frontier/ranked": "python -m studies.frontier.frontier",
     # other forms of the hub's data sets

@@ -622,10 +622,10 @@ def check_players(cfg: Config):
             f"player {name} is for ranked_by order: under a scorer each round has other prompts",
         )
     columns = player_columns(cfg)
-    require("self" in columns, "players must include self, the policy's own samples")
     names = [name.partition(":")[0] for name in players]
     require(len(set(names)) == len(names), f"players must differ, got {players}")
     require(len(columns) >= 2, f"players must be two or more, got {players}")
+    require("self" in columns, "players must include self, the policy's own samples")
     require(
         is_scored(cfg) or players[0] == "data",
         "players must begin with data: validation loss and nll_coef use its responses; only a "

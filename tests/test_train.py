@@ -253,17 +253,19 @@ def shrunk(file, tiny_runs, tiny_data, out):
         "--eval_batches=1",
         "--compile=False",
     ]
-    if cfg.stage == "pretrain":
+    if "n_layer" in cfg.model:
         args += TINY
-        if "n_kv_head" in cfg.model:
-            args.append("--n_kv_head=1")
-    else:
+    if "n_kv_head" in cfg.model:
+        args.append("--n_kv_head=1")
+    if cfg.stage != "pretrain":
         init = tiny_runs["pretrain" if cfg.stage == "sft" else "sft"]
         args += [f"--init={init}", "--max_prompt=40", "--max_response=16"]
     if cfg.stage in ("spin", "ppo"):
         args += ["--max_rows=8", "--gen_batch_size=8"]
     if cfg.stage == "ppo":
         args += ["--rounds=2", "--reward=conftest:letters"]
+    if cfg.ranked_by:
+        args.append("--ranked_by=conftest:letters")
     if cfg.teacher not in ("", "rows"):
         args.append(f"--teacher={tiny_runs['pretrain']}")
     if cfg.pretrain_coef:

@@ -2,19 +2,19 @@ r"""Self-play distillation on ranked rows, two rounds.
 
 The ranking is: a person's solution > a 175B model's > the policy's own sample.
 
-    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/gsm8k \
+    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/gsm8k_ranked \
         --where=source=gsm8k --authors=human,175b_verification
     python train.py config/local/spin_k3_gsm8k.py
 
 Two CPU cores, 10 minutes. Each round starts at ln 6 = 1.7918 plus nll_coef times the SFT loss.
-The prompts are GSM8K's test split: report results on the held-out rows of data/gsm8k, never as
-GSM8K scores.
+The prompts are GSM8K's test split: report results on the held-out rows of data/gsm8k_ranked, never
+as GSM8K scores.
 """
 
 stage = "spin"
 out_dir = "out/spin_k3_gsm8k"
 init = "out/sft_gsm8k"
-data = "data/gsm8k"
+data = "data/gsm8k_ranked"
 
 players = ["data", "teacher", "self"]
 teacher = "rows"  # the second response of each row

@@ -38,7 +38,7 @@ def seconds_of(run: str) -> float:
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", help="folder that run.sh has written")
-    parser.add_argument("seeds", nargs="+")
+    parser.add_argument("seeds", nargs="+", help="the seeds that it was run with")
     args = parser.parse_args(argv)
 
     print("| method | greedy | sampled | greedy against SFT continued | minutes |")
