@@ -2,7 +2,8 @@
 
     python train.py config/demo/addition_grpo.py
 
-After config/demo/addition_sft.py. One CPU core, 5 minutes. The reward is the share of right samples.
+After config/demo/addition_sft.py. One CPU core, 5 minutes. The reward is the share of right
+samples.
 """
 
 stage = "ppo"

@@ -3,8 +3,8 @@
     python -m data.addition.prepare --answers=1500 --out=data/sums
     python train.py config/demo/addition_sft.py
 
-One CPU core, half a minute; validation loss about 0.5. By seed 39 to 49 % of held-out sums are right
-greedily, and a third when sampled.
+One CPU core, half a minute; validation loss about 0.5. Greedily about 44 % of held-out sums are
+right, sampled a third.
 """
 
 stage = "sft"
