@@ -127,11 +127,12 @@ def check_responses(row: dict, must):
         )
     scores = row.get("scores")
     if scores is not None:
-        numbers = [s for s, text in zip(scores, responses) if s is not None or text is not None]
-        must(
-            is_list_of(scores, len(responses)) and all(map(is_score, numbers)),
-            "scores must be a number for each response",
-        )
+        rule = "scores must be a number for each response"
+        must(is_list_of(scores, len(responses)), rule)
+        numbers = scores
+        if ranks is not None:  # a round's: an absent response has no score
+            numbers = [s for s, text in zip(scores, responses) if (s, text) != (None, None)]
+        must(all(map(is_score, numbers)), rule)
         must(
             ranks is not None or all(map(operator.ge, numbers, numbers[1:])),
             "scores must fall from best to worst",

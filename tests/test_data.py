@@ -1096,3 +1096,15 @@ def test_two_preparations_of_a_folder_do_not_mix(tmp_path):
     done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={out}", "--val_share=0.3")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(out)) == ["meta.json", "train.jsonl", "val.jsonl"]
+
+
+def test_scores_without_ranks_are_all_numbers(tmp_path):
+    """Only in the files of a round, which have ranks, has an absent response no score."""
+    row = {"prompt": "a", "responses": ["b", None], "scores": [1.0, None]}
+    path = f"{tmp_path}/train.jsonl"
+    for scores in ([1.0, None], 2.5):
+        write_rows(path, [row | {"scores": scores}])
+        with pytest.raises(SystemExit, match="scores must be a number for each response"):
+            read_rows(path)
+    write_rows(path, [row | {"ranks": [0, 2]}])
+    assert read_rows(path)[0]["scores"] == [1.0, None]
