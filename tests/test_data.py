@@ -39,6 +39,7 @@ from data.rows import (
     longest_shared_prefix,
     name_tokenizer,
     read_rows,
+    write_rows,
 )
 from eval import is_ranked
 
