@@ -7,6 +7,7 @@
 # make lint         ruff format and ruff check
 # make format       format the code
 # make bench        benchmarks beside transformers and TRL, to bench/log.txt
+# make bench-online  a GRPO step and rounds of online ranking beside TRL
 # make gpu          every check and measurement for one GPU, to GPU_OUT; at most 7 minutes
 #
 # The studies, each to its folder in studies/:
@@ -25,7 +26,7 @@ JOBS ?= 2
 LOG ?= log
 GPU_OUT ?= out/gpu
 
-.PHONY: student pipeline demo demo-seeds test test-slow test-faults test-peers lint format bench gpu \
+.PHONY: student pipeline demo demo-seeds test test-slow test-faults test-peers lint format bench bench-online gpu \
 	figures-tn figures-tn-map figures-tn-play rlhf frontier
 
 # ---- environments
@@ -137,6 +138,9 @@ frontier: .venv/ready data/pydocs/meta.json
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python -m bench.bench --peers 2>bench/$(LOG).err | tee bench/$(LOG).txt
+
+bench-online: .venv-bench/ready
+	.venv-bench/bin/python -m bench.bench online --peers
 
 # with PYTHON and its packages: its torch must have CUDA
 gpu:

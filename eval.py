@@ -43,6 +43,7 @@ from data.rows import (
     prompt_fields,
     read_rows,
     response_ids,
+    row_with_ids,
     sampled_row,
     write_rows,
 )
@@ -267,15 +268,15 @@ def ranking_metrics(
         has_worse = worse.any(-1)  # (rows, K)
         beats_all = (right == worse).all(-1)  # a tie counts half: not equal
         for player in dict.fromkeys(players):
-            its = (names == player) & has_worse
-            if its.any():
-                metrics[f"acc/{player}"] = float(beats_all[its].mean())
+            selected = (names == player) & has_worse
+            if selected.any():
+                metrics[f"acc/{player}"] = float(beats_all[selected].mean())
 
     for player in dict.fromkeys(players):
-        its = (names == player) & mask
-        if its.any():
-            metrics[f"reward/{player}"] = float(rewards[its].mean())
-            metrics[f"logp/{player}"] = float(logps[its].mean())
+        selected = (names == player) & mask
+        if selected.any():
+            metrics[f"reward/{player}"] = float(rewards[selected].mean())
+            metrics[f"logp/{player}"] = float(logps[selected].mean())
     own = (names == "self") & mask
     if own.any():
         metrics["kl_from_ref"] = float((refs - logps)[own].sum() / lengths[own].sum())
@@ -658,14 +659,7 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
                     ids = retokenize(judge_enc, player.enc, text, ids)
                 responses.append(text)
                 all_ids.append(ids)
-            pairs.append(
-                prompt_fields(row)
-                | {
-                    "responses": responses,
-                    "ids": all_ids,
-                    "tokenizer": tokenizer.fingerprint(judge_enc),
-                }
-            )
+            pairs.append(row_with_ids(row, responses, all_ids, judge_enc))
     config = meta["config"]
     encoded, counts = encode_rows(
         pairs,

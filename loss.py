@@ -112,7 +112,7 @@ def preference_loss(
             (2305.10425) on implicit rewards
     linear  mean over ordered pairs of -(s_i - s_j): SPIN with the linear loss. It has no minimum
     ipo     mean over ordered pairs of ((s_i - s_j) / beta - 1 / (2 beta))^2 (2310.12036, eq. 17)
-    sppo    sum over responses of (s_k / beta - (P_k - 1/2) / beta)^2 (2405.00675, eq. 4.5). P_k is
+    sppo    sum over responses of (s_k / beta - (P_k - 1/2) / beta)^2 (2405.00675). P_k is
             the share of the row's other responses that y_k beats by rank; a tie counts half, and
             P_k = 1/2 if there are no others. K = 2 has P = 1 and 0, TRL's sppo_hard
     simpo   Plackett-Luce on beta log pi_theta(y_k|x) / |y_k|, with `margin` (2405.14734, eq. 6).
@@ -130,7 +130,7 @@ def preference_loss(
     length_normalize  of the types with a reference: s_k / |y_k|, rewards per token. pl at K = 2 is
                       then Tulu 3's loss (2411.15124; TRL's sigmoid_norm), ipo is TRL's ipo
     score_margin      of pl and pairs: s_i - s_j - score_margin (data_scores_i - data_scores_j) in
-                      place of s_i - s_j (ODPO, 2402.10571, eq. 5, with f the identity)
+                      place of s_i - s_j (ODPO, 2402.10571, with f the identity)
     nll_coef          of all but best_of_n: adds nll_coef x -log pi_theta(y_1|x) / |y_1| (RPO,
                       2404.19733)
 

@@ -52,8 +52,8 @@ from data.files import atomic_write, read_arrays, sha256, write_json
 from data.rows import (
     encode_rows,
     name_tokenizer,
-    prompt_fields,
     read_rows,
+    row_with_ids,
     write_rows,
 )
 from eval import extract_answer, map_batches, response_lengths, validation_rows
@@ -244,11 +244,8 @@ def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
             kl.append(float(np.sum(logps - refs)))
         ended = samples.ended[part]
         scored.append(
-            prompt_fields(row)
+            row_with_ids(row, samples.texts[part], samples.ids[part], enc)
             | {
-                "responses": samples.texts[part],
-                "ids": samples.ids[part],
-                "tokenizer": tokenizer.fingerprint(enc),
                 "scores": samples.scores[part].tolist(),
                 "kl": kl if K > 1 else kl[0],
                 "ended": ended if K > 1 else ended[0],
@@ -343,10 +340,7 @@ def sample_trajectories(
     for row, samples in zip(rows, match_samples(path, rows, enc, count)):
         texts.append([text for text, _ in samples])
         ids.append([y for _, y in samples])
-        sampled.append(
-            prompt_fields(row)
-            | {"responses": texts[-1], "ids": ids[-1], "tokenizer": tokenizer.fingerprint(enc)}
-        )
+        sampled.append(row_with_ids(row, texts[-1], ids[-1], enc))
     encoded, _ = encode_rows(
         sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )
@@ -385,8 +379,8 @@ def teacher_scores(logps: list[np.ndarray], teacher: list[np.ndarray]) -> np.nda
     """log pi_teacher(y|x) - log pi(y|x) of each response (n K,) float64: what reverse_kl has in
     place of a reward. Its mean is -KL(pi || pi_teacher)."""
     scores = []
-    for own, its in zip(logps, teacher):
-        scores.append(float(np.sum(its.astype(np.float64) - own)))
+    for policy_logps, teacher_logps in zip(logps, teacher):
+        scores.append(float(np.sum(teacher_logps.astype(np.float64) - policy_logps)))
     return np.array(scores)
 
 

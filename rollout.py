@@ -34,10 +34,10 @@ from data.rows import (
     encode_prompts,
     encode_rows,
     name_tokenizer,
-    prompt_fields,
     prompt_key,
     read_rows,
     response_ids,
+    row_with_ids,
     sampled_row,
     write_rows,
 )
@@ -381,12 +381,11 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
     names = player_columns(cfg)
     candidates = []
     for i, row in enumerate(rows):
-        responses = [response for column in columns for response in column[i]]
-        candidate = prompt_fields(row) | {
-            "responses": [text for text, _ in responses],
-            "ids": [ids for _, ids in responses],
-            "tokenizer": tokenizer.fingerprint(enc),
-        }
+        texts, ids = [], []
+        for column in columns:
+            texts += [text for text, _ in column[i]]
+            ids += [y for _, y in column[i]]
+        candidate = row_with_ids(row, texts, ids, enc)
         if len(set(names)) < len(names):
             candidate["ranks"] = [names.index(name) for name in names]
         candidates.append(candidate)
@@ -397,11 +396,7 @@ def data_candidates(row: dict, enc) -> dict:
     """The data's own responses to a prompt, to be ranked by a scorer."""
     ids = [response_ids(row, k, enc) for k in range(len(row["responses"]))]
     texts = [None if y is None else text for text, y in zip(row["responses"], ids)]
-    return prompt_fields(row) | {
-        "responses": texts,
-        "ids": ids,
-        "tokenizer": tokenizer.fingerprint(enc),
-    }
+    return row_with_ids(row, texts, ids, enc)
 
 
 def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[list[tuple]]:
@@ -437,29 +432,36 @@ def rank_by_score(cfg, path: str, rows, candidates, enc, device, dtype) -> list[
     names = player_columns(cfg) if cfg.stage == "spin" else [""] * K
     ranked = []
     for candidate, row_scores in zip(candidates, scores.tolist()):
-        there = [k for k, y in enumerate(candidate["ids"]) if y is not None]
-        absent = [k for k, y in enumerate(candidate["ids"]) if y is None]
-        keys = {}  # smaller is better; equal keys are ties
-        for k in there:
-            on_top = names[k] in cfg.top_players
-            place = cfg.top_players.index(names[k]) if on_top else len(cfg.top_players)
-            keys[k] = (place, 0.0 if on_top else -row_scores[k])
-        # ties stand in an order that depends on their ids alone, and on no property of the text;
-        # of equal ones the data's is the first, and stays
-        cut_ids = [y and y[: cfg.max_response or None] for y in candidate["ids"]]
-        order = sorted(there, key=lambda k: (keys[k], hash_ids(cut_ids[k]))) + absent
-        row = dict(candidate)
-        row["responses"] = [candidate["responses"][k] for k in order]
-        row["ids"] = [candidate["ids"][k] for k in order]
-        row["scores"] = [row_scores[k] if k in keys else None for k in order]
-        row["ranks"] = [
-            sum(other < keys[k] for other in keys.values()) for k in order[: len(there)]
-        ]
-        row["ranks"] += [len(order)] * len(absent)
-        if cfg.stage == "spin":
-            row["players"] = [names[k] for k in order]
-        ranked.append(row)
+        ranked.append(sort_by_score(cfg, candidate, names, row_scores))
     return ranked
+
+
+def sort_by_score(cfg, candidate: dict, names: list[str], scores: list[float]) -> dict:
+    """One row of `rank_by_score`. names: the player of each response."""
+    ids = candidate["ids"]
+    there = [k for k, y in enumerate(ids) if y is not None]
+    absent = [k for k, y in enumerate(ids) if y is None]
+    keys = {}  # smaller is better; equal keys are ties
+    for k in there:
+        on_top = names[k] in cfg.top_players
+        place = cfg.top_players.index(names[k]) if on_top else len(cfg.top_players)
+        keys[k] = (place, 0.0 if on_top else -scores[k])
+    # ties stand in an order that depends on their ids alone, and on no property of the text; of
+    # equal ones the data's is the first, and stays
+    cut_ids = [y and y[: cfg.max_response or None] for y in ids]
+    there.sort(key=lambda k: (keys[k], hash_ids(cut_ids[k])))
+    order = there + absent
+    sorted_keys = [keys[k] for k in there]
+    row = candidate | {
+        "responses": [candidate["responses"][k] for k in order],
+        "ids": [ids[k] for k in order],
+        "scores": [scores[k] if k in keys else None for k in order],
+        # the place of the first one with the same key
+        "ranks": [sorted_keys.index(key) for key in sorted_keys] + [len(order)] * len(absent),
+    }
+    if cfg.stage == "spin":
+        row["players"] = [names[k] for k in order]
+    return row
 
 
 def hash_ids(ids: list[int]) -> str:
@@ -602,7 +604,10 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
     if broadcast_from_rank0(os.path.exists(path)):
         remove_parts(path)
         return
-    rows = [row for row in unique_prompts(rows) for _ in range(count)]
+    repeated = []
+    for row in unique_prompts(rows):
+        repeated += [row] * count
+    rows = repeated
     make_round_folder(path)
     size = max(rounds.PART_SIZE, cfg.gen_batch_size * distributed.world_size())
     parts = part_files(path, len(rows), size)
@@ -687,9 +692,13 @@ def round_report(cfg, ranked: list[dict], rows: list[dict], enc) -> dict[str, fl
         for player in dict.fromkeys(player_columns(cfg)):
             report |= player_report(cfg, player, ranked, rows, enc)
     if is_scored(cfg):
-        of_rows = [[score for score in row["scores"] if score is not None] for row in ranked]
-        report["score_best"] = float(np.mean([max(scores) for scores in of_rows]))
-        report["score_worst"] = float(np.mean([min(scores) for scores in of_rows]))
+        best, worst = [], []
+        for row in ranked:
+            scores = [score for score in row["scores"] if score is not None]
+            best.append(max(scores))
+            worst.append(min(scores))
+        report["score_best"] = float(np.mean(best))
+        report["score_worst"] = float(np.mean(worst))
         signal = []
         for row in ranked:
             signal.append(is_ranked({"ranks": row["ranks"], "responses": row["ids"]}))

@@ -19,8 +19,8 @@ import traceback
 import numpy as np
 
 from data.files import printable
-from data.rows import encode_rows, is_score, prompt_fields, sampled_row
-from eval import response_lengths, retokenize, row_logps, row_scores
+from data.rows import encode_rows, is_score, prompt_fields, row_with_ids
+from eval import pad_rows_to_K, response_lengths, retokenize, row_logps, row_scores
 from model import GPT
 from nanospin import distributed, inputs
 from nanospin.config import import_function, scorer_name
@@ -40,23 +40,21 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype)
     """
     name = scorer_name(cfg)
     judge = None if ":" in name else GPT.from_checkpoint(name, device, dtype)
-    of = str(run_on_rank0(inputs.scorer_sha256, name)) + " " * cfg.judge_length_normalize
+    weights = run_on_rank0(inputs.scorer_sha256, name)
+    of = f"{weights} {'per token' if cfg.judge_length_normalize else 'sum'}"
     hashed = []
     for row, row_texts in zip(rows, texts):
         hashed.append(prompt_fields(row) | {"responses": row_texts})
 
     def score(numbers: range) -> dict[str, np.ndarray]:
         part = slice(numbers.start, numbers.stop)
-        return {
-            "scores": score_responses(
-                cfg, name, judge, rows[part], texts[part], ids[part], enc, device
-            )
-        }
+        scores = score_responses(cfg, judge, rows[part], texts[part], ids[part], enc, device)
+        return {"scores": scores}
 
     return score_in_parts(path, hashed, of, score)["scores"]
 
 
-def score_responses(cfg, name: str, judge, rows, texts, ids, enc, device) -> np.ndarray:
+def score_responses(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
     """`score_rows` for a part of the rows. judge: (model, tokenizer, meta); None: a function."""
     scores = np.full((len(rows), len(texts[0])), np.nan)
     there = []  # of each row, which responses there are
@@ -66,7 +64,7 @@ def score_responses(cfg, name: str, judge, rows, texts, ids, enc, device) -> np.
         places = []
         for i, columns in enumerate(there):
             places += [(i, k) for k in columns]
-        values = call_function(name, [(rows[i], texts[i][k]) for i, k in places])
+        values = call_function(scorer_name(cfg), [(rows[i], texts[i][k]) for i, k in places])
         for (i, k), value in zip(places, values):
             scores[i, k] = value
         return scores
@@ -74,21 +72,19 @@ def score_responses(cfg, name: str, judge, rows, texts, ids, enc, device) -> np.
     for i, columns in enumerate(there):
         present = [texts[i][k] for k in columns], [ids[i][k] for k in columns]
         responded.append((rows[i], *present))
-    for i, values in enumerate(judge_scores(cfg, name, judge, responded, enc, device)):
+    for i, values in enumerate(judge_scores(cfg, judge, responded, enc, device)):
         scores[i, there[i]] = values[: len(there[i])]
     return scores
 
 
-def judge_scores(cfg, name: str, judge, responded, enc, device) -> np.ndarray:
+def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
     """The scores that a model gives, (rows, K) float64. responded: (row, texts, ids) per row."""
     judge, judge_enc, meta = judge
     config = meta["config"]
     sampled = []
     for row, texts, ids in responded:
-        its_ids = [retokenize(judge_enc, enc, text, y) for text, y in zip(texts, ids)]
-        samples = [sampled_row(row, text, y, judge_enc) for text, y in zip(texts, its_ids)]
-        joined = samples[0] | {"responses": texts, "ids": its_ids}
-        sampled.append(joined | {"ended": [sample["ended"] for sample in samples]})
+        judge_ids = [retokenize(judge_enc, enc, text, y) for text, y in zip(texts, ids)]
+        sampled.append(row_with_ids(row, texts, judge_ids, judge_enc))
     encoded, counts = encode_rows(
         sampled,
         judge_enc,
@@ -99,7 +95,7 @@ def judge_scores(cfg, name: str, judge, responded, enc, device) -> np.ndarray:
     )
     if None in encoded:
         raise SystemExit(
-            f"{name}: its block_size {judge.config.block_size} leaves no room after "
+            f"{scorer_name(cfg)}: its block_size {judge.config.block_size} leaves no room after "
             f"{counts['dropped']} prompts; set max_prompt of that run"
         )
     budget = distributed.micro_batch_tokens(cfg, device)
@@ -108,19 +104,20 @@ def judge_scores(cfg, name: str, judge, responded, enc, device) -> np.ndarray:
     else:
         scores = row_logps(judge, encoded, budget, device).astype(np.float64)
         if cfg.judge_length_normalize:
-            for row_scores_, row in zip(scores, encoded):
-                lengths = response_lengths([row])[0]
-                row_scores_[: len(lengths)] /= lengths
+            lengths = response_lengths(pad_rows_to_K(encoded, scores.shape[1]))
+            scores = scores / np.maximum(lengths, 1)
     for (row, texts, _), values in zip(responded, scores):
         for text, value in zip(texts, values):
             if not is_score(float(value)):
-                raise SystemExit(bad_score(name, f"gave {value}, not a finite number", row, text))
+                raise SystemExit(
+                    bad_score(scorer_name(cfg), f"gave {value}, not a finite number", row, text)
+                )
     return scores
 
 
 def call_function(name: str, calls: list[tuple[dict, str]]) -> np.ndarray:
-    """The scores (n,) float64 that "module:function" gives to n pairs of row and text. Each is
-    scored by one rank, once: a function that is not deterministic must give all ranks the same."""
+    """The scores (n,) float64 that the function gives to n pairs of row and text. Each is scored by
+    one rank, once: a function that is not deterministic must give all ranks the same."""
     function = import_function(name)
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(calls), distributed.world_size()):

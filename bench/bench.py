@@ -305,7 +305,9 @@ class OnlineTrainer(OurTrainer):
     def sample(self):
         """(rows of K samples, scores (n, K)) of the policy."""
         K = self.size.K
-        repeated = [prompt for prompt in self.prompts for _ in range(K)]
+        repeated = []
+        for prompt in self.prompts:
+            repeated += [prompt] * K
         sampled = generate(self.model, repeated, self.size.response_length)
         rows, scores = [], []
         for i, prompt in enumerate(self.prompts):

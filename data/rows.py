@@ -7,7 +7,7 @@ import os
 
 from data import tokenizer
 from data.files import atomic_write, parse_json
-from data.folder import prepare_command
+from data.folder import lock_folder, prepare_command, write_meta
 from data.template import cut_prompt_ids
 
 # fields that a whole text, {"text": ...}, cannot have
@@ -47,6 +47,16 @@ def write_rows(path: str, rows):
     with atomic_write(path) as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_ranked_folder(folder: str, tokenizer_name: str, source: str, train: list, val: list):
+    """Write a data folder of ranked rows, meta.json last, and say how many there are."""
+    with lock_folder(folder):
+        write_rows(os.path.join(folder, "train.jsonl"), train)
+        write_rows(os.path.join(folder, "val.jsonl"), val)
+        sizes = {"train_rows": len(train), "val_rows": len(val)}
+        write_meta(folder, tokenizer_name, source, **sizes)
+    print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
 
 
 # ---- checking
@@ -331,14 +341,18 @@ def response_ids(row: dict, k: int, enc, where: str = "within") -> list[int] | N
     return ids or None
 
 
+def row_with_ids(row: dict, texts: list, ids: list, enc) -> dict:
+    """These responses to a row's prompt, as a row that keeps their ids and names the tokenizer."""
+    return prompt_fields(row) | {
+        "responses": texts,
+        "ids": ids,
+        "tokenizer": tokenizer.fingerprint(enc),
+    }
+
+
 def sampled_row(row: dict, text: str, ids: list[int], enc) -> dict:
     """A sample as a ranked row that names its tokenizer and says whether it ended."""
-    return prompt_fields(row) | {
-        "responses": [text],
-        "ids": [ids],
-        "tokenizer": tokenizer.fingerprint(enc),
-        "ended": ids[-1] == enc.eot_token,
-    }
+    return row_with_ids(row, [text], [ids], enc) | {"ended": ids[-1] == enc.eot_token}
 
 
 def name_tokenizer(rows: list[dict], enc) -> list[dict]:

@@ -532,6 +532,10 @@ def check_objective(cfg: Config):
         not cfg.length_normalize or stage in ("preference", "spin"),
         f"stage {stage} has no length_normalize, only preference and spin",
     )
+    require(
+        not cfg.nll_coef or loss_type != "best_of_n",
+        "loss_type best_of_n is the next-token loss itself, so it has no nll_coef",
+    )
     if loss_type not in ("pl", "simpo", "orpo"):  # loss.PLACKETT_LUCE_TYPES
         ranking = stage in ("preference", "spin")
         unused = cfg.rank_depth or cfg.label_smoothing or (ranking and cfg.taylor_order)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import load_config
 
-from loss import LOSS_TYPES
+from loss import LOSS_TYPES, OPTION_TYPES
 from model import GPTConfig
 from nanospin.config import (
     CHOICES,
@@ -174,6 +174,20 @@ def test_every_config_says_how_it_is_run(path):
 
 def test_every_loss_type_is_a_choice():
     assert CHOICES["loss_type"] == list(LOSS_TYPES)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("option", OPTION_TYPES)
+def test_an_option_that_a_loss_cannot_have_is_refused_at_once(loss_type, option):
+    """Where `preference_loss` would raise ValueError after the responses were sampled."""
+    setting = {"depth": "rank_depth"}.get(option, option)
+    value = {"depth": 1, "length_normalize": True}.get(option, 0.1)
+    args = ["--stage=preference", "--init=x", f"--loss_type={loss_type}", f"--{setting}={value}"]
+    if loss_type in OPTION_TYPES[option]:
+        load_config(args)
+    else:
+        with pytest.raises(SystemExit, match=setting):
+            load_config(args)
 
 
 def test_command_for_run():

@@ -15,8 +15,8 @@ import numpy as np
 
 from data import cli
 from data.files import check_output
-from data.folder import check_other_data, lock_folder, split_of, write_meta
-from data.rows import write_rows
+from data.folder import check_other_data, split_of
+from data.rows import write_ranked_folder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -61,23 +61,15 @@ def main(argv=None):
         }
 
     train, val = list(rows["train"].values()), list(rows["val"].values())
+    source = f"a + b below {args.below}"
     if not args.answers:
-        write_folder(args, args.out, train, val)
+        write_ranked_folder(args.out, "bytes", source, train, val)
         return
     if args.answers >= len(train):
         parser.error(f"--answers must be below the number of training rows, {len(train)}")
     prompts = [{"prompt": row["prompt"], "group": row["group"]} for row in train[args.answers :]]
     for folder, its_rows in zip(folders, (train[: args.answers], prompts)):
-        write_folder(args, folder, its_rows, val)
-
-
-def write_folder(args, folder: str, train: list[dict], val: list[dict]):
-    with lock_folder(folder):
-        write_rows(os.path.join(folder, "train.jsonl"), train)
-        write_rows(os.path.join(folder, "val.jsonl"), val)
-        sizes = {"train_rows": len(train), "val_rows": len(val)}
-        write_meta(folder, "bytes", f"a + b below {args.below}", **sizes)
-    print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
+        write_ranked_folder(folder, "bytes", source, its_rows, val)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import sys
 
 from data import cli
 from data.files import check_output
-from data.folder import check_other_data, lock_folder, split_of, write_meta
-from data.rows import write_rows
+from data.folder import check_other_data, split_of
+from data.rows import write_ranked_folder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -101,13 +101,9 @@ def main(argv=None):
         rows[split_of(group)][prompt] = {"prompt": prompt, "responses": [text], "group": group}
 
     source = f"{args.numbers} numbers below {args.below}, targets to {args.max_target}"
-    with lock_folder(args.out):
-        sizes = {}
-        for side in ("train", "val"):
-            write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side].values())
-            sizes[f"{side}_rows"] = len(rows[side])
-        write_meta(args.out, "bytes", source, **sizes)
-    print(f"{args.out}: {sizes['train_rows']:,} train rows, {sizes['val_rows']:,} val rows")
+    write_ranked_folder(
+        args.out, "bytes", source, list(rows["train"].values()), list(rows["val"].values())
+    )
 
 
 if __name__ == "__main__":
