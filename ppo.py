@@ -62,7 +62,9 @@ from model import GPT
 from nanospin import checkpoint, distributed, inputs, rounds
 from nanospin.config import convert
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
+from nanospin.preflight import say_shared_prompts
 from nanospin.rounds import (
+    check_finite,
     check_policy,
     reference_checkpoint,
     remove_parts,
@@ -70,14 +72,7 @@ from nanospin.rounds import (
     score_in_parts,
     with_checksum,
 )
-from rollout import (
-    check_finite,
-    drop_overlong_prompts,
-    match_samples,
-    sample_policy,
-    say_shared_prompts,
-    unique_prompts,
-)
+from players import drop_overlong_prompts, match_samples, sample_policy, unique_prompts
 from scorer import score_rows
 
 # The metrics of `evaluate`, for `keep_best`. exact_match is there if the data has answers.

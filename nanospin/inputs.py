@@ -19,7 +19,7 @@ from dataclasses import replace
 from data import tokenizer
 from data.files import read_json, write_json
 from nanospin import checkpoint, distributed
-from nanospin.config import import_function, pretrain_config, scorer_name
+from nanospin.config import import_function, pretrain_config, scorer_name, scorer_setting
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 
 # Stages whose `init` is the reference too, for as long as the run lasts.
@@ -319,5 +319,5 @@ def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):
     name = scorer_name(cfg)
     if ":" not in name or source_sha256(name) == settings.get("reward_source_sha256"):
         return
-    text = f"the source of reward {name} has changed since this run began"
+    text = f"the source of {scorer_setting(cfg)} has changed since this run began"
     log.warning(start[0], max(0, start[1]), text)

@@ -138,6 +138,20 @@ def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.
     return merged
 
 
+def check_finite(values, rows: list[dict], enc, what: str):
+    """Exit with one line if a number is not finite, before anything is written.
+
+    values: for each of the encoded rows an array, or a number.
+    """
+    for row, value in zip(rows, values, strict=True):
+        if not np.isfinite(value).all():
+            prompt = enc.decode(row["prompt"])[-60:]
+            raise SystemExit(
+                f"{what} are not finite numbers for the prompt that ends in {prompt!r}; "
+                "nothing was written"
+            )
+
+
 def is_part_of(part: str, of: str) -> bool:
     """Whether a part is there, can be read, and has this hash."""
     if not os.path.exists(part):

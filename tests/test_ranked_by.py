@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -33,6 +34,7 @@ from test_distributed import ENV, torchrun_command
 from test_train import change_rows, preference_args, read_bytes, read_json, spoil_weights
 
 import loss
+import players
 import rollout
 import scorer as scoring
 import train
@@ -387,7 +389,7 @@ def present_ranks(row):
 def test_nothing_left_to_rank_is_one_clear_line(tiny_runs, tiny_data, tmp_path, monkeypatch):
     args = scored_args(tiny_runs, tiny_data, f"{tmp_path}/r", ranked_by(monkeypatch, constant))
     message = refused(args)
-    assert "conftest:scorer gives all responses to a prompt the same score" in message
+    assert "ranked_by conftest:scorer gives all responses to a prompt the same score" in message
     assert "for each of 16 prompts" in message and "16 with nothing ranked" in message
     message = refused(
         data_ranking_args(tiny_runs, tiny_data, f"{tmp_path}/p", "--ranked_by=conftest:scorer")
@@ -431,8 +433,8 @@ def test_the_order_of_the_players_makes_no_difference(
 ):
     """Under a scorer: the same files, byte for byte, and the same weights."""
     names = {"function": "conftest:letters", "judge": tiny_runs["pretrain"], "reward": reward_run}
-    for name, players in (("a", "data,self:3"), ("b", "self:3,data")):
-        options = [f"--players={players}", f"--ranked_by={names[referee]}"]
+    for name, order in (("a", "data,self:3"), ("b", "self:3,data")):
+        options = [f"--players={order}", f"--ranked_by={names[referee]}"]
         train.main(scored_args(tiny_runs, tiny_data, f"{tmp_path}/{name}", *options))
     for file in ("self_train", "train", "val"):
         expected = read_bytes(f"{tmp_path}/a/round_0/{file}.jsonl")
@@ -447,14 +449,14 @@ def test_of_equal_responses_the_datas_is_kept(tiny_runs, tiny_data, tmp_path):
     model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
 
     def answer_as_the_model_would(rows):
-        texts, _ = rollout.respond(model, enc, TEMPLATE, rows, max_response=16, temperature=0)
+        texts, _ = players.respond(model, enc, TEMPLATE, rows, max_response=16, temperature=0)
         for row, text in zip(rows[::2], texts[::2]):
             row["responses"] = [text]
         return rows
 
     change_rows(data, answer_as_the_model_would)
-    for name, players in (("a", "data,self:2"), ("b", "self:2,data")):
-        options = ["--temperature=0", f"--players={players}", "--max_steps=1"]
+    for name, order in (("a", "data,self:2"), ("b", "self:2,data")):
+        options = ["--temperature=0", f"--players={order}", "--max_steps=1"]
         train.main(scored_args(tiny_runs, data, f"{tmp_path}/{name}", *options))
         for row in read_rows(f"{tmp_path}/{name}/round_0/val.jsonl"):
             assert row["ids"][row["players"].index("data")] is not None
@@ -727,7 +729,7 @@ def test_a_scorer_that_fails(tiny_runs, tiny_data, scored_run, tmp_path, monkeyp
     args = scored_args(tiny_runs, tiny_data, out, function, "--rounds=2")
     message = refused(args)
     shown = "raised ValueError: no such word" if isinstance(result, ValueError) else repr(result)
-    assert "conftest:scorer" in message and shown in message
+    assert message.startswith("ranked_by conftest:scorer ") and shown in message
     rows = read_rows(f"{scored_run}/round_0/train.jsonl")
     prompt = rows[40 // 4]["prompt"]  # four responses to each
     assert f"the prompt {prompt!r}" in message
@@ -757,8 +759,9 @@ def test_a_slow_scorer_is_progress(monkeypatch):
         return 0.0
 
     ranked_by(monkeypatch, slow)
+    cfg = SimpleNamespace(reward="", ranked_by="conftest:scorer")
     distributed.heartbeat.touch()
-    scoring.call_function("conftest:scorer", [({"prompt": "p"}, "text")] * 20)
+    scoring.call_function(cfg, [({"prompt": "p"}, "text")] * 20)
     assert max(waited) < 0.5  # seconds: of one call, on a busy machine, and not the sum of 20
 
 
@@ -790,7 +793,7 @@ def test_a_function_with_another_source_is_said(tiny_runs, tiny_data, tmp_path, 
     del sys.modules["graded_rows"]
     train.main(args)
     (warning,) = read_metrics(out, "warning")
-    assert "the source of reward graded_rows:f has changed" in warning["text"]
+    assert "the source of ranked_by graded_rows:f has changed" in warning["text"]
     for row in read_rows(f"{out}/round_0/train.jsonl"):
         assert all(score <= 0 for score in row["scores"])
     manifest = read_json(f"{out}/round_1/collect.json")
@@ -855,7 +858,7 @@ def undisturbed(tiny_runs, tiny_data, tmp_path_factory):
 
 
 KILLS = [
-    pytest.param(rollout, "respond", 3, id="sampling"),
+    pytest.param(players, "respond", 3, id="sampling"),
     pytest.param(scoring, "call_function", 2, id="scoring"),
     pytest.param(scoring, "call_function", 4, id="scoring the second round"),
     pytest.param(rollout, "mark_equal_responses", 0, id="writing"),
@@ -915,7 +918,7 @@ KILLING_PROGRAM = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest
-import rollout, scorer, train
+import players, rollout, scorer, train
 from nanospin import rounds
 rounds.PART_SIZE = 8
 module, function, at = sys.argv[1:4]
@@ -930,7 +933,7 @@ train.main(sys.argv[4:])
 @pytest.mark.parametrize(
     "module, function, at",
     [
-        ("rollout", "respond", "2"),
+        ("players", "respond", "2"),
         ("scorer", "call_function", "1"),
         ("rollout", "row_logps", "1"),
         ("train", "lr_factor", "7"),
