@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import tokenizer
+from data.batch import batch_indices
 from data.rows import (
     encode_prompts,
     encode_rows,
@@ -29,8 +30,15 @@ from data.rows import (
 from eval import extract_answer, is_ranked, length_accuracy
 from nanospin import distributed, elastic, inputs, rounds
 from nanospin.config import is_scored, ordered_players, player_columns
-from nanospin.distributed import all_gather_object, broadcast_from_rank0
-from nanospin.rounds import make_round_folder, part_files, remove_parts, round_folder
+from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
+from nanospin.preflight import check_prompts_differ
+from nanospin.rounds import (
+    make_round_folder,
+    part_files,
+    remove_parts,
+    round_folder,
+    round_indices,
+)
 from sample import respond, response_text
 from scorer import score_rows
 
@@ -282,6 +290,18 @@ def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> d
 def unique_prompts(rows: list[dict]) -> list[dict]:
     """Rows of different prompts: each is sampled once, however often it is in the data."""
     return list({prompt_key(row): row for row in rows}.values())
+
+
+def prompts_of_round(cfg, rows: list[dict], round_id: int) -> list[dict]:
+    """max_rows of the rows, all different, and others in each round until each was there once.
+
+    Exits if the run was begun by a version that would have others now.
+    """
+    size = min(cfg.max_rows or len(rows), len(rows))
+    chosen = round_indices(len(rows), size, cfg.seed, round_id)
+    if not np.array_equal(chosen, batch_indices(len(rows), size, cfg.seed, round_id)):
+        run_on_rank0(check_prompts_differ, cfg.out_dir, round_id)
+    return [rows[i] for i in chosen]
 
 
 def match_samples(path: str, rows: list[dict], enc, count: int) -> list[list[tuple]]:

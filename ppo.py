@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.batch import Batch, batch_indices, ppo_batch
+from data.batch import Batch, ppo_batch
 from data.files import atomic_write, read_arrays, sha256, write_json
 from data.rows import (
     encode_rows,
@@ -72,7 +72,13 @@ from nanospin.rounds import (
     score_in_parts,
     with_checksum,
 )
-from players import drop_overlong_prompts, match_samples, sample_policy, unique_prompts
+from players import (
+    drop_overlong_prompts,
+    match_samples,
+    prompts_of_round,
+    sample_policy,
+    unique_prompts,
+)
 from scorer import score_rows
 
 # The metrics of `evaluate`, for `keep_best`. exact_match is there if the data has answers.
@@ -120,11 +126,10 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     rows = drop_overlong_prompts(
         cfg, rows, enc, block_size, say if round_id == 0 else None, "train"
     )
-    n = min(cfg.max_rows or len(rows), len(rows))
     val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows, prompt_only=True))
     if round_id == 0:
         say_shared_prompts(rows, val, say)
-    rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
+    rows = prompts_of_round(cfg, rows, round_id)
     val = drop_overlong_prompts(cfg, val, enc, block_size)
 
     run_on_rank0(check_policy, cfg, round_id)

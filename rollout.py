@@ -23,7 +23,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from data.batch import batch_indices, permutation
+from data.batch import permutation
 from data.files import atomic_write, read_arrays
 from data.folder import read_stream
 from data.rows import (
@@ -56,6 +56,7 @@ from players import (
     collect_candidates,
     drop_overlong_prompts,
     list_counts,
+    prompts_of_round,
     rank_by_score,
     round_report,
     teacher_responses,
@@ -108,15 +109,12 @@ def load_rows(cfg, round_id: int = 0) -> dict[str, list[dict]]:
     prompt_only = not needs_responses(cfg)
     rows = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
     if cfg.stage == "spin" and is_scored(cfg):
-        rows = unique_prompts(rows)
-        n = min(cfg.max_rows or len(rows), len(rows))
-        chosen = batch_indices(len(rows), n, cfg.seed, round_id)
+        rows = prompts_of_round(cfg, unique_prompts(rows), round_id)
     else:
         chosen = permutation(len(rows), cfg.seed, 0)
-        if cfg.max_rows:
-            chosen = chosen[: cfg.max_rows]
+        rows = [rows[i] for i in chosen[: cfg.max_rows or None]]
     return {
-        "train": [rows[i] for i in chosen],
+        "train": rows,
         "val": validation_rows(cfg.data, cfg.eval_rows, prompt_only),
     }
 

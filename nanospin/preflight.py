@@ -47,6 +47,10 @@ MAY_CHANGE = {
     "rounds",
 }
 
+# An entry of config.json: the prompts of a round differ. Older versions did not write it; there a
+# round that began the data again could have a prompt twice.
+PROMPTS_DIFFER = "prompts_differ"
+
 
 def resolve_template(cfg):
     """Return the config with its template filled in: that of the run if it has checkpoints, else
@@ -254,6 +258,8 @@ def check_same_run(cfg, settings: dict, newest: str | None):
         before |= saved | paths
     if not newest and not has_rows(cfg.out_dir):
         return
+    if before and PROMPTS_DIFFER not in before:
+        settings.pop(PROMPTS_DIFFER, None)
     if not before:
         before = collected_settings(cfg.out_dir, settings)
     if not before:
@@ -331,6 +337,16 @@ def refuse_if_samples(out_dir: str):
                     "with which settings they were made: put its config.json back, or use another "
                     "out_dir"
                 )
+
+
+def check_prompts_differ(out_dir: str, round_id: int):
+    """Exit with one line if a run was begun by a version whose rounds could have a prompt twice."""
+    settings = read_run_settings(out_dir)
+    if settings and PROMPTS_DIFFER not in settings:
+        raise SystemExit(
+            f"{out_dir} was begun by an older version, which would draw other prompts for round "
+            f"{round_id}: one of them more than once; use another out_dir"
+        )
 
 
 def say_shared_prompts(train: list[dict], val: list[dict], say):
@@ -560,4 +576,6 @@ def run_settings(cfg) -> dict:
         stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
+    if cfg.stage == "ppo" or cfg.stage == "spin" and config.is_scored(cfg):
+        settings[PROMPTS_DIFFER] = True
     return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"])

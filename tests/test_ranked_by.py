@@ -39,12 +39,12 @@ import rollout
 import scorer as scoring
 import train
 from data import tokenizer
-from data.batch import batch_rows
+from data.batch import batch_indices, batch_rows
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, prompt_key, read_rows, write_rows
 from eval import extract_answer, pad_rows_to_K, ranking_metrics
 from model import GPT
-from nanospin import checkpoint, distributed, elastic, rounds
+from nanospin import checkpoint, distributed, elastic, preflight, rounds
 
 BYTES = tokenizer.load("bytes")
 LETTERS = "--ranked_by=conftest:letters"
@@ -685,6 +685,76 @@ def test_other_prompts_in_each_round(scored_run, tiny_runs, tiny_data, tmp_path)
         [row["prompt"] for row in read_rows(f"{again}/round_{r}/val.jsonl")] for r in (0, 1)
     ]
     assert held_out[0] == held_out[1]
+
+
+def seen_prompts(rounds_of):
+    """How often each row was taken after each round, checked: a round has no row twice, and no row
+    was taken more than once more than another."""
+    n = max(map(max, rounds_of)) + 1
+    counts = np.zeros(n, int)
+    for chosen in rounds_of:
+        assert len(set(chosen)) == len(chosen)
+        counts[list(chosen)] += 1
+        assert counts.max() - counts.min() <= 1
+    return counts
+
+
+@pytest.mark.parametrize("n, size", [(1, 1), (5, 3), (7, 5), (8, 7), (10, 4), (12, 4), (40, 16)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_round_has_no_prompt_twice(n, size, seed):
+    """Over rounds each is there equally often, up to one. Until a round would have one twice they
+    are those of `batch_indices`."""
+    rounds_of = [rounds.round_indices(n, size, seed, r).tolist() for r in range(4 * n)]
+    assert all(len(chosen) == size for chosen in rounds_of)
+    assert seen_prompts(rounds_of).sum() == 4 * n * size
+    before = [batch_indices(n, size, seed, r).tolist() for r in range(4 * n)]
+    repeated = [len(set(chosen)) < size for chosen in before]
+    same = repeated.index(True) if True in repeated else 4 * n
+    assert rounds_of[:same] == before[:same]
+    assert same == 4 * n or n % size
+
+
+GROUPS = ["--stage=ppo", "--reward=conftest:letters", "--advantage=grpo", "--samples_per_prompt=3"]
+
+
+@pytest.mark.parametrize("stage", ["spin", "ppo"])
+def test_rounds_that_begin_the_data_again(tiny_runs, tiny_data, tmp_path, monkeypatch, stage):
+    """The third round has the last 8 of 40 prompts and 8 others. With seed 1 an older version had
+    one of them twice: a run that it has begun goes on up to there, and is then refused."""
+    kind = GROUPS if stage == "ppo" else [LETTERS, "--players=self:3"]
+
+    def args(out, num_rounds):
+        more = ["--max_rows=16", "--max_steps=2", "--seed=1", f"--rounds={num_rounds}"]
+        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", *kind, *more)
+
+    train.main(args("new", 3))
+    numbers = {prompt_key(row): n for n, row in enumerate(read_rows(f"{tiny_data}/train.jsonl"))}
+    rounds_of = []
+    for r in range(3):
+        rows = read_rows(f"{tmp_path}/new/round_{r}/train.jsonl")
+        rounds_of.append([numbers[prompt_key(row)] for row in rows])
+        assert len(read_rows(f"{tmp_path}/new/round_{r}/self_train.jsonl")) == 16 * 3
+    assert seen_prompts(rounds_of).tolist().count(2) == 8
+    assert len(set(batch_indices(40, 16, 1, 2))) == 15
+
+    run_settings = preflight.run_settings
+
+    def older_settings(cfg):
+        settings = run_settings(cfg)
+        del settings[preflight.PROMPTS_DIFFER]
+        return settings
+
+    with monkeypatch.context() as m:
+        m.setattr(preflight, "run_settings", older_settings)
+        train.main(args("old", 1))
+    train.main(args("old", 2))
+    assert preflight.PROMPTS_DIFFER not in read_json(f"{tmp_path}/old/config.json")["config"]
+    rows = read_rows(f"{tmp_path}/old/round_1/train.jsonl")
+    assert [numbers[prompt_key(row)] for row in rows] == rounds_of[1]
+    message = refused(args("old", 3))
+    assert "begun by an older version" in message and "prompts for round 2" in message
+    assert not os.path.exists(f"{tmp_path}/old/round_2/self_train.jsonl")
+    train.main(args("new", 4))  # a run of this version goes on
 
 
 def test_replay_rounds_under_a_scorer(scored_run, tiny_runs, tiny_data, tmp_path):
