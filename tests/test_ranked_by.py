@@ -870,6 +870,38 @@ def test_a_function_with_another_source_is_said(tiny_runs, tiny_data, tmp_path, 
     assert manifest["made_of"]["ranked_by"] == rounds.sha256(str(path))
 
 
+def test_a_source_that_changes_in_a_run(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """The run goes on with the function that it has. Started again, it has the new one, and does
+    not mix their scores."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(rounds, "PART_SIZE", 4)
+    out, path = f"{tmp_path}/r", tmp_path / "edited_rows.py"
+    path.write_text("def f(row, text):\n    return text.count('e')\n")
+    first = rounds.sha256(str(path))
+    args = scored_args(tiny_runs, tiny_data, out, "--ranked_by=edited_rows:f", "--rounds=2")
+    fit = train.fit
+
+    def fit_and_edit(*fit_args):
+        fit(*fit_args)
+        path.write_text("def f(row, text):\n    return -text.count('e')\n")
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "fit", fit_and_edit)
+        m.setattr(scoring, "call_function", killing(scoring.call_function, 7))
+        with pytest.raises(Killed):
+            train.main(args)
+    assert len(glob.glob(f"{out}/round_1/train.jsonl.scores.part*")) == 1
+    importlib.invalidate_caches()
+    del sys.modules["edited_rows"]
+    train.main(args)
+    sources = [first, rounds.sha256(str(path))]
+    for r, sign in enumerate((1, -1)):
+        manifest = read_json(f"{out}/round_{r}/collect.json")
+        assert manifest["made_of"]["ranked_by"] == sources[r]
+        for row in read_rows(f"{out}/round_{r}/train.jsonl"):
+            assert all(sign * score >= 0 for score in row["scores"])
+
+
 @pytest.mark.parametrize("when", ["between rounds", "between starts"])
 def test_other_weights_of_a_scorer_are_refused(
     tiny_runs, tiny_data, reward_run, tmp_path, monkeypatch, when
