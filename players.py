@@ -223,19 +223,27 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
 
     The rows are divided among the ranks. A sample is a function of (weights, seed, name, number of
     the row): another name draws other samples. Every finished part is kept, so a resumed file is
-    the same file.
+    the same file. A part that is damaged is made again.
     """
-    if broadcast_from_rank0(os.path.exists(path)):
-        remove_parts(path)
-        return
     repeated = []
     for row in unique_prompts(rows):
         repeated += [row] * count
     rows = repeated
+    if broadcast_from_rank0(os.path.exists(path)):
+        if not run_on_rank0(is_sampled, path, rows, enc):
+            raise SystemExit(
+                f"{path} is not as it was sampled: it was damaged or edited; put the original "
+                "back, or remove it to sample again"
+            )
+        remove_parts(path)
+        return
     make_round_folder(path)
     size = max(rounds.PART_SIZE, cfg.gen_batch_size * distributed.world_size())
     parts = part_files(path, len(rows), size)
-    written = broadcast_from_rank0([part for part in parts if os.path.exists(part)])
+    written = []
+    for part, numbers in parts.items():
+        if run_on_rank0(is_sampled, part, [rows[n] for n in numbers], enc):
+            written.append(part)
     hide_bar = None if distributed.rank() == 0 else True
     progress = tqdm(total=len(rows), desc=f"sampling {name}", disable=hide_bar)
     for part, numbers in parts.items():
@@ -253,6 +261,19 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
             sampled += read_rows(part)
         write_rows(path, sampled)
     remove_parts(path)
+
+
+def is_sampled(path: str, rows: list[dict], enc) -> bool:
+    """Whether a file of samples, or a part of one, is there and has a response to each of these
+    rows, as it was written."""
+    try:
+        for row, sample in zip(rows, read_rows(path), strict=True):
+            ids = own_ids(path, sample, enc)
+            if sampled_row(row, sample["responses"][0], ids, enc) != sample:
+                return False
+    except (SystemExit, ValueError):
+        return False
+    return True
 
 
 def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> dict[int, tuple]:

@@ -41,7 +41,7 @@ import train
 from data import tokenizer
 from data.batch import batch_indices, batch_rows
 from data.folder import write_meta
-from data.rows import check_row, encode_rows, prompt_key, read_rows, write_rows
+from data.rows import check_row, encode_rows, prompt_key, read_rows, sampled_row, write_rows
 from eval import extract_answer, pad_rows_to_K, ranking_metrics
 from model import GPT
 from nanospin import checkpoint, distributed, elastic, preflight, rounds
@@ -977,6 +977,26 @@ def assert_same_files(expected, out):
             path = f"round_{r}/{name}"
             assert read_bytes(f"{out}/{path}") == read_bytes(f"{expected}/{path}")
     assert not glob.glob(f"{out}/**/*.part*", recursive=True)
+
+
+def test_a_damaged_part_of_samples_is_found(tmp_path):
+    """Any flipped bit, a missing row, and rows of other prompts."""
+    path, rows, samples = f"{tmp_path}/part", [], []
+    for n in range(3):
+        rows.append({"prompt": f"p {n}", "responses": ["a"], "group": f"g {n}"})
+        samples.append(sampled_row(rows[n], "abé", [97, 98, 195, 169] + [256] * (n > 0), BYTES))
+    write_rows(path, samples)
+    assert players.is_sampled(path, rows, BYTES)
+    content = read_bytes(path)
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        with open(path, "wb") as f:
+            f.write(flipped)
+        assert not players.is_sampled(path, rows, BYTES), (place, bytes(flipped))
+    for damaged in (samples[:2], samples[::-1], []):
+        write_rows(path, damaged)
+        assert not players.is_sampled(path, rows, BYTES)
 
 
 @pytest.mark.parametrize("module, function, at", KILLS)

@@ -14,13 +14,16 @@ import tempfile
 import time
 
 from data import cli
-from tests.faults import folders, kills, lasting, payloads, reads, refusals, scale, writes
+from tests.faults import folders, kills, lasting, payloads, reads, refusals, scale, scored, writes
 from tests.faults.harness import ROOT, Workspace
 
 SECTIONS = [
     kills.bitwise,
     kills.faults,
     kills.soak,
+    scored.scored,
+    scored.scorers,
+    scored.damages,
     kills.saves,
     kills.restarts,
     scale.nodes,

@@ -65,37 +65,50 @@ class Fault:
 
     function: "module:function" or "module:Class.method".
     action: kill, hang, raise, full (no space left on the disk), or the name of a signal.
+    delay: seconds between the call and a kill, in which the rank goes on.
     """
 
     function: str
     action: str
     rank: int = 0
     call: int = 1
+    delay: float = 0.0
 
     def __str__(self):
         return f"{self.action} of rank {self.rank} in {self.function}, call {self.call}"
 
     def arm(self):
-        """Replace the function, wherever a module of the project has imported it."""
-        module, _, path = self.function.partition(":")
-        owner = importlib.import_module(module)
-        *classes, name = path.split(".")
-        for class_name in classes:
-            owner = getattr(owner, class_name)
-        original = getattr(owner, name)
-        calls = 0
 
-        @functools.wraps(original)
-        def faulty(*args, **options):
-            nonlocal calls
-            calls += 1
-            if calls == self.call:
+        def act(call):
+            if call == self.call and self.delay:
+                signal.setitimer(signal.ITIMER_REAL, self.delay)  # SIGALRM ends the process
+            elif call == self.call:
                 strike(self.action)
-            return original(*args, **options)
 
-        for holder in [owner, *project_modules()]:
-            if getattr(holder, name, None) is original:
-                setattr(holder, name, faulty)
+        before_calls(self.function, act)
+
+
+def before_calls(function: str, act):
+    """act(number of the call, from 1) before every call of a function, wherever a module of the
+    project has imported it."""
+    module, _, path = function.partition(":")
+    owner = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for class_name in classes:
+        owner = getattr(owner, class_name)
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def faulty(*args, **options):
+        nonlocal calls
+        calls += 1
+        act(calls)
+        return original(*args, **options)
+
+    for holder in [owner, *project_modules()]:
+        if getattr(holder, name, None) is original:
+            setattr(holder, name, faulty)
 
 
 def project_modules() -> list:

@@ -396,15 +396,20 @@ def corruption(workspace: Workspace, short: bool) -> Result:
 
 def damaged(rng, older: str, newest: str, file: str, damage: str) -> bytes | None:
     """The content of a file of the newest checkpoint after some damage; None: no file."""
-    content = bytearray(read_bytes(f"{newest}/{file}"))
+    if damage == "swapped":
+        return read_bytes(f"{older}/{file}")
+    return spoilt(rng, read_bytes(f"{newest}/{file}"), damage)
+
+
+def spoilt(rng, content: bytes, damage: str) -> bytes | None:
+    """The content of a file after some damage; None: no file."""
+    content = bytearray(content)
     if damage == "truncated":
         return bytes(content[: len(content) // 2])
     if damage == "emptied":
         return b""
     if damage == "removed":
         return None
-    if damage == "swapped":
-        return read_bytes(f"{older}/{file}")
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     return bytes(content)
 

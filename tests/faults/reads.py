@@ -638,26 +638,31 @@ def nonfinite(workspace: Workspace, short: bool) -> Result:
     return count(len(chosen), failures)
 
 
-def bad_reward(workspace: Workspace, name: str, round_id: int, ranks: int) -> str:
+def bad_reward(
+    workspace: Workspace, name: str, round_id: int, ranks: int, stage="ppo", options=()
+) -> str:
+    """options: of a run whose scorer is moving_reward:f, by default as `reward`."""
     inputs, out = fresh_inputs(workspace), workspace.new_run()
     value, word = BAD_REWARDS[name]
-    more = ["--reward=moving_reward:f", "--max_steps=2", "--eval_interval=100"]
-    key = ("a good reward", ranks)
+    options = options or ["--reward=moving_reward:f"]
+    more = [*options, "--max_steps=2", "--eval_interval=100"]
+    key = ("a good reward", ranks, *options)
     if key not in workspace.undisturbed_runs:
-        argv = workspace.args("ppo", f"{out}_undisturbed", *more)
+        argv = workspace.args(stage, f"{out}_undisturbed", *more)
         whole = run_to_end(argv, ranks, before=importing(inputs))
         assert whole.status == [0] * ranks, whole.output
         workspace.undisturbed_runs[key] = f"{out}_undisturbed"
     with open(f"{inputs}/moving_reward.py", "w", encoding="utf-8") as f:
         f.write(REWARD_MODULE.format(value=value))
-    argv = workspace.args("ppo", out, *more)
+    argv = workspace.args(stage, out, *more)
     run = run_to_end(argv, ranks, before=importing(inputs, bad_from(round_id)))
+    setting = "reward" if stage == "ppo" else "ranked_by"
     if "exception" in name:
         # the user's own error, with its traceback, and not a lost rank
         if 0 in run.status or word not in run.errors or "lost" in run.errors:
             return f"it ended with {run.status}: {run.errors[-300:]!r}"
     else:
-        problem = not_refused(run, "moving_reward:f")
+        problem = not_refused(run, f"{setting} moving_reward:f")
         if not problem and word not in run.errors:
             problem = f"the value is not named: {run.errors!r}"
         if problem:
