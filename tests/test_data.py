@@ -749,7 +749,7 @@ def test_jsonl_takes_every_form(tmp_path):
         ('{"prompt": "a", "responses": 5}', "must be a string"),
         ('{"text": "alone"}', "no row was assigned to"),
         ('{"prompt": "a", "response": "b", "group": "\\ud800"}', "group must be Unicode"),
-        ('{"other": 1}', "has no prompt, responses; it has other"),
+        ('{"other": 1}', "no known format has the columns other. Name"),
         ("3", "not an object"),
         ('{"prompt": "a", "response": "b", "text": "c"}', "drop text, or drop prompt, response"),
         ('{"prompt": "a", "response": "b", "responses": ["c"]}', "not both"),
