@@ -31,7 +31,8 @@ template.
     rows.py         read, check, write and encode ranked rows
     folder.py       read and write data folders and token streams
     batch.py        encoded rows and token streams -> batches
-    hub.py          data sets of the Hugging Face hub -> data folders, resumable
+    formats.py      rows of other projects -> ranked rows
+    hub/            data sets of the Hugging Face hub -> data folders, resumable
     NAME/prepare.py makes data/NAME: python -m data.NAME.prepare
     NAME/scorer.py  scores its responses: a function f(row, text) -> float
 """

@@ -194,6 +194,7 @@ def named_format(args) -> Format | None:
         return None
     allowed = (
         ("messages",),
+        ("prompt",),
         ("chosen", "rejected"),
         ("prompt", "chosen", "rejected"),
         ("prompt", "response"),
@@ -204,7 +205,8 @@ def named_format(args) -> Format | None:
     if tuple(given) not in allowed:
         raise SystemExit(
             f"--{', --'.join(given)}: give --messages, --prompt and --response, [--prompt and]"
-            " --chosen and --rejected, or --prompt and --responses [and --scores]"
+            " --chosen and --rejected, or --prompt and --responses [and --scores]; or --prompt for"
+            " prompts without responses"
         )
     rated = bool(args.response and args.scores)
     pair = (args.chosen, args.rejected) if args.chosen else ()
@@ -241,7 +243,7 @@ def resolve(one: Format, columns) -> Format | None:
 
 def present(slot: str, columns) -> str | None:
     """The column that fills a slot, "" if none need to, None if one is missing."""
-    for name in slot.removesuffix("?").split("|"):
+    for name in (slot, *slot.removesuffix("?").split("|")):
         if name in columns:
             return name
     return None if slot and not slot.endswith("?") else ""
@@ -270,7 +272,8 @@ def unknown(columns) -> str:
         text += f"; the nearest is {nearest.name}, and {' and '.join(lacking)} is missing"
     return text + (
         ". Name the columns: --messages=, or --prompt= and --response=, or --chosen= and"
-        " --rejected=, or --prompt=, --responses= and --scores="
+        " --rejected=, or --prompt=, --responses= and --scores=; --prompt= alone is for prompts"
+        " whose responses will be sampled"
     )
 
 
@@ -294,6 +297,7 @@ def unused_columns(one: Format, columns, args) -> list[str]:
 def describe(one: Format, columns, unused: list[str], row: dict | None) -> str:
     """What is recognised, and the first row with what of it has a loss."""
     used = [name for name in columns if name not in unused]
+    unused = list(dict.fromkeys(unused))
     text = f"recognised: {one.name} ({', '.join(used)})"
     if unused:
         text += f"; not used: {listing(unused)}"
@@ -305,7 +309,7 @@ def describe(one: Format, columns, unused: list[str], row: dict | None) -> str:
 def row_lines(row: dict):
     """A row, field by field, with what has a loss."""
     if not row["prompt"]:
-        yield shown("text", "loss, but for its first token", row["responses"][0], END)
+        yield shown("text", "loss", row["responses"][0], END)
         return
     if row.get("system"):
         yield shown("system", "no loss; the template must have {system}", row["system"])
@@ -313,8 +317,9 @@ def row_lines(row: dict):
         yield shown("earlier prompt", "no loss", prompt)
         yield shown("earlier response", "no loss", response)
     yield shown("prompt", "no loss", row["prompt"])
-    scores = row.get("scores") or [None] * len(row["responses"])
-    for k, response in enumerate(row["responses"]):
+    responses = row.get("responses", [])
+    scores = row.get("scores") or [None] * len(responses)
+    for k, response in enumerate(responses):
         if response is not None:
             score = "" if scores[k] is None else f", score {scores[k]:g}"
             end = "" if ended_flags(row)[k] is False else END
@@ -353,13 +358,14 @@ def convert_checked(row: dict, convert: Callable, dropped: dict) -> list[dict]:
     """convert(row, dropped), every result checked; a malformed row is dropped and its reason
     counted."""
     try:
-        return [check_row(ranked_row, "malformed rows") for ranked_row in convert(row, dropped)]
+        rows = convert(row, dropped)
+        return [check_row(one, "malformed rows", prompt_only=True) for one in rows]
     except Unusable as e:
         return drop(dropped, str(e))
     except SystemExit as e:  # from check_row
         return drop(dropped, str(e))
-    except (TypeError, ValueError, AttributeError, IndexError) as e:  # null instead of a text
-        return drop(dropped, f"malformed rows: {type(e).__name__}")
+    except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
+        return drop(dropped, f"malformed rows: {type(e).__name__}")  # such as null for a text
 
 
 def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
@@ -371,6 +377,8 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
         return conversation_rows(row[one.messages], system, dropped, args.turns)
     if one.is_json:
         chats = [json_conversation(row[one.prompt], row[name]) for name in one.responses]
+    elif not one.responses and not one.listed:
+        return [row_of(read_prompt_chat(row, one, system))]
     elif one.listed:
         answers, scores = read_list(row, one)
         chats = [read_chat(row, one, answer, system) for answer in answers]
@@ -412,10 +420,7 @@ def read_chat(row: dict, one: Format, response, system: str) -> Chat:
     if not is_messages(response):
         if not isinstance(response, str):
             raise Unusable("rows without a response")
-        system, turns = read_turns(prompt_messages(row, one), system)
-        if len(turns) % 2 == 0:
-            raise Unusable("prompts that do not end with the user")
-        return Chat(system, tuple(turns), response)
+        return read_prompt_chat(row, one, system, response)
     messages = read_messages(response)
     if one.prompt and messages[0][0] == "assistant":
         if len(messages) > 1:
@@ -429,6 +434,14 @@ def read_chat(row: dict, one: Format, response, system: str) -> Chat:
     if len(turns) % 2:
         raise Unusable("responses that do not end with the assistant")
     return Chat(system, tuple(turns[:-1]), turns[-1])
+
+
+def read_prompt_chat(row: dict, one: Format, system: str, answer: str = "") -> Chat:
+    """The prompt of a row, with an answer that is a text."""
+    system, turns = read_turns(prompt_messages(row, one), system)
+    if len(turns) % 2 == 0:
+        raise Unusable("prompts that do not end with the user")
+    return Chat(system, tuple(turns), answer)
 
 
 def prompt_messages(row: dict, one: Format) -> list[tuple[str, str]]:
@@ -567,10 +580,12 @@ def best_answers(answers, dropped: dict) -> dict:
     return best
 
 
-def row_of(chat: Chat, responses: list, scores: list | None = None) -> dict:
+def row_of(chat: Chat, responses: list | None = None, scores: list | None = None) -> dict:
     """A ranked row. Its group is the opening of the conversation."""
     turns = chat.turns
-    row = {"prompt": turns[-1], "responses": responses, "group": turns[0].strip()}
+    row = {"prompt": turns[-1], "group": turns[0].strip()}
+    if responses:
+        row["responses"] = responses
     if scores:
         row["scores"] = scores
     if chat.system:

@@ -66,7 +66,7 @@ def check_row(row, where: str, prompt_only: bool = False) -> dict:
     """Return a row that is well formed, a whole text as a row with an empty prompt.
 
     prompt_only: a row without responses is well formed too. Exits with `where` (such as
-    train.jsonl:3) and what is wrong. data/hub.py also counts rows by these messages, in meta.json.
+    train.jsonl:3) and what is wrong. data/hub also counts rows by these messages, in meta.json.
     """
 
     def must(ok, message):

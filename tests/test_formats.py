@@ -1,5 +1,6 @@
 """Rows of other projects, each on a small set of the schema that its publisher has."""
 
+import gzip
 import json
 import types
 
@@ -600,6 +601,7 @@ def test_forms(row, expected):
             spin(0) | {"chosen": "a b", "rejected": "a c"},
             {"prompt": "a", "responses": [" b", " c"]},
         ),
+        (["--prompt=q"], {"q": SYSTEM_ASK}, {"prompt": "ask 0", "system": "Be kind."}),
         (["--better=safer_response_id"], safe_rlhf(0), plain(0, "kind", "rude", scores=[1, 0])),
         (
             ["--prompt=prompt", "--response=completion"],
@@ -718,7 +720,7 @@ def test_parts_that_cannot_be_used_are_counted():
         ({"x": 1, "y": 2}, [], "columns x, y. Name the columns"),
         ({"q": "a", "chosen": "b", "rejected": "c"}, [], "no column is known as their prompt"),
         ({"a": "b"}, ["--prompt=a", "--response=c"], "no column c; the columns are a"),
-        ({"a": "b"}, ["--prompt=a"], "--prompt: give --messages"),
+        ({"a": "b"}, ["--chosen=a"], "--chosen: give --messages"),
         ({"a": "b"}, ["--messages=a", "--prompt=a"], "--prompt, --messages: give --messages"),
         ({"messages": ASK}, ["--better=x"], "--better=x needs that column"),
     ],
@@ -850,6 +852,33 @@ def test_a_set_with_its_own_command_names_it(tmp_path):
             hub_prepare.main([name, f"--out={tmp_path}/out"])
         with open(f"data/{module}/prepare.py", encoding="utf-8") as f:
             assert f'"{name}"' in f.read()
+
+
+def test_prompts_alone(tmp_path, capsys):
+    folder = write_set(tmp_path / "set", [{"prompt": f"ask {i}"} for i in range(9)])
+    with pytest.raises(SystemExit, match="--prompt= alone is for prompts whose responses will be"):
+        hub_prepare.main([folder, f"--out={tmp_path}/out"])
+    hub_prepare.main([folder, f"--out={tmp_path}/out", "--prompt=prompt", "--val_share=0.4"])
+    assert "    prompt (no loss): 'ask 0'" in capsys.readouterr().out
+    rows = read_rows(f"{tmp_path}/out/val.jsonl", prompt_only=True)
+    assert rows[0] == {"prompt": rows[0]["prompt"], "group": rows[0]["prompt"]}
+
+
+def test_files_as_publishers_have_them(tmp_path):
+    """One JSON array (OpenHermes), and .jsonl.gz for each split (HelpSteer2)."""
+    (tmp_path / "array").mkdir()
+    rows = [open_hermes(i) for i in range(NUM_ROWS)]
+    (tmp_path / "array" / "openhermes2_5.json").write_text(json.dumps(rows, indent=2))
+    hub_prepare.main([f"{tmp_path}/array", f"--out={tmp_path}/a", "--val_share=0.4"])
+    expected = expected_rows(SETS["teknium/OpenHermes-2.5"][1])
+    assert normal(rows_of(tmp_path / "a")) == normal(expected)
+    (tmp_path / "gz").mkdir()
+    for split, numbers in (("train", range(12)), ("validation", range(12, 16))):
+        with gzip.open(f"{tmp_path}/gz/{split}.jsonl.gz", "wt") as f:
+            f.writelines(json.dumps(help_steer2(i)) + "\n" for i in numbers)
+    hub_prepare.main([f"{tmp_path}/gz", f"--out={tmp_path}/g"])
+    assert len(read_rows(f"{tmp_path}/g/train.jsonl")) == 6
+    assert len(read_rows(f"{tmp_path}/g/val.jsonl")) == 2
 
 
 def test_whole_texts_are_for_another_command(tmp_path):

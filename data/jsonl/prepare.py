@@ -155,10 +155,12 @@ def training_texts(rows, texts):
     """What a tokenizer is trained on: every text of the training side."""
     yield from texts["train"]
     for row in rows["train"]:
+        if row.get("system"):
+            yield row["system"]
         for turn in row.get("history", []):
             yield from turn
         yield row["prompt"]
-        yield from row["responses"]
+        yield from row.get("responses", [])
 
 
 def responses_of(authors, responses, where):
@@ -284,6 +286,7 @@ def read_files(args):
     texts = {"train": [], "val": []}
     dropped = {}
     ignored = Counter()
+    known = {}  # columns: format
     first = {}  # format: (a line of it, its unused fields, the first row that it makes)
     num_lines = 0
     key, _, prefix = (args.where or "").partition("=")
@@ -292,7 +295,10 @@ def read_files(args):
             if args.where and not str(value.get(key, "")).startswith(prefix):
                 continue
             num_lines += 1
-            found = formats.recognise(value, where, args)
+            columns = tuple(value)
+            if columns not in known:
+                known[columns] = formats.recognise(value, where, args)
+            found = known[columns]
             is_text = found.is_ours and "text" in value
             is_ours = found.is_ours and (is_text or isinstance(value["prompt"], str))
             if is_ours:
