@@ -446,6 +446,8 @@ def read_prompt_chat(row: dict, one: Format, system: str, answer: str = "") -> C
 
 def prompt_messages(row: dict, one: Format) -> list[tuple[str, str]]:
     """The messages before the responses of a row."""
+    if not one.prompt:
+        raise Unusable("rows whose responses are no conversations, without a prompt")
     if is_messages(row[one.prompt]):
         return read_messages(row[one.prompt])
     return history_messages(row) + text_messages(read_prompt(row, one.prompt))

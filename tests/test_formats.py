@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import types
 
 import pyarrow
@@ -13,7 +14,7 @@ from data import cli, formats, hub
 from data.files import read_json
 from data.hub import prepare as hub_prepare
 from data.jsonl import prepare as jsonl_prepare
-from data.rows import read_rows
+from data.rows import check_row, read_rows
 
 # ---- schemas, of the columns on the hub; {} are names of columns and their contents
 
@@ -747,6 +748,60 @@ def test_a_first_row_is_shown_with_its_mask(tmp_path, capsys):
         "    prompt (no loss): 'more'",
         "    response 1 (loss): 'good' + end of text",
     ]
+
+
+def random_value(rng, depth=3):
+    """What a column may hold by mistake."""
+    texts = ["", " ", "a", "role", "user", "assistant", "\ud800", "[", "[" * 90_000, '["a"]']
+    kind = rng.randrange(8 if depth else 4)
+    if kind < 3:
+        return rng.choice(texts)
+    if kind == 3:
+        return rng.choice([None, True, 0, 1, -1.5, float("nan"), float("inf"), 10**40])
+    if kind == 4:
+        return [random_value(rng, depth - 1) for _ in range(rng.randrange(3))]
+    if kind == 5:
+        keys = rng.sample(["role", "content", "from", "value", "text", "score", "rank", "x"], 3)
+        return {key: random_value(rng, depth - 1) for key in keys}
+    return chat("a", "b", "c")[: rng.randrange(4)]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_no_value_of_a_column_ends_the_command(name):
+    """Every row makes rows that are well formed, or is counted."""
+    rng = random.Random(name)
+    make, _ = SETS[name]
+    for i in range(100):
+        row = make(i)
+        for column in rng.sample(list(row), min(3, len(row))):
+            row[column] = random_value(rng)
+        try:
+            rows, dropped = converted(row)
+        except SystemExit as e:  # what kind of column it is decides on an implicit prompt
+            assert "no column is known as their prompt" in str(e)
+            continue
+        assert rows or dropped
+        for ranked_row in rows:
+            check_row(ranked_row, "x")
+
+
+def test_lines_in_other_forms_than_ours(tmp_path):
+    """prompt and response are our own names too; as messages they are TRL's, and scores may have
+    other names."""
+    lines = []
+    for i in range(9):
+        lines.append({"prompt": f"ask {i}", "response": GOOD})
+        lines.append({"prompt": chat(f"ask {i}"), "response": "good"})
+        answers = [{"content": "bad", "rating": 1}, {"content": "good", "rating": 2}]
+        lines.append({"prompt": f"ask {i}", "responses": answers})
+        lines.append({"prompt": f"ask {i}", "responses": ["good", "bad"]})
+    path = write_lines(tmp_path / "in.jsonl", lines)
+    jsonl_prepare.main([path, f"--out={tmp_path}/out", "--val_share=0.4"])
+    expected = []
+    for i in range(9):
+        expected += [plain(i, "good")] * 2 + [plain(i, "good", "bad")]
+        expected.append(plain(i, "good", "bad", scores=[2, 1]))
+    assert normal(rows_of(tmp_path / "out")) == normal(expected)
 
 
 # ---- the hub

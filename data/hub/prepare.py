@@ -23,6 +23,7 @@ OWN = {
     "Anthropic/hh-rlhf": "hh_rlhf",
     "HuggingFaceH4/ultrachat_200k": "ultrachat",
     "berkeley-nest/Nectar": "nectar",
+    "openai/gsm8k": "gsm8k",
     "openbmb/UltraFeedback": "ultrafeedback",
     "stanfordnlp/SHP": "shp_ranked",
     "trl-lib/tldr": "tldr",

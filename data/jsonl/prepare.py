@@ -300,7 +300,7 @@ def read_files(args):
                 known[columns] = formats.recognise(value, where, args)
             found = known[columns]
             is_text = found.is_ours and "text" in value
-            is_ours = found.is_ours and (is_text or isinstance(value["prompt"], str))
+            is_ours = found.is_ours and (is_text or is_our_row(value))
             if is_ours:
                 items, unused = (
                     our_items(value, where, is_text, args, dropped),
@@ -322,6 +322,16 @@ def read_files(args):
     print_recognised(first, rows["train"] + rows["val"])
     print(f"{num_lines:,} lines")
     return rows, texts, dropped, ignored
+
+
+def is_our_row(value) -> bool:
+    """Whether a line with prompt and response(s) has them in our form: not as messages, and with
+    the texts of objects under "text". What is wrong with our own form stops the command."""
+    if not isinstance(value["prompt"], str) or formats.is_messages(value.get("response")):
+        return False
+    responses = value.get("responses")
+    is_object = isinstance(responses, list) and responses and isinstance(responses[0], dict)
+    return not is_object or "text" in responses[0]
 
 
 def print_recognised(first: dict, rows: list[dict]):
