@@ -698,7 +698,7 @@ def conversation_rows(value, system: str, dropped: dict, turns: str) -> list[dic
     for i, text in enumerate(texts):
         if not text.strip():
             drop(dropped, "turns from an empty one on", len(texts) // 2 - i // 2)
-            texts = texts[: i - i % 2]
+            texts = texts[:i]
             break
     answers = range(1, len(texts), 2)
     if turns != "all" and len(answers) > 1:
