@@ -163,6 +163,10 @@ def recognise(row: dict, where: str, args) -> Format:
         found = next(filter(None, (resolve(one, columns) for one in FORMATS)), None)
         if not found:
             raise SystemExit(f"{where}: {unknown(columns)}")
+    if args.system and args.system not in columns:
+        raise SystemExit(
+            f"{where}: there is no column {args.system}; the columns are {listing(columns)}"
+        )
     if found.refused:
         raise SystemExit(f"{where}: {found.name}: {found.refused}")
     is_implicit = found.responses and not found.prompt and not named

@@ -602,6 +602,11 @@ def test_forms(row, expected):
             spin(0) | {"chosen": "a b", "rejected": "a c"},
             {"prompt": "a", "responses": [" b", " c"]},
         ),
+        (
+            ["--system=s"],
+            {"prompt": "ask 0", "response": "good", "s": "Be."},
+            ONE | {"system": "Be."},
+        ),
         (["--prompt=q"], {"q": SYSTEM_ASK}, {"prompt": "ask 0", "system": "Be kind."}),
         (["--better=safer_response_id"], safe_rlhf(0), plain(0, "kind", "rude", scores=[1, 0])),
         (
@@ -723,6 +728,7 @@ def test_parts_that_cannot_be_used_are_counted():
         ({"a": "b"}, ["--prompt=a", "--response=c"], "no column c; the columns are a"),
         ({"a": "b"}, ["--chosen=a"], "--chosen: give --messages"),
         ({"a": "b"}, ["--messages=a", "--prompt=a"], "--prompt, --messages: give --messages"),
+        ({"messages": ASK}, ["--system=x"], "no column x; the columns are messages"),
         ({"messages": ASK}, ["--better=x"], "--better=x needs that column"),
     ],
 )

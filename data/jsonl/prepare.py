@@ -300,7 +300,7 @@ def read_files(args):
                 known[columns] = formats.recognise(value, where, args)
             found = known[columns]
             is_text = found.is_ours and "text" in value
-            is_ours = found.is_ours and (is_text or is_our_row(value))
+            is_ours = found.is_ours and (is_text or is_our_row(value) and not args.system)
             if is_ours:
                 items, unused = (
                     our_items(value, where, is_text, args, dropped),
