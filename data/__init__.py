@@ -16,6 +16,7 @@ Optional fields:
     "scores"     a number for each response, highest first; equal scores are ties
     "ranks"      in the files of a round: an integer for each response, 0 for the best; equal ones
                  are ties, and count whatever the scores are
+    "system"     the system message before the conversation; the template must have {system}
     "history"    [[prompt, response], ...], the earlier turns of a conversation; they have no loss
     "ids"        token ids of sampled responses, used as they are; "tokenizer" is the checksum of
                  the tokenizer that made them. With another tokenizer the text is encoded
@@ -30,7 +31,8 @@ template.
     rows.py         read, check, write and encode ranked rows
     folder.py       read and write data folders and token streams
     batch.py        encoded rows and token streams -> batches
-    hub.py          data sets of the Hugging Face hub -> data folders, resumable
+    formats.py      rows of other projects -> ranked rows
+    hub/            data sets of the Hugging Face hub -> data folders, resumable
     NAME/prepare.py makes data/NAME: python -m data.NAME.prepare
     NAME/scorer.py  scores its responses: a function f(row, text) -> float
 """

@@ -11,7 +11,7 @@ from data.folder import lock_folder, prepare_command, write_meta
 from data.template import cut_prompt_ids
 
 # fields that a whole text, {"text": ...}, cannot have
-TEXT_EXCLUDES = ("prompt", "response", "responses", "history", "scores", "ids")
+TEXT_EXCLUDES = ("prompt", "response", "responses", "system", "history", "scores", "ids")
 
 
 def read_rows(path: str, prompt_only: bool = False) -> list[dict]:
@@ -66,7 +66,7 @@ def check_row(row, where: str, prompt_only: bool = False) -> dict:
     """Return a row that is well formed, a whole text as a row with an empty prompt.
 
     prompt_only: a row without responses is well formed too. Exits with `where` (such as
-    train.jsonl:3) and what is wrong. data/hub.py also counts rows by these messages, in meta.json.
+    train.jsonl:3) and what is wrong. data/hub also counts rows by these messages, in meta.json.
     """
 
     def must(ok, message):
@@ -78,10 +78,6 @@ def check_row(row, where: str, prompt_only: bool = False) -> dict:
     must(
         group is None or isinstance(group, str) and is_unicode(group),
         "group must be a string",
-    )
-    must(
-        not row.get("system"),
-        "system messages are not supported; put the text into the template (BEGIN), or the prompt",
     )
     if "text" in row:
         return check_whole_text(row, must)
@@ -96,6 +92,10 @@ def check_row(row, where: str, prompt_only: bool = False) -> dict:
         "prompt must be a string that is not empty",
     )
     must(is_unicode(prompt), "text must be Unicode, without lone surrogates")
+    must(
+        not row.get("system") or is_text(row["system"]),
+        "system must be a Unicode string with more than white space",
+    )
     history = row.get("history", [])
     must(
         isinstance(history, list) and all(map(is_turn, history)),
@@ -221,14 +221,15 @@ def is_list_of(value, length: int) -> bool:
 
 
 def prompt_key(row: dict) -> tuple:
-    """A dictionary key for what the responses of a row answer: its history and prompt."""
-    history = tuple(tuple(turn) for turn in row.get("history", []))
-    return history + (row["prompt"],)
+    """A dictionary key for what the responses of a row answer: system, history and prompt."""
+    system = [(row["system"],)] if row.get("system") else []
+    history = [tuple(turn) for turn in row.get("history", [])]
+    return (*system, *history, row["prompt"])
 
 
 def prompt_fields(row: dict) -> dict:
-    """The row without its responses: prompt, history and group."""
-    return {name: row[name] for name in ("prompt", "history", "group") if name in row}
+    """The row without its responses: prompt, system, history and group."""
+    return {name: row[name] for name in ("prompt", "system", "history", "group") if name in row}
 
 
 def encode_rows(
@@ -304,6 +305,11 @@ def encode_prompt(
     limit = min(max_prompt or block_size, block_size)
     if not row["prompt"]:
         return [], False
+    if row.get("system"):
+        raise SystemExit(
+            f"the row with the prompt {row['prompt'][:60]!r} has a system message, and the template"
+            " has no {system}"
+        )
     ids, was_cut = cut_prompt_ids(enc, template, row["prompt"], row.get("history") or [], limit)
     if len(ids) == block_size or was_cut and limit == block_size:
         return [], False

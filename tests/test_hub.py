@@ -683,7 +683,7 @@ def test_without_a_network_there_is_one_line(tmp_path):
     )
     assert done.returncode == 1
     assert "could not read it" in done.stderr
-    assert "--hub=FOLDER" in done.stderr
+    assert "give a folder with its files in place of the id" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
 

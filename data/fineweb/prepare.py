@@ -15,7 +15,7 @@ text, so a text that occurs twice is on one side.
 Traps:
 - Without a config FineWeb is all of its 15T tokens (Edu: 1.3T).
 - `token_count` counts GPT-2 tokens without end-of-text.
-- OpenWebText had a loading script, which `datasets` no longer runs. The commit in data/hub.py
+- OpenWebText had a loading script, which `datasets` no longer runs. The commit in data/hub
   holds parquet (config plain_text, 8M documents). Its documents have only `text`, no id.
 """
 

@@ -11,6 +11,10 @@ first, or objects with "text" and "rank" (1 is best) or "score" (high is best); 
 prompt or text) keeps rows of one origin on one side of the split. The optional fields of a ranked
 row (data/__init__.py) are kept; other fields are left out, and named in a line.
 
+Lines of other projects are recognised by the names of their fields: TRL's formats, ShareGPT,
+Alpaca and others (docs/data.md), or by --prompt, --chosen and the like. Of these, lines that cannot
+be used are counted by their reason. What is recognised is printed with the first row.
+
 Writes train.jsonl and val.jsonl from lines with a prompt, and train.bin and val.bin from lines
 with a text.
 """
@@ -23,10 +27,10 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from data import cli, tokenizer
+from data import cli, formats, tokenizer
 from data.files import check_output, parse_json, printable
 from data.folder import check_other_data, lock_folder, split_of, write_meta, write_stream
-from data.rows import check_row, is_unicode, write_rows
+from data.rows import check_row, is_unicode, prompt_key, write_rows
 
 OUTPUTS = ("train.jsonl", "val.jsonl", "train.bin", "val.bin", "meta.json", "tokenizer.tiktoken")
 MAX_LINE = 2**28  # characters
@@ -66,7 +70,8 @@ def parse_line(line, where):
     except (ValueError, RecursionError) as e:
         raise SystemExit(f"{where}: not JSON: {e}")
     if not isinstance(value, dict):
-        raise SystemExit(f"{where}: not an object")
+        advice = "; of an array make lines: jq -c '.[]' FILE" if isinstance(value, list) else ""
+        raise SystemExit(f"{where}: not an object{advice}")
     return value
 
 
@@ -150,10 +155,12 @@ def training_texts(rows, texts):
     """What a tokenizer is trained on: every text of the training side."""
     yield from texts["train"]
     for row in rows["train"]:
+        if row.get("system"):
+            yield row["system"]
         for turn in row.get("history", []):
             yield from turn
         yield row["prompt"]
-        yield from row["responses"]
+        yield from row.get("responses", [])
 
 
 def responses_of(authors, responses, where):
@@ -209,6 +216,7 @@ def main(argv=None):
         default=0.1,
         help="share of the groups that go to validation",
     )
+    formats.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.where is not None and not args.where.partition("=")[1]:
         raise SystemExit(f"--where={args.where}: give KEY=PREFIX, such as --where=source=gsm8k")
@@ -216,8 +224,8 @@ def main(argv=None):
     for name in OUTPUTS:
         check_output(os.path.join(args.out, name), args.files, is_data=True)
     with lock_folder(args.out):  # if it cannot be made, that is said before reading
-        rows, texts, num_dropped, ignored = read_files(args)
-        check_sides(args, rows, texts, num_dropped)
+        rows, texts, dropped, ignored = read_files(args)
+        check_sides(args, rows, texts, dropped)
         written = {".bin": texts, ".jsonl": rows}
         check_other_data(args.out, tuple(kind for kind in written if any(written[kind].values())))
         sizes = {}
@@ -237,10 +245,12 @@ def main(argv=None):
             for side in ("train", "val"):
                 sizes[f"{side}_rows"] = len(rows[side])
                 write_rows(os.path.join(args.out, f"{side}.jsonl"), rows[side])
-        write_meta(args.out, tokenizer_name, [os.path.basename(f) for f in args.files], **sizes)
+        source = [os.path.basename(f) for f in args.files]
+        details = {"dropped": dropped} if dropped else {}
+        write_meta(args.out, tokenizer_name, source, **sizes, **details)
     summary = ", ".join(f"{n:,} {what}" for what, n in sizes.items())
-    if num_dropped:
-        summary += f"; {num_dropped} rows lack an author"
+    if dropped:
+        summary += f"; {formats.describe_dropped(dropped)}"
     print(f"{args.out}: {summary}")
     if ignored:
         names = [f"{name} ({n:,})" for name, n in ignored.most_common(10)]
@@ -248,12 +258,12 @@ def main(argv=None):
         print(printable(f"ignored fields: {', '.join(names)}{more}"))
 
 
-def check_sides(args, rows, texts, num_dropped: int):
+def check_sides(args, rows, texts, dropped: dict):
     """Exit if no line is left, or none on one side of the split."""
     files = ", ".join(args.files)
     if not any(rows.values()) and not any(texts.values()):
-        if num_dropped:
-            raise SystemExit(f"{files}: no line is left ({num_dropped} lack one of the authors)")
+        if dropped:
+            raise SystemExit(f"{files}: no line is left; {formats.describe_dropped(dropped)}")
         if args.where:
             key, _, prefix = args.where.partition("=")
             raise SystemExit(f"{files}: no line has a {key} that starts with {prefix!r} (--where)")
@@ -269,30 +279,93 @@ def check_sides(args, rows, texts, num_dropped: int):
 
 
 def read_files(args):
-    """Returns ({side: rows}, {side: texts}, number of rows without one of --authors, {field that
-    was ignored: how often})."""
+    """Returns ({side: rows}, {side: texts}, {reason: how many were dropped}, {field that was
+    ignored: how often})."""
     rows = {"train": [], "val": []}
+    rated = {"train": [], "val": []}  # a response each, to be merged
     texts = {"train": [], "val": []}
-    num_dropped = 0
+    dropped = {}
     ignored = Counter()
+    known = {}  # columns: format
+    first = {}  # format: (a line of it, its unused fields, the first row that it makes)
+    num_lines = 0
     key, _, prefix = (args.where or "").partition("=")
-    authors = args.authors.split(",") if args.authors else None
     for path in args.files:
         for where, value in tqdm(read_lines(path), desc=os.path.basename(path), disable=None):
             if args.where and not str(value.get(key, "")).startswith(prefix):
                 continue
-            group = group_of(value, where)
-            if "text" in value:
-                sides, item = texts, to_document(value, where)
+            num_lines += 1
+            columns = tuple(value)
+            if columns not in known:
+                known[columns] = formats.recognise(value, where, args)
+            found = known[columns]
+            is_text = found.is_ours and "text" in value
+            is_ours = found.is_ours and (is_text or is_our_row(value) and not args.system)
+            if is_ours:
+                items, unused = (
+                    our_items(value, where, is_text, args, dropped),
+                    ignored_fields(value),
+                )
             else:
-                row = to_row(value, where, authors)
-                if row is None:
-                    num_dropped += 1
-                    continue
-                sides, item = rows, row | {"group": group}
-            sides[split_of(group, args.val_share)].append(item)
-            ignored.update(name for name in ignored_fields(value) if name != key)
-    return rows, texts, num_dropped, ignored
+                items = foreign_rows(value, where, found, args, dropped)
+                unused = formats.unused_columns(found, value, args)
+            if items and found not in first:
+                row = {"prompt": "", "responses": items} if is_text else items[0]
+                first[found] = (value, unused, row)
+            sides = texts if is_text else rated if found.score else rows
+            for item in items:
+                group = group_of(value, where) if is_text else item["group"]
+                sides[split_of(group, args.val_share)].append(item)
+            ignored.update(name for name in unused if name != key)
+    for side in rows:
+        rows[side] += formats.merge_rated(rated[side], dropped)
+    print_recognised(first, rows["train"] + rows["val"])
+    print(f"{num_lines:,} lines")
+    return rows, texts, dropped, ignored
+
+
+def is_our_row(value) -> bool:
+    """Whether a line with prompt and response(s) has them in our form: not as messages, and with
+    the texts of objects under "text". What is wrong with our own form stops the command."""
+    if not isinstance(value["prompt"], str) or formats.is_messages(value.get("response")):
+        return False
+    responses = value.get("responses")
+    is_object = isinstance(responses, list) and responses and isinstance(responses[0], dict)
+    return not is_object or "text" in responses[0]
+
+
+def print_recognised(first: dict, rows: list[dict]):
+    """Print each format with its first row, of rated responses with the row that they became."""
+    for found, (line, unused, row) in first.items():
+        if found.score:
+            merged = (other for other in rows if prompt_key(other) == prompt_key(row))
+            row = next(merged, row)
+        print(formats.describe(found, line, unused, row))
+
+
+def our_items(value, where, is_text: bool, args, dropped: dict) -> list:
+    """The text or the row of a line of our own form. Exits with what is wrong with it."""
+    group = group_of(value, where)
+    if is_text:
+        return [to_document(value, where)]
+    row = to_row(value, where, args.authors.split(",") if args.authors else None)
+    if row is None:
+        return formats.drop(dropped, "rows that lack one of --authors")
+    return [row | {"group": group}]
+
+
+def foreign_rows(value, where, found: formats.Format, args, dropped: dict) -> list[dict]:
+    """The rows of a line of another project's form. What cannot be used is counted."""
+    if args.authors:
+        raise SystemExit(f"{where}: --authors needs responses that are objects with an author")
+
+    def convert(line, counts):
+        return formats.convert(line, found, counts, args)
+
+    rows = formats.convert_checked(value, convert, dropped)
+    if value.get("group") is not None or value.get("url"):
+        rows = [row | {"group": group_of(value, where)} for row in rows]
+    return rows
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main(argv=None):
         help="id of a data set of SHP's schema, or a folder with its files",
     )
     parser.add_argument(
-        "--revision", help="commit or branch on the hub (default: the commit in data/hub.py)"
+        "--revision", help="commit or branch on the hub (default: the commit in data/hub)"
     )
     parser.add_argument(
         "--rows", type=cli.number_type(int, 1), default=10_000, help="number of pairs"

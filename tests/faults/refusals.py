@@ -399,7 +399,7 @@ ROWS = {
         "outside the vocabulary",
         rows_with(ids=[[9999], [1], [2]], tokenizer=tokenizer.fingerprint(tokenizer.load("bytes"))),
     ),
-    "a system message": rows_case("train.jsonl:3: system messages", rows_with(system="Be brief.")),
+    "a system message": rows_case("the template has no {system}", rows_with(system="Be brief.")),
     "a text beside a prompt": rows_case("train.jsonl:3: a row with text", rows_with(text="a")),
     "ended neither true nor false": rows_case("ended must be", rows_with(ended="no")),
     "scores too few": rows_case("train.jsonl:3: scores must be", rows_with(scores=[1]), reward),

@@ -20,7 +20,14 @@ from tqdm import tqdm
 from data import cli
 from data.files import check_output, printable, read_json, require_regular, write_json
 from data.folder import check_other_data, lock_folder, split_of, write_meta
-from data.rows import check_row, write_rows
+from data.formats import (  # noqa: F401  # parse_transcript is for the prepare.py of a set
+    best_answers,
+    convert_checked,
+    describe_dropped,
+    drop,
+    parse_transcript,
+)
+from data.rows import write_rows
 
 # The commits that other projects' code names for these sets. A set that is not listed is read at
 # the commit that `main` is at in the first run; meta.json records it.
@@ -52,7 +59,7 @@ def argument_parser(doc: str, hub: str, script: str) -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--revision",
-        help="commit or branch (default: the commit in data/hub.py, or main at the first run)",
+        help="commit or branch (default: the commit in data/hub, or main at the first run)",
     )
     parser.add_argument(
         "--rows",
@@ -87,7 +94,7 @@ def read_error(hub: str, e: Exception) -> SystemExit:
     return SystemExit(
         printable(
             f"{hub}: datasets could not read it ({reason});"
-            " without a network give a folder that holds its files: --hub=FOLDER"
+            " without a network give a folder with its files in place of the id"
         )
     )
 
@@ -103,6 +110,25 @@ def resolve_commit(hub: str, revision: str | None = None) -> str | None:
 
     try:
         return huggingface_hub.HfApi().dataset_info(hub, revision=revision).sha
+    except Exception as e:
+        raise read_error(hub, e)
+
+
+def config_names(hub: str, commit: str | None) -> list[str]:
+    """The parts of a data set, ["default"] if it has no parts."""
+    import datasets
+
+    try:
+        return datasets.get_dataset_config_names(hub, revision=commit)
+    except Exception as e:
+        raise read_error(hub, e)
+
+
+def split_names(hub: str, config: str | None, commit: str | None) -> list[str]:
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(hub, config, revision=commit)
     except Exception as e:
         raise read_error(hub, e)
 
@@ -175,16 +201,19 @@ def lock_output(args):
         yield
 
 
-def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> dict:
+def collect(
+    args, splits, fields, convert, config=None, max_bytes: int = 0, state: dict | None = None
+) -> dict:
     """Read the splits of a data set and append their converted rows to OUT/FILE.partial, which the
     caller has locked (`lock_output`).
 
     splits: [(split on the hub, side)], side "train", "val", or None if `convert` decides.
     convert(rows, side, dropped) yields (file name, bytes) and counts what it leaves out in
     `dropped`, {reason: number}. max_bytes: stop when the files have so many bytes together; 0:
-    never. Returns the state; state["part"] is the index of the current split.
+    never. state: that of `load_state`, if it is loaded already. Returns the state; state["part"]
+    is the index of the current split.
     """
-    state = load_state(args)
+    state = state or load_state(args)
     if state["part"] == len(splits):  # all is read; only `finish` is missing
         return state
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
@@ -200,6 +229,7 @@ def collect(args, splits, fields, convert, config=None, max_bytes: int = 0) -> d
                     pieces = convert(chunk, side, state["dropped"])
                     is_full = append_pieces(args.out, pieces, files, state, max_bytes)
                     state["rows"] += len(chunk)
+                    state["read"] = state.get("read", 0) + len(chunk)
                     state["place"] = dataset.state_dict()
                     if is_full or len(chunk) < CHUNK:
                         state["part"] = len(splits) if is_full else part + 1
@@ -324,11 +354,6 @@ def describe_sizes(sizes: dict) -> str:
     return ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in sizes.items())
 
 
-def describe_dropped(dropped: dict) -> str:
-    counts = [f"{n:,} {reason}" for reason, n in sorted(dropped.items())]
-    return "dropped: " + (", ".join(counts) or "nothing")
-
-
 # ---- finishing
 
 
@@ -389,7 +414,8 @@ def finish(args, state: dict, tokenizer_name, unit: str, sizes: dict, dropped: d
     write_meta(args.out, tokenizer_name, source, **details, dropped=dropped)
     os.remove(state_path(args))
     counts = ", ".join(f"{n:,} {side} {unit}" for side, n in sizes.items())
-    print(f"{args.out}: {counts}; {describe_dropped(dropped)}")
+    read = f" of {state['read']:,} rows read" if "read" in state else ""
+    print(f"{args.out}: {counts}{read}; {describe_dropped(dropped)}")
 
 
 def require_both_sides(args, state: dict, extension: str):
@@ -422,8 +448,9 @@ def read_partial(path: str):
 # ---- rows
 
 
-def prepare_rows(args, splits, fields, convert, choose=None, config=None):
-    """Make a data folder of ranked rows. config: the part of a data set that has several.
+def prepare_rows(args, splits, fields, convert, choose=None, config=None, state=None):
+    """Make a data folder of ranked rows. config: the part of a data set that has several. state:
+    that of `load_state`, if it is loaded already.
 
     convert(row, dropped) -> the list of ranked rows that a row of the data set makes. A split
     with side None is divided by a hash of the group. choose: see `finish_rows`.
@@ -438,24 +465,8 @@ def prepare_rows(args, splits, fields, convert, choose=None, config=None):
 
     check_other_data(args.out, (".jsonl",))
     with lock_output(args):
-        state = collect(args, splits, fields, to_json_lines, config)
+        state = collect(args, splits, fields, to_json_lines, config, state=state)
         finish_rows(args, state, choose)
-
-
-def convert_checked(row: dict, convert, dropped: dict) -> list[dict]:
-    """convert(row), every result checked; a malformed row is dropped and its reason counted."""
-    try:
-        return [check_row(ranked_row, "malformed rows") for ranked_row in convert(row, dropped)]
-    except SystemExit as e:  # from check_row
-        return drop(dropped, str(e))
-    except (TypeError, ValueError, AttributeError, IndexError) as e:  # null instead of a text
-        return drop(dropped, f"malformed rows: {type(e).__name__}")
-
-
-def drop(dropped: dict, reason: str, n: int = 1) -> list:
-    """Count n dropped things in place. Returns [], the rows that are left."""
-    dropped[reason] = dropped.get(reason, 0) + n
-    return []
 
 
 def rank_responses(prompt: str, answers, group: str, dropped: dict, history=()) -> list[dict]:
@@ -465,22 +476,8 @@ def rank_responses(prompt: str, answers, group: str, dropped: dict, history=()) 
     are dropped and counted. White space around texts is removed. Of equal responses the best is
     kept.
     """
-    scored = []
-    for text, score in answers:
-        if score is None or score != score:
-            drop(dropped, "responses without a score")
-        else:
-            scored.append((text, score))
-    scored.sort(key=lambda answer: -answer[1])
-    best = {}  # response -> score
-    for text, score in scored:
-        text = (text or "").strip()
-        if not text:
-            drop(dropped, "empty responses")
-        elif text in best:
-            drop(dropped, "responses that repeat a better one")
-        else:
-            best[text] = score
+    stripped = [((text or "").strip(), score) for text, score in answers]
+    best = best_answers(stripped, dropped)
     if len(best) < 2:
         return drop(dropped, "rows without two different responses")
     row = {
@@ -492,19 +489,3 @@ def rank_responses(prompt: str, answers, group: str, dropped: dict, history=()) 
     if history:
         row["history"] = history
     return [row]
-
-
-def parse_transcript(text: str):
-    r"""Parse "\n\nHuman: a\n\nAssistant: b\n\nHuman: c" into ([["a", "b"]], "c").
-
-    Returns None if the turns do not alternate from a human to a human, or if one is empty.
-    """
-    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    speakers = parts[::2]
-    turns = [part.strip() for part in parts[1::2]]
-    if before.strip() or len(turns) % 2 == 0 or not all(turns):
-        return None
-    if any(speaker != ("Human", "Assistant")[i % 2] for i, speaker in enumerate(speakers)):
-        return None
-    history = [list(pair) for pair in zip(turns[:-1:2], turns[1::2])]
-    return history, turns[-1]
