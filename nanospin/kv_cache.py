@@ -23,7 +23,11 @@ Such a group has n neighbouring rows of each of U prompts; here U = 2 and n = 3:
                  row 4     .  e2 e3|
                  row 5     .  f2 f3|
 
-On a GPU every row has its own copy of the prompt and reads that.
+The last bits of the result depend on n and on the lengths of the others, as those of any row depend
+on its batch.
+
+On a GPU prompts are not shared: every row has its own copy of the prompt and reads that. Sharing
+would take a second kernel in every layer, and has not been measured.
 """
 
 import itertools

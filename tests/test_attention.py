@@ -354,8 +354,8 @@ def test_rows_that_share_prompts_equal_whole_sequences(config, group_size, monke
     pos_of = [lengths[parent] for parent in parents]
     for rows, num_steps in (
         (list(range(12)), 40),  # longer than the columns of a small cache
-        ([0, 2, 3, 6, 7, 8, 9, 10, 11], 3),  # one row of the first prompt is left
-        ([1, 0, 9, 10, 11, 6, 7, 3], 35),  # row 1 moves from its prompt anew
+        ([0, 2, 3, 6, 7, 9, 10, 11], 3),  # one row of the first prompt is left, two of the second
+        ([1, 0, 9, 10, 11, 3, 4, 6, 8], 35),  # rows 1, 4 and 8 start anew
     ):
         for row in rows:
             if row not in old:
