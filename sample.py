@@ -12,6 +12,7 @@ values are cached (nanospin/kv_cache.py). nanospin/decoding.py makes a single st
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ from data.template import cut_prompt_ids, with_bos
 from model import GPT
 from nanospin import distributed
 from nanospin.decoding import DecodeStep, prepacked_weights
-from nanospin.kv_cache import KVCache
+from nanospin.kv_cache import KVCache, Prompt
 
 PREFILL_TOKENS = 8192  # prompts are processed about so many tokens at a time
 BURST = {"cpu": 1, "cuda": 16}  # tokens per row between two checks for ends, which a GPU waits for
@@ -109,6 +110,7 @@ class Request:
     index: int  # its place in the list of prompts
     prompt: list[int]
     max_new_tokens: int
+    shares_prompt: bool  # whether other requests have the same prompt
     new_ids: list[int] = field(default_factory=list)
 
     def num_tokens(self) -> int:
@@ -134,6 +136,7 @@ class Row:
     last_id: torch.Tensor  # (1,) on the device
     cache: KVCache
     cache_row: int
+    prompt: Prompt | None  # that it shares with other rows
 
 
 @torch.no_grad()
@@ -194,7 +197,7 @@ def generate(
                     progress.update(len(rows) - len(running))
                 num_joining = min(len(waiting), batch_size - len(running))
                 joining = [waiting.pop() for _ in range(num_joining)]
-                rows = running + admit(model, joining, sample, on_token)
+                rows = running + admit(model, running, joining, sample, on_token)
                 if rows:
                     step = regroup(model, rows, sample)
                 continue
@@ -226,9 +229,11 @@ def make_requests(prompts, max_new_tokens, block_size) -> list[Request]:
             )
     if min(max_new_tokens, default=1) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {min(max_new_tokens)}")
+    counts = Counter(tuple(prompt) for prompt in prompts)
     requests = []
     for i, (prompt, limit) in enumerate(zip(prompts, max_new_tokens)):
-        requests.append(Request(i, prompt, min(limit, block_size - len(prompt))))
+        shares_prompt = counts[tuple(prompt)] > 1
+        requests.append(Request(i, prompt, min(limit, block_size - len(prompt)), shares_prompt))
     return requests
 
 
@@ -243,8 +248,10 @@ def uniform_numbers(request_ids, n, generator) -> torch.Tensor:
     return torch.from_numpy(np.array(rows))
 
 
-def admit(model, requests, sample, on_token) -> list[Row]:
-    """Prefill the prompts and sample each request's first token."""
+def admit(model, running, requests, sample, on_token) -> list[Row]:
+    """Prefill the prompts and sample each request's first token. running: the rows in the batch,
+    which may have the same prompts."""
+    prompts = {tuple(row.request.prompt): row.prompt for row in running}
     rows = []
     for group in prefill_groups(requests):
         logits, places = prefill(model, [request.prompt for request in group])
@@ -255,18 +262,25 @@ def admit(model, requests, sample, on_token) -> list[Row]:
             if on_token is not None:
                 on_token(request.index, request.new_ids)
         for request, last_id, (cache, cache_row) in zip(group, ids.split(1), places):
-            rows.append(Row(request, last_id, cache, cache_row))
+            key = tuple(request.prompt)
+            if request.shares_prompt and key not in prompts:
+                prompts[key] = cache.prompt(cache_row)
+            rows.append(Row(request, last_id, cache, cache_row, prompts.get(key)))
     return rows
 
 
 def prefill_groups(requests) -> list[list[Request]]:
-    """Split requests, shortest prompt first, into groups of about PREFILL_TOKENS padded tokens."""
+    """Split requests, shortest prompt first, into groups of about PREFILL_TOKENS padded tokens.
+    Equal prompts count once."""
     groups = []
+    prompts = set()  # of the last group
     for request in requests:
-        if groups and (len(groups[-1]) + 1) * len(request.prompt) <= PREFILL_TOKENS:
+        prompts.add(tuple(request.prompt))
+        if groups and len(prompts) * len(request.prompt) <= PREFILL_TOKENS:
             groups[-1].append(request)
         else:
             groups.append([request])
+            prompts = {tuple(request.prompt)}
     return groups
 
 
@@ -288,11 +302,22 @@ def prefill(model, prompts) -> tuple[torch.Tensor, list[tuple[KVCache, int]]]:
 
 
 def regroup(model, rows: list[Row], sample) -> DecodeStep:
-    """Sort the rows by length and move them to one new KV cache. Returns its decoding step."""
-    rows.sort(key=lambda row: row.request.num_tokens())
+    """Sort the rows and move them to one new KV cache. Returns its decoding step."""
+    counts = Counter(row.prompt for row in rows)
+
+    def order(row):
+        """By length; if a prompt is shared, by the number of its rows, and the prompt."""
+        length = row.request.num_tokens()
+        if row.prompt is None:
+            return 0, length
+        return counts[row.prompt], row.prompt.length, row.request.prompt, length
+
+    rows.sort(key=order)
     cached = [row.request.num_tokens() - 1 for row in rows]  # all but the last token
     cache = KVCache()
-    cache.rebuild([(row.cache, row.cache_row) for row in rows], cached)
+    cache.rebuild(
+        [(row.cache, row.cache_row) for row in rows], cached, [row.prompt for row in rows]
+    )
     ids = torch.cat([row.last_id for row in rows])
     for b, row in enumerate(rows):
         row.last_id, row.cache, row.cache_row = ids[b : b + 1], cache, b  # ids changes in place

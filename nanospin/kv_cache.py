@@ -10,10 +10,30 @@ Rows are right-aligned, so that the next token of every row goes to the same col
 On a CPU rows of similar length form a group with its own tensors. Without groups, every row would
 cost as much as the longest one. On a GPU all rows are one group, and the kernel of FlexAttention
 skips the blocks of columns that a row does not use.
+
+A prompt that is sampled several times is kept once, as a `Prompt`, and read once per step for all
+its rows (Hydragen, arXiv 2402.05099). The columns of these rows hold only the tokens after it.
+Such a group has n neighbouring rows of each of U prompts; here U = 2 and n = 3:
+
+    prompts      column    0  1  2| 3
+    p0 p1 p2     row 0     a3 a4 a5|          a token sees its prompt and the columns of its row,
+                 row 1     b3 b4 b5|          in one softmax
+                 row 2     c3 c4 c5|
+    q0 q1 .      row 3     .  d2 d3|          a mask hides the padding of a shorter prompt
+                 row 4     .  e2 e3|
+                 row 5     .  f2 f3|
+
+The last bits of the result depend on n and on the lengths of the others, as those of any row depend
+on its batch.
+
+On a GPU prompts are not shared: every row has its own copy of the prompt and reads that. Sharing
+would take a second kernel in every layer, and has not been measured.
 """
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +43,15 @@ from nanospin.attention import decode_mask, flex_attention, on_gpu, round_up, wh
 GROUP_SIZE = {"cpu": 16, "cuda": 4096}  # most rows of a group
 
 GROWTH = 32  # a full group of a CPU grows to a multiple of so many columns; unused ones cost time
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A prompt that rows share: its keys and values, {layer: (Hkv, length, D)}."""
+
+    length: int
+    k: dict[int, torch.Tensor] = field(default_factory=dict)
+    v: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class KVCache:
@@ -35,6 +64,7 @@ class KVCache:
     def __init__(self, ends=()):
         self.k = {}  # layer -> [(b, Hkv, columns, D) for each group]
         self.v = {}
+        self.prompts = []  # of each group: a PromptBatch, or None
         self.ends = list(ends)
         self.column = None  # (groups,) on the device: the column of the last tokens
         self.masks = []  # of each group: (b Hkv, 1, columns), 0 or -inf; on a GPU a BlockMask
@@ -56,11 +86,24 @@ class KVCache:
         self.k[layer] = [k.gather(2, column)]
         self.v[layer] = [v.gather(2, column)]
 
-    def rebuild(self, rows: list[tuple["KVCache", int]], lengths: list[int]):
-        """Fill this empty cache with rows (cache, row) of other caches, which have these lengths.
+    def prompt(self, row: int) -> Prompt | None:
+        """The prompt that `store` has kept as this row, for rows to share. None on a GPU."""
+        if on_gpu(self.groups()[0]):
+            return None
+        prompt = Prompt(self.ends[row])
+        for layer in self.k:
+            prompt.k[layer] = self.k[layer][row][0, :, : prompt.length]
+            prompt.v[layer] = self.v[layer][row][0, :, : prompt.length]
+        return prompt
 
-        Neighbours form groups, so sort the rows by length.
+    def rebuild(self, rows: list[tuple["KVCache", int]], lengths: list[int], prompts=None):
+        """Fill this empty cache with rows (cache, row) of other caches, which have these lengths.
+        prompts: the Prompt with which each row begins, or None if it shares none; default None.
+
+        Neighbours form groups (`split_groups`), so sort the rows by length, and those that share
+        prompts by the number of rows that do.
         """
+        prompts = prompts or [None] * len(rows)
         places = {}
         for cache, _ in rows:
             if cache not in places:
@@ -69,10 +112,14 @@ class KVCache:
         layers = list(rows[0][0].k)
         device = rows[0][0].k[layers[0]][0].device
         groups = []
-        for start in range(0, len(rows), GROUP_SIZE[device.type]):
-            group = slice(start, start + GROUP_SIZE[device.type])
+        for group in split_groups(prompts, GROUP_SIZE[device.type]):
             groups.append(find_sources(rows[group], places, device))
-            self.ends.append(max(lengths[group]))
+            shared = None if prompts[group.start] is None else PromptBatch(prompts[group])
+            self.prompts.append(shared)
+            end = 0  # longest row, without a shared prompt
+            for length, prompt in zip(lengths[group], prompts[group]):
+                end = max(end, length - (prompt.length if prompt else 0))
+            self.ends.append(end)
         self.column = torch.tensor(self.ends, device=device) - 1
 
         for layer in layers:
@@ -113,7 +160,7 @@ class KVCache:
         self.column += 1
         self.masks = []
         group_pos = pos.split([len(keys) for keys in groups])
-        for keys, column, row_pos in zip(groups, self.column, group_pos):
+        for keys, column, row_pos, prompts in zip(groups, self.column, group_pos, self.prompts):
             if on_gpu(keys):
                 first = column - row_pos
                 if sliding_window:
@@ -123,14 +170,14 @@ class KVCache:
                 self.masks.append(mask)
                 continue
             num_kv_heads, num_columns = keys.shape[1:3]
+            if prompts is not None:
+                row_pos = prompts.begin_step(row_pos, sliding_window, num_shared)
             # (columns,): how many tokens before the new one
             distance = column - torch.arange(num_columns, device=pos.device)
             visible = (distance >= 0) & (distance <= row_pos[:, None])  # (b, columns)
             if sliding_window:
                 visible = visible & (distance < sliding_window)
-            mask = torch.zeros(visible.shape, dtype=keys.dtype, device=pos.device)
-            mask.masked_fill_(~visible, -math.inf)
-            self.masks.append(mask.repeat_interleave(num_kv_heads, 0)[:, None])
+            self.masks.append(additive_mask(visible[:, None], num_kv_heads, keys.dtype))
 
     def grow(self):
         """Make room in the groups that are full."""
@@ -164,9 +211,97 @@ class KVCache:
             values = values.view(b * num_kv_heads, num_columns, head_dim)
             queries = q[group].reshape(b * num_kv_heads, -1, head_dim)  # (b Hkv, g, D)
             scores = torch.baddbmm(mask, queries, keys.mT, alpha=head_dim**-0.5)
-            y = torch.softmax(scores, -1) @ values  # (b Hkv, g, D)
+            if self.prompts[group] is None:
+                y = torch.softmax(scores, -1) @ values  # (b Hkv, g, D)
+            else:
+                y = self.prompts[group].attend(layer, queries, scores, values)
             out.append(y.view(b, -1, head_dim))
         return torch.cat(out)
+
+
+class PromptBatch:
+    """The U prompts of a group, right-padded, and attention to them. Row i of the group begins with
+    prompt i // n.
+
+    k, v: {layer: (U, Hkv, P, D)}.
+    """
+
+    def __init__(self, prompts: list[Prompt]):
+        """prompts: of each row."""
+        prompts = list(dict.fromkeys(prompts))
+        self.k, self.v = {}, {}
+        for layer in prompts[0].k:
+            self.k[layer] = pad_and_stack([prompt.k[layer] for prompt in prompts])
+            self.v[layer] = pad_and_stack([prompt.v[layer] for prompt in prompts])
+            for u, prompt in enumerate(prompts):  # keep nothing twice
+                prompt.k[layer] = self.k[layer][u, :, : prompt.length]
+                prompt.v[layer] = self.v[layer][u, :, : prompt.length]
+        lengths = [prompt.length for prompt in prompts]
+        self.lengths = torch.tensor(lengths, device=self.k[0].device)[:, None]  # (U, 1)
+        self.mask = None  # (U Hkv, 1 or n g, P)
+
+    def begin_step(self, pos: torch.Tensor, sliding_window: int, num_shared: int) -> torch.Tensor:
+        """Make the mask for tokens at pos (U n,). Returns how many tokens of their own rows, behind
+        the prompt, are before them (U n,)."""
+        _, num_kv_heads, P, _ = self.k[0].shape
+        pos = pos.view(len(self.lengths), -1)  # (U, n)
+        prompt_pos = torch.arange(P, device=pos.device)
+        visible = (prompt_pos < self.lengths)[:, None]  # (U, 1, P)
+        if sliding_window:
+            visible = visible & (pos[:, :, None] - prompt_pos < sliding_window)  # (U, n, P)
+            visible = visible.repeat_interleave(num_shared, 1)
+        self.mask = additive_mask(visible, num_kv_heads, self.k[0].dtype)
+        return (pos - self.lengths).flatten()
+
+    def attend(self, layer: int, queries, own_scores, own_values) -> torch.Tensor:
+        """Attention of queries (b Hkv, g, D) to their prompts and to the tokens behind them, which
+        have own_scores (b Hkv, g, columns) and own_values (b Hkv, columns, D) -> (b Hkv, g, D)."""
+        U, num_kv_heads, P, head_dim = self.k[layer].shape
+        g = queries.shape[1]
+
+        def by_prompt(x):
+            """(b Hkv, g, width) -> (U Hkv, n g, width): the queries that read the same keys."""
+            x = x.view(U, -1, num_kv_heads, g, x.shape[-1]).transpose(1, 2)
+            return x.reshape(U * num_kv_heads, -1, x.shape[-1])
+
+        def by_row(x):
+            """And back."""
+            x = x.view(U, num_kv_heads, -1, g, x.shape[-1]).transpose(1, 2)
+            return x.reshape(-1, g, x.shape[-1])
+
+        keys, values = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
+        scores = torch.baddbmm(self.mask, by_prompt(queries), keys.mT, alpha=head_dim**-0.5)
+        probs = torch.softmax(torch.cat([by_row(scores), own_scores], -1), -1)
+        y = by_row(by_prompt(probs[:, :, :P]) @ values)
+        return torch.baddbmm(y, probs[:, :, P:], own_values)
+
+
+def split_groups(prompts: list[Prompt | None], size: int) -> list[slice]:
+    """The groups of rows with these prompts: of at most `size` rows that share none, or of as many
+    rows of each prompt."""
+    counts = Counter(prompts)
+    num_sharing = [0 if prompt is None else counts[prompt] for prompt in prompts]
+    groups = []
+    start = 0
+    for n, run in itertools.groupby(num_sharing):
+        stop = start + len(list(run))
+        most = max(n, size // n * n) if n else size
+        for first in range(start, stop, most):
+            groups.append(slice(first, min(first + most, stop)))
+        start = stop
+    return groups
+
+
+def additive_mask(visible, num_kv_heads: int, dtype) -> torch.Tensor:
+    """visible (b, m, columns) -> (b Hkv, m, columns): 0 where it is True, else -inf."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, -math.inf).repeat_interleave(num_kv_heads, 0)
+
+
+def pad_and_stack(tensors) -> torch.Tensor:
+    """Tensors (Hkv, length, D) of U prompts -> (U, Hkv, P, D)."""
+    longest = max(x.shape[1] for x in tensors)
+    return torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tensors])
 
 
 @dataclass

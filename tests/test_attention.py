@@ -319,3 +319,81 @@ def test_a_growing_cache_equals_whole_sequences(config, monkeypatch):
         pos = torch.tensor([lengths[b] + t for b in rows])
         found = model.hidden(tokens[rows, pos], pos=pos, cache=cache)
         torch.testing.assert_close(found, expected[rows, pos], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("group_size", [1, 4, 16])
+def test_rows_that_share_prompts_equal_whole_sequences(config, group_size, monkeypatch):
+    """Three prompts of different lengths, three rows of each, and three rows alone; then rows leave
+    and later some come back. In float64, up to a few hundred roundings of 2^-53."""
+    monkeypatch.setitem(kv_cache.GROUP_SIZE, "cpu", group_size)
+    model = GPT(GPTConfig(**config | {"block_size": 160})).double().eval()
+    lengths = [1, 7, 40, 3, 8, 50]
+    tokens = torch.randint(0, 97, (6, 160), generator=torch.Generator().manual_seed(0))
+    prefilled = KVCache(lengths)
+    model.hidden(tokens[:, :50], cache=prefilled)
+    prompts = [prefilled.prompt(i) for i in range(3)] + [None] * 3
+    # The rows of a prompt differ behind it.
+    parents = [3, 4, 5] + [0] * 3 + [1] * 3 + [2] * 3
+    sequences = torch.randint(0, 97, (12, 160), generator=torch.Generator().manual_seed(1))
+    for row, parent in enumerate(parents):
+        sequences[row, : lengths[parent]] = tokens[parent, : lengths[parent]]
+    expected = model.hidden(sequences)
+
+    def move(rows):
+        """To a new cache. Rows that are not in the old one start with their prompt."""
+        found = [
+            (cache, old.index(row)) if row in old else (prefilled, parents[row]) for row in rows
+        ]
+        new = KVCache()
+        new.rebuild(found, [pos_of[row] for row in rows], [prompts[parents[row]] for row in rows])
+        return new
+
+    cache, old = None, []
+    pos_of = [lengths[parent] for parent in parents]
+    for rows, num_steps in (
+        (list(range(12)), 40),  # longer than the columns of a small cache
+        ([0, 2, 3, 6, 7, 9, 10, 11], 3),  # one row of the first prompt is left, two of the second
+        ([1, 0, 9, 10, 11, 3, 4, 6, 8], 35),  # rows 1, 4 and 8 start anew
+    ):
+        for row in rows:
+            if row not in old:
+                pos_of[row] = lengths[parents[row]]
+        cache, old = move(rows), rows
+        for _ in range(num_steps):
+            pos = torch.tensor([pos_of[row] for row in rows])
+            y = model.hidden(sequences[rows, pos], pos=pos, cache=cache)
+            torch.testing.assert_close(y, expected[rows, pos], rtol=0, atol=1e-12)
+            for row in rows:
+                pos_of[row] += 1
+
+
+def test_a_shared_prompt_is_kept_once():
+    prefilled = KVCache([90, 100])
+    k = torch.randn(2, 3, 100, 8)
+    prefilled.store(0, k, -k)
+    prompts = [prefilled.prompt(0), prefilled.prompt(1)]
+    rows = [(prefilled, 0)] * 4 + [(prefilled, 1)] * 4
+    for _ in range(2):
+        cache = KVCache()
+        cache.rebuild(rows, [90] * 4 + [100] * 4, [prompts[0]] * 4 + [prompts[1]] * 4)
+        (batch,) = cache.prompts
+        assert batch.k[0].shape == batch.v[0].shape == (2, 3, 100, 8)
+        assert cache.k[0][0].shape == (8, 3, 32, 8)  # room for the tokens to come
+        for prompt, row, length in zip(prompts, k, (90, 100)):
+            assert torch.equal(prompt.k[0], row[:, :length])
+            assert torch.equal(prompt.v[0], -row[:, :length])
+            assert prompt.k[0].untyped_storage().data_ptr() == batch.k[0].data_ptr()
+        rows = [(cache, b) for b in range(8)]
+
+
+def test_groups_of_rows_that_share_prompts():
+    """Neighbours with as many rows of a prompt, at most as many rows as fit."""
+    a, b, c, d, e = (kv_cache.Prompt(1) for _ in range(5))
+    prompts = [None] * 5 + [a, b] + [c, c, d, d, e, e]
+    groups = kv_cache.split_groups(prompts, 4)
+    edges = [(group.start, group.stop) for group in groups]
+    assert edges == [(0, 4), (4, 5), (5, 7), (7, 11), (11, 13)]
+    groups = kv_cache.split_groups([a] * 9 + [b] * 9, 4)  # the rows of a prompt stay together
+    assert [(group.start, group.stop) for group in groups] == [(0, 9), (9, 18)]

@@ -160,6 +160,8 @@ def test_decoding(options, request):
     for length in (1, 9, 140, 3, 120, 64, 9, 2):
         prompts.append(torch.randint(0, 97, (length,), generator=generator).tolist())
         limits.append(30 + length % 5 * 20)
+    prompts += prompts[3:5]  # two prompts are shared on a CPU
+    limits += [40, 50]
     expected = generate(model, prompts, limits, temperature=0, batch_size=4)
     request.getfixturevalue("gpu_path")
     assert generate(model, prompts, limits, temperature=0, batch_size=4) == expected

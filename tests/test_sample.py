@@ -117,6 +117,41 @@ def test_equal_prompts_are_sampled_independently(model):
     assert len({tuple(ids) for ids in samples}) > 10
 
 
+@pytest.mark.parametrize("batch_size", [7, 60])
+def test_samples_do_not_depend_on_sharing(model, batch_size):
+    """Five samples of each prompt, together, equal those of five calls with different prompts.
+    Requests of one prompt join the batch at different times, and end at different times."""
+    prompts = random_prompts(12, seed=6)
+    assert len(set(map(tuple, prompts))) == 12
+    repeated = []
+    for prompt in prompts:
+        repeated += [prompt] * 5
+    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "eot": 3}
+    together = generate(model, repeated, 12, **options, generator=seeded(7), batch_size=batch_size)
+    assert len(set(map(len, together))) > 3
+    for k in range(5):
+        alone = generate(
+            model, prompts, 12, **options, generator=seeded(7), request_ids=range(k, 60, 5)
+        )
+        assert together[k::5] == alone
+
+
+@torch.no_grad()
+def test_greedy_samples_of_equal_prompts_equal_whole_sequences(model):
+    """Requests of the same prompts with different limits come and go."""
+    prompts = random_prompts(6, seed=8) * 7
+    limits = [1 + (5 * i) % 13 for i in range(42)]
+    together = generate(model, prompts, limits, temperature=0, batch_size=9)
+    assert together == [slow_generate(model, p, n, None) for p, n in zip(prompts, limits)]
+
+
+def test_equal_prompts_count_once_in_a_prefill(model, monkeypatch):
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 8)
+    requests = sample.make_requests([[1]] * 20 + [[2, 3]] * 10 + [[4, 5, 6]] * 3, 5, 32)
+    sizes = [len(group) for group in sample.prefill_groups(requests)]
+    assert sizes == [30, 3]
+
+
 @pytest.mark.parametrize("burst", [1, 3, 16])
 def test_checking_for_ends_less_often_changes_nothing(model, burst, monkeypatch):
     """On a GPU several tokens are sampled between two checks."""
@@ -190,6 +225,7 @@ def test_a_recorded_step_can_be_replayed(config, options, monkeypatch):
     # float64, because prepacked weights cannot be traced
     model = far_from_ties(config | {"block_size": 100}).double()
     prompts = random_prompts(14, seed=5)
+    prompts[5:9] = [prompts[4]] * 4  # five requests share a prompt
     limits = [3 + (11 * i) % 60 for i in range(14)]
 
     def run():
