@@ -3,9 +3,8 @@
 Also the inputs that both sides get, and the count of the work that they need.
 """
 
+import csv
 import functools
-import gzip
-import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -20,9 +19,7 @@ from loss import preference_loss
 from train import backward
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LOCAL_DATA = os.path.join(ROOT, "..", "shared", "data")
-RANKED_ROWS = os.path.join(LOCAL_DATA, "ranked.jsonl.gz")
-SHAKESPEARE = os.path.join(LOCAL_DATA, "tinyshakespeare.txt")
+LENGTHS = os.path.join(ROOT, "bench", "lengths.csv")
 
 SHAPE = {  # of GPT-2's block
     "vocab_size": 8192,
@@ -51,31 +48,19 @@ def random_row(rng, prompt_length, response_lengths, vocab_size=SHAPE["vocab_siz
     return {"prompt": prompt, "responses": responses, "ranks": list(range(len(responses)))}
 
 
-def real_lengths():
-    """[(prompt length, three response lengths)] in tokens, of real ranked rows.
+def real_lengths(workload):
+    """[(prompt length, response lengths)] in tokens of a workload of lengths.csv, best first.
 
-    Without the file of ranked rows they are drawn from a similar distribution.
+    They are of real ranked rows; the file says which.
     """
-    if not os.path.exists(RANKED_ROWS):
-        rng = np.random.default_rng(0)
-        lengths = []
-        for _ in range(2000):
-            prompt = int(np.clip(rng.lognormal(4.4, 0.6), 8, 350))
-            responses = np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400)
-            lengths.append((prompt, responses.astype(int).tolist()))
-        return lengths
-    with gzip.open(RANKED_ROWS, "rt", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
     lengths = []
-    for row in rows:
-        responses = [text_tokens(response["text"]) for response in row["responses"][:3]]
-        lengths.append((text_tokens(row["prompt"]), responses))
+    with open(LENGTHS, encoding="utf-8") as f:
+        lines = (line for line in f if not line.startswith("#"))
+        for row in csv.DictReader(lines):
+            if row["workload"] == workload:
+                responses = [int(length) for length in row["responses"].split()]
+                lengths.append((int(row["prompt"]), responses))
     return lengths
-
-
-def text_tokens(text):
-    """Tokens of a text, at the usual four characters per token of English."""
-    return max(1, len(text) // 4)
 
 
 @dataclass(frozen=True)
@@ -102,21 +87,10 @@ class OnlineSize:
         return f"K={self.K}, prompt:response {self.prompt_length}:{self.response_length}"
 
 
-def ragged_groups(n, K):
-    """n encoded rows of K responses, with lengths drawn from those of real rows."""
+def ragged_groups():
+    """8 encoded rows of K = 8 responses, with lengths drawn from those of real rows."""
     rng = np.random.default_rng(0)
-    fitting = [(prompt, some) for prompt, some in real_lengths() if prompt + max(some) < 1000]
-    num_responses = len(fitting[0][1])
-    rows = []
-    for _ in range(n):
-        prompt, _ = fitting[rng.integers(len(fitting))]
-        lengths = []
-        while len(lengths) < K:
-            length = fitting[rng.integers(len(fitting))][1][rng.integers(num_responses)]
-            if prompt + length < 1000:
-                lengths.append(length)
-        rows.append(random_row(rng, prompt, lengths))
-    return rows
+    return [random_row(rng, prompt, responses) for prompt, responses in real_lengths("groups")]
 
 
 def number_reward(text):
@@ -126,10 +100,10 @@ def number_reward(text):
 
 
 def ragged_rows(n, K=3):
-    """n encoded rows of K responses, with the lengths of real rows."""
+    """n encoded rows of K responses, with the lengths of real rows. n <= 64, K <= 3."""
     rng = np.random.default_rng(0)
-    fitting = [(prompt, some) for prompt, some in real_lengths() if prompt + max(some) < 1000]
-    chosen = [fitting[i] for i in rng.permutation(len(fitting))[:n]]
+    chosen = real_lengths("rows")[:n]
+    assert len(chosen) == n, f"{LENGTHS} has {len(chosen)} rows"
     return [random_row(rng, prompt, responses[:K]) for prompt, responses in chosen]
 
 
@@ -144,7 +118,7 @@ class Request:
 def sampling_requests():
     """{name: [Request]}: equal lengths, and those of real rows."""
     ragged = []
-    for prompt_length, response_lengths in real_lengths()[:128]:
+    for prompt_length, response_lengths in real_lengths("requests"):
         ragged.append(Request(min(prompt_length, 256), min(response_lengths[0], 256)))
     return {"32 x 128 new tokens": [Request(64, 128)] * 32, "128 ragged requests": ragged}
 

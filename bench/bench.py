@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from bench.baselines import (
     GRPO_KL_COEF,
     ROOT,
-    SHAKESPEARE,
     SHAPE,
     OnlineSize,
     PlainGPT,
@@ -572,7 +571,7 @@ def online(options):
         return  # TRL is the only baseline
     for prompt_length in (256, 32):
         time_grpo_step(online_size(prompt_length, 8))
-    time_grpo_step(online_size(256, 8), ragged_groups(8, 8), "8 ragged prompts, K=8")
+    time_grpo_step(online_size(256, 8), ragged_groups(), "8 ragged prompts, K=8")
     for prompt_length in (256, 32):
         time_online_round("GRPO", online_size(prompt_length, 8))
     for prompt_length in (256, 32):
@@ -934,11 +933,14 @@ def draw_growth(path):
 
 # ------------------------------------------------------------------------------------- shakespeare
 
+# https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a/data/tinyshakespeare/input.txt
+SHAKESPEARE = os.path.join(ROOT, "data", "shakespeare", "input.txt")
+
 
 def shakespeare(options):
     """Training time to nanoGPT's validation loss, by its CPU recipe and by ours; three seeds."""
     if not os.path.exists(SHAKESPEARE):
-        print("| Shakespeare's characters | no tinyshakespeare.txt | | | | | |")
+        print(f"| Shakespeare's characters | no {SHAKESPEARE} | | | | | |")
         return
     names = ("shakespeare", "shakespeare_nanogpt")
     seconds = {name: [] for name in names}
