@@ -57,6 +57,7 @@ from bench.baselines import (
     sampling_requests,
     transformers_generate,
     transformers_model,
+    uniform_logps,
     trl_grpo_step,
     trl_online_round,
     trl_sampling_parts,
@@ -262,11 +263,12 @@ class OurTrainer:
         update(self.model, losses, self.optimizers)
 
     def preference_loss(self, batch):
-        """Plackett-Luce, summed over the rows of a micro-batch; the reference gives 0."""
+        """Plackett-Luce, summed over the rows of a micro-batch; the reference is uniform."""
         B, K = batch.response_mask.shape
         logps = self.model(batch.idx, batch.targets, **batch.layout())
         scores = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
-        loss, _ = preference_loss(scores, torch.zeros(B, K), batch.response_mask)
+        ref = uniform_logps(batch.lengths, self.model.config.vocab_size)
+        loss, _ = preference_loss(scores, ref, batch.response_mask)
         return loss * B
 
 
