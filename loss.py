@@ -136,8 +136,8 @@ def preference_loss(
 
     Returns the loss () and metrics, means over rows: `nll` the loss before label_smoothing,
     taylor_order and nll_coef, `acc` the share of ordered pairs in the right order (a tie is wrong),
-    `grad_weight` of `gradient_weight`, and those of `chosen_rejected_metrics`. Raises ValueError for an unknown loss_type and for
-    options that it cannot have.
+    `grad_weight` of `gradient_weight`, and those of `chosen_rejected_metrics`. Raises ValueError
+    for an unknown loss_type and for options that it cannot have.
     """
     options = {
         "depth": depth,
