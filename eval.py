@@ -47,7 +47,7 @@ from data.rows import (
     sampled_row,
     write_rows,
 )
-from loss import chosen_rejected_metrics, plackett_luce
+from loss import chosen_rejected_metrics, gradient_weight, plackett_luce
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed
 from nanospin.distributed import all_reduce_sum, world_size
@@ -164,6 +164,7 @@ RANKING_METRICS = [
     "rank_nll",
     "acc",
     "acc_se",
+    "grad_weight",
     "margin",
     "reward_chosen",
     "reward_rejected",
@@ -234,6 +235,7 @@ def ranking_metrics(
     val_loss             cross-entropy per token of the data's response, or that in the first place
     rank_nll             Plackett-Luce on the implicit rewards
     acc, acc_se          share of ordered pairs in the right order, see `pair_accuracy`
+    grad_weight          see `loss.gradient_weight`
     margin, reward_chosen, ...   see `loss.chosen_rejected_metrics`
     acc/PLAYER           share of this player's responses that beat all worse ones of their row
     reward/PLAYER        mean implicit reward
@@ -263,6 +265,7 @@ def ranking_metrics(
         metrics["rank_nll"] = float(nll.mean())
         metrics["acc"] = acc
         metrics["acc_se"] = error
+        metrics["grad_weight"] = float(gradient_weight(scores, torch.from_numpy(worse[ranked])))
         for name, value in chosen_rejected_metrics(scores, policy, ranked_mask).items():
             metrics[name] = float(value)
         has_worse = worse.any(-1)  # (rows, K)

@@ -136,8 +136,8 @@ def preference_loss(
 
     Returns the loss () and metrics, means over rows: `nll` the loss before label_smoothing,
     taylor_order and nll_coef, `acc` the share of ordered pairs in the right order (a tie is wrong),
-    and those of `chosen_rejected_metrics`. Raises ValueError for an unknown loss_type and for
-    options that it cannot have.
+    `grad_weight` of `gradient_weight`, and those of `chosen_rejected_metrics`. Raises ValueError
+    for an unknown loss_type and for options that it cannot have.
     """
     options = {
         "depth": depth,
@@ -187,6 +187,7 @@ def preference_loss(
         metrics = {
             "nll": nll.mean(),
             "acc": mean_over_pairs(diff > 0, worse).mean(),
+            "grad_weight": gradient_weight(scores, worse),
             **chosen_rejected_metrics(scores, policy_logps, mask),
         }
     return loss.mean(), metrics
@@ -325,6 +326,18 @@ def mean_win_rates(response_mask: Tensor, worse: Tensor, dtype: torch.dtype) -> 
     num_others = response_mask.sum(1, keepdim=True) - 1
     wins_minus_losses = (worse.sum(2) - worse.sum(1)).to(dtype)
     return 0.5 + 0.5 * wins_minus_losses / num_others.clamp(min=1)
+
+
+def gradient_weight(scores: Tensor, worse: Tensor) -> Tensor:
+    """sigmoid(s_j - s_i), by which DPO scales the gradient of a pair whose response i is the better
+    one (arXiv 2305.18290, section 4); it is 1/2 where the policy is the reference.
+
+    scores (B, K), worse (B, i, j) of `pair_mask`. Returns the mean over rows of the mean over a
+    row's ordered pairs, (). For K > 2 it is the weight in the loss `pairs`; Plackett-Luce weighs a
+    pair with the softmax over all the responses that compete.
+    """
+    diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
+    return mean_over_pairs(torch.sigmoid(-diff), worse).mean()
 
 
 def chosen_rejected_metrics(

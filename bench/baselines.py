@@ -3,9 +3,9 @@
 Also the inputs that both sides get, and the count of the work that they need.
 """
 
+import csv
 import functools
-import gzip
-import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -20,9 +20,7 @@ from loss import preference_loss
 from train import backward
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-LOCAL_DATA = os.path.join(ROOT, "..", "shared", "data")
-RANKED_ROWS = os.path.join(LOCAL_DATA, "ranked.jsonl.gz")
-SHAKESPEARE = os.path.join(LOCAL_DATA, "tinyshakespeare.txt")
+LENGTHS = os.path.join(ROOT, "bench", "lengths.csv")
 
 SHAPE = {  # of GPT-2's block
     "vocab_size": 8192,
@@ -51,31 +49,28 @@ def random_row(rng, prompt_length, response_lengths, vocab_size=SHAPE["vocab_siz
     return {"prompt": prompt, "responses": responses, "ranks": list(range(len(responses)))}
 
 
-def real_lengths():
-    """[(prompt length, three response lengths)] in tokens, of real ranked rows.
+def uniform_logps(lengths, vocab_size=SHAPE["vocab_size"]):
+    """Log-probabilities of responses under a uniform model, for the reference of a new model.
 
-    Without the file of ranked rows they are drawn from a similar distribution.
+    Without them a longer response would win by hundreds of nats, and the gradients would be
+    denormal numbers, which slow a CPU down up to 150 times. No training starts like that.
     """
-    if not os.path.exists(RANKED_ROWS):
-        rng = np.random.default_rng(0)
-        lengths = []
-        for _ in range(2000):
-            prompt = int(np.clip(rng.lognormal(4.4, 0.6), 8, 350))
-            responses = np.clip(rng.lognormal(4.6, 0.7, 3), 8, 400)
-            lengths.append((prompt, responses.astype(int).tolist()))
-        return lengths
-    with gzip.open(RANKED_ROWS, "rt", encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
+    return -math.log(vocab_size) * lengths
+
+
+def real_lengths(workload):
+    """[(prompt length, response lengths)] in tokens of a workload of lengths.csv, best first.
+
+    They are of real ranked rows; the file says which.
+    """
     lengths = []
-    for row in rows:
-        responses = [text_tokens(response["text"]) for response in row["responses"][:3]]
-        lengths.append((text_tokens(row["prompt"]), responses))
+    with open(LENGTHS, encoding="utf-8") as f:
+        lines = (line for line in f if not line.startswith("#"))
+        for row in csv.DictReader(lines):
+            if row["workload"] == workload:
+                responses = [int(length) for length in row["responses"].split()]
+                lengths.append((int(row["prompt"]), responses))
     return lengths
-
-
-def text_tokens(text):
-    """Tokens of a text, at the usual four characters per token of English."""
-    return max(1, len(text) // 4)
 
 
 @dataclass(frozen=True)
@@ -102,21 +97,10 @@ class OnlineSize:
         return f"K={self.K}, prompt:response {self.prompt_length}:{self.response_length}"
 
 
-def ragged_groups(n, K):
-    """n encoded rows of K responses, with lengths drawn from those of real rows."""
+def ragged_groups():
+    """8 encoded rows of K = 8 responses, with lengths drawn from those of real rows."""
     rng = np.random.default_rng(0)
-    fitting = [(prompt, some) for prompt, some in real_lengths() if prompt + max(some) < 1000]
-    num_responses = len(fitting[0][1])
-    rows = []
-    for _ in range(n):
-        prompt, _ = fitting[rng.integers(len(fitting))]
-        lengths = []
-        while len(lengths) < K:
-            length = fitting[rng.integers(len(fitting))][1][rng.integers(num_responses)]
-            if prompt + length < 1000:
-                lengths.append(length)
-        rows.append(random_row(rng, prompt, lengths))
-    return rows
+    return [random_row(rng, prompt, responses) for prompt, responses in real_lengths("groups")]
 
 
 def number_reward(text):
@@ -126,10 +110,10 @@ def number_reward(text):
 
 
 def ragged_rows(n, K=3):
-    """n encoded rows of K responses, with the lengths of real rows."""
+    """n encoded rows of K responses, with the lengths of real rows. n <= 64, K <= 3."""
     rng = np.random.default_rng(0)
-    fitting = [(prompt, some) for prompt, some in real_lengths() if prompt + max(some) < 1000]
-    chosen = [fitting[i] for i in rng.permutation(len(fitting))[:n]]
+    chosen = real_lengths("rows")[:n]
+    assert len(chosen) == n, f"{LENGTHS} has {len(chosen)} rows"
     return [random_row(rng, prompt, responses[:K]) for prompt, responses in chosen]
 
 
@@ -144,7 +128,7 @@ class Request:
 def sampling_requests():
     """{name: [Request]}: equal lengths, and those of real rows."""
     ragged = []
-    for prompt_length, response_lengths in real_lengths()[:128]:
+    for prompt_length, response_lengths in real_lengths("requests"):
         ragged.append(Request(min(prompt_length, 256), min(response_lengths[0], 256)))
     return {"32 x 128 new tokens": [Request(64, 128)] * 32, "128 ragged requests": ragged}
 
@@ -300,9 +284,11 @@ def padded_step(model, rows, dtype):
     batch = batch_rows(rows, "padded")
     optimizer = plain_optimizer(model)
 
+    ref = uniform_logps(batch.lengths)
+
     def loss_function(model):
         scores = padded_scores(model, batch.idx, batch.targets).view(len(rows), -1)
-        return preference_loss(scores, torch.zeros_like(scores))[0]
+        return preference_loss(scores, ref)[0]
 
     return functools.partial(plain_step, model, optimizer, loss_function, dtype)
 

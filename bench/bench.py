@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from bench.baselines import (
     GRPO_KL_COEF,
     ROOT,
-    SHAKESPEARE,
     SHAPE,
     OnlineSize,
     PlainGPT,
@@ -63,6 +62,7 @@ from bench.baselines import (
     trl_sampling_parts,
     trl_step,
     trl_trainer,
+    uniform_logps,
     update,
     work_of_requests,
     work_of_rows,
@@ -263,11 +263,12 @@ class OurTrainer:
         update(self.model, losses, self.optimizers)
 
     def preference_loss(self, batch):
-        """Plackett-Luce, summed over the rows of a micro-batch; the reference gives 0."""
+        """Plackett-Luce, summed over the rows of a micro-batch; the reference is uniform."""
         B, K = batch.response_mask.shape
         logps = self.model(batch.idx, batch.targets, **batch.layout())
         scores = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
-        loss, _ = preference_loss(scores, torch.zeros(B, K), batch.response_mask)
+        ref = uniform_logps(batch.lengths, self.model.config.vocab_size)
+        loss, _ = preference_loss(scores, ref, batch.response_mask)
         return loss * B
 
 
@@ -572,7 +573,7 @@ def online(options):
         return  # TRL is the only baseline
     for prompt_length in (256, 32):
         time_grpo_step(online_size(prompt_length, 8))
-    time_grpo_step(online_size(256, 8), ragged_groups(8, 8), "8 ragged prompts, K=8")
+    time_grpo_step(online_size(256, 8), ragged_groups(), "8 ragged prompts, K=8")
     for prompt_length in (256, 32):
         time_online_round("GRPO", online_size(prompt_length, 8))
     for prompt_length in (256, 32):
@@ -934,11 +935,14 @@ def draw_growth(path):
 
 # ------------------------------------------------------------------------------------- shakespeare
 
+# https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a/data/tinyshakespeare/input.txt
+SHAKESPEARE = os.path.join(ROOT, "data", "shakespeare", "input.txt")
+
 
 def shakespeare(options):
     """Training time to nanoGPT's validation loss, by its CPU recipe and by ours; three seeds."""
     if not os.path.exists(SHAKESPEARE):
-        print("| Shakespeare's characters | no tinyshakespeare.txt | | | | | |")
+        print(f"| Shakespeare's characters | no {SHAKESPEARE} | | | | | |")
         return
     names = ("shakespeare", "shakespeare_nanogpt")
     seconds = {name: [] for name in names}

@@ -25,7 +25,7 @@ batch_size = 512  # x 1,024 = 524,288 tokens a step: 8 ranks x 2 micro-batches o
 max_steps = 19_073  # 10B tokens
 optimizer = "adamw"
 lr = 6e-4
-warmup_ratio = 0.035  # 700 steps, GPT-3's for this size
+warmup_ratio = 0.035  # 667 steps; GPT-3 takes 375M tokens, 715 of these steps
 schedule = "cosine"
 min_lr_ratio = 0.0
 weight_decay = 0.1

@@ -26,7 +26,7 @@ batch_size = 64  # prompts = 8 x 8 ranks, K responses each
 epochs = 2.0
 optimizer = "rmsprop"
 lr = [5e-7, 5e-7, 1e-7, 1e-7]
-beta = [0.1, 0.1, 0.1, 5.0]
+beta = [0.1, 0.1, 0.1, 5.0]  # lambda in the paper
 warmup_ratio = 0.1
 schedule = "linear"
 min_lr_ratio = 0.0

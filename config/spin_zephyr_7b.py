@@ -34,8 +34,8 @@ cards on the hub), and what is used here:
   both.
 - Template: the code samples with this one and trains with zephyr's chat template, so its
   reference is off. Here this one for both, after <s>.
-- Sampling: the paper's opponent is the model itself; the code samples at temperature 0.8 and
-  top_p 0.95. Here temperature 1.
+- Sampling: the paper's opponent is the model itself. The code samples at temperature 1 and top_p 1
+  since February 2024 (before: 0.8 and 0.95). Here temperature 1.
 """
 
 stage = "spin"

@@ -18,12 +18,16 @@ COMMANDS = {
     "data/shakespeare": "python -m data.shakespeare.prepare FILE",
     "data/pretrain": f"{JSONL} FILE.jsonl.gz --out=data/pretrain --tokenizer=gpt2",
     # config/local
-    "data/local": f"{JSONL} pretrain.jsonl.gz --out=data/local --tokenizer=gpt2",
-    "data/local_sft": f"{JSONL} sft.jsonl.gz --out=data/local_sft",
-    "data/ranked": f"{JSONL} ranked.jsonl.gz --out=data/ranked",
-    "data/gsm8k_sft": f"{JSONL} sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train",
-    "data/gsm8k_ranked": f"{JSONL} ranked.jsonl.gz --out=data/gsm8k_ranked"
-    " --where=source=gsm8k --authors=human,175b_verification",
+    "data/local": f"{JSONL} data/stackexchange/threads/*.jsonl --out=data/local --tokenizer=gpt2",
+    "data/local_sft": f"{JSONL} data/gsm8k_sft/*.jsonl data/tldr_pages/*.jsonl"
+    " data/stackexchange/sft/*.jsonl --out=data/local_sft",
+    "data/ranked": f"{JSONL} data/gsm8k_solutions/*.jsonl data/stackexchange/ranked/*.jsonl"
+    " --out=data/ranked",
+    "data/gsm8k_sft": "python -m data.gsm8k.prepare --val_share=0.1 --out=data/gsm8k_sft",
+    "data/gsm8k_solutions": "python -m data.gsm8k.prepare --solutions=all"
+    " --out=data/gsm8k_solutions",
+    "data/gsm8k_ranked": "python -m data.gsm8k.prepare --solutions=175b_verification"
+    " --out=data/gsm8k_ranked",
     # sums with few answers
     "data/sums/answers": "python -m data.addition.prepare --answers=1500 --out=data/sums",
     "data/sums/prompts": "python -m data.addition.prepare --answers=1500 --out=data/sums",

@@ -1,6 +1,8 @@
 """The benchmarks compare like with like: the baseline computes the same loss, and the floor counts
 the work that is needed."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,20 @@ def test_plain_model_equals_ours():
     torch.testing.assert_close(ours(idx, targets), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_ragged_workload_is_the_table():
+    """It needs no other file. Its first rows, and how long everything is."""
+    lengths = []
+    for row in baselines.ragged_rows(64):
+        lengths.append([len(row["prompt"]), *map(len, row["responses"])])
+    assert lengths[:3] == [[364, 280, 57, 321], [100, 70, 55, 166], [151, 115, 82, 48]]
+    assert max(row[0] + max(row[1:]) for row in lengths) < 1000
+    assert [len(row["responses"]) for row in baselines.ragged_rows(8, K=2)] == [2] * 8
+    assert [len(row["responses"]) for row in baselines.ragged_groups()] == [8] * 8
+    assert len(baselines.sampling_requests()["128 ragged requests"]) == 128
+    with pytest.raises(AssertionError, match="64 rows"):
+        baselines.ragged_rows(65)
+
+
 def rows_of(*lengths):
     rng = np.random.default_rng(0)
     return [baselines.random_row(rng, prompt, responses, 128) for prompt, responses in lengths]
@@ -51,7 +67,9 @@ def test_our_preference_step_equals_the_padded_one():
     padded = batch_rows(rows, "padded")
     trainer = bench.OurTrainer(**SMALL)
     logps = trainer.model(padded.idx, padded.targets).sum(1).view(3, 2)
-    expected = bench.preference_loss(logps, torch.zeros_like(logps))[0]
+    ref = baselines.uniform_logps(padded.lengths, SMALL["vocab_size"])
+    expected = bench.preference_loss(logps, ref)[0]
+    assert abs(expected - math.log(2)) < 0.1  # the reference is close to the new model
     for batches in ([batch_rows(rows)], [batch_rows(rows[:1]), batch_rows(rows[1:])]):
         loss = sum(trainer.preference_loss(batch) for batch in batches) / len(rows)
         torch.testing.assert_close(loss, expected)

@@ -77,6 +77,8 @@ def test_ranking_metrics_by_hand():
     assert m["val_loss"] == 7 / 4
     assert m["acc"] == 3 / 4
     assert m["acc_se"] == pytest.approx(math.hypot(3 - 3 * m["acc"], 0 - m["acc"]) / 4)
+    weights = 1 / (1 + np.exp([0.5, 3.0, 2.5]))  # of the first row's pairs
+    assert m["grad_weight"] == pytest.approx((weights.mean() + 1 / (1 + math.exp(-1.5))) / 2)
     assert m["acc/data"] == 1 / 2
     assert m["acc/teacher"] == 1.0
     assert m["reward/data"] == 0.0

@@ -59,7 +59,7 @@ def test_gsm8k(tmp_path):
     folder = parquet(tmp_path / "gsm8k", train=train, test=test)
     train, val, dropped = prepare("gsm8k", folder, tmp_path / "out")
     expected = {"prompt": "How many?", "responses": ["48/2 = 24 in May.\n#### 24"]}
-    assert train == [expected | {"group": "How many?"}]
+    assert train == [expected | {"group": "gsm:how many"}]
     assert val[0]["responses"] == ["Because.\n#### 1,000"]
     assert dropped == {"solutions without ####": 1}
 

@@ -246,6 +246,25 @@ def test_accuracy_and_margin():
     assert metrics["acc"] == 0.5 and metrics["margin"] == ((3 - 1.5) + (1 - 2)) / 2
 
 
+def test_gradient_weight():
+    """It is what DPO's gradient is scaled by: d loss / d s_1 = -weight. At the start it is 1/2."""
+    policy = float64([[0.5, -0.25]]).requires_grad_()
+    loss, metrics = preference_loss(policy, torch.zeros(1, 2, dtype=torch.float64), beta=1.0)
+    (grad,) = torch.autograd.grad(loss, policy)
+    assert abs(metrics["grad_weight"] - 1 / (1 + math.exp(0.75))) < 1e-12
+    assert torch.allclose(grad, metrics["grad_weight"] * float64([[-1.0, 1.0]]))
+
+    # three responses: the mean over the pairs, those with an absent response excepted
+    policy = float64([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    _, metrics = preference_loss(policy, torch.zeros_like(policy), mask, beta=1.0)
+    one, two, minus_one = torch.sigmoid(float64([-1.0, -2.0, 1.0])).tolist()
+    expected = ((2 * one + two) / 3 + minus_one) / 2
+    assert abs(metrics["grad_weight"] - expected) < 1e-12
+    _, metrics = preference_loss(policy, policy, mask)
+    assert metrics["grad_weight"] == 0.5
+
+
 @dataclass
 class Rows:
     """Random arguments of preference_loss for B rows of K responses, in float64."""

@@ -1,7 +1,6 @@
 """DPO on the rows that config/local/reward.py learns from: every pair of a prompt.
 
-    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/ranked
-    python train.py config/local/dpo.py
+    python train.py config/local/dpo.py     # data: config/local/reward.py
 
 One busy CPU core, 6 minutes with a vocabulary of 4,096 (studies/rlhf).
 Starts at ln 2 = 0.6931; ranks 54.7 % of held-out pairs right.

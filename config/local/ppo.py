@@ -1,7 +1,6 @@
 """PPO-ptx on the local prompts: reward model of config/local/reward.py, plus a pretraining loss.
 
-    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/ranked
-    python train.py config/local/ppo.py
+    python train.py config/local/ppo.py     # data: config/local/reward.py
 
 One busy CPU core, 9 minutes with a vocabulary of 4,096 (studies/rlhf).
 The reward rises from -0.03 to 0.07 at a KL of 0.9 nats, by responses that no longer end.

@@ -3,8 +3,7 @@
 The DPO paper (arXiv 2305.18290, section 5) uses it as the reference where there is no SFT model:
 then train config/local/dpo.py with --init=out/preferred_ft_local.
 
-    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/ranked
-    python train.py config/local/preferred_ft.py
+    python train.py config/local/preferred_ft.py     # data: config/local/reward.py
 
 One busy CPU core, 5 minutes with a vocabulary of 4,096 (studies/rlhf), validation loss 4.60.
 """

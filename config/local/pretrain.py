@@ -1,9 +1,11 @@
-"""Pretrain a model of 1.8M parameters (11.4M with the embeddings of GPT-2's BPE) on local text.
+r"""Pretrain a model of 1.8M parameters (11.4M with the embeddings of GPT-2's BPE) on local text.
 
-    python -m data.jsonl.prepare pretrain.jsonl.gz --out=data/local --tokenizer=gpt2
+    python -m data.stackexchange.prepare
+    python -m data.jsonl.prepare data/stackexchange/threads/*.jsonl --out=data/local \
+        --tokenizer=gpt2
     python train.py config/local/pretrain.py
 
-Two CPU cores, 8 minutes (14 on one), validation loss 5.4.
+Two CPU cores, 8 minutes (14 on one), validation loss 5.4 on these threads and 42 books.
 The first of three stages: then config/local/sft_gsm8k.py and config/local/spin_k3_gsm8k.py.
 studies/rlhf runs it on data/local_bpe, with a vocabulary of 4,096.
 """

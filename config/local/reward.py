@@ -1,6 +1,9 @@
-"""A reward model on ranked answers: K = 3 to 6, ranked by votes or by correctness.
+r"""A reward model on ranked answers: K = 3 to 6, ranked by votes or by correctness.
 
-    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/ranked
+    python -m data.gsm8k.prepare --solutions=all --out=data/gsm8k_solutions
+    python -m data.stackexchange.prepare
+    python -m data.jsonl.prepare data/gsm8k_solutions/*.jsonl data/stackexchange/ranked/*.jsonl \
+        --out=data/ranked
     python train.py config/local/reward.py
     python eval.py rm=out/reward_local --data=data/ranked
 

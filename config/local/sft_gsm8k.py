@@ -1,9 +1,9 @@
 """Fine-tune on grade-school mathematics: worked solutions that end in "#### number".
 
-    python -m data.jsonl.prepare sft.jsonl.gz --out=data/gsm8k_sft --where=source=gsm8k/train
+    python -m data.gsm8k.prepare --val_share=0.1 --out=data/gsm8k_sft
     python train.py config/local/sft_gsm8k.py
 
-Two CPU cores, 6 minutes (9 on one), validation loss 3.86.
+Two CPU cores, 6 minutes (9 on one), validation loss 3.86 on 6,571 of the 7,473 problems.
 """
 
 stage = "sft"

@@ -1,9 +1,8 @@
-r"""Self-play distillation on ranked rows, two rounds.
+"""Self-play distillation on ranked rows, two rounds.
 
 The ranking is: a person's solution > a 175B model's > the policy's own sample.
 
-    python -m data.jsonl.prepare ranked.jsonl.gz --out=data/gsm8k_ranked \
-        --where=source=gsm8k --authors=human,175b_verification
+    python -m data.gsm8k.prepare --solutions=175b_verification --out=data/gsm8k_ranked
     python train.py config/local/spin_k3_gsm8k.py
 
 Two CPU cores, 10 minutes. Each round starts at ln 6 = 1.7918 plus nll_coef times the SFT loss.

@@ -38,6 +38,7 @@ PINNED = {
     "HuggingFaceH4/ultrachat_200k": "8049631c405ae6576f93f445c6b8166f76f5505a",
     "Skylion007/openwebtext": "b4325f019c648b1641a1784748667e8b74e5e064",
     "berkeley-nest/Nectar": "3c6b4c47fa1cc38869f9f32dce1699f7abad8b06",
+    "openai/gsm8k": "e53f048856ff4f594e959d75785d2c2d37b678ee",
     "openbmb/UltraFeedback": "40b436560ca83a8dba36114c22ab3c66e43f6d5e",
     "stanfordnlp/SHP": "e94b5f32602712d78ed494fe79105b1959396686",
     "trl-lib/tldr": "21233da376667088e6eb1ce4ce19ed832c2935d3",

@@ -1,15 +1,15 @@
 #!/bin/bash
 # All stages of RLHF and every preference objective on real ranked rows, at CPU size.
 #
-#     studies/rlhf/run.sh FOLDER
+#     studies/rlhf/run.sh [FOLDER]
 #
-# FOLDER has pretrain.jsonl.gz, sft.jsonl.gz and ranked.jsonl.gz. Runs go to out/rlhf; their logs
-# and a table of them, report.md, go to studies/rlhf/logs. After an interruption, run it again:
+# The data is downloaded (README.md); or FOLDER has pretrain.jsonl.gz, sft.jsonl.gz and
+# ranked.jsonl.gz. Runs go to out/rlhf; their logs and a table of them, report.md, go to studies/rlhf/logs. After an interruption, run it again:
 # finished runs are skipped. Two environment variables: JOBS, runs at a time with one thread each
 # (default 2), and PY, the Python to use (default .venv/bin/python).
 set -euo pipefail
 
-folder=$(realpath "${1:?usage: studies/rlhf/run.sh FOLDER}")
+folder=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 PY=${PY:-.venv/bin/python}
 JOBS=${JOBS:-2}
@@ -17,17 +17,28 @@ out=out/rlhf
 logs=studies/rlhf/logs
 mkdir -p $logs
 
-prepare() { # prepare NAME FILE [OPTION...]: make data/NAME, unless it exists
-    [ -e "data/$1/meta.json" ] || "$PY" -m data.jsonl.prepare "$folder/$2" --out="data/$1" "${@:3}"
+prepare() { # prepare NAME [ARGUMENT...]: make data/NAME by data.jsonl.prepare, unless it exists
+    [ -e "data/$1/meta.json" ] || "$PY" -m data.jsonl.prepare --out="data/$1" "${@:2}"
 }
 
 train_parallel() { # one run per line of standard input: the arguments of train.py
     OMP_NUM_THREADS=1 xargs -P "$JOBS" -L 1 "$PY" train.py
 }
 
-prepare local_bpe pretrain.jsonl.gz --tokenizer=bpe
-prepare local_sft sft.jsonl.gz
-prepare ranked ranked.jsonl.gz
+if [ -n "$folder" ]; then
+    prepare local_bpe "$folder/pretrain.jsonl.gz" --tokenizer=bpe
+    prepare local_sft "$folder/sft.jsonl.gz"
+    prepare ranked "$folder/ranked.jsonl.gz"
+else
+    have() { [ -e "data/$1/meta.json" ]; }
+    have gsm8k_sft || "$PY" -m data.gsm8k.prepare --val_share=0.1 --out=data/gsm8k_sft
+    have gsm8k_solutions || "$PY" -m data.gsm8k.prepare --solutions=all --out=data/gsm8k_solutions
+    have tldr_pages || "$PY" -m data.tldr_pages.prepare
+    have stackexchange/threads || "$PY" -m data.stackexchange.prepare
+    prepare local_bpe data/stackexchange/threads/*.jsonl --tokenizer=bpe
+    prepare local_sft data/{gsm8k_sft,tldr_pages,stackexchange/sft}/*.jsonl
+    prepare ranked data/{gsm8k_solutions,stackexchange/ranked}/*.jsonl
+fi
 
 "$PY" train.py config/local/pretrain.py --data=data/local_bpe --out_dir=$out/pretrain
 "$PY" train.py config/local/sft.py --init=$out/pretrain --out_dir=$out/sft
