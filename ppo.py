@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.batch import Batch, batch_indices, ppo_batch
+from data.batch import Batch, ppo_batch
 from data.files import atomic_write, read_arrays, sha256, write_json
 from data.rows import (
     encode_rows,
@@ -62,7 +62,9 @@ from model import GPT
 from nanospin import checkpoint, distributed, inputs, rounds
 from nanospin.config import convert
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
+from nanospin.preflight import say_shared_prompts
 from nanospin.rounds import (
+    check_finite,
     check_policy,
     reference_checkpoint,
     remove_parts,
@@ -70,12 +72,11 @@ from nanospin.rounds import (
     score_in_parts,
     with_checksum,
 )
-from rollout import (
-    check_finite,
+from players import (
     drop_overlong_prompts,
     match_samples,
+    prompts_of_round,
     sample_policy,
-    say_shared_prompts,
     unique_prompts,
 )
 from scorer import score_rows
@@ -125,11 +126,10 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     rows = drop_overlong_prompts(
         cfg, rows, enc, block_size, say if round_id == 0 else None, "train"
     )
-    n = min(cfg.max_rows or len(rows), len(rows))
     val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows, prompt_only=True))
     if round_id == 0:
         say_shared_prompts(rows, val, say)
-    rows = [rows[i] for i in batch_indices(len(rows), n, cfg.seed, round_id)]
+    rows = prompts_of_round(cfg, rows, round_id)
     val = drop_overlong_prompts(cfg, val, enc, block_size)
 
     run_on_rank0(check_policy, cfg, round_id)

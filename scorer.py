@@ -23,7 +23,7 @@ from data.rows import encode_rows, is_score, prompt_fields, row_with_ids
 from eval import pad_rows_to_K, response_lengths, retokenize, row_logps, row_scores
 from model import GPT
 from nanospin import distributed, inputs
-from nanospin.config import import_function, scorer_name
+from nanospin.config import import_function, scorer_name, scorer_setting
 from nanospin.distributed import run_on_rank0
 from nanospin.rounds import score_in_parts
 
@@ -64,7 +64,7 @@ def score_responses(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
         places = []
         for i, columns in enumerate(there):
             places += [(i, k) for k in columns]
-        values = call_function(scorer_name(cfg), [(rows[i], texts[i][k]) for i, k in places])
+        values = call_function(cfg, [(rows[i], texts[i][k]) for i, k in places])
         for (i, k), value in zip(places, values):
             scores[i, k] = value
         return scores
@@ -95,7 +95,7 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
     )
     if None in encoded:
         raise SystemExit(
-            f"{scorer_name(cfg)}: its block_size {judge.config.block_size} leaves no room after "
+            f"{scorer_setting(cfg)}: its block_size {judge.config.block_size} leaves no room after "
             f"{counts['dropped']} prompts; set max_prompt of that run"
         )
     budget = distributed.micro_batch_tokens(cfg, device)
@@ -109,16 +109,14 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
     for (row, texts, _), values in zip(responded, scores):
         for text, value in zip(texts, values):
             if not is_score(float(value)):
-                raise SystemExit(
-                    bad_score(scorer_name(cfg), f"gave {value}, not a finite number", row, text)
-                )
+                raise SystemExit(bad_score(cfg, f"gave {value}, not a finite number", row, text))
     return scores
 
 
-def call_function(name: str, calls: list[tuple[dict, str]]) -> np.ndarray:
+def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
     """The scores (n,) float64 that the function gives to n pairs of row and text. Each is scored by
     one rank, once: a function that is not deterministic must give all ranks the same."""
-    function = import_function(name)
+    function = import_function(scorer_name(cfg))
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(calls), distributed.world_size()):
         row, text = calls[n]
@@ -126,13 +124,13 @@ def call_function(name: str, calls: list[tuple[dict, str]]) -> np.ndarray:
         try:
             value = function(copy.deepcopy(row), text)  # it may change its row
         except (Exception, SystemExit) as e:
-            error = bad_score(name, f"raised {type(e).__name__}: {e}", row, text)
+            error = bad_score(cfg, f"raised {type(e).__name__}: {e}", row, text)
             trace = e.__traceback__.tb_next  # without this function
             shown = "".join(traceback.format_exception(type(e), e, trace))
             break
         scores[n] = as_number(value)
         if not is_score(scores[n]):
-            error = bad_score(name, f"gave {shorten(value)}, not a finite number", row, text)
+            error = bad_score(cfg, f"gave {shorten(value)}, not a finite number", row, text)
             break
     of_ranks = distributed.all_gather_object((error, shown))
     for rank, (error, shown) in enumerate(of_ranks):
@@ -153,9 +151,9 @@ def as_number(value) -> float:
         return math.nan
 
 
-def bad_score(name: str, what: str, row: dict, text: str) -> str:
+def bad_score(cfg, what: str, row: dict, text: str) -> str:
     return (
-        f"reward {name} {what}, for the prompt {row['prompt'][:60]!r} and the response "
+        f"{scorer_setting(cfg)} {what}, for the prompt {row['prompt'][:60]!r} and the response "
         f"{text[:60]!r}; no row of the round was written: mend it and run the same command again"
     )
 

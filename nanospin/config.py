@@ -704,6 +704,11 @@ def scorer_name(cfg: Config) -> str:
     return "" if cfg.ranked_by in ("order", "data") else cfg.ranked_by
 
 
+def scorer_setting(cfg: Config) -> str:
+    """What messages call the scorer: "reward NAME" or "ranked_by NAME", as the config sets it."""
+    return f"{'reward' if cfg.reward else 'ranked_by'} {scorer_name(cfg)}"
+
+
 def is_scored(cfg: Config) -> bool:
     """Whether a scorer ranks the responses of spin or preference."""
     return not cfg.reward and scorer_name(cfg) != ""

@@ -14,12 +14,13 @@ import hashlib
 import importlib
 import os
 import time
+import weakref
 from dataclasses import replace
 
 from data import tokenizer
 from data.files import read_json, write_json
 from nanospin import checkpoint, distributed
-from nanospin.config import import_function, pretrain_config, scorer_name
+from nanospin.config import import_function, pretrain_config, scorer_name, scorer_setting
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 
 # Stages whose `init` is the reference too, for as long as the run lasts.
@@ -37,6 +38,7 @@ PATHS = ("data", "pretrain_data", "tokenizer", *ROLES, "checkpoints")
 # Entries of config.json that say where an input was found. They are not compared.
 NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
 
+imported_sources = weakref.WeakKeyDictionary()  # module of a scorer -> sha256 of its file
 watched = {}  # out_dir -> {path: sha256} of what its current round reads
 
 
@@ -150,12 +152,15 @@ def data_files(cfg, data_sha256: dict) -> dict[str, str]:
 
 
 def source_sha256(function: str) -> str | None:
-    """The sha256 of the file that defines "module:function"; None if it is not Python source."""
+    """The sha256 of the file that defines "module:function", as it was when this process imported
+    it: it may have changed since. None if it is not Python source."""
     import_function(function)
-    path = getattr(importlib.import_module(function.partition(":")[0]), "__file__", None)
-    if not path or not path.endswith(".py") or not os.path.exists(path):
-        return None
-    return hash_chunks(path)
+    module = importlib.import_module(function.partition(":")[0])
+    if module not in imported_sources:
+        path = getattr(module, "__file__", None)
+        is_source = path and path.endswith(".py") and os.path.exists(path)
+        imported_sources[module] = hash_chunks(path) if is_source else None
+    return imported_sources[module]
 
 
 def scorer_sha256(scorer: str) -> str | None:
@@ -319,5 +324,5 @@ def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):
     name = scorer_name(cfg)
     if ":" not in name or source_sha256(name) == settings.get("reward_source_sha256"):
         return
-    text = f"the source of reward {name} has changed since this run began"
+    text = f"the source of {scorer_setting(cfg)} has changed since this run began"
     log.warning(start[0], max(0, start[1]), text)

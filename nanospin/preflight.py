@@ -12,6 +12,7 @@ import torch
 from data import tokenizer
 from data.files import RUN_FOLDER_MARKS, check_input, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
+from data.rows import prompt_key
 from data.template import TEMPLATE
 from nanospin import checkpoint, config, distributed, inputs, lock, rounds
 from nanospin.distributed import run_on_rank0
@@ -45,6 +46,10 @@ MAY_CHANGE = {
     "layout",
     "rounds",
 }
+
+# An entry of config.json: the prompts of a round differ. Older versions did not write it; there a
+# round that began the data again could have a prompt twice.
+PROMPTS_DIFFER = "prompts_differ"
 
 
 def resolve_template(cfg):
@@ -253,6 +258,8 @@ def check_same_run(cfg, settings: dict, newest: str | None):
         before |= saved | paths
     if not newest and not has_rows(cfg.out_dir):
         return
+    if before and PROMPTS_DIFFER not in before:
+        settings.pop(PROMPTS_DIFFER, None)
     if not before:
         before = collected_settings(cfg.out_dir, settings)
     if not before:
@@ -330,6 +337,33 @@ def refuse_if_samples(out_dir: str):
                     "with which settings they were made: put its config.json back, or use another "
                     "out_dir"
                 )
+
+
+def check_prompts_differ(out_dir: str, round_id: int):
+    """Exit with one line if a run was begun by a version whose rounds could have a prompt twice."""
+    settings = read_run_settings(out_dir)
+    if settings and PROMPTS_DIFFER not in settings:
+        raise SystemExit(
+            f"{out_dir} was begun by an older version, which would draw other prompts for round "
+            f"{round_id}: one of them more than once; use another out_dir"
+        )
+
+
+def say_shared_prompts(train: list[dict], val: list[dict], say):
+    """Say how many validation rows have the prompt of a training row, or its text if they are whole
+    texts."""
+    known = {row_key(row) for row in train}
+    shared = [row for row in val if row_key(row) in known]
+    if shared:
+        first = shared[0]["prompt"] or shared[0]["responses"][0]
+        say(
+            f"warning: {len(shared)} of {len(val)} validation rows are among the training rows too "
+            f"(the same prompt), the first: {first[:60]!r}"
+        )
+
+
+def row_key(row: dict) -> tuple:
+    return prompt_key(row) if row["prompt"] else (row["responses"][0],)
 
 
 def say_schedule_change(cfg, rounds_before):
@@ -542,4 +576,6 @@ def run_settings(cfg) -> dict:
         stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
+    if cfg.stage == "ppo" or cfg.stage == "spin" and config.is_scored(cfg):
+        settings[PROMPTS_DIFFER] = True
     return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"])

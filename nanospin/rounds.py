@@ -15,6 +15,7 @@ from dataclasses import asdict
 import numpy as np
 
 from data import tokenizer
+from data.batch import permutation
 from data.files import atomic_write, read_arrays, read_json, sha256, write_json
 from nanospin import checkpoint, config, distributed, elastic, inputs, metrics_logger
 from nanospin.distributed import broadcast_from_rank0
@@ -24,6 +25,23 @@ PART_SIZE = 1024  # rows that are sampled or scored before they are written to d
 
 def round_folder(cfg, round_id: int) -> str:
     return os.path.join(cfg.out_dir, f"round_{round_id}")
+
+
+def round_indices(n: int, size: int, seed: int, round_id: int) -> np.ndarray:
+    """Which of n rows a round has: `size` different ones, size <= n.
+
+    The rounds take them in order, from one permutation after the other, as `batch_indices` does.
+    Where a round begins the next permutation, rows that it has already come after it. So at any
+    time all rows have been taken equally often, up to one.
+    """
+    orders = [permutation(n, seed, 0)]
+    for epoch in range(1, ((round_id + 1) * size - 1) // n + 1):
+        old = epoch * n % size  # how many the round that spans both has from the order before
+        order = permutation(n, seed, epoch)
+        head = order[~np.isin(order, orders[-1][n - old :])][: size - old]
+        rest = order[~np.isin(order, head)]
+        orders.append(np.concatenate([head, rest]))
+    return np.concatenate(orders)[round_id * size : (round_id + 1) * size]
 
 
 def response_titles(players: list[str]) -> list[str]:
@@ -136,6 +154,20 @@ def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.
     for name in results[0]:
         merged[name] = np.concatenate([arrays[name] for arrays in results])
     return merged
+
+
+def check_finite(values, rows: list[dict], enc, what: str):
+    """Exit with one line if a number is not finite, before anything is written.
+
+    values: for each of the encoded rows an array, or a number.
+    """
+    for row, value in zip(rows, values, strict=True):
+        if not np.isfinite(value).all():
+            prompt = enc.decode(row["prompt"])[-60:]
+            raise SystemExit(
+                f"{what} are not finite numbers for the prompt that ends in {prompt!r}; "
+                "nothing was written"
+            )
 
 
 def is_part_of(part: str, of: str) -> bool:

@@ -25,8 +25,8 @@ from test_distributed import ENV, torchrun_command
 from test_gpu_path import gpu_path, gradients, no_host_reads
 from test_ppo import BYTES, ppo_args, ppo_config, records_without_time, reward_args
 
+import players
 import ppo
-import rollout
 import scorer
 import train
 from data import tokenizer
@@ -670,7 +670,7 @@ def test_rows_may_be_prompts_only(tiny_runs, tiny_data, tmp_path):
 
 # module, function, the call at which it is killed, and what is left in the round's folder
 PHASES = [
-    pytest.param(rollout, "respond", 3, "self_train.jsonl.part*", id="sampling"),
+    pytest.param(players, "respond", 3, "self_train.jsonl.part*", id="sampling"),
     pytest.param(ppo, "token_scores", 1, "self_train.jsonl.policy.part*", id="policy"),
     pytest.param(ppo, "token_scores", 4, "self_train.jsonl.reference.part*", id="reference"),
     pytest.param(scorer, "score_responses", 1, "self_train.jsonl.reward.part*", id="reward"),
@@ -770,7 +770,7 @@ def test_two_ranks_equal_one_and_resume_bit_for_bit(tiny_runs, tiny_data, tmp_pa
         more += distillation(tiny_runs)
         scored = ("ppo:token_scores:3", "teacher")
     deaths = [  # and whose parts are left then
-        ("rollout:respond:2", ""),
+        ("players:respond:2", ""),
         ("ppo:token_scores:1", "policy"),
         ("ppo:token_scores:3", "reference"),
         scored,

@@ -12,6 +12,7 @@ from conftest import Killed, assert_same_run, killing, make_data, read_metrics, 
 from safetensors.torch import load_file, save_file
 from test_distributed import ENV, torchrun_command
 
+import players
 import train
 from data import tokenizer
 from data.files import read_json, sha256, write_json
@@ -130,13 +131,13 @@ def test_an_input_that_changes_while_a_round_samples(tiny_runs, tmp_path, monkey
     path = f"{tmp_path}/teacher.jsonl"
     teacher_file(data, path)
     options = ["--max_steps=1", "--players=data,self,teacher", f"--teacher={path}"]
-    sample = train.rollout.sample_policy
+    sample = players.sample_policy
 
     def sample_and_change(*args):
         sample(*args)
         change_first_row(path)
 
-    monkeypatch.setattr(train.rollout, "sample_policy", sample_and_change)
+    monkeypatch.setattr(players, "sample_policy", sample_and_change)
     assert f"{path} was changed" in refused(spin_args(tiny_runs, data, out, *options))
     assert not os.path.exists(f"{out}/round_0/train.jsonl")
 
@@ -211,7 +212,7 @@ def test_init_and_teacher_may_go_once_they_are_not_read_again(
     train.main([*spin_args({"sft": init}, tiny_data, whole), *options])
     args = [*spin_args({"sft": init}, tiny_data, out), *options]
     with monkeypatch.context() as m:
-        module, name, at = train.rollout, "respond", 5
+        module, name, at = players, "respond", 5
         if stage == "preference":
             module, name, at = train.distributed, "clip_grad_norm_", 2
         m.setattr(module, name, killing(getattr(module, name), at))

@@ -6,7 +6,7 @@ import pytest
 from conftest import source_files
 
 # each may import those before it
-ROOT_MODULES = ["loss", "model", "sample", "eval", "scorer", "rollout", "ppo", "train"]
+ROOT_MODULES = ["loss", "model", "sample", "eval", "scorer", "players", "rollout", "ppo", "train"]
 
 # a package may import these packages, and itself
 PACKAGES = {

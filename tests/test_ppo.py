@@ -29,8 +29,8 @@ from conftest import (
 )
 from test_distributed import ENV, assert_equal_up_to_rounding, torchrun, torchrun_command
 
+import players
 import ppo
-import rollout
 import scorer as scoring
 import train
 from data import tokenizer
@@ -440,7 +440,7 @@ def records_without_time(run, kind):
 @pytest.mark.parametrize(
     "module, function, at",
     [
-        pytest.param(rollout, "respond", 3, id="sampling", marks=pytest.mark.slow),
+        pytest.param(players, "respond", 3, id="sampling", marks=pytest.mark.slow),
         pytest.param(ppo, "score_rows", 0, id="scoring", marks=pytest.mark.slow),
         pytest.param(ppo, "advantages", 1, id="storing", marks=pytest.mark.slow),
         pytest.param(train, "lr_factor", 3, id="training", marks=pytest.mark.slow),

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -33,16 +34,17 @@ from test_distributed import ENV, torchrun_command
 from test_train import change_rows, preference_args, read_bytes, read_json, spoil_weights
 
 import loss
+import players
 import rollout
 import scorer as scoring
 import train
 from data import tokenizer
-from data.batch import batch_rows
+from data.batch import batch_indices, batch_rows
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, prompt_key, read_rows, write_rows
 from eval import extract_answer, pad_rows_to_K, ranking_metrics
 from model import GPT
-from nanospin import checkpoint, distributed, elastic, rounds
+from nanospin import checkpoint, distributed, elastic, preflight, rounds
 
 BYTES = tokenizer.load("bytes")
 LETTERS = "--ranked_by=conftest:letters"
@@ -387,7 +389,7 @@ def present_ranks(row):
 def test_nothing_left_to_rank_is_one_clear_line(tiny_runs, tiny_data, tmp_path, monkeypatch):
     args = scored_args(tiny_runs, tiny_data, f"{tmp_path}/r", ranked_by(monkeypatch, constant))
     message = refused(args)
-    assert "conftest:scorer gives all responses to a prompt the same score" in message
+    assert "ranked_by conftest:scorer gives all responses to a prompt the same score" in message
     assert "for each of 16 prompts" in message and "16 with nothing ranked" in message
     message = refused(
         data_ranking_args(tiny_runs, tiny_data, f"{tmp_path}/p", "--ranked_by=conftest:scorer")
@@ -431,8 +433,8 @@ def test_the_order_of_the_players_makes_no_difference(
 ):
     """Under a scorer: the same files, byte for byte, and the same weights."""
     names = {"function": "conftest:letters", "judge": tiny_runs["pretrain"], "reward": reward_run}
-    for name, players in (("a", "data,self:3"), ("b", "self:3,data")):
-        options = [f"--players={players}", f"--ranked_by={names[referee]}"]
+    for name, order in (("a", "data,self:3"), ("b", "self:3,data")):
+        options = [f"--players={order}", f"--ranked_by={names[referee]}"]
         train.main(scored_args(tiny_runs, tiny_data, f"{tmp_path}/{name}", *options))
     for file in ("self_train", "train", "val"):
         expected = read_bytes(f"{tmp_path}/a/round_0/{file}.jsonl")
@@ -447,14 +449,14 @@ def test_of_equal_responses_the_datas_is_kept(tiny_runs, tiny_data, tmp_path):
     model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
 
     def answer_as_the_model_would(rows):
-        texts, _ = rollout.respond(model, enc, TEMPLATE, rows, max_response=16, temperature=0)
+        texts, _ = players.respond(model, enc, TEMPLATE, rows, max_response=16, temperature=0)
         for row, text in zip(rows[::2], texts[::2]):
             row["responses"] = [text]
         return rows
 
     change_rows(data, answer_as_the_model_would)
-    for name, players in (("a", "data,self:2"), ("b", "self:2,data")):
-        options = ["--temperature=0", f"--players={players}", "--max_steps=1"]
+    for name, order in (("a", "data,self:2"), ("b", "self:2,data")):
+        options = ["--temperature=0", f"--players={order}", "--max_steps=1"]
         train.main(scored_args(tiny_runs, data, f"{tmp_path}/{name}", *options))
         for row in read_rows(f"{tmp_path}/{name}/round_0/val.jsonl"):
             assert row["ids"][row["players"].index("data")] is not None
@@ -685,6 +687,76 @@ def test_other_prompts_in_each_round(scored_run, tiny_runs, tiny_data, tmp_path)
     assert held_out[0] == held_out[1]
 
 
+def seen_prompts(rounds_of):
+    """How often each row was taken after each round, checked: a round has no row twice, and no row
+    was taken more than once more than another."""
+    n = max(map(max, rounds_of)) + 1
+    counts = np.zeros(n, int)
+    for chosen in rounds_of:
+        assert len(set(chosen)) == len(chosen)
+        counts[list(chosen)] += 1
+        assert counts.max() - counts.min() <= 1
+    return counts
+
+
+@pytest.mark.parametrize("n, size", [(1, 1), (5, 3), (7, 5), (8, 7), (10, 4), (12, 4), (40, 16)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_round_has_no_prompt_twice(n, size, seed):
+    """Over rounds each is there equally often, up to one. Until a round would have one twice they
+    are those of `batch_indices`."""
+    rounds_of = [rounds.round_indices(n, size, seed, r).tolist() for r in range(4 * n)]
+    assert all(len(chosen) == size for chosen in rounds_of)
+    assert seen_prompts(rounds_of).sum() == 4 * n * size
+    before = [batch_indices(n, size, seed, r).tolist() for r in range(4 * n)]
+    repeated = [len(set(chosen)) < size for chosen in before]
+    same = repeated.index(True) if True in repeated else 4 * n
+    assert rounds_of[:same] == before[:same]
+    assert same == 4 * n or n % size
+
+
+GROUPS = ["--stage=ppo", "--reward=conftest:letters", "--advantage=grpo", "--samples_per_prompt=3"]
+
+
+@pytest.mark.parametrize("stage", ["spin", "ppo"])
+def test_rounds_that_begin_the_data_again(tiny_runs, tiny_data, tmp_path, monkeypatch, stage):
+    """The third round has the last 8 of 40 prompts and 8 others. With seed 1 an older version had
+    one of them twice: a run that it has begun goes on up to there, and is then refused."""
+    kind = GROUPS if stage == "ppo" else [LETTERS, "--players=self:3"]
+
+    def args(out, num_rounds):
+        more = ["--max_rows=16", "--max_steps=2", "--seed=1", f"--rounds={num_rounds}"]
+        return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", *kind, *more)
+
+    train.main(args("new", 3))
+    numbers = {prompt_key(row): n for n, row in enumerate(read_rows(f"{tiny_data}/train.jsonl"))}
+    rounds_of = []
+    for r in range(3):
+        rows = read_rows(f"{tmp_path}/new/round_{r}/train.jsonl")
+        rounds_of.append([numbers[prompt_key(row)] for row in rows])
+        assert len(read_rows(f"{tmp_path}/new/round_{r}/self_train.jsonl")) == 16 * 3
+    assert seen_prompts(rounds_of).tolist().count(2) == 8
+    assert len(set(batch_indices(40, 16, 1, 2))) == 15
+
+    run_settings = preflight.run_settings
+
+    def older_settings(cfg):
+        settings = run_settings(cfg)
+        del settings[preflight.PROMPTS_DIFFER]
+        return settings
+
+    with monkeypatch.context() as m:
+        m.setattr(preflight, "run_settings", older_settings)
+        train.main(args("old", 1))
+    train.main(args("old", 2))
+    assert preflight.PROMPTS_DIFFER not in read_json(f"{tmp_path}/old/config.json")["config"]
+    rows = read_rows(f"{tmp_path}/old/round_1/train.jsonl")
+    assert [numbers[prompt_key(row)] for row in rows] == rounds_of[1]
+    message = refused(args("old", 3))
+    assert "begun by an older version" in message and "prompts for round 2" in message
+    assert not os.path.exists(f"{tmp_path}/old/round_2/self_train.jsonl")
+    train.main(args("new", 4))  # a run of this version goes on
+
+
 def test_replay_rounds_under_a_scorer(scored_run, tiny_runs, tiny_data, tmp_path):
     """The rows of the round before, with the scores that they got then."""
     out = f"{tmp_path}/r"
@@ -727,7 +799,7 @@ def test_a_scorer_that_fails(tiny_runs, tiny_data, scored_run, tmp_path, monkeyp
     args = scored_args(tiny_runs, tiny_data, out, function, "--rounds=2")
     message = refused(args)
     shown = "raised ValueError: no such word" if isinstance(result, ValueError) else repr(result)
-    assert "conftest:scorer" in message and shown in message
+    assert message.startswith("ranked_by conftest:scorer ") and shown in message
     rows = read_rows(f"{scored_run}/round_0/train.jsonl")
     prompt = rows[40 // 4]["prompt"]  # four responses to each
     assert f"the prompt {prompt!r}" in message
@@ -757,8 +829,9 @@ def test_a_slow_scorer_is_progress(monkeypatch):
         return 0.0
 
     ranked_by(monkeypatch, slow)
+    cfg = SimpleNamespace(reward="", ranked_by="conftest:scorer")
     distributed.heartbeat.touch()
-    scoring.call_function("conftest:scorer", [({"prompt": "p"}, "text")] * 20)
+    scoring.call_function(cfg, [({"prompt": "p"}, "text")] * 20)
     assert max(waited) < 0.5  # seconds: of one call, on a busy machine, and not the sum of 20
 
 
@@ -790,11 +863,43 @@ def test_a_function_with_another_source_is_said(tiny_runs, tiny_data, tmp_path, 
     del sys.modules["graded_rows"]
     train.main(args)
     (warning,) = read_metrics(out, "warning")
-    assert "the source of reward graded_rows:f has changed" in warning["text"]
+    assert "the source of ranked_by graded_rows:f has changed" in warning["text"]
     for row in read_rows(f"{out}/round_0/train.jsonl"):
         assert all(score <= 0 for score in row["scores"])
     manifest = read_json(f"{out}/round_1/collect.json")
     assert manifest["made_of"]["ranked_by"] == rounds.sha256(str(path))
+
+
+def test_a_source_that_changes_in_a_run(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """The run goes on with the function that it has. Started again, it has the new one, and does
+    not mix their scores."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(rounds, "PART_SIZE", 4)
+    out, path = f"{tmp_path}/r", tmp_path / "edited_rows.py"
+    path.write_text("def f(row, text):\n    return text.count('e')\n")
+    first = rounds.sha256(str(path))
+    args = scored_args(tiny_runs, tiny_data, out, "--ranked_by=edited_rows:f", "--rounds=2")
+    fit = train.fit
+
+    def fit_and_edit(*fit_args):
+        fit(*fit_args)
+        path.write_text("def f(row, text):\n    return -text.count('e')\n")
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "fit", fit_and_edit)
+        m.setattr(scoring, "call_function", killing(scoring.call_function, 7))
+        with pytest.raises(Killed):
+            train.main(args)
+    assert len(glob.glob(f"{out}/round_1/train.jsonl.scores.part*")) == 1
+    importlib.invalidate_caches()
+    del sys.modules["edited_rows"]
+    train.main(args)
+    sources = [first, rounds.sha256(str(path))]
+    for r, sign in enumerate((1, -1)):
+        manifest = read_json(f"{out}/round_{r}/collect.json")
+        assert manifest["made_of"]["ranked_by"] == sources[r]
+        for row in read_rows(f"{out}/round_{r}/train.jsonl"):
+            assert all(sign * score >= 0 for score in row["scores"])
 
 
 @pytest.mark.parametrize("when", ["between rounds", "between starts"])
@@ -855,7 +960,7 @@ def undisturbed(tiny_runs, tiny_data, tmp_path_factory):
 
 
 KILLS = [
-    pytest.param(rollout, "respond", 3, id="sampling"),
+    pytest.param(players, "respond", 3, id="sampling"),
     pytest.param(scoring, "call_function", 2, id="scoring"),
     pytest.param(scoring, "call_function", 4, id="scoring the second round"),
     pytest.param(rollout, "mark_equal_responses", 0, id="writing"),
@@ -915,7 +1020,7 @@ KILLING_PROGRAM = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest
-import rollout, scorer, train
+import players, rollout, scorer, train
 from nanospin import rounds
 rounds.PART_SIZE = 8
 module, function, at = sys.argv[1:4]
@@ -930,7 +1035,7 @@ train.main(sys.argv[4:])
 @pytest.mark.parametrize(
     "module, function, at",
     [
-        ("rollout", "respond", "2"),
+        ("players", "respond", "2"),
         ("scorer", "call_function", "1"),
         ("rollout", "row_logps", "1"),
         ("train", "lr_factor", "7"),

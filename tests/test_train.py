@@ -25,6 +25,7 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
+import players
 import rollout
 import train
 from data import tokenizer
@@ -362,7 +363,7 @@ def undisturbed(tiny_runs, tiny_data, tmp_path_factory):
 @pytest.mark.parametrize(
     "module, function, at",
     [
-        pytest.param(rollout, "respond", 4, id="sampling"),
+        pytest.param(players, "respond", 4, id="sampling"),
         pytest.param(rollout, "row_logps", 0, id="scoring", marks=pytest.mark.slow),
         pytest.param(train, "lr_factor", 8, id="training", marks=pytest.mark.slow),
         pytest.param(checkpoint, "write_json", 2, id="saving", marks=pytest.mark.slow),
@@ -411,7 +412,7 @@ def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path, capsys):
     model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
 
     def answer_as_the_model_would(rows):
-        texts, _ = rollout.respond(model, enc, TEMPLATE, rows, max_response=16, temperature=0)
+        texts, _ = players.respond(model, enc, TEMPLATE, rows, max_response=16, temperature=0)
         for i, (row, text) in enumerate(zip(rows, texts)):
             best, second = [(text, "x"), ("x", text), ("x", "z")][i % 3]
             row["responses"] = [best, second, "unused"]
@@ -563,9 +564,9 @@ def test_samples_whose_text_was_edited_are_refused(tiny_data, tmp_path):
     answer |= {"ids": [[*b"twelve", 256]], "tokenizer": tokenizer.fingerprint(enc)}
     write_rows(path, [answer])
     with pytest.raises(SystemExit, match="the ids are not those of its text"):
-        rollout.match_responses(path, rows, enc)
+        players.match_responses(path, rows, enc)
     write_rows(path, [answer | {"responses": ["twelve"]}])
-    assert rollout.match_responses(path, rows, enc) == [("twelve", [*b"twelve", 256])]
+    assert players.match_responses(path, rows, enc) == [("twelve", [*b"twelve", 256])]
 
 
 def teacher_rows(data, answer):
@@ -582,7 +583,7 @@ def test_the_first_answer_of_a_teacher_counts(tiny_data, tmp_path):
     path, rows = f"{tmp_path}/teacher.jsonl", read_rows(f"{tiny_data}/train.jsonl")
     answers = [teacher_rows(tiny_data, lambda row, n=n: f"answer {n}") for n in (1, 2)]
     write_rows(path, answers[0] + answers[1])
-    matched = rollout.match_responses(path, rows, tokenizer.load("bytes"))
+    matched = players.match_responses(path, rows, tokenizer.load("bytes"))
     assert {text for text, _ in matched} == {"answer 1"}
 
 

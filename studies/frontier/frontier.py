@@ -36,7 +36,7 @@ from data.rows import encode_rows, read_rows, sampled_row, write_rows
 from eval import row_logps, row_scores, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed
-from rollout import unique_prompts
+from players import unique_prompts
 from sample import respond
 from tools.plot import (
     GREY,

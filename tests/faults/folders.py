@@ -119,7 +119,7 @@ def all_inputs_under_name(workspace: Workspace, name: str) -> str:
         shutil.copytree(path, f"{folder}/{setting}")
         more.append(f"--{setting}={folder}/{setting}")
     argv = workspace.args("spin3", f"{folder}/run", *more)
-    first = run_to_end(argv, 1, Fault("rollout:respond", "kill", 0, 3))
+    first = run_to_end(argv, 1, Fault("players:respond", "kill", 0, 3))
     if first.status != [-signal.SIGKILL]:
         return f"{first.status} {first.output[-500:]}"
     again = run_to_end(argv)

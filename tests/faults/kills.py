@@ -51,7 +51,7 @@ def kill_and_resume(workspace: Workspace, stage: str, ranks: int, *more: str) ->
     function, call = "train:lr_factor", workspace.rng.randint(2, 4)
     if stage == "sampling":
         stage = "spin3"
-        function, call = "rollout:respond", workspace.rng.randint(2, 8)
+        function, call = "players:respond", workspace.rng.randint(2, 8)
     undisturbed = workspace.undisturbed(stage, ranks, *more)
     out = workspace.new_run()
     argv = workspace.args(stage, out, *more)
@@ -76,7 +76,7 @@ KILLED_IN = {
     "nanospin.distributed:gather_full_model": 1,
     "nanospin.checkpoint:write": 2,
     "nanospin.checkpoint:prune_steps": 2,
-    "rollout:respond": 3,
+    "players:respond": 3,
     "eval:row_logps": 2,
     "train:evaluate": 2,
     "nanospin.checkpoint:save": 3,
@@ -87,22 +87,22 @@ KILLED_IN = {
 RANK_0_ONLY = ("nanospin.checkpoint:prune_steps", "data.rows:write_rows")
 OTHER_FAULTS = [
     Fault("model:GPT.forward", "hang", rank=1, call=9),
-    Fault("rollout:respond", "hang", rank=0, call=2),
+    Fault("players:respond", "hang", rank=0, call=2),
     Fault("nanospin.checkpoint:write", "hang", rank=1, call=1),
     Fault("eval:row_logps", "hang", rank=1, call=3),
     Fault("data.batch:batch_rows", "raise", rank=1, call=3),
     Fault("model:GPT.forward", "raise", rank=0, call=9),
-    Fault("rollout:respond", "raise", rank=1, call=2),
+    Fault("players:respond", "raise", rank=1, call=2),
     Fault("nanospin.checkpoint:save", "raise", rank=0, call=2),
     Fault("train:lr_factor", "SIGTERM", rank=0, call=2),
     Fault("train:lr_factor", "SIGTERM", rank=1, call=4),
-    Fault("rollout:respond", "SIGTERM", rank=1, call=2),
+    Fault("players:respond", "SIGTERM", rank=1, call=2),
     Fault("eval:row_logps", "SIGTERM", rank=0, call=2),
     Fault("train:evaluate", "SIGTERM", rank=1, call=2),
     Fault("train:lr_factor", "SIGUSR1", rank=1, call=3),
     Fault("train:evaluate", "SIGUSR1", rank=0, call=1),
     Fault("train:lr_factor", "SIGINT", rank=0, call=2),
-    Fault("rollout:respond", "SIGINT", rank=0, call=3),
+    Fault("players:respond", "SIGINT", rank=0, call=3),
     Fault("data.rows:write_rows", "full", rank=0, call=2),
     Fault("data.files:write_json", "full", rank=0, call=1),
     Fault("os:fsync", "full", rank=1, call=3),

@@ -39,7 +39,7 @@ def signals(workspace: Workspace, short: bool) -> Result:
     lost, and the same command ends equal bit for bit"""
     cases = {
         "SIGHUP in a step": (hangup, "train:lr_factor", 3),
-        "SIGHUP while it samples": (hangup, "rollout:respond", 2),
+        "SIGHUP while it samples": (hangup, "players:respond", 2),
         "SIGHUP under nohup": (ignored_hangup,),
         "stdout closed by its reader": (closed_pipe, 1, 0),
         "stdout closed by its reader later": (closed_pipe, 1, 4),

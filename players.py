@@ -1,0 +1,454 @@
+"""The players of a round: who responds to its prompts, who ranks the responses, what is reported.
+
+    data        the best response of the row
+    teacher     a checkpoint, a file of responses, or the second response of the row
+    self        the policy, sampled now; "self:n": n samples
+    self-n      the policy of n rounds before
+
+Without a scorer their order is the ranking, and the samples of one player tie. `rank_by_score` is
+the ranking of a scorer (scorer.py).
+"""
+
+import hashlib
+import os
+
+import numpy as np
+from tqdm import tqdm
+
+from data import tokenizer
+from data.batch import batch_indices
+from data.rows import (
+    encode_prompts,
+    encode_rows,
+    prompt_key,
+    read_rows,
+    response_ids,
+    row_with_ids,
+    sampled_row,
+    write_rows,
+)
+from eval import extract_answer, is_ranked, length_accuracy
+from nanospin import distributed, elastic, inputs, rounds
+from nanospin.config import is_scored, ordered_players, player_columns
+from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
+from nanospin.preflight import check_prompts_differ
+from nanospin.rounds import (
+    make_round_folder,
+    part_files,
+    remove_parts,
+    round_folder,
+    round_indices,
+)
+from sample import respond, response_text
+from scorer import score_rows
+
+
+def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:
+    """The responses of all players to every prompt, in the order of the players, as ranked rows
+    with ids. The samples of one player are ties. In stage preference there are no players, but the
+    data's own responses.
+
+    An earlier self is absent in the rounds before there was one, and so is a teacher where its
+    answer is empty.
+    """
+    if cfg.stage == "preference":
+        return [data_candidates(row, enc) for row in rows]
+    columns = []  # a column per player: of each row a list of (text, ids), None where absent
+    for player in ordered_players(cfg):
+        column = player_responses(cfg, round_id, split, player, rows, model, enc, dtype)
+        if player == "teacher":
+            column, num_empty = drop_empty(column)
+            if num_empty:
+                say(
+                    f"round {round_id} {split}: {num_empty} of {len(rows)} answers of the teacher "
+                    "are empty, so they are absent"
+                )
+        columns.append(column)
+    names = player_columns(cfg)
+    candidates = []
+    for i, row in enumerate(rows):
+        texts, ids = [], []
+        for column in columns:
+            texts += [text for text, _ in column[i]]
+            ids += [y for _, y in column[i]]
+        candidate = row_with_ids(row, texts, ids, enc)
+        if len(set(names)) < len(names):
+            candidate["ranks"] = [names.index(name) for name in names]
+        candidates.append(candidate)
+    return candidates
+
+
+def data_candidates(row: dict, enc) -> dict:
+    """The data's own responses to a prompt, to be ranked by a scorer."""
+    ids = [response_ids(row, k, enc) for k in range(len(row["responses"]))]
+    texts = [None if y is None else text for text, y in zip(row["responses"], ids)]
+    return row_with_ids(row, texts, ids, enc)
+
+
+def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[list[tuple]]:
+    """(text, ids) of a player's responses to each row: one, or n of the player "self:n". To add a
+    player, add a branch here."""
+    if player == "data":
+        return [[(row["responses"][0], response_ids(row, 0, enc))] for row in rows]
+    if player == "teacher":
+        return [[response] for response in teacher_responses(cfg, split, rows, enc)]
+    name, _, count = player.partition(":")
+    rounds_ago = 0 if name == "self" else int(name.removeprefix("self-"))
+    if rounds_ago > round_id:
+        return [[(None, None)]] * len(rows)
+    path = os.path.join(round_folder(cfg, round_id - rounds_ago), f"self_{split}.jsonl")
+    count = int(count or 1)
+    if rounds_ago == 0:
+        sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, dtype, count)
+    return match_samples(path, rows, enc, count)
+
+
+def drop_empty(column: list[list[tuple]]) -> tuple[list[list[tuple]], int]:
+    """Make the responses of a player absent that have no text. Returns their number too."""
+    kept = []
+    for responses in column:
+        kept.append([(text, y) if text and text.strip() else (None, None) for text, y in responses])
+    return kept, kept.count([(None, None)])
+
+
+def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
+    """(text, ids) of the teacher's response to each row."""
+    if cfg.teacher == "rows":
+        single = [row["prompt"] for row in rows if len(row["responses"]) < 2]
+        if single:
+            raise SystemExit(
+                f"teacher is 'rows', but {len(single)} of {len(rows)} rows of "
+                f"{cfg.data}/{split}.jsonl have one response, the first: {single[0][:60]!r}"
+            )
+        return [(row["responses"][1], response_ids(row, 1, enc)) for row in rows]
+    path = cfg.teacher
+    if os.path.isdir(path) or inputs.is_answered(cfg):
+        path = inputs.teacher_file(cfg, split)
+    return match_responses(path, rows, enc)
+
+
+def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -> list[dict]:
+    """The rows whose prompt leaves room for a response. Exits if a row has no prompt."""
+    if not all(row["prompt"] for row in rows):
+        raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to respond to")
+    if all(row.get("responses") for row in rows):
+        best = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
+        encoded, counts = encode_rows(
+            best, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
+        )
+    else:
+        encoded, counts = encode_prompts(rows, enc, cfg.template, block_size, cfg.max_prompt)
+    if say:
+        say(f"data {split}: {list_counts(counts)}")
+    kept = [row for row, its_encoded in zip(rows, encoded) if its_encoded]
+    if not kept:
+        raise SystemExit(
+            f"{cfg.data}: no prompt leaves room for a response ({list_counts(counts)}); set "
+            "max_prompt, or use a shorter template or a larger block_size"
+        )
+    return kept
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts.items())
+
+
+# ------------------------------------------------------------------------------------------ ranking
+
+
+def rank_by_score(cfg, path: str, rows, candidates, enc, device, dtype) -> list[dict]:
+    """The candidates of each row in the order of their scores, best first; equal scores are ties.
+    top_players come before the others, in their own order. Absent ones come last.
+
+    rows: the data's rows, which a scorer is called with. A ranked row has "scores", and in stage
+    spin "players", whose each response is. The order of cfg.players makes no difference.
+    """
+    texts = [candidate["responses"] for candidate in candidates]
+    ids = [candidate["ids"] for candidate in candidates]
+    K = max(map(len, texts))
+    texts = [row_texts + [None] * (K - len(row_texts)) for row_texts in texts]
+    scores = score_rows(cfg, path, rows, texts, ids, enc, device, dtype)
+    names = player_columns(cfg) if cfg.stage == "spin" else [""] * K
+    ranked = []
+    for candidate, row_scores in zip(candidates, scores.tolist()):
+        ranked.append(sort_by_score(cfg, candidate, names, row_scores))
+    return ranked
+
+
+def sort_by_score(cfg, candidate: dict, names: list[str], scores: list[float]) -> dict:
+    """One row of `rank_by_score`. names: the player of each response."""
+    ids = candidate["ids"]
+    there = [k for k, y in enumerate(ids) if y is not None]
+    absent = [k for k, y in enumerate(ids) if y is None]
+    keys = {}  # smaller is better; equal keys are ties
+    for k in there:
+        on_top = names[k] in cfg.top_players
+        place = cfg.top_players.index(names[k]) if on_top else len(cfg.top_players)
+        keys[k] = (place, 0.0 if on_top else -scores[k])
+    # ties stand in an order that depends on their ids alone, and on no property of the text; of
+    # equal ones the data's is the first, and stays
+    cut_ids = [y and y[: cfg.max_response or None] for y in ids]
+    there.sort(key=lambda k: (keys[k], hash_ids(cut_ids[k])))
+    order = there + absent
+    sorted_keys = [keys[k] for k in there]
+    row = candidate | {
+        "responses": [candidate["responses"][k] for k in order],
+        "ids": [ids[k] for k in order],
+        "scores": [scores[k] if k in keys else None for k in order],
+        # the place of the first one with the same key
+        "ranks": [sorted_keys.index(key) for key in sorted_keys] + [len(order)] * len(absent),
+    }
+    if cfg.stage == "spin":
+        row["players"] = [names[k] for k in order]
+    return row
+
+
+def hash_ids(ids: list[int]) -> str:
+    return hashlib.sha256(str(ids).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def sample_policy(path, cfg, rows, name: str, model, enc, dtype, count: int = 1):
+    """Sample the policy as it is now, with a full copy of its weights on each rank unless
+    sample_sharded is set."""
+    policy = model if cfg.sample_sharded else distributed.gather_full_model(model, dtype)
+    write_samples(path, policy, enc, cfg, rows, name, count)
+
+
+def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count: int = 1):
+    """Sample `count` responses to every prompt and write them to a ranked file, a row each, those
+    to one prompt after each other.
+
+    The rows are divided among the ranks. A sample is a function of (weights, seed, name, number of
+    the row): another name draws other samples. Every finished part is kept, so a resumed file is
+    the same file.
+    """
+    if broadcast_from_rank0(os.path.exists(path)):
+        remove_parts(path)
+        return
+    repeated = []
+    for row in unique_prompts(rows):
+        repeated += [row] * count
+    rows = repeated
+    make_round_folder(path)
+    size = max(rounds.PART_SIZE, cfg.gen_batch_size * distributed.world_size())
+    parts = part_files(path, len(rows), size)
+    written = broadcast_from_rank0([part for part in parts if os.path.exists(part)])
+    hide_bar = None if distributed.rank() == 0 else True
+    progress = tqdm(total=len(rows), desc=f"sampling {name}", disable=hide_bar)
+    for part, numbers in parts.items():
+        if part in written:
+            progress.update(len(numbers))
+            continue
+        distributed.heartbeat.set_stage(f"sampling {name}, prompts from {numbers[0]} on")
+        samples = sample_part(model, enc, cfg, rows, numbers, name, progress)
+        if distributed.rank() == 0:
+            write_rows(part, [sampled_row(rows[n], *samples[n], enc) for n in numbers])
+        elastic.exit_if_signalled()
+    if distributed.rank() == 0:
+        sampled = []
+        for part in parts:
+            sampled += read_rows(part)
+        write_rows(path, sampled)
+    remove_parts(path)
+
+
+def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> dict[int, tuple]:
+    """{number of a prompt: (text, ids)} of the prompts `numbers`, on every rank."""
+    digest = hashlib.sha256(f"{cfg.seed} {name}".encode()).digest()
+    mine = numbers[distributed.rank() :: distributed.world_size()]
+    with distributed.lockstep_forward(model):
+        texts, ids = respond(
+            model,
+            enc,
+            cfg.template,
+            [rows[n] for n in mine],
+            cfg.max_prompt,
+            cfg.max_response,
+            seed=int.from_bytes(digest[:7], "big"),
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            request_ids=mine,
+            batch_size=cfg.gen_batch_size,
+            progress=progress,
+        )
+    if None in ids:
+        prompt = rows[mine[ids.index(None)]]["prompt"]
+        raise SystemExit(
+            f"{name}: block_size {model.config.block_size} leaves no room after the prompt "
+            f"{prompt[:80]!r}; set max_prompt"
+        )
+    samples = {}
+    for of_rank in all_gather_object(dict(zip(mine, zip(texts, ids)))):
+        samples.update(of_rank)
+    return samples
+
+
+def unique_prompts(rows: list[dict]) -> list[dict]:
+    """Rows of different prompts: each is sampled once, however often it is in the data."""
+    return list({prompt_key(row): row for row in rows}.values())
+
+
+def prompts_of_round(cfg, rows: list[dict], round_id: int) -> list[dict]:
+    """max_rows of the rows, all different, and others in each round until each was there once.
+
+    Exits if the run was begun by a version that would have others now.
+    """
+    size = min(cfg.max_rows or len(rows), len(rows))
+    chosen = round_indices(len(rows), size, cfg.seed, round_id)
+    if not np.array_equal(chosen, batch_indices(len(rows), size, cfg.seed, round_id)):
+        run_on_rank0(check_prompts_differ, cfg.out_dir, round_id)
+    return [rows[i] for i in chosen]
+
+
+def match_samples(path: str, rows: list[dict], enc, count: int) -> list[list[tuple]]:
+    """(text, ids) of the best response of the first `count` rows in a ranked file that have the
+    prompt of each row.
+
+    Samples of this tokenizer keep their ids, see `data.rows.response_ids`.
+    """
+    fingerprint = tokenizer.fingerprint(enc)
+    responses = {}
+    for row in read_rows(path):
+        if row.get("tokenizer") == fingerprint:
+            ids = own_ids(path, row, enc)
+        else:
+            ids = response_ids(row, 0, enc)
+        responses.setdefault(prompt_key(row), []).append((row["responses"][0], ids))
+    missing = []
+    for row in rows:
+        if len(responses.get(prompt_key(row), [])) < count:
+            missing.append(row["prompt"])
+    if missing:
+        wanted = "response" if count == 1 else f"{count} responses"
+        raise SystemExit(
+            f"{path}: no {wanted} to {len(missing)} of {len(rows)} prompts, "
+            f"the first: {missing[0][:80]!r}"
+        )
+    return [responses[prompt_key(row)][:count] for row in rows]
+
+
+def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
+    """(text, ids) of the response in a ranked file to the prompt of each row, see `match_samples`.
+    If the file has several rows of a prompt, the first counts."""
+    return [responses[0] for responses in match_samples(path, rows, enc, 1)]
+
+
+def own_ids(path: str, row: dict, enc) -> list[int]:
+    """The ids of a row's first response, which this tokenizer made. Exits if they cannot be."""
+    ids = (row.get("ids") or [None])[0]
+    if not ids:
+        raise SystemExit(
+            f"{path}: the row with the prompt {row['prompt'][:60]!r} names its tokenizer and has "
+            "no ids"
+        )
+    if max(ids) >= enc.n_vocab:
+        raise SystemExit(
+            f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, "
+            f"outside the vocabulary of {enc.n_vocab}"
+        )
+    if response_text(enc, ids) != row["responses"][0]:
+        raise SystemExit(
+            f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
+            "its text: one of the two was edited; drop the ids to use the text"
+        )
+    return ids
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def round_report(cfg, ranked: list[dict], rows: list[dict], enc) -> dict[str, float]:
+    """What a round reports of its ranked rows. rows: those of the data, one for each.
+
+    tie/PLAYER          share of responses that equal a better one
+    length/PLAYER       mean tokens
+    ended/PLAYER        share that ended with end-of-text
+    empty/teacher       share of answers without text, if there are any
+    exact_match/PLAYER  with the data
+    length_acc/PLAYER   how well length alone separates them from the data's
+
+    Tied responses count for tie and exact match only. Under a scorer also
+
+    score/PLAYER        mean score, tied responses included
+    score_best, score_worst    means over rows of the best and the worst score
+    signal              share of rows in which something is ranked
+    """
+    report = {}
+    if cfg.stage == "spin":
+        for player in dict.fromkeys(player_columns(cfg)):
+            report |= player_report(cfg, player, ranked, rows, enc)
+    if is_scored(cfg):
+        best, worst = [], []
+        for row in ranked:
+            scores = [score for score in row["scores"] if score is not None]
+            best.append(max(scores))
+            worst.append(min(scores))
+        report["score_best"] = float(np.mean(best))
+        report["score_worst"] = float(np.mean(worst))
+        signal = []
+        for row in ranked:
+            signal.append(is_ranked({"ranks": row["ranks"], "responses": row["ids"]}))
+        report["signal"] = float(np.mean(signal))
+    return report
+
+
+def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
+    """The part of `round_report` about one player."""
+    report = {}
+    present, tied, scores = [], [], []  # of its responses; the first two: (ranked row, k, data row)
+    num_responses = 0
+    for row, data_row in zip(ranked, rows, strict=True):
+        for k in columns_of(cfg, player, row):
+            num_responses += 1
+            if row["ids"][k] is not None:
+                present.append((row, k, data_row))
+            elif row["same_as"][k] is not None:
+                tied.append((row, k, data_row))
+            if row.get("scores") and row["scores"][k] is not None:
+                scores.append(row["scores"][k])
+    num_absent = num_responses - len(present + tied)
+    if player == "teacher" and num_absent:
+        report["empty/teacher"] = num_absent / num_responses
+    if scores:
+        report[f"score/{player}"] = float(np.mean(scores))
+    if not present:
+        return report
+    lengths = [len(row["ids"][k]) for row, k, _ in present]
+    ended = [row["ids"][k][-1] == enc.eot_token for row, k, _ in present]
+    report[f"tie/{player}"] = 1 - len(present) / len(present + tied)
+    report[f"length/{player}"] = float(np.mean(lengths))
+    report[f"ended/{player}"] = float(np.mean(ended))
+    if player != "data":
+        report |= compare_with_data(cfg, player, present, tied)
+    return report
+
+
+def columns_of(cfg, player: str, row: dict) -> list[int]:
+    """Which responses of a ranked row are a player's."""
+    names = row.get("players") or player_columns(cfg)
+    return [k for k, name in enumerate(names) if name == player]
+
+
+def compare_with_data(cfg, player: str, present, tied) -> dict[str, float]:
+    """exact_match and length_acc of `round_report`, where the data has a response."""
+    report = {}
+    right, lengths, data_lengths = [], [], []
+    for row, k, data_row in present + tied:
+        if data_row.get("responses"):
+            same_as = row["same_as"][k]
+            text = row["responses"][k if same_as is None else same_as]
+            right.append(extract_answer(text) == extract_answer(data_row["responses"][0]))
+    for row, k, _ in present:
+        for of_data in columns_of(cfg, "data", row):
+            if row["ids"][of_data] is not None:
+                lengths.append(len(row["ids"][k]))
+                data_lengths.append(len(row["ids"][of_data]))
+    if right:
+        report[f"exact_match/{player}"] = float(np.mean(right))
+    if data_lengths:
+        report[f"length_acc/{player}"] = length_accuracy(data_lengths, lengths)
+    return report
