@@ -227,11 +227,24 @@ def may_have_long_run(text: str) -> bool:
     return False
 
 
+def encode_whole(enc, text: str) -> list[int]:
+    """The ids of a text in which special tokens are recognised, as transformers encodes what a chat
+    template writes."""
+    if isinstance(enc, JsonTokenizer):
+        return enc.encode_with_specials(text)
+    return enc.encode(text, allowed_special="all")
+
+
 def specials(enc) -> dict[str, int]:
     """The special tokens: {text: id}."""
     if isinstance(enc, JsonTokenizer):
         return enc.specials
     return {name: enc.encode_single_token(name) for name in enc.special_tokens_set}
+
+
+def strips(enc, special: str) -> tuple[bool, bool]:
+    """Whether a special token takes the white space before it, and after it, as Phi-3's do."""
+    return enc.strips[special] if isinstance(enc, JsonTokenizer) else (False, False)
 
 
 def eos(enc) -> str:
@@ -240,11 +253,16 @@ def eos(enc) -> str:
 
 
 def stop_ids(enc) -> dict[str, int]:
-    """The tokens that end a response of the model as it was imported: {text: id}, its own eos_token
-    first. Here a response ends in `eos` only."""
+    """The tokens that end a sample: {text: id}, first the eos_token of the model as imported. In
+    training a response ends in `eos`, which is one of them."""
     if isinstance(enc, JsonTokenizer):
         return {token: enc.full.token_to_id(token) for token in enc.stop_tokens}
     return {EOT: enc.eot_token}
+
+
+def is_end(enc, token_id: int) -> bool:
+    """Whether a token ends a sample."""
+    return token_id == enc.eot_token or token_id in stop_ids(enc).values()
 
 
 def begin(enc) -> str:
@@ -292,10 +310,12 @@ class JsonTokenizer:
         }
         self.n_vocab = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         self.eot_token = self.full.token_to_id(eos)
-        self.specials = {}
+        self.specials = {}  # {text: id}
+        self.strips = {eos: (False, False)}  # {text: whether it takes the space before, after it}
         for i, token in self.full.get_added_tokens_decoder().items():
             if token.special:
                 self.specials[token.content] = i
+                self.strips[token.content] = token.lstrip, token.rstrip
         self.specials[eos] = self.eot_token
 
     def encode_ordinary(self, text: str, where: str = "start") -> list[int]:

@@ -16,6 +16,7 @@ import sample
 import train
 from data import tokenizer
 from data.files import read_json
+from data.rows import sampled_row
 from data.template import TEMPLATE
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
@@ -763,15 +764,65 @@ def test_a_response_ends_in_the_token_of_the_template(turns, tmp_path, capsys):
     assert again["config"]["template"] == meta["config"]["template"]
 
 
-def test_a_token_that_the_model_does_not_list_ends_nothing(turns, tmp_path, capsys):
+def test_a_token_that_the_model_does_not_list_ends_a_response_too(turns, tmp_path, capsys):
+    """The template says how a response ends; samples stop there, and the export lists it."""
     update_json(turns / "generation_config.json", eos_token_id=256)
     import_model(turns, tmp_path / "a")
     said = capsys.readouterr().out
-    assert "a response ends in eos_token '<|endoftext|>'" in said and "'<|turn|>'" in said
+    assert "generation_config.json does not list '<|turn|>'" in said
+    assert "samples stop at '<|endoftext|>', '<|turn|>'" in said
     _, enc, _ = GPT.from_checkpoint(str(tmp_path / "a"))
-    assert enc.eot_token == 256
+    assert enc.eot_token == 257
+    export_model(tmp_path / "a", tmp_path / "out")
+    assert read_json(str(tmp_path / "out" / "generation_config.json"))["eos_token_id"] == [256, 257]
     update_json(turns / "generation_config.json", eos_token_id=["x"])
     assert "must be token ids" in refused("import", turns, f"--out={tmp_path / 'b'}")
+
+
+def test_samples_stop_at_each_of_the_models_tokens(turns, tmp_path):
+    """Whichever comes first is part of the sample, and the sample has ended."""
+    import_model(turns, tmp_path / "a")
+    model, enc, meta = GPT.from_checkpoint(str(tmp_path / "a"))
+    rows = [{"prompt": "abc"[: 1 + i % 3]} for i in range(400)]
+    texts, ids = sample.respond(model, enc, meta["config"]["template"], rows, 0, 10)
+    last = {y[-1] for y in ids if len(y) < 10}
+    assert last == {256, 257}
+    for text, y in zip(texts, ids):
+        assert not {256, 257} & set(y[:-1])
+        has_ended = y[-1] in (256, 257)
+        assert sampled_row({"prompt": "a"}, text, y, enc)["ended"] == has_ended
+        assert text == enc.decode(y[:-1] if has_ended else y)
+
+
+def test_a_chat_template_that_is_not_followed_is_refused(turns, tmp_path):
+    out = f"--out={tmp_path / 'a'}"
+    update_json(turns / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    message = refused("import", turns, out)
+    assert "the chat template is not followed: it does not write each prompt and answer" in message
+    assert not os.path.exists(tmp_path / "a")
+    import_model(turns, tmp_path / "a", "--template=Q: {prompt}\nA: ")
+    assert read_meta(tmp_path / "a")["config"]["template"] == "Q: {prompt}\nA: "
+
+    flag = CHAT.replace("[assistant]", "[assistant]{{ mood if mood is defined else '' }}")
+    flag = flag.replace("{{ m['content'] }}<|turn|>", "{{ m['content'] }}<|turn|>")
+    update_json(turns / "tokenizer_config.json", chat_template=flag)
+    kwargs = """--chat_template_kwargs={"mood": ""}"""
+    import_model(turns, tmp_path / "b", kwargs)
+    assert "must be a JSON object" in refused("import", turns, out, "--chat_template_kwargs=[1]")
+
+
+def test_a_system_message_in_and_out(turns, tmp_path):
+    """Rows, sample.py and the exported chat template take a system message."""
+    import_model(turns, tmp_path / "a")
+    template = read_meta(tmp_path / "a")["config"]["template"]
+    assert template.startswith("<s>[system]{system}<|turn|>{no_system}<s>{turn}[user]{prompt}")
+    sample.main([str(tmp_path / "a"), "--prompt=a", "--system=b", "--max_new_tokens=2"])
+    make_run(str(tmp_path / "plain"), MODERN)
+    with pytest.raises(SystemExit, match="the template has no {system}"):
+        sample.main([str(tmp_path / "plain"), "--prompt=a", "--system=b"])
+    export_model(tmp_path / "a", tmp_path / "out")
+    import_model(tmp_path / "out", tmp_path / "b")
+    assert read_meta(tmp_path / "b")["config"]["template"] == template
 
 
 def test_a_config_larger_than_its_files_is_refused(exported, tmp_path):

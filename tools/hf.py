@@ -10,6 +10,7 @@ tensors that each of our parameters is made of; import and export both read it. 
 tensor that has no counterpart here is an error that names it.
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -25,15 +26,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from data import cli, tokenizer
-from data.files import atomic_write, printable, read_json, write_json
-from data.template import (
-    TEMPLATE,
+from data.chat_template import (
+    NotFollowed,
+    check_ids,
     check_template,
-    read_template,
-    split_at_specials,
-    split_template,
+    follow,
+    read_chat_template,
     to_jinja,
 )
+from data.files import atomic_write, parse_json, printable, read_json, write_json
+from data.template import TEMPLATE, end_token, with_bos
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 
@@ -413,17 +415,23 @@ def llama_tensors(name, parameter, vocab_rows, c):
 # ----------------------------------------------------------------------------------------- import
 
 
-def import_model(source: str, out: str, block_size: int = 0, template: str = "") -> None:
+def import_model(
+    source: str, out: str, block_size: int = 0, template: str = "", kwargs: dict | None = None
+) -> None:
     """Write a Hugging Face model as the checkpoint out/round_0/step_000000.
 
-    block_size 0: the model's. template "": from the model's chat template, or our default.
+    block_size 0: the model's. template "": that of the model's chat template, under the variables
+    kwargs; if it has none, our default.
     """
     folder = find_folder(source)
     config_path = os.path.join(folder, "config.json")
     hf_model = parse_hf_config(read_json(config_path), config_path)
 
     enc, tokenizer_name = read_tokenizer(folder)
-    template = template or read_template(folder, enc, TEMPLATE)
+    chat_template = read_chat_template(folder, enc, kwargs)
+    if not template and chat_template:
+        template = follow(chat_template, enc, folder)
+    template = template or with_bos(enc, TEMPLATE)
     enc = with_stop_tokens(folder, enc, template)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
@@ -696,10 +704,10 @@ def read_tokenizer(folder):
 
 
 def with_stop_tokens(folder, enc, template):
-    """The tokenizer with the token that ends a response. Prints a line if it is not eos_token.
+    """The tokenizer with the tokens that end a sample, one of which ends a response in training.
 
-    A chat template may end a response with another special token, which generation_config.json (or
-    config.json) lists beside eos_token: Llama 3 does. The others are kept for an export.
+    That one is the template's, which is often not eos_token. The others are eos_token and those of
+    generation_config.json. Prints what differs from eos_token.
     """
     if not isinstance(enc, tokenizer.JsonTokenizer):
         return enc
@@ -708,18 +716,15 @@ def with_stop_tokens(folder, enc, template):
         token = enc.full.id_to_token(token_id)
         if token is not None and token not in stop_tokens:
             stop_tokens.append(token)
-    eos = enc.eos
-    pieces = split_at_specials(split_template(template).end, tokenizer.specials(enc))
-    if len(pieces) > 1 and pieces[0] == "" and pieces[1] != eos:
-        if pieces[1] in stop_tokens:
-            eos = pieces[1]
-            print(f"a response ends in {eos!r}, as in the template; eos_token is {enc.eos!r}")
-        else:
-            print(
-                f"a response ends in eos_token {eos!r}: the template ends it in {pieces[1]!r}, but"
-                " generation_config.json does not list that"
-            )
-    return tokenizer.JsonTokenizer(enc.text, eos, stop_tokens)
+    end = end_token(enc, template)
+    if end != enc.eos:
+        print(f"a response ends in {end!r}, as in the template; eos_token is {enc.eos!r}")
+    if end not in stop_tokens:
+        print(f"generation_config.json does not list {end!r}; samples stop there all the same")
+        stop_tokens.append(end)
+    if len(stop_tokens) > 1:
+        print(f"samples stop at {', '.join(map(repr, stop_tokens))}")
+    return tokenizer.JsonTokenizer(enc.text, end, stop_tokens)
 
 
 def read_eos_ids(folder) -> list[int]:
@@ -763,6 +768,34 @@ def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
             " of the largest; the conversion is wrong"
         )
     print(f"logits agree with transformers' to {difference:.1e} of the largest")
+
+
+def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
+    """Compare the ids of transformers' apply_chat_template in a folder with those of a run."""
+    from transformers import AutoTokenizer
+
+    path = checkpoint.resolve(run)
+    meta = checkpoint.read_meta(path)
+    enc = checkpoint.read_tokenizer(path, meta)
+    theirs = AutoTokenizer.from_pretrained(folder)
+
+    def render(chats):
+        texts = []
+        for chat in chats:
+            options = chat.job() | (kwargs or {})
+            options.pop("date")
+            messages = options.pop("messages")
+            texts.append(theirs.apply_chat_template(messages, tokenize=False, **options))
+        return texts
+
+    def encode(text):
+        return theirs(text, add_special_tokens=False).input_ids
+
+    try:
+        check_ids(enc, meta["config"]["template"], render, encode)
+    except NotFollowed as e:
+        raise SystemExit(printable(f"{folder}: apply_chat_template gives other ids: {e}"))
+    print("token ids agree with apply_chat_template's")
 
 
 # ----------------------------------------------------------------------------------------- export
@@ -925,6 +958,16 @@ def new_folder(path):
         raise
 
 
+def json_object(text: str) -> dict:
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f"must be JSON: {e}")
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
 def parse_args(argv):
     parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -944,8 +987,14 @@ def parse_args(argv):
     importer.add_argument(
         "--template",
         default="",
-        help="prompt template (see data/template.py); "
-        "default: from the model's chat template, or else our own",
+        help="prompt template (see data/template.py); default: that of the model's chat template, "
+        "or our own if it has none",
+    )
+    importer.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        help="variables that the model's chat template reads, as JSON: "
+        """'{"enable_thinking": false}'""",
     )
 
     about = "convert a run to a folder that transformers loads"
@@ -976,14 +1025,19 @@ def main(argv=None):
     try:
         with new_folder(args.out):
             if args.command == "import":
-                import_model(args.source, args.out, args.block_size, args.template)
+                kwargs = args.chat_template_kwargs
+                import_model(args.source, args.out, args.block_size, args.template, kwargs)
                 if args.check:
-                    check_logits(find_folder(args.source), args.out)
+                    folder = find_folder(args.source)
+                    check_logits(folder, args.out)
+                    if not args.template:
+                        check_chat(folder, args.out, kwargs)
             else:
                 export_model(args.run, args.out, args.dtype, args.shard_gb)
                 if args.check:
                     tolerance = 1e-4 if args.dtype == "float32" else 0.05
                     check_logits(args.out, args.run, tolerance)
+                    check_chat(args.out, args.run)
     except (OSError, SafetensorError, ValueError) as e:  # ValueError: GPTConfig's
         raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))
 
