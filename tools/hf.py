@@ -771,12 +771,22 @@ def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
 
 
 def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
-    """Compare the ids of transformers' apply_chat_template in a folder with those of a run."""
-    from transformers import AutoTokenizer
-
+    """Compare the ids of transformers' apply_chat_template in a folder with those of a run. Exits
+    if they differ. kwargs: variables for the chat template."""
     path = checkpoint.resolve(run)
     meta = checkpoint.read_meta(path)
     enc = checkpoint.read_tokenizer(path, meta)
+    try:
+        compare_chat(folder, enc, meta["config"]["template"], kwargs)
+    except NotFollowed as e:
+        raise SystemExit(printable(f"{folder}: apply_chat_template gives other ids: {e}"))
+    print("token ids agree with apply_chat_template's")
+
+
+def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) -> None:
+    """Raises NotFollowed if apply_chat_template gives other ids than a template."""
+    from transformers import AutoTokenizer
+
     theirs = AutoTokenizer.from_pretrained(folder)
 
     def render(chats):
@@ -791,11 +801,7 @@ def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
     def encode(text):
         return theirs(text, add_special_tokens=False).input_ids
 
-    try:
-        check_ids(enc, meta["config"]["template"], render, encode)
-    except NotFollowed as e:
-        raise SystemExit(printable(f"{folder}: apply_chat_template gives other ids: {e}"))
-    print("token ids agree with apply_chat_template's")
+    check_ids(enc, template, render, encode)
 
 
 # ----------------------------------------------------------------------------------------- export
