@@ -120,6 +120,8 @@ def save(enc, path: str):
         config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
         if enc.stop_tokens != [enc.eos]:
             config["stop_tokens"] = enc.stop_tokens
+        if enc.vocab_rows:
+            config["vocab_rows"] = enc.vocab_rows
         write_json(config_path(path), config)
         return
     with atomic_write(path, "wb") as f:
@@ -242,6 +244,14 @@ def specials(enc) -> dict[str, int]:
     return {name: enc.encode_single_token(name) for name in enc.special_tokens_set}
 
 
+def ordinary_ids(enc) -> set[int]:
+    """The ids that a text can have."""
+    ids = range(enc.n_vocab)
+    if isinstance(enc, JsonTokenizer):
+        ids = enc.full.get_vocab(with_added_tokens=True).values()
+    return set(ids) - set(specials(enc).values())
+
+
 def strips(enc, special: str) -> tuple[bool, bool]:
     """Whether a special token takes the white space before it, and after it, as Phi-3's do."""
     return enc.strips[special] if isinstance(enc, JsonTokenizer) else (False, False)
@@ -293,6 +303,9 @@ class JsonTokenizer:
         self.text = text
         self.eos = eos
         self.stop_tokens = stop_tokens or [eos]
+        self.vocab_rows = (
+            0  # rows of the embedding of the model it was imported with, for an export
+        )
         spec = json.loads(text)
         check_growth(spec)
         self.full = Tokenizer.from_str(text)  # may put a space before a text
@@ -404,6 +417,7 @@ def load_json(path: str) -> JsonTokenizer:
             )
         with no_panic_pages():
             enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
+            enc.vocab_rows = settings.get("vocab_rows", 0)
             begin(enc)  # some broken files fail only when they encode
             enc.encode_ordinary("a 1")
     except OSError as e:
@@ -419,6 +433,8 @@ def load_json(path: str) -> JsonTokenizer:
         raise SystemExit(
             f"tokenizer {path}: its largest id is {enc.n_vocab - 1}, above {MAX_VOCAB - 1}"
         )
+    if type(enc.vocab_rows) is not int or not 0 <= enc.vocab_rows <= MAX_VOCAB:
+        raise SystemExit(f"tokenizer {path}: its vocab_rows are {enc.vocab_rows!r}")
     if not is_token_list(enc, enc.stop_tokens):
         raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc

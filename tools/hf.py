@@ -1,6 +1,6 @@
 """Convert checkpoints from and to the format of Hugging Face.
 
-    python -m tools.hf import FOLDER --out=out/gpt2         # a local folder, or org/name@COMMIT
+    python -m tools.hf import FOLDER --out=out/gpt2         # a local folder, or org/name
     python -m tools.hf export out/demo/sft --out=out/export # for AutoModelForCausalLM
     python -m tools.hf export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
 
@@ -97,13 +97,38 @@ ROPE_SCALING = [
 # Settings that do not change what the model computes. Dropout belongs to the training run.
 IGNORED_SETTINGS = set(
     """
-    _name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop
-    eos_token_id gradient_checkpointing initializer_range is_llama_config n_ctx n_special
-    output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn
-    resid_pdrop task_specific_params torch_dtype transformers.js_config transformers_version
-    unk_token_id use_cache
+    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
+    bos_token_id dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label
+    initializer_range is_llama_config label2id n_ctx n_special num_labels output_past pad_token_id
+    predict_special_tokens pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop
+    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
+    transformers.js_config transformers_version unk_token_id use_cache
     """.split()
 )
+IGNORED_PREFIXES = ("summary_", "unsloth_")
+
+# Settings that change nothing with these values: transformers' defaults. Old files name them all,
+# those of sampling included.
+HARMLESS_VALUES = {
+    "partial_rotary_factor": 1.0,
+    "is_decoder": True,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "max_length": 20,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
 
 # Our modules and the Llama modules that they are made of. GPT-2 uses our names.
 LLAMA_MODULES = {
@@ -121,6 +146,11 @@ LLAMA_MODULES = {
 }
 
 VOCAB_TABLES = ("wte.weight", "lm_head.weight")  # one row for each token id, padded
+GGUF_ADVICE = (
+    " is GGUF; take the original, or convert it with transformers:"
+    " AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT), and the"
+    " same with AutoTokenizer"
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Constants that old files store beside the weights: rotary frequencies, causal masks.
@@ -164,8 +194,9 @@ class HFSettings:
     def check_none_left(self):
         unknown = []
         for name, value in self.left.items():
-            ignored = name in IGNORED_SETTINGS or name.startswith("summary_")
-            if not ignored and value not in (None, False):
+            ignored = name in IGNORED_SETTINGS or name.startswith(IGNORED_PREFIXES)
+            harmless = (None, False, HARMLESS_VALUES.get(name))
+            if not ignored and value not in harmless:
                 unknown.append(f"{name} = {value!r}")
         if unknown:
             self.refuse(f"these settings are not supported: {', '.join(unknown)}")
@@ -174,6 +205,16 @@ class HFSettings:
 def parse_hf_config(hf_config: dict, path: str) -> HFModel:
     """Translate a config.json. Exits with the name of the first setting we cannot represent."""
     settings = HFSettings(hf_config, path)
+    if settings.left.get("quantization_config"):
+        settings.refuse(
+            "its weights are quantised (quantization_config); take the original, or save it in full"
+            " with transformers: model.dequantize(), then model.save_pretrained(FOLDER)"
+        )
+    if settings.left.get("auto_map"):
+        settings.refuse(
+            "the model brings code of its own (auto_map), which is not run; if it computes what its"
+            " model_type does, remove auto_map from config.json"
+        )
     model_type = settings.take("model_type", str)
     if model_type not in DEFAULTS:
         supported = ", ".join(DEFAULTS)
@@ -227,6 +268,8 @@ def take_rope(settings):
     theta = rope.pop("rope_theta", theta)
     fields = {"rope_theta": config.convert("rope_theta", theta, float, settings.path)}
 
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
     rope_type = rope.pop("type", rope["rope_type"])  # old files say "type"
     if rope_type == "llama3":
         scaling = [rope.pop(name, None) for name in ROPE_SCALING]
@@ -424,6 +467,7 @@ def import_model(
     kwargs; if it has none, our default.
     """
     folder = find_folder(source)
+    check_format(folder)
     config_path = os.path.join(folder, "config.json")
     hf_model = parse_hf_config(read_json(config_path), config_path)
 
@@ -438,18 +482,10 @@ def import_model(
     check_template(enc, template, folder)
 
     block_size = choose_block_size(hf_model, block_size)
-    unused = hf_model.vocab_rows - enc.n_vocab
-    if unused < 0:
-        raise SystemExit(
-            f"{config_path}: vocab_size {hf_model.vocab_rows} is smaller than the tokenizer's"
-            f" vocabulary of {enc.n_vocab}"
-        )
-    if unused:
-        print(
-            f"dropping {unused} of {hf_model.vocab_rows} embedding rows:"
-            f" the tokenizer has {enc.n_vocab} ids"
-        )
-    fields = hf_model.fields | {"block_size": block_size, "vocab_size": enc.n_vocab}
+    vocab_size = choose_vocab_size(config_path, hf_model.vocab_rows, enc, template)
+    if isinstance(enc, tokenizer.JsonTokenizer):
+        enc.vocab_rows = hf_model.vocab_rows
+    fields = hf_model.fields | {"block_size": block_size, "vocab_size": vocab_size}
     model_config = GPTConfig(**fields)
     check_size(folder, hf_model.family, model_config)
     with torch.device("meta"):
@@ -476,6 +512,50 @@ def import_model(
         f"{path}: {hf_model.family}, {model.num_params() / 1e6:.2f}M parameters,"
         f" tokenizer {tokenizer_name}, block_size {block_size}, template {template!r}"
     )
+
+
+def choose_vocab_size(config_path, vocab_rows: int, enc, template: str) -> int:
+    """The smaller of the tokenizer's vocabulary and the embedding's rows.
+
+    Ids that have no row must be special tokens that no prompt has, such as an added <pad>.
+    """
+    if vocab_rows > enc.n_vocab:
+        print(
+            f"dropping {vocab_rows - enc.n_vocab} of {vocab_rows} embedding rows:"
+            f" the tokenizer has {enc.n_vocab} ids; an export has rows of 0 in their place"
+        )
+    if vocab_rows >= enc.n_vocab:
+        return enc.n_vocab
+    specials = tokenizer.specials(enc)
+    used = [enc.eot_token, *tokenizer.stop_ids(enc).values()]
+    used += [i for token, i in specials.items() if token in template]
+    used += tokenizer.ordinary_ids(enc)
+    if max(used) >= vocab_rows:
+        raise SystemExit(
+            f"{config_path}: vocab_size {vocab_rows} is smaller than the tokenizer's vocabulary of"
+            f" {enc.n_vocab}, and prompts or responses can have ids from {vocab_rows} on"
+        )
+    print(f"the tokenizer has {enc.n_vocab} ids, of which the model knows {vocab_rows}")
+    return vocab_rows
+
+
+def check_format(folder):
+    """Exit with what to do if a folder holds an adapter or quantised weights, not a model."""
+    names = sorted(os.listdir(folder))
+    if "config.json" in names and any(name.startswith("model") for name in names):
+        return
+    if "adapter_config.json" in names:
+        base = read_json(os.path.join(folder, "adapter_config.json")).get("base_model_name_or_path")
+        raise SystemExit(
+            printable(
+                f"{folder} holds an adapter of {base}, not a model; merge the two with peft:"
+                " AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+                ".save_pretrained(OUT), and save the tokenizer there too"
+            )
+        )
+    for name in names:
+        if name.endswith(".gguf"):
+            raise SystemExit(printable(f"{os.path.join(folder, name)}{GGUF_ADVICE}"))
 
 
 def check_size(folder, family, c: GPTConfig):
@@ -505,25 +585,47 @@ def find_folder(source):
         raise SystemExit(
             f"{source} is a pickle, which can run code when loaded; only safetensors are read"
         )
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
-    if not match:
-        raise SystemExit(
-            printable(
-                f"{source}: expected a local folder, or org/name@COMMIT of the hub,"
-                " with a commit of 40 hexadecimal digits"
-            )
-        )
+    if source.endswith(".gguf"):
+        raise SystemExit(printable(source + GGUF_ADVICE))
     from huggingface_hub import logging, snapshot_download
 
     logging.set_verbosity(logging.CRITICAL)  # it logs every retry
+    name, _, commit = source.partition("@")
     patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
     try:
-        return snapshot_download(match[1], revision=match[2], allow_patterns=patterns)
+        return snapshot_download(name, revision=commit, allow_patterns=patterns)
     except Exception as e:  # whatever the HTTP client raises
         raise SystemExit(
             f"{source} could not be downloaded ({type(e).__name__});"
             " download the folder elsewhere and pass its path"
         )
+
+
+def pin_commit(source: str) -> str:
+    """org/name or org/name@REVISION of the hub as org/name@COMMIT; a path as it is."""
+    if os.path.isdir(source) or source.endswith((*PICKLE_SUFFIXES, ".gguf")):
+        return source
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    if not match:
+        raise SystemExit(
+            printable(
+                f"{source}: expected a local folder, or org/name or org/name@REVISION of the hub"
+            )
+        )
+    name, revision = match[1], match[2] or "main"
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return source
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision).sha
+    except Exception as e:  # whatever the HTTP client raises
+        raise SystemExit(
+            f"{source}: no such folder, and the hub does not answer ({type(e).__name__});"
+            " download the folder elsewhere and pass its path"
+        )
+    print(f"{name}: {revision} is the commit {commit}")
+    return f"{name}@{commit}"
 
 
 def choose_block_size(hf_model, block_size):
@@ -603,10 +705,12 @@ def open_tensors(folder, family, stack):
                 raise SystemExit(
                     printable(f"{path} has {name}, but the index does not list it there")
                 )
-            full_name = name
-            # the hub's gpt2 was saved without its head, so its names lack the prefix
-            if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-                full_name = f"transformer.{name}"
+            full_name = name.replace("_orig_mod.", "")  # of torch.compile
+            # a model that was saved without its head, like the hub's gpt2, lacks the prefix
+            if family == "gpt2" and not full_name.startswith(("transformer.", "lm_head.")):
+                full_name = f"transformer.{full_name}"
+            if family == "llama" and full_name.startswith(("embed_tokens.", "layers.", "norm.")):
+                full_name = f"model.{full_name}"
             if full_name in stored:
                 raise SystemExit(printable(f"{path}: {name} appears twice"))
             stored[full_name] = StoredTensor(f, name)
@@ -823,7 +927,9 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         print("the scalar head (reward or value) is not exported, only the language model")
 
     torch_dtype = getattr(torch, dtype)
-    write_shards(out, hf_weights(model, family), torch_dtype, 1e9 * shard_gb)
+    vocab_rows = max(model.config.vocab_size, getattr(enc, "vocab_rows", 0))
+    hf_config["vocab_size"] = vocab_rows
+    write_shards(out, hf_weights(model, family, vocab_rows), torch_dtype, 1e9 * shard_gb)
     token_ids = write_tokenizer(out, enc, meta["config"]["template"], model.config.block_size)
     write_json(
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
@@ -837,15 +943,17 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
     )
 
 
-def hf_weights(model, family):
-    """{name: tensor} of a model under Hugging Face's names, without padding."""
+def hf_weights(model, family, vocab_rows):
+    """{name: tensor} of a model under Hugging Face's names. Tables have vocab_rows, those of no token
+    are 0."""
     c = model.config
     params = dict(model.named_parameters())
     weights = {}
-    for name, hf_tensors in tensor_map(model, family, c.vocab_size, c.block_size).items():
+    for name, hf_tensors in tensor_map(model, family, vocab_rows, c.block_size).items():
         parameter = params[name].detach()
         if name in VOCAB_TABLES:
             parameter = parameter[: c.vocab_size]
+            parameter = F.pad(parameter, (0, 0, 0, vocab_rows - c.vocab_size))
         weights |= hf_tensors.split(parameter)
     return weights
 
@@ -982,7 +1090,8 @@ def parse_args(argv):
     importer = commands.add_parser("import", help=about, description=about)
     importer.add_argument(
         "source",
-        help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub",
+        help="a folder with config.json, safetensors and tokenizer, or org/name of the hub, at main"
+        " or org/name@REVISION; the commit is recorded",
     )
     importer.add_argument(
         "--block_size",
@@ -1032,9 +1141,10 @@ def main(argv=None):
         with new_folder(args.out):
             if args.command == "import":
                 kwargs = args.chat_template_kwargs
-                import_model(args.source, args.out, args.block_size, args.template, kwargs)
+                source = pin_commit(args.source)
+                import_model(source, args.out, args.block_size, args.template, kwargs)
                 if args.check:
-                    folder = find_folder(args.source)
+                    folder = find_folder(source)
                     check_logits(folder, args.out)
                     if not args.template:
                         check_chat(folder, args.out, kwargs)
