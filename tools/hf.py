@@ -944,8 +944,8 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
 
 
 def hf_weights(model, family, vocab_rows):
-    """{name: tensor} of a model under Hugging Face's names. Tables have vocab_rows, those of no token
-    are 0."""
+    """{name: tensor} of a model under Hugging Face's names. Vocabulary tables have vocab_rows rows;
+    those of no token are 0."""
     c = model.config
     params = dict(model.named_parameters())
     weights = {}
