@@ -47,6 +47,7 @@ from data.rows import (
     sampled_row,
     write_rows,
 )
+from data.template import written_ids
 from loss import chosen_rejected_metrics, gradient_weight, plackett_luce
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed
@@ -354,13 +355,13 @@ def dense_ranks(row: dict) -> list[int]:
 # ------------------------------------------------------------------------- metrics of samples
 
 
-def sample_metrics(texts, ids, references, eot: int) -> dict[str, float]:
+def sample_metrics(texts, ids, references, ended: list[bool]) -> dict[str, float]:
     """Of sampled responses: share that ended, mean length in tokens, exact match and F1 with the
     reference texts."""
     pairs = list(zip(texts, references))
     exact = [extract_answer(text) == extract_answer(reference) for text, reference in pairs]
     return {
-        "ended": float(np.mean([y[-1] == eot for y in ids])),
+        "ended": float(np.mean(ended)),
         "length": float(np.mean([len(y) for y in ids])),
         "exact_match": float(np.mean(exact)),
         "f1": float(np.mean([f1_score(text, reference) for text, reference in pairs])),
@@ -462,7 +463,7 @@ def without_end(enc, row: dict, encoded: dict) -> tuple[list, list[int]]:
         if ids is None:
             responses.append(None)
             num_bytes.append(0)
-        elif ids[-1] == enc.eot_token:
+        elif tokenizer.is_end(enc, ids[-1]):
             responses.append(ids[:-1])
             num_bytes.append(len(text.encode()))
         else:
@@ -500,14 +501,14 @@ def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tup
     return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
 
 
-def retokenize(judge_enc, enc, text: str, ids: list[int] | None) -> list[int]:
-    """A response's ids for a judge: as they are if its tokenizer made them, else encoded again,
-    with end-of-text if the response had ended, or if it is no token of the judge's (white space).
-    enc is None for texts of the data."""
+def retokenize(judge_enc, enc, text: str, ids: list[int] | None, template: str) -> list[int]:
+    """A response's ids for a judge: as they are if its tokenizer made them, else encoded again
+    under the judge's template, with end-of-text if the response had ended, or if it is no token of
+    the judge's (white space). enc is None for texts of the data."""
     if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge_enc):
         return ids
-    ended = enc is None or ids[-1] == enc.eot_token
-    encoded = tokenizer.encode(judge_enc, text, "within")
+    ended = enc is None or tokenizer.is_end(enc, ids[-1])
+    encoded = written_ids(judge_enc, template, text)
     return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
 
@@ -606,7 +607,7 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
             [texts[i] for i in answered],
             [ids[i] for i in answered],
             [rows[i]["responses"][0] for i in answered],
-            enc.eot_token,
+            [tokenizer.is_end(enc, ids[i][-1]) for i in answered],
         )
     return metrics, Samples({i: (texts[i], ids[i]) for i in answered}, enc)
 
@@ -650,6 +651,7 @@ def reference_metrics(name: str, entry: Entry, model, rows, args) -> dict[str, f
 def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
     """(encoded rows of two responses, counts) for the prompts that both players answered. Rows that
     leave the judge no room are dropped and counted."""
+    template = meta["config"]["template"]
     pairs = []
     for i, row in enumerate(rows):
         if i in first.answers and i in second.answers:
@@ -657,9 +659,9 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
             for player in (first, second):
                 text, ids = player.answers[i]
                 if player.enc is None:
-                    text, ids = row["responses"][0], response_ids(row, 0, judge_enc)
+                    text, ids = row["responses"][0], response_ids(row, 0, judge_enc, template)
                 else:
-                    ids = retokenize(judge_enc, player.enc, text, ids)
+                    ids = retokenize(judge_enc, player.enc, text, ids, template)
                 responses.append(text)
                 all_ids.append(ids)
             pairs.append(row_with_ids(row, responses, all_ids, judge_enc))
@@ -667,7 +669,7 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
     encoded, counts = encode_rows(
         pairs,
         judge_enc,
-        config["template"],
+        template,
         judge.config.block_size,
         config["max_prompt"],
         config["max_response"],

@@ -52,7 +52,7 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
     answer is empty.
     """
     if cfg.stage == "preference":
-        return [data_candidates(row, enc) for row in rows]
+        return [data_candidates(row, enc, cfg.template) for row in rows]
     columns = []  # a column per player: of each row a list of (text, ids), None where absent
     for player in ordered_players(cfg):
         column = player_responses(cfg, round_id, split, player, rows, model, enc, dtype)
@@ -78,9 +78,9 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
     return candidates
 
 
-def data_candidates(row: dict, enc) -> dict:
+def data_candidates(row: dict, enc, template: str) -> dict:
     """The data's own responses to a prompt, to be ranked by a scorer."""
-    ids = [response_ids(row, k, enc) for k in range(len(row["responses"]))]
+    ids = [response_ids(row, k, enc, template) for k in range(len(row["responses"]))]
     texts = [None if y is None else text for text, y in zip(row["responses"], ids)]
     return row_with_ids(row, texts, ids, enc)
 
@@ -89,7 +89,7 @@ def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> l
     """(text, ids) of a player's responses to each row: one, or n of the player "self:n". To add a
     player, add a branch here."""
     if player == "data":
-        return [[(row["responses"][0], response_ids(row, 0, enc))] for row in rows]
+        return [[(row["responses"][0], response_ids(row, 0, enc, cfg.template))] for row in rows]
     if player == "teacher":
         return [[response] for response in teacher_responses(cfg, split, rows, enc)]
     name, _, count = player.partition(":")
@@ -100,7 +100,7 @@ def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> l
     count = int(count or 1)
     if rounds_ago == 0:
         sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, dtype, count)
-    return match_samples(path, rows, enc, count)
+    return match_samples(path, rows, enc, count, cfg.template)
 
 
 def drop_empty(column: list[list[tuple]]) -> tuple[list[list[tuple]], int]:
@@ -120,11 +120,11 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
                 f"teacher is 'rows', but {len(single)} of {len(rows)} rows of "
                 f"{cfg.data}/{split}.jsonl have one response, the first: {single[0][:60]!r}"
             )
-        return [(row["responses"][1], response_ids(row, 1, enc)) for row in rows]
+        return [(row["responses"][1], response_ids(row, 1, enc, cfg.template)) for row in rows]
     path = cfg.teacher
     if os.path.isdir(path) or inputs.is_answered(cfg):
         path = inputs.teacher_file(cfg, split)
-    return match_responses(path, rows, enc)
+    return match_responses(path, rows, enc, cfg.template)
 
 
 def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -> list[dict]:
@@ -325,7 +325,7 @@ def prompts_of_round(cfg, rows: list[dict], round_id: int) -> list[dict]:
     return [rows[i] for i in chosen]
 
 
-def match_samples(path: str, rows: list[dict], enc, count: int) -> list[list[tuple]]:
+def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -> list[list[tuple]]:
     """(text, ids) of the best response of the first `count` rows in a ranked file that have the
     prompt of each row.
 
@@ -335,9 +335,9 @@ def match_samples(path: str, rows: list[dict], enc, count: int) -> list[list[tup
     responses = {}
     for row in read_rows(path):
         if row.get("tokenizer") == fingerprint:
-            ids = own_ids(path, row, enc)
+            ids = own_ids(path, row, enc, template)
         else:
-            ids = response_ids(row, 0, enc)
+            ids = response_ids(row, 0, enc, template)
         responses.setdefault(prompt_key(row), []).append((row["responses"][0], ids))
     missing = []
     for row in rows:
@@ -352,13 +352,13 @@ def match_samples(path: str, rows: list[dict], enc, count: int) -> list[list[tup
     return [responses[prompt_key(row)][:count] for row in rows]
 
 
-def match_responses(path: str, rows: list[dict], enc) -> list[tuple]:
+def match_responses(path: str, rows: list[dict], enc, template: str) -> list[tuple]:
     """(text, ids) of the response in a ranked file to the prompt of each row, see `match_samples`.
     If the file has several rows of a prompt, the first counts."""
-    return [responses[0] for responses in match_samples(path, rows, enc, 1)]
+    return [responses[0] for responses in match_samples(path, rows, enc, 1, template)]
 
 
-def own_ids(path: str, row: dict, enc) -> list[int]:
+def own_ids(path: str, row: dict, enc, template: str) -> list[int]:
     """The ids of a row's first response, which this tokenizer made. Exits if they cannot be."""
     ids = (row.get("ids") or [None])[0]
     if not ids:
@@ -371,7 +371,9 @@ def own_ids(path: str, row: dict, enc) -> list[int]:
             f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, "
             f"outside the vocabulary of {enc.n_vocab}"
         )
-    if response_text(enc, ids) != row["responses"][0]:
+    text, written = row["responses"][0], response_text(enc, ids)
+    its_texts = written, written.strip(), response_text(enc, ids, template)
+    if text not in its_texts:  # a teacher's template may be another, which drops white space
         raise SystemExit(
             f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
             "its text: one of the two was edited; drop the ids to use the text"
@@ -439,7 +441,7 @@ def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
     if not present:
         return report
     lengths = [len(row["ids"][k]) for row, k, _ in present]
-    ended = [row["ids"][k][-1] == enc.eot_token for row, k, _ in present]
+    ended = [tokenizer.is_end(enc, row["ids"][k][-1]) for row, k, _ in present]
     report[f"tie/{player}"] = 1 - len(present) / len(present + tied)
     report[f"length/{player}"] = float(np.mean(lengths))
     report[f"ended/{player}"] = float(np.mean(ended))

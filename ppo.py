@@ -337,7 +337,7 @@ def sample_trajectories(
     """
     sample_policy(path, cfg, rows, name, model, enc, dtype, count)
     texts, ids, sampled = [], [], []
-    for row, samples in zip(rows, match_samples(path, rows, enc, count)):
+    for row, samples in zip(rows, match_samples(path, rows, enc, count, cfg.template)):
         texts.append([text for text, _ in samples])
         ids.append([y for _, y in samples])
         sampled.append(row_with_ids(row, texts[-1], ids[-1], enc))
@@ -365,7 +365,7 @@ def sample_trajectories(
     return Trajectories(
         texts=list(itertools.chain.from_iterable(texts)),
         ids=ids,
-        ended=[y[-1] == enc.eot_token for y in ids],
+        ended=[tokenizer.is_end(enc, y[-1]) for y in ids],
         scores=scores,
         logps=logps,
         refs=np.split(refs, ends),

@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import cli
+from data import cli, tokenizer
 from data.files import check_output, printable
 from data.rows import encode_prompt, read_rows, sampled_row, write_rows
-from data.template import cut_prompt_ids, with_bos
+from data.template import cut_prompt_ids, split_template, with_bos
 from model import GPT
 from nanospin import distributed
 from nanospin.decoding import DecodeStep, prepacked_weights
@@ -119,7 +119,7 @@ class Request:
     def has_ended(self, eot) -> bool:
         if not self.new_ids:
             return False
-        return self.new_ids[-1] == eot or len(self.new_ids) == self.max_new_tokens
+        return self.new_ids[-1] in eot or len(self.new_ids) == self.max_new_tokens
 
     def extend(self, ids, eot):
         """Append sampled ids, up to the end."""
@@ -148,7 +148,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eot: int | None = None,
+    eot: int | Collection[int] | None = None,
     generator: torch.Generator | None = None,
     *,
     batch_size: int = 128,
@@ -160,7 +160,7 @@ def generate(
 
     max_new_tokens: a limit for all prompts, or one for each. Prompt and continuation together have
         at most block_size tokens.
-    eot: the token that ends a continuation. It is part of the result.
+    eot: the token or tokens that end a continuation. The one that does is part of the result.
     generator: seeds the random numbers. The t-th one of a request depends only on the generator,
         the request's id and t, so neither batch_size nor the other prompts change a sample.
     batch_size: most requests in the batch. Others join when a quarter of it has ended.
@@ -170,6 +170,8 @@ def generate(
 
     Raises ValueError for a prompt that is empty or fills block_size.
     """
+    if eot is None or isinstance(eot, int):
+        eot = {eot}
     device = model.wte.weight.device
     requests = make_requests(prompts, max_new_tokens, model.config.block_size)
     waiting = sorted(requests, key=lambda request: len(request.prompt), reverse=True)
@@ -362,43 +364,46 @@ def respond(
         temperature,
         top_k,
         top_p,
-        enc.eot_token,
+        tokenizer.stop_ids(enc).values(),
         torch.Generator().manual_seed(seed),
         request_ids=[request_ids[i] for i in fits],
         **options,
     )
     texts, ids = [None] * len(rows), [None] * len(rows)
     for i, new_ids in zip(fits, sampled):
-        texts[i] = response_text(enc, new_ids)
+        texts[i] = response_text(enc, new_ids, template)
         ids[i] = new_ids
     return texts, ids
 
 
-def response_text(enc, ids: list[int]) -> str:
-    """The text of a response, without the end-of-text token."""
-    return enc.decode(ids[:-1] if ids[-1] == enc.eot_token else ids)
+def response_text(enc, ids: list[int], template: str = "") -> str:
+    """The text of a response, without the token that ends it, and without what the template says
+    that the model writes around it."""
+    text = enc.decode(ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids)
+    return split_template(template).text_of(text) if template else text
 
 
-def chat(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sampling):
+def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, seed=0, **sampling):
     """Answer one line after the other, with the earlier turns as context.
 
-    What leaves no room for a response of max_response tokens, or of half of block_size if that is
-    0, is cut (`data.template.cut_prompt_ids`), and that is said once. Responses are printed while
-    they grow.
+    system: a system message, or "". What leaves no room for a response of max_response tokens, or
+    of half of block_size if that is 0, is cut (`data.template.cut_prompt_ids`), and that is said
+    once. Responses are printed while they grow.
     """
     block_size = model.config.block_size
     room = max_response or block_size // 2
     limit = min(max_prompt or block_size, max(1, block_size - room))
+    keeps_ids = split_template(template).is_verbatim()
     history = []
     said = False
     for turn, line in enumerate(lines):
         line = line.strip()
         if not line:
             continue
-        prompt, was_cut = cut_prompt_ids(enc, template, line, history, limit)
+        prompt, was_cut = cut_prompt_ids(enc, template, line, history, limit, system)
         if not prompt:  # the template takes more than that: a response gets what is left
             limit = min(max_prompt or block_size, block_size - 1)
-            prompt, was_cut = cut_prompt_ids(enc, template, line, history, limit)
+            prompt, was_cut = cut_prompt_ids(enc, template, line, history, limit, system)
         if not prompt:
             reason = "template leaves no room" if was_cut else "tokenizer has no tokens"
             print(f"(the {reason} for this)", flush=True)
@@ -411,14 +416,17 @@ def chat(model, enc, template, lines, max_prompt=0, max_response=0, seed=0, **sa
             model,
             [prompt],
             max_response or block_size,
-            eot=enc.eot_token,
+            eot=tokenizer.stop_ids(enc).values(),
             generator=torch.Generator().manual_seed(seed),
             request_ids=[turn],
             on_token=stream.on_token,
             **sampling,
         )
         stream.finish(new_ids)
-        history.append((line, [i for i in new_ids if i != enc.eot_token]))
+        if keeps_ids:
+            history.append((line, [i for i in new_ids if not tokenizer.is_end(enc, i)]))
+        else:
+            history.append((line, response_text(enc, new_ids, template)))
 
 
 class StreamPrinter:
@@ -452,6 +460,7 @@ def make_parser() -> cli.ArgumentParser:
         help="read prompts from standard input, one per line, as a conversation",
     )
     source.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
+    parser.add_argument("--system", default="", help="a system message for --prompt and --chat")
     parser.add_argument("--out", help="the .jsonl file to write the responses to")
     parser.add_argument("--raw", action="store_true", help="continue the text, without a template")
     parser.add_argument(
@@ -497,6 +506,8 @@ def main(argv=None):
         parser.error("--chat reads from standard input, and that is closed")
     if args.prompt is not None and not args.prompt.strip():
         parser.error("the prompt is empty")
+    if args.system and (args.prompts or args.raw):
+        parser.error("--system goes with --prompt and --chat; rows have their own, texts have none")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out}: No such folder")
     if args.out:
@@ -519,7 +530,8 @@ def main(argv=None):
     if args.prompts:
         respond_to_file(model, enc, args.prompts, args.out, settings)
     elif args.prompt is not None:
-        texts, _ = respond(model, enc, rows=[{"prompt": args.prompt}], **settings)
+        row = {"prompt": args.prompt, "system": args.system}
+        texts, _ = respond(model, enc, rows=[row], **settings)
         if texts[0] is None:
             print("(the prompt leaves no room for a response)")
         else:
@@ -529,7 +541,7 @@ def main(argv=None):
             sys.stdin.reconfigure(errors="replace")
         if sys.stdin.isatty():
             print("one prompt per line; end with Ctrl-D")
-        chat(model, enc, lines=sys.stdin, **settings)
+        chat(model, enc, lines=sys.stdin, system=args.system, **settings)
 
 
 def respond_to_file(model, enc, prompts_path, out_path, settings):

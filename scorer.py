@@ -83,7 +83,9 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
     config = meta["config"]
     sampled = []
     for row, texts, ids in responded:
-        judge_ids = [retokenize(judge_enc, enc, text, y) for text, y in zip(texts, ids)]
+        judge_ids = []
+        for text, y in zip(texts, ids):
+            judge_ids.append(retokenize(judge_enc, enc, text, y, config["template"]))
         sampled.append(row_with_ids(row, texts, judge_ids, judge_enc))
     encoded, counts = encode_rows(
         sampled,

@@ -8,7 +8,7 @@ import os
 from data import tokenizer
 from data.files import atomic_write, parse_json
 from data.folder import lock_folder, prepare_command, write_meta
-from data.template import cut_prompt_ids
+from data.template import cut_prompt_ids, written_ids
 
 # fields that a whole text, {"text": ...}, cannot have
 TEXT_EXCLUDES = ("prompt", "response", "responses", "system", "history", "scores", "ids")
@@ -272,7 +272,7 @@ def encode_row(
             return None
         counts["prompts cut"] += was_cut
     room = min(max_response, block_size - len(prompt))
-    responses, num_cut = encode_responses(row, enc, room, follows_prompt=len(prompt) > 0)
+    responses, num_cut = encode_responses(row, enc, template if prompt else "", room)
     counts["responses cut"] += num_cut
     if responses[0] is None or not prompt and len(responses[0]) < 2:
         return None
@@ -305,24 +305,20 @@ def encode_prompt(
     limit = min(max_prompt or block_size, block_size)
     if not row["prompt"]:
         return [], False
-    if row.get("system"):
-        raise SystemExit(
-            f"the row with the prompt {row['prompt'][:60]!r} has a system message, and the template"
-            " has no {system}"
-        )
-    ids, was_cut = cut_prompt_ids(enc, template, row["prompt"], row.get("history") or [], limit)
+    history, system = row.get("history") or [], row.get("system") or ""
+    ids, was_cut = cut_prompt_ids(enc, template, row["prompt"], history, limit, system)
     if len(ids) == block_size or was_cut and limit == block_size:
         return [], False
     return ids, was_cut
 
 
-def encode_responses(row: dict, enc, room: int, follows_prompt: bool):
+def encode_responses(row: dict, enc, template: str, room: int):
     """The token ids of the responses of a row, each cut to `room`. Returns (lists of ids, number
-    cut)."""
+    cut). template: as in `response_ids`."""
     responses = []
     num_cut = 0
     for k in range(len(row["responses"])):
-        ids = response_ids(row, k, enc, "within" if follows_prompt else "start")
+        ids = response_ids(row, k, enc, template)
         if ids is not None and len(ids) > room:
             num_cut += 1
             ids = ids[:room]
@@ -330,18 +326,18 @@ def encode_responses(row: dict, enc, room: int, follows_prompt: bool):
     return responses, num_cut
 
 
-def response_ids(row: dict, k: int, enc, where: str = "within") -> list[int] | None:
+def response_ids(row: dict, k: int, enc, template: str) -> list[int] | None:
     """The token ids of response k: text + end-of-text, None if it is absent or has no token.
 
     A sampled response keeps its ids, unless another tokenizer made them. One that did not end
-    ("ended": false) gets no end-of-text. where: what comes before it, see `tokenizer.encode`.
+    ("ended": false) gets no end-of-text. template: "" for a whole text, which has none.
     """
     text = row["responses"][k]
     if text is None:
         return None
     if keeps_ids(row, k, enc):
         return row["ids"][k]
-    ids = tokenizer.encode(enc, text, where)
+    ids = written_ids(enc, template, text) if template else tokenizer.encode(enc, text)
     if ended_flags(row)[k] is not False:
         ids = ids + [enc.eot_token]
     return ids or None
@@ -358,7 +354,7 @@ def row_with_ids(row: dict, texts: list, ids: list, enc) -> dict:
 
 def sampled_row(row: dict, text: str, ids: list[int], enc) -> dict:
     """A sample as a ranked row that names its tokenizer and says whether it ended."""
-    return row_with_ids(row, [text], [ids], enc) | {"ended": ids[-1] == enc.eot_token}
+    return row_with_ids(row, [text], [ids], enc) | {"ended": tokenizer.is_end(enc, ids[-1])}
 
 
 def name_tokenizer(rows: list[dict], enc) -> list[dict]:

@@ -3,87 +3,225 @@
 A template is a text with {prompt} in it. For conversations, and to follow another model's format,
 it can have
 
-    BEGIN{turn}BEFORE{prompt}AFTER{response}END
+    SYSTEM{system}MIDDLE{no_system}BEGIN{turn}BEFORE{prompt}AFTER{response}END
 
-BEGIN comes once, before the first turn: a beginning-of-text token, a system message. END comes
-between a response and the next turn, in place of the end-of-text token that a response has in
-training; without {response} it is two line breaks. Special tokens of the tokenizer are recognised
-in the template. In a prompt their text is encoded as plain text.
+BEGIN comes once, before the first turn: a beginning-of-text token, a default system message. If a
+row has a system message, SYSTEM, the message and MIDDLE come instead. A template without {system}
+refuses it. END comes between a response and the next turn, in place of the end-of-text token that a
+response has in training; without {response} it is two line breaks. Special tokens of the tokenizer
+are recognised in the template. In a prompt their text is encoded as plain text.
+
+Three more fields say what belongs to a response:
+
+    AFTER{answer}LEAD{response}TAIL{end}END
+
+    {answer}   the prompt ends here. LEAD, such as a space, is what the model writes first
+    {end}      TAIL is what the model writes last, before the end-of-text token
+    {last}     before {response}: what follows stands in the last turn only, not in earlier ones
+
+{prompt|trim} drops the white space at both ends of a prompt; {system|trim} and {response|trim} too.
+{response|thoughts} treats <think>...</think> as Qwen 3 does: a response that has it is written with
+it in place of LEAD, and turns before the last lose it if there is {last}.
 """
 
 import bisect
-import json
-import os
+import functools
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from data import tokenizer
-from data.files import read_json, read_text
-from data.tokenizer import JsonTokenizer
-
-RENDER_SECONDS = 10  # after which a chat template is given up, on a machine that is busy
 
 TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # the default
 
+FIELDS = ["system", "no_system", "turn", "prompt", "answer", "last", "response", "end"]  # in order
+FIELD = re.compile(r"\{(" + "|".join(FIELDS) + r")((?:\|trim|\|thoughts)*)\}")
+FILTERS = {"system": {"trim"}, "prompt": {"trim"}, "response": {"trim", "thoughts"}}
+NEEDS = {  # fields that others need
+    "system": "turn",
+    "no_system": "system",
+    "answer": "response",
+    "last": "response",
+    "end": "response",
+}
 
-class TemplateParts(NamedTuple):
-    begin: str  # before the first turn
+
+@dataclass(frozen=True)
+class TemplateParts:
+    """The texts of a template."""
+
+    begin: str  # before the first turn, if there is no system message
     before: str  # before each prompt
-    after: str  # between a prompt and its response
-    end: str  # between a response and the next turn
+    after: str  # between a prompt and what the model writes
+    end: str  # between what the model wrote and the next turn
+    lead: str = ""  # what the model writes before the text of a response
+    tail: str = ""  # and after it
+    history_after: str = ""  # after and lead of the turns before the last
+    history_lead: str = ""
+    has_last: bool = False
+    system: tuple[str, str] | None = None  # the texts around a system message
+    filters: dict[str, set[str]] = field(default_factory=dict)  # of system, prompt, response
+
+    def trim(self, name: str, text: str) -> str:
+        """A system message or a prompt as the template writes it."""
+        return text.strip() if "trim" in self.filters.get(name, ()) else text
+
+    def written(self, text: str, is_last: bool = True) -> list[str]:
+        """What the model writes for a response, without the token that ends it: pieces, of which
+        0, 2, 4 ... are the template's and those between them are text."""
+        lead = [self.lead if is_last else self.history_lead]
+        text = self.trim("response", text)
+        if "thoughts" in self.filters.get("response", ()):
+            lead, text = place_thoughts(lead, text, is_last or not self.has_last)
+        return [*lead, text, self.tail]
+
+    def is_verbatim(self) -> bool:
+        """Whether a response stands in earlier turns as the model wrote it."""
+        same = (self.after, self.lead) == (self.history_after, self.history_lead)
+        return same and not self.filters.get("response")
+
+    def text_of(self, written: str) -> str:
+        """The text of a response of which the model wrote this."""
+        return self.trim("response", written.removeprefix(self.lead).removesuffix(self.tail))
+
+
+def place_thoughts(lead: list[str], text: str, keeps_thoughts: bool) -> tuple[list[str], str]:
+    """(pieces before the text of a response, its text) under {response|thoughts}.
+
+    Raises ValueError if it has thoughts and the template says that there are none.
+    """
+    if "</think>" not in text:
+        return lead, text.lstrip("\n") if keeps_thoughts else text
+    thoughts = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
+    text = text.split("</think>")[-1].lstrip("\n")
+    if not keeps_thoughts:
+        return lead, text
+    if "</think>" not in lead[0]:
+        raise ValueError("it has thoughts (</think>), and the template is one without")
+    start = "<think>\n" if lead[0].startswith("<think>") else ""  # or the prompt ends in it
+    return [start, thoughts, "\n</think>\n\n"], text
 
 
 def is_template(text: str) -> bool:
-    """Whether it has one {prompt}, at most one {turn} before and one {response} after it."""
-    fields = re.findall(r"\{(?:turn|prompt|response)\}", text)
-    in_order = [field for field in ("{turn}", "{prompt}", "{response}") if field in fields]
-    return fields.count("{prompt}") == 1 and fields == in_order
+    """Whether it has one {prompt}, and of the other fields each at most once, in their order, with
+    the fields and filters that they go with."""
+    found = [(field[1], field[2]) for field in FIELD.finditer(text)]
+    names = [name for name, _ in found]
+    for name, filters in found:
+        if not set(filters.split("|")[1:]) <= FILTERS.get(name, set()):
+            return False
+        if NEEDS.get(name, name) not in names:
+            return False
+    in_order = [name for name in FIELDS if name in names]
+    if "{last}" in text and "{answer}" in text and text.index("{last}") < text.index("{answer}"):
+        i = in_order.index("answer")
+        in_order[i : i + 2] = ["last", "answer"]  # these two may be in either order
+    return names.count("prompt") == 1 and names == in_order
 
 
+@functools.lru_cache
 def split_template(template: str) -> TemplateParts:
     """The parts of a template, which `is_template` accepts."""
-    begin, turn, rest = template.partition("{turn}")
-    if not turn:
-        begin, rest = "", template
-    before, _, rest = rest.partition("{prompt}")
-    after, response, end = rest.partition("{response}")
-    return TemplateParts(begin, before, after, end if response else "\n\n")
+    pieces = FIELD.split(template)
+    follows = dict(zip(pieces[1::3], pieces[3::3]))  # the text after each field
+    filters = {}
+    for name, names in zip(pieces[1::3], pieces[2::3]):
+        filters[name] = set(names.split("|")[1:])
+    begin, before, system = "", pieces[0], None
+    if "turn" in follows:
+        begin, before = pieces[0], follows["turn"]
+    if "system" in follows:
+        system = pieces[0], follows["system"]
+        begin = follows.get("no_system", "")
+
+    names = list(follows)
+    texts = {"after": "", "lead": "", "history_after": "", "history_lead": ""}
+    of_answer, of_last = "", ""  # set once these fields are passed
+    between = names[names.index("prompt") :]
+    if "response" in names:
+        between = names[names.index("prompt") : names.index("response")]
+    for name in between:
+        of_answer = of_answer or name == "answer"
+        of_last = of_last or name == "last"
+        texts["lead" if of_answer else "after"] += follows[name]
+        if not of_last:
+            texts["history_lead" if of_answer else "history_after"] += follows[name]
+    end = follows.get("response", "\n\n")
+    tail = ""
+    if "end" in follows:
+        tail, end = end, follows["end"]
+    return TemplateParts(
+        begin,
+        before,
+        end=end,
+        tail=tail,
+        has_last="last" in follows,
+        system=system,
+        filters=filters,
+        **texts,
+    )
 
 
-def prompt_ids(enc, template: str, prompt: str, history=()) -> list[int]:
+def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") -> list[int]:
     """The token ids of a prompt under a template, after the earlier turns of the conversation.
 
     history: [(prompt, response)]; a response is a text, or token ids without the end-of-text token.
-    The text between two responses is encoded in one piece, each response by itself.
+    system: a system message, or "". Exits if there is one and the template has no {system}. The
+    text between two responses is encoded in one piece, each response by itself.
     """
-    begin, before, after, end = split_template(template)
+    parts = split_template(template)
     ids = []
-    lead, where = begin + before, "start"
+    lead = [parts.begin + parts.before]
+    if system:
+        if parts.system is None:
+            raise SystemExit(
+                f"there is a system message, {system[:60]!r}, and the template has no {{system}}"
+            )
+        lead = [parts.system[0], parts.trim("system", system), parts.system[1] + parts.before]
+    where = "start"
     for earlier_prompt, response in history:
-        ids += encode_framed(enc, lead, earlier_prompt, after, where)
-        if isinstance(response, str):
-            ids += tokenizer.encode(enc, response, "within")
-        else:
-            ids += response
-        lead, where = end + before, "within"
-    return ids + encode_framed(enc, lead, prompt, after, where)
+        earlier_prompt = parts.trim("prompt", earlier_prompt)
+        ids += encode_pieces(enc, [*lead, earlier_prompt, parts.history_after], where)
+        ids += written_ids(enc, template, response, False) if type(response) is str else response
+        lead, where = [parts.end + parts.before], "within"
+    return ids + encode_pieces(enc, [*lead, parts.trim("prompt", prompt), parts.after], where)
 
 
-def cut_prompt_ids(enc, template: str, prompt: str, history, limit: int) -> tuple[list[int], bool]:
+def written_ids(enc, template: str, response: str, is_last: bool = True) -> list[int]:
+    """The token ids of what the model writes for a response, without the token that ends it."""
+    parts = split_template(template)
+    try:
+        pieces = parts.written(response, is_last)
+    except ValueError as e:
+        raise SystemExit(f"the response {response[:60]!r}: {e}")
+    *_, special, text = ["", *split_specials(enc, parts.after if is_last else parts.history_after)]
+    takes_text = text == "" or text.isspace() and tokenizer.strips(enc, special)[1]
+    if special and takes_text:  # it changes how the first word is encoded
+        return encode_pieces(enc, [special + pieces[0], *pieces[1:]], "within")[1:]
+    return encode_pieces(enc, pieces, "within")
+
+
+def end_token(enc, template: str) -> str:
+    """The special token that ends a response: the one that END begins with, else eos_token."""
+    first, *rest = split_specials(enc, split_template(template).end)
+    return rest[0] if rest and first == "" else tokenizer.eos(enc)
+
+
+def cut_prompt_ids(
+    enc, template: str, prompt: str, history, limit: int, system: str = ""
+) -> tuple[list[int], bool]:
     """The ids of `prompt_ids`, at most `limit` of them. Returns (ids, whether anything was cut).
 
     What the template adds stays: beginning-of-text, system message, role markers. The oldest turns
     go first, then characters at the start of the prompt, no more than needed. The ids are [] if the
     template leaves no room for any of the prompt.
     """
+    prompt = split_template(template).trim("prompt", prompt)
 
     def ids_of(num_characters: int, num_turns: int) -> list[int]:
         """Of the end of the prompt after the latest turns."""
         end = prompt[len(prompt) - num_characters :]
-        return prompt_ids(enc, template, end, history[len(history) - num_turns :])
+        return prompt_ids(enc, template, end, history[len(history) - num_turns :], system)
 
     def turns_fit(num_turns: int) -> bool:
         return len(ids_of(len(prompt), num_turns)) <= limit
@@ -110,172 +248,43 @@ def most_that(fits: Callable[[int], bool], n: int) -> int:
     return bisect.bisect_left(range(1, min(bound, n) + 1), True, key=lambda k: not fits(k))
 
 
-def encode_framed(enc, before: str, text: str, after: str, where: str) -> list[int]:
-    """The token ids of before + text + after, with special tokens in before and after only.
+def encode_pieces(enc, pieces: list[str], where: str) -> list[int]:
+    """The token ids of a text in pieces. Special tokens are recognised in the pieces 0, 2, 4 ...,
+    which the template gives, and are plain text in those between them.
 
     where: what comes before it, see `tokenizer.encode`.
     """
-    special_ids = tokenizer.specials(enc)
-    left = split_at_specials(before, special_ids)
-    right = split_at_specials(after, special_ids)
-    # text, special, text, ..., special, text: the ends that touch `text` are one piece with it
-    pieces = [*left[:-1], left[-1] + text + right[0], *right[1:]]
-    ids = []
+    texts = [""]  # text, special, text, ..., special, text
     for i, piece in enumerate(pieces):
+        first, *rest = split_specials(enc, piece) if i % 2 == 0 else [piece]
+        texts[-1] += first  # what touches is one piece
+        texts += rest
+    for i in range(1, len(texts), 2):
+        strips_left, strips_right = tokenizer.strips(enc, texts[i])
+        if strips_left:
+            texts[i - 1] = texts[i - 1].rstrip()
+        if strips_right:
+            texts[i + 1] = texts[i + 1].lstrip()
+    special_ids = tokenizer.specials(enc)
+    ids = []
+    for i, text in enumerate(texts):
         if i % 2 == 1:
-            ids.append(special_ids[piece])
+            ids.append(special_ids[text])
             where = "special"
-        elif piece:
-            ids += tokenizer.encode(enc, piece, where)
+        elif text:
+            ids += tokenizer.encode(enc, text, where)
     return ids
 
 
-def split_at_specials(text: str, special_ids: dict) -> list[str]:
+def split_specials(enc, text: str) -> list[str]:
     """Split a text into [text, special, text, ..., special, text]; longer special tokens win."""
-    if not special_ids:
+    names = sorted(tokenizer.specials(enc), key=len, reverse=True)
+    if not names:
         return [text]
-    names = sorted(special_ids, key=len, reverse=True)
     return re.split("(" + "|".join(map(re.escape, names)) + ")", text)
-
-
-# ---- chat templates in Jinja
-
-
-def to_jinja(template: str, end: str = "") -> str:
-    """The template as a chat template of transformers.
-
-    end: the special token that ends a last response; default: eos_token.
-    """
-    parts = split_template(template)
-    begin, before, after, between = (json.dumps(part, ensure_ascii=False) for part in parts)
-    last = json.dumps(end, ensure_ascii=False) if end else "eos_token"
-    return (
-        "{{ " + begin + " }}"
-        "{% for m in messages %}"
-        "{% if m['role'] == 'user' %}"
-        "{{ " + before + " + m['content'] + " + after + " }}"
-        "{% elif m['role'] == 'assistant' %}"
-        "{{ m['content'] + (" + last + " if loop.last else " + between + ") }}"
-        "{% else %}"
-        "{{ raise_exception('roles are user and assistant') }}"
-        "{% endif %}"
-        "{% endfor %}"
-    )
-
-
-def from_jinja(source: str, **special_tokens) -> str | None:
-    """Our template for a chat template in Jinja, or None if there is no equivalent.
-
-    It is rendered for one turn and for two, with placeholders as contents, in a process of its own
-    (data/render.py). special_tokens: eos_token="..." and the like.
-    """
-    messages = [
-        {"role": "user", "content": "{prompt}"},
-        {"role": "assistant", "content": "{response}"},
-        {"role": "user", "content": "{second prompt}"},
-    ]
-    job = {
-        "source": source,
-        "conversations": [messages[:1], messages],
-        "special_tokens": special_tokens,
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "data.render"],
-            input=json.dumps(job).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-            timeout=RENDER_SECONDS,
-            check=True,
-        )
-        one_turn, two_turns = json.loads(done.stdout)
-        return template_from_renders(one_turn, two_turns, list(special_tokens.values()))
-    except (subprocess.SubprocessError, ValueError):
-        return None
-
-
-def template_from_renders(one_turn: str, two_turns: str, special_tokens: list[str]) -> str:
-    """Our template from what a chat template renders for one turn and for two, or a ValueError."""
-    head, after = one_turn.split("{prompt}")
-    pattern = r"(?s)(.*)\{prompt\}(.*)\{response\}(.*)\{second prompt\}(.*)"
-    match = re.fullmatch(pattern, two_turns)
-    if not match or match[1] != head or match[2] != after or match[4] != after:
-        raise ValueError("it is not the same text around each turn")
-    between = match[3]  # END + BEFORE
-    before = common_turn_start(head, between, special_tokens)
-    begin = head.removesuffix(before)
-    end = between.removesuffix(before)
-    template = begin + "{turn}" + before + "{prompt}" + after + "{response}" + end
-    return template.removeprefix("{turn}").removesuffix("{response}\n\n")
-
-
-def common_turn_start(head: str, between: str, special_tokens: list[str]) -> str:
-    """BEFORE: the longest text that ends both BEGIN + BEFORE and END + BEFORE.
-
-    It starts at the start of `head`, after a line break or after a special token; else it is "".
-    """
-    borders = ("\n", *special_tokens)
-    for i in range(len(head)):
-        if between.endswith(head[i:]) and (i == 0 or head[:i].endswith(borders)):
-            return head[i:]
-    return ""
-
-
-# ---- other models' templates
 
 
 def with_bos(enc, template: str) -> str:
     """A template after the beginning-of-text token that the tokenizer itself puts before a text."""
     bos = tokenizer.begin(enc)
     return bos + "{turn}" + template if bos else template
-
-
-def read_template(folder: str, enc, default: str) -> str:
-    """The template of the chat template in a model's folder (in the Hugging Face format).
-
-    Without one, or if it has no equivalent, it is `default` after the tokenizer's
-    beginning-of-text token.
-    """
-    config_path = os.path.join(folder, "tokenizer_config.json")
-    jinja_path = os.path.join(folder, "chat_template.jinja")
-    tokenizer_config = {}
-    if os.path.exists(config_path):
-        tokenizer_config = read_json(config_path)
-    chat_template = tokenizer_config.get("chat_template")
-    if os.path.exists(jinja_path):
-        chat_template = read_text(jinja_path)
-    default = with_bos(enc, default)
-    if not chat_template:
-        return default
-    special_tokens = {}
-    for name, token in tokenizer_config.items():
-        if isinstance(token, dict):
-            token = token.get("content")
-        if name.endswith("_token") and isinstance(token, str):  # add_bos_token is a bool
-            special_tokens[name] = token
-    special_tokens["eos_token"] = tokenizer.eos(enc)
-    template = None
-    if isinstance(chat_template, str):
-        template = from_jinja(chat_template, **special_tokens)
-    if not template:
-        print(
-            "the chat template is not text around prompts and responses;"
-            f" using {default!r} (--template sets another)"
-        )
-        return default
-    return template
-
-
-def check_template(enc, template: str, folder: str):
-    """Check that our ids of a prompt are those that the tokenizer gives for the whole text."""
-    if not isinstance(enc, JsonTokenizer):
-        return
-    parts = split_template(template)
-    prompt = "What is 12 + 30?"
-    whole = parts.begin + parts.before + prompt + parts.after
-    if prompt_ids(enc, template, prompt) != enc.encode_with_specials(whole):
-        raise SystemExit(
-            f"{folder}: the tokenizer encodes the template {template!r} differently as a whole and"
-            " in parts; its special tokens may take the spaces beside them"
-        )

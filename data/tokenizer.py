@@ -120,6 +120,8 @@ def save(enc, path: str):
         config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
         if enc.stop_tokens != [enc.eos]:
             config["stop_tokens"] = enc.stop_tokens
+        if enc.vocab_rows:
+            config["vocab_rows"] = enc.vocab_rows
         write_json(config_path(path), config)
         return
     with atomic_write(path, "wb") as f:
@@ -227,11 +229,32 @@ def may_have_long_run(text: str) -> bool:
     return False
 
 
+def encode_whole(enc, text: str) -> list[int]:
+    """The ids of a text in which special tokens are recognised, as transformers encodes what a chat
+    template writes."""
+    if isinstance(enc, JsonTokenizer):
+        return enc.encode_with_specials(text)
+    return enc.encode(text, allowed_special="all")
+
+
 def specials(enc) -> dict[str, int]:
     """The special tokens: {text: id}."""
     if isinstance(enc, JsonTokenizer):
         return enc.specials
     return {name: enc.encode_single_token(name) for name in enc.special_tokens_set}
+
+
+def ordinary_ids(enc) -> set[int]:
+    """The ids that a text can have."""
+    ids = range(enc.n_vocab)
+    if isinstance(enc, JsonTokenizer):
+        ids = enc.full.get_vocab(with_added_tokens=True).values()
+    return set(ids) - set(specials(enc).values())
+
+
+def strips(enc, special: str) -> tuple[bool, bool]:
+    """Whether a special token takes the white space before it, and after it, as Phi-3's do."""
+    return enc.strips[special] if isinstance(enc, JsonTokenizer) else (False, False)
 
 
 def eos(enc) -> str:
@@ -240,11 +263,16 @@ def eos(enc) -> str:
 
 
 def stop_ids(enc) -> dict[str, int]:
-    """The tokens that end a response of the model as it was imported: {text: id}, its own eos_token
-    first. Here a response ends in `eos` only."""
+    """The tokens that end a sample: {text: id}, first the eos_token of the model as imported. In
+    training a response ends in `eos`, which is one of them."""
     if isinstance(enc, JsonTokenizer):
         return {token: enc.full.token_to_id(token) for token in enc.stop_tokens}
     return {EOT: enc.eot_token}
+
+
+def is_end(enc, token_id: int) -> bool:
+    """Whether a token ends a sample."""
+    return token_id == enc.eot_token or token_id in stop_ids(enc).values()
 
 
 def begin(enc) -> str:
@@ -275,6 +303,9 @@ class JsonTokenizer:
         self.text = text
         self.eos = eos
         self.stop_tokens = stop_tokens or [eos]
+        self.vocab_rows = (
+            0  # rows of the embedding of the model it was imported with, for an export
+        )
         spec = json.loads(text)
         check_growth(spec)
         self.full = Tokenizer.from_str(text)  # may put a space before a text
@@ -292,10 +323,12 @@ class JsonTokenizer:
         }
         self.n_vocab = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
         self.eot_token = self.full.token_to_id(eos)
-        self.specials = {}
+        self.specials = {}  # {text: id}
+        self.strips = {eos: (False, False)}  # {text: whether it takes the space before, after it}
         for i, token in self.full.get_added_tokens_decoder().items():
             if token.special:
                 self.specials[token.content] = i
+                self.strips[token.content] = token.lstrip, token.rstrip
         self.specials[eos] = self.eot_token
 
     def encode_ordinary(self, text: str, where: str = "start") -> list[int]:
@@ -384,6 +417,7 @@ def load_json(path: str) -> JsonTokenizer:
             )
         with no_panic_pages():
             enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
+            enc.vocab_rows = settings.get("vocab_rows", 0)
             begin(enc)  # some broken files fail only when they encode
             enc.encode_ordinary("a 1")
     except OSError as e:
@@ -399,6 +433,8 @@ def load_json(path: str) -> JsonTokenizer:
         raise SystemExit(
             f"tokenizer {path}: its largest id is {enc.n_vocab - 1}, above {MAX_VOCAB - 1}"
         )
+    if type(enc.vocab_rows) is not int or not 0 <= enc.vocab_rows <= MAX_VOCAB:
+        raise SystemExit(f"tokenizer {path}: its vocab_rows are {enc.vocab_rows!r}")
     if not is_token_list(enc, enc.stop_tokens):
         raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc

@@ -310,7 +310,7 @@ def sample_table(cfg, record: dict) -> dict:
 def table_row(row: dict, columns: list[str]) -> list[str]:
     """[the conversation up to the prompt, the response of each column]. A response that equals a
     better one, and is absent for that reason, is written as "(as teacher)"."""
-    turns = []
+    turns = [row["system"]] if row.get("system") else []
     for prompt, response in row.get("history", []):
         turns += [prompt, response]
     cells = ["\n\n".join([*turns, row["prompt"]])]

@@ -167,7 +167,7 @@ def test_f1_score():
 
 def test_sample_metrics():
     samples, references = ["#### 7", "#### 8"], ["1 + 6\n#### 7", "#### 9"]
-    m = sample_metrics(samples, [[1, EOT], [1, 2, 3]], references, EOT)
+    m = sample_metrics(samples, [[1, EOT], [1, 2, 3]], references, [True, False])
     assert m["exact_match"] == 0.5
     assert m["ended"] == 0.5
     assert m["length"] == 2.5
@@ -325,9 +325,9 @@ def test_a_response_of_no_token_is_its_end_for_a_judge(tmp_path):
     words.save(f"{tmp_path}/tokenizer.json")
     write_json(f"{tmp_path}/tokenizer_config.json", {"eos_token": "</s>"})
     judge_enc, enc = tokenizer.load(f"{tmp_path}/tokenizer.json"), tokenizer.load("bytes")
-    assert retokenize(judge_enc, enc, "  ", [32, 32]) == [1]
-    assert retokenize(judge_enc, enc, "the ", [*b"the "]) == [2]
-    assert retokenize(judge_enc, enc, "the", [*b"the", EOT]) == [2, 1]
+    assert retokenize(judge_enc, enc, "  ", [32, 32], "{prompt}") == [1]
+    assert retokenize(judge_enc, enc, "the ", [*b"the "], "{prompt}") == [2]
+    assert retokenize(judge_enc, enc, "the", [*b"the", EOT], "{prompt}") == [2, 1]
 
 
 # ---------------------------------------------------------------------------------- command line

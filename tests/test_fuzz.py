@@ -23,11 +23,12 @@ from safetensors.torch import load as load_tensors
 
 import sample
 from data import tokenizer
+from data.chat_template import ChatTemplate, NotFollowed, from_jinja
 from data.files import sha256, write_json
 from data.folder import read_meta, read_stream, token_dtype
 from data.jsonl import prepare
 from data.rows import check_row, encode_rows, read_rows
-from data.template import TEMPLATE, from_jinja, is_template
+from data.template import TEMPLATE, is_template
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, preflight
 from tests.mutations import (
@@ -588,8 +589,12 @@ HOSTILE = [
 
 def read_chat_template(source: str) -> str:
     """Wrong success: something that is no template of ours, or that another prompt breaks."""
-    template = from_jinja(source, eos_token="</s>", bos_token="<s>")
-    if template is not None and not is_template(template):
+    chat_template = ChatTemplate(source, {"eos_token": "</s>", "bos_token": "<s>"})
+    try:
+        template, _ = from_jinja(chat_template, ["<s>", "</s>"])
+    except NotFollowed:
+        template = TEMPLATE
+    if not is_template(template):
         return f"it became {template[:200]!r}"
     if os.path.exists("executed"):
         return "it was executed"

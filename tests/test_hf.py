@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import sample
 import train
 from data import tokenizer
 from data.files import read_json
+from data.rows import sampled_row
 from data.template import TEMPLATE
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
@@ -395,12 +397,28 @@ def test_models_of_the_hub(exported, tmp_path, monkeypatch):
 
     out = f"--out={tmp_path / 'out'}"
     model = "org/name@" + "0" * 40
-    assert "40 hexadecimal digits" in refused("import", "org/name@main", out)
+    assert "expected a local folder, or org/name" in refused("import", "a/b/c", out)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert "could not be downloaded (ZeroDivisionError)" in refused("import", model, out)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     import_model(model, tmp_path / "out")
     assert read_meta(tmp_path / "out")["source"] == model
+
+    class Api:
+        def model_info(self, name, revision):
+            if name != "org/name":
+                raise ZeroDivisionError
+            revisions.append(revision)
+            return types.SimpleNamespace(sha="0" * 40)
+
+    revisions = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    for source in ("org/name", "org/name@v1.0"):
+        import_model(source, tmp_path / source)
+        assert read_meta(tmp_path / source)["source"] == model
+    assert revisions == ["main", "v1.0"]
+    message = refused("import", "org/other", out + "2")
+    assert "no such folder, and the hub does not answer (ZeroDivisionError)" in message
 
 
 def test_existing_folders_are_kept(exported, tmp_path):
@@ -763,15 +781,65 @@ def test_a_response_ends_in_the_token_of_the_template(turns, tmp_path, capsys):
     assert again["config"]["template"] == meta["config"]["template"]
 
 
-def test_a_token_that_the_model_does_not_list_ends_nothing(turns, tmp_path, capsys):
+def test_a_token_that_the_model_does_not_list_ends_a_response_too(turns, tmp_path, capsys):
+    """The template says how a response ends; samples stop there, and the export lists it."""
     update_json(turns / "generation_config.json", eos_token_id=256)
     import_model(turns, tmp_path / "a")
     said = capsys.readouterr().out
-    assert "a response ends in eos_token '<|endoftext|>'" in said and "'<|turn|>'" in said
+    assert "generation_config.json does not list '<|turn|>'" in said
+    assert "samples stop at '<|endoftext|>', '<|turn|>'" in said
     _, enc, _ = GPT.from_checkpoint(str(tmp_path / "a"))
-    assert enc.eot_token == 256
+    assert enc.eot_token == 257
+    export_model(tmp_path / "a", tmp_path / "out")
+    assert read_json(str(tmp_path / "out" / "generation_config.json"))["eos_token_id"] == [256, 257]
     update_json(turns / "generation_config.json", eos_token_id=["x"])
     assert "must be token ids" in refused("import", turns, f"--out={tmp_path / 'b'}")
+
+
+def test_samples_stop_at_each_of_the_models_tokens(turns, tmp_path):
+    """Whichever comes first is part of the sample, and the sample has ended."""
+    import_model(turns, tmp_path / "a")
+    model, enc, meta = GPT.from_checkpoint(str(tmp_path / "a"))
+    rows = [{"prompt": "abc"[: 1 + i % 3]} for i in range(400)]
+    texts, ids = sample.respond(model, enc, meta["config"]["template"], rows, 0, 10)
+    last = {y[-1] for y in ids if len(y) < 10}
+    assert last == {256, 257}
+    for text, y in zip(texts, ids):
+        assert not {256, 257} & set(y[:-1])
+        has_ended = y[-1] in (256, 257)
+        assert sampled_row({"prompt": "a"}, text, y, enc)["ended"] == has_ended
+        assert text == enc.decode(y[:-1] if has_ended else y)
+
+
+def test_a_chat_template_that_is_not_followed_is_refused(turns, tmp_path):
+    out = f"--out={tmp_path / 'a'}"
+    update_json(turns / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    message = refused("import", turns, out)
+    assert "the chat template is not followed: it does not write each prompt and answer" in message
+    assert not os.path.exists(tmp_path / "a")
+    import_model(turns, tmp_path / "a", "--template=Q: {prompt}\nA: ")
+    assert read_meta(tmp_path / "a")["config"]["template"] == "Q: {prompt}\nA: "
+
+    flag = CHAT.replace("[assistant]", "[assistant]{{ mood if mood is defined else '' }}")
+    flag = flag.replace("{{ m['content'] }}<|turn|>", "{{ m['content'] }}<|turn|>")
+    update_json(turns / "tokenizer_config.json", chat_template=flag)
+    kwargs = """--chat_template_kwargs={"mood": ""}"""
+    import_model(turns, tmp_path / "b", kwargs)
+    assert "must be a JSON object" in refused("import", turns, out, "--chat_template_kwargs=[1]")
+
+
+def test_a_system_message_in_and_out(turns, tmp_path):
+    """Rows, sample.py and the exported chat template take a system message."""
+    import_model(turns, tmp_path / "a")
+    template = read_meta(tmp_path / "a")["config"]["template"]
+    assert template.startswith("<s>[system]{system}<|turn|>{no_system}<s>{turn}[user]{prompt}")
+    sample.main([str(tmp_path / "a"), "--prompt=a", "--system=b", "--max_new_tokens=2"])
+    make_run(str(tmp_path / "plain"), MODERN)
+    with pytest.raises(SystemExit, match="the template has no {system}"):
+        sample.main([str(tmp_path / "plain"), "--prompt=a", "--system=b"])
+    export_model(tmp_path / "a", tmp_path / "out")
+    import_model(tmp_path / "out", tmp_path / "b")
+    assert read_meta(tmp_path / "b")["config"]["template"] == template
 
 
 def test_a_config_larger_than_its_files_is_refused(exported, tmp_path):
@@ -788,3 +856,109 @@ def test_a_config_larger_than_its_files_is_refused(exported, tmp_path):
         update_json(path, **settings)
         assert message in refused("import", tmp_path / "in", f"--out={tmp_path / 'out'}")
         path.write_text(original)
+
+
+# -------------------------------------------------------------------------- what people bring
+
+
+def test_harmless_settings_are_ignored(exported, tmp_path):
+    shutil.copytree(exported / "modern", tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    update_json(
+        path,
+        id2label={"0": "a"},
+        label2id={"a": 0},
+        unsloth_version="2025.1",
+        unsloth_fixed=True,
+        _attn_implementation_autoset=True,
+        partial_rotary_factor=1.0,
+        rope_parameters={"rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        temperature=1.0,
+        num_beams=1,
+        pruned_heads={},
+    )
+    import_model(tmp_path / "in", tmp_path / "a")
+    assert read_meta(tmp_path / "a")["weights_sha256"]
+    for name, value in (("partial_rotary_factor", 0.5), ("pruned_heads", {"0": [1]})):
+        update_json(path, **{name: value})
+        message = refused("import", tmp_path / "in", f"--out={tmp_path / 'b'}")
+        assert f"not supported: {name} = {value!r}" in message
+        update_json(path, **{name: None})
+
+
+@pytest.mark.parametrize(
+    "export, change",
+    [
+        ("modern", lambda name: name.removeprefix("model.")),
+        ("modern", lambda name: f"_orig_mod.{name}"),
+        ("modern", lambda name: name.replace("model.layers", "model._orig_mod.layers")),
+        ("classic", lambda name: f"_orig_mod.{name.removeprefix('transformer.')}"),
+    ],
+)
+def test_prefixes_of_tensors(export, change, exported, tmp_path):
+    shutil.copytree(exported / export, tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = {change(name): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    import_model(tmp_path / "in", tmp_path / "a")
+    import_model(exported / export, tmp_path / "b")
+    first, second = read_meta(tmp_path / "a"), read_meta(tmp_path / "b")
+    assert first["weights_sha256"] == second["weights_sha256"]
+
+
+def test_what_is_no_model_says_what_to_do(exported, tmp_path):
+    folder, out = tmp_path / "in", f"--out={tmp_path / 'out'}"
+    folder.mkdir()
+    (folder / "model.Q4.gguf").touch()
+    assert "is GGUF; take the original, or convert it" in refused("import", folder, out)
+    assert "gguf_file=FILE" in refused("import", "x/model.Q4.gguf", out)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    message = refused("import", folder, out)
+    assert "holds an adapter of org/base, not a model" in message and "merge_and_unload" in message
+    shutil.copytree(exported / "modern", folder, dirs_exist_ok=True)
+    update_json(folder / "config.json", quantization_config={"bits": 4})
+    assert "quantised (quantization_config); take the original" in refused("import", folder, out)
+    update_json(folder / "config.json", quantization_config=None, auto_map={"AutoModel": "a.B"})
+    assert "code of its own (auto_map), which is not run" in refused("import", folder, out)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(turns, tmp_path, capsys):
+    """A special token of no row, such as an added <pad>, is no reason to refuse."""
+    first = read_json(str(turns / "tokenizer.json"))["added_tokens"][0]
+    pad = first | {"id": 259, "content": "<pad>"}
+    edit_json(turns / "tokenizer.json", lambda parts: parts["added_tokens"].append(pad))
+    import_model(turns, tmp_path / "a")
+    assert "has 260 ids, of which the model knows 259" in capsys.readouterr().out
+    model, enc, _ = GPT.from_checkpoint(str(tmp_path / "a"))
+    assert model.config.vocab_size == 259 and enc.n_vocab == 260
+    assert max(enc.encode_ordinary("<pad>")) < 256
+    export_model(tmp_path / "a", tmp_path / "out")
+    assert read_json(str(tmp_path / "out" / "config.json"))["vocab_size"] == 259
+
+    edit_json(
+        turns / "tokenizer.json", lambda parts: parts["added_tokens"][-1].update(special=False)
+    )
+    message = refused("import", turns, f"--out={tmp_path / 'b'}")
+    assert "vocabulary of 260, and prompts or responses can have ids from 259 on" in message
+
+
+def test_an_export_has_the_vocabulary_size_of_the_original(turns, tmp_path):
+    """Rows that no token has become 0."""
+    path = str(turns / "model.safetensors")
+    weights = load_file(path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.ones(61, 32)])
+    save_file(weights, path)
+    update_json(turns / "config.json", vocab_size=320)
+    import_model(turns, tmp_path / "a")
+    assert load(tmp_path / "a").config.vocab_size == 259
+    export_model(tmp_path / "a", tmp_path / "out")
+    assert read_json(str(tmp_path / "out" / "config.json"))["vocab_size"] == 320
+    exported = load_file(str(tmp_path / "out" / "model.safetensors"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(exported[name][:259], weights[name][:259])
+        assert exported[name].shape == (320, 32) and not exported[name][259:].any()
+    import_model(tmp_path / "out", tmp_path / "b")
+    assert (
+        read_meta(tmp_path / "a")["weights_sha256"] == read_meta(tmp_path / "b")["weights_sha256"]
+    )

@@ -6,28 +6,42 @@ import time
 
 import pytest
 import torch
+from chat_templates import PUBLISHED
 from conftest import TINY, command
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_hf import fuzzed
 from tokenizers import Tokenizer
-from tokenizers_like import chatml, sentencepiece
+from tokenizers_like import byte_level, chatml, sentencepiece
 
 import sample
 import train
-from data import template as template_module
+from data import chat_template as chat_template_module
 from data import tokenizer
+from data.chat_template import (
+    CHECK_TEXTS,
+    Chat,
+    ChatTemplate,
+    NotFollowed,
+    chat_ids,
+    check_chats,
+    check_ids,
+    check_template,
+    follow,
+    from_jinja,
+    read_chat_template,
+    to_jinja,
+)
 from data.folder import read_meta, read_stream
 from data.rows import check_row, encode_rows
 from data.template import (
     TEMPLATE,
-    check_template,
     cut_prompt_ids,
-    from_jinja,
+    end_token,
     is_template,
     prompt_ids,
-    read_template,
     split_template,
-    to_jinja,
+    with_bos,
+    written_ids,
 )
 from model import GPT, GPTConfig
 
@@ -73,7 +87,10 @@ def export(folder, enc):
 def import_model(folder):
     """The tokenizer and the template of another model's folder."""
     enc = load_json(folder)
-    template = read_template(folder, enc, TEMPLATE)
+    chat_template = read_chat_template(folder, enc)
+    template = with_bos(enc, TEMPLATE)
+    if chat_template:
+        template = follow(chat_template, enc, folder)
     check_template(enc, template, folder)
     return enc, template
 
@@ -126,42 +143,174 @@ def record_prompts(monkeypatch, replies):
 
 
 def test_is_template():
-    for text in ("{prompt}", "a{turn}b{prompt}c{response}d", "{prompt}{response}", "{x}{prompt}"):
+    for text in (
+        "{prompt}",
+        "a{turn}b{prompt}c{response}d",
+        "{prompt}{response}",
+        "{x}{prompt}",
+        "a{system|trim}b{no_system}c{turn}d{prompt|trim}e{answer}f{last}g{response|trim}h{end}i",
+        "{prompt}{last}a{answer}{response|trim|thoughts}",
+    ):
         assert is_template(text), text
-    for text in ("", "{promt}", "{prompt}{prompt}", "{response}{prompt}", "{prompt}{turn}"):
+    for text in (
+        "",
+        "{promt}",
+        "{prompt}{prompt}",
+        "{response}{prompt}",
+        "{prompt}{turn}",
+        "{system}{prompt}",  # where does a turn begin?
+        "{no_system}{turn}{prompt}",
+        "{turn|trim}{prompt}",
+        "{prompt|thoughts}",
+        "{prompt}{answer}",
+        "{prompt}{end}",
+        "{answer}{prompt}{response}",
+    ):
         assert not is_template(text), text
 
 
 def test_split_template():
-    assert split_template("a{turn}b{prompt}c{response}d") == ("a", "b", "c", "d")
-    assert split_template("b{prompt}c") == ("", "b", "c", "\n\n")
+    parts = split_template("a{turn}b{prompt}c{response}d")
+    assert (parts.begin, parts.before, parts.after, parts.end) == ("a", "b", "c", "d")
+    assert (parts.history_after, parts.lead, parts.tail, parts.system) == ("c", "", "", None)
+    parts = split_template("b{prompt}c")
+    assert (parts.begin, parts.before, parts.after, parts.end) == ("", "b", "c", "\n\n")
+    parts = split_template("a{system|trim}b{turn}c{prompt}d{answer}e{last}f{response}g{end}h")
+    assert (parts.system, parts.begin, parts.before) == (("a", "b"), "", "c")
+    assert (parts.after, parts.lead, parts.tail, parts.end) == ("d", "ef", "g", "h")
+    assert (parts.history_after, parts.history_lead) == ("d", "e")
+    parts = split_template("a{system}b{no_system}c{turn}{prompt}d{last}e{answer}f{response}")
+    assert (parts.begin, parts.after, parts.lead) == ("c", "de", "f")
+    assert (parts.history_after, parts.history_lead) == ("d", "")
 
 
 def test_templates_are_found_and_exported(models):
     assert models["chatml"][1] == (
-        "<|im_start|>system\nBe brief.<|im_end|>{turn}\n<|im_start|>user\n{prompt}<|im_end|>\n"
-        "<|im_start|>assistant\n{response}<|im_end|>"
+        "<|im_start|>system\n{system}<|im_end|>{no_system}<|im_start|>system\nBe brief.<|im_end|>"
+        "{turn}\n<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
     )
     assert models["legacy"][1] == "<|user|>\n{prompt}</s>\n<|assistant|>\n{response}</s>\n"
     assert models["never"][1] == "<s>{turn}" + TEMPLATE
     for enc, template, _ in models.values():  # out and in again
-        eos = tokenizer.eos(enc)
-        bos = tokenizer.begin(enc) or eos
-        assert from_jinja(to_jinja(template), eos_token=eos, bos_token=bos) == template
+        exported = ChatTemplate(to_jinja(template), {"eos_token": tokenizer.eos(enc)})
+        assert from_jinja(exported, list(tokenizer.specials(enc)))[0] == template
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_chat_templates(name, tmp_path, capsys):
+    """Followed, with the same ids in 20 prompts, answers, several turns and system messages, or
+    refused with the reason. What is followed is exported so that it gives the same again."""
+    model = PUBLISHED[name]
+    folder = str(tmp_path)
+    if model.sentencepiece:
+        sentencepiece(folder, model.sentencepiece, model.source, model.specials)
+    else:
+        byte_level(folder, model.specials, model.source, model.eos, model.bos, name == "Phi-3")
+    enc = load_json(folder)
+    chat_template = read_chat_template(folder, enc, model.kwargs)
+    if model.refused:
+        with pytest.raises(SystemExit) as e:
+            follow(chat_template, enc, folder)
+        assert model.refused in e.value.code and "\n" not in e.value.code
+        return
+    template = follow(chat_template, enc, folder)
+    assert template == model.followed
+    said = capsys.readouterr().out
+    if model.no_system:
+        assert "rows with a system message are refused" in said and model.no_system in said
+        with pytest.raises(SystemExit, match="the template has no {system}"):
+            prompt_ids(enc, template, "a", system="b")
+    else:
+        assert "system" not in said
+    assert enc.full.token_to_id(end_token(enc, template)) is not None
+
+    variables = {"eos_token": enc.eos}
+    exported = ChatTemplate(to_jinja(template, end_token(enc, template)), variables)
+    assert from_jinja(exported, list(tokenizer.specials(enc)))[0] == template
+    check_ids(enc, template, exported.render_all, lambda text: tokenizer.encode_whole(enc, text))
+
+
+def test_what_is_compared(tmp_path):
+    """A template that is wrong in one place differs from the chat template."""
+    assert len(CHECK_TEXTS) == 20
+    folder = chatml(tmp_path)
+    enc = load_json(folder)
+    chat_template = read_chat_template(folder, enc)
+    right = follow(chat_template, enc, folder)
+    assert len(check_chats(right)) == 160
+    for old, new in [
+        ("{prompt}", "{prompt|trim}"),
+        ("{response}", "{response|trim}"),
+        ("{system}", "{system|trim}"),
+        ("Be brief.", "Be brief"),
+        ("assistant\n{response}", "assistant\n{answer} {response}"),
+        ("{response}<|im_end|>", "{response}<|im_end|>\n"),
+        ("{response}", "{response} {end}"),
+        ("{response}", "{last}<think>\n\n</think>\n\n{response}"),
+    ]:
+        wrong = right.replace(old, new)
+        assert wrong != right and is_template(wrong)
+        with pytest.raises(NotFollowed):
+            check_ids(
+                enc,
+                wrong,
+                chat_template.render_all,
+                lambda text: tokenizer.encode_whole(enc, text),
+            )
+
+
+def test_a_chat_of_an_imported_template():
+    """The ids of each part, under a tokenizer of bytes."""
+    enc = tokenizer.load("bytes")
+    template = "A{system}B{no_system}C{turn}D{prompt|trim}E{answer}F{last}G{response|trim}H{end}I"
+    chat = Chat(" q ", " r ", [(" p ", " o ")], " s ")
+    assert enc.decode(chat_ids(enc, template, chat)[:-1]) == "A s BDpEFoHIDqEFGrH"
+    assert chat_ids(enc, template, chat)[-1] == enc.eot_token
+    assert enc.decode(prompt_ids(enc, template, "q")) == "CDqE"
+    with pytest.raises(SystemExit, match="the template has no {system}"):
+        prompt_ids(enc, "{prompt}", "q", system="s")
+    row = {"prompt": "q", "system": "s", "responses": ["r"]}
+    (encoded,), _ = encode_rows([check_row(row, "")], enc, template, 99)
+    assert enc.decode(encoded["prompt"]) == "AsBDqE"
+    assert encoded["responses"] == [[*b"FGrH", 256]]
+    assert split_template(template).text_of("FG r H") == "r"
+
+
+def test_thoughts():
+    """Qwen 3's: a response has its own, or empty ones; earlier turns have none."""
+    enc = tokenizer.load("bytes")
+    template = "Q{prompt}A{answer}{last}<think>\n\n</think>\n\n{response|thoughts}."
+
+    def text(*chat):
+        return enc.decode(chat_ids(enc, template, Chat(*chat))[:-1])
+
+    thought = "<think>\nwhy\n</think>\n\nso"
+    assert text("p", "so") == "QpA<think>\n\n</think>\n\nso"
+    assert text("p", thought) == "QpA" + thought
+    assert text("p", "\n\nso") == "QpA<think>\n\n</think>\n\nso"
+    assert enc.decode(prompt_ids(enc, template, "q", [("p", thought)])) == "QpAso.QqA"
+    assert enc.decode(prompt_ids(enc, template, "q", [("p", "\nso")])) == "QpA\nso.QqA"
+    without = "Q{prompt}A{last}<think>\n\n</think>\n\n{response|thoughts}."
+    assert enc.decode(prompt_ids(enc, without, "p")) == "QpA<think>\n\n</think>\n\n"
+    assert written_ids(enc, without, "so") == [*b"so"]
+    with pytest.raises(SystemExit, match="has thoughts"):
+        written_ids(enc, without, thought)
 
 
 def test_chat_templates_without_an_equivalent():
-    for source in (
-        "{{ 'Q: ' + messages[0]['content'] | upper }}",
-        "{{ raise_exception('no') }}",
-        "{% for",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",  # refused by the sandbox
+    for source, reason in (
+        ("{{ 'Q: ' + messages[0]['content'] | upper }}", "each prompt and answer once"),
+        ("{{ raise_exception('no') }}", "for one turn it raises TemplateError: no"),
+        ("{% for", "cannot be rendered"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{% for m in messages %}{{ m.content }};{% endfor %}", "no special token ends an answer"),
     ):
-        assert from_jinja(source) is None
+        with pytest.raises(NotFollowed, match=reason):
+            from_jinja(ChatTemplate(source, {"eos_token": "</s>"}), ["</s>"])
 
 
-def test_odd_chat_templates(tmp_path, capsys):
-    """What raises, or has no text, is reported; tokens that are no strings are ignored."""
+def test_odd_chat_templates(tmp_path):
+    """What raises, or has no text, is refused; tokens that are no strings are ignored."""
     folder = sentencepiece(tmp_path / "odd", "never")
     config_path = os.path.join(folder, "tokenizer_config.json")
     enc = load_json(folder)
@@ -170,38 +319,49 @@ def test_odd_chat_templates(tmp_path, capsys):
         config = {"eos_token": "</s>", "bos_token": {"content": "<s>"}} | more
         with open(config_path, "w", encoding="utf-8") as f:
             json.dump(config | {"chat_template": chat_template}, f)
-        return read_template(folder, enc, TEMPLATE)
+        return follow(read_chat_template(folder, enc), enc, folder)
 
     messages = (
         "{% for m in messages %}"
         "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ m['content'] + eos_token }}{% endif %}"
-        "{% endfor %}"
+        "{% elif m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
     )
     mistral = "{{ bos_token }}" + messages
     template = read(mistral, add_bos_token=True, pad_token={"x": 1})
     assert template == "<s>{turn}[INST] {prompt} [/INST]{response}</s>"
+    named = [
+        {"name": "tool_use", "template": "{{ 1/0 }}"},
+        {"name": "default", "template": mistral},
+    ]
+    assert read(named) == template
 
-    dated = (  # as Llama 3.1's: there is no strftime_now, and no tools
-        "{{ bos_token }}"
-        "{{ strftime_now('%d') if strftime_now is defined else '26 Jul' }}"
-        "{% if tools is not none %}{{ 1/0 }}{% endif %}" + messages
+    dated = (  # as Llama 3.1's: there are no tools
+        "{{ bos_token }}{{ '26 Jul' }}{% if tools is not none %}{{ 1/0 }}{% endif %}" + messages
     )
     assert read(dated) == "<s>26 Jul[INST] {turn}{prompt} [/INST]{response}</s>[INST] "
+    today = dated.replace("'26 Jul'", "strftime_now('%d %b')")
+    with pytest.raises(
+        SystemExit, match=r"today's date; choose one: --template=\$'<s>26 Jul\[INST"
+    ):
+        read(today)
 
     for odd in (
         "{{ 1/0 }}",
         "{{ '{0}'.format() }}",
         "{{ 'a'.encode('xx') }}",
         "{% for a in 'a' %}" * 25 + "{% endfor %}" * 25,
-        {"no": "text"},
+        [{"name": "default", "template": "{{ 1/0 }}"}],
     ):
-        assert read(odd) == "<s>{turn}" + TEMPLATE
-        assert "is not text around prompts and responses" in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="the chat template is not followed: .*--template"):
+            read(odd)
+    with pytest.raises(SystemExit, match="chat_template must be a text"):
+        read({"no": "text"})
     with open(config_path, "w") as f:
         f.write("[]")
     with pytest.raises(SystemExit, match="must hold a JSON object"):
-        read_template(folder, enc, TEMPLATE)
+        read_chat_template(folder, enc)
 
 
 # ---- the same ids everywhere
@@ -213,7 +373,8 @@ def test_the_same_ids_everywhere(kind, models, monkeypatch):
     enc, template, folder = models[kind]
     reference = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     special_ids = tokenizer.specials(enc)
-    begin, before, after, _ = split_template(template)
+    parts = split_template(template)
+    begin, before, after = parts.begin, parts.before, parts.after
     in_template = []  # special tokens of the template
     for text, i in special_ids.items():
         in_template += [i] * (begin + before + after).count(text)
@@ -490,7 +651,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_chat_template_cannot_take_time_or_memory(name, monkeypatch):
-    monkeypatch.setattr(template_module, "RENDER_SECONDS", 3)
+    monkeypatch.setattr(chat_template_module, "RENDER_SECONDS", 3)
     start = time.monotonic()
-    assert template_module.from_jinja(BOMBS[name], eos_token="</s>") is None
+    with pytest.raises(NotFollowed):
+        from_jinja(ChatTemplate(BOMBS[name], {"eos_token": "</s>"}), ["</s>"])
     assert time.monotonic() - start < 6

@@ -564,9 +564,9 @@ def test_samples_whose_text_was_edited_are_refused(tiny_data, tmp_path):
     answer |= {"ids": [[*b"twelve", 256]], "tokenizer": tokenizer.fingerprint(enc)}
     write_rows(path, [answer])
     with pytest.raises(SystemExit, match="the ids are not those of its text"):
-        players.match_responses(path, rows, enc)
+        players.match_responses(path, rows, enc, "{prompt}")
     write_rows(path, [answer | {"responses": ["twelve"]}])
-    assert players.match_responses(path, rows, enc) == [("twelve", [*b"twelve", 256])]
+    assert players.match_responses(path, rows, enc, "{prompt}") == [("twelve", [*b"twelve", 256])]
 
 
 def teacher_rows(data, answer):
@@ -583,7 +583,7 @@ def test_the_first_answer_of_a_teacher_counts(tiny_data, tmp_path):
     path, rows = f"{tmp_path}/teacher.jsonl", read_rows(f"{tiny_data}/train.jsonl")
     answers = [teacher_rows(tiny_data, lambda row, n=n: f"answer {n}") for n in (1, 2)]
     write_rows(path, answers[0] + answers[1])
-    matched = players.match_responses(path, rows, tokenizer.load("bytes"))
+    matched = players.match_responses(path, rows, tokenizer.load("bytes"), "{prompt}")
     assert {text for text, _ in matched} == {"answer 1"}
 
 

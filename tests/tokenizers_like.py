@@ -45,7 +45,16 @@ ZEPHYR = (
 
 def chatml(folder):
     """Like SmolLM's and Qwen's: a byte-level BPE with single digits, turns in special tokens, a
-    system message."""
+    default system message."""
+    return byte_level(folder, ["<|im_start|>"], CHATML, bos="<|im_start|>", eos="<|im_end|>")
+
+
+def byte_level(folder, specials, chat, eos, bos="", strips=False):
+    """A byte-level BPE with single digits, with special tokens and a chat template.
+
+    strips: its special tokens take the white space after them, as Phi-3's do.
+    """
+    specials = list(dict.fromkeys(["<|endoftext|>", *specials, eos, *([bos] if bos else [])]))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -58,13 +67,15 @@ def chatml(folder):
         vocab_size=400,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=[AddedToken(name, special=True, rstrip=strips) for name in specials],
     )
     bpe.train_from_iterator(TEXTS, trainer)
-    return save(bpe, folder, CHATML, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    bpe.add_tokens(["<think>", "</think>"])
+    tokens = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    return save(bpe, folder, chat, **tokens)
 
 
-def sentencepiece(folder, scheme="legacy", chat=ZEPHYR):
+def sentencepiece(folder, scheme="legacy", chat=ZEPHYR, specials=()):
     """Like Llama's and Mistral's: a BPE that falls back to bytes, with <s> before every text.
 
     scheme: "legacy": a space before a text and after a special token; "first": before the text
@@ -84,7 +95,7 @@ def sentencepiece(folder, scheme="legacy", chat=ZEPHYR):
     if scheme != "never":
         decode.append(decoders.Strip(" ", 1, 0))
     bpe.decoder = decoders.Sequence(decode)
-    special = ("<unk>", "<s>", "</s>")
+    special = ("<unk>", "<s>", "</s>", *specials)
     bpe.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return save(bpe, folder, chat, bos_token="<s>", eos_token="</s>", add_bos_token=True)

@@ -1,6 +1,6 @@
 """Convert checkpoints from and to the format of Hugging Face.
 
-    python -m tools.hf import FOLDER --out=out/gpt2         # a local folder, or org/name@COMMIT
+    python -m tools.hf import FOLDER --out=out/gpt2         # a local folder, or org/name
     python -m tools.hf export out/demo/sft --out=out/export # for AutoModelForCausalLM
     python -m tools.hf export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
 
@@ -10,6 +10,7 @@ tensors that each of our parameters is made of; import and export both read it. 
 tensor that has no counterpart here is an error that names it.
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -25,15 +26,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from data import cli, tokenizer
-from data.files import atomic_write, printable, read_json, write_json
-from data.template import (
-    TEMPLATE,
+from data.chat_template import (
+    NotFollowed,
+    check_ids,
     check_template,
-    read_template,
-    split_at_specials,
-    split_template,
+    follow,
+    read_chat_template,
     to_jinja,
 )
+from data.files import atomic_write, parse_json, printable, read_json, write_json
+from data.template import TEMPLATE, end_token, with_bos
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 
@@ -95,13 +97,38 @@ ROPE_SCALING = [
 # Settings that do not change what the model computes. Dropout belongs to the training run.
 IGNORED_SETTINGS = set(
     """
-    _name_or_path architectures attention_dropout attn_pdrop bos_token_id dtype embd_pdrop
-    eos_token_id gradient_checkpointing initializer_range is_llama_config n_ctx n_special
-    output_past pad_token_id predict_special_tokens pretraining_tp reorder_and_upcast_attn
-    resid_pdrop task_specific_params torch_dtype transformers.js_config transformers_version
-    unk_token_id use_cache
+    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
+    bos_token_id dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label
+    initializer_range is_llama_config label2id n_ctx n_special num_labels output_past pad_token_id
+    predict_special_tokens pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop
+    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
+    transformers.js_config transformers_version unk_token_id use_cache
     """.split()
 )
+IGNORED_PREFIXES = ("summary_", "unsloth_")
+
+# Settings that change nothing with these values: transformers' defaults. Old files name them all,
+# those of sampling included.
+HARMLESS_VALUES = {
+    "partial_rotary_factor": 1.0,
+    "is_decoder": True,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "max_length": 20,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+}
 
 # Our modules and the Llama modules that they are made of. GPT-2 uses our names.
 LLAMA_MODULES = {
@@ -119,6 +146,11 @@ LLAMA_MODULES = {
 }
 
 VOCAB_TABLES = ("wte.weight", "lm_head.weight")  # one row for each token id, padded
+GGUF_ADVICE = (
+    " is GGUF; take the original, or convert it with transformers:"
+    " AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT), and the"
+    " same with AutoTokenizer"
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Constants that old files store beside the weights: rotary frequencies, causal masks.
@@ -162,8 +194,9 @@ class HFSettings:
     def check_none_left(self):
         unknown = []
         for name, value in self.left.items():
-            ignored = name in IGNORED_SETTINGS or name.startswith("summary_")
-            if not ignored and value not in (None, False):
+            ignored = name in IGNORED_SETTINGS or name.startswith(IGNORED_PREFIXES)
+            harmless = (None, False, HARMLESS_VALUES.get(name))
+            if not ignored and value not in harmless:
                 unknown.append(f"{name} = {value!r}")
         if unknown:
             self.refuse(f"these settings are not supported: {', '.join(unknown)}")
@@ -172,6 +205,16 @@ class HFSettings:
 def parse_hf_config(hf_config: dict, path: str) -> HFModel:
     """Translate a config.json. Exits with the name of the first setting we cannot represent."""
     settings = HFSettings(hf_config, path)
+    if settings.left.get("quantization_config"):
+        settings.refuse(
+            "its weights are quantised (quantization_config); take the original, or save it in full"
+            " with transformers: model.dequantize(), then model.save_pretrained(FOLDER)"
+        )
+    if settings.left.get("auto_map"):
+        settings.refuse(
+            "the model brings code of its own (auto_map), which is not run; if it computes what its"
+            " model_type does, remove auto_map from config.json"
+        )
     model_type = settings.take("model_type", str)
     if model_type not in DEFAULTS:
         supported = ", ".join(DEFAULTS)
@@ -225,6 +268,8 @@ def take_rope(settings):
     theta = rope.pop("rope_theta", theta)
     fields = {"rope_theta": config.convert("rope_theta", theta, float, settings.path)}
 
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
     rope_type = rope.pop("type", rope["rope_type"])  # old files say "type"
     if rope_type == "llama3":
         scaling = [rope.pop(name, None) for name in ROPE_SCALING]
@@ -413,35 +458,34 @@ def llama_tensors(name, parameter, vocab_rows, c):
 # ----------------------------------------------------------------------------------------- import
 
 
-def import_model(source: str, out: str, block_size: int = 0, template: str = "") -> None:
+def import_model(
+    source: str, out: str, block_size: int = 0, template: str = "", kwargs: dict | None = None
+) -> None:
     """Write a Hugging Face model as the checkpoint out/round_0/step_000000.
 
-    block_size 0: the model's. template "": from the model's chat template, or our default.
+    block_size 0: the model's. template "": that of the model's chat template, under the variables
+    kwargs; if it has none, our default.
     """
     folder = find_folder(source)
+    check_format(folder)
     config_path = os.path.join(folder, "config.json")
     hf_model = parse_hf_config(read_json(config_path), config_path)
 
     enc, tokenizer_name = read_tokenizer(folder)
-    template = template or read_template(folder, enc, TEMPLATE)
+    chat_template = read_chat_template(folder, enc, kwargs)
+    if not template and chat_template:
+        template = follow(chat_template, enc, folder)
+    template = template or with_bos(enc, TEMPLATE)
     enc = with_stop_tokens(folder, enc, template)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
 
     block_size = choose_block_size(hf_model, block_size)
-    unused = hf_model.vocab_rows - enc.n_vocab
-    if unused < 0:
-        raise SystemExit(
-            f"{config_path}: vocab_size {hf_model.vocab_rows} is smaller than the tokenizer's"
-            f" vocabulary of {enc.n_vocab}"
-        )
-    if unused:
-        print(
-            f"dropping {unused} of {hf_model.vocab_rows} embedding rows:"
-            f" the tokenizer has {enc.n_vocab} ids"
-        )
-    fields = hf_model.fields | {"block_size": block_size, "vocab_size": enc.n_vocab}
+    vocab_size = choose_vocab_size(config_path, hf_model.vocab_rows, enc, template)
+    if isinstance(enc, tokenizer.JsonTokenizer):
+        enc.vocab_rows = hf_model.vocab_rows
+    fields = hf_model.fields | {"block_size": block_size, "vocab_size": vocab_size}
     model_config = GPTConfig(**fields)
     check_size(folder, hf_model.family, model_config)
     with torch.device("meta"):
@@ -468,6 +512,50 @@ def import_model(source: str, out: str, block_size: int = 0, template: str = "")
         f"{path}: {hf_model.family}, {model.num_params() / 1e6:.2f}M parameters,"
         f" tokenizer {tokenizer_name}, block_size {block_size}, template {template!r}"
     )
+
+
+def choose_vocab_size(config_path, vocab_rows: int, enc, template: str) -> int:
+    """The smaller of the tokenizer's vocabulary and the embedding's rows.
+
+    Ids that have no row must be special tokens that no prompt has, such as an added <pad>.
+    """
+    if vocab_rows > enc.n_vocab:
+        print(
+            f"dropping {vocab_rows - enc.n_vocab} of {vocab_rows} embedding rows:"
+            f" the tokenizer has {enc.n_vocab} ids; an export has rows of 0 in their place"
+        )
+    if vocab_rows >= enc.n_vocab:
+        return enc.n_vocab
+    specials = tokenizer.specials(enc)
+    used = [enc.eot_token, *tokenizer.stop_ids(enc).values()]
+    used += [i for token, i in specials.items() if token in template]
+    used += tokenizer.ordinary_ids(enc)
+    if max(used) >= vocab_rows:
+        raise SystemExit(
+            f"{config_path}: vocab_size {vocab_rows} is smaller than the tokenizer's vocabulary of"
+            f" {enc.n_vocab}, and prompts or responses can have ids from {vocab_rows} on"
+        )
+    print(f"the tokenizer has {enc.n_vocab} ids, of which the model knows {vocab_rows}")
+    return vocab_rows
+
+
+def check_format(folder):
+    """Exit with what to do if a folder holds an adapter or quantised weights, not a model."""
+    names = sorted(os.listdir(folder))
+    if "config.json" in names and any(name.startswith("model") for name in names):
+        return
+    if "adapter_config.json" in names:
+        base = read_json(os.path.join(folder, "adapter_config.json")).get("base_model_name_or_path")
+        raise SystemExit(
+            printable(
+                f"{folder} holds an adapter of {base}, not a model; merge the two with peft:"
+                " AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+                ".save_pretrained(OUT), and save the tokenizer there too"
+            )
+        )
+    for name in names:
+        if name.endswith(".gguf"):
+            raise SystemExit(printable(f"{os.path.join(folder, name)}{GGUF_ADVICE}"))
 
 
 def check_size(folder, family, c: GPTConfig):
@@ -497,25 +585,47 @@ def find_folder(source):
         raise SystemExit(
             f"{source} is a pickle, which can run code when loaded; only safetensors are read"
         )
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
-    if not match:
-        raise SystemExit(
-            printable(
-                f"{source}: expected a local folder, or org/name@COMMIT of the hub,"
-                " with a commit of 40 hexadecimal digits"
-            )
-        )
+    if source.endswith(".gguf"):
+        raise SystemExit(printable(source + GGUF_ADVICE))
     from huggingface_hub import logging, snapshot_download
 
     logging.set_verbosity(logging.CRITICAL)  # it logs every retry
+    name, _, commit = source.partition("@")
     patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
     try:
-        return snapshot_download(match[1], revision=match[2], allow_patterns=patterns)
+        return snapshot_download(name, revision=commit, allow_patterns=patterns)
     except Exception as e:  # whatever the HTTP client raises
         raise SystemExit(
             f"{source} could not be downloaded ({type(e).__name__});"
             " download the folder elsewhere and pass its path"
         )
+
+
+def pin_commit(source: str) -> str:
+    """org/name or org/name@REVISION of the hub as org/name@COMMIT; a path as it is."""
+    if os.path.isdir(source) or source.endswith((*PICKLE_SUFFIXES, ".gguf")):
+        return source
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    if not match:
+        raise SystemExit(
+            printable(
+                f"{source}: expected a local folder, or org/name or org/name@REVISION of the hub"
+            )
+        )
+    name, revision = match[1], match[2] or "main"
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return source
+    import huggingface_hub
+
+    try:
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision).sha
+    except Exception as e:  # whatever the HTTP client raises
+        raise SystemExit(
+            f"{source}: no such folder, and the hub does not answer ({type(e).__name__});"
+            " download the folder elsewhere and pass its path"
+        )
+    print(f"{name}: {revision} is the commit {commit}")
+    return f"{name}@{commit}"
 
 
 def choose_block_size(hf_model, block_size):
@@ -595,10 +705,12 @@ def open_tensors(folder, family, stack):
                 raise SystemExit(
                     printable(f"{path} has {name}, but the index does not list it there")
                 )
-            full_name = name
-            # the hub's gpt2 was saved without its head, so its names lack the prefix
-            if family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-                full_name = f"transformer.{name}"
+            full_name = name.replace("_orig_mod.", "")  # of torch.compile
+            # a model that was saved without its head, like the hub's gpt2, lacks the prefix
+            if family == "gpt2" and not full_name.startswith(("transformer.", "lm_head.")):
+                full_name = f"transformer.{full_name}"
+            if family == "llama" and full_name.startswith(("embed_tokens.", "layers.", "norm.")):
+                full_name = f"model.{full_name}"
             if full_name in stored:
                 raise SystemExit(printable(f"{path}: {name} appears twice"))
             stored[full_name] = StoredTensor(f, name)
@@ -696,10 +808,10 @@ def read_tokenizer(folder):
 
 
 def with_stop_tokens(folder, enc, template):
-    """The tokenizer with the token that ends a response. Prints a line if it is not eos_token.
+    """The tokenizer with the tokens that end a sample, one of which ends a response in training.
 
-    A chat template may end a response with another special token, which generation_config.json (or
-    config.json) lists beside eos_token: Llama 3 does. The others are kept for an export.
+    That one is the template's, which is often not eos_token. The others are eos_token and those of
+    generation_config.json. Prints what differs from eos_token.
     """
     if not isinstance(enc, tokenizer.JsonTokenizer):
         return enc
@@ -708,18 +820,15 @@ def with_stop_tokens(folder, enc, template):
         token = enc.full.id_to_token(token_id)
         if token is not None and token not in stop_tokens:
             stop_tokens.append(token)
-    eos = enc.eos
-    pieces = split_at_specials(split_template(template).end, tokenizer.specials(enc))
-    if len(pieces) > 1 and pieces[0] == "" and pieces[1] != eos:
-        if pieces[1] in stop_tokens:
-            eos = pieces[1]
-            print(f"a response ends in {eos!r}, as in the template; eos_token is {enc.eos!r}")
-        else:
-            print(
-                f"a response ends in eos_token {eos!r}: the template ends it in {pieces[1]!r}, but"
-                " generation_config.json does not list that"
-            )
-    return tokenizer.JsonTokenizer(enc.text, eos, stop_tokens)
+    end = end_token(enc, template)
+    if end != enc.eos:
+        print(f"a response ends in {end!r}, as in the template; eos_token is {enc.eos!r}")
+    if end not in stop_tokens:
+        print(f"generation_config.json does not list {end!r}; samples stop there all the same")
+        stop_tokens.append(end)
+    if len(stop_tokens) > 1:
+        print(f"samples stop at {', '.join(map(repr, stop_tokens))}")
+    return tokenizer.JsonTokenizer(enc.text, end, stop_tokens)
 
 
 def read_eos_ids(folder) -> list[int]:
@@ -765,6 +874,40 @@ def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
     print(f"logits agree with transformers' to {difference:.1e} of the largest")
 
 
+def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
+    """Compare the ids of transformers' apply_chat_template in a folder with those of a run. Exits
+    if they differ. kwargs: variables for the chat template."""
+    path = checkpoint.resolve(run)
+    meta = checkpoint.read_meta(path)
+    enc = checkpoint.read_tokenizer(path, meta)
+    try:
+        compare_chat(folder, enc, meta["config"]["template"], kwargs)
+    except NotFollowed as e:
+        raise SystemExit(printable(f"{folder}: apply_chat_template gives other ids: {e}"))
+    print("token ids agree with apply_chat_template's")
+
+
+def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) -> None:
+    """Raises NotFollowed if apply_chat_template gives other ids than a template."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+
+    def render(chats):
+        texts = []
+        for chat in chats:
+            options = chat.job() | (kwargs or {})
+            options.pop("date")
+            messages = options.pop("messages")
+            texts.append(theirs.apply_chat_template(messages, tokenize=False, **options))
+        return texts
+
+    def encode(text):
+        return theirs(text, add_special_tokens=False).input_ids
+
+    check_ids(enc, template, render, encode)
+
+
 # ----------------------------------------------------------------------------------------- export
 
 
@@ -784,7 +927,9 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         print("the scalar head (reward or value) is not exported, only the language model")
 
     torch_dtype = getattr(torch, dtype)
-    write_shards(out, hf_weights(model, family), torch_dtype, 1e9 * shard_gb)
+    vocab_rows = max(model.config.vocab_size, getattr(enc, "vocab_rows", 0))
+    hf_config["vocab_size"] = vocab_rows
+    write_shards(out, hf_weights(model, family, vocab_rows), torch_dtype, 1e9 * shard_gb)
     token_ids = write_tokenizer(out, enc, meta["config"]["template"], model.config.block_size)
     write_json(
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
@@ -798,15 +943,17 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
     )
 
 
-def hf_weights(model, family):
-    """{name: tensor} of a model under Hugging Face's names, without padding."""
+def hf_weights(model, family, vocab_rows):
+    """{name: tensor} of a model under Hugging Face's names. Vocabulary tables have vocab_rows rows;
+    those of no token are 0."""
     c = model.config
     params = dict(model.named_parameters())
     weights = {}
-    for name, hf_tensors in tensor_map(model, family, c.vocab_size, c.block_size).items():
+    for name, hf_tensors in tensor_map(model, family, vocab_rows, c.block_size).items():
         parameter = params[name].detach()
         if name in VOCAB_TABLES:
             parameter = parameter[: c.vocab_size]
+            parameter = F.pad(parameter, (0, 0, 0, vocab_rows - c.vocab_size))
         weights |= hf_tensors.split(parameter)
     return weights
 
@@ -925,6 +1072,16 @@ def new_folder(path):
         raise
 
 
+def json_object(text: str) -> dict:
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f"must be JSON: {e}")
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
 def parse_args(argv):
     parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -933,7 +1090,8 @@ def parse_args(argv):
     importer = commands.add_parser("import", help=about, description=about)
     importer.add_argument(
         "source",
-        help="a folder with config.json, safetensors and tokenizer, or org/name@COMMIT of the hub",
+        help="a folder with config.json, safetensors and tokenizer, or org/name of the hub, at main"
+        " or org/name@REVISION; the commit is recorded",
     )
     importer.add_argument(
         "--block_size",
@@ -944,8 +1102,14 @@ def parse_args(argv):
     importer.add_argument(
         "--template",
         default="",
-        help="prompt template (see data/template.py); "
-        "default: from the model's chat template, or else our own",
+        help="prompt template (see data/template.py); default: that of the model's chat template, "
+        "or our own if it has none",
+    )
+    importer.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        help="variables that the model's chat template reads, as JSON: "
+        """'{"enable_thinking": false}'""",
     )
 
     about = "convert a run to a folder that transformers loads"
@@ -976,14 +1140,20 @@ def main(argv=None):
     try:
         with new_folder(args.out):
             if args.command == "import":
-                import_model(args.source, args.out, args.block_size, args.template)
+                kwargs = args.chat_template_kwargs
+                source = pin_commit(args.source)
+                import_model(source, args.out, args.block_size, args.template, kwargs)
                 if args.check:
-                    check_logits(find_folder(args.source), args.out)
+                    folder = find_folder(source)
+                    check_logits(folder, args.out)
+                    if not args.template:
+                        check_chat(folder, args.out, kwargs)
             else:
                 export_model(args.run, args.out, args.dtype, args.shard_gb)
                 if args.check:
                     tolerance = 1e-4 if args.dtype == "float32" else 0.05
                     check_logits(args.out, args.run, tolerance)
+                    check_chat(args.out, args.run)
     except (OSError, SafetensorError, ValueError) as e:  # ValueError: GPTConfig's
         raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))
 

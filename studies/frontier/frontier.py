@@ -276,7 +276,7 @@ def measure(run, reference, judge, folder):
         kl_se=float(kl.std() / len(kl) ** 0.5),
         learnt=float(row_scores(reward_model, encoded, 4096, "cpu").mean()),
         length=float(np.mean([len(tokens) for tokens in ids])),
-        ended=float(np.mean([tokens[-1] == enc.eot_token for tokens in ids])),
+        ended=float(np.mean([tokenizer.is_end(enc, tokens[-1]) for tokens in ids])),
         kinds=float(np.mean(num_kinds)),
         beyond=float(np.mean([n > 3 for n in num_kinds])),
         minutes=minutes(run),

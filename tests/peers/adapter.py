@@ -27,7 +27,8 @@ from lm_eval.models.utils import (
 
 from data import tokenizer
 from data.batch import batch_rows
-from data.template import encode_framed, split_template
+from data.chat_template import Chat, chat_text
+from data.template import encode_pieces
 from eval import map_batches
 from loss import sequence_logprobs
 from model import GPT
@@ -68,21 +69,17 @@ class NanoSpinLM(TemplateLM):
         bos = tokenizer.begin(self.enc)
         if add_special_tokens is False or string.startswith(bos):
             bos = ""
-        return encode_framed(self.enc, bos + string, "", "", "start")
+        return encode_pieces(self.enc, [bos + string], "start")
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """The text that the chat template of an export gives."""
-        begin, before, after, end = split_template(self.template)
-        text = begin
-        for message in chat_history:
-            role, content = message["role"], message["content"]
-            if role == "user":
-                text += before + content + after
-            elif role == "assistant":
-                text += content + end
-            else:
-                raise SystemExit(f"roles are user and assistant, not {role}")
-        return text if add_generation_prompt else text.removesuffix(end)
+        messages = list(chat_history)
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+        contents = [message["content"] for message in messages]
+        turns = list(zip(contents[::2], contents[1::2]))
+        if len(contents) % 2:
+            return chat_text(self.template, Chat(contents[-1], None, turns, system))
+        return chat_text(self.template, Chat(*turns[-1], turns[:-1], system))
 
     def _loglikelihood_tokens(self, requests, **ignored):
         """[(texts, context ids, continuation ids)] -> [(log-probability, whether it is greedy)]."""
