@@ -31,7 +31,7 @@ SCORED = [ONLINE, "--data={sums}/prompts", "--rounds=8", RATES]  # 65,536 sample
 
 METHODS = {
     # the same answers again
-    "sft_more": [SFT_MORE, ANSWERS, "--max_steps=1500"],
+    "sft_more": [SFT_MORE, ANSWERS, "--max_steps=800"],
     "spin": [SPIN, ANSWERS, "--nll_coef=0"],
     "spin_nll": [SPIN, ANSWERS],
     "spin_history": [SPIN, ANSWERS, '--players=["data","self","self-1"]'],
