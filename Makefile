@@ -95,6 +95,8 @@ pipeline: student
 		--out_dir=$(OUT)/spin_k2 --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo/spin_k3.py \
 		--out_dir=$(OUT)/spin_k3 --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --seed=$(SEED)
+	$(PY) train.py config/demo/online_pl.py \
+		--out_dir=$(OUT)/online_pl --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) eval.py \
 		sft=$(OUT)/sft \
 		sft@1.0=$(OUT)/sft@1.0 \
@@ -105,6 +107,7 @@ pipeline: student
 		spin_k2.round_1=$(OUT)/spin_k2/round_1 \
 		spin_k3.round_0=$(OUT)/spin_k3/round_0 \
 		spin_k3.round_1=$(OUT)/spin_k3/round_1 \
+		online_pl.round_1=$(OUT)/online_pl/round_1 \
 		sft_teacher=$(OUT)/sft_teacher \
 		--judge=$(OUT)/sft_teacher --data=data/pydocs --out=$(OUT)/eval
 

@@ -27,7 +27,9 @@ ANSWERS = "--data={sums}/answers"  # the 1,500 sums that the model was fine-tune
 NEW = "--data={all_sums}"  # 1,500 others, drawn from all
 RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
 SPIN_NEW = [SPIN, NEW, "--max_rows=1500"]
-SCORED = [ONLINE, "--data={sums}/prompts", "--rounds=8", RATES]  # 65,536 samples each
+TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
+PROMPTS = "--data={sums}/prompts"
+SCORED = [ONLINE, PROMPTS, "--rounds=8", RATES]  # 65,536 samples each
 
 METHODS = {
     # the same answers again
@@ -39,6 +41,14 @@ METHODS = {
     "sft_new": [SFT_MORE, NEW, "--max_rows=1500", "--max_steps=376", "--batch_size=32"],
     "spin_new": [*SPIN_NEW, "--nll_coef=0"],
     "spin_new_nll": SPIN_NEW,
+    # new answers, and a teacher's
+    "spin_k3_new": [*SPIN_NEW, '--players=["data","teacher","self"]', TEACHER],
+    # no answers, but a teacher
+    "sft_teacher": [SFT_MORE, "--data={teacher_text}", "--max_rows=1500", "--max_steps=376"]
+    + ["--batch_size=32"],
+    "spin_teacher": [SPIN, "--data={teacher_text}", "--max_rows=1500"],
+    "distill": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1500", "--batch_size=32", "--reward="]
+    + ["--advantage=reverse_kl", "--samples_per_prompt=1", TEACHER],
     # no answers, but a function that checks
     "best_of_8": [*SCORED, "--max_rows=1024", "--loss_type=best_of_n", "--nll_coef=0"],
     "online_pl_2": [*SCORED, "--max_rows=4096", '--players=["self:2"]'],
@@ -47,24 +57,50 @@ METHODS = {
     "online_pairs_8": [*SCORED, "--max_rows=1024", "--loss_type=pairs"],
     "best_against_rest_8": [*SCORED, "--max_rows=1024", "--rank_depth=1"],
     "best_against_worst_8": [*SCORED, "--max_rows=1024", "--best_and_worst=True"],
-    "grpo_8": [GRPO, "--data={sums}/prompts", "--rounds=8", "--max_rows=1024"],
-    "ppo": [GRPO, "--data={sums}/prompts", "--rounds=8", "--max_rows=8192", "--advantage=gae"]
+    "grpo_8": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1024"],
+    "ppo": [GRPO, PROMPTS, "--rounds=8", "--max_rows=8192", "--advantage=gae"]
     + ["--samples_per_prompt=1", "--batch_size=512"],
 }
 
 
+def folders_of(args) -> dict[str, str]:
+    """The folders that METHODS names."""
+    names = {name: f"{args.data}/{name}" for name in ("sums", "all_sums", "teacher_text")}
+    return names | {"teacher": f"{args.data}/teacher"}
+
+
 def make_data(args):
-    """The sums with 1,500 answers, and the same with all of them."""
+    """The sums with 1,500 answers, the same with all of them, and a teacher's answers to all."""
+    folder = folders_of(args)
     prepare = [sys.executable, "-m", "data.addition.prepare"]
-    if not os.path.exists(f"{args.data}/sums/prompts/meta.json"):
-        subprocess.run([*prepare, "--answers=1500", f"--out={args.data}/sums"], check=True)
-    if not os.path.exists(f"{args.data}/all_sums/meta.json"):
-        subprocess.run([*prepare, f"--out={args.data}/all_sums"], check=True)
+    if not os.path.exists(f"{folder['sums']}/prompts/meta.json"):
+        subprocess.run([*prepare, "--answers=1500", f"--out={folder['sums']}"], check=True)
+    if not os.path.exists(f"{folder['all_sums']}/meta.json"):
+        subprocess.run([*prepare, f"--out={folder['all_sums']}"], check=True)
+    if os.path.exists(f"{folder['teacher_text']}/meta.json") or not needs_teacher(args.only):
+        return
+    log, text = f"{args.data}/teacher.log", f"{args.data}/teacher.jsonl"
+    teacher = [SFT, f"--data={folder['all_sums']}", "--max_steps=1500", "--n_embd=192"]
+    teacher = [sys.executable, "train.py", *teacher, f"--out_dir={folder['teacher']}"]
+    run(teacher, log, False)
+    prompts = f"{folder['all_sums']}/train.jsonl"
+    sample = [sys.executable, "sample.py", folder["teacher"], "--prompts", prompts]
+    run([*sample, "--out", text], log, False)
+    prepare = [sys.executable, "-m", "data.jsonl.prepare", text, "--tokenizer=bytes"]
+    run([*prepare, f"--out={folder['teacher_text']}"], log, False)
+
+
+def needs_teacher(names: list[str]) -> bool:
+    """Whether one of these methods reads what a teacher wrote."""
+    for name in names:
+        if "{teacher" in " ".join(METHODS[name]):
+            return True
+    return False
 
 
 def train_command(args, seed: str, name: str, settings: list[str], init: str = "") -> list[str]:
-    folders = {"sums": f"{args.data}/sums", "all_sums": f"{args.data}/all_sums"}
-    settings = [setting.format(**folders) if "{" in setting else setting for setting in settings]
+    folders = folders_of(args)
+    settings = [setting.format(**folders) if "={" in setting else setting for setting in settings]
     command = [sys.executable, "train.py", *settings, f"--seed={seed}"]
     command.append(f"--out_dir={args.out}/{seed}/{name}")
     return command + [f"--init={args.out}/{seed}/{init}"] if init else command
@@ -100,7 +136,8 @@ def train_and_measure(args, seed: str, name: str, settings: list[str], init: str
         return
     run(train_command(args, seed, name, settings, init), f"{folder}/{name}.log", args.list)
     run(eval_command(args, seed, name), f"{folder}/{name}.log", args.list)
-    print(f"seed {seed}: {name} is done", flush=True)
+    if not args.list:
+        print(f"seed {seed}: {name} is done", flush=True)
 
 
 def main(argv=None):
@@ -108,6 +145,12 @@ def main(argv=None):
     parser.add_argument("out", help="folder of the runs")
     parser.add_argument("--data", default="data", help="folder for sums/ and all_sums/")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
+    parser.add_argument(
+        "--sft_steps",
+        type=cli.number_type(int, 1),
+        default=350,
+        help="of the model that all methods start from; take another OUT for each",
+    )
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--jobs", type=cli.number_type(int, 1), default=2, help="at a time")
     parser.add_argument("--list", action="store_true", help="print the commands only")
@@ -115,7 +158,7 @@ def main(argv=None):
 
     if not args.list:
         make_data(args)
-    sft = [SFT, ANSWERS]
+    sft = [SFT, ANSWERS, f"--max_steps={args.sft_steps}"]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = [pool.submit(train_and_measure, args, seed, "sft", sft) for seed in args.seeds]
         for future in done:

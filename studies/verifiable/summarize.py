@@ -17,8 +17,10 @@ from studies.verifiable.run import METHODS
 from tools.plot import (
     GREY,
     PALETTE,
+    figure_legend,
     global_steps,
     markdown_table,
+    plt,
     read_metrics,
     save_figure,
     style,
@@ -28,7 +30,8 @@ from tools.plot import (
 BASELINE = "sft_more"
 GROUPS = {  # what a method learns from: the first and the last of METHODS
     "the same 1,500 answers": ("sft_more", "spin_history"),
-    "1,500 new answers": ("sft_new", "spin_new_nll"),
+    "1,500 new answers": ("sft_new", "spin_k3_new"),
+    "no answers, a teacher": ("sft_teacher", "distill"),
     "no answers, a checker": ("best_of_8", "ppo"),
 }
 LABELS = {
@@ -40,6 +43,10 @@ LABELS = {
     "sft_new": "SFT",
     "spin_new": "SPIN, K = 2",
     "spin_new_nll": "SPIN + next-token loss",
+    "spin_k3_new": "data > teacher > self, K = 3",
+    "sft_teacher": "SFT on its text",
+    "spin_teacher": "teacher > self, K = 2",
+    "distill": "on-policy distillation",
     "best_of_8": "best-of-8 SFT",
     "online_pl_2": "online Plackett-Luce, K = 2",
     "online_pl_4": "online Plackett-Luce, K = 4",
@@ -108,8 +115,6 @@ def make_table(results: dict[str, list[dict]]) -> list[str]:
 def draw(results: dict[str, list[dict]], path: str):
     """Greedy exact match of every method: each seed, and the mean with its 95 % interval."""
     with style():
-        import matplotlib.pyplot as plt
-
         fig, ax = plt.subplots(figsize=(6.4, 5.2))
         y, ticks = 0, []
         for color, group in zip(PALETTE, GROUPS):
@@ -137,24 +142,69 @@ def draw(results: dict[str, list[dict]], path: str):
         save_figure(fig, path)
 
 
+def draw_map(by_steps: dict[str, dict], path: str):
+    """What each method adds to SFT models of other lengths. by_steps: {steps: results}."""
+    with style():
+        fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True)
+        for ax, group in zip(axes, list(GROUPS)[:2]):
+            names = methods_of(group)
+            for color, name in zip(PALETTE, names):
+                x, y, errors = [], [], []
+                for steps, results in by_steps.items():
+                    if name in results:
+                        pairs = zip(results[name], results["sft"])
+                        gains = [m["greedy"] - start["greedy"] for m, start in pairs]
+                        mean, half_width = t_interval(gains) if len(gains) > 1 else (gains[0], 0)
+                        x.append(int(steps))
+                        y.append(mean)
+                        errors.append(half_width)
+                if x:
+                    ax.errorbar(x, y, errors, fmt="o-", color=color, capsize=2, label=LABELS[name])
+            ax.axhline(0, color=GREY, lw=1, ls="--", zorder=0)
+            ax.set_xscale("log")
+            ax.set_xticks([int(steps) for steps in by_steps], list(by_steps), minor=False)
+            ax.minorticks_off()
+            ax.set_title(group)
+            ax.set_xlabel("steps of SFT before")
+        axes[0].set_ylabel("gain in exact match (points)")
+        figure_legend(fig, ncols=3)
+        save_figure(fig, path)
+
+
+def all_results(out: str, seeds: list[str]) -> dict[str, list[dict]]:
+    """{method: metrics of each seed}. Says which methods are missing."""
+    results = {}
+    for name in ["sft", *METHODS]:
+        files = [f"{out}/{seed}/{name}/eval/eval.json" for seed in seeds]
+        missing = [path for path in files if not os.path.exists(path)]
+        if missing:
+            print(f"{name} is left out: {missing[0]} is missing", file=sys.stderr)
+            continue
+        results[name] = [measured(out, seed, name) for seed in seeds]
+    return results
+
+
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="folder that run.py has written")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
     parser.add_argument("--figures", help="folder for methods.png and .svg; default: OUT")
+    parser.add_argument(
+        "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"
+    )
     args = parser.parse_args(argv)
-    results = {}
-    for name in ["sft", *METHODS]:
-        folders = [f"{args.out}/{seed}/{name}/eval/eval.json" for seed in args.seeds]
-        missing = [path for path in folders if not os.path.exists(path)]
-        if missing:
-            print(f"{name} is left out: {missing[0]} is missing", file=sys.stderr)
-            continue
-        results[name] = [measured(args.out, seed, name) for seed in args.seeds]
+    results = all_results(args.out, args.seeds)
     if BASELINE not in results:
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     print("\n".join(make_table(results)))
-    draw(results, os.path.join(args.figures or args.out, "methods.png"))
+    figures = args.figures or args.out
+    draw(results, os.path.join(figures, "methods.png"))
+    if args.map:
+        by_steps = {}
+        for pair in args.map:
+            steps, _, out = pair.partition("=")
+            by_steps[steps] = all_results(out, args.seeds)
+        draw_map(by_steps, os.path.join(figures, "map.png"))
 
 
 if __name__ == "__main__":
