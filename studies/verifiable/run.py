@@ -25,7 +25,7 @@ GRPO = "config/demo/addition_grpo.py"
 
 ANSWERS = "--data={sums}/answers"  # the 1,500 sums that the model was fine-tuned on
 NEW = "--data={all_sums}"  # 1,500 others, drawn from all
-RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
+RATES = "--lr=[2e-4,2e-4,2e-4,2e-4,1e-4,1e-4,4e-5,4e-5]"
 SPIN_NEW = [SPIN, NEW, "--max_rows=1500"]
 TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
 PROMPTS = "--data={sums}/prompts"
