@@ -26,7 +26,8 @@ GRPO = "config/demo/addition_grpo.py"
 ANSWERS = "--data={sums}/answers"  # the 1,500 sums that the model was fine-tuned on
 NEW = "--data={all_sums}"  # 1,500 others, drawn from all
 RATES = "--lr=[2e-4,2e-4,2e-4,2e-4,1e-4,1e-4,4e-5,4e-5]"
-SPIN_NEW = [SPIN, NEW, "--max_rows=1500"]
+SLOW_RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
+SPIN_NEW = [SPIN, NEW, RATES, "--max_rows=1500"]
 TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
 PROMPTS = "--data={sums}/prompts"
 SCORED = [ONLINE, PROMPTS, "--rounds=8", RATES]  # 65,536 samples each
@@ -34,19 +35,19 @@ SCORED = [ONLINE, PROMPTS, "--rounds=8", RATES]  # 65,536 samples each
 METHODS = {
     # the same answers again
     "sft_more": [SFT_MORE, ANSWERS, "--max_steps=800"],
-    "spin": [SPIN, ANSWERS, "--nll_coef=0"],
-    "spin_nll": [SPIN, ANSWERS],
-    "spin_history": [SPIN, ANSWERS, '--players=["data","self","self-1"]'],
+    "spin": [SPIN, ANSWERS, SLOW_RATES, "--nll_coef=0"],
+    "spin_nll": [SPIN, ANSWERS, RATES],
+    "spin_history": [SPIN, ANSWERS, RATES, '--players=["data","self","self-1"]'],
     # new answers
     "sft_new": [SFT_MORE, NEW, "--max_rows=1500", "--max_steps=376", "--batch_size=32"],
-    "spin_new": [*SPIN_NEW, "--nll_coef=0"],
+    "spin_new": [SPIN, NEW, SLOW_RATES, "--max_rows=1500", "--nll_coef=0"],
     "spin_new_nll": SPIN_NEW,
     # new answers, and a teacher's
     "spin_k3_new": [*SPIN_NEW, '--players=["data","teacher","self"]', TEACHER],
     # no answers, but a teacher
     "sft_teacher": [SFT_MORE, "--data={teacher_text}", "--max_rows=1500", "--max_steps=376"]
     + ["--batch_size=32"],
-    "spin_teacher": [SPIN, "--data={teacher_text}", "--max_rows=1500"],
+    "spin_teacher": [SPIN, "--data={teacher_text}", RATES, "--max_rows=1500"],
     "distill": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1500", "--batch_size=32", "--reward="]
     + ["--advantage=reverse_kl", "--samples_per_prompt=1", TEACHER],
     # no answers, but a function that checks
