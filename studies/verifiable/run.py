@@ -56,7 +56,6 @@ METHODS = {
     "online_pl_4": [*SCORED, "--max_rows=2048", '--players=["self:4"]'],
     "online_pl_8": [*SCORED, "--max_rows=1024"],
     "online_pairs_8": [*SCORED, "--max_rows=1024", "--loss_type=pairs"],
-    "best_against_rest_8": [*SCORED, "--max_rows=1024", "--rank_depth=1"],
     "best_against_worst_8": [*SCORED, "--max_rows=1024", "--best_and_worst=True"],
     "grpo_8": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1024"],
     "ppo": [GRPO, PROMPTS, "--rounds=8", "--max_rows=8192", "--advantage=gae"]

@@ -52,7 +52,6 @@ LABELS = {
     "online_pl_4": "online Plackett-Luce, K = 4",
     "online_pl_8": "online Plackett-Luce, K = 8",
     "online_pairs_8": "all pairs, K = 8",
-    "best_against_rest_8": "best against rest, K = 8",
     "best_against_worst_8": "best against worst of 8",
     "grpo_8": "GRPO, K = 8",
     "ppo": "PPO",
