@@ -1,5 +1,6 @@
-# make demo         pretrain, fine-tune and self-play on this machine, to out/demo/report.md
-# make demo-seeds   the same for three seeds, to out/demo_seeds/report.md: mean and spread
+# make demo         SFT, self-play and online ranking on sums, to out/addition/report.md
+# make demo-text    pretrain, fine-tune and self-play on docstrings, to out/demo/report.md
+# make demo-seeds   make demo-text for three seeds, to out/demo_seeds/report.md: mean and spread
 # make test         the quick tests
 # make test-slow    the other tests: whole pipelines, several processes, every kill
 # make test-faults  kills, full disks, damaged files, hanging ranks; FAULT_SEED=2 for another draw
@@ -26,7 +27,8 @@ JOBS ?= 2
 LOG ?= log
 GPU_OUT ?= out/gpu
 
-.PHONY: student pipeline demo demo-seeds test test-slow test-faults test-peers lint format bench bench-online gpu \
+.PHONY: demo demo-online demo-baselines student pipeline demo-text demo-seeds \
+	test test-slow test-faults test-peers lint format bench bench-online gpu \
 	figures-tn figures-tn-map figures-tn-play rlhf frontier
 
 # ---- environments
@@ -52,8 +54,29 @@ GPU_OUT ?= out/gpu
 	.venv-bench/bin/python $(PIP_INSTALL) -r bench/requirements.txt
 	touch $@
 
-# ---- the demo. Every line may be interrupted: run again, it resumes; a finished run is left alone
+# ---- the demos. Every line may be interrupted: run again, it resumes; a finished run is left alone
 
+# on sums: tiny models, so one thread each, and the baselines beside the online run
+SUMS = out/addition
+TRAIN_SUMS = OMP_NUM_THREADS=1 $(PY) train.py config/demo/addition_
+
+data/sums/prompts/meta.json: | .venv/ready
+	$(PY) -m data.addition.prepare --answers=1500 --out=data/sums
+
+demo: .venv/ready data/sums/prompts/meta.json
+	$(TRAIN_SUMS)sft.py --seed=$(SEED)
+	$(MAKE) -j2 demo-online demo-baselines
+	$(PY) -m tools.demo $(SUMS)
+
+demo-online:
+	$(TRAIN_SUMS)online_pl.py --seed=$(SEED)
+
+demo-baselines:
+	@echo "beside it run sft_more and spin; they print to $(SUMS)/sft_more.log and spin.log"
+	@$(TRAIN_SUMS)sft_more.py --seed=$(SEED) > $(SUMS)/sft_more.log 2>&1
+	@$(TRAIN_SUMS)spin.py --seed=$(SEED) > $(SUMS)/spin.log 2>&1
+
+# on text
 data/pydocs/meta.json: data/pydocs/prepare.py | .venv/ready
 	$(PY) -m data.pydocs.prepare
 
@@ -72,6 +95,8 @@ pipeline: student
 		--out_dir=$(OUT)/spin_k2 --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) train.py config/demo/spin_k3.py \
 		--out_dir=$(OUT)/spin_k3 --init=$(OUT)/sft --teacher=$(OUT)/sft_teacher --seed=$(SEED)
+	$(PY) train.py config/demo/online_pl.py \
+		--out_dir=$(OUT)/online_pl --init=$(OUT)/sft --seed=$(SEED)
 	$(PY) eval.py \
 		sft=$(OUT)/sft \
 		sft@1.0=$(OUT)/sft@1.0 \
@@ -82,10 +107,11 @@ pipeline: student
 		spin_k2.round_1=$(OUT)/spin_k2/round_1 \
 		spin_k3.round_0=$(OUT)/spin_k3/round_0 \
 		spin_k3.round_1=$(OUT)/spin_k3/round_1 \
+		online_pl.round_1=$(OUT)/online_pl/round_1 \
 		sft_teacher=$(OUT)/sft_teacher \
 		--judge=$(OUT)/sft_teacher --data=data/pydocs --out=$(OUT)/eval
 
-demo: pipeline
+demo-text: pipeline
 	$(PY) -m tools.plot report $(OUT)
 
 demo-seeds:

@@ -3,6 +3,7 @@
     python eval.py sft=out/demo/sft
     python eval.py sft=out/demo/sft spin=out/demo/spin_k3 --judge=out/demo/sft_teacher
     python eval.py sft=out/demo/sft cold=out/demo/sft@0.5 --out=out/eval     # @ temperature
+    python eval.py sft=out/demo/sft sft.greedy=out/demo/sft@0 --samples=8    # and pass_at_8
     python eval.py rm=out/reward --data=data/ranked                          # a reward model
 
 All checkpoints are measured on the same held-out rows, those that every one of them can take. Each
@@ -355,17 +356,21 @@ def dense_ranks(row: dict) -> list[int]:
 # ------------------------------------------------------------------------- metrics of samples
 
 
-def sample_metrics(texts, ids, references, ended: list[bool]) -> dict[str, float]:
+def sample_metrics(texts, ids, references, ended: list[bool], count: int = 1) -> dict[str, float]:
     """Of sampled responses: share that ended, mean length in tokens, exact match and F1 with the
-    reference texts."""
+    reference texts. With `count` samples a prompt, one after the other, also pass_at_COUNT: the
+    share of prompts with at least one exact match."""
     pairs = list(zip(texts, references))
     exact = [extract_answer(text) == extract_answer(reference) for text, reference in pairs]
-    return {
+    metrics = {
         "ended": float(np.mean(ended)),
         "length": float(np.mean([len(y) for y in ids])),
         "exact_match": float(np.mean(exact)),
         "f1": float(np.mean([f1_score(text, reference) for text, reference in pairs])),
     }
+    if count > 1:
+        metrics[f"pass_at_{count}"] = float(np.reshape(exact, (-1, count)).any(1).mean())
+    return metrics
 
 
 def f1_score(text: str, reference: str) -> float:
@@ -600,16 +605,40 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
         metrics |= reference_metrics(name, entry, model, encoded, args)
 
     limits = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
-    texts, ids = respond(model, enc, rows=rows, seed=seed, temperature=entry.temperature, **limits)
-    answered = [i for i, y in enumerate(ids) if y is not None]  # whole texts have no prompt
-    if answered:
-        metrics |= sample_metrics(
-            [texts[i] for i in answered],
-            [ids[i] for i in answered],
-            [rows[i]["responses"][0] for i in answered],
-            [tokenizer.is_end(enc, ids[i][-1]) for i in answered],
-        )
-    return metrics, Samples({i: (texts[i], ids[i]) for i in answered}, enc)
+    count = args.samples if entry.temperature else 1  # greedy samples are all the same
+    repeated = np.repeat(np.arange(len(rows)), count).tolist()
+    texts, ids = respond(
+        model,
+        enc,
+        rows=[rows[i] for i in repeated],
+        seed=seed,
+        temperature=entry.temperature,
+        **limits,
+    )
+    answered = [n for n, y in enumerate(ids) if y is not None]  # whole texts have no prompt
+    if not answered:
+        return metrics, Samples({}, enc)
+    references = [rows[repeated[n]]["responses"][0] for n in answered]
+    metrics |= sample_metrics(
+        [texts[n] for n in answered],
+        [ids[n] for n in answered],
+        references,
+        [tokenizer.is_end(enc, ids[n][-1]) for n in answered],
+        count,
+    )
+    if args.reference and entry.temperature == 1:  # these are samples of pi itself
+        sampled = [encoded[repeated[n]] | {"responses": [ids[n]], "ranks": [0]} for n in answered]
+        metrics["kl"] = sampled_kl(model, sampled, args)
+    first = answered[::count]  # the first sample of each row is judged and written
+    return metrics, Samples({repeated[n]: (texts[n], ids[n]) for n in first}, enc)
+
+
+def sampled_kl(model, rows: list[dict], args) -> float:
+    """KL(pi || pi_ref) in nats per response, from pi's own samples: the mean of log pi(y|x) -
+    log pi_ref(y|x). rows: encoded, each with one sample. pi_ref is --reference."""
+    reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
+    logps = row_logps(model, rows, EVAL_TOKENS, args.device)
+    return float((logps - row_logps(reference, rows, EVAL_TOKENS, args.device)).mean())
 
 
 def drop_all_equal(name: str, encoded: list[dict]) -> int:
@@ -717,6 +746,12 @@ def make_parser() -> cli.ArgumentParser:
     )
     parser.add_argument(
         "--beta", type=cli.number_type(float, 0), default=0.1, help="of those implicit rewards"
+    )
+    parser.add_argument(
+        "--samples",
+        type=cli.number_type(int, 1, 1024),
+        default=1,
+        help="samples a prompt, unless greedy: exact match is their mean; also pass_at_N",
     )
     parser.add_argument("--out", help="folder for eval.json and the samples")
     parser.add_argument(

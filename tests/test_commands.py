@@ -2,7 +2,7 @@
 
 All are checked without being run: make has the target, the script or module exists, its own parser
 takes the arguments, and what it reads is in the repository, is made by an earlier command, or is in
-GIVEN. The slow tests run the demo, docs/tools.md and the README's own-data example, made small.
+GIVEN. The slow tests run both demos, docs/tools.md and the README's own-data example, made small.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def is_command(code: str) -> bool:
 def words_of(command: str) -> list[str]:
     """The words of a command, without comments, assignments, redirections and pipes."""
     command = re.sub(r"\$\(.*?\)", "HOST", command)  # in the SLURM script
-    words = shlex.split(command.split(" | ")[0].split(" 2>")[0], comments=True)
+    command = command.split(" | ")[0].split(" 2>")[0].split(" > ")[0]
+    words = shlex.split(command, comments=True)
     while words and (words[0] in ("export", "srun") or "=" in words[0]):
         words.pop(0)
     return words
@@ -244,11 +245,14 @@ SMALL = {
 SMALL_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=96", "--eval_batches=1"]
 
 
-def run_small(command: str, names=None):
-    """Run the programs of a command in this process. names: only these."""
+def run_small(command: str, names=None, options=()):
+    """Run the programs of a command in this process. names: only these. options: more of them for
+    those that have ranked_by."""
     for name, args in calls(command):
         if names is None or name in names:
             args = [*args, *SMALL.get(name, [])]
+            if options and load_config(args).ranked_by:
+                args += options
             if name == "train" and not load_config(args).init:
                 args += SMALL_MODEL
             with pytest.MonkeyPatch.context() as patch:
@@ -266,7 +270,7 @@ def small_demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_data("data/pydocs")
-        run_small("make demo", names=("train", "eval", "tools.plot"))
+        run_small("make demo-text", names=("train", "eval", "tools.plot"))
         os.makedirs("out/demo_seeds")
         for seed in (1, 2):
             os.symlink(folder / "out/demo", folder / "out/demo_seeds" / str(seed))
@@ -274,7 +278,28 @@ def small_demo(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_demo_runs(small_demo):
+def test_the_demo_runs(tmp_path, monkeypatch):
+    """On few sums. Its curves begin where SFT ends, and every method has a row in the table."""
+    calls("make demo")  # cached now: elsewhere it would not find the scripts
+    os.symlink(os.path.join(ROOT, "config"), tmp_path / "config")
+    monkeypatch.chdir(tmp_path)
+    sums = ["--rows=300", "--answers=60", "--out=data/sums"]
+    importlib.import_module("data.addition.prepare").main(sums)
+    (tmp_path / "size.py").write_text("def of(row, text):\n    return float(len(text))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(globals(), "SMALL_MODEL", [])  # sft_more names the size again
+    by_size = ["--ranked_by=size:of", "--rounds=2", "--lr=1e-4"]  # untrained, no sum is right
+    run_small("make demo", names=("train",), options=by_size)
+    importlib.import_module("tools.demo").main(["out/addition", "--rows=20"])
+    report = (tmp_path / "out/addition/report.md").read_text()
+    for title in ("SFT continued", "SPIN", "online Plackett-Luce"):
+        assert f"| {title}" in report
+    assert report.count("What is ") == 10
+    assert os.path.exists("out/addition/exact_match.svg")
+
+
+@pytest.mark.slow
+def test_the_demo_on_text_runs(small_demo):
     assert "spin_k3.round_1" in (small_demo / "out/demo/report.md").read_text()
 
 

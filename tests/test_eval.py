@@ -173,6 +173,14 @@ def test_sample_metrics():
     assert m["length"] == 2.5
 
 
+def test_pass_at_k_counts_prompts_with_one_right_sample():
+    samples = ["1", "2", "3", "3", "3", "3"]  # three samples each of two prompts
+    ids = [[1, EOT]] * 6
+    m = sample_metrics(samples, ids, ["2", "2", "2", "5", "5", "5"], [True] * 6, count=3)
+    assert m["exact_match"] == pytest.approx(1 / 6)
+    assert m["pass_at_3"] == 0.5
+
+
 def test_length_accuracy_is_that_of_the_better_direction():
     assert length_accuracy([5, 5, 5], [3, 3, 9]) == pytest.approx(2 / 3)
     assert length_accuracy([1, 1], [2, 2]) == 1.0
@@ -366,6 +374,36 @@ def test_a_reference(tiny_runs, tiny_data):
     assert done.returncode == 0, done.stderr
     assert "rank_nll" in done.stdout
     assert "acc/2" in done.stdout
+
+
+def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
+    """The first of several samples is the one that is written, and the KL to the model itself is 0,
+    to another one what one sequence at a time gives."""
+    sft, pretrain = tiny_runs["sft"], tiny_runs["pretrain"]
+    options = [f"--data={tiny_data}", "--rows=8", "--samples=3", f"--out={tmp_path}/e"]
+    done = evaluate(f"a={sft}", f"cold={sft}@0", f"--reference={sft}", *options)
+    assert done.returncode == 0, done.stderr
+    with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
+        table = json.load(f)
+    assert table["a"]["kl"] == 0
+    assert "pass_at_3" in table["a"]
+    assert not {"kl", "pass_at_3"} & set(table["cold"])
+    assert len(read_rows(f"{tmp_path}/e/a.jsonl")) == 8
+
+    options[2] = "--samples=1"
+    done = evaluate(f"a={sft}", f"--reference={pretrain}", *options)
+    assert done.returncode == 0, done.stderr
+    with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
+        kl = json.load(f)["a"]["kl"]
+    policy, enc, meta = GPT.from_checkpoint(checkpoint.resolve(sft), "cpu")
+    reference, _, _ = GPT.from_checkpoint(checkpoint.resolve(pretrain), "cpu")
+    differences = []
+    for row in read_rows(f"{tmp_path}/e/a.jsonl"):
+        prompt = encode_rows([row], enc, meta["config"]["template"], policy.config.block_size)
+        prompt = prompt[0][0]["prompt"]
+        nats = [slow_logprob(model, prompt, row["ids"][0]) for model in (policy, reference)]
+        differences.append(nats[0] - nats[1])
+    assert kl == pytest.approx(np.mean(differences), rel=1e-4)
 
 
 def sft_run(out, folder, *options):

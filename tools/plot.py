@@ -2,7 +2,7 @@
 
     python -m tools.plot loss OUT.png T_0=out/a_1,out/a_2 T_1=out/b_1     validation loss
     python -m tools.plot rounds OUT.png out/demo/spin_k3                  rewards of each player
-    python -m tools.plot report out/demo                                  the demo's report.md
+    python -m tools.plot report out/demo                            report.md of make demo-text
     python -m tools.plot table OUT out/rlhf/*                             report.md of any runs
 
 "loss" takes the runs of several seeds separated by commas; "rounds" and "report" take one run or
@@ -448,7 +448,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 def demo_metrics(demo: str) -> dict[str, dict]:
     """{row: metrics} of one seed: eval/eval.json, with accuracy and time from the runs' logs."""
     path = os.path.join(demo, "eval", "eval.json")
-    table = read_json(path, advice="; `make demo` writes this file")
+    table = read_json(path, advice="; `make demo-text` writes this file")
     for name, metrics in table.items():
         stage, _, rest = name.partition(".")  # spin_k2.round_1
         run = os.path.join(demo, stage)
@@ -542,8 +542,10 @@ def summary(outcomes: list[str]) -> str:
 
 DEFINITIONS = """\
 - Rows: `data` is the response in the data set. `sft_more` continues SFT on the same rows for as
-  many steps as both rounds of self-play took. `sft@0.7` and `sft@0.5` are samples of `sft` at a
-  lower temperature, `sft@1.0` with another random seed. All other rows sample at temperature 1.0.
+  many steps as both rounds of self-play took. `online_pl` ranks its own samples by how concrete
+  their words are (data/pydocs/scorer.py), and never sees the data's responses. `sft@0.7` and
+  `sft@0.5` are samples of `sft` at a lower temperature, `sft@1.0` with another random seed. All
+  other rows sample at temperature 1.0.
 - Validation loss: cross-entropy on held-out responses, in nats per token.
 - Ranking accuracy: share of held-out pairs that the implicit rewards of the round rank correctly.
 - Win rate: share of prompts on which the judge gives the response a higher mean log-probability
@@ -586,7 +588,7 @@ def report(demos: list[str]):
         f"Values are mean ± standard deviation over {len(demos)} seeds."
         if several
         else "One seed.",
-        f"Made by `make {'demo-seeds' if several else 'demo'}` with torch {setup['torch']} on "
+        f"Made by `make {'demo-seeds' if several else 'demo-text'}` with torch {setup['torch']} on "
         f"{setup['device']}, {threads}, commit {setup['git']}.",
         "",
         DEFINITIONS,

@@ -41,6 +41,9 @@ def main(argv=None):
         default=0,
         help="training rows that keep their answer; 0: all",
     )
+    parser.add_argument(
+        "--seed", type=cli.number_type(int, 0), default=0, help="of the draws; 1 gives other sums"
+    )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
     folders = [args.out]
@@ -50,7 +53,7 @@ def main(argv=None):
         check_output(os.path.join(folder, "meta.json"), is_data=True)
         check_other_data(folder, (".jsonl",))
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(args.seed)
     rows = {"train": {}, "val": {}}  # side -> {(a, b): row}
     for a, b in rng.integers(args.below, size=(args.rows, 2)).tolist():
         group = f"{min(a, b)}+{max(a, b)}"

@@ -1,0 +1,176 @@
+"""Train and measure every method of this study. One command, all results:
+
+    python -m studies.verifiable.run out/verifiable --seeds 1 2 3 4 5 --jobs=2
+    python -m studies.verifiable.run out/verifiable --seeds 1 --only online_pl_8
+    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3 4 5
+
+A finished run is skipped and an interrupted one resumes. --list prints the commands only.
+METHODS is the whole study: a config, and settings on top of it. All methods of a seed start from
+the same fine-tuned model.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from data import cli
+
+SFT = "config/demo/addition_sft.py"
+SFT_MORE = "config/demo/addition_sft_more.py"
+SPIN = "config/demo/addition_spin.py"
+ONLINE = "config/demo/addition_online_pl.py"
+GRPO = "config/demo/addition_grpo.py"
+
+ANSWERS = "--data={sums}/answers"  # the 1,500 sums that the model was fine-tuned on
+NEW = "--data={all_sums}"  # 1,500 others, drawn from all
+RATES = "--lr=[2e-4,2e-4,2e-4,2e-4,1e-4,1e-4,4e-5,4e-5]"
+SLOW_RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
+SPIN_NEW = [SPIN, NEW, RATES, "--max_rows=1500"]
+TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
+PROMPTS = "--data={sums}/prompts"
+SCORED = [ONLINE, PROMPTS, "--rounds=8", RATES]  # 65,536 samples each
+
+METHODS = {
+    # the same answers again
+    "sft_more": [SFT_MORE, ANSWERS, "--max_steps=800"],
+    "spin": [SPIN, ANSWERS, SLOW_RATES, "--nll_coef=0"],
+    "spin_nll": [SPIN, ANSWERS, RATES],
+    "spin_history": [SPIN, ANSWERS, RATES, '--players=["data","self","self-1"]'],
+    # new answers
+    "sft_new": [SFT_MORE, NEW, "--max_rows=1500", "--max_steps=376", "--batch_size=32"],
+    "spin_new": [SPIN, NEW, SLOW_RATES, "--max_rows=1500", "--nll_coef=0"],
+    "spin_new_nll": SPIN_NEW,
+    # new answers, and a teacher's
+    "spin_k3_new": [*SPIN_NEW, '--players=["data","teacher","self"]', TEACHER],
+    # no answers, but a teacher
+    "sft_teacher": [SFT_MORE, "--data={teacher_text}", "--max_rows=1500", "--max_steps=376"]
+    + ["--batch_size=32"],
+    "spin_teacher": [SPIN, "--data={teacher_text}", RATES, "--max_rows=1500"],
+    "distill": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1500", "--batch_size=32", "--reward="]
+    + ["--advantage=reverse_kl", "--samples_per_prompt=1", TEACHER],
+    # no answers, but a function that checks
+    "best_of_8": [*SCORED, "--max_rows=1024", "--loss_type=best_of_n", "--nll_coef=0"],
+    "online_pl_2": [*SCORED, "--max_rows=4096", '--players=["self:2"]'],
+    "online_pl_4": [*SCORED, "--max_rows=2048", '--players=["self:4"]'],
+    "online_pl_8": [*SCORED, "--max_rows=1024"],
+    "online_pairs_8": [*SCORED, "--max_rows=1024", "--loss_type=pairs"],
+    "best_against_worst_8": [*SCORED, "--max_rows=1024", "--best_and_worst=True"],
+    "grpo_8": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1024"],
+    "ppo": [GRPO, PROMPTS, "--rounds=8", "--max_rows=8192", "--advantage=gae"]
+    + ["--samples_per_prompt=1", "--batch_size=512"],
+}
+
+
+def folders_of(args) -> dict[str, str]:
+    """The folders that METHODS names."""
+    names = {name: f"{args.data}/{name}" for name in ("sums", "all_sums", "teacher_text")}
+    return names | {"teacher": f"{args.data}/teacher"}
+
+
+def make_data(args):
+    """The sums with 1,500 answers, the same with all of them, and a teacher's answers to all."""
+    folder = folders_of(args)
+    prepare = [sys.executable, "-m", "data.addition.prepare"]
+    if not os.path.exists(f"{folder['sums']}/prompts/meta.json"):
+        subprocess.run([*prepare, "--answers=1500", f"--out={folder['sums']}"], check=True)
+    if not os.path.exists(f"{folder['all_sums']}/meta.json"):
+        subprocess.run([*prepare, f"--out={folder['all_sums']}"], check=True)
+    if os.path.exists(f"{folder['teacher_text']}/meta.json") or not needs_teacher(args.only):
+        return
+    log, text = f"{args.data}/teacher.log", f"{args.data}/teacher.jsonl"
+    teacher = [SFT, f"--data={folder['all_sums']}", "--max_steps=1500", "--n_embd=192"]
+    teacher = [sys.executable, "train.py", *teacher, f"--out_dir={folder['teacher']}"]
+    run(teacher, log, False)
+    prompts = f"{folder['all_sums']}/train.jsonl"
+    sample = [sys.executable, "sample.py", folder["teacher"], "--prompts", prompts]
+    run([*sample, "--out", text], log, False)
+    prepare = [sys.executable, "-m", "data.jsonl.prepare", text, "--tokenizer=bytes"]
+    run([*prepare, f"--out={folder['teacher_text']}"], log, False)
+
+
+def needs_teacher(names: list[str]) -> bool:
+    """Whether one of these methods reads what a teacher wrote."""
+    for name in names:
+        if "{teacher" in " ".join(METHODS[name]):
+            return True
+    return False
+
+
+def train_command(args, seed: str, name: str, settings: list[str], init: str = "") -> list[str]:
+    folders = folders_of(args)
+    settings = [setting.format(**folders) if "={" in setting else setting for setting in settings]
+    command = [sys.executable, "train.py", *settings, f"--seed={seed}"]
+    command.append(f"--out_dir={args.out}/{seed}/{name}")
+    return command + [f"--init={args.out}/{seed}/{init}"] if init else command
+
+
+def eval_command(args, seed: str, name: str) -> list[str]:
+    """Greedy, and eight samples at temperature 1, on all held-out sums."""
+    run = f"{args.out}/{seed}/{name}"
+    command = [sys.executable, "eval.py", f"{name}={run}", f"{name}_greedy={run}@0", "--samples=8"]
+    command += [f"--reference={args.out}/{seed}/sft", f"--seed={1000 + int(seed)}"]
+    return [*command, f"--data={args.data}/sums/prompts", "--rows=2000", f"--out={run}/eval"]
+
+
+def run(command: list[str], log: str, list_only: bool):
+    """Run a command with one thread, its output in `log`. Exits with the log's last line if the
+    command fails."""
+    if list_only:
+        print(shlex.join(command))
+        return
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    with open(log, "a", encoding="utf-8") as f:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=f, stderr=f, env=environment)
+    if done.returncode:
+        with open(log, encoding="utf-8") as f:
+            last = f.read().strip().splitlines()[-1:]
+        raise SystemExit(f"{shlex.join(command)}: exit {done.returncode}: {''.join(last)}")
+
+
+def train_and_measure(args, seed: str, name: str, settings: list[str], init: str = ""):
+    folder = f"{args.out}/{seed}"
+    if os.path.exists(f"{folder}/{name}/eval/eval.json"):
+        return
+    run(train_command(args, seed, name, settings, init), f"{folder}/{name}.log", args.list)
+    run(eval_command(args, seed, name), f"{folder}/{name}.log", args.list)
+    if not args.list:
+        print(f"seed {seed}: {name} is done", flush=True)
+
+
+def main(argv=None):
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("out", help="folder of the runs")
+    parser.add_argument("--data", default="data", help="folder for sums/ and all_sums/")
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
+    parser.add_argument(
+        "--sft_steps",
+        type=cli.number_type(int, 1),
+        default=350,
+        help="of the model that all methods start from; take another OUT for each",
+    )
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--jobs", type=cli.number_type(int, 1), default=2, help="at a time")
+    parser.add_argument("--list", action="store_true", help="print the commands only")
+    args = parser.parse_args(argv)
+
+    if not args.list:
+        make_data(args)
+    sft = [SFT, ANSWERS, f"--max_steps={args.sft_steps}"]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = [pool.submit(train_and_measure, args, seed, "sft", sft) for seed in args.seeds]
+        for future in done:
+            future.result()
+        done = []
+        for seed in args.seeds:
+            for name in args.only:
+                work = (args, seed, name, METHODS[name], "sft")
+                done.append(pool.submit(train_and_measure, *work))
+        for future in done:
+            future.result()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

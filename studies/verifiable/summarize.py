@@ -1,0 +1,210 @@
+"""The table and the figure of studies/verifiable, from the runs of run.py.
+
+    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3 4 5 --figures=FOLDER
+
+A difference is paired: both methods of a seed start from the same fine-tuned model, see the same
+prompts and are measured on the same held-out sums. Intervals are Student's, over seeds.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+from data import cli
+from data.files import read_json
+from studies.verifiable.run import METHODS
+from tools.plot import (
+    GREY,
+    PALETTE,
+    figure_legend,
+    global_steps,
+    markdown_table,
+    plt,
+    read_metrics,
+    save_figure,
+    style,
+    t_interval,
+)
+
+BASELINE = "sft_more"
+GROUPS = {  # what a method learns from: the first and the last of METHODS
+    "the same 1,500 answers": ("sft_more", "spin_history"),
+    "1,500 new answers": ("sft_new", "spin_k3_new"),
+    "no answers, a teacher": ("sft_teacher", "distill"),
+    "no answers, a checker": ("best_of_8", "ppo"),
+}
+LABELS = {
+    "sft": "SFT, where all start",
+    "sft_more": "SFT continued",
+    "spin": "SPIN, K = 2",
+    "spin_nll": "SPIN + next-token loss",
+    "spin_history": "SPIN with history, K = 3",
+    "sft_new": "SFT",
+    "spin_new": "SPIN, K = 2",
+    "spin_new_nll": "SPIN + next-token loss",
+    "spin_k3_new": "data > teacher > self, K = 3",
+    "sft_teacher": "SFT on its text",
+    "spin_teacher": "teacher > self, K = 2",
+    "distill": "on-policy distillation",
+    "best_of_8": "best-of-8 SFT",
+    "online_pl_2": "online Plackett-Luce, K = 2",
+    "online_pl_4": "online Plackett-Luce, K = 4",
+    "online_pl_8": "online Plackett-Luce, K = 8",
+    "online_pairs_8": "all pairs, K = 8",
+    "best_against_worst_8": "best against worst of 8",
+    "grpo_8": "GRPO, K = 8",
+    "ppo": "PPO",
+}
+
+
+def measured(out: str, seed: str, name: str) -> dict:
+    """Metrics of one run: those of eval.py, greedily and sampled, and what it cost."""
+    run = f"{out}/{seed}/{name}"
+    table = read_json(f"{run}/eval/eval.json")
+    sampled = table[name]
+    records = read_metrics(run)
+    return {
+        "greedy": 100 * table[f"{name}_greedy"]["exact_match"],
+        "sampled": 100 * sampled["exact_match"],
+        "pass_at_8": 100 * sampled["pass_at_8"],
+        "val_loss": sampled["val_loss"],
+        "kl": sampled.get("kl", 0.0),
+        "steps": global_steps(records)[-1],
+        "minutes": sum(r["seconds"] for r in records) / 60,
+    }
+
+
+def methods_of(group: str) -> list[str]:
+    names = list(METHODS)
+    first, last = GROUPS[group]
+    return names[names.index(first) : names.index(last) + 1]
+
+
+def format_difference(differences: list[float]) -> str:
+    if len(differences) < 2:
+        return f"{differences[0]:+.1f}"
+    mean, half_width = t_interval(differences)
+    return f"{mean:+.1f} ± {half_width:.1f}"
+
+
+def make_table(results: dict[str, list[dict]]) -> list[str]:
+    """Markdown. results: {method: metrics of each seed}."""
+    rows = []
+    for name, by_seed in results.items():
+        mean = {metric: np.mean([m[metric] for m in by_seed]) for metric in by_seed[0]}
+        differences = [m["greedy"] - b["greedy"] for m, b in zip(by_seed, results[BASELINE])]
+        rows.append(
+            [
+                LABELS[name],
+                f"{mean['greedy']:.1f} %",
+                "" if name == BASELINE else format_difference(differences),
+                f"{mean['sampled']:.1f} %",
+                f"{mean['pass_at_8']:.1f} %",
+                f"{mean['val_loss']:.3f}",
+                f"{mean['kl']:.2f}",
+                f"{mean['steps']:.0f}",
+                f"{mean['minutes']:.1f}",
+            ]
+        )
+    head = ["method", "greedy", "against SFT continued", "sampled", "pass at 8"]
+    return markdown_table([*head, "validation loss", "KL from SFT", "steps", "minutes"], rows)
+
+
+def draw(results: dict[str, list[dict]], path: str):
+    """Greedy exact match of every method: each seed, and the mean with its 95 % interval."""
+    with style():
+        fig, ax = plt.subplots(figsize=(6.4, 5.2))
+        y, ticks = 0, []
+        for color, group in zip(PALETTE, GROUPS):
+            names = [name for name in methods_of(group) if name in results]
+            if not names:
+                continue
+            ax.text(0.0, y, group, transform=ax.get_yaxis_transform(), color=color, va="center")
+            for name in names:
+                y -= 1
+                values = [m["greedy"] for m in results[name]]
+                ax.plot(values, [y] * len(values), "|", color=color, alpha=0.6, ms=7)
+                if len(values) > 1:
+                    mean, half_width = t_interval(values)
+                    ax.errorbar(mean, y, xerr=half_width, fmt="o", color=color, ms=5, capsize=2)
+                ticks.append((y, LABELS[name]))
+            y -= 1.4
+        for name, text in (("sft", "SFT"), (BASELINE, "SFT continued")):
+            value = np.mean([m["greedy"] for m in results[name]])
+            ax.axvline(value, color=GREY, lw=1, ls="--", zorder=0)
+            ax.text(value, 0.8, text, color=GREY, ha="center", va="bottom", fontsize=8)
+        ax.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+        ax.set_ylim(y + 1, 0.7)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("exact match on held-out sums, greedy (%)")
+        save_figure(fig, path)
+
+
+def draw_map(by_steps: dict[str, dict], path: str):
+    """What each method adds to SFT models of other lengths. by_steps: {steps: results}."""
+    with style():
+        fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True)
+        for ax, group in zip(axes, list(GROUPS)[:2]):
+            names = methods_of(group)
+            for color, name in zip(PALETTE, names):
+                x, y, errors = [], [], []
+                for steps, results in by_steps.items():
+                    if name in results:
+                        pairs = zip(results[name], results["sft"])
+                        gains = [m["greedy"] - start["greedy"] for m, start in pairs]
+                        mean, half_width = t_interval(gains) if len(gains) > 1 else (gains[0], 0)
+                        x.append(int(steps))
+                        y.append(mean)
+                        errors.append(half_width)
+                if x:
+                    ax.errorbar(x, y, errors, fmt="o-", color=color, capsize=2, label=LABELS[name])
+            ax.axhline(0, color=GREY, lw=1, ls="--", zorder=0)
+            ax.set_xscale("log")
+            ax.set_xticks([int(steps) for steps in by_steps], list(by_steps), minor=False)
+            ax.minorticks_off()
+            ax.set_title(group)
+            ax.set_xlabel("steps of SFT before")
+        axes[0].set_ylabel("gain in exact match (points)")
+        figure_legend(fig, ncols=3)
+        save_figure(fig, path)
+
+
+def all_results(out: str, seeds: list[str]) -> dict[str, list[dict]]:
+    """{method: metrics of each seed}. Says which methods are missing."""
+    results = {}
+    for name in ["sft", *METHODS]:
+        files = [f"{out}/{seed}/{name}/eval/eval.json" for seed in seeds]
+        missing = [path for path in files if not os.path.exists(path)]
+        if missing:
+            print(f"{name} is left out: {missing[0]} is missing", file=sys.stderr)
+            continue
+        results[name] = [measured(out, seed, name) for seed in seeds]
+    return results
+
+
+def main(argv=None):
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_argument("out", help="folder that run.py has written")
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
+    parser.add_argument("--figures", help="folder for methods.png and .svg; default: OUT")
+    parser.add_argument(
+        "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"
+    )
+    args = parser.parse_args(argv)
+    results = all_results(args.out, args.seeds)
+    if BASELINE not in results:
+        raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
+    print("\n".join(make_table(results)))
+    figures = args.figures or args.out
+    draw(results, os.path.join(figures, "methods.png"))
+    if args.map:
+        by_steps = {}
+        for pair in args.map:
+            steps, _, out = pair.partition("=")
+            by_steps[steps] = all_results(out, args.seeds)
+        draw_map(by_steps, os.path.join(figures, "map.png"))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
