@@ -491,6 +491,7 @@ def test_kl_coef_follows_the_kl_of_the_last_round(tiny_runs, tiny_data, tmp_path
     """By at most 0.2 kl_adapt: the first round has no KL, the second more than its target."""
     out = f"{tmp_path}/r"
     options = ["--rounds=3", "--kl_target=1e-6", "--kl_adapt=0.5", "--eval_interval=100"]
+    options.append("--lr=1e-2")  # far enough for a KL that its samples show
     train.main(ppo_args(tiny_runs, tiny_data, out, *options))
     coefs = [record["kl_coef"] for record in read_metrics(out, "collect")]
     assert coefs == pytest.approx([0.1, 0.1 * 0.9, 0.1 * 0.9 * 1.1])
