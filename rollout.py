@@ -322,8 +322,8 @@ def read_reference_logprobs(path: str, fingerprint: str, rows: list[dict]) -> np
     stored = read_arrays(path)
     if str(stored.get("of")) != fingerprint:
         raise SystemExit(
-            f"{path} is of other rows or another reference: the data has changed since; "
-            "use another out_dir"
+            f"{path} is of other rows or another reference: the data or policy.json has changed "
+            "since; put the original back, or use another out_dir"
         )
     refs = stored.get("refs")
     shape = (len(rows), max(len(row["responses"]) for row in rows))
