@@ -454,7 +454,7 @@ def test_a_conversation(kind, models, monkeypatch, capsys):
 
 
 def test_chat_with_a_system_message(monkeypatch):
-    """It stays before all turns. What the model writes around a response is not part of its text."""
+    """It stays before all turns. What the model writes around a response is not in its text."""
     enc = tokenizer.load("bytes")
     template = "S{system}.{turn}Q{prompt}A{answer} {response|trim}-{end}."
     prompts_seen = record_prompts(monkeypatch, [[*b" yes-", 256]])
