@@ -123,34 +123,39 @@ class Chat:
 # ---- from a model's folder
 
 
-def read_chat_template(folder: str, enc, kwargs: dict | None = None) -> ChatTemplate | None:
-    """The chat template in a model's folder (in the Hugging Face format), None if it has none.
-
-    kwargs: variables that it shall read beside the special tokens.
-    """
-    config_path = os.path.join(folder, "tokenizer_config.json")
+def read_chat_source(folder: str) -> str | None:
+    """The source of the chat template in a model's folder (in the Hugging Face format), or None."""
     jinja_path = os.path.join(folder, "chat_template.jinja")
-    tokenizer_config = {}
-    if os.path.exists(config_path):
-        tokenizer_config = read_json(config_path)
-    source = tokenizer_config.get("chat_template")
     if os.path.exists(jinja_path):
-        source = read_text(jinja_path)
+        return read_text(jinja_path)
+    source = read_tokenizer_config(folder).get("chat_template")
     if isinstance(source, list):  # named ones: transformers takes the one called default
         named = {item.get("name"): item for item in source if isinstance(item, dict)}
         source = named.get("default", {}).get("template")
-    if not source:
-        return None
-    if not isinstance(source, str):
-        raise SystemExit(f"{config_path}: chat_template must be a text")
+    if source and not isinstance(source, str):
+        raise SystemExit(f"{folder}/tokenizer_config.json: chat_template must be a text")
+    return source or None
+
+
+def read_tokenizer_config(folder: str) -> dict:
+    path = os.path.join(folder, "tokenizer_config.json")
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def read_chat_template(folder: str, enc, kwargs: dict | None = None) -> ChatTemplate | None:
+    """The chat template in a model's folder, None if it has none.
+
+    kwargs: variables that it shall read beside the special tokens.
+    """
     variables = {}
-    for name, token in tokenizer_config.items():
+    for name, token in read_tokenizer_config(folder).items():
         if isinstance(token, dict):
             token = token.get("content")
         if name.endswith("_token") and isinstance(token, str):  # add_bos_token is a bool
             variables[name] = token
     variables["eos_token"] = tokenizer.eos(enc)
-    return ChatTemplate(source, variables | (kwargs or {}))
+    source = read_chat_source(folder)
+    return ChatTemplate(source, variables | (kwargs or {})) if source else None
 
 
 def follow(chat_template: ChatTemplate, enc, folder: str) -> str:

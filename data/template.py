@@ -259,6 +259,8 @@ def encode_pieces(enc, pieces: list[str], where: str) -> list[int]:
         first, *rest = split_specials(enc, piece) if i % 2 == 0 else [piece]
         texts[-1] += first  # what touches is one piece
         texts += rest
+    if len(texts) == 1:
+        return tokenizer.encode(enc, texts[0], where) if texts[0] else []
     for i in range(1, len(texts), 2):
         strips_left, strips_right = tokenizer.strips(enc, texts[i])
         if strips_left:
@@ -276,6 +278,7 @@ def encode_pieces(enc, pieces: list[str], where: str) -> list[int]:
     return ids
 
 
+@functools.lru_cache(maxsize=16)  # the texts of a template; each entry keeps its tokenizer
 def split_specials(enc, text: str) -> list[str]:
     """Split a text into [text, special, text, ..., special, text]; longer special tokens win."""
     names = sorted(tokenizer.specials(enc), key=len, reverse=True)

@@ -453,6 +453,17 @@ def test_a_conversation(kind, models, monkeypatch, capsys):
             check_row(row | {"history": history}, "")
 
 
+def test_chat_with_a_system_message(monkeypatch):
+    """It stays before all turns. What the model writes around a response is not in its text."""
+    enc = tokenizer.load("bytes")
+    template = "S{system}.{turn}Q{prompt}A{answer} {response|trim}-{end}."
+    prompts_seen = record_prompts(monkeypatch, [[*b" yes-", 256]])
+    sample.chat(tiny_gpt(enc, 64), enc, template, ["a", "b"], system="s")
+    assert [enc.decode(prompt) for prompt in prompts_seen] == ["Ss.QaA", "Ss.QaA yes-.QbA"]
+    texts, ids = sample.respond(tiny_gpt(enc, 64), enc, template, [{"prompt": "a"}])
+    assert texts == ["yes"] and ids == [[*b" yes-", 256]]
+
+
 def test_chat_prints_while_it_samples(capsys, monkeypatch):
     """Text is printed as it grows, except half a character, and cannot drive the terminal."""
     enc = tokenizer.load("bytes")

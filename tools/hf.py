@@ -31,6 +31,7 @@ from data.chat_template import (
     check_ids,
     check_template,
     follow,
+    read_chat_source,
     read_chat_template,
     to_jinja,
 )
@@ -876,7 +877,9 @@ def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
 
 def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
     """Compare the ids of transformers' apply_chat_template in a folder with those of a run. Exits
-    if they differ. kwargs: variables for the chat template."""
+    if they differ. kwargs: variables for the chat template, if there is one."""
+    if read_chat_source(folder) is None:
+        return
     path = checkpoint.resolve(run)
     meta = checkpoint.read_meta(path)
     enc = checkpoint.read_tokenizer(path, meta)

@@ -6,6 +6,7 @@ transformers is not installed; `make test-peers` installs it.
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from data import tokenizer
 from data.template import prompt_ids
 from model import GPT, GPTConfig
 from sample import generate
+from tests.chat_templates import CHATML
 from tests.test_hf import (
     CLASSIC,
     MODERN,
@@ -405,14 +407,20 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_chat_templates_are_imported_and_exported(kind, tmp_path):
+def test_chat_templates_are_imported_and_exported(kind, tmp_path, capsys):
     """transformers gives our ids of a prompt, from the original folder and from our export."""
     folder, run, exported = (str(tmp_path / name) for name in ("theirs", "ours", "export"))
     theirs = make_hf_model(folder, LLAMA | {"vocab_size": 700})
     os.remove(os.path.join(folder, "tokenizer.json"))
     TOKENIZERS[kind](folder)
-    hf.main(["import", folder, f"--out={run}"])
+    hf.main(["import", folder, f"--out={run}", "--check"])
     _, enc, meta = GPT.from_checkpoint(run)
+    hf.main(["export", run, f"--out={exported}", "--check"])
+    assert capsys.readouterr().out.count("token ids agree with apply_chat_template's") == 2
+    update_json(os.path.join(exported, "tokenizer_config.json"), chat_template=CHATML)
+    with pytest.raises(SystemExit, match="apply_chat_template gives other ids"):
+        hf.check_chat(exported, run)
+    shutil.rmtree(exported)
     hf.main(["export", run, f"--out={exported}"])
 
     for source in (folder, exported):
