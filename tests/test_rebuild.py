@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +125,7 @@ def test_a_round_ranked_by_a_function(tiny_runs, tiny_data, tmp_path, capsys, mo
         output = capsys.readouterr().out
         assert "identical, bit for bit: self_train.jsonl, train.jsonl, train.ref.npz" in output
     source.write_text("def f(row, text):\n    return -float(text.count('e'))\n")
+    del sys.modules["graded_again"]  # as in another process
     message = refused(f"{run}/round_1", f"--out={tmp_path}/other")
     assert "graded_again:f is not the function that ranked the round" in message
 
