@@ -28,6 +28,7 @@ template.
     files.py        JSON and .npz files, checksums, text for a terminal
     tokenizer.py    tokenizers: "gpt2", "bytes", .tiktoken files, other models' tokenizer.json
     template.py     how a prompt becomes token ids
+    chat_template.py  other models' chat templates, from and to Jinja
     rows.py         read, check, write and encode ranked rows
     folder.py       read and write data folders and token streams
     batch.py        encoded rows and token streams -> batches

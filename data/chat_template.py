@@ -181,7 +181,7 @@ def follow(chat_template: ChatTemplate, enc, folder: str) -> str:
     if joined:
         print(
             f"{joined} of {len(CHECK_TEXTS)} test answers, such as those that begin with white"
-            " space, are encoded by themselves: the tokenizer would join them with the prompt's end"
+            " space, are encoded by themselves: the tokenizer would join them with the text beside"
         )
     return template
 
@@ -408,18 +408,29 @@ def check_chats(template: str) -> list[Chat]:
 
 def chat_text(template: str, chat: Chat) -> str:
     """A conversation as one text. A response that ends it has no end-of-text token."""
+    return chat_texts(template, chat)[-1][0]
+
+
+def chat_texts(template: str, chat: Chat) -> list[tuple[str, str]]:
+    """(its text up to here, response) where each response of a conversation begins and ends; last
+    the whole text and "" or the last response."""
     parts = split_template(template)
     text = parts.begin
     if chat.system:
         before, after = parts.system
         text = before + parts.trim("system", chat.system) + after
+    texts = []
     for prompt, response in chat.history:
         text += parts.before + parts.trim("prompt", prompt) + parts.history_after
-        text += "".join(parts.written(response, is_last=False)) + parts.end
+        texts.append((text, response))
+        text += "".join(parts.written(response, is_last=False))
+        texts.append((text, response))
+        text += parts.end
     text += parts.before + parts.trim("prompt", chat.prompt) + parts.after
+    texts.append((text, chat.response or ""))
     if chat.response is not None:
-        text += "".join(parts.written(chat.response))
-    return text
+        texts.append((text + "".join(parts.written(chat.response)), chat.response))
+    return texts
 
 
 def chat_ids(enc, template: str, chat: Chat) -> list[int]:
@@ -436,9 +447,9 @@ def check_ids(enc, template: str, render, encode) -> int:
 
     render: [Chat] -> its texts. encode: text -> ids. Raises NotFollowed at the first difference.
 
-    Returns how many of CHECK_TEXTS the tokenizer joins, as an answer, with the text before it. The
-    ids then do not begin with those of the prompt, so no model can write such an answer. Here an
-    answer is encoded by itself.
+    Returns how many of CHECK_TEXTS the tokenizer joins, as an answer, with the text before or after
+    it. The ids then do not begin with those of the prompt, so no model can write such an answer.
+    Here an answer is encoded by itself, and such conversations are compared as text only.
     """
     special_tokens = tokenizer.specials(enc)
     chats = []
@@ -447,24 +458,23 @@ def check_ids(enc, template: str, render, encode) -> int:
         if not any(token in contents for token in special_tokens):
             chats.append(chat)
     joined = set()
-    whole_ids = []
     for chat, text in zip(chats, render(chats), strict=True):
-        expected = chat_text(template, chat)
+        *texts, (expected, _) = chat_texts(template, chat)
         if chat.response is not None:
             expected += end_token(enc, template)
         if text[: len(expected)] != expected or chat.response is None and text != expected:
             raise NotFollowed(f"{describe(chat)} it writes {difference(text, expected)}")
-        whole_ids.append(encode(text))
+
+        ids, whole_ids = chat_ids(enc, template, chat), encode(text)
+        joined_here = set()
+        for begin, response in texts:
+            begin_ids = encode(begin)
+            if whole_ids[: len(begin_ids)] != begin_ids:
+                joined_here.add(response)
+        joined |= joined_here
         if chat.response is not None:
-            prompt = encode(chat_text(template, Chat(chat.prompt, None, chat.history, chat.system)))
-            if whole_ids[-1][: len(prompt)] != prompt:
-                joined.add(chat.response)
-    for chat, expected in zip(chats, whole_ids):
-        answers = {chat.response, *(response for _, response in chat.history)}
-        ids = chat_ids(enc, template, chat)
-        if chat.response is not None:
-            expected = expected[: len(ids)]
-        if not answers & joined and ids != expected:
+            whole_ids = whole_ids[: len(ids)]
+        if not joined_here and ids != whole_ids:
             raise NotFollowed(f"{describe(chat)} the tokenizer encodes it otherwise in parts")
     return len(joined)
 
