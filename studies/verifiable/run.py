@@ -30,7 +30,7 @@ SLOW_RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
 SPIN_NEW = [SPIN, NEW, RATES, "--max_rows=1500"]
 TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
 PROMPTS = "--data={sums}/prompts"
-SCORED = [ONLINE, PROMPTS, "--rounds=8", RATES]  # 65,536 samples each
+SCORED = [ONLINE, PROMPTS, '--players=["self:8"]']  # 65,536 samples each
 
 METHODS = {
     # the same answers again
@@ -87,7 +87,8 @@ def make_data(args):
     sample = [sys.executable, "sample.py", folder["teacher"], "--prompts", prompts]
     run([*sample, "--out", text], log, False)
     prepare = [sys.executable, "-m", "data.jsonl.prepare", text, "--tokenizer=bytes"]
-    run([*prepare, f"--out={folder['teacher_text']}"], log, False)
+    # their groups are on the side of training; a larger share has some of them on the other
+    run([*prepare, "--val_share=0.12", f"--out={folder['teacher_text']}"], log, False)
 
 
 def needs_teacher(names: list[str]) -> bool:
