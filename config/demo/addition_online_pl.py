@@ -1,4 +1,4 @@
-"""Online ranking on sums: eight samples a prompt, ranked by whether they are right.
+"""Online ranking on sums: four samples a prompt, ranked by whether they are right.
 
     python train.py config/demo/addition_online_pl.py
 
@@ -12,20 +12,20 @@ out_dir = "out/addition/online_pl"
 init = "out/addition/sft"
 data = "data/sums/prompts"
 
-players = ["self:8"]
+players = ["self:4"]
 ranked_by = "data.addition.scorer:exact_match"
-rounds = 12
+rounds = 8
 keep_rounds = 1
-max_rows = 2048  # prompts a round, others in each
+max_rows = 4096  # prompts a round, others in each
 max_prompt = 32
 max_response = 8
 gen_batch_size = 1024
 
 beta = 1.0
 nll_coef = 1.0  # without it right samples become less likely together with wrong ones
-batch_size = 32  # prompts that have both kinds, about a third of all
+batch_size = 32  # prompts that have both kinds, about four in ten
 optimizer = "adamw"
-lr = [1e-4] * 6 + [5e-5] * 3 + [2e-5] * 3
+lr = [2e-4] * 4 + [1e-4] * 2 + [4e-5] * 2
 schedule = "constant"
 micro_batch_tokens = 8192
 eval_interval = 1000  # at the start and the end of each round

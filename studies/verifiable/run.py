@@ -30,7 +30,10 @@ SLOW_RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
 SPIN_NEW = [SPIN, NEW, RATES, "--max_rows=1500"]
 TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
 PROMPTS = "--data={sums}/prompts"
-SCORED = [ONLINE, PROMPTS, "--rounds=8", RATES]  # 65,536 samples each
+# 65,536 samples each
+ONLINE_2 = [ONLINE, PROMPTS, '--players=["self:2"]', "--max_rows=4096"]
+ONLINE_4 = [ONLINE, PROMPTS, '--players=["self:4"]', "--max_rows=2048"]
+ONLINE_8 = [ONLINE, PROMPTS, '--players=["self:8"]', "--max_rows=1024"]
 
 METHODS = {
     # the same answers again
@@ -51,12 +54,12 @@ METHODS = {
     "distill": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1500", "--batch_size=32", "--reward="]
     + ["--advantage=reverse_kl", "--samples_per_prompt=1", TEACHER],
     # no answers, but a function that checks
-    "best_of_8": [*SCORED, "--max_rows=1024", "--loss_type=best_of_n", "--nll_coef=0"],
-    "online_pl_2": [*SCORED, "--max_rows=4096", '--players=["self:2"]'],
-    "online_pl_4": [*SCORED, "--max_rows=2048", '--players=["self:4"]'],
-    "online_pl_8": [*SCORED, "--max_rows=1024"],
-    "online_pairs_8": [*SCORED, "--max_rows=1024", "--loss_type=pairs"],
-    "best_against_worst_8": [*SCORED, "--max_rows=1024", "--best_and_worst=True"],
+    "best_of_8": [*ONLINE_8, "--loss_type=best_of_n", "--nll_coef=0"],
+    "online_pl_2": ONLINE_2,
+    "online_pl_4": ONLINE_4,
+    "online_pl_8": ONLINE_8,
+    "online_pairs_8": [*ONLINE_8, "--loss_type=pairs"],
+    "best_against_worst_8": [*ONLINE_8, "--best_and_worst=True"],
     "grpo_8": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1024"],
     "ppo": [GRPO, PROMPTS, "--rounds=8", "--max_rows=8192", "--advantage=gae"]
     + ["--samples_per_prompt=1", "--batch_size=512"],
@@ -87,7 +90,8 @@ def make_data(args):
     sample = [sys.executable, "sample.py", folder["teacher"], "--prompts", prompts]
     run([*sample, "--out", text], log, False)
     prepare = [sys.executable, "-m", "data.jsonl.prepare", text, "--tokenizer=bytes"]
-    run([*prepare, f"--out={folder['teacher_text']}"], log, False)
+    # their groups are on the side of training; a larger share has some of them on the other
+    run([*prepare, "--val_share=0.12", f"--out={folder['teacher_text']}"], log, False)
 
 
 def needs_teacher(names: list[str]) -> bool:
