@@ -35,7 +35,7 @@ from data.batch import (
     stream_batch,
 )
 from data.files import check_output, read_json, write_json
-from data.gsm8k.scorer import extract_answer
+from data.gsm8k.scorer import same_answer
 from data.rows import (
     drop_equal_responses,
     encode_rows,
@@ -355,7 +355,7 @@ def sample_metrics(texts, ids, references, eot: int) -> dict[str, float]:
     """Of sampled responses: share that ended, mean length in tokens, exact match and F1 with the
     reference texts."""
     pairs = list(zip(texts, references))
-    exact = [extract_answer(text) == extract_answer(reference) for text, reference in pairs]
+    exact = [same_answer(text, reference) for text, reference in pairs]
     return {
         "ended": float(np.mean([y[-1] == eot for y in ids])),
         "length": float(np.mean([len(y) for y in ids])),
