@@ -36,7 +36,7 @@ from data.batch import (
     stream_batch,
 )
 from data.files import check_output, read_json, write_json
-from data.gsm8k.scorer import extract_answer
+from data.gsm8k.scorer import same_answer
 from data.rows import (
     drop_equal_responses,
     encode_rows,
@@ -361,7 +361,7 @@ def sample_metrics(texts, ids, references, ended: list[bool], count: int = 1) ->
     reference texts. With `count` samples a prompt, one after the other, also pass_at_COUNT: the
     share of prompts with at least one exact match."""
     pairs = list(zip(texts, references))
-    exact = [extract_answer(text) == extract_answer(reference) for text, reference in pairs]
+    exact = [same_answer(text, reference) for text, reference in pairs]
     metrics = {
         "ended": float(np.mean(ended)),
         "length": float(np.mean([len(y) for y in ids])),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data import tokenizer
 from data.batch import batch_indices
+from data.gsm8k.scorer import same_answer
 from data.rows import (
     encode_prompts,
     encode_rows,
@@ -27,9 +28,15 @@ from data.rows import (
     sampled_row,
     write_rows,
 )
-from eval import extract_answer, is_ranked, length_accuracy
-from nanospin import distributed, elastic, inputs, rounds
-from nanospin.config import is_scored, ordered_players, player_columns
+from eval import is_ranked, length_accuracy
+from nanospin import checkpoint, distributed, elastic, inputs, rounds
+from nanospin.config import (
+    is_scored,
+    ordered_players,
+    player_columns,
+    scorer_name,
+    scorer_setting,
+)
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
 from nanospin.preflight import check_prompts_differ
 from nanospin.rounds import (
@@ -146,6 +153,29 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
             f"{cfg.data}: no prompt leaves room for a response ({list_counts(counts)}); set "
             "max_prompt, or use a shorter template or a larger block_size"
         )
+    return kept
+
+
+def drop_unscorable_prompts(cfg, rows, say=None, split="") -> list[dict]:
+    """The rows whose prompt leaves room for a response in the model that scores, if one does. Its
+    weights are not needed."""
+    name = scorer_name(cfg)
+    if not name or ":" in name:
+        return rows
+    path = checkpoint.resolve(name)
+    meta = run_on_rank0(checkpoint.read_meta, path)
+    block_size, config = meta["model"]["block_size"], meta["config"]
+    enc = checkpoint.read_tokenizer(path, meta)
+    prompts, _ = encode_prompts(rows, enc, config["template"], block_size, config["max_prompt"])
+    kept = [row for row, prompt in zip(rows, prompts) if prompt]
+    what = (
+        f"{len(rows) - len(kept)} of {len(rows)} prompts leave no room for a response in the "
+        f"block_size {block_size} of {scorer_setting(cfg)}"
+    )
+    if not kept:
+        raise SystemExit(f"{cfg.data}: {what}; set max_prompt when that run is trained")
+    if say and len(kept) < len(rows):
+        say(f"data {split}: {what}, and are left out")
     return kept
 
 
@@ -308,9 +338,15 @@ def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> d
     return samples
 
 
-def unique_prompts(rows: list[dict]) -> list[dict]:
-    """Rows of different prompts: each is sampled once, however often it is in the data."""
-    return list({prompt_key(row): row for row in rows}.values())
+def unique_prompts(rows: list[dict], say=None, split="") -> list[dict]:
+    """The first row of each prompt: each is sampled once, however often it is in the data."""
+    first = {}
+    for row in rows:
+        first.setdefault(prompt_key(row), row)
+    if say and len(first) < len(rows):
+        num_left_out = len(rows) - len(first)
+        say(f"data {split}: {num_left_out} rows with the prompt of an earlier row are left out")
+    return list(first.values())
 
 
 def prompts_of_round(cfg, rows: list[dict], round_id: int) -> list[dict]:
@@ -464,7 +500,7 @@ def compare_with_data(cfg, player: str, present, tied) -> dict[str, float]:
         if data_row.get("responses"):
             same_as = row["same_as"][k]
             text = row["responses"][k if same_as is None else same_as]
-            right.append(extract_answer(text) == extract_answer(data_row["responses"][0]))
+            right.append(same_answer(text, data_row["responses"][0]))
     for row, k, _ in present:
         for of_data in columns_of(cfg, "data", row):
             if row["ids"][of_data] is not None:

@@ -49,6 +49,7 @@ import torch
 from data import tokenizer
 from data.batch import Batch, ppo_batch
 from data.files import atomic_write, read_arrays, sha256, write_json
+from data.gsm8k.scorer import same_answer
 from data.rows import (
     encode_rows,
     name_tokenizer,
@@ -56,7 +57,7 @@ from data.rows import (
     row_with_ids,
     write_rows,
 )
-from eval import extract_answer, map_batches, response_lengths, validation_rows
+from eval import map_batches, response_lengths, validation_rows
 from loss import kl_estimates
 from model import GPT
 from nanospin import checkpoint, distributed, inputs, rounds
@@ -66,14 +67,17 @@ from nanospin.preflight import say_shared_prompts
 from nanospin.rounds import (
     check_finite,
     check_policy,
+    check_scorer,
     reference_checkpoint,
     remove_parts,
     round_folder,
     score_in_parts,
     with_checksum,
+    write_scorer,
 )
 from players import (
     drop_overlong_prompts,
+    drop_unscorable_prompts,
     match_samples,
     prompts_of_round,
     sample_policy,
@@ -122,17 +126,22 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     folder, block_size = round_folder(cfg, round_id), model.config.block_size
     if cfg.teacher:
         run_on_rank0(check_teacher, cfg, enc, block_size)
-    rows = unique_prompts(read_rows(f"{cfg.data}/train.jsonl", prompt_only=True))
-    rows = drop_overlong_prompts(
-        cfg, rows, enc, block_size, say if round_id == 0 else None, "train"
-    )
-    val = unique_prompts(validation_rows(cfg.data, cfg.eval_rows, prompt_only=True))
+    rows_by_split = {
+        "train": read_rows(f"{cfg.data}/train.jsonl", prompt_only=True),
+        "val": validation_rows(cfg.data, cfg.eval_rows, prompt_only=True),
+    }
+    say_once = say if round_id == 0 else None
+    for split, rows in rows_by_split.items():
+        rows = unique_prompts(rows, say_once, split)
+        rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
+        rows_by_split[split] = drop_unscorable_prompts(cfg, rows, say_once, split)
+    rows, val = rows_by_split["train"], rows_by_split["val"]
     if round_id == 0:
         say_shared_prompts(rows, val, say)
     rows = prompts_of_round(cfg, rows, round_id)
-    val = drop_overlong_prompts(cfg, val, enc, block_size)
 
     run_on_rank0(check_policy, cfg, round_id)
+    run_on_rank0(check_scorer, cfg, round_id)
     run_on_rank0(remove_later_evaluations, cfg, round_id)
     manifest_path = os.path.join(folder, "collect.json")
     if not broadcast_from_rank0(os.path.exists(manifest_path)):
@@ -182,6 +191,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
     if distributed.rank() == 0:
         rows_path = os.path.join(folder, "train.jsonl")
         arrays_path = os.path.join(folder, "rollout.npz")
+        write_scorer(cfg, round_id)
         write_rows(rows_path, scored_rows(rows, samples, enc))
         with atomic_write(arrays_path, "wb") as f:
             np.savez(f, **arrays)
@@ -366,7 +376,7 @@ def sample_trajectories(
         texts=list(itertools.chain.from_iterable(texts)),
         ids=ids,
         ended=[tokenizer.is_end(enc, y[-1]) for y in ids],
-        scores=scores,
+        scores=scores[first_of_equals(ids, count)],
         logps=logps,
         refs=np.split(refs, ends),
         values=values,
@@ -483,6 +493,7 @@ def advantages(
     else:
         starts = np.cumsum(lengths) - lengths
         totals = np.add.reduceat(rewards, starts) + scores  # R of each response
+        totals = totals[first_of_equals(samples.ids, samples.group_size)]
         of_group = group_advantages(totals.reshape(-1, samples.group_size), cfg.advantage)
         arrays["advantages"] = np.repeat(of_group.ravel(), lengths)
         metrics = {"return": float(totals.mean())}
@@ -507,6 +518,19 @@ def group_advantages(rewards: np.ndarray, estimator: str) -> np.ndarray:
     if estimator == "rloo":
         return centered * K / (K - 1)
     return centered
+
+
+def first_of_equals(ids: list[list[int]], K: int) -> np.ndarray:
+    """(n K,) for each sample the number of the first one of its prompt that equals it. What that
+    one has, all have: another place in a batch rounds their log-probabilities differently.
+
+    ids: of n K samples, those of a prompt after each other.
+    """
+    first = []
+    for i, y in enumerate(ids):
+        start = i - i % K
+        first.append(start + ids[start : i + 1].index(y))
+    return np.array(first)
 
 
 def value_advantages(
@@ -604,7 +628,7 @@ def sample_report(samples: Trajectories, rows=()) -> dict[str, float]:
     if rows and all(row.get("responses") for row in rows):
         right = []
         for i, text in enumerate(samples.texts):
-            right.append(extract_answer(text) == extract_answer(rows[i // K]["responses"][0]))
+            right.append(same_answer(text, rows[i // K]["responses"][0]))
         report["exact_match"] = float(np.mean(right))
     if K > 1:
         report["signal"] = float(np.mean(np.ptp(scores, axis=1) > 0))

@@ -44,6 +44,7 @@ from nanospin.rounds import (
     check_files,
     check_finite,
     check_policy,
+    check_scorer,
     policy_sha256,
     reference_checkpoint,
     remove_parts,
@@ -51,10 +52,12 @@ from nanospin.rounds import (
     rows_sha256,
     score_in_parts,
     write_manifest,
+    write_scorer,
 )
 from players import (
     collect_candidates,
     drop_overlong_prompts,
+    drop_unscorable_prompts,
     list_counts,
     prompts_of_round,
     rank_by_score,
@@ -76,18 +79,22 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     run_on_rank0(check_files, cfg, round_id)
     if uses_reference:
         run_on_rank0(check_policy, cfg, round_id)
-    rows_by_split = load_rows(cfg, round_id)
+        run_on_rank0(check_scorer, cfg, round_id)
+    rows_by_split = load_rows(cfg, round_id, say)
     if round_id == 0:
         say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)
+    played = None
+    if cfg.stage == "spin" or is_scored(cfg):
+        played = play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say)
     encoded, report = {}, {}
     for split, rows in rows_by_split.items():
         if cfg.stage == "sft":
             rows = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
         answers = []
-        if cfg.stage == "spin" or is_scored(cfg):
+        if played:
             if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
                 answers = encode_answers(cfg, rows, enc, model.config.block_size)
-            rows, of_data = play_round(cfg, round_id, split, rows, model, enc, device, dtype, say)
+            rows, of_data = played[split]
             report[split] = round_report(cfg, rows, of_data, enc)
             if split == "train":
                 rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc)
@@ -103,13 +110,15 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     return encoded["train"], encoded["val"], report.get("val", {})
 
 
-def load_rows(cfg, round_id: int = 0) -> dict[str, list[dict]]:
+def load_rows(cfg, round_id: int = 0, say=None) -> dict[str, list[dict]]:
     """The data's rows: a seeded choice of max_rows to train on, and the same validation rows for
-    every run. Under a scorer spin has other prompts to train on in each round."""
+    every run. Under a scorer spin has other prompts to train on in each round, and no prompt
+    twice. say: says in the first round how many rows are left out for it."""
     prompt_only = not needs_responses(cfg)
     rows = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
     if cfg.stage == "spin" and is_scored(cfg):
-        rows = prompts_of_round(cfg, unique_prompts(rows), round_id)
+        rows = unique_prompts(rows, say if round_id == 0 else None, "train")
+        rows = prompts_of_round(cfg, rows, round_id)
     else:
         chosen = permutation(len(rows), cfg.seed, 0)
         rows = [rows[i] for i in chosen[: cfg.max_rows or None]]
@@ -150,27 +159,54 @@ def earlier_rows(cfg, round_id: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------- self-play
 
 
-def play_round(cfg, round_id, split, rows, model, enc, device, dtype, say) -> tuple[list, list]:
-    """The ranked rows of a round, read from the run's folder, or made and written there; and the
-    data's rows that they are of."""
-    path = os.path.join(round_folder(cfg, round_id), f"{split}.jsonl")
-    rows = drop_overlong_prompts(
-        cfg, rows, enc, model.config.block_size, say if round_id == 0 else None, split
-    )
-    if not broadcast_from_rank0(os.path.exists(path)):
-        candidates = collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say)
-        if is_scored(cfg):
-            ranked = rank_by_score(cfg, f"{path}.scores", rows, candidates, enc, device, dtype)
-        else:
-            ranked = candidates
-        mark_equal_responses(cfg, ranked, enc, model.config.block_size)
+def play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say) -> dict[str, tuple]:
+    """{split: (ranked rows, the data's rows that they are of)} of a round, read from the run's
+    folder, or made and written there. Both splits are ranked before either is written: a scorer
+    that fails leaves no rows."""
+    folder, block_size = round_folder(cfg, round_id), model.config.block_size
+    say_once = say if round_id == 0 else None
+    paths, rows_of, ranked_of = {}, {}, {}
+    for split, rows in rows_by_split.items():
+        paths[split] = os.path.join(folder, f"{split}.jsonl")
+        rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
+        if not broadcast_from_rank0(os.path.exists(paths[split])):
+            rows = drop_unscorable_prompts(cfg, rows, say_once, split)
+            ranked = rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say)
+            ranked_of[split] = ranked
+        rows_of[split] = rows
+    if ranked_of:
         inputs.check_again(cfg)
         if distributed.rank() == 0:
-            write_rows(path, ranked)
+            write_scorer(cfg, round_id)
+            for split, ranked in ranked_of.items():
+                write_rows(paths[split], ranked)
         distributed.barrier()
-    remove_parts(f"{path}.scores")
+    played = {}
+    for split, rows in rows_of.items():
+        remove_parts(f"{paths[split]}.scores")
+        played[split] = read_ranked(cfg, paths[split], rows, enc)
+    return played
+
+
+def rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say) -> list[dict]:
+    """The ranked rows of one split."""
+    ranked = collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say)
+    if is_scored(cfg):
+        path = os.path.join(round_folder(cfg, round_id), f"{split}.jsonl.scores")
+        ranked = rank_by_score(cfg, path, rows, ranked, enc, device, dtype)
+    mark_equal_responses(cfg, ranked, enc, model.config.block_size)
+    return ranked
+
+
+def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
+    """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
     ranked = name_tokenizer(read_rows(path), enc)
-    if list(map(prompt_key, ranked)) != list(map(prompt_key, rows)):
+    keys = list(map(prompt_key, ranked))
+    if is_scored(cfg) and ":" not in cfg.ranked_by:
+        # some left no room in that model, which may be gone by now
+        there = set(keys)
+        rows = [row for row in rows if prompt_key(row) in there]
+    if keys != list(map(prompt_key, rows)):
         raise SystemExit(
             f"{path} has other prompts than the rows of {cfg.data} that are to be ranked: one of "
             "the two was changed; put the original back, or use another out_dir"

@@ -13,19 +13,28 @@ A model scores with its own tokenizer, template and limits. To add another kind,
 
 import copy
 import math
+import os
 import sys
 import traceback
 
 import numpy as np
 
-from data.files import printable
-from data.rows import encode_rows, is_score, prompt_fields, row_with_ids
+from data.files import printable, shorten
+from data.rows import (
+    drop_equal_responses,
+    encode_rows,
+    is_score,
+    prompt_fields,
+    row_with_ids,
+)
 from eval import pad_rows_to_K, response_lengths, retokenize, row_logps, row_scores
 from model import GPT
-from nanospin import distributed, inputs
+from nanospin import distributed, inputs, rounds
 from nanospin.config import import_function, scorer_name, scorer_setting
 from nanospin.distributed import run_on_rank0
 from nanospin.rounds import score_in_parts
+
+CALLS_OF_PART = 256  # of a function, at most, before its scores are written to disk
 
 
 def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype) -> np.ndarray:
@@ -39,7 +48,11 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype)
     not finite.
     """
     name = scorer_name(cfg)
-    judge = None if ":" in name else GPT.from_checkpoint(name, device, dtype)
+    judge, size = None, rounds.PART_SIZE
+    if ":" in name:  # a call may take seconds
+        size = min(size, max(1, CALLS_OF_PART // len(texts[0])))
+    else:
+        judge = GPT.from_checkpoint(name, device, dtype)
     weights = run_on_rank0(inputs.scorer_sha256, name)
     of = f"{weights} {'per token' if cfg.judge_length_normalize else 'sum'}"
     hashed = []
@@ -51,22 +64,27 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype)
         scores = score_responses(cfg, judge, rows[part], texts[part], ids[part], enc, device)
         return {"scores": scores}
 
-    return score_in_parts(path, hashed, of, score)["scores"]
+    return score_in_parts(path, hashed, of, score, size)["scores"]
 
 
 def score_responses(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
-    """`score_rows` for a part of the rows. judge: (model, tokenizer, meta); None: a function."""
+    """`score_rows` for a part of the rows. judge: (model, tokenizer, meta); None: a function.
+
+    Equal responses to a row are scored once: a batch could round them differently, and nothing may
+    be ranked between them. Equal is the text for a function, the ids for a model.
+    """
     scores = np.full((len(rows), len(texts[0])), np.nan)
     there = []  # of each row, which responses there are
     for row_texts in texts:
         there.append([k for k, text in enumerate(row_texts) if text is not None])
     if judge is None:
-        places = []
+        columns_of = {}  # (row, text) -> its columns
         for i, columns in enumerate(there):
-            places += [(i, k) for k in columns]
-        values = call_function(cfg, [(rows[i], texts[i][k]) for i, k in places])
-        for (i, k), value in zip(places, values):
-            scores[i, k] = value
+            for k in columns:
+                columns_of.setdefault((i, texts[i][k]), []).append(k)
+        values = call_function(cfg, [(rows[i], text) for i, text in columns_of])
+        for ((i, _), columns), value in zip(columns_of.items(), values):
+            scores[i, columns] = value
         return scores
     responded = []
     for i, columns in enumerate(there):
@@ -87,7 +105,7 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
         for text, y in zip(texts, ids):
             judge_ids.append(retokenize(judge_enc, enc, text, y, config["template"]))
         sampled.append(row_with_ids(row, texts, judge_ids, judge_enc))
-    encoded, counts = encode_rows(
+    encoded, _ = encode_rows(
         sampled,
         judge_enc,
         config["template"],
@@ -95,11 +113,10 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
         config["max_prompt"],
         config["max_response"],
     )
-    if None in encoded:
-        raise SystemExit(
-            f"{scorer_setting(cfg)}: its block_size {judge.config.block_size} leaves no room after "
-            f"{counts['dropped']} prompts; set max_prompt of that run"
-        )
+    same_as = []  # of each response, the first one of the row that equals it
+    for row in encoded:
+        same_as.append([row["responses"].index(y) for y in row["responses"]])
+        drop_equal_responses(row)
     budget = distributed.micro_batch_tokens(cfg, device)
     if judge.config.scalar_head:
         scores = row_scores(judge, encoded, budget, device).astype(np.float64)
@@ -108,6 +125,8 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
         if cfg.judge_length_normalize:
             lengths = response_lengths(pad_rows_to_K(encoded, scores.shape[1]))
             scores = scores / np.maximum(lengths, 1)
+    for i, columns in enumerate(same_as):
+        scores[i, : len(columns)] = scores[i, columns]
     for (row, texts, _), values in zip(responded, scores):
         for text, value in zip(texts, values):
             if not is_score(float(value)):
@@ -121,18 +140,10 @@ def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
     function = import_function(scorer_name(cfg))
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(calls), distributed.world_size()):
-        row, text = calls[n]
         distributed.heartbeat.touch()  # a call may take a second: it is progress
-        try:
-            value = function(copy.deepcopy(row), text)  # it may change its row
-        except (Exception, SystemExit) as e:
-            error = bad_score(cfg, f"raised {type(e).__name__}: {e}", row, text)
-            trace = e.__traceback__.tb_next  # without this function
-            shown = "".join(traceback.format_exception(type(e), e, trace))
-            break
-        scores[n] = as_number(value)
-        if not is_score(scores[n]):
-            error = bad_score(cfg, f"gave {shorten(value)}, not a finite number", row, text)
+        scores[n], problem, shown = call_once(function, *calls[n])
+        if problem:
+            error = bad_score(cfg, problem, *calls[n])
             break
     of_ranks = distributed.all_gather_object((error, shown))
     for rank, (error, shown) in enumerate(of_ranks):
@@ -141,6 +152,25 @@ def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
                 sys.stderr.write(printable(shown))
             raise SystemExit(error)
     return np.array(distributed.merge_results(len(calls), scores), dtype=np.float64)
+
+
+def call_once(function, row: dict, text: str) -> tuple[float, str, str]:
+    """(score, problem, traceback) of one call. The last two are "" if there was no problem."""
+    score, problem, shown = math.nan, "", ""
+    folder = os.getcwd()
+    try:
+        value = function(copy.deepcopy(row), text)  # it may change its row
+        score = as_number(value)
+        if not is_score(score):
+            problem = f"gave {shorten(value)}, not a finite number below 1e30"
+    except (Exception, SystemExit) as e:
+        problem = f"raised {type(e).__name__}: {shorten(e, str)}"
+        trace = e.__traceback__.tb_next  # without this function
+        shown = "".join(traceback.format_exception(type(e), e, trace))
+    if os.getcwd() != folder:
+        os.chdir(folder)  # out_dir may be relative
+        problem = problem or "changed the current folder, which it must not"
+    return score, problem, shown
 
 
 def as_number(value) -> float:
@@ -156,10 +186,5 @@ def as_number(value) -> float:
 def bad_score(cfg, what: str, row: dict, text: str) -> str:
     return (
         f"{scorer_setting(cfg)} {what}, for the prompt {row['prompt'][:60]!r} and the response "
-        f"{text[:60]!r}; no row of the round was written: mend it and run the same command again"
+        f"{text[:60]!r}; mend it and run the same command again"
     )
-
-
-def shorten(value) -> str:
-    """A value in one short line."""
-    return " ".join(repr(value).split())[:80]

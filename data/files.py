@@ -201,6 +201,14 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def shorten(value, show=repr) -> str:
+    """A value in one short line, also one that cannot be printed. show: str or repr."""
+    try:
+        return " ".join(show(value).split())[:200]
+    except (Exception, SystemExit):  # of whatever type it is
+        return f"a {type(value).__name__} that cannot be printed"
+
+
 def one_line(text: str) -> str:
     """Escape line breaks and whatever else str.isprintable refuses, for a message of one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

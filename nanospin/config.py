@@ -20,6 +20,7 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 
 from data import cli
+from data.files import shorten
 from data.template import is_template
 
 
@@ -743,12 +744,16 @@ def pretrain_config(cfg: Config) -> Config:
 def import_function(name: str):
     """The function that "module:function" names. Exits with one line if there is none."""
     module, _, function = name.partition(":")
+    folder = os.getcwd()
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as e:  # whatever the module raises
-        found, reason = None, " ".join(str(e).split())
+    except (Exception, SystemExit) as e:  # whatever the module raises
+        found, reason = None, f"{type(e).__name__}: {shorten(e, str)}"
     else:
         reason = "it is not a function"
+    if os.getcwd() != folder:
+        os.chdir(folder)
+        found, reason = None, "its module changes the current folder, which it must not"
     if not callable(found):
         raise SystemExit(
             f"scorer {name}: {reason}; give a checkpoint's run folder, or module:function"

@@ -33,6 +33,7 @@ PULSE_INTERVAL = 0.5  # seconds
 # Words in the RuntimeError that a collective call raises when another rank is lost.
 CONNECTION_WORDS = ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 received_signals = []  # signals that asked this process to stop
 
 
@@ -95,6 +96,28 @@ def join_process_group(device, timeout: float):
     environment = read_environment()
     if environment is None or dist.is_initialized():
         return
+    with ended_by_signals():
+        store = join_ranks(environment, device, timeout)
+    args = (store.clone(), timeout, device)
+    threading.Thread(target=watch_ranks, args=args, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """While a rank waits for the others to start, a signal ends it at once: nothing is to be saved,
+    and a wait inside torch would hear it only at its end."""
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) == handle_signal]
+    for number in handled:
+        signal.signal(number, signal.SIG_DFL)
+    if handled and received_signals:
+        raise SystemExit(128 + received_signals[-1])
+    yield
+    for number in handled:
+        signal.signal(number, handle_signal)
+
+
+def join_ranks(environment: Environment, device, timeout: float) -> dist.TCPStore:
+    """Make the process groups when all ranks are there. Returns the store that they share."""
     store = open_store(environment, timeout)
     wait_for_ranks(store, environment, timeout)
     # The watcher ends the process first, with a better message.
@@ -117,8 +140,7 @@ def join_process_group(device, timeout: float):
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)
-    args = (store.clone(), timeout, device)
-    threading.Thread(target=watch_ranks, args=args, daemon=True).start()
+    return store
 
 
 def open_store(environment: Environment, timeout: float) -> dist.TCPStore:
@@ -265,7 +287,7 @@ def run(main, argv) -> int:
     that was closed does not end the run.
     """
     with cli.guarded_console(on_closed=cli.go_on_without):
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             # nohup starts a run with SIGHUP ignored
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, handle_signal)

@@ -10,8 +10,10 @@ round. An entry counts as long as the file's size, times and inode are the same.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
+import inspect
 import os
 import time
 import weakref
@@ -38,7 +40,7 @@ PATHS = ("data", "pretrain_data", "tokenizer", *ROLES, "checkpoints")
 # Entries of config.json that say where an input was found. They are not compared.
 NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
 
-imported_sources = weakref.WeakKeyDictionary()  # module of a scorer -> sha256 of its file
+imported_sources = weakref.WeakKeyDictionary()  # module of a scorer -> {function: sha256}
 watched = {}  # out_dir -> {path: sha256} of what its current round reads
 
 
@@ -152,15 +154,37 @@ def data_files(cfg, data_sha256: dict) -> dict[str, str]:
 
 
 def source_sha256(function: str) -> str | None:
-    """The sha256 of the file that defines "module:function", as it was when this process imported
-    it: it may have changed since. None if it is not Python source."""
-    import_function(function)
+    """The sha256 of the source of "module:function", as it was when this process imported it: it
+    may have changed since. None if it is not Python.
+
+    The source is the module's file, and that of the function if the module imports it from there.
+    Other modules that they import are not in it.
+    """
+    found = import_function(function)
     module = importlib.import_module(function.partition(":")[0])
-    if module not in imported_sources:
-        path = getattr(module, "__file__", None)
-        is_source = path and path.endswith(".py") and os.path.exists(path)
-        imported_sources[module] = hash_chunks(path) if is_source else None
-    return imported_sources[module]
+    known = imported_sources.setdefault(module, {})
+    if function not in known:
+        hashes = []
+        for path in dict.fromkeys((getattr(module, "__file__", None), file_of_function(found))):
+            if path and path.endswith(".py") and os.path.exists(path):
+                hashes.append(hash_chunks(path))
+        if len(hashes) == 2:
+            hashes = [hashlib.sha256("".join(hashes).encode()).hexdigest()]
+        known[function] = hashes[0] if hashes else None
+    return known[function]
+
+
+def file_of_function(function) -> str | None:
+    """The file that defines a function, or the class of an object that is called; what a decorator
+    or a partial wraps. None if it is not Python."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    try:
+        function = inspect.unwrap(function)
+        is_object = not inspect.isroutine(function) and not inspect.isclass(function)
+        return inspect.getsourcefile(type(function) if is_object else function)
+    except (TypeError, ValueError):
+        return None
 
 
 def scorer_sha256(scorer: str) -> str | None:

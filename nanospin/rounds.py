@@ -22,6 +22,17 @@ from nanospin.distributed import broadcast_from_rank0
 
 PART_SIZE = 1024  # rows that are sampled or scored before they are written to disk
 
+# What is made from the scores of a round's samples. scorer.json is the last: see `check_scorer`.
+SCORED_FILES = (
+    "collect.json",
+    "train.jsonl",
+    "val.jsonl",
+    "train.ref.npz",
+    "val.ref.npz",
+    "rollout.npz",
+    "scorer.json",
+)
+
 
 def round_folder(cfg, round_id: int) -> str:
     return os.path.join(cfg.out_dir, f"round_{round_id}")
@@ -102,6 +113,34 @@ def policy_sha256(cfg, round_id: int) -> str:
     return checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
 
 
+def write_scorer(cfg, round_id: int):
+    """Write the source of the function that scores to scorer.json, before the rows of a round."""
+    if ":" in config.scorer_name(cfg):
+        path = os.path.join(round_folder(cfg, round_id), "scorer.json")
+        write_json(path, {"sha256": inputs.source_sha256(config.scorer_name(cfg))})
+
+
+def check_scorer(cfg, round_id: int):
+    """Remove the rows of a round, and what was made from them, if the function that scored them has
+    another source now and nothing of the round is trained on. Its samples stay, and are scored
+    again."""
+    folder = round_folder(cfg, round_id)
+    path = os.path.join(folder, "scorer.json")
+    name = config.scorer_name(cfg)
+    if ":" not in name or not os.path.exists(path) or checkpoint.latest(cfg.out_dir, round_id):
+        return
+    if read_json(path, ("sha256",))["sha256"] == inputs.source_sha256(name):
+        return
+    for file in SCORED_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, file))
+    print(
+        f"{folder}: {config.scorer_setting(cfg)} has another source than when it scored this "
+        "round, and nothing of it is trained on: its samples are scored again",
+        flush=True,
+    )
+
+
 # --------------------------------------------------------------------------------------- parts
 
 
@@ -123,8 +162,11 @@ def remove_parts(path: str):
     distributed.barrier()
 
 
-def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.ndarray]:
-    """Score encoded rows, PART_SIZE at a time, and keep each part: {name: array} on every rank.
+def score_in_parts(
+    path: str, rows: list[dict], of: str, score, size: int = 0
+) -> dict[str, np.ndarray]:
+    """Score encoded rows, `size` at a time (0: PART_SIZE), and keep each part: {name: array} on
+    every rank.
 
     score(numbers) -> {name: array} of the rows `numbers`, on every rank; the arrays of the parts
     are concatenated. of: a hash of what scores them; a part of other rows, or of another `of`, is
@@ -132,11 +174,14 @@ def score_in_parts(path: str, rows: list[dict], of: str, score) -> dict[str, np.
     `remove_parts`.
     """
     make_round_folder(path)
-    parts = part_files(path, len(rows), PART_SIZE)
+    parts = part_files(path, len(rows), size or PART_SIZE)
     hashes = {}
     for part, numbers in parts.items():
         hashes[part] = rows_sha256(of, [rows[n] for n in numbers])
     kept = broadcast_from_rank0([part for part in parts if is_part_of(part, hashes[part])])
+    num_kept = sum(len(parts[part]) for part in kept)
+    if num_kept and distributed.rank() == 0:
+        print(f"{path}: {num_kept} of {len(rows)} rows are scored already", flush=True)
     results = []
     for part, numbers in parts.items():
         if part in kept:

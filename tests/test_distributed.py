@@ -413,15 +413,17 @@ def test_one_process_has_no_environment(monkeypatch):
     assert elastic.read_environment() is None
 
 
+def start_rank(tiny_data, tmp_path, rank, world_size, port, timeout=2):
+    env = ENV | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    args = [*pretrain_args(tiny_data, tmp_path / "out", "adamw"), f"--timeout={timeout}"]
+    command = [sys.executable, "train.py", *args]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
 def start_ranks(tiny_data, tmp_path, ranks, world_size, port):
     """Start some ranks of a run. Returns [(exit status, standard error)]."""
-    runs = []
-    for rank in ranks:
-        env = ENV | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        args = [*pretrain_args(tiny_data, tmp_path / "out", "adamw"), "--timeout=2"]
-        command = [sys.executable, "train.py", *args]
-        runs.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    runs = [start_rank(tiny_data, tmp_path, rank, world_size, port) for rank in ranks]
     return [(run.wait(60), run.stderr.read()) for run in runs]
 
 
@@ -447,6 +449,37 @@ def test_a_busy_port_and_a_missing_rank_0(tiny_data, tmp_path):
     assert second[0] == 1 and second[1].count("\n") == 1
     ((status, line),) = start_ranks(tiny_data, tmp_path, [1], 2, port)
     assert (status, line) == (1, f"rank 0 did not answer at 127.0.0.1:{port} within 2 seconds\n")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_ends_a_rank_that_waits_for_the_others(tiny_data, tmp_path, rank):
+    """Rank 0 waits for rank 1, and rank 1 for an answer of what listens in the place of rank 0."""
+    port = free_port()
+    with socket.socket() as s:
+        if rank == 1:
+            s.bind(("127.0.0.1", port))
+            s.listen()
+            s.settimeout(60)
+        run = start_rank(tiny_data, tmp_path, rank, 2, port, timeout=600)
+        try:
+            if rank == 1:
+                s.accept()
+            else:
+                wait_for_listener(port)
+            time.sleep(0.5)
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(20) == -signal.SIGTERM
+        finally:
+            run.kill()
+            run.communicate()
+
+
+def wait_for_listener(port):
+    for _ in range(600):
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port)).close()
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on {port}")
 
 
 def test_a_suspended_job_is_not_hanging(monkeypatch):

@@ -126,6 +126,19 @@ def test_rounds_of_several_samples(tiny_runs, tiny_data, tmp_path, options, text
     assert "length alone" not in svg or options == ["--players=data,self:2"]
 
 
+def test_rounds_of_the_datas_own_ranking(tiny_runs, tiny_data, tmp_path):
+    """The responses are named by their places."""
+    out = f"{tmp_path}/run"
+    options = ["--stage=preference", "--max_rows=16", "--max_steps=2"]
+    train.main(spin_args(tiny_runs, tiny_data, out, *options))
+    done = run("rounds", f"{tmp_path}/figure.png", out)
+    assert done.returncode == 0 and is_figure(f"{tmp_path}/figure"), done.stderr
+    with open(f"{tmp_path}/figure.svg", encoding="utf-8") as f:
+        svg = f.read()
+    for text in ("1 above 2 and 3", "2 above 3", "chance (1/2; 1: 1/3)"):
+        assert text in svg, text
+
+
 def test_table(tiny_runs, tmp_path):
     done = run("table", f"{tmp_path}/table", tiny_runs["sft"])
     first, *_, last = read_metrics(tiny_runs["sft"], "eval")

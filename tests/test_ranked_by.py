@@ -41,8 +41,9 @@ import train
 from data import tokenizer
 from data.batch import batch_indices, batch_rows
 from data.folder import write_meta
+from data.gsm8k.scorer import same_answer
 from data.rows import check_row, encode_rows, prompt_key, read_rows, sampled_row, write_rows
-from eval import extract_answer, pad_rows_to_K, ranking_metrics
+from eval import pad_rows_to_K, ranking_metrics
 from model import GPT
 from nanospin import checkpoint, distributed, elastic, preflight, rounds
 
@@ -1187,8 +1188,7 @@ def test_the_report_of_a_round(scored_run, tiny_data):
                 if player == "self":
                     same = row["same_as"][k]
                     text = row["responses"][k if same is None else same]
-                    answer = extract_answer(answers[row["prompt"]])
-                    right.append(extract_answer(text) == answer)
+                    right.append(same_answer(text, answers[row["prompt"]]))
         assert len(scores["self"]) == 24 and len(scores["data"]) == 8
         # float64 sums of 24 terms
         for player, values in scores.items():

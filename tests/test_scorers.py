@@ -146,6 +146,26 @@ def test_a_negative_answer():
     assert gsm8k.exact_match(row, "#### 7") == 0.0  # only the best response counts
 
 
+@pytest.mark.parametrize(
+    "reference, right, wrong",
+    [
+        ("#### 1. Apples\n#### 2. Pears", " #### 1. Apples\n#### 2. Pears\n", "#### 2. Other"),
+        ("#### Answer\n5", "#### Answer\n5", "#### 5"),
+        ("#### 1\nso it is", "#### 1\nso it is", "#### 1"),
+        ("#### ,", "#### ,", "#### ."),
+        ("#### 2 apples", "#### 2 apples", "#### 2"),
+        ("405", " 405 ", "#### 405"),
+        ("1 + 6\n#### 1,234.\n", "#### 2\n####1234", "1,234"),
+    ],
+)
+def test_only_a_last_line_with_a_number_is_a_number(reference, right, wrong):
+    """Other lines that begin with #### are headings of Markdown."""
+    assert gsm8k.same_answer(right, reference)
+    assert not gsm8k.same_answer(wrong, reference)
+    row = {"prompt": "p", "responses": [reference]}
+    assert (gsm8k.exact_match(row, right), gsm8k.exact_match(row, wrong)) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize("more", [{}, {"responses": []}, {"responses": [None, "#### 1"]}])
 def test_a_row_without_an_answer_is_an_error(more):
     with pytest.raises(ValueError, match="a row without responses has no answer: 'How many?"):

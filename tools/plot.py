@@ -283,7 +283,9 @@ def plot_rounds(out: str, runs: list[str]):
         reward = r"$\beta\,(\log \pi_\theta - \log \pi_{\mathrm{ref}})$ (nats)"
         axes[0].set(title="Implicit reward", ylabel=reward)
         axes[1].set(title="Log-probability of responses", ylabel="nats per response")
-        columns = columns_of_run(runs[0]) or players
+        columns = columns_of_run(runs[0])
+        if not set(players) <= set(columns):
+            columns = players  # places, "1", "2" ...: the data ranks its own responses
         is_scored = any("score_best" in r for r in read_metrics(runs[0], "collect"))
         draw_accuracy(axes[2], by_seed, [] if is_scored else columns, players, colors)
         if players == ["data", "self"] and not is_scored:

@@ -6,11 +6,22 @@
 import re
 
 
-def extract_answer(text):
-    """What exact match compares: the last number after "####", or the whole text if there is none.
+def same_answer(text, reference):
+    """Whether a text has the answer of the reference text.
 
-    "1 + 6 = 7\\n#### 1,234." -> "1234". A whole text loses the white space around it.
+    If the last line of the reference is "#### number", the last number after "####" of both is
+    compared: "1 + 6 = 7\\n#### 1,234." has 1234. A text that is nothing but the number has it too.
+    All other references, headings of Markdown among them, are compared as whole texts, without the
+    white space around them.
     """
+    last_line = reference.strip().split("\n")[-1]
+    if re.fullmatch(r"####\s*-?[\d.,]*\d[\d.,]*", last_line):
+        return last_number(text) == last_number(last_line)
+    return text.strip() == reference.strip()
+
+
+def last_number(text):
+    """The last number after "####", or the whole text if there is none."""
     found = re.findall(r"####\s*(-?[\d.,]+)", text)
     if found:
         return found[-1].replace(",", "").rstrip(".")
@@ -18,11 +29,11 @@ def extract_answer(text):
 
 
 def exact_match(row, text):
-    """1.0 if a response (text) has the answer of row["responses"][0], else 0.0.
+    """1.0 if a response (text) has the answer of row["responses"][0], else 0.0. See `same_answer`.
 
-    A response that is nothing but the number is right too. ValueError if the row has no response.
+    ValueError if the row has no response.
     """
     responses = row.get("responses") or [None]
     if responses[0] is None:
         raise ValueError(f"a row without responses has no answer: {row['prompt'][:60]!r}")
-    return float(extract_answer(text) == extract_answer(responses[0]))
+    return float(same_answer(text, responses[0]))
