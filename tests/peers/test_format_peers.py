@@ -3,9 +3,10 @@
 import argparse
 
 import pytest
-from trl.data_utils import apply_chat_template, maybe_extract_prompt
 
 from data import formats
+
+data_utils = pytest.importorskip("trl.data_utils")
 
 # Writes a conversation out, so that two ways to the same messages can be compared.
 CHAT_TEMPLATE = (
@@ -60,7 +61,7 @@ def test_conversational_pairs(prompt, is_implicit):
     row = {"prompt": prompt, "chosen": [BLUE], "rejected": [GREEN]}
     if is_implicit:
         row = {"chosen": prompt + [BLUE], "rejected": prompt + [GREEN]}
-    theirs = apply_chat_template(maybe_extract_prompt(row), Tokenizer())
+    theirs = data_utils.apply_chat_template(data_utils.maybe_extract_prompt(row), Tokenizer())
     assert ours(row) == {name: theirs[name] for name in ("prompt", "chosen", "rejected")}
 
 
@@ -74,7 +75,7 @@ def test_conversational_pairs(prompt, is_implicit):
 )
 def test_an_implicit_prompt(chosen, rejected):
     row = {"chosen": chosen, "rejected": rejected}
-    theirs = maybe_extract_prompt(row)
+    theirs = data_utils.maybe_extract_prompt(row)
     chats = formats.implicit_prompt(chosen, rejected, "")
     assert chats[0].turns == (theirs["prompt"],)
     assert [chat.answer for chat in chats] == [theirs["chosen"], theirs["rejected"]]
