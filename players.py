@@ -260,7 +260,7 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
         repeated += [row] * count
     rows = repeated
     if broadcast_from_rank0(os.path.exists(path)):
-        if not run_on_rank0(is_sampled, path, rows, enc):
+        if not run_on_rank0(is_sampled, path, rows, enc, cfg.template):
             raise SystemExit(
                 f"{path} is not as it was sampled: it was damaged or edited; put the original "
                 "back, or remove it to sample again"
@@ -272,7 +272,8 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
     parts = part_files(path, len(rows), size)
     written = []
     for part, numbers in parts.items():
-        if run_on_rank0(is_sampled, part, [rows[n] for n in numbers], enc):
+        its_rows = [rows[n] for n in numbers]
+        if run_on_rank0(is_sampled, part, its_rows, enc, cfg.template):
             written.append(part)
     hide_bar = None if distributed.rank() == 0 else True
     progress = tqdm(total=len(rows), desc=f"sampling {name}", disable=hide_bar)
@@ -293,12 +294,12 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
     remove_parts(path)
 
 
-def is_sampled(path: str, rows: list[dict], enc) -> bool:
+def is_sampled(path: str, rows: list[dict], enc, template: str) -> bool:
     """Whether a file of samples, or a part of one, is there and has a response to each of these
     rows, as it was written."""
     try:
         for row, sample in zip(rows, read_rows(path), strict=True):
-            ids = own_ids(path, sample, enc)
+            ids = own_ids(path, sample, enc, template)
             if sampled_row(row, sample["responses"][0], ids, enc) != sample:
                 return False
     except (SystemExit, ValueError):

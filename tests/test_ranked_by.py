@@ -987,17 +987,17 @@ def test_a_damaged_part_of_samples_is_found(tmp_path):
         rows.append({"prompt": f"p {n}", "responses": ["a"], "group": f"g {n}"})
         samples.append(sampled_row(rows[n], "abé", [97, 98, 195, 169] + [256] * (n > 0), BYTES))
     write_rows(path, samples)
-    assert players.is_sampled(path, rows, BYTES)
+    assert players.is_sampled(path, rows, BYTES, TEMPLATE)
     content = read_bytes(path)
     for place in range(len(content)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         with open(path, "wb") as f:
             f.write(flipped)
-        assert not players.is_sampled(path, rows, BYTES), (place, bytes(flipped))
+        assert not players.is_sampled(path, rows, BYTES, TEMPLATE), (place, bytes(flipped))
     for damaged in (samples[:2], samples[::-1], []):
         write_rows(path, damaged)
-        assert not players.is_sampled(path, rows, BYTES)
+        assert not players.is_sampled(path, rows, BYTES, TEMPLATE)
 
 
 @pytest.mark.parametrize("module, function, at", KILLS)
