@@ -58,23 +58,24 @@ GPU_OUT ?= out/gpu
 
 # on sums: tiny models, so one thread each, and the baselines beside the online run
 SUMS = out/addition
+SUMS_SEED ?= 1
 TRAIN_SUMS = OMP_NUM_THREADS=1 $(PY) train.py config/demo/addition_
 
 data/sums/prompts/meta.json: | .venv/ready
 	$(PY) -m data.addition.prepare --answers=1500 --out=data/sums
 
 demo: .venv/ready data/sums/prompts/meta.json
-	$(TRAIN_SUMS)sft.py --seed=$(SEED)
+	$(TRAIN_SUMS)sft.py --seed=$(SUMS_SEED)
 	$(MAKE) -j2 demo-online demo-baselines
 	$(PY) -m tools.demo $(SUMS)
 
 demo-online:
-	$(TRAIN_SUMS)online_pl.py --seed=$(SEED)
+	$(TRAIN_SUMS)online_pl.py --seed=$(SUMS_SEED)
 
 demo-baselines:
 	@echo "beside it run sft_more and spin; they print to $(SUMS)/sft_more.log and spin.log"
-	@$(TRAIN_SUMS)sft_more.py --seed=$(SEED) > $(SUMS)/sft_more.log 2>&1
-	@$(TRAIN_SUMS)spin.py --seed=$(SEED) > $(SUMS)/spin.log 2>&1
+	@$(TRAIN_SUMS)sft_more.py --seed=$(SUMS_SEED) > $(SUMS)/sft_more.log 2>&1
+	@$(TRAIN_SUMS)spin.py --seed=$(SUMS_SEED) > $(SUMS)/spin.log 2>&1
 
 # on text
 data/pydocs/meta.json: data/pydocs/prepare.py | .venv/ready

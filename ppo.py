@@ -517,7 +517,9 @@ def group_advantages(rewards: np.ndarray, estimator: str) -> np.ndarray:
         return centered / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
     if estimator == "rloo":
         return centered * K / (K - 1)
-    return centered
+    if estimator == "dr_grpo":
+        return centered
+    raise ValueError(f"{estimator} is no advantage of a group")
 
 
 def first_of_equals(ids: list[list[int]], K: int) -> np.ndarray:

@@ -659,7 +659,7 @@ def check_ppo(cfg: Config):
         not cfg.clip_range_high or cfg.clip_range,
         "clip_range_high needs clip_range: 0 does not clip",
     )
-    of_group = cfg.advantage in ("grpo", "dr_grpo", "rloo")
+    of_group = cfg.advantage not in ("gae", "reverse_kl")
     require(
         not of_group or cfg.samples_per_prompt >= 2,
         f"advantage {cfg.advantage} compares the samples of a prompt: set samples_per_prompt to 2 "

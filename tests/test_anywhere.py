@@ -31,6 +31,7 @@ socket.socket.connect = connect
 RUN_ALL = """
 import importlib, json, socket, sys
 sys.path.insert(0, "")
+sys.stdout.reconfigure(errors="backslashreplace")  # as data.cli.run does
 try:
     socket.create_connection(("192.0.2.1", 80), timeout=1)
 except OSError as e:
@@ -164,7 +165,8 @@ def test_the_whole_way(place):
 
 def test_recipes_need_no_prepared_data(place):
     """make -n prints the commands that prepare the data first."""
-    assert "-m data.pydocs.prepare" in place.run("make", "-n", "demo")
+    assert "-m data.addition.prepare" in place.run("make", "-n", "demo")
+    assert "-m data.pydocs.prepare" in place.run("make", "-n", "demo-text")
     assert "taylor" in place.run("make", "-n", "figures-tn")
 
 

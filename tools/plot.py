@@ -544,10 +544,8 @@ def summary(outcomes: list[str]) -> str:
 
 DEFINITIONS = """\
 - Rows: `data` is the response in the data set. `sft_more` continues SFT on the same rows for as
-  many steps as both rounds of self-play took. `online_pl` ranks its own samples by how concrete
-  their words are (data/pydocs/scorer.py), and never sees the data's responses. `sft@0.7` and
-  `sft@0.5` are samples of `sft` at a lower temperature, `sft@1.0` with another random seed. All
-  other rows sample at temperature 1.0.
+  many steps as both rounds of self-play took. `sft@0.7` and `sft@0.5` are samples of `sft` at a
+  lower temperature, `sft@1.0` with another random seed. All other rows sample at temperature 1.0.
 - Validation loss: cross-entropy on held-out responses, in nats per token.
 - Ranking accuracy: share of held-out pairs that the implicit rewards of the round rank correctly.
 - Win rate: share of prompts on which the judge gives the response a higher mean log-probability
@@ -556,6 +554,11 @@ DEFINITIONS = """\
 **The judge is the fine-tuned teacher.** K = 3 was trained on the judge's own samples, and such a
 judge prefers sharper samples: compare with `sft@0.7` and `sft@0.5`, which need no training. Win
 rate alone is no evidence for self-play."""
+
+
+ONLINE = """\
+- `online_pl` ranks its own samples by how concrete their words are (data/pydocs/scorer.py), and
+  never sees the data's responses."""
 
 
 def report(demos: list[str]):
@@ -594,6 +597,7 @@ def report(demos: list[str]):
         f"{setup['device']}, {threads}, commit {setup['git']}.",
         "",
         DEFINITIONS,
+        *([ONLINE] if "online_pl.round_1" in tables[0] else []),
         "",
         "## Self-play against its baselines",
         "",

@@ -1,4 +1,4 @@
-"""GRPO on sums: the prompts, samples and scorer of config/demo/addition_online_pl.py.
+"""GRPO on sums: eight samples a prompt, with the prompts and the scorer of addition_online_pl.py.
 
     python train.py config/demo/addition_grpo.py
 

@@ -2,8 +2,8 @@
 
     python train.py config/demo/addition_spin.py
 
-After config/demo/addition_sft.py. One CPU core, 2 minutes. The prompts and answers are those of
-SFT.
+After config/demo/addition_sft.py. One CPU core, a minute. The prompts and answers are those of SFT.
+Each round starts at ln 2 = 0.6931 + nll_coef x next-token loss. Exact match hardly changes.
 """
 
 stage = "spin"

@@ -1,8 +1,8 @@
 """Train and measure every method of this study. One command, all results:
 
-    python -m studies.verifiable.run out/verifiable --seeds 1 2 3 4 5 --jobs=2
+    python -m studies.verifiable.run out/verifiable --seeds 1 2 3 --jobs=2
     python -m studies.verifiable.run out/verifiable --seeds 1 --only online_pl_8
-    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3 4 5
+    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3
 
 A finished run is skipped and an interrupted one resumes. --list prints the commands only.
 METHODS is the whole study: a config, and settings on top of it. All methods of a seed start from
@@ -148,14 +148,16 @@ def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="folder of the runs")
     parser.add_argument("--data", default="data", help="folder for sums/ and all_sums/")
-    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument(
         "--sft_steps",
         type=cli.number_type(int, 1),
         default=350,
         help="of the model that all methods start from; take another OUT for each",
     )
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods; default: all"
+    )
     parser.add_argument("--jobs", type=cli.number_type(int, 1), default=2, help="at a time")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """The table and the figure of studies/verifiable, from the runs of run.py.
 
-    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3 4 5 --figures=FOLDER
+    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3 --figures=FOLDER
 
 A difference is paired: both methods of a seed start from the same fine-tuned model, see the same
 prompts and are measured on the same held-out sums. Intervals are Student's, over seeds.
@@ -186,7 +186,7 @@ def all_results(out: str, seeds: list[str]) -> dict[str, list[dict]]:
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="folder that run.py has written")
-    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3", "4", "5"])
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument("--figures", help="folder for methods.png and .svg; default: OUT")
     parser.add_argument(
         "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"
