@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from data import cli
-from data.files import read_json
+from data.files import read_json, write_json
 from studies.verifiable.run import METHODS
 from tools.plot import (
     GREY,
@@ -59,19 +59,17 @@ LABELS = {
 
 
 def measured(out: str, seed: str, name: str) -> dict:
-    """Metrics of one run: those of eval.py, greedily and sampled, and what it cost."""
+    """Metrics of one run: those of eval.py, greedily and sampled, and its steps."""
     run = f"{out}/{seed}/{name}"
     table = read_json(f"{run}/eval/eval.json")
     sampled = table[name]
-    records = read_metrics(run)
     return {
         "greedy": 100 * table[f"{name}_greedy"]["exact_match"],
         "sampled": 100 * sampled["exact_match"],
         "pass_at_8": 100 * sampled["pass_at_8"],
         "val_loss": sampled["val_loss"],
         "kl": sampled.get("kl", 0.0),
-        "steps": global_steps(records)[-1],
-        "minutes": sum(r["seconds"] for r in records) / 60,
+        "steps": global_steps(read_metrics(run))[-1],
     }
 
 
@@ -91,9 +89,12 @@ def format_difference(differences: list[float]) -> str:
 def make_table(results: dict[str, list[dict]]) -> list[str]:
     """Markdown. results: {method: metrics of each seed}."""
     rows = []
+    group_of = {methods_of(group)[0]: group for group in GROUPS}
     for name, by_seed in results.items():
+        if name in group_of:
+            rows.append([f"*{group_of[name]}*", *[""] * 7])
         mean = {metric: np.mean([m[metric] for m in by_seed]) for metric in by_seed[0]}
-        differences = [m["greedy"] - b["greedy"] for m, b in zip(by_seed, results[BASELINE])]
+        differences = gains_over(results, name, BASELINE)
         rows.append(
             [
                 LABELS[name],
@@ -104,41 +105,46 @@ def make_table(results: dict[str, list[dict]]) -> list[str]:
                 f"{mean['val_loss']:.3f}",
                 f"{mean['kl']:.2f}",
                 f"{mean['steps']:.0f}",
-                f"{mean['minutes']:.1f}",
             ]
         )
     head = ["method", "greedy", "against SFT continued", "sampled", "pass at 8"]
-    return markdown_table([*head, "validation loss", "KL from SFT", "steps", "minutes"], rows)
+    return markdown_table([*head, "validation loss", "KL from SFT", "steps"], rows)
 
 
 def draw(results: dict[str, list[dict]], path: str):
-    """Greedy exact match of every method: each seed, and the mean with its 95 % interval."""
+    """What every method gains over SFT continued, in greedy exact match: each seed, and the mean
+    with its 95 % interval."""
     with style():
         fig, ax = plt.subplots(figsize=(6.4, 5.2))
-        y, ticks = 0, []
+        y, ticks = 0.0, []
         for color, group in zip(PALETTE, GROUPS):
-            names = [name for name in methods_of(group) if name in results]
+            names = [name for name in methods_of(group) if name in results and name != BASELINE]
             if not names:
                 continue
-            ax.text(0.0, y, group, transform=ax.get_yaxis_transform(), color=color, va="center")
+            ticks.append((y, group))
             for name in names:
                 y -= 1
-                values = [m["greedy"] for m in results[name]]
-                ax.plot(values, [y] * len(values), "|", color=color, alpha=0.6, ms=7)
-                if len(values) > 1:
-                    mean, half_width = t_interval(values)
+                gains = gains_over(results, name, BASELINE)
+                ax.plot(gains, [y] * len(gains), "|", color=color, alpha=0.6, ms=7)
+                if len(gains) > 1:
+                    mean, half_width = t_interval(gains)
                     ax.errorbar(mean, y, xerr=half_width, fmt="o", color=color, ms=5, capsize=2)
                 ticks.append((y, LABELS[name]))
             y -= 1.4
-        for name, text in (("sft", "SFT"), (BASELINE, "SFT continued")):
-            value = np.mean([m["greedy"] for m in results[name]])
-            ax.axvline(value, color=GREY, lw=1, ls="--", zorder=0)
-            ax.text(value, 0.8, text, color=GREY, ha="center", va="bottom", fontsize=8)
+        ax.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
         ax.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
-        ax.set_ylim(y + 1, 0.7)
+        for tick, (_, label) in zip(ax.get_yticklabels(), ticks):
+            if label in GROUPS:
+                tick.set_fontweight("bold")
+        ax.set_ylim(y + 0.8, 0.7)
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel("exact match on held-out sums, greedy (%)")
+        ax.set_xlabel("exact match minus that of SFT continued (points, greedy, held out)")
         save_figure(fig, path)
+
+
+def gains_over(results: dict[str, list[dict]], name: str, other: str) -> list[float]:
+    """Differences in greedy exact match, one for each seed."""
+    return [m["greedy"] - b["greedy"] for m, b in zip(results[name], results[other])]
 
 
 def draw_map(by_steps: dict[str, dict], path: str):
@@ -151,8 +157,7 @@ def draw_map(by_steps: dict[str, dict], path: str):
                 x, y, errors = [], [], []
                 for steps, results in by_steps.items():
                     if name in results:
-                        pairs = zip(results[name], results["sft"])
-                        gains = [m["greedy"] - start["greedy"] for m, start in pairs]
+                        gains = gains_over(results, name, "sft")
                         mean, half_width = t_interval(gains) if len(gains) > 1 else (gains[0], 0)
                         x.append(int(steps))
                         y.append(mean)
@@ -187,7 +192,7 @@ def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="folder that run.py has written")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
-    parser.add_argument("--figures", help="folder for methods.png and .svg; default: OUT")
+    parser.add_argument("--figures", help="folder for the figures and results.json; default: OUT")
     parser.add_argument(
         "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"
     )
@@ -197,6 +202,7 @@ def main(argv=None):
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     print("\n".join(make_table(results)))
     figures = args.figures or args.out
+    write_json(os.path.join(figures, "results.json"), results)
     draw(results, os.path.join(figures, "methods.png"))
     if args.map:
         by_steps = {}
