@@ -3,8 +3,8 @@
     python train.py config/demo/addition_online_pl.py
 
 After config/demo/addition_sft.py. One CPU core, 4 minutes. No answers are used: the scorer adds the
-numbers of the prompt itself. score/self is the share of right samples on held-out prompts; how much
-it rises is in studies/verifiable.
+numbers of the prompt itself. score/self is the share of right samples on held-out prompts. With half
+as many prompts it rises by 19 to 25 % of all (studies/verifiable).
 """
 
 stage = "spin"
