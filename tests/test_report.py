@@ -418,7 +418,8 @@ def test_missing_pieces_are_said(runs, tmp_path):
 
     spin = copied(runs["spin"], tmp_path)
     log = (spin / "metrics.jsonl").read_text()
-    (spin / "metrics.jsonl").write_text(log[: len(log) * 2 // 3])  # cut in the middle of a line
+    line_end = log.index("\n", len(log) * 2 // 3)
+    (spin / "metrics.jsonl").write_text(log[: line_end - 5])  # cut in the middle of a line
     said(spin, "lines cannot be read", "The run is not finished", "Implicit reward")
     (spin / "metrics.jsonl").write_text(
         "\n".join(line for line in log.split("\n") if '"round": 1' not in line)
