@@ -325,13 +325,16 @@ def read_files(args):
 
 
 def is_our_row(value) -> bool:
-    """Whether a line with prompt and response(s) has them in our form: not as messages, and with
-    the texts of objects under "text". What is wrong with our own form stops the command."""
-    if not isinstance(value["prompt"], str) or formats.is_messages(value.get("response")):
+    """Whether a line with prompt and response(s) has them in our form: not as messages, and not
+    with the texts of objects under another name. What is wrong with our own form stops the
+    command."""
+    if formats.is_messages(value["prompt"]) or formats.is_messages(value.get("response")):
         return False
     responses = value.get("responses")
-    is_object = isinstance(responses, list) and responses and isinstance(responses[0], dict)
-    return not is_object or "text" in responses[0]
+    first = responses[0] if isinstance(responses, list) and responses else None
+    if not isinstance(first, dict) or "text" in first:
+        return True
+    return not first.keys() & set(formats.TEXT_KEYS)
 
 
 def print_recognised(first: dict, rows: list[dict]):
