@@ -155,7 +155,7 @@ def main(argv=None):
         *results,
         "",
         "One training run of each. ± is a 95 % interval of the paired difference over the held-out",
-        "sums, in points. It says nothing about another seed: `studies/verifiable` has five.",
+        "sums, in points. It says nothing about another seed: `studies/verifiable` has three.",
         "",
         "## Greedy answers",
         "",

@@ -14,5 +14,7 @@ optimizer = "adamw"
 lr = 3e-4
 max_steps = 2000
 eval_interval = 500
+save_interval = 250
+keep_last = 8  # for the curve of make demo
 log_interval = 100
 loss_spike_factor = 0.0  # the loss is near zero

@@ -13,7 +13,7 @@ data = "data/sums/answers"
 
 players = ["data", "self"]
 rounds = 8
-keep_rounds = 1
+keep_rounds = 0  # all, for the curve of make demo
 max_prompt = 32
 max_response = 8
 gen_batch_size = 1024

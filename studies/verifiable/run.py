@@ -1,7 +1,7 @@
 """Train and measure every method of this study. One command, all results:
 
-    python -m studies.verifiable.run out/verifiable --seeds 1 2 3 --jobs=2
-    python -m studies.verifiable.run out/verifiable --seeds 1 --only online_pl_8
+    python -m studies.verifiable.run --seeds 1 2 3 --jobs=2
+    python -m studies.verifiable.run --seeds 1 --only online_pl_8
     python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3
 
 A finished run is skipped and an interrupted one resumes. --list prints the commands only.
@@ -146,7 +146,7 @@ def train_and_measure(args, seed: str, name: str, settings: list[str], init: str
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("out", help="folder of the runs")
+    parser.add_argument("--out", default="out/verifiable", help="folder of the runs")
     parser.add_argument("--data", default="data", help="folder for sums/ and all_sums/")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument(
