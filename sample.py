@@ -317,9 +317,9 @@ def regroup(model, rows: list[Row], sample) -> DecodeStep:
     rows.sort(key=order)
     cached = [row.request.num_tokens() - 1 for row in rows]  # all but the last token
     cache = KVCache()
-    cache.rebuild(
-        [(row.cache, row.cache_row) for row in rows], cached, [row.prompt for row in rows]
-    )
+    sources = [(row.cache, row.cache_row) for row in rows]
+    prompts = [row.prompt for row in rows]
+    cache.rebuild(sources, cached, prompts)
     ids = torch.cat([row.last_id for row in rows])
     for b, row in enumerate(rows):
         row.last_id, row.cache, row.cache_row = ids[b : b + 1], cache, b  # ids changes in place

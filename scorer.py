@@ -88,8 +88,9 @@ def score_responses(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
         return scores
     responded = []
     for i, columns in enumerate(there):
-        present = [texts[i][k] for k in columns], [ids[i][k] for k in columns]
-        responded.append((rows[i], *present))
+        its_texts = [texts[i][k] for k in columns]
+        its_ids = [ids[i][k] for k in columns]
+        responded.append((rows[i], its_texts, its_ids))
     for i, values in enumerate(judge_scores(cfg, judge, responded, enc, device)):
         scores[i, there[i]] = values[: len(there[i])]
     return scores

@@ -1042,13 +1042,13 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import conftest
 import players, rollout, scorer, train
-from nanospin import rounds
+from nanospin import elastic, rounds
 rounds.PART_SIZE = 8
 module, function, at = sys.argv[1:4]
 if module:
     module = sys.modules[module]
     setattr(module, function, conftest.killing(getattr(module, function), int(at)))
-train.main(sys.argv[4:])
+sys.exit(elastic.run(train.main, sys.argv[4:]))  # it ends ranks as train.py does
 """
 
 

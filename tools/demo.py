@@ -7,7 +7,6 @@ report.md, exact_match.png and .svg there: the curves, a table with intervals, t
 """
 
 import os
-import re
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from data.addition.scorer import exact_match
 from data.files import atomic_write, read_json
 from data.rows import read_rows
 from eval import main as evaluate
+from nanospin.checkpoint import list_checkpoints, read_meta
 from tools.plot import (
     GREY,
     PALETTE,
@@ -24,7 +24,6 @@ from tools.plot import (
     markdown_table,
     minutes,
     plt,
-    read_metrics,
     save_figure,
     style,
 )
@@ -41,20 +40,10 @@ TITLES = {"sft": "SFT on 1,500 answers, where all start"} | METHODS
 def checkpoints_of(run: str) -> list[tuple[float, str]]:
     """(minutes of training, folder) of every checkpoint that a run has kept, in order."""
     found = []
-    records = read_metrics(run)
-    for folder in os.listdir(run):
-        if not re.fullmatch(r"round_[0-9]+", folder):
-            continue
-        round_id = int(folder.removeprefix("round_"))
-        before = minutes(run, round_id - 1) if round_id else 0.0
-        for step_folder in os.listdir(f"{run}/{folder}"):
-            if re.fullmatch(r"step_[0-9]+", step_folder):
-                last = int(step_folder.removeprefix("step_"))
-                seconds = sum(
-                    r["seconds"] for r in records if r["round"] == round_id and r["step"] <= last
-                )
-                found.append((before + seconds / 60, f"{run}/{folder}/{step_folder}"))
-    return sorted(found)
+    for path in list_checkpoints(run)[::-1]:
+        meta = read_meta(path)
+        found.append((minutes(run, meta["round"], meta["step"]), path))
+    return found
 
 
 def measure(folder: str, rows: int) -> dict[str, list[tuple[float, str]]]:
@@ -141,7 +130,9 @@ def samples_table(folder: str, curves: dict[str, list], count: int = 10) -> list
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("demo", help="folder with the runs sft, sft_more, spin and online_pl")
-    parser.add_argument("--rows", type=cli.number_type(int, 10), default=2000, help="held-out sums")
+    parser.add_argument(
+        "--rows", type=cli.number_type(int, 10), default=2000, help="held-out sums to measure on"
+    )
     args = parser.parse_args(argv)
     curves = measure(args.demo, args.rows)
     table = read_json(f"{args.demo}/eval/eval.json")
@@ -154,8 +145,9 @@ def main(argv=None):
         "",
         *results,
         "",
-        "One training run of each. ± is a 95 % interval of the paired difference over the held-out",
-        "sums, in points. It says nothing about another seed: `studies/verifiable` has three.",
+        "One training run of each. ± is a 95 % interval of the paired difference over the",
+        "held-out sums, in points. It says nothing about another seed: `studies/verifiable` has",
+        "three.",
         "",
         "## Greedy answers",
         "",

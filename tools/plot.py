@@ -166,11 +166,12 @@ def global_steps(records: list[dict]) -> list[int]:
     return [start[r["round"]] + r["step"] for r in records]
 
 
-def minutes(run: str, last_round: int | None = None) -> float:
-    """Wall-clock minutes of a run, or of its rounds up to and with `last_round`."""
+def minutes(run: str, last_round: int | None = None, last_step: float = np.inf) -> float:
+    """Wall-clock minutes of a run, or of it up to and with a round, or a step of that round."""
     records = read_metrics(run)
     if last_round is not None:
-        records = [r for r in records if r["round"] <= last_round]
+        last = (last_round, last_step)
+        records = [r for r in records if (r["round"], r["step"]) <= last]
     return sum(r["seconds"] for r in records) / 60
 
 

@@ -2,7 +2,7 @@
 
     python -m studies.verifiable.run --seeds 1 2 3 --jobs=2
     python -m studies.verifiable.run --seeds 1 --only online_pl_8
-    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3
+    python -m studies.verifiable.summarize --seeds 1 2 3
 
 A finished run is skipped and an interrupted one resumes. --list prints the commands only.
 METHODS is the whole study: a config, and settings on top of it. All methods of a seed start from
@@ -144,6 +144,18 @@ def train_and_measure(args, seed: str, name: str, settings: list[str], init: str
         print(f"seed {seed}: {name} is done", flush=True)
 
 
+def run_all(work: list[tuple], jobs: int):
+    """train_and_measure(*arguments) of all, `jobs` at a time. If one fails, no other is started."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train_and_measure, *arguments) for arguments in work]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="out/verifiable", help="folder of the runs")
@@ -165,17 +177,13 @@ def main(argv=None):
     if not args.list:
         make_data(args)
     sft = [SFT, ANSWERS, f"--max_steps={args.sft_steps}"]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = [pool.submit(train_and_measure, args, seed, "sft", sft) for seed in args.seeds]
-        for future in done:
-            future.result()
-        done = []
-        for seed in args.seeds:
-            for name in args.only:
-                work = (args, seed, name, METHODS[name], "sft")
-                done.append(pool.submit(train_and_measure, *work))
-        for future in done:
-            future.result()
+    starts = [(args, seed, "sft", sft) for seed in args.seeds]
+    work = []
+    for seed in args.seeds:
+        for name in args.only:
+            work.append((args, seed, name, METHODS[name], "sft"))
+    for part in (starts, work):
+        run_all(part, args.jobs)
 
 
 if __name__ == "__main__":

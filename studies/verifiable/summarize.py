@@ -1,6 +1,6 @@
 """The table and the figure of studies/verifiable, from the runs of run.py.
 
-    python -m studies.verifiable.summarize out/verifiable --seeds 1 2 3 --figures=FOLDER
+    python -m studies.verifiable.summarize --seeds 1 2 3 --figures=FOLDER
 
 A difference is paired: both methods of a seed start from the same fine-tuned model, see the same
 prompts and are measured on the same held-out sums. Intervals are Student's, over seeds.
@@ -93,7 +93,9 @@ def make_table(results: dict[str, list[dict]]) -> list[str]:
     for name, by_seed in results.items():
         if name in group_of:
             rows.append([f"*{group_of[name]}*", *[""] * 7])
-        mean = {metric: np.mean([m[metric] for m in by_seed]) for metric in by_seed[0]}
+        mean = {}
+        for metric in by_seed[0]:
+            mean[metric] = np.mean([m[metric] for m in by_seed])
         differences = gains_over(results, name, BASELINE)
         rows.append(
             [
@@ -132,7 +134,7 @@ def draw(results: dict[str, list[dict]], path: str):
                 ticks.append((y, LABELS[name]))
             y -= 1.4
         ax.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
-        ax.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+        ax.set_yticks(*zip(*ticks))
         for tick, (_, label) in zip(ax.get_yticklabels(), ticks):
             if label in GROUPS:
                 tick.set_fontweight("bold")
@@ -190,7 +192,7 @@ def all_results(out: str, seeds: list[str]) -> dict[str, list[dict]]:
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("out", help="folder that run.py has written")
+    parser.add_argument("--out", default="out/verifiable", help="folder that run.py has written")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument("--figures", help="folder for the figures and results.json; default: OUT")
     parser.add_argument(

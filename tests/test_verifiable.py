@@ -1,0 +1,96 @@
+"""studies/verifiable: its commands, its table against numbers by hand, and what a failure stops."""
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+
+from model import GPTConfig
+from nanospin import config
+from studies.verifiable import run, summarize
+
+
+class Args:
+    out, data, list = "out/x", "data/x", False
+
+
+@pytest.mark.parametrize("name", run.METHODS)
+def test_every_method_is_a_valid_config(name):
+    command = run.train_command(Args, "1", name, run.METHODS[name], "sft")
+    cfg = config.load(command[2:], GPTConfig)
+    assert cfg.init == "out/x/1/sft"
+    assert cfg.out_dir == f"out/x/1/{name}"
+    assert cfg.data.startswith("data/x/")
+    assert cfg.seed == 1
+    given = [setting.partition("=")[0] for setting in run.METHODS[name][1:]]
+    assert len(set(given)) == len(given)  # no setting is given twice
+
+
+def test_methods_under_a_scorer_draw_as_many_samples():
+    for name in summarize.methods_of("no answers, a checker"):
+        cfg = config.load(run.train_command(Args, "1", name, run.METHODS[name])[2:], GPTConfig)
+        K = cfg.samples_per_prompt
+        if cfg.stage == "spin":
+            K = int(cfg.players[0].removeprefix("self:"))
+        assert cfg.rounds * cfg.max_rows * K == 65536
+
+
+def test_the_groups_have_every_method_once():
+    grouped = []
+    for group in summarize.GROUPS:
+        grouped += summarize.methods_of(group)
+    assert grouped == list(run.METHODS)
+    assert set(summarize.LABELS) == {"sft", *run.METHODS}
+
+
+def write_run(folder: str, name: str, greedy: float):
+    os.makedirs(f"{folder}/{name}/eval")
+    sampled = {"exact_match": greedy / 2, "pass_at_8": greedy, "val_loss": 1.0, "kl": 0.5}
+    table = {name: sampled, f"{name}_greedy": {"exact_match": greedy}}
+    with open(f"{folder}/{name}/eval/eval.json", "w") as f:
+        json.dump(table, f)
+    with open(f"{folder}/{name}/metrics.jsonl", "w") as f:
+        for round_id, step in ((0, 0), (0, 5), (1, 7)):
+            f.write(json.dumps({"kind": "eval", "round": round_id, "step": step}) + "\n")
+
+
+def test_the_table_by_hand(tmp_path, capsys):
+    """Differences are paired by seed, and their interval is Student's: 12.71 s / sqrt(2) for 2."""
+    for seed, start, more, spin in ((1, 0.2, 0.3, 0.5), (2, 0.4, 0.6, 0.7)):
+        for name, greedy in (("sft", start), ("sft_more", more), ("spin", spin)):
+            write_run(f"{tmp_path}/{seed}", name, greedy)
+    options = [f"--out={tmp_path}", "--seeds", "1", "2", f"--map=350={tmp_path}"]
+    summarize.main(options)
+    printed = capsys.readouterr()
+    assert "grpo_8 is left out" in printed.err
+    line = next(line for line in printed.out.splitlines() if "| SPIN, K = 2 |" in line)
+    half_width = 12.71 * np.std([20, 10], ddof=1) / np.sqrt(2)
+    assert line.split(" | ")[1:4] == ["60.0 %", f"+15.0 ± {half_width:.1f}", "30.0 %"]
+    assert line.split(" | ")[-1] == "12 |"  # steps
+    with open(f"{tmp_path}/results.json") as f:
+        assert json.load(f)["spin"][1]["greedy"] == pytest.approx(70)
+    for name in ("methods.png", "methods.svg", "map.png"):
+        assert os.path.getsize(f"{tmp_path}/{name}") > 1000
+
+
+def test_after_a_failure_nothing_is_started(tmp_path, monkeypatch):
+    started = []
+
+    def fail_at_first(args, seed, name):
+        started.append(name)
+        if name == 0:
+            raise SystemExit("failed")
+        time.sleep(0.05)
+
+    monkeypatch.setattr(run, "train_and_measure", fail_at_first)
+    with pytest.raises(SystemExit, match="failed"):
+        run.run_all([(None, "1", n) for n in range(100)], jobs=1)
+    assert len(started) < 10  # those that had begun before it was noticed
+
+
+def test_a_command_that_fails_says_its_last_line(tmp_path):
+    command = [run.sys.executable, "train.py", "--no_such=1"]
+    with pytest.raises(SystemExit, match="no_such"):
+        run.run(command, f"{tmp_path}/a/log", False)
