@@ -6,6 +6,7 @@ from torch import Tensor
 
 import train
 from data.batch import Batch
+from loss import taylor_nll
 from model import GPT
 
 
@@ -43,8 +44,20 @@ def smoothed_nll(
     return loss
 
 
+def count_units(batch: Batch, cfg) -> int:
+    """What the loss is a mean over: tokens, or with a model of the write-up rows."""
+    return batch.num_rows if cfg.model.get("write_up") else batch.num_targets
+
+
 def token_objective(model: GPT, batch: Batch, cfg):
-    """The loss of supervised tokens, summed: T_n, or the one of the other losses that is set."""
+    """The loss of supervised tokens, summed: T_n, or the one of the other losses that is set.
+
+    With a model of the write-up: T_n, the mean over the tokens of each row, summed over rows.
+    """
+    if model.config.write_up:
+        logps = model(batch.idx, batch.targets, **batch.layout())  # 0 where there is no target
+        tokens_of_row = batch.lengths.flatten()[batch.seq]
+        return (taylor_nll(logps, cfg.taylor_order) / tokens_of_row).sum(), {}
     supervised = batch.targets >= 0
     if cfg.token_label_smoothing or cfg.confidence_penalty:
         logits = model(batch.idx, **batch.layout())
