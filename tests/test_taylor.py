@@ -165,14 +165,21 @@ def test_texts_as_the_write_up_feeds_them():
     assert train.as_fed([5, 6, eot], eot, first) == [5, 6] + [eot] * 30
 
 
-@pytest.mark.parametrize("order", [0.0, 2.0])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_the_write_ups_loss_is_a_mean_of_rows(order, layout):
+@pytest.mark.parametrize(
+    "setting, loss_of",
+    [
+        ({"taylor_order": 0.0}, lambda logps: -logps),
+        ({"taylor_order": 2.0}, lambda logps: taylor_nll(logps, 2.0)),
+        ({"focal": 2.0}, lambda logps: -((1 - logps.exp()) ** 2) * logps),
+    ],
+)
+def test_the_write_ups_loss_is_a_mean_of_rows(setting, loss_of, layout):
     """Of the mean over the tokens of each row; a short row counts as much as a long one."""
     model = TaylorGPT(TaylorGPTConfig(**SHAPE, **LATER))
     texts = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
     rows = [{"prompt": [], "responses": [text], "ranks": [0]} for text in texts]
-    cfg = train.TaylorConfig(stage="sft", taylor_order=order, model=LATER)
+    cfg = train.TaylorConfig(stage="sft", model=LATER, **setting)
     batch = batch_rows(rows, layout)
     loss, _ = token_objective(model, batch, cfg)
     assert count_units(batch, cfg) == 2
@@ -181,7 +188,7 @@ def test_the_write_ups_loss_is_a_mean_of_rows(order, layout):
     for text in texts:
         logits = write_up_logits(model.state_dict(), torch.tensor(text), 4, "later")[:-1, :97]
         logps = logits.log_softmax(-1).gather(1, torch.tensor(text)[1:, None])[:, 0]
-        means.append(taylor_nll(logps, order).mean())
+        means.append(loss_of(logps).mean())
     torch.testing.assert_close(loss, sum(means), rtol=1e-5, atol=1e-5)
 
 
@@ -302,6 +309,7 @@ def test_the_write_ups_denominator(tmp_path):
         (["--label_smoothing=0.1"], "token_label_smoothing"),
         (["--focal=-1"], "focal must not be negative"),
         (["--stage=spin", "--init=x"], "stage sft and pretrain, not spin"),
+        (["--stage=pretrain", "--write_up=later"], "needs stage sft"),
         (["--calibration=True"], "unknown setting 'calibration'"),
         (["--taylor_order=21"], "at most 20"),
     ],

@@ -32,6 +32,10 @@ class TaylorConfig(Config):
             self.stage in ("sft", "pretrain"),
             f"studies.taylor.train has stage sft and pretrain, not {self.stage}",
         )
+        require(
+            self.stage == "sft" or not self.model.get("write_up"),
+            "write_up, a model of the write-up, needs stage sft",
+        )
         losses = ["taylor_order", "focal", "token_label_smoothing", "confidence_penalty"]
         used = [name for name in losses if getattr(self, name)]
         require(len(used) <= 1, f"{' and '.join(used)} are different token losses: set one")
