@@ -421,7 +421,12 @@ def plot_row_split(path, study):
     }
     with style():
         fig, axes = plt.subplots(
-            3, len(seeds), figsize=(8.6, 7.0), sharex=True, sharey="row", squeeze=False
+            3,
+            len(seeds),
+            figsize=(max(5.2, 2.9 * len(seeds)), 7.0),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
         )
         for column, (seed, evals) in enumerate(seeds.items()):
             for ax, name in zip(axes[:, column], rows, strict=True):
@@ -534,6 +539,7 @@ def plot_paired_differences(path, study):
                             "after one fitted temperature" if measure.temperature else "as trained",
                         )
                 ax.set_xticks(range(len(others)), [math_label(method) for method in others])
+                ax.set_xlim(-0.6, len(others) - 0.4)
                 ax.grid(axis="x", visible=False)
             axes[0, column].set(title=title)
         for ax, when in zip(axes[:, 0], ("last step", "early stopping"), strict=True):

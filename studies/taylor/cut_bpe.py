@@ -1,9 +1,9 @@
 """GPT-2's BPE, cut to the tokens that the texts of a data folder use.
 
-    python -m studies.taylor.cut_bpe data/shp/ranked/hub_size/row OUT.tiktoken
+    python -m studies.taylor.cut_bpe data/shp/ranked/uncut/row OUT.tiktoken
 
-The first NUM_TOKENS tokens of every text stay the same; only their ids change. A softmax over a
-quarter of the vocabulary takes a quarter of the time.
+The first NUM_TOKENS tokens of every text stay the same; only their ids change. A training step
+over a third of the vocabulary takes a third of the time.
 """
 
 import os
