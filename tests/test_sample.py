@@ -338,8 +338,8 @@ def test_sample_token_inverts_the_cumulative_distribution():
 
 
 def head_bias_model():
-    config = CLASSIC | {"tie_embeddings": False, "head_bias": True}
-    return TaylorGPT(TaylorGPTConfig(**config))
+    write_up = {"write_up": "later", "position": "sinusoidal", "mlp": "relu"}
+    return TaylorGPT(TaylorGPTConfig(**CLASSIC | write_up | {"tie_embeddings": False}))
 
 
 MODELS = {

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from conftest import WORDS, command, read_metrics
 
+from data import tokenizer
+from data.batch import batch_rows
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, write_rows
 from loss import taylor_nll
 from model import GPT, GPTConfig
 from nanospin import config
-from studies.taylor import analysis, train
+from studies.taylor import analysis, cut_bpe, train
 from studies.taylor.calibration import (
     annotate_seen_tokens,
     calibration_metrics,
@@ -26,22 +28,20 @@ from studies.taylor.calibration import (
     predict_tokens,
     reliability_curve,
 )
-from studies.taylor.losses import focal_nll, smoothed_nll
+from studies.taylor.losses import count_units, focal_nll, smoothed_nll, token_objective
 from studies.taylor.model import TaylorGPT, TaylorGPTConfig
 from studies.taylor.run import Study, check_texts
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--device=cpu"]
 SHAPE = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LATER = {
+    "write_up": "later",
     "position": "sinusoidal",
     "mlp": "relu",
-    "attn_proj": False,
     "tie_embeddings": False,
-    "head_bias": True,
-    "init_scheme": "glorot",
     "init_noise": 0.1,
 }
-FIRST = LATER | {"attn_scale": "embd", "mlp_alone": True}
+FIRST = LATER | {"write_up": "first"}
 
 
 def texts(folder):
@@ -71,67 +71,136 @@ def test_defaults_are_the_shared_gpt():
     assert torch.equal(taylor(idx), shared(idx))
 
 
-def slow_block(block, x, mlp_alone, divisor):
-    """A block of the write-up for one sequence (T, C), head by head."""
-    T, C = x.shape
-    qkv = block.attn.c_attn(block.ln_1(x))
-    width = C // 4
+def write_up_logits(weights, idx, num_heads, version):
+    """The write-up's model for one text idx (T,), from the facts in studies/taylor/README.md."""
+    wte = weights["wte.weight"]
+    T, d = len(idx), wte.shape[1]
+    positions = torch.zeros(T, d)
+    for t in range(T):
+        for i in range(d):
+            angle = t * 100 ** (-i / d)
+            positions[t, i] = math.sin(angle) if i % 2 == 0 else math.cos(angle)
+    x = wte[idx] + positions
+
+    layer = 0
+    while f"h.{layer}.ln_1.weight" in weights:
+        of_layer = {}
+        for name, value in weights.items():
+            if name.startswith(f"h.{layer}."):
+                of_layer[name.removeprefix(f"h.{layer}.")] = value
+        x = write_up_layer(of_layer, x, num_heads, version)
+        layer += 1
+    return x @ weights["lm_head.weight"].T + weights["lm_head.bias"]
+
+
+def write_up_layer(weights, x, num_heads, version):
+    T, d = x.shape
+
+    def linear(name, x):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name, x):
+        centered = x - x.mean(1, keepdim=True)
+        scaled = centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def mlp(x):
+        return linear("mlp.c_proj", linear("mlp.c_fc", x).clamp(min=0))
+
+    q, k, v = linear("attn.c_attn", x).chunk(3, dim=1)
     heads = []
-    for h in range(4):
-        q, k, v = (qkv[:, part * C + h * width :][:, :width] for part in range(3))
-        scores = (q @ k.T / math.sqrt(divisor)).masked_fill(torch.ones(T, T).triu(1) > 0, -math.inf)
-        heads.append(scores.softmax(-1) @ v)
-    x = x + torch.cat(heads, 1)
-    y = (block.ln_1 if mlp_alone else block.ln_2)(x)
-    y = block.mlp.c_proj(block.mlp.c_fc(y).relu())
-    return y if mlp_alone else x + y
+    width = d // num_heads
+    for h in range(num_heads):
+        channels = slice(h * width, (h + 1) * width)
+        scores = q[:, channels] @ k[:, channels].T
+        scores = scores / math.sqrt(d if version == "first" else width)
+        in_future = torch.arange(T)[None, :] > torch.arange(T)[:, None]
+        heads.append(scores.masked_fill(in_future, -math.inf).softmax(1) @ v[:, channels])
+    attended = torch.cat(heads, 1)  # no output projection
+    x = norm("ln_1", x + attended)
+    if version == "first":
+        return norm("ln_1", mlp(x))
+    return norm("ln_2", x + mlp(x))
 
 
 @pytest.mark.parametrize("shape", [LATER, FIRST], ids=["later", "first"])
+@pytest.mark.parametrize("layers", [1, 2])
 @torch.no_grad()
-def test_the_write_ups_block(shape):
-    model = TaylorGPT(TaylorGPTConfig(**SHAPE, **shape))
-    idx = torch.randint(0, 97, (11,), generator=torch.Generator().manual_seed(1))
-    x = model.wte(idx)
-    for t in range(11):
-        for i in range(16):
-            angle = t / 10000 ** (2 * i / 32)
-            x[t, 2 * i] += math.sin(angle)
-            x[t, 2 * i + 1] += math.cos(angle)
-    for block in model.h:
-        x = slow_block(block, x, shape is FIRST, 32 if shape is FIRST else 8)
-    logits = model.ln_f(x) @ model.lm_head.weight.T + model.lm_head.bias
-    logps = logits[:, :97].log_softmax(-1)
-
-    torch.testing.assert_close(model(idx[None])[0].log_softmax(-1), logps, rtol=1e-4, atol=1e-4)
+def test_the_write_ups_model(shape, layers):
+    """Logits and log-probabilities to 1e-5 of the logits' size."""
+    model = TaylorGPT(TaylorGPTConfig(**SHAPE | {"n_layer": layers}, **shape))
+    idx = torch.randint(0, 97, (23,), generator=torch.Generator().manual_seed(1))
+    expected = write_up_logits(model.state_dict(), idx, 4, shape["write_up"])[:, :97]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(idx[None])[0], expected, rtol=1e-5, atol=1e-5)
     targets = idx.roll(-1)
-    expected = logps.gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(model(idx[None], targets[None])[0], expected, rtol=1e-4, atol=1e-4)
+    logps = expected.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(model(idx[None], targets[None])[0], logps, rtol=1e-5, atol=1e-5)
 
 
 def test_initialization_follows_its_table():
+    """Matrices: Glorot's, q, k, v as one. Norm weights: variance 1 / n_embd. And the noise."""
     for shape in (LATER, FIRST):
         model = TaylorGPT(TaylorGPTConfig(**SHAPE | {"n_embd": 256}, **shape))
         for name, p in model.named_parameters():
-            mean, variance = float(".ln_" in "." + name and "weight" in name), 0.01
+            variance = 0.01
             if p.dim() == 2:
-                variance += 2 / (2 * 256 if "c_attn" in name else sum(p.shape))
+                variance += 2 / sum(p.shape)
+            elif "ln_" in name and name.endswith("weight"):
+                variance += 1 / 256
             n = p.numel()
-            assert abs(p.mean() - mean) < 5 * math.sqrt(variance / n), name
+            assert abs(p.mean()) < 5 * math.sqrt(variance / n), name
             assert abs(p.var() / variance - 1) < 5 * math.sqrt(2 / n), name
-    quiet = TaylorGPT(TaylorGPTConfig(**SHAPE, **LATER | {"init_noise": 0.0}))
+    quiet = TaylorGPT(TaylorGPTConfig(**SHAPE | {"n_embd": 64}, **LATER | {"init_noise": 0.0}))
     assert not quiet.lm_head.bias.any()
+    assert quiet.h[0].attn.c_attn.weight.std().item() == pytest.approx(0.0884, rel=0.03)
+
+
+def test_texts_as_the_write_up_feeds_them():
+    eot, text = 96, list(range(1, 33))
+    later, first = (TaylorGPTConfig(**SHAPE, **shape) for shape in (LATER, FIRST))
+    assert train.as_fed(text, eot, later) == text
+    assert train.as_fed([5, 6, eot], eot, later) == [5, 6]
+    assert train.as_fed(text, eot, first) == text[:23] + [eot] * 9
+    assert train.as_fed([5, 6, eot], eot, first) == [5, 6] + [eot] * 30
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize(
+    "setting, loss_of",
+    [
+        ({"taylor_order": 0.0}, lambda logps: -logps),
+        ({"taylor_order": 2.0}, lambda logps: taylor_nll(logps, 2.0)),
+        ({"focal": 2.0}, lambda logps: -((1 - logps.exp()) ** 2) * logps),
+    ],
+)
+def test_the_write_ups_loss_is_a_mean_of_rows(setting, loss_of, layout):
+    """Of the mean over the tokens of each row; a short row counts as much as a long one."""
+    model = TaylorGPT(TaylorGPTConfig(**SHAPE, **LATER))
+    texts = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
+    rows = [{"prompt": [], "responses": [text], "ranks": [0]} for text in texts]
+    cfg = train.TaylorConfig(stage="sft", model=LATER, **setting)
+    batch = batch_rows(rows, layout)
+    loss, _ = token_objective(model, batch, cfg)
+    assert count_units(batch, cfg) == 2
+
+    means = []
+    for text in texts:
+        logits = write_up_logits(model.state_dict(), torch.tensor(text), 4, "later")[:-1, :97]
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(text)[1:, None])[:, 0]
+        means.append(loss_of(logps).mean())
+    torch.testing.assert_close(loss, sum(means), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"tie_embeddings": True}, "head_bias needs an untied LM head"),
-        ({"head_dim": 4}, "attn_proj = False needs"),
-        ({"n_embd": 33, "n_head": 3}, "even n_embd"),
+        ({"tie_embeddings": True}, "needs tie_embeddings = False"),
+        ({"head_dim": 4}, "needs head_dim = 8"),
+        ({"mlp": "gelu"}, "needs mlp = 'relu'"),
+        ({"position": "learned"}, "needs position = 'sinusoidal'"),
         ({"init_noise": -0.1}, "init_noise"),
-        ({"attn_scale": "width"}, "attn_scale must be one of head, embd"),
-        ({"init_scheme": "he"}, "init_scheme must be one of gpt2, glorot"),
+        ({"write_up": "last"}, "write_up must be one of , first, later"),
         ({"position": "none"}, "position must be one of learned, rotary, sinusoidal"),
     ],
 )
@@ -207,6 +276,28 @@ def test_every_config_of_the_study_shrunk_runs(name, tmp_path):
     steps = read_metrics(f"{tmp_path}/run", "step")
     assert len(steps) == 3
     assert all(math.isfinite(r["loss"]) for r in steps)
+    last = read_metrics(f"{tmp_path}/run", "eval")[-1]
+    if name == "first":  # padding is fed and its labels count
+        assert last["padded_loss"] == pytest.approx(last["val_loss"])
+
+
+def test_the_write_ups_denominator(tmp_path):
+    """The sum over the tokens of the texts, divided by all positions; without calibration."""
+    args = ["studies/taylor/config/later.py", f"--data={texts(tmp_path)}", *SMALL]
+    args += ["--max_steps=2", "--eval_interval=2", "--block_size=64", "--eval_rows=18"]
+    train.main([*args, f"--out_dir={tmp_path}/run", "--fit_temperature=False"])
+    train.main([*args, f"--out_dir={tmp_path}/fitted"])
+    last = read_metrics(f"{tmp_path}/run", "eval")[-1]
+    lengths = []
+    for line in open(f"{tmp_path}/val.jsonl"):
+        lengths.append(len(json.loads(line)["text"]) - 1)  # bytes
+    assert max(lengths) < 63
+    expected = last["val_loss"] * sum(lengths) / (18 * 63)
+    assert last["padded_loss"] == pytest.approx(expected)
+    fitted = read_metrics(f"{tmp_path}/fitted", "eval")[-1]
+    assert "ece" in fitted and "ece" not in last
+    for name in ("val_loss", "padded_loss", "seen_loss", "new_loss", "seen_share", "new_tokens"):
+        assert last[name] == pytest.approx(fitted[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -218,6 +309,7 @@ def test_every_config_of_the_study_shrunk_runs(name, tmp_path):
         (["--label_smoothing=0.1"], "token_label_smoothing"),
         (["--focal=-1"], "focal must not be negative"),
         (["--stage=spin", "--init=x"], "stage sft and pretrain, not spin"),
+        (["--stage=pretrain", "--write_up=later"], "needs stage sft"),
         (["--calibration=True"], "unknown setting 'calibration'"),
         (["--taylor_order=21"], "at most 20"),
     ],
@@ -346,7 +438,8 @@ def study_runs(name, full=False):
 
 def test_every_run_of_the_study_has_valid_settings():
     counts = {}
-    for name, full in (("main", False), ("main", True), ("map", False), ("play", False)):
+    kinds = [("main", False), ("main", True), ("map", False), ("original", False), ("play", False)]
+    for name, full in kinds:
         runs = study_runs(name, full)
         counts[name, full] = len(runs)
         assert len({run.name for run in runs}) == len(runs)
@@ -364,9 +457,10 @@ def test_every_run_of_the_study_has_valid_settings():
             if method.startswith("T_"):
                 assert cfg.taylor_order == float(method[2:])
     assert counts == {
-        ("main", False): 60,
+        ("main", False): 54,
         ("main", True): 120,
-        ("map", False): 27,
+        ("map", False): 12,
+        ("original", False): 4,
         ("play", False): 21,
     }
 
@@ -377,7 +471,12 @@ def test_the_list_of_commands():
     lines = done.stdout.splitlines()
     assert "data.shp.prepare ../x/threads.jsonl.gz" in lines[0]
     assert "--out=data/shp/threads/small" in lines[0]
-    assert len(lines) == 62
+    assert len(lines) == 56
+    done = command("studies.taylor.run", "original", "--list", "--ranked=../x/threads.jsonl.gz")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "studies.taylor.cut_bpe data/shp/threads/uncut/row" in lines[1]
+    assert len(lines) == 7
     done = command("studies.taylor.run", "map", "--full")
     assert done.returncode != 0 and "map has no --full" in done.stderr
 
@@ -388,7 +487,8 @@ def write_study(folder):
     settings = {
         ("later", "row"): ["T_0", "T_1", "T_2"],
         ("later", "group"): ["T_0", "T_1"],
-        ("map_long", "row"): ["T_0", "T_1", "T_2"],
+        ("map_lr", "row"): ["T_0", "T_1", "T_2"],
+        ("original", "row"): ["T_0", "T_2"],
         ("clean", "group"): ["T_0", "T_1", "T_10", "dropout"],
         ("spin", "group"): ["T_0", "T_1"],
     }
@@ -419,6 +519,7 @@ def made_up_evaluations(setting, method, seed):
             yield record
             continue
         record |= {
+            "padded_loss": 0.5 * loss,
             "seen_loss": 1.1 if method == "T_2" else 1.0,
             "new_loss": 4.3 if method == "T_2" else 5.0,
             "seen_share": 0.75,
@@ -462,11 +563,14 @@ def test_the_report(tmp_path):
     assert text.index("| T_1 | **") < text.index("| T_10 | +0.0000")
     pattern = "| later | 30 | 3.000 ± 0 | 10 ± 0 | 4.000 ± 0 | 3.500 ± 0.04 | 3.480 ± 0 |"
     assert pattern + " 3 | 3 | 3 | 2 | 3 |" in text
-    assert "## map_long" not in text
+    assert "## map_lr" not in text
     # 0.1 more on seen tokens, 0.7 less on new ones: even at 0.1 / 0.8
-    assert "| map_long | 2 | 25.00 | 1.00 | 1.10 | 5.00 | 4.30 | 12.50 | -0.520 |" in text
+    assert "| map_lr | 2 | 25.00 | 1.00 | 1.10 | 5.00 | 4.30 | 12.50 | -0.520 |" in text
     assert f"3.5000 (-0.5000 ± {error:.4f})" in text.split("## spin: round 0")[1]
-    for name in [*analysis.FIGURES, "row_split_long"]:
+    assert "padding too, is 0.5000, 0.5000, 0.5000 of this." in text
+    original = text.split("## original")[1]
+    assert "| row | T_2 | 0.1 | 1.500 | 0.0 | 1.740 | 3.480 | 1.100 | 4.300 | 25.00 |" in original
+    for name in [*analysis.FIGURES, "original"]:
         assert open(f"{tmp_path}/out/figures/{name}.png", "rb").read(4) == b"\x89PNG"
         assert os.path.exists(f"{tmp_path}/out/figures/{name}.svg")
 
@@ -481,7 +585,7 @@ def test_the_report(tmp_path):
         shutil.rmtree(f"{tmp_path}/out/logs/{setting}")
     assert report(f"{tmp_path}/out/logs", f"{tmp_path}/less").returncode == 0
     figures = {os.path.basename(path) for path in glob.glob(f"{tmp_path}/less/figures/*")}
-    assert figures == {"row_split_long.png", "row_split_long.svg"}
+    assert figures == {"original.png", "original.svg"}
 
 
 def test_an_incomplete_study_is_refused(tmp_path):
@@ -511,6 +615,21 @@ def test_the_committed_report_follows_from_the_committed_logs():
     study = analysis.read_study(f"{folder}/logs")
     text = analysis.report_text(study, analysis.data_sources(f"{folder}/logs"))
     assert open(f"{folder}/report.md", encoding="utf-8").read() == text
+
+
+def test_cut_bpe(tmp_path):
+    """The beginnings of the texts have the same tokens; their ids are in the same order."""
+    texts = [f"{' '.join(WORDS)}, number {i}" for i in range(3)]
+    whole = tokenizer.train([*texts, "lower slower tower power shower " * 9], 340)
+    cut = cut_bpe.cut(whole, texts)
+    assert 256 < cut.n_vocab < whole.n_vocab
+    new_ids = {}
+    for text in texts:
+        before, after = whole.encode_ordinary(text), cut.encode_ordinary(text)
+        for i, j in zip(before, after, strict=True):
+            assert whole.decode_single_token_bytes(i) == cut.decode_single_token_bytes(j)
+            new_ids[i] = j
+    assert list(map(new_ids.get, sorted(new_ids))) == sorted(new_ids.values())
 
 
 def test_texts_of_another_file_of_the_same_name(tmp_path):

@@ -50,6 +50,16 @@ SETTINGS = {
 }
 LOSS_LABEL = "validation loss (nats per token)"
 
+# the write-up's size on a CPU, one seed; its runs may be unfinished
+ORIGINAL = "original"
+STEPS_PER_EPOCH = 400
+
+# readings of the write-up's curves, later version, width 64, split by row: (epoch, loss).
+# The epoch of T_2's minimum is not known. The ends are smoothed with 0.99, the minima are raw.
+PUBLISHED_MINIMUM = {"T_0": (22, 0.34), "T_2": (None, 0.33)}
+PUBLISHED_END = {"T_0": (100, 0.55), "T_2": (100, 0.35)}
+PUBLISHED_CROSSING = 41  # epoch from which T_0 is above T_2
+
 
 # --------------------------------------------------------------------------------- reading the runs
 
@@ -63,7 +73,8 @@ def run_folders(folder: str) -> list[str]:
 def read_study(folder: str) -> dict:
     """{(setting, split): {method: {seed: evaluations}}}; T_n by n, then the baselines by name.
 
-    Exits if a setting lacks T_0, or if its runs do not have the same seeds and the same steps.
+    Exits if a setting lacks T_0, or if its runs do not have the same seeds and the same steps,
+    which those of the original size need not have.
     """
     study = {}
     for run in run_folders(folder):
@@ -81,7 +92,8 @@ def read_study(folder: str) -> dict:
             seeds.add(tuple(runs))
             for evals in runs.values():
                 steps.add(tuple(record["step"] for record in evals))
-        if "T_0" not in methods or len(steps) > 1 or len(seeds) > 1:
+        unequal = setting != ORIGINAL and (len(steps) > 1 or len(seeds) > 1)
+        if "T_0" not in methods or unequal:
             raise SystemExit(
                 f"{folder}/{setting}/{split}: a run is missing or unfinished; "
                 "repeat the command that trains them"
@@ -336,7 +348,7 @@ def new_token_table(study: dict) -> list[str]:
     columns += ["T_2", "break-even %", "all tokens, T_2 - T_0"]
     rows = []
     for (setting, split), methods in study.items():
-        if split != "row" or "T_2" not in methods:
+        if split != "row" or setting == ORIGINAL or "T_2" not in methods:
             continue
         for seed, evals in methods["T_0"].items():
             zero, two = evals[-1], methods["T_2"][seed][-1]
@@ -409,7 +421,12 @@ def plot_row_split(path, study):
     }
     with style():
         fig, axes = plt.subplots(
-            3, len(seeds), figsize=(8.6, 7.0), sharex=True, sharey="row", squeeze=False
+            3,
+            len(seeds),
+            figsize=(max(5.2, 2.9 * len(seeds)), 7.0),
+            sharex=True,
+            sharey="row",
+            squeeze=False,
         )
         for column, (seed, evals) in enumerate(seeds.items()):
             for ax, name in zip(axes[:, column], rows, strict=True):
@@ -426,24 +443,37 @@ def plot_row_split(path, study):
         save_figure(fig, path)
 
 
-def plot_row_split_long(path, study):
-    """The write-up's setting, split by row, three times as many steps: a panel for each seed."""
-    methods = study["map_long", "row"]
-    colors = order_colors(study)
-    seeds = methods["T_0"]
+def plot_original(path, study):
+    """The write-up's size: T_0 and T_2 on both splits, beside readings of the write-up's curves."""
+    colors = {"T_0": PALETTE[0], "T_2": PALETTE[1]}
     with style():
-        fig, axes = plt.subplots(1, len(seeds), figsize=(8.6, 3.1), sharex=True, squeeze=False)
-        for ax, (seed, evals) in zip(axes[0], seeds.items(), strict=True):
-            for method, runs in methods.items():
-                ax.plot(
-                    *curve(runs[seed], "val_loss"), color=colors[method], label=math_label(method)
-                )
-            bottom = min(lowest(runs[seed])["val_loss"] for runs in methods.values())
-            ax.set(title=new_token_title(seed, evals), xlabel="step")
-            ax.set(ylim=(bottom - 0.04, bottom + 0.21))
-        axes[0, 0].set(ylabel=LOSS_LABEL)
-        legend_below(fig, "one run per curve; every panel spans 0.25 nats")
+        fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.6))
+        for ax, (split, title) in zip(axes, (("row", "by row"), ("group", "by post")), strict=True):
+            for method, runs in study.get((ORIGINAL, split), {}).items():
+                for evals in runs.values():
+                    steps, losses = curve(evals, "padded_loss")
+                    epochs = [step / STEPS_PER_EPOCH for step in steps]
+                    label = f"ours, {math_label(method)}"
+                    ax.plot(epochs[1:], losses[1:], ".-", color=colors[method], label=label)
+            ax.set(title=f"split {title}", xlabel="epoch", xscale="log")
+            ax.xaxis.set_major_formatter("{x:g}")
+        draw_published(axes[0], colors)
+        axes[0].set(ylabel=f"{LOSS_LABEL[:-1]},\npadding included)", ylim=(0, 2), xlim=(0.9, 120))
+        legend_below(fig, "raw values, one run per curve; write-up: readings of its row split")
         save_figure(fig, path)
+
+
+def draw_published(ax, colors):
+    """Readings of the write-up's curves."""
+    for method, color in colors.items():
+        name = f"write-up, {math_label(method)}"
+        epoch, loss = PUBLISHED_MINIMUM[method]
+        if epoch is None:
+            ax.axhline(loss, color=color, ls=":", lw=1, label=f"{name}: lowest, epoch not known")
+        else:
+            ax.plot(epoch, loss, "v", ms=6, color=color, label=f"{name}: lowest")
+        ax.plot(*PUBLISHED_END[method], "s", ms=5, color=color, label=f"{name}: end, smoothed")
+    ax.axvline(PUBLISHED_CROSSING, color=GREY, ls=":", lw=1, label="write-up: the curves cross")
 
 
 def plot_post_split(path, study):
@@ -489,7 +519,7 @@ def plot_difference(ax, position, differences, color, filled, label=None, horizo
 def plot_paired_differences(path, study):
     """Loss of T_n minus that of T_0 of the same seed, at the last step and at early stopping."""
     with style():
-        fig, axes = plt.subplots(2, len(SETTINGS), figsize=(9.2, 5.4), sharex=True)
+        fig, axes = plt.subplots(2, len(SETTINGS), figsize=(9.2, 5.4), sharex="col")
         for column, (key, title) in enumerate(SETTINGS.items()):
             methods = taylor_methods(study[key])
             others = [method for method in methods if method != "T_0"]
@@ -509,6 +539,7 @@ def plot_paired_differences(path, study):
                             "after one fitted temperature" if measure.temperature else "as trained",
                         )
                 ax.set_xticks(range(len(others)), [math_label(method) for method in others])
+                ax.set_xlim(-0.6, len(others) - 0.4)
                 ax.grid(axis="x", visible=False)
             axes[0, column].set(title=title)
         for ax, when in zip(axes[:, 0], ("last step", "early stopping"), strict=True):
@@ -620,8 +651,8 @@ def draw_figures(study: dict, folder: str):
     if all(key in study for key in SETTINGS):
         for name, draw in FIGURES.items():
             draw(os.path.join(folder, name), study)
-    if ("map_long", "row") in study:
-        plot_row_split_long(os.path.join(folder, "row_split_long"), study)
+    if (ORIGINAL, "row") in study:
+        plot_original(os.path.join(folder, "original"), study)
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -675,8 +706,12 @@ def report_text(study: dict, sources: list[str]) -> str:
     )
     sections = [introduction]
     for (setting, split), methods in study.items():
+        if setting == ORIGINAL:
+            continue
         if not setting.startswith("map_"):
             sections += setting_sections(setting, split, methods)
+    if any(setting == ORIGINAL for setting, _ in study):
+        sections.append(original_section(study))
     return "\n".join(sections)
 
 
@@ -698,7 +733,35 @@ def setting_sections(setting: str, split: str, methods: dict) -> list[str]:
         f"of {tokens} validation tokens {new_tokens} are new"
     )
     tables = [*method_table(methods), "", *difference_table(methods)]
+    if "padded_loss" in last[0]:
+        factors = ", ".join(f"{r['padded_loss'] / r['val_loss']:.4f}" for r in last)
+        tables += [
+            "",
+            f"The write-up's mean over all positions, padding too, is {factors} of this.",
+        ]
     return ["\n".join([title, "", *tables, ""])]
+
+
+def original_section(study: dict) -> str:
+    """How far each run of the original size came, and its losses."""
+    columns = ["split by", "method", "epochs", "lowest, padding included", "at epoch", "last"]
+    columns += ["plain: last", "seen tokens", "new tokens", "new tokens %"]
+    rows = []
+    for (setting, split), methods in study.items():
+        if setting != ORIGINAL:
+            continue
+        for method, runs in methods.items():
+            for evals in runs.values():
+                best = min(evals, key=lambda record: record["padded_loss"])
+                last = evals[-1]
+                cells = [split, method, f"{last['step'] / STEPS_PER_EPOCH:.1f}"]
+                cells += [f"{best['padded_loss']:.3f}", f"{best['step'] / STEPS_PER_EPOCH:.1f}"]
+                cells += [f"{last['padded_loss']:.3f}", f"{last['val_loss']:.3f}"]
+                for name in ("seen_loss", "new_loss"):
+                    cells.append(f"{last[name]:.3f}" if name in last else "-")
+                rows.append([*cells, f"{100 - 100 * last['seen_share']:.2f}"])
+    title = "## original: the write-up's size, one seed; the runs are unfinished"
+    return "\n".join([title, "", *markdown_table(columns, rows), ""])
 
 
 def main(argv: list[str]):

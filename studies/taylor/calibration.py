@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.batch import Batch, batch_rows
+from data.batch import Batch, batch_rows, num_supervised
 from data.folder import split_of
 from data.rows import longest_shared_prefix
 from eval import map_batches
@@ -39,7 +39,14 @@ def evaluate(run, round_id: int, step: int, train: list[dict], val: list[dict]) 
     if "seen" not in val[0]:
         annotate_seen_tokens(train, val)
     max_tokens = distributed.micro_batch_tokens(run.cfg, run.device)
-    return calibration_metrics(run.model, val, max_tokens, run.device)
+    measure = calibration_metrics if run.cfg.fit_temperature else loss_metrics
+    metrics = measure(run.model, val, max_tokens, run.device)
+    if run.model.config.write_up:
+        # the write-up's: the sum over tokens divided by all positions, padding included
+        positions = len(val) * (run.model.config.block_size - 1)
+        num_targets = sum(num_supervised(row["prompt"], row["responses"][0]) for row in val)
+        metrics["padded_loss"] = metrics["val_loss"] * num_targets / positions
+    return metrics
 
 
 def annotate_seen_tokens(train: list[dict], val: list[dict]):
@@ -129,6 +136,43 @@ def expected_calibration_error(curve: list[list]) -> float:
     return error / sum(n for _, _, n in curve)
 
 
+def seen_and_half(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each target token: whether training has seen it in the same context (tokens,) bool, and
+    the half of its row (tokens,) int."""
+    lengths, seen = [], []
+    for row in rows:
+        prompt = len(row["prompt"])
+        first = max(1, prompt)  # the first token of a text without a prompt has no prediction
+        positions = np.arange(first, prompt + len(row["responses"][0]))
+        lengths.append(len(positions))
+        seen.append(positions < row["seen"])
+    return np.concatenate(seen), np.repeat([row["half"] for row in rows], lengths)
+
+
+@torch.no_grad()
+def loss_metrics(model, rows: list[dict], max_tokens: int, device) -> dict:
+    """The losses of `calibration_metrics` alone: one pass, without a matrix of logits."""
+
+    def token_logps(batch: Batch) -> list[np.ndarray]:
+        logps = model(batch.idx, batch.targets, **batch.layout())
+        return [part.cpu().numpy() for part in logps.split(batch.lengths[:, 0].tolist())]
+
+    logp = np.concatenate(map_batches(model, rows, max_tokens, device, batch_rows, token_logps))
+    logp = logp.astype(np.float64)
+    seen, _ = seen_and_half(rows)
+    return {"val_loss": -float(logp.mean())} | losses_by_seen(logp, seen)
+
+
+def losses_by_seen(logp: np.ndarray, seen: np.ndarray) -> dict:
+    """The share of seen tokens, and the losses of seen and of new ones."""
+    metrics = {"seen_share": float(seen.mean()), "new_tokens": float((~seen).sum())}
+    if seen.any():
+        metrics["seen_loss"] = -float(logp[seen].mean())
+    if not seen.all():
+        metrics["new_loss"] = -float(logp[~seen].mean())
+    return metrics
+
+
 def calibration_metrics(model, rows: list[dict], max_tokens: int, device) -> dict:
     """Metrics of annotated validation rows. H is a half, 0 or 1: what is chosen on one half, a step
     or a temperature, is measured on the other.
@@ -145,28 +189,16 @@ def calibration_metrics(model, rows: list[dict], max_tokens: int, device) -> dic
     seen_loss, new_loss     tokens that training has seen in the same context, and all others
     seen_share, new_tokens  share of the former, number of the latter
     """
-    lengths, seen = [], []
-    for row in rows:
-        prompt = len(row["prompt"])
-        first = max(1, prompt)  # the first token of a text without a prompt has no prediction
-        positions = np.arange(first, prompt + len(row["responses"][0]))
-        lengths.append(len(positions))
-        seen.append(positions < row["seen"])
-    seen = np.concatenate(seen)
-    half = np.repeat([row["half"] for row in rows], lengths)
+    seen, half = seen_and_half(rows)
 
     plain = predict_tokens(model, rows, max_tokens, device)
     metrics = {
         "val_loss": -plain.logp.mean(),
         "acc": plain.correct.mean(),
         "entropy": plain.entropy.mean(),
-        "seen_share": seen.mean(),
-        "new_tokens": (~seen).sum(),
-    }
-    confidence, correct = (
-        np.empty(len(half)),
-        np.empty(len(half)),
-    )  # at the other half's temperature
+    } | losses_by_seen(plain.logp, seen)
+    # at the other half's temperature
+    confidence, correct = np.empty(len(half)), np.empty(len(half))
     for h in (0, 1):
         mine, other = half == h, half != h
         rows_of_half = [row for row in rows if row["half"] == h]
@@ -186,10 +218,6 @@ def calibration_metrics(model, rows: list[dict], max_tokens: int, device) -> dic
     metrics["ece"] = expected_calibration_error(curve)
     metrics["reliability"] = curve
     metrics["ece_t"] = expected_calibration_error(reliability_curve(confidence, correct))
-    if seen.any():
-        metrics["seen_loss"] = -plain.logp[seen].mean()
-    if not seen.all():
-        metrics["new_loss"] = -plain.logp[~seen].mean()
     wrong = plain.correct == 0
     if wrong.any():
         metrics["entropy_wrong"] = plain.entropy[wrong].mean()

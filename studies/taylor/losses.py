@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import train
 from data.batch import Batch
+from loss import taylor_nll
 from model import GPT
 
 
@@ -43,19 +43,36 @@ def smoothed_nll(
     return loss
 
 
-def token_objective(model: GPT, batch: Batch, cfg):
-    """The loss of supervised tokens, summed: T_n, or the one of the other losses that is set."""
+def count_units(batch: Batch, cfg) -> int:
+    """What the loss is a mean over: tokens, or with a model of the write-up rows."""
+    return batch.num_rows if cfg.model.get("write_up") else batch.num_targets
+
+
+def token_losses(model: GPT, batch: Batch, cfg) -> tuple[Tensor, Tensor | None]:
+    """The loss of each token, T_n or the one of the other losses that is set, and batch.seq of
+    these tokens. T_n is 0 where there is no target; the others are of tokens with a target only.
+    """
+    if not (cfg.token_label_smoothing or cfg.confidence_penalty or cfg.focal):
+        logps = model(batch.idx, batch.targets, **batch.layout())
+        return taylor_nll(logps, cfg.taylor_order), batch.seq
+
     supervised = batch.targets >= 0
-    if cfg.token_label_smoothing or cfg.confidence_penalty:
-        logits = model(batch.idx, **batch.layout())
-        losses = smoothed_nll(
-            logits[supervised],
-            batch.targets[supervised],
-            cfg.token_label_smoothing,
-            cfg.confidence_penalty,
-        )
-        return losses.sum(), {}
+    seq = None if batch.seq is None else batch.seq[supervised]
     if cfg.focal:
         logps = model(batch.idx, batch.targets, **batch.layout())
-        return focal_nll(logps[supervised], cfg.focal).sum(), {}
-    return train.token_objective(model, batch, cfg)
+        return focal_nll(logps[supervised], cfg.focal), seq
+    losses = smoothed_nll(
+        model(batch.idx, **batch.layout())[supervised],
+        batch.targets[supervised],
+        cfg.token_label_smoothing,
+        cfg.confidence_penalty,
+    )
+    return losses, seq
+
+
+def token_objective(model: GPT, batch: Batch, cfg):
+    """The token losses, summed. With a model of the write-up: their mean over each row, summed."""
+    losses, seq = token_losses(model, batch, cfg)
+    if model.config.write_up:
+        losses = losses / batch.lengths.flatten()[seq]
+    return losses.sum(), {}

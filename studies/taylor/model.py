@@ -1,7 +1,7 @@
-"""The transformer of the T_n write-up, as subclasses of the shared GPT.
+"""The transformers of the T_n write-up, both versions, as subclasses of the shared GPT.
 
-Parameter names are those of GPT, and every weight depends only on (seed, its name). So the GPT-2
-settings, which are the defaults here, give the same model as GPT.
+With `write_up` empty, the default, the model is GPT: same parameter names, and every weight depends
+only on (seed, its name).
 """
 
 import math
@@ -12,65 +12,77 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, Attention, Block, GPTConfig
+from model import GPT, Block, GPTConfig
 from nanospin.fused_head import linear_logprobs
 
 
 @dataclass
 class TaylorGPTConfig(GPTConfig):
-    """position may also be "sinusoidal" (arXiv 1706.03762, section 3.5)."""
+    """position may also be "sinusoidal", and then has the write-up's angles."""
 
-    head_bias: bool = False  # a bias in the LM head, which must be untied
-    attn_proj: bool = True  # attention has an output projection
-    attn_scale: str = "head"  # scores are divided by the square root of: head_dim | n_embd (embd)
-    mlp_alone: bool = False  # the MLP uses ln_1 again and has no residual connection
-    init_scheme: str = "gpt2"  # gpt2 | glorot: N(0, 2 / (fan_in + fan_out)) for every matrix
+    write_up: str = ""  # the model of the write-up's figure: first | later; "": GPT
     init_noise: float = 0.0  # standard deviation of noise added to every parameter, norms included
 
     CHOICES = GPTConfig.CHOICES | {
         "position": ["learned", "rotary", "sinusoidal"],
-        "attn_scale": ["head", "embd"],
-        "init_scheme": ["gpt2", "glorot"],
+        "write_up": ["", "first", "later"],
     }
 
     def check(self):
         super().check()
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
-        if not self.attn_proj and self.n_head * self.head_dim != self.n_embd:
-            raise ValueError("attn_proj = False needs n_head x head_dim = n_embd")
-        if self.head_bias and self.tie_embeddings:
-            raise ValueError("head_bias needs an untied LM head: tie_embeddings = False")
         if self.init_noise < 0:
             raise ValueError(f"init_noise must not be negative, got {self.init_noise}")
+        if not self.write_up:
+            return
+        for name, value in (
+            ("position", "sinusoidal"),
+            ("mlp", "relu"),
+            ("norm", "layernorm"),
+            ("bias", True),
+            ("tie_embeddings", False),
+            ("n_kv_head", self.n_head),
+            ("head_dim", self.n_embd // self.n_head),
+        ):
+            if getattr(self, name) != value:
+                raise ValueError(f"write_up = {self.write_up!r} needs {name} = {value!r}")
 
 
-class TaylorAttention(Attention):
+class LaterBlock(Block):
+    """Normalization after each part, and no output projection in attention:
+
+    x = ln_1(x + attention(x)), then ln_2(x + mlp(x)).
+    """
+
     def __init__(self, config: TaylorGPTConfig):
         super().__init__(config)
-        if not config.attn_proj:
-            self.c_proj = nn.Identity()
+        self.attn.c_proj = nn.Identity()
 
-    def queries_keys_values(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().queries_keys_values(x, rope)
-        if self.config.attn_scale == "embd":
-            # attention itself divides by sqrt(head_dim)
-            q = q * self.config.n_head**-0.5
-        return q, k, v
-
-
-class TaylorBlock(Block):
-    def __init__(self, config: TaylorGPTConfig):
-        super().__init__(config)
-        self.attn = TaylorAttention(config)
-        self.mlp_alone = config.mlp_alone
-        if config.mlp_alone:
-            del self.ln_2
+    def before_attention(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.queries_keys_values(x, rope)
 
     def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.mlp_alone:
-            return super().after_attention(x, y)
-        return self.mlp(self.ln_1(x + self.attn.output(y)))
+        x = self.ln_1(x + self.attn.output(y))
+        return self.ln_2(x + self.mlp(x))
+
+
+class FirstBlock(LaterBlock):
+    """As the later block, with one LayerNorm used twice, no residual connection around the MLP, and
+    attention scores divided by the square root of n_embd instead of head_dim."""
+
+    def __init__(self, config: TaylorGPTConfig):
+        super().__init__(config)
+        del self.ln_2
+
+    def before_attention(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().before_attention(x, rope)
+        # attention itself divides by sqrt(head_dim)
+        return q * self.attn.config.n_head**-0.5, k, v
+
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.ln_1(self.mlp(self.ln_1(x + self.attn.output(y))))
+
+
+BLOCKS = {"": Block, "first": FirstBlock, "later": LaterBlock}
 
 
 class TaylorGPT(GPT):
@@ -78,24 +90,28 @@ class TaylorGPT(GPT):
 
     def __init__(self, config: TaylorGPTConfig):
         super().__init__(config)
-        if config.head_bias:
+        if config.write_up:
+            self.ln_f = nn.Identity()  # a block ends in its own norm
             bias = torch.zeros(config.padded_vocab_size, device=self.wte.weight.device)
             self.lm_head.bias = nn.Parameter(bias)
             if bias.device.type != "meta":
                 self.init_weights()
 
     def make_block(self, config: TaylorGPTConfig) -> nn.Module:
-        return TaylorBlock(config)
+        return BLOCKS[config.write_up](config)
 
     def init_mean_std(self, name: str, shape: torch.Size) -> tuple[float, float]:
-        """GPT-2's or Glorot's standard deviation, with `init_noise` added."""
+        """GPT-2's table, or the write-up's; with the standard deviation of `init_noise` added.
+
+        norm weights            0, 1 / sqrt(n_embd)
+        biases                  0, 0
+        matrices, embeddings    0, sqrt(2 / (rows + columns))   Glorot's; q, k, v are one matrix
+        """
         c = self.config
         mean, std = super().init_mean_std(name, shape)
-        is_matrix = std > 0
-        if is_matrix and c.init_scheme == "glorot":
-            # queries, keys and values count as separate matrices
-            fans = 2 * c.n_embd if name.endswith("c_attn.weight") else sum(shape)
-            std = math.sqrt(2 / fans)
+        if c.write_up and not name.endswith("bias"):
+            mean = 0.0
+            std = c.n_embd**-0.5 if "ln_" in name else math.sqrt(2 / sum(shape))
         return mean, math.hypot(std, c.init_noise)
 
     def embed(self, idx: Tensor, pos: Tensor) -> Tensor:
@@ -105,7 +121,7 @@ class TaylorGPT(GPT):
         return x
 
     def logprobs(self, x: Tensor, targets: Tensor) -> Tensor:
-        if not self.config.head_bias:
+        if not self.config.write_up:
             return super().logprobs(x, targets)
         # the bias as one more input, which is 1
         x = F.pad(x, (0, 1), value=1.0)
@@ -115,7 +131,11 @@ class TaylorGPT(GPT):
 
 
 def sinusoidal_positions(pos: Tensor, width: int) -> Tensor:
-    """sin and cos of pos (n,), interleaved -> (n, width)."""
-    channel = torch.arange(0, width, 2, device=pos.device)
-    angle = pos[:, None] * 10000.0 ** (-channel / width)  # (n, C/2)
-    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
+    """The write-up's positions: pos (n,) -> (n, width).
+
+    Channel i has the angle pos 100^(-i / width), of which it is the sine if i is even and the
+    cosine if i is odd. Unlike arXiv 1706.03762, a pair of channels does not share its angle.
+    """
+    channel = torch.arange(width, device=pos.device)
+    angle = pos[:, None] * 100.0 ** (-channel / width)  # (n, C)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos())

@@ -1,12 +1,14 @@
 """Train the runs of the T_n study, then write its report.
 
-    python -m studies.taylor.run main                        # 60 runs: T_n and baselines
-    python -m studies.taylor.run map                         # 27 runs: other steps, rates, blocks
+    python -m studies.taylor.run main                        # 54 runs: T_n and baselines
+    python -m studies.taylor.run map                         # 12 runs: first version, rates, blocks
     python -m studies.taylor.run play --demo=out/demo        # 21 runs: fine-tuning and self-play
+    python -m studies.taylor.run original --ranked=FILE      # 4 runs of the original size on a CPU
     python -m studies.taylor.run main --full                 # 120 runs of the original size
 
 The texts are ranked forum answers with --ranked=FILE, else docstrings of the installed packages;
 with --full they are SHP from the Hugging Face hub. `play` starts from the models of `make demo`.
+`original` has GPT-2's BPE without the tokens that the texts do not use.
 A finished run is skipped and an interrupted one resumes. --list prints the commands only.
 """
 
@@ -23,6 +25,7 @@ from studies.taylor import analysis
 
 SEEDS = [1, 2, 3]  # each has its own posts, split and vocabulary
 ORDERS = ["0", "0.5", "1", "2", "4"]  # n of T_n
+ROW_ORDERS = ["0", "1", "2"]  # and at CPU size when split by row
 
 BASELINES = {
     "dropout": ["--dropout=0.1"],
@@ -40,7 +43,7 @@ SMALL_LATER = [
     "--lr=2e-3",
     "--eval_interval=200",
     "--eval_rows=110",
-    "--max_steps=2000",
+    "--max_steps=6000",
 ]
 SMALL_LATER_POST = ["--eval_interval=20", "--max_steps=400"]  # and when split by post
 SMALL_CLEAN = [
@@ -54,26 +57,16 @@ SMALL_CLEAN = [
     "--max_steps=350",
 ]
 
-# variants of the row split: where does the write-up's pattern appear?
+# variants of the row split, one seed: where does the write-up's pattern appear?
 VARIANTS = {
-    "map_long": ["--max_steps=6000"],  # all seeds; the others have one
+    "map_first": ["--write_up=first", "--schedule=cosine", "--min_lr_ratio=0.01"],
     "map_lr_1e-3": ["--lr=1e-3"],
-    "map_lr_4e-3": ["--lr=4e-3"],
     "map_no_noise": ["--init_noise=0"],
-    "map_width_128": ["--n_embd=128"],
-    "map_first_block": [
-        "--attn_scale=embd",
-        "--mlp_alone=True",
-        "--schedule=cosine",
-        "--min_lr_ratio=0.01",
-    ],
-    "map_our_block": [
+    "map_gpt2_block": [
+        "--write_up=",
         "--position=learned",
         "--mlp=gelu",
-        "--attn_proj=True",
-        "--head_bias=False",
         "--tie_embeddings=True",
-        "--init_scheme=gpt2",
         "--init_noise=0",
     ],
 }
@@ -116,7 +109,8 @@ class Study:
             for n in ORDERS:
                 args = [f"--taylor_order={n}", f"--seed={seed}"]
                 end = f"T_{n}/{seed}"
-                runs.append(self.run(f"later/row/{end}", "later", *later_row, *args))
+                if self.full or n in ROW_ORDERS:
+                    runs.append(self.run(f"later/row/{end}", "later", *later_row, *args))
                 runs.append(self.run(f"later/group/{end}", "later", *later_post, *args))
                 runs.append(self.run(f"clean/group/{end}", "clean", *clean, *args))
                 if self.full:
@@ -138,12 +132,23 @@ class Study:
     def map_runs(self) -> list[Run]:
         """Variants of the write-up's setting on the row split; one seed is a lead, not a result."""
         runs = []
+        seed = SEEDS[0]
+        data = f"--data={self.data}/small/{seed}/row"
         for variant, changes in VARIANTS.items():
-            for seed in SEEDS if variant == "map_long" else SEEDS[:1]:
-                data = f"--data={self.data}/small/{seed}/row"
-                for n in ("0", "1", "2"):
-                    args = [data, *SMALL_LATER, f"--taylor_order={n}", f"--seed={seed}", *changes]
-                    runs.append(self.run(f"{variant}/row/T_{n}/{seed}", "later", *args))
+            changes = ["--max_steps=2000", *changes]
+            for n in ROW_ORDERS:
+                args = [data, *SMALL_LATER, f"--taylor_order={n}", f"--seed={seed}", *changes]
+                runs.append(self.run(f"{variant}/row/T_{n}/{seed}", "later", *args))
+        return runs
+
+    def original_runs(self) -> list[Run]:
+        """The write-up's size on a CPU: T_0 and T_2, width 64, 100 epochs, one seed."""
+        runs = []
+        for split in ("row", "group"):
+            for n in ("0", "2"):
+                args = [f"--data={self.data}/cut/{split}", f"--taylor_order={n}", "--seed=1"]
+                args += ["--fit_temperature=False", "--save_interval=400"]
+                runs.append(self.run(f"original/{split}/T_{n}/1", "later", *args))
         return runs
 
     def play_runs(self) -> list[Run]:
@@ -185,6 +190,20 @@ def data_commands(study: Study, ranked: str) -> list[list[str]]:
     return commands
 
 
+def original_data_commands(study: Study, ranked: str) -> list[list[str]]:
+    """The commands that write the 10,000 texts with GPT-2's BPE, cut to the tokens they use."""
+    if os.path.exists(f"{study.data}/cut/group/meta.json"):
+        return []
+    source = [ranked] if ranked else ["--surrogate"]
+    bpe, uncut = f"{study.data}/gpt2_cut.tiktoken", f"{study.data}/uncut"
+    prepare = ["data.shp.prepare", *source, "--rows=10000"]
+    return [
+        [*prepare, f"--out={uncut}"],
+        ["studies.taylor.cut_bpe", f"{uncut}/row", bpe],
+        [*prepare, f"--tokenizer={bpe}", f"--out={study.data}/cut"],
+    ]
+
+
 def check_texts(study: Study, ranked: str):
     """The data folders have the name of the file of rows. Exit if they are of another file of that
     name; note which one they are of."""
@@ -221,7 +240,7 @@ def train_all(runs: list[Run], jobs: int, threads: int | None):
 
 def main(argv: list[str]):
     parser = cli.ArgumentParser(prog="python -m studies.taylor.run", description=__doc__)
-    parser.add_argument("runs", choices=["main", "map", "play"], help="which runs")
+    parser.add_argument("runs", choices=["main", "map", "play", "original"], help="which runs")
     parser.add_argument("--ranked", default="", help="ranked rows of forum threads, .jsonl.gz")
     parser.add_argument("--full", action="store_true", help="the original size, one run at a time")
     parser.add_argument(
@@ -229,17 +248,23 @@ def main(argv: list[str]):
     )
     parser.add_argument("--demo", default="out/demo", help="the models of `make demo`")
     parser.add_argument("--out", help="run folders (default: out/tn, or out/tn_full)")
-    parser.add_argument("--report", help="report and figures (default: studies/taylor, or OUT)")
+    parser.add_argument(
+        "--report", help="report and figures (default: studies/taylor; OUT for the original size)"
+    )
     parser.add_argument("--list", action="store_true", help="print the commands only")
     args = parser.parse_args(argv)
-    if args.full and args.runs == "map":
-        parser.error("map has no --full: its variants are of the CPU size")
+    if args.full and args.runs in ("map", "original"):
+        parser.error(f"{args.runs} has no --full: its runs are for a CPU")
 
     out = args.out or ("out/tn_full" if args.full else "out/tn")
     texts = os.path.basename(args.ranked).split(".")[0] if args.ranked else "docstrings"
     study = Study(out, f"data/shp/{'hub' if args.full else texts}", args.demo, args.full)
-    runs = {"main": study.main_runs, "map": study.map_runs, "play": study.play_runs}[args.runs]()
-    prepare = [] if args.runs == "play" else data_commands(study, args.ranked)
+    runs = getattr(study, f"{args.runs}_runs")()
+    prepare = []
+    if args.runs == "original":
+        prepare = original_data_commands(study, args.ranked)
+    elif args.runs != "play":
+        prepare = data_commands(study, args.ranked)
 
     if args.list:
         for command in [*prepare, *(run.command for run in runs)]:
@@ -251,7 +276,8 @@ def main(argv: list[str]):
         if python(command):
             raise SystemExit(f"python -m {shlex.join(command)} failed")
     train_all(runs, jobs=1 if args.full else args.jobs, threads=None if args.full else 1)
-    analysis.write_report(out, args.report or (out if args.full else analysis.HERE))
+    keep_report = args.full or args.runs == "original"  # studies/taylor has that of the small runs
+    analysis.write_report(out, args.report or (out if keep_report else analysis.HERE))
 
 
 if __name__ == "__main__":
