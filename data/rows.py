@@ -59,6 +59,28 @@ def write_ranked_folder(folder: str, tokenizer_name: str, source: str, train: li
     print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
 
 
+def answer_folders(out: str, answers: int) -> list[str]:
+    """The folders that a data set with that many answers is written to; 0: all answers, in one."""
+    return [os.path.join(out, "answers"), os.path.join(out, "prompts")] if answers else [out]
+
+
+def write_answer_folders(out: str, answers: int, source: str, train: list, val: list):
+    """Write rows for the tokenizer "bytes" to OUT, or, with `answers`, to two folders with the same
+    val.jsonl: OUT/answers has that many training rows, and OUT/prompts the prompts of the others,
+    without responses."""
+    folders = answer_folders(out, answers)
+    if not answers:
+        write_ranked_folder(out, "bytes", source, train, val)
+        return
+    if answers >= len(train):
+        raise SystemExit(
+            f"--answers must be below the number of training rows, {len(train)}, not {answers}"
+        )
+    prompts = [{"prompt": row["prompt"], "group": row["group"]} for row in train[answers:]]
+    for folder, rows in zip(folders, (train[:answers], prompts)):
+        write_ranked_folder(folder, "bytes", source, rows, val)
+
+
 # ---- checking
 
 

@@ -993,21 +993,22 @@ def test_a_source_whose_name_is_not_utf8(tmp_path):
     assert read_meta(f"{tmp_path}/o", ["train.jsonl"])["source"] == ["b\udcff.jsonl"]
 
 
-def test_addition_with_few_answers(tmp_path):
+@pytest.mark.parametrize("name", ["addition", "countdown"])
+def test_few_answers(tmp_path, name):
     """The rows with answers and the prompts without are those of the whole set, and no row is in
     both."""
     whole, few = f"{tmp_path}/whole", f"{tmp_path}/few"
     sizes = ["--rows=300", "--below=30"]
     for out in ([f"--out={whole}"], [f"--out={few}", "--answers=100"]):
-        assert prepare("addition", *sizes, *out).returncode == 0
+        assert prepare(name, *sizes, *out).returncode == 0
     rows = read_rows(f"{whole}/train.jsonl")
     answers = read_rows(f"{few}/answers/train.jsonl")
     prompts = read_rows(f"{few}/prompts/train.jsonl", prompt_only=True)
     assert answers == rows[:100]
     assert [row["prompt"] for row in prompts] == [row["prompt"] for row in rows[100:]]
     assert not any("responses" in row for row in prompts)
-    for name in ("answers", "prompts"):
-        assert read_rows(f"{few}/{name}/val.jsonl") == read_rows(f"{whole}/val.jsonl")
+    for folder in ("answers", "prompts"):
+        assert read_rows(f"{few}/{folder}/val.jsonl") == read_rows(f"{whole}/val.jsonl")
 
 
 @pytest.mark.parametrize("name, arguments", [("addition", []), ("shakespeare", ["TEXT"])])

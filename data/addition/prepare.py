@@ -16,7 +16,7 @@ import numpy as np
 from data import cli
 from data.files import check_output
 from data.folder import check_other_data, split_of
-from data.rows import write_ranked_folder
+from data.rows import answer_folders, write_answer_folders
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -46,10 +46,7 @@ def main(argv=None):
     )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
-    folders = [args.out]
-    if args.answers:
-        folders = [os.path.join(args.out, name) for name in ("answers", "prompts")]
-    for folder in folders:
+    for folder in answer_folders(args.out, args.answers):
         check_output(os.path.join(folder, "meta.json"), is_data=True)
         check_other_data(folder, (".jsonl",))
 
@@ -65,14 +62,7 @@ def main(argv=None):
 
     train, val = list(rows["train"].values()), list(rows["val"].values())
     source = f"a + b below {args.below}"
-    if not args.answers:
-        write_ranked_folder(args.out, "bytes", source, train, val)
-        return
-    if args.answers >= len(train):
-        parser.error(f"--answers must be below the number of training rows, {len(train)}")
-    prompts = [{"prompt": row["prompt"], "group": row["group"]} for row in train[args.answers :]]
-    for folder, its_rows in zip(folders, (train[: args.answers], prompts)):
-        write_ranked_folder(folder, "bytes", source, its_rows, val)
+    write_answer_folders(args.out, args.answers, source, train, val)
 
 
 if __name__ == "__main__":

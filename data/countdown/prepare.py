@@ -1,13 +1,15 @@
 """Countdown, generated: "Reach 35 with 3, 4, 5." -> "(3 + 4) * 5". Many answers can be right.
 
     python -m data.countdown.prepare                 # 40,000 draws of three numbers below 20
+    python -m data.countdown.prepare --answers=3000 --out=data/games
 
 A problem asks for an expression with + - * / and parentheses that uses each given number exactly
 once. Targets are whole numbers from 1. Writes train.jsonl and val.jsonl, K = 1, for the tokenizer
 "bytes". The response is one random solution, in which every partial result is a whole number from
 1. data/countdown/scorer.py accepts all solutions.
 
-The numbers in any order and the target are one group.
+The numbers in any order and the target are one group. --answers as in data/addition: OUT/answers
+has that many training rows, OUT/prompts the prompts of the others.
 """
 
 import os
@@ -17,7 +19,7 @@ import sys
 from data import cli
 from data.files import check_output
 from data.folder import check_other_data, split_of
-from data.rows import write_ranked_folder
+from data.rows import answer_folders, write_answer_folders
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -85,12 +87,25 @@ def main(argv=None):
         default=100,
         help="targets are from 1 to this",
     )
+    parser.add_argument(
+        "--answers",
+        type=cli.number_type(int, 0, 10**8),
+        default=0,
+        help="training rows that keep their answer; 0: all",
+    )
+    parser.add_argument(
+        "--seed",
+        type=cli.number_type(int, 0),
+        default=0,
+        help="of the draws; 1 gives other problems",
+    )
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
-    check_output(os.path.join(args.out, "meta.json"), is_data=True)
-    check_other_data(args.out, (".jsonl",))
+    for folder in answer_folders(args.out, args.answers):
+        check_output(os.path.join(folder, "meta.json"), is_data=True)
+        check_other_data(folder, (".jsonl",))
 
-    rng = random.Random(0)
+    rng = random.Random(args.seed)
     rows = {"train": {}, "val": {}}  # side -> {prompt: row}
     for _ in range(args.rows):
         given, target, text = draw_problem(rng, args.numbers, args.below)
@@ -101,9 +116,8 @@ def main(argv=None):
         rows[split_of(group)][prompt] = {"prompt": prompt, "responses": [text], "group": group}
 
     source = f"{args.numbers} numbers below {args.below}, targets to {args.max_target}"
-    write_ranked_folder(
-        args.out, "bytes", source, list(rows["train"].values()), list(rows["val"].values())
-    )
+    train, val = list(rows["train"].values()), list(rows["val"].values())
+    write_answer_folders(args.out, args.answers, source, train, val)
 
 
 if __name__ == "__main__":
