@@ -12,6 +12,7 @@ is sampled with its own template and limits.
 
 import argparse
 import bisect
+import copy
 import math
 import os
 import re
@@ -52,6 +53,7 @@ from data.template import written_ids
 from loss import chosen_rejected_metrics, gradient_weight, plackett_luce
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed
+from nanospin.config import import_function
 from nanospin.distributed import all_reduce_sum, world_size
 from sample import respond
 
@@ -356,10 +358,13 @@ def dense_ranks(row: dict) -> list[int]:
 # ------------------------------------------------------------------------- metrics of samples
 
 
-def sample_metrics(texts, ids, references, ended: list[bool], count: int = 1) -> dict[str, float]:
+def sample_metrics(
+    texts, ids, references, ended: list[bool], count: int = 1, scores: list[float] | None = None
+) -> dict[str, float]:
     """Of sampled responses: share that ended, mean length in tokens, exact match and F1 with the
-    reference texts. With `count` samples a prompt, one after the other, also pass_at_COUNT: the
-    share of prompts with at least one exact match."""
+    reference texts, and the mean of their scores under --scorer. With `count` samples a prompt, one
+    after the other, also pass_at_COUNT, the share of prompts with at least one exact match, and
+    score_best_of_COUNT, the mean of the best score of each prompt."""
     pairs = list(zip(texts, references))
     exact = [same_answer(text, reference) for text, reference in pairs]
     metrics = {
@@ -370,7 +375,24 @@ def sample_metrics(texts, ids, references, ended: list[bool], count: int = 1) ->
     }
     if count > 1:
         metrics[f"pass_at_{count}"] = float(np.reshape(exact, (-1, count)).any(1).mean())
+    if scores is not None:
+        metrics["score"] = float(np.mean(scores))
+        if count > 1:
+            metrics[f"score_best_of_{count}"] = float(np.reshape(scores, (-1, count)).max(1).mean())
     return metrics
+
+
+def function_scores(name: str, rows: list[dict], texts: list[str]) -> list[float]:
+    """The score that the function `name` (module:function) gives to each text, a response to the
+    row beside it. Exits with one line if one is not a finite number."""
+    function = import_function(name)
+    scores = []
+    for row, text in zip(rows, texts, strict=True):
+        score = float(function(copy.deepcopy(row), text))  # it may change its row
+        if not math.isfinite(score):
+            raise SystemExit(f"--scorer {name} gave {score} for the response {text[:60]!r}")
+        scores.append(score)
+    return scores
 
 
 def f1_score(text: str, reference: str) -> float:
@@ -618,13 +640,15 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
     answered = [n for n, y in enumerate(ids) if y is not None]  # whole texts have no prompt
     if not answered:
         return metrics, Samples({}, enc)
-    references = [rows[repeated[n]]["responses"][0] for n in answered]
+    of_rows = [rows[repeated[n]] for n in answered]
+    its_texts = [texts[n] for n in answered]
     metrics |= sample_metrics(
-        [texts[n] for n in answered],
+        its_texts,
         [ids[n] for n in answered],
-        references,
+        [row["responses"][0] for row in of_rows],
         [tokenizer.is_end(enc, ids[n][-1]) for n in answered],
         count,
+        function_scores(args.scorer, of_rows, its_texts) if args.scorer else None,
     )
     if args.reference and entry.temperature == 1:  # these are samples of pi itself
         sampled = [encoded[repeated[n]] | {"responses": [ids[n]], "ranks": [0]} for n in answered]
@@ -753,6 +777,11 @@ def make_parser() -> cli.ArgumentParser:
         default=1,
         help="samples a prompt, unless greedy: exact match is their mean; also pass_at_N",
     )
+    parser.add_argument(
+        "--scorer",
+        metavar="MODULE:FUNCTION",
+        help="a scorer, as in ranked_by; also the samples' mean score, and that of the best of N",
+    )
     parser.add_argument("--out", help="folder for eval.json and the samples")
     parser.add_argument(
         "--seed",
@@ -805,6 +834,8 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
             checkpoint.resolve(path)
     if args.reference and is_reward_model(args.reference):
         raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
+    if args.scorer:
+        import_function(args.scorer)
     if args.out:
         try:
             os.makedirs(args.out, exist_ok=True)

@@ -17,6 +17,7 @@ from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
     f1_score,
+    function_scores,
     harness_metrics,
     length_accuracy,
     main,
@@ -174,6 +175,23 @@ def test_pass_at_k_counts_prompts_with_one_right_sample():
     m = sample_metrics(samples, ids, ["2", "2", "2", "5", "5", "5"], [True] * 6, count=3)
     assert m["exact_match"] == pytest.approx(1 / 6)
     assert m["pass_at_3"] == 0.5
+
+
+def test_scores_of_samples():
+    """Their mean, and the mean of the best of each prompt's three samples."""
+    samples, ids = ["1", "2", "4", "0", "1", "1"], [[1, EOT]] * 6
+    scores = function_scores("tests.test_eval:as_score", [{"prompt": "a"}] * 6, samples)
+    assert scores == [1, 2, 4, 0, 1, 1]
+    m = sample_metrics(samples, ids, ["2"] * 6, [True] * 6, count=3, scores=scores)
+    assert m["score"] == 1.5
+    assert m["score_best_of_3"] == 2.5
+    with pytest.raises(SystemExit, match="gave nan for the response 'nan'"):
+        function_scores("tests.test_eval:as_score", [{"prompt": "a"}], ["nan"])
+
+
+def as_score(row, text):
+    del row["prompt"]  # its own copy
+    return float(text)
 
 
 def test_length_accuracy_is_that_of_the_better_direction():
@@ -376,6 +394,10 @@ def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
     to another one what one sequence at a time gives."""
     sft, pretrain = tiny_runs["sft"], tiny_runs["pretrain"]
     options = [f"--data={tiny_data}", "--rows=8", "--samples=3", f"--out={tmp_path}/e"]
+    scorer = "--scorer=builtins:no_such"
+    done = evaluate(f"a={sft}", scorer, *options)
+    assert done.returncode == 1
+    assert "scorer builtins:no_such" in done.stderr.splitlines()[-1]
     done = evaluate(f"a={sft}", f"cold={sft}@0", f"--reference={sft}", *options)
     assert done.returncode == 0, done.stderr
     with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:

@@ -13,7 +13,11 @@ from studies.verifiable import run, summarize
 
 
 class Args:
-    out, data, list = "out/x", "data/x", False
+    task, out, data, list = "sums", "out/x", "data/x", False
+
+
+class Countdown(Args):
+    task = "countdown"
 
 
 @pytest.mark.parametrize("name", run.METHODS)
@@ -26,6 +30,22 @@ def test_every_method_is_a_valid_config(name):
     assert cfg.seed == 1
     given = [setting.partition("=")[0] for setting in run.METHODS[name][1:]]
     assert len(set(given)) == len(given)  # no setting is given twice
+
+
+@pytest.mark.parametrize("name", ["sft_new", "online_pl_4", "grpo_8", "ppo"])
+def test_the_methods_on_countdown(name):
+    command = run.train_command(Countdown, "1", name, run.METHODS[name], "sft")
+    cfg = config.load(command[2:], GPTConfig)
+    assert (cfg.max_prompt, cfg.max_response) == (40, 16)
+    assert cfg.data.startswith("data/x/all_games" if name == "sft_new" else "data/x/games/")
+    scorer = {"spin": cfg.ranked_by, "ppo": cfg.reward}.get(cfg.stage, "")
+    assert scorer == ("" if name == "sft_new" else "data.countdown.scorer:reaches")
+    assert "--scorer=data.countdown.scorer:reaches" in run.eval_command(Countdown, "1", name)
+
+
+def test_countdown_has_no_teacher():
+    with pytest.raises(SystemExit, match="only --task=sums has a teacher"):
+        run.main(["--task=countdown", "--only", "distill", "--list"])
 
 
 def test_methods_under_a_scorer_draw_as_many_samples():

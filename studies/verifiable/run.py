@@ -2,11 +2,12 @@
 
     python -m studies.verifiable.run --seeds 1 2 3 --jobs=2
     python -m studies.verifiable.run --seeds 1 --only online_pl_8
+    python -m studies.verifiable.run --task=countdown --seeds 1 2 3 --jobs=2
     python -m studies.verifiable.summarize --seeds 1 2 3
 
 A finished run is skipped and an interrupted one resumes. --list prints the commands only.
-METHODS is the whole study: a config, and settings on top of it. All methods of a seed start from
-the same fine-tuned model.
+METHODS is the whole study: a config, and settings on top of it. TASKS says where a task's data and
+scorer are. All methods of a seed start from the same fine-tuned model.
 """
 
 import os
@@ -14,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from data import cli
 
@@ -23,17 +25,49 @@ SPIN = "config/demo/addition_spin.py"
 ONLINE = "config/demo/addition_online_pl.py"
 GRPO = "config/demo/addition_grpo.py"
 
-ANSWERS = "--data={sums}/answers"  # the 1,500 sums that the model was fine-tuned on
-NEW = "--data={all_sums}"  # 1,500 others, drawn from all
+
+@dataclass(frozen=True)
+class Task:
+    prepare: str  # module that writes the data
+    scorer: str
+    few: str  # folder with 1,500 answers, and prompts without
+    all: str  # folder with all answers
+    limits: list[str] = field(default_factory=list)
+    metric: str = "exact_match"  # of eval.py
+    best_of_8: str = "pass_at_8"
+
+
+TASKS = {
+    "sums": Task(
+        prepare="data.addition.prepare",
+        scorer="data.addition.scorer:exact_match",
+        few="sums",
+        all="all_sums",
+    ),
+    "countdown": Task(
+        prepare="data.countdown.prepare",
+        scorer="data.countdown.scorer:reaches",
+        few="games",
+        all="all_games",
+        limits=["--max_prompt=40", "--max_response=16"],
+        metric="score",  # many answers are right
+        best_of_8="score_best_of_8",
+    ),
+}
+
+ANSWERS = "--data={few}/answers"  # the 1,500 that the model was fine-tuned on
+NEW = "--data={all}"  # 1,500 others, drawn from all
 RATES = "--lr=[2e-4,2e-4,2e-4,2e-4,1e-4,1e-4,4e-5,4e-5]"
 SLOW_RATES = "--lr=[1e-4,1e-4,1e-4,1e-4,5e-5,5e-5,2e-5,2e-5]"
 SPIN_NEW = [SPIN, NEW, RATES, "--max_rows=1500"]
 TEACHER = "--teacher={teacher}"  # fine-tuned on all answers, wider
-PROMPTS = "--data={sums}/prompts"
+PROMPTS = "--data={few}/prompts"
+RANKED = [ONLINE, PROMPTS, "--ranked_by={scorer}"]
+REWARDED = [GRPO, PROMPTS, "--rounds=8", "--reward={scorer}"]
 # 65,536 samples each
-ONLINE_2 = [ONLINE, PROMPTS, '--players=["self:2"]', "--max_rows=4096"]
-ONLINE_4 = [ONLINE, PROMPTS, '--players=["self:4"]', "--max_rows=2048"]
-ONLINE_8 = [ONLINE, PROMPTS, '--players=["self:8"]', "--max_rows=1024"]
+ONLINE_2 = [*RANKED, '--players=["self:2"]', "--max_rows=4096"]
+ONLINE_4 = [*RANKED, '--players=["self:4"]', "--max_rows=2048"]
+ONLINE_8 = [*RANKED, '--players=["self:8"]', "--max_rows=1024"]
 
 METHODS = {
     # the same answers again
@@ -60,33 +94,35 @@ METHODS = {
     "online_pl_8": ONLINE_8,
     "online_pairs_8": [*ONLINE_8, "--loss_type=pairs"],
     "best_against_worst_8": [*ONLINE_8, "--best_and_worst=True"],
-    "grpo_8": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1024"],
-    "ppo": [GRPO, PROMPTS, "--rounds=8", "--max_rows=8192", "--advantage=gae"]
+    "grpo_8": [*REWARDED, "--max_rows=1024"],
+    "ppo": [*REWARDED, "--max_rows=8192", "--advantage=gae"]
     + ["--samples_per_prompt=1", "--batch_size=512"],
 }
 
 
-def folders_of(args) -> dict[str, str]:
-    """The folders that METHODS names."""
-    names = {name: f"{args.data}/{name}" for name in ("sums", "all_sums", "teacher_text")}
-    return names | {"teacher": f"{args.data}/teacher"}
+def names_of(args) -> dict[str, str]:
+    """What the names in METHODS stand for."""
+    task = TASKS[args.task]
+    folders = {"few": task.few, "all": task.all, "teacher_text": "teacher_text"}
+    names = {name: f"{args.data}/{folder}" for name, folder in folders.items()}
+    return names | {"teacher": f"{args.data}/teacher", "scorer": task.scorer}
 
 
 def make_data(args):
-    """The sums with 1,500 answers, the same with all of them, and a teacher's answers to all."""
-    folder = folders_of(args)
-    prepare = [sys.executable, "-m", "data.addition.prepare"]
-    if not os.path.exists(f"{folder['sums']}/prompts/meta.json"):
-        subprocess.run([*prepare, "--answers=1500", f"--out={folder['sums']}"], check=True)
-    if not os.path.exists(f"{folder['all_sums']}/meta.json"):
-        subprocess.run([*prepare, f"--out={folder['all_sums']}"], check=True)
+    """The task with 1,500 answers, the same with all of them, and a teacher's answers to all."""
+    folder = names_of(args)
+    prepare = [sys.executable, "-m", TASKS[args.task].prepare]
+    if not os.path.exists(f"{folder['few']}/prompts/meta.json"):
+        subprocess.run([*prepare, "--answers=1500", f"--out={folder['few']}"], check=True)
+    if not os.path.exists(f"{folder['all']}/meta.json"):
+        subprocess.run([*prepare, f"--out={folder['all']}"], check=True)
     if os.path.exists(f"{folder['teacher_text']}/meta.json") or not needs_teacher(args.only):
         return
     log, text = f"{args.data}/teacher.log", f"{args.data}/teacher.jsonl"
-    teacher = [SFT, f"--data={folder['all_sums']}", "--max_steps=1500", "--n_embd=192"]
+    teacher = [SFT, f"--data={folder['all']}", "--max_steps=1500", "--n_embd=192"]
     teacher = [sys.executable, "train.py", *teacher, f"--out_dir={folder['teacher']}"]
     run(teacher, log, False)
-    prompts = f"{folder['all_sums']}/train.jsonl"
+    prompts = f"{folder['all']}/train.jsonl"
     sample = [sys.executable, "sample.py", folder["teacher"], "--prompts", prompts]
     run([*sample, "--out", text], log, False)
     prepare = [sys.executable, "-m", "data.jsonl.prepare", text, "--tokenizer=bytes"]
@@ -103,9 +139,9 @@ def needs_teacher(names: list[str]) -> bool:
 
 
 def train_command(args, seed: str, name: str, settings: list[str], init: str = "") -> list[str]:
-    folders = folders_of(args)
-    settings = [setting.format(**folders) if "={" in setting else setting for setting in settings]
-    command = [sys.executable, "train.py", *settings, f"--seed={seed}"]
+    names = names_of(args)
+    settings = [setting.format(**names) if "={" in setting else setting for setting in settings]
+    command = [sys.executable, "train.py", *settings, *TASKS[args.task].limits, f"--seed={seed}"]
     command.append(f"--out_dir={args.out}/{seed}/{name}")
     return command + [f"--init={args.out}/{seed}/{init}"] if init else command
 
@@ -115,7 +151,10 @@ def eval_command(args, seed: str, name: str) -> list[str]:
     run = f"{args.out}/{seed}/{name}"
     command = [sys.executable, "eval.py", f"{name}={run}", f"{name}_greedy={run}@0", "--samples=8"]
     command += [f"--reference={args.out}/{seed}/sft", f"--seed={1000 + int(seed)}"]
-    return [*command, f"--data={args.data}/sums/prompts", "--rows=2000", f"--out={run}/eval"]
+    task = TASKS[args.task]
+    if task.metric == "score":
+        command.append(f"--scorer={task.scorer}")
+    return [*command, f"--data={args.data}/{task.few}/prompts", "--rows=2000", f"--out={run}/eval"]
 
 
 def run(command: list[str], log: str, list_only: bool):
@@ -158,8 +197,9 @@ def run_all(work: list[tuple], jobs: int):
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="out/verifiable", help="folder of the runs")
-    parser.add_argument("--data", default="data", help="folder for sums/ and all_sums/")
+    parser.add_argument("--task", choices=TASKS, default="sums")
+    parser.add_argument("--out", help="folder of the runs; default: out/verifiable/TASK")
+    parser.add_argument("--data", default="data", help="folder for the data")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument(
         "--sft_steps",
@@ -168,11 +208,19 @@ def main(argv=None):
         help="of the model that all methods start from; take another OUT for each",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods; default: all"
+        "--only",
+        nargs="+",
+        choices=METHODS,
+        help="methods; default: all, but no teacher's in countdown",
     )
     parser.add_argument("--jobs", type=cli.number_type(int, 1), default=2, help="at a time")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     args = parser.parse_args(argv)
+    args.out = args.out or f"out/verifiable/{args.task}"
+    if not args.only:
+        args.only = [name for name in METHODS if args.task == "sums" or not needs_teacher([name])]
+    if args.task != "sums" and needs_teacher(args.only):
+        parser.error("only --task=sums has a teacher")
 
     if not args.list:
         make_data(args)

@@ -1,6 +1,7 @@
 """The table and the figure of studies/verifiable, from the runs of run.py.
 
     python -m studies.verifiable.summarize --seeds 1 2 3 --figures=FOLDER
+    python -m studies.verifiable.summarize --task=countdown --seeds 1 2 3
 
 A difference is paired: both methods of a seed start from the same fine-tuned model, see the same
 prompts and are measured on the same held-out sums. Intervals are Student's, over seeds.
@@ -13,7 +14,7 @@ import numpy as np
 
 from data import cli
 from data.files import read_json, write_json
-from studies.verifiable.run import METHODS
+from studies.verifiable.run import METHODS, TASKS, Task
 from tools.plot import (
     GREY,
     PALETTE,
@@ -58,15 +59,15 @@ LABELS = {
 }
 
 
-def measured(out: str, seed: str, name: str) -> dict:
+def measured(task: Task, out: str, seed: str, name: str) -> dict:
     """Metrics of one run: those of eval.py, greedily and sampled, and its steps."""
     run = f"{out}/{seed}/{name}"
     table = read_json(f"{run}/eval/eval.json")
     sampled = table[name]
     return {
-        "greedy": 100 * table[f"{name}_greedy"]["exact_match"],
-        "sampled": 100 * sampled["exact_match"],
-        "pass_at_8": 100 * sampled["pass_at_8"],
+        "greedy": 100 * table[f"{name}_greedy"][task.metric],
+        "sampled": 100 * sampled[task.metric],
+        "pass_at_8": 100 * sampled[task.best_of_8],
         "val_loss": sampled["val_loss"],
         "kl": sampled.get("kl", 0.0),
         "steps": global_steps(read_metrics(run))[-1],
@@ -114,7 +115,7 @@ def make_table(results: dict[str, list[dict]]) -> list[str]:
 
 
 def draw(results: dict[str, list[dict]], path: str):
-    """What every method gains over SFT continued, in greedy exact match: each seed, and the mean
+    """What every method gains over SFT continued, in greedy answers right: each seed, and the mean
     with its 95 % interval."""
     with style():
         fig, ax = plt.subplots(figsize=(6.4, 5.2))
@@ -140,12 +141,12 @@ def draw(results: dict[str, list[dict]], path: str):
                 tick.set_fontweight("bold")
         ax.set_ylim(y + 0.8, 0.7)
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel("exact match minus that of SFT continued (points, greedy, held out)")
+        ax.set_xlabel("right answers minus those of SFT continued (points, greedy, held out)")
         save_figure(fig, path)
 
 
 def gains_over(results: dict[str, list[dict]], name: str, other: str) -> list[float]:
-    """Differences in greedy exact match, one for each seed."""
+    """Differences in greedy answers right, in points, one for each seed."""
     return [m["greedy"] - b["greedy"] for m, b in zip(results[name], results[other])]
 
 
@@ -172,12 +173,12 @@ def draw_map(by_steps: dict[str, dict], path: str):
             ax.minorticks_off()
             ax.set_title(group)
             ax.set_xlabel("steps of SFT before")
-        axes[0].set_ylabel("gain in exact match (points)")
+        axes[0].set_ylabel("gain in right answers (points)")
         figure_legend(fig, ncols=3)
         save_figure(fig, path)
 
 
-def all_results(out: str, seeds: list[str]) -> dict[str, list[dict]]:
+def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]:
     """{method: metrics of each seed}. Says which methods are missing."""
     results = {}
     for name in ["sft", *METHODS]:
@@ -186,20 +187,25 @@ def all_results(out: str, seeds: list[str]) -> dict[str, list[dict]]:
         if missing:
             print(f"{name} is left out: {missing[0]} is missing", file=sys.stderr)
             continue
-        results[name] = [measured(out, seed, name) for seed in seeds]
+        results[name] = [measured(task, out, seed, name) for seed in seeds]
     return results
 
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="out/verifiable", help="folder that run.py has written")
+    parser.add_argument("--task", choices=TASKS, default="sums")
+    parser.add_argument(
+        "--out", help="folder that run.py has written; default: out/verifiable/TASK"
+    )
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument("--figures", help="folder for the figures and results.json; default: OUT")
     parser.add_argument(
         "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"
     )
     args = parser.parse_args(argv)
-    results = all_results(args.out, args.seeds)
+    task = TASKS[args.task]
+    args.out = args.out or f"out/verifiable/{args.task}"
+    results = all_results(task, args.out, args.seeds)
     if BASELINE not in results:
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     print("\n".join(make_table(results)))
@@ -210,7 +216,7 @@ def main(argv=None):
         by_steps = {}
         for pair in args.map:
             steps, _, out = pair.partition("=")
-            by_steps[steps] = all_results(out, args.seeds)
+            by_steps[steps] = all_results(task, out, args.seeds)
         draw_map(by_steps, os.path.join(figures, "map.png"))
 
 
