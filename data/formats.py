@@ -378,9 +378,10 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
         raise Unusable("rows with tools")
     system = read_system(row, args.system)
     if one.messages:
+        check_no_history(row)
         return conversation_rows(row[one.messages], system, dropped, args.turns)
     if one.is_json:
-        chats = [json_conversation(row[one.prompt], row[name]) for name in one.responses]
+        chats = [json_conversation(row[one.prompt], row[name], system) for name in one.responses]
     elif not one.responses and not one.listed:
         return [row_of(read_prompt_chat(row, one, system))]
     elif one.listed:
@@ -419,13 +420,20 @@ def read_chat(row: dict, one: Format, response, system: str) -> Chat:
     """The prompt of a row with one of its responses.
 
     A response is a text, the message of an assistant, or a whole conversation, which holds the
-    prompt. Then a prompt that is a text is not used: it repeats a message.
+    prompt. Then a prompt that is a text must be in one of its messages.
     """
     if not is_messages(response):
         if not isinstance(response, str):
             raise Unusable("rows without a response")
+        if response.startswith(HUMAN):
+            raise Unusable(
+                "rows with a prompt beside responses that are whole transcripts (name only"
+                " --chosen= and --rejected=)"
+            )
         return read_prompt_chat(row, one, system, response)
     messages = read_messages(response)
+    if messages[0][0] != "assistant":
+        check_no_history(row)
     if one.prompt and messages[0][0] == "assistant":
         if len(messages) > 1:
             raise Unusable("responses of several messages")
@@ -434,6 +442,13 @@ def read_chat(row: dict, one: Format, response, system: str) -> Chat:
         prompt = read_messages(row[one.prompt])
         if messages[: len(prompt)] != prompt:
             raise Unusable("rows whose responses do not begin with the prompt")
+    elif one.prompt:
+        prompt = read_prompt(row, one.prompt).strip()
+        if not any(prompt in text for _, text in messages):
+            raise Unusable(
+                f"rows whose {one.prompt} is not in their conversations (to leave it out, name"
+                " only the others)"
+            )
     system, turns = read_turns(messages, system)
     if len(turns) % 2:
         raise Unusable("responses that do not end with the assistant")
@@ -453,6 +468,7 @@ def prompt_messages(row: dict, one: Format) -> list[tuple[str, str]]:
     if not one.prompt:
         raise Unusable("rows whose responses are no conversations, without a prompt")
     if is_messages(row[one.prompt]):
+        check_no_history(row)
         return read_messages(row[one.prompt])
     return history_messages(row) + text_messages(read_prompt(row, one.prompt))
 
@@ -461,11 +477,8 @@ def read_prompt(row: dict, column: str) -> str:
     """A prompt that is a text, with its second part after an empty line."""
     if not isinstance(row[column], str):
         raise Unusable("rows without a prompt")
-    parts = [row[column]]
-    for name in INPUT.get(column, ()):
-        if row.get(name):
-            parts.append(row[name])
-    return "\n\n".join(parts)
+    parts = [row[column], *[row[name] for name in INPUT.get(column, ()) if row.get(name)]]
+    return "\n\n".join(part for part in parts if part.strip())
 
 
 def read_system(row: dict, column: str | None) -> str:
@@ -480,11 +493,22 @@ def read_system(row: dict, column: str | None) -> str:
 
 
 def history_messages(row: dict) -> list[tuple[str, str]]:
-    """The messages of a `history` column, [[prompt, response], ...]."""
+    """The messages of a `history` column: messages, or [[prompt, response], ...]."""
+    history = row.get("history") or []
+    if is_messages(history):
+        return read_messages(history)
     messages = []
-    for prompt, response in row.get("history") or []:
-        messages += [("user", prompt), ("assistant", response)]
+    for turn in history:
+        if not isinstance(turn, (list, tuple)) or [type(text) for text in turn] != [str, str]:
+            raise Unusable("rows whose history is neither messages nor [[prompt, response], ...]")
+        messages += [("user", turn[0]), ("assistant", turn[1])]
     return messages
+
+
+def check_no_history(row: dict):
+    """Earlier turns are in a conversation, or in a column of their own, not in both."""
+    if row.get("history"):
+        raise Unusable("rows with a history beside a conversation")
 
 
 def read_list(row: dict, one: Format) -> tuple[list, list]:
@@ -529,6 +553,7 @@ def read_score(value) -> float | None:
     return number if math.isfinite(number) else None
 
 
+STRENGTHS = ("preference_strength", "overall_preference")  # of HelpSteer, -3 to 3
 WINNERS = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
 
 
@@ -536,15 +561,20 @@ def read_verdict(value, column: str) -> int:
     """1 if the first of two responses is better, -1 if the second, 0 for a tie.
 
     A text is looked up in WINNERS. In a column that ends in "_id" a number is the position of the
-    better response, else it is how much better the second one is (HelpSteer: -3 to 3).
+    better response, 0 or 1. In STRENGTHS it is how much better the second one is. In another column
+    it could be either, so it is not used.
     """
     if isinstance(value, str) and value in WINNERS:
         return WINNERS[value]
-    if column.endswith("_id") and value in (0, 1):
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    if column.endswith("_id") and is_number and value in (0, 1):
         return 1 - 2 * int(value)
-    if type(value) in (int, float) and not column.endswith("_id"):
+    if column in STRENGTHS and is_number:
         return (value < 0) - (value > 0)
-    raise Unusable(f"rows whose {column} is {str(value)[:20]!r}")
+    advice = ""
+    if is_number and column not in STRENGTHS:
+        advice = ": it must be 0 or 1, the position of the better one, in a column named *_id"
+    raise Unusable(f"rows whose {column} is {str(value)[:20]!r}{advice}")
 
 
 def ranked_rows(chats: list[Chat], scores: list | None, dropped: dict) -> list[dict]:
@@ -646,6 +676,8 @@ def read_messages(value) -> list[tuple[str, str]]:
         for name in OTHER_PARTS:
             if message.get(name):
                 raise Unusable(f"conversations with {name}")
+        if message.get("weight", 1) == 0:
+            raise Unusable("conversations with a message of weight 0")
         role = message.get("role") or message.get("from")
         text = message.get("content")
         if text is None:
@@ -779,7 +811,7 @@ def implicit_prompt(chosen, rejected, system: str) -> list[Chat]:
     return [Chat(system, (prompt,), text[length:]) for text in (chosen, rejected)]
 
 
-def json_conversation(prompts, responses) -> Chat:
+def json_conversation(prompts, responses, system: str) -> Chat:
     """The arena's turns, JSON lists of texts, as a conversation."""
     prompts, responses = parse_json(prompts), parse_json(responses)
     if not isinstance(prompts, list) or not isinstance(responses, list):
@@ -789,4 +821,4 @@ def json_conversation(prompts, responses) -> Chat:
     turns = []
     for prompt, response in zip(prompts, responses):
         turns += [read_text(prompt), read_text(response)]
-    return Chat("", tuple(turns[:-1]), turns[-1])
+    return Chat(system, tuple(turns[:-1]), turns[-1])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import random
 import types
 
@@ -569,6 +570,13 @@ TWO = plain(0, "good", "bad")
             ONE,
         ),
         ({"messages": {"role": ["user", "assistant"], "content": ["ask 0", "good"]}}, ONE),
+        # earlier turns as messages
+        (
+            {"prompt": "more", "completion": "good", "history": chat("ask 0", "ok")},
+            later(0, "good"),
+        ),
+        ({"instruction": "", "input": "ask 0", "output": "good"}, ONE),
+        ({"prompt": "ask 0", "chosen": ASK + GOOD, "rejected": ASK + BAD, "history": []}, TWO),
     ],
 )
 def test_forms(row, expected):
@@ -620,6 +628,20 @@ def test_columns_that_options_name(options, row, expected):
     rows, dropped = converted(row, *options)
     assert rows == [expected]
     assert dropped == {}
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1, 2), (-1, 1), (True, False)])
+def test_a_number_that_may_be_a_position_or_a_strength_is_not_used(values):
+    options = ["--prompt=q", "--chosen=a", "--rejected=b", "--better=choice"]
+    for value in values:
+        rows, dropped = converted({"q": "q", "a": "A", "b": "B", "choice": value}, *options)
+        assert rows == []
+        assert f"rows whose choice is '{value}'" in next(iter(dropped))
+
+
+def test_a_system_message_beside_turns_in_lists():
+    rows, _ = converted(arena_55k(0) | {"system": "Be kind."})
+    assert [row["system"] for row in rows] == ["Be kind."]
 
 
 def test_turns_of_a_conversation():
@@ -686,6 +708,41 @@ def test_turns_of_a_conversation():
         (help_steer3(0) | {"overall_preference": None}, "rows whose overall_preference is 'None'"),
         (arena_55k(0) | {"response_a": "[null]"}, "a message without a text"),
         (arena_55k(0) | {"response_a": "x"}, "malformed rows"),
+        (
+            help_steer2_preference(0) | {"preference_strength": math.nan},
+            "preference_strength is 'nan'",
+        ),
+        (
+            {"prompt": "q", "completion": "good", "history": [{"human": "a", "gpt": "b"}]},
+            "history is neither messages",
+        ),
+        (
+            {"prompt": "q", "completion": "good", "history": [["a", "b", "c"]]},
+            "history is neither messages",
+        ),
+        ({"messages": ASK + GOOD, "history": [["a", "b"]]}, "a history beside a conversation"),
+        (
+            {"prompt": ASK, "completion": "good", "history": [["a", "b"]]},
+            "a history beside a conversation",
+        ),
+        (
+            {
+                "prompt": "ask 0",
+                "chosen": ASK + GOOD,
+                "rejected": ASK + BAD,
+                "history": [["a", "b"]],
+            },
+            "a history beside a conversation",
+        ),
+        (
+            {"prompt": "Context. ask 0", "chosen": ASK + GOOD, "rejected": ASK + BAD},
+            "prompt is not in their conversations",
+        ),
+        (
+            {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
+            "responses that are whole transcripts",
+        ),
+        ({"messages": [ASK[0], GOOD[0] | {"weight": 0}]}, "a message of weight 0"),
     ],
 )
 def test_what_cannot_be_used_is_counted(row, reason):
@@ -739,8 +796,21 @@ def test_a_mistake_is_one_line(row, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_system_prompt_beside_our_own_columns(tmp_path):
+    """Its other name is known here too. Of two the first one counts, and the other is named."""
+    rows = []
+    for i in range(9):
+        rows.append({"prompt": f"q {i}", "response": "a", "system_prompt": "Be kind."})
+    lines = write_lines(tmp_path / "in.jsonl", rows)
+    jsonl_prepare.main([lines, f"--out={tmp_path}/out", "--val_share=0.5"])
+    written = read_rows(f"{tmp_path}/out/train.jsonl") + read_rows(f"{tmp_path}/out/val.jsonl")
+    assert [row["system"] for row in written] == ["Be kind."] * 9
+    assert jsonl_prepare.ignored_fields(rows[0]) == []
+    assert jsonl_prepare.ignored_fields(rows[0] | {"system": "x"}) == ["system_prompt"]
+
+
 def test_a_first_row_is_shown_with_its_mask(tmp_path, capsys):
-    row = dpo_mix(0) | {"prompt": "not used"}
+    row = dpo_mix(0) | {"prompt": "ask 0"}  # it repeats a message
     rows = [row, *(dpo_mix(i) for i in range(1, 9))]
     lines = write_lines(tmp_path / "in.jsonl", rows)
     jsonl_prepare.main([lines, f"--out={tmp_path}/out", "--val_share=0.5"])

@@ -77,7 +77,7 @@ def parse_line(line, where):
 
 # Of the fields of a line, what a row keeps beside prompt, responses and group
 GIVEN_PER_RESPONSE = ("scores", "ids", "tokenizer", "ended")
-FIELDS = ("prompt", "response", "responses", "text", "group", "url", "history", "system")
+FIELDS = ("prompt", "response", "responses", "text", "group", "url", "history")
 
 
 def to_row(value, where, authors=None):
@@ -88,9 +88,11 @@ def to_row(value, where, authors=None):
         return check_row(value, where)  # says what is missing
     responses = value["responses"] if "responses" in value else [value["response"]]
     row = {"prompt": value["prompt"], "responses": responses}
-    for name in ("history", "system"):
-        if value.get(name) is not None:
-            row[name] = value[name]
+    if value.get("history") is not None:
+        row["history"] = value["history"]
+    system = system_field(value)
+    if value.get(system) is not None:
+        row["system"] = value[system]
     given = {name: value[name] for name in GIVEN_PER_RESPONSE if value.get(name) is not None}
     are_objects = isinstance(responses, list) and all(isinstance(r, dict) for r in responses)
     if responses and are_objects:
@@ -139,9 +141,15 @@ def group_of(value, where) -> str:
     return group
 
 
+def system_field(value) -> str:
+    """The field of a line with the system message, "" if it has none."""
+    return formats.present(formats.SYSTEM + "?", value)
+
+
 def ignored_fields(value) -> list[str]:
     """The names of the fields of a line that no row keeps."""
-    ignored = [name for name in value if name not in FIELDS + GIVEN_PER_RESPONSE]
+    kept = FIELDS + GIVEN_PER_RESPONSE + (system_field(value),)
+    ignored = [name for name in value if name not in kept]
     responses = value.get("responses")
     objects = responses if isinstance(responses, list) else []
     objects = [response for response in objects if isinstance(response, dict)]
