@@ -112,11 +112,14 @@ def test_only_our_own_colours_reach_the_terminal(tmp_path, capsys, monkeypatch):
 
 def test_mistakes_are_one_line(tiny_data, tmp_path):
     write_rows(f"{tmp_path}/x.jsonl", [{"text": "one"}])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
     for args, message in (
         ([tiny_data, "--row=40"], "has 40 rows"),
         ([tiny_data, "--row=-1"], "at least 0"),
         ([tiny_data, "--block_size=0"], "at least 1"),
         ([f"{tmp_path}/y.jsonl"], "No such file"),
+        ([f"{tmp_path}/run"], "is a run; give a file of a round"),
         ([f"{tmp_path}/x.jsonl"], "names no tokenizer"),
         ([tiny_data, "--template=x"], "contain {prompt} once"),
         ([tiny_data, "--row=x"], "must be a number"),

@@ -81,11 +81,15 @@ def test_the_table_by_hand(tmp_path, capsys):
     for seed, start, more, spin in ((1, 0.2, 0.3, 0.5), (2, 0.4, 0.6, 0.7)):
         for name, greedy in (("sft", start), ("sft_more", more), ("spin", spin)):
             write_run(f"{tmp_path}/{seed}", name, greedy)
+        write_run(f"{tmp_path}/{seed}", "online_pl_4", more)  # not the first of its group
     options = [f"--out={tmp_path}", "--seeds", "1", "2", f"--map=350={tmp_path}"]
     summarize.main(options)
     printed = capsys.readouterr()
     assert "grpo_8 is left out" in printed.err
-    line = next(line for line in printed.out.splitlines() if "| SPIN, K = 2 |" in line)
+    lines = printed.out.splitlines()
+    headings = [line.split(" | ")[0] for line in lines if line.startswith("| *")]
+    assert headings == ["| *the same 1,500 answers*", "| *no answers, a checker*"]
+    line = next(line for line in lines if "| SPIN, K = 2 |" in line)
     half_width = 12.71 * np.std([20, 10], ddof=1) / np.sqrt(2)
     assert line.split(" | ")[1:4] == ["60.0 %", f"+15.0 ± {half_width:.1f}", "30.0 %"]
     assert line.split(" | ")[-1] == "12 |"  # steps

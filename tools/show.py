@@ -103,6 +103,8 @@ def find_file(path):
     if not os.path.isdir(path):
         return path
     rows, stream = os.path.join(path, "train.jsonl"), os.path.join(path, "train.bin")
+    if os.path.exists(os.path.join(path, "config.json")):
+        raise SystemExit(printable(f"{path} is a run; give a file of a round, or its data folder"))
     return stream if os.path.exists(stream) and not os.path.exists(rows) else rows
 
 

@@ -90,10 +90,15 @@ def format_difference(differences: list[float]) -> str:
 def make_table(results: dict[str, list[dict]]) -> list[str]:
     """Markdown. results: {method: metrics of each seed}."""
     rows = []
-    group_of = {methods_of(group)[0]: group for group in GROUPS}
+    group_of = {}
+    for group in GROUPS:
+        group_of |= dict.fromkeys(methods_of(group), group)
+    last = None
     for name, by_seed in results.items():
-        if name in group_of:
-            rows.append([f"*{group_of[name]}*", *[""] * 7])
+        group = group_of.get(name)  # None of the start
+        if group != last:
+            rows.append([f"*{group}*", *[""] * 7])
+        last = group
         mean = {}
         for metric in by_seed[0]:
             mean[metric] = np.mean([m[metric] for m in by_seed])
