@@ -86,7 +86,7 @@ METHODS = {
     + ["--batch_size=32"],
     "spin_teacher": [SPIN, "--data={teacher_text}", RATES, "--max_rows=1500"],
     "distill": [GRPO, PROMPTS, "--rounds=8", "--max_rows=1500", "--batch_size=32", "--reward="]
-    + ["--advantage=reverse_kl", "--samples_per_prompt=1", TEACHER],
+    + ["--advantage=reverse_kl", "--samples_per_prompt=1", "--lr=7e-5", TEACHER],
     # no answers, but a function that checks
     "best_of_8": [*ONLINE_8, "--loss_type=best_of_n", "--nll_coef=0"],
     "online_pl_2": ONLINE_2,
