@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import cli, tokenizer
 from data.batch import (
@@ -37,6 +36,7 @@ from data.batch import (
 )
 from data.files import check_output, read_json, write_json
 from data.gsm8k.scorer import same_answer
+from data.progress import ProgressBar
 from data.rows import (
     drop_equal_responses,
     encode_rows,
@@ -116,9 +116,9 @@ def map_batches(
     sizes = [count_row_tokens(rows[i], layout) for i in order]
     num_batches = min(len(rows), math.ceil(sum(sizes) / tokens))
     parts = list(distributed.batches_of_rank(split_by_tokens(sizes, num_batches)))
-    hide_bar = None if desc and distributed.rank() == 0 else True  # None: hide without a terminal
+    hide_bar = not desc or distributed.rank() != 0
     results = {}
-    for part in tqdm(parts, desc=desc, disable=hide_bar):
+    for part in ProgressBar(parts, desc=desc, hide=hide_bar):
         indices = [order[i] for i in part]
         batch = make_batch([rows[i] for i in indices], layout).to(device)
         results.update(zip(indices, function(batch)))
