@@ -49,7 +49,7 @@ from data.rows import (
     write_rows,
 )
 from data.template import written_ids
-from loss import chosen_rejected_metrics, gradient_weight, plackett_luce
+from loss import chosen_rejected_metrics, gradient_weight, plackett_luce, wins
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed
 from nanospin.distributed import all_reduce_sum, world_size
@@ -239,7 +239,8 @@ def ranking_metrics(
     acc, acc_se          share of ordered pairs in the right order, see `pair_accuracy`
     grad_weight          see `loss.gradient_weight`
     margin, reward_chosen, ...   see `loss.chosen_rejected_metrics`
-    acc/PLAYER           share of this player's responses that beat all worse ones of their row
+    acc/PLAYER           share of this player's responses that beat all worse ones of their row; a
+                         tie with the best of these counts half
     reward/PLAYER        mean implicit reward
     logp/PLAYER          mean log-probability of the response under the policy
     kl_from_ref          KL(pi_ref || pi_theta) per token: the mean of log pi_ref - log pi_theta
@@ -271,7 +272,7 @@ def ranking_metrics(
         for name, value in chosen_rejected_metrics(scores, policy, ranked_mask).items():
             metrics[name] = float(value)
         has_worse = worse.any(-1)  # (rows, K)
-        beats_all = (right == worse).all(-1)  # a tie counts half: not equal
+        beats_all = np.where(worse, right, 1.0).min(-1)  # 1/2 for a tie with the best of them
         for player in dict.fromkeys(players):
             selected = (names == player) & has_worse
             if selected.any():
@@ -289,19 +290,19 @@ def ranking_metrics(
 
 
 def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """How often the first of a pair has the higher score; a tie counts half.
+    """How often the first of a pair has the higher score; a tie counts half (`loss.wins`).
 
     scores (rows, K); pairs (rows, K, K) bool, which pairs (i, j) count. Returns right (rows, K, K),
     the share over all pairs, and its standard error with rows as the independent units.
     """
     diff = scores[:, :, None].astype(np.float64) - scores[:, None, :]
-    right = pairs * ((diff > 0) + 0.5 * (diff == 0))
-    wins = right.sum((1, 2))
+    right = pairs * wins(torch.from_numpy(diff)).numpy()
+    num_right = right.sum((1, 2))
     n = pairs.sum((1, 2))
     total = max(1, n.sum())
-    share = wins.sum() / total
+    share = num_right.sum() / total
     # The share is a ratio of sums over rows, so its error is that of the rows' residuals.
-    error = np.sqrt(((wins - share * n) ** 2).sum()) / total
+    error = np.sqrt(((num_right - share * n) ** 2).sum()) / total
     return right, float(share), float(error)
 
 
@@ -384,8 +385,8 @@ def f1_score(text: str, reference: str) -> float:
 def length_accuracy(data_lengths, other_lengths) -> float:
     """How well length alone separates the data's responses from others, in the better of the two
     directions. A tie counts half."""
-    data, other = np.array(data_lengths), np.array(other_lengths)
-    longer = np.mean((data > other) + 0.5 * (data == other))
+    data, other = np.array(data_lengths, float), np.array(other_lengths, float)
+    longer = float(wins(torch.from_numpy(data - other)).mean())
     return float(max(longer, 1 - longer))
 
 
@@ -501,9 +502,9 @@ def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tup
         scores = row_logps(judge, pairs, tokens, device) / lengths
     # Equal responses are equal even if rounding differs between two places of a batch.
     same_ids = np.array([row["responses"][0] == row["responses"][1] for row in pairs])
-    equal = same_ids | (scores[:, 0] == scores[:, 1])
-    wins = np.where(equal, 0.5, scores[:, 0] > scores[:, 1])
-    return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
+    diff = np.where(same_ids, 0.0, scores[:, 0].astype(float) - scores[:, 1])
+    won = wins(torch.from_numpy(diff)).numpy()
+    return float(won.mean()), float(won.std() / np.sqrt(len(won)))
 
 
 def retokenize(judge_enc, enc, text: str, ids: list[int] | None, template: str) -> list[int]:

@@ -22,11 +22,13 @@ from eval import (
     main,
     ranking_metrics,
     retokenize,
+    reward_metrics,
     rolling_windows,
     row_logps,
     sample_metrics,
     win_rate,
 )
+from loss import preference_loss
 from model import GPT
 from nanospin import checkpoint
 
@@ -89,6 +91,35 @@ def test_ranking_metrics_by_hand():
     first = math.log(1 + math.exp(-0.5) + math.exp(-3)) + math.log(1 + math.exp(-2.5))
     second = math.log(1 + math.exp(1.5))
     assert abs(m["rank_nll"] - (first + second) / 2) < 1e-12
+
+
+def test_ties_count_half_in_evaluation():
+    """As in training (loss.wins): pairs, a player against all worse responses, lengths, judges."""
+    rows = []
+    for _ in range(4):
+        rows.append({"prompt": [9], "responses": [[1], [2], [3, 4]], "ranks": [0, 1, 2]})
+    # of "data": above both, a tie with the best of them, a tie and one above it, all equal
+    logps = np.array([[3.0, 2.0, 1.0], [2.0, 2.0, 1.0], [2.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+    m = ranking_metrics(logps, np.zeros((4, 3)), rows, 1.0, ["data", "teacher", "self"])
+    assert m["acc"] == (3 + 2.5 + 0.5 + 1.5) / 12
+    assert m["acc/data"] == (1 + 0.5 + 0 + 0.5) / 4
+    assert m["acc/teacher"] == (1 + 1 + 0 + 0.5) / 4
+    training = [preference_loss(x[None], 0 * x[None], beta=1.0) for x in torch.from_numpy(logps)]
+    assert m["acc"] == pytest.approx(np.mean([float(metrics["acc"]) for _, metrics in training]))
+
+    m = reward_metrics(logps, rows)
+    assert m["acc"] == (3 + 2.5 + 0.5 + 1.5) / 12
+    assert m["length_acc"] == 1 / 6  # one of three pairs has equal lengths, two are wrong
+    assert length_accuracy([2, 3], [2, 1]) == 0.75
+
+
+def test_a_judge_with_equal_scores_has_no_favourite(tiny_runs):
+    """Every response has the score 0, whatever it says."""
+    judge, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    texts = [{"prompt": f"{i} the", "responses": ["a", "bb"]} for i in range(3)]
+    pairs, _ = encode_rows(texts, enc, TEMPLATE, 64)
+    with mock.patch("eval.row_logps", lambda *args: np.zeros((3, 2), np.float32)):
+        assert win_rate(judge, pairs, CPU) == (0.5, 0.0)
 
 
 def test_rows_in_which_nothing_is_ranked_do_not_count():
