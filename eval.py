@@ -5,25 +5,24 @@
     python eval.py sft=out/demo/sft cold=out/demo/sft@0.5 --out=out/eval     # @ temperature
     python eval.py sft=out/demo/sft sft.greedy=out/demo/sft@0 --samples=8    # and pass_at_8
     python eval.py rm=out/reward --data=data/ranked                          # a reward model
+    python eval.py out/demo/sft --logps --data=rows.jsonl                    # of each response
 
 All checkpoints are measured on the same held-out rows, those that every one of them can take. Each
 is sampled with its own template and limits.
 """
 
-import argparse
 import bisect
 import copy
+import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import cli, tokenizer
 from data.batch import (
@@ -36,28 +35,28 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import check_output, read_json, write_json
+from data.files import check_output, write_json
 from data.gsm8k.scorer import same_answer
+from data.progress import ProgressBar
 from data.rows import (
     drop_equal_responses,
     encode_rows,
-    ended_flags,
-    prompt_fields,
     read_rows,
     response_ids,
     row_with_ids,
-    sampled_row,
     write_rows,
 )
-from data.template import written_ids
-from loss import chosen_rejected_metrics, gradient_weight, plackett_luce
+from data.template import split_template, written_ids
+from loss import chosen_rejected_metrics, gradient_weight, plackett_luce, wins
 from model import GPT, response_logps, response_scores
-from nanospin import checkpoint, distributed
+from nanospin import checkpoint, distributed, eval_command
 from nanospin.config import import_function
 from nanospin.distributed import all_reduce_sum, world_size
+from nanospin.eval_command import Entry
 from sample import respond
 
 EVAL_TOKENS = 8192  # tokens per forward pass of the command line
+
 
 # ------------------------------------------------------------- forward passes without gradients
 
@@ -118,9 +117,9 @@ def map_batches(
     sizes = [count_row_tokens(rows[i], layout) for i in order]
     num_batches = min(len(rows), math.ceil(sum(sizes) / tokens))
     parts = list(distributed.batches_of_rank(split_by_tokens(sizes, num_batches)))
-    hide_bar = None if desc and distributed.rank() == 0 else True  # None: hide without a terminal
+    hide_bar = not desc or distributed.rank() != 0
     results = {}
-    for part in tqdm(parts, desc=desc, disable=hide_bar):
+    for part in ProgressBar(parts, desc=desc, hide=hide_bar):
         indices = [order[i] for i in part]
         batch = make_batch([rows[i] for i in indices], layout).to(device)
         results.update(zip(indices, function(batch)))
@@ -241,7 +240,8 @@ def ranking_metrics(
     acc, acc_se          share of ordered pairs in the right order, see `pair_accuracy`
     grad_weight          see `loss.gradient_weight`
     margin, reward_chosen, ...   see `loss.chosen_rejected_metrics`
-    acc/PLAYER           share of this player's responses that beat all worse ones of their row
+    acc/PLAYER           share of this player's responses that beat all worse ones of their row; a
+                         tie with the best of these counts half
     reward/PLAYER        mean implicit reward
     logp/PLAYER          mean log-probability of the response under the policy
     kl_from_ref          KL(pi_ref || pi_theta) per token: the mean of log pi_ref - log pi_theta
@@ -273,7 +273,7 @@ def ranking_metrics(
         for name, value in chosen_rejected_metrics(scores, policy, ranked_mask).items():
             metrics[name] = float(value)
         has_worse = worse.any(-1)  # (rows, K)
-        beats_all = (right == worse).all(-1)  # a tie counts half: not equal
+        beats_all = np.where(worse, right, 1.0).min(-1)  # 1/2 for a tie with the best of them
         for player in dict.fromkeys(players):
             selected = (names == player) & has_worse
             if selected.any():
@@ -291,19 +291,19 @@ def ranking_metrics(
 
 
 def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """How often the first of a pair has the higher score; a tie counts half.
+    """How often the first of a pair has the higher score; a tie counts half (`loss.wins`).
 
     scores (rows, K); pairs (rows, K, K) bool, which pairs (i, j) count. Returns right (rows, K, K),
     the share over all pairs, and its standard error with rows as the independent units.
     """
     diff = scores[:, :, None].astype(np.float64) - scores[:, None, :]
-    right = pairs * ((diff > 0) + 0.5 * (diff == 0))
-    wins = right.sum((1, 2))
+    right = pairs * wins(torch.from_numpy(diff)).numpy()
+    num_right = right.sum((1, 2))
     n = pairs.sum((1, 2))
     total = max(1, n.sum())
-    share = wins.sum() / total
+    share = num_right.sum() / total
     # The share is a ratio of sums over rows, so its error is that of the rows' residuals.
-    error = np.sqrt(((wins - share * n) ** 2).sum()) / total
+    error = np.sqrt(((num_right - share * n) ** 2).sum()) / total
     return right, float(share), float(error)
 
 
@@ -406,8 +406,8 @@ def f1_score(text: str, reference: str) -> float:
 def length_accuracy(data_lengths, other_lengths) -> float:
     """How well length alone separates the data's responses from others, in the better of the two
     directions. A tie counts half."""
-    data, other = np.array(data_lengths), np.array(other_lengths)
-    longer = np.mean((data > other) + 0.5 * (data == other))
+    data, other = np.array(data_lengths, float), np.array(other_lengths, float)
+    longer = float(wins(torch.from_numpy(data - other)).mean())
     return float(max(longer, 1 - longer))
 
 
@@ -523,9 +523,9 @@ def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tup
         scores = row_logps(judge, pairs, tokens, device) / lengths
     # Equal responses are equal even if rounding differs between two places of a batch.
     same_ids = np.array([row["responses"][0] == row["responses"][1] for row in pairs])
-    equal = same_ids | (scores[:, 0] == scores[:, 1])
-    wins = np.where(equal, 0.5, scores[:, 0] > scores[:, 1])
-    return float(wins.mean()), float(wins.std() / np.sqrt(len(wins)))
+    diff = np.where(same_ids, 0.0, scores[:, 0].astype(float) - scores[:, 1])
+    won = wins(torch.from_numpy(diff)).numpy()
+    return float(won.mean()), float(won.std() / np.sqrt(len(won)))
 
 
 def retokenize(judge_enc, enc, text: str, ids: list[int] | None, template: str) -> list[int]:
@@ -556,24 +556,6 @@ class Samples:
     enc: object = None  # None: the data, whose texts have no ids
 
 
-@dataclass
-class Entry:
-    """A checkpoint to measure."""
-
-    path: str
-    temperature: float
-    meta: dict
-    enc: object
-    counts: dict = field(default_factory=dict)  # of what is cut and not ranked, for eval.json
-
-    @property
-    def limits(self) -> dict:
-        """How it encodes rows: arguments of `encode_rows`."""
-        names = ("template", "max_prompt", "max_response")
-        limits = {name: self.meta["config"][name] for name in names}
-        return limits | {"block_size": self.meta["model"]["block_size"]}
-
-
 def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
     """The rows that every checkpoint can take. Says how many are left out, and by which."""
     left_out = {}
@@ -582,9 +564,10 @@ def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
         encoded, counts = encode_rows(rows, entry.enc, **entry.limits)
         block_size = entry.limits["block_size"]
         if counts["dropped"] == len(rows):
+            limit = entry.limits["max_prompt"]
+            limit = f"max_prompt {limit}" if limit else f"block_size {block_size}"
             raise SystemExit(
-                f"{entry.path}: its block_size {block_size} leaves no room after any of"
-                f" {len(rows)} prompts"
+                f"{entry.path}: its {limit} leaves no room after any of {len(rows)} prompts"
             )
         if counts["dropped"]:
             left_out[f"{name} (block_size {block_size})"] = counts["dropped"]
@@ -609,7 +592,8 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
     if counts["prompts cut"] or counts["responses cut"]:
         print(
             f"{name}: {counts['prompts cut']} prompts and {counts['responses cut']} responses of"
-            f" {len(rows)} rows are cut to its limits, and measured as far as they go"
+            f" {len(rows)} rows are cut to its limits, and measured as far as they go",
+            flush=True,
         )
     if meta["config"]["stage"] == "reward":
         entry.counts["equal_responses"] = drop_all_equal(name, encoded)
@@ -617,26 +601,28 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
             raise SystemExit(
                 f"{entry.path} is a reward model, and no row has two responses to rank"
             )
-        scores = row_scores(model, encoded, EVAL_TOKENS, device)
+        scores = row_scores(model, encoded, EVAL_TOKENS, device, f"{name}: scoring")
         return reward_metrics(scores, encoded), Samples({}, enc)
 
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
-    metrics = loss_metrics(row_logps(model, best, EVAL_TOKENS, device), best)
+    metrics = loss_metrics(row_logps(model, best, EVAL_TOKENS, device, f"{name}: scoring"), best)
     metrics |= harness_metrics(model, enc, rows, encoded, device)
     if args.reference:
         metrics |= reference_metrics(name, entry, model, encoded, args)
 
-    limits = {name: meta["config"][name] for name in ("template", "max_prompt", "max_response")}
+    limits = {name: entry.limits[name] for name in ("template", "max_prompt", "max_response")}
     count = args.samples if entry.temperature else 1  # greedy samples are all the same
     repeated = np.repeat(np.arange(len(rows)), count).tolist()
-    texts, ids = respond(
-        model,
-        enc,
-        rows=[rows[i] for i in repeated],
-        seed=seed,
-        temperature=entry.temperature,
-        **limits,
-    )
+    with ProgressBar(total=len(repeated), desc=f"{name}: sampling") as progress:
+        texts, ids = respond(
+            model,
+            enc,
+            rows=[rows[i] for i in repeated],
+            seed=seed,
+            temperature=entry.temperature,
+            progress=progress,
+            **limits,
+        )
     answered = [n for n, y in enumerate(ids) if y is not None]  # whole texts have no prompt
     if not answered:
         return metrics, Samples({}, enc)
@@ -652,17 +638,34 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
     )
     if args.reference and entry.temperature == 1:  # these are samples of pi itself
         sampled = [encoded[repeated[n]] | {"responses": [ids[n]], "ranks": [0]} for n in answered]
-        metrics["kl"] = sampled_kl(model, sampled, args)
+        metrics |= sampled_kl(name, model, sampled, args)
     first = answered[::count]  # the first sample of each row is judged and written
     return metrics, Samples({repeated[n]: (texts[n], ids[n]) for n in first}, enc)
 
 
-def sampled_kl(model, rows: list[dict], args) -> float:
-    """KL(pi || pi_ref) in nats per response, from pi's own samples: the mean of log pi(y|x) -
-    log pi_ref(y|x). rows: encoded, each with one sample. pi_ref is --reference."""
+def sampled_kl(name: str, model, rows: list[dict], args) -> dict[str, float]:
+    """{"kl": KL(pi || pi_ref)} in nats per response, from pi's own samples: the mean of log pi(y|x)
+    - log pi_ref(y|x). rows: encoded, each with one sample. pi_ref is --reference.
+
+    {} and a line if pi_ref cannot take one of the samples: to leave out the long ones would be
+    another mean.
+    """
     reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
+    block_size = reference.config.block_size
+    too_long = [row for row in rows if num_tokens(row) > block_size]
+    if too_long:
+        print(
+            f"{name}: no kl, because {len(too_long)} of {len(rows)} samples are longer than the"
+            f" block_size of --reference, {block_size}"
+        )
+        return {}
     logps = row_logps(model, rows, EVAL_TOKENS, args.device)
-    return float((logps - row_logps(reference, rows, EVAL_TOKENS, args.device)).mean())
+    return {"kl": float((logps - row_logps(reference, rows, EVAL_TOKENS, args.device)).mean())}
+
+
+def num_tokens(row: dict) -> int:
+    """The length of an encoded row's prompt with its longest response."""
+    return len(row["prompt"]) + max(len(y or []) for y in row["responses"])
 
 
 def drop_all_equal(name: str, encoded: list[dict]) -> int:
@@ -688,9 +691,7 @@ def reference_metrics(name: str, entry: Entry, model, rows, args) -> dict[str, f
     rows = pad_rows_to_K(rows, K)
     entry.counts["equal_responses"] = drop_all_equal(name, rows)
     reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
-    longest = 0
-    for row in rows:
-        longest = max(longest, len(row["prompt"]) + max(len(y or []) for y in row["responses"]))
+    longest = max(map(num_tokens, rows))
     if longest > reference.config.block_size:
         raise SystemExit(
             f"--reference {args.reference}: its block_size {reference.config.block_size} is too"
@@ -730,71 +731,6 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
     return [row for row in encoded if row is not None], counts
 
 
-def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
-    """NAME=CHECKPOINT[@TEMPERATURE] arguments -> {name: (checkpoint, temperature)}."""
-    checkpoints = {}
-    for spec in specs:
-        found = re.fullmatch(r"([\w.@-]+)=(.+?)(?:@([0-9.][0-9.e+-]*))?", spec)
-        if not found or found[1] in checkpoints or found[1] == "data":
-            raise SystemExit(
-                f"{spec!r}: give a checkpoint as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, "
-                "each NAME once and none of them data"
-            )
-        try:
-            temperature = cli.temperature_type(found[3] or "1")
-        except argparse.ArgumentTypeError as e:
-            raise SystemExit(f"{spec!r}: the temperature {e}")
-        checkpoints[found[1]] = (checkpoint.resolve(found[2]), temperature)
-    return checkpoints
-
-
-def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="NAME=CHECKPOINT[@TEMPERATURE]",
-        help="name in the table, a run folder or checkpoint, and the sampling temperature (1)",
-    )
-    parser.add_argument("--data", default="data/pydocs", help="folder with val.jsonl")
-    parser.add_argument("--rows", type=cli.number_type(int, 1), default=256, help="held-out rows")
-    parser.add_argument(
-        "--judge",
-        help="checkpoint; reports the win rate of every checkpoint, and of the data, against the "
-        "samples of the first",
-    )
-    parser.add_argument(
-        "--reference",
-        help="checkpoint; reports ranking metrics of the data's responses, with implicit rewards "
-        "against it",
-    )
-    parser.add_argument(
-        "--beta", type=cli.number_type(float, 0), default=0.1, help="of those implicit rewards"
-    )
-    parser.add_argument(
-        "--samples",
-        type=cli.number_type(int, 1, 1024),
-        default=1,
-        help="samples a prompt, unless greedy: exact match is their mean; also pass_at_N",
-    )
-    parser.add_argument(
-        "--scorer",
-        metavar="MODULE:FUNCTION",
-        help="a scorer, as in ranked_by; also the samples' mean score, and that of the best of N",
-    )
-    parser.add_argument("--out", help="folder for eval.json and the samples")
-    parser.add_argument(
-        "--seed",
-        type=cli.number_type(int, 0, cli.MAX_SEED - 1000),
-        default=0,
-        help="of sampling; the n-th checkpoint takes seed + n",
-    )
-    parser.add_argument(
-        "--device", type=cli.device_type, default=cli.default_device(), help="cpu or cuda"
-    )
-    return parser
-
-
 def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, dict]:
     """Win rates under --judge of every player against the first checkpoint -> {player: metrics}."""
     judge, judge_enc, meta = GPT.from_checkpoint(args.judge, args.device)
@@ -827,7 +763,7 @@ def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, 
     return results
 
 
-def check_arguments(parser, args, entries: dict[str, Entry]):
+def check_arguments(args, rows_path: str, entries: dict[str, Entry]):
     """Exit with one line if something cannot work, before anything is computed."""
     for path in (args.judge, args.reference):
         if path:
@@ -836,19 +772,10 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
         raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
     if args.scorer:
         import_function(args.scorer)
-    if args.out:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-        except OSError as e:
-            parser.error(f"--out {args.out}: {e.strerror}")
-        for name in ("config.json", "collect.json", "manifest.json", "meta.json"):
-            if os.path.exists(os.path.join(args.out, name)):
-                raise SystemExit(
-                    f"--out {args.out} has a {name}: it is a run's or a data folder; give another"
-                )
-        for name in ("eval.json", "data.jsonl", *(f"{name}.jsonl" for name in entries)):
-            check_output(os.path.join(args.out, name), [f"{args.data}/val.jsonl"])
-        check_replaced(args.out, ["data", *entries])
+    if args.out and eval_command.is_table(args.out):
+        eval_command.check_table(args.out, rows_path)
+    elif args.out:
+        eval_command.check_folder(args.out, rows_path, ["data", *entries])
     for name, entry in entries.items():
         samples_nothing = entry.meta["config"]["stage"] == "reward"
         if args.judge and samples_nothing:
@@ -857,27 +784,16 @@ def check_arguments(parser, args, entries: dict[str, Entry]):
             check_same_tokenizer(name, entry.enc, args.reference)
 
 
-def check_replaced(out: str, players: list[str]):
-    """Exit with one line if a file would be replaced that an earlier eval.py did not write. It
-    wrote eval.json, which names the checkpoints whose samples are beside it."""
-    path = os.path.join(out, "eval.json")
-    earlier = read_table(path) if os.path.exists(path) else []
-    for player in players:
-        path = os.path.join(out, f"{player}.jsonl")
-        if os.path.exists(path) and player not in earlier:
-            raise SystemExit(
-                f"{path} is there, and is not of an earlier eval.py in that folder: move it, or "
-                "give another --out"
-            )
-
-
-def read_table(path: str) -> list[str]:
-    """The players in an eval.json. Exits with one line if eval.py did not write the file."""
-    advice = ": eval.py did not write it; give another --out"
-    table = read_json(path, advice=advice)
-    if not any(isinstance(row, dict) and "checkpoint" in row for row in table.values()):
-        raise SystemExit(f"{path} names no checkpoint{advice}")
-    return ["data", *table]
+def check_judge(judge: str, rows: list[dict], rows_path: str):
+    """Exit with one line if the judge cannot take these rows."""
+    template = checkpoint.read_meta(checkpoint.resolve(judge))["config"]["template"]
+    if not all(row["prompt"] for row in rows):
+        raise SystemExit(f"{rows_path}: rows that are whole texts have no prompts to judge")
+    if any(row.get("system") for row in rows) and split_template(template).system is None:
+        raise SystemExit(
+            f"{rows_path} has system messages, and the template of --judge {judge} has no"
+            " {system}"
+        )
 
 
 def is_reward_model(path: str) -> bool:
@@ -895,18 +811,71 @@ def check_same_tokenizer(name: str, enc, reference: str):
         )
 
 
+def write_logps(args, rows_path: str, entries: dict[str, Entry]):
+    """A line for each checkpoint and row, see `logps_lines`, to --out or standard output."""
+    for name, entry in entries.items():
+        if entry.meta["config"]["stage"] == "reward":
+            raise SystemExit(f"{name} is a reward model: it has no log-probabilities")
+    if args.out and not args.out.endswith(".jsonl"):
+        raise SystemExit(f"--out {args.out}: with --logps give a .jsonl file")
+    if args.out:
+        check_output(args.out, [rows_path])
+    rows = read_rows(rows_path)[: args.rows]
+    lines = []
+    for name, entry in entries.items():
+        lines += logps_lines(name, entry, rows, args.device)
+    if args.out:
+        write_rows(args.out, lines)
+        print(f"{args.out}: {len(lines)} lines")
+    else:
+        for line in lines:
+            print(json.dumps(line))
+
+
+def logps_lines(name: str, entry: Entry, rows: list[dict], device) -> list[dict]:
+    """{"checkpoint": name, "row": place in the file, "logps": [...], "tokens": [...]} of each row.
+
+    logps: log pi(y_k|x) of each response, the sum over its tokens and end-of-text, which are
+    counted in `tokens`. As in training: the same template, limits and batches. null and 0 where a
+    response is absent, or its prompt leaves no room.
+    """
+    model, enc, _ = GPT.from_checkpoint(entry.path, device)
+    encoded, counts = encode_rows(rows, enc, **entry.limits)
+    print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in counts.items()), file=sys.stderr)
+    kept = [row for row in encoded if row is not None]
+    logps = row_logps(model, kept, EVAL_TOKENS, device, f"{name}: scoring") if kept else []
+    lines = []
+    scored = iter(logps)
+    for i, (row, its_ids) in enumerate(zip(rows, encoded)):
+        line = {"checkpoint": name, "row": i, "logps": [None] * len(row["responses"])}
+        line["tokens"] = [0] * len(row["responses"])
+        if its_ids is not None:
+            its_logps = next(scored)
+            for k, response in enumerate(its_ids["responses"]):
+                if response is not None:
+                    line["logps"][k] = float(its_logps[k])
+                    line["tokens"][k] = num_supervised(its_ids["prompt"], response)
+        lines.append(line)
+    return lines
+
+
 def main(argv=None):
-    parser = make_parser()
+    parser = eval_command.make_parser(__doc__)
     args = parser.parse_args(argv)
     distributed.configure_torch(args.device)
     entries = {}
-    for name, (path, temperature) in parse_checkpoints(args.checkpoints).items():
-        meta = checkpoint.read_meta(path)
-        entries[name] = Entry(path, temperature, meta, checkpoint.read_tokenizer(path, meta))
-    check_arguments(parser, args, entries)
-    all_rows = validation_rows(args.data, args.rows)
-    if args.judge and not all(row["prompt"] for row in all_rows):
-        raise SystemExit(f"{args.data}: rows that are whole texts have no prompts to judge")
+    for name, (path, temperature) in eval_command.parse_checkpoints(args.checkpoints).items():
+        entries[name] = eval_command.read_entry(name, path, temperature, args)
+    rows_path = eval_command.find_rows(args, [entry.meta for entry in entries.values()])
+    if args.logps:
+        return write_logps(args, rows_path, entries)
+    check_arguments(args, rows_path, entries)
+    all_rows = read_rows(rows_path)
+    chosen = permutation(len(all_rows), 0, 0)[: args.rows or eval_command.ROWS]
+    print(f"{rows_path}: {len(chosen)} of {len(all_rows)} rows", flush=True)
+    all_rows = [all_rows[i] for i in chosen]
+    if args.judge:
+        check_judge(args.judge, all_rows, rows_path)
     rows = rows_for_all(entries, all_rows)
 
     table = {}
@@ -917,6 +886,9 @@ def main(argv=None):
         table[name] = {
             "checkpoint": entry.path,
             "temperature": entry.temperature,
+            "data": rows_path,
+            "max_prompt": entry.limits["max_prompt"],
+            "max_response": entry.limits["max_response"],
             "rows": len(rows),
             "left_out": len(all_rows) - len(rows),
             **entry.counts,
@@ -927,24 +899,15 @@ def main(argv=None):
     if args.judge:
         for name, metrics in judge_all(args, rows, samples, next(iter(entries))).items():
             table[name] = table.get(name, {}) | metrics
-    if args.out:
-        for name, player in samples.items():
-            if player.answers:
-                write_samples(os.path.join(args.out, f"{name}.jsonl"), rows, player)
+    if args.out and eval_command.is_table(args.out):
+        write_json(args.out, table)
+    elif args.out:
+        answered = {name: player for name, player in samples.items() if player.answers}
+        eval_command.name_players(args.out, list(answered))
+        for name, player in answered.items():
+            path = os.path.join(args.out, f"{name}.jsonl")
+            eval_command.write_samples(path, rows, player.answers, player.enc)
         write_json(os.path.join(args.out, "eval.json"), table)
-
-
-def write_samples(path: str, rows: list[dict], player: Samples):
-    """A player's answers as a ranked file."""
-    answered = []
-    for i, (text, ids) in player.answers.items():
-        row = rows[i]
-        if player.enc is None:
-            its_end = {"ended": False} if ended_flags(row)[0] is False else {}
-            answered.append(prompt_fields(row) | {"responses": [text]} | its_end)
-        else:
-            answered.append(sampled_row(row, text, ids, player.enc))
-    write_rows(path, answered)
 
 
 if __name__ == "__main__":

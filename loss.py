@@ -135,9 +135,9 @@ def preference_loss(
                       2404.19733)
 
     Returns the loss () and metrics, means over rows: `nll` the loss before label_smoothing,
-    taylor_order and nll_coef, `acc` the share of ordered pairs in the right order (a tie is wrong),
-    `grad_weight` of `gradient_weight`, and those of `chosen_rejected_metrics`. Raises ValueError
-    for an unknown loss_type and for options that it cannot have.
+    taylor_order and nll_coef, `acc` the share of ordered pairs in the right order (a tie counts
+    half), `grad_weight` of `gradient_weight`, and those of `chosen_rejected_metrics`. Raises
+    ValueError for an unknown loss_type and for options that it cannot have.
     """
     options = {
         "depth": depth,
@@ -186,7 +186,7 @@ def preference_loss(
     with torch.no_grad():
         metrics = {
             "nll": nll.mean(),
-            "acc": mean_over_pairs(diff > 0, worse).mean(),
+            "acc": mean_over_pairs(wins(diff), worse).mean(),
             "grad_weight": gradient_weight(scores, worse),
             **chosen_rejected_metrics(scores, policy_logps, mask),
         }
@@ -260,8 +260,8 @@ def reward_loss(
     the mean over pairs of (s_i + s_j)^2 (2312.09244, eq. 2), which fixes the free constant.
 
     Returns the loss () and metrics: `nll` the ranking part, `acc` the share of ordered pairs in the
-    right order, `margin` the mean of s_i - s_j. Equal scores give ln 2, or ln K!. Raises ValueError
-    for another loss_type.
+    right order (a tie counts half), `margin` the mean of s_i - s_j. Equal scores give ln 2, or
+    ln K!. Raises ValueError for another loss_type.
     """
     if loss_type not in REWARD_LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: a reward model has pairs or pl")
@@ -284,7 +284,7 @@ def reward_loss(
     with torch.no_grad():
         metrics = {
             "nll": nll.mean(),
-            "acc": mean_over_pairs(diff > 0, worse).mean(),
+            "acc": mean_over_pairs(wins(diff), worse).mean(),
             "margin": mean_over_pairs(diff, worse).mean(),
         }
     return loss.mean(), metrics
@@ -306,6 +306,12 @@ def pair_mask(
     worse = ranks[:, :, None] < ranks[:, None, :]
     worse = worse & response_mask[:, :, None] & response_mask[:, None, :]
     return response_mask, ranks, worse
+
+
+def wins(diff: Tensor) -> Tensor:
+    """Whether each s_i - s_j is above 0, as a number: 1, 0, or 1/2 for a tie. Every accuracy and
+    win rate counts like this, so that equal scores give 1/2, as guessing does."""
+    return 0.5 + 0.5 * diff.sign()
 
 
 def mean_over_pairs(values: Tensor, pairs: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ import hashlib
 import os
 
 import numpy as np
-from tqdm import tqdm
 
 from data import tokenizer
 from data.batch import batch_indices
 from data.gsm8k.scorer import same_answer
+from data.progress import ProgressBar
 from data.rows import (
     encode_prompts,
     encode_rows,
@@ -275,8 +275,8 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
         its_rows = [rows[n] for n in numbers]
         if run_on_rank0(is_sampled, part, its_rows, enc, cfg.template):
             written.append(part)
-    hide_bar = None if distributed.rank() == 0 else True
-    progress = tqdm(total=len(rows), desc=f"sampling {name}", disable=hide_bar)
+    hide_bar = distributed.rank() != 0
+    progress = ProgressBar(total=len(rows), desc=f"sampling {name}", hide=hide_bar)
     for part, numbers in parts.items():
         if part in written:
             progress.update(len(numbers))
@@ -286,6 +286,7 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
         if distributed.rank() == 0:
             write_rows(part, [sampled_row(rows[n], *samples[n], enc) for n in numbers])
         elastic.exit_if_signalled()
+    progress.close()
     if distributed.rank() == 0:
         sampled = []
         for part in parts:

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import cli, tokenizer
 from data.files import check_output, printable
+from data.progress import ProgressBar
 from data.rows import encode_prompt, read_rows, sampled_row, write_rows
 from data.template import cut_prompt_ids, split_template, with_bos
 from model import GPT
@@ -153,7 +153,7 @@ def generate(
     *,
     batch_size: int = 128,
     request_ids=None,
-    progress: tqdm | None = None,
+    progress: ProgressBar | None = None,
     on_token: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Sample a continuation of each prompt. Returns the new ids of each prompt.
@@ -553,7 +553,7 @@ def respond_to_file(model, enc, prompts_path, out_path, settings):
             row, enc, settings["template"], model.config.block_size, settings["max_prompt"]
         )
         num_cut += was_cut
-    with tqdm(total=len(rows), desc="sampling", disable=None) as progress:
+    with ProgressBar(total=len(rows), desc="sampling") as progress:
         texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
     written = []
     for row, text, new_ids in zip(rows, texts, ids):

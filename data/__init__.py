@@ -29,6 +29,7 @@ template.
     tokenizer.py    tokenizers: "gpt2", "bytes", .tiktoken files, other models' tokenizer.json
     template.py     how a prompt becomes token ids
     chat_template.py  other models' chat templates, from and to Jinja
+    progress.py     progress bars, which are lines in a log file
     rows.py         read, check, write and encode ranked rows
     folder.py       read and write data folders and token streams
     batch.py        encoded rows and token streams -> batches

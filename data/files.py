@@ -40,9 +40,11 @@ def atomic_write(path: str, mode: str = "w"):
             f.flush()
             os.fsync(fd)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(e, OSError) and e.filename is None:
+            e.filename = path  # a full disk does not say which file
         raise
     fsync_folder(os.path.dirname(path))
 

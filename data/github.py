@@ -13,11 +13,10 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from data import cli, hub
 from data.files import atomic_write, check_output, printable
 from data.folder import check_other_data, split_of
+from data.progress import ProgressBar
 from data.rows import write_ranked_folder
 
 ARCHIVES = "https://codeload.github.com"
@@ -95,7 +94,7 @@ def download(repository: Repository, path: str):
     url = f"{ARCHIVES}/{repository.name}/tar.gz/{repository.commit}"
     try:
         with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path, "wb") as f:
-            bar = tqdm(desc=repository.name, unit="B", unit_scale=True, disable=None)
+            bar = ProgressBar(desc=repository.name, unit="B", unit_scale=True)
             while block := response.read(2**20):
                 f.write(block)
                 bar.update(len(block))

@@ -175,7 +175,8 @@ def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") ->
     if system:
         if parts.system is None:
             raise SystemExit(
-                f"there is a system message, {system[:60]!r}, and the template has no {{system}}"
+                f"there is a system message, {system[:60]!r}, and the template has no {{system}}:"
+                f" {template[:60]!r}"
             )
         lead = [parts.system[0], parts.trim("system", system), parts.system[1] + parts.before]
     where = "start"

@@ -12,6 +12,7 @@ There are two kinds:
 import base64
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -287,6 +288,8 @@ def begin(enc) -> str:
 
 # ---- tokenizer.json
 
+PREFIX_SPACE_PARTS = ("normalizer", "pre_tokenizer", "decoder")  # they can add or remove a space
+
 
 class JsonTokenizer:
     """A tokenizer.json with the methods of a tiktoken.Encoding.
@@ -306,26 +309,32 @@ class JsonTokenizer:
         self.vocab_rows = (
             0  # rows of the embedding of the model it was imported with, for an export
         )
-        spec = json.loads(text)
+        # A vocabulary of 150,000 takes half a second to parse: it is done as seldom as possible.
+        spec = load_without_gc(text)
         check_growth(spec)
         self.full = Tokenizer.from_str(text)  # may put a space before a text
-        self.bare = Tokenizer.from_str(json.dumps(without_prefix_space(spec)))
+        self.bare = self.full
+        changed = without_prefix_space(spec)
+        if changed != spec:
+            self.bare = Tokenizer.from_str(json.dumps(changed))
         for backend in (self.full, self.bare):
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = True
         # "first": the space comes before the whole text only, else also after each special token
-        only_first = '"prepend_scheme": "first"' in json.dumps(spec)
+        steps = {name: spec.get(name) for name in PREFIX_SPACE_PARTS}
+        only_first = '"prepend_scheme": "first"' in json.dumps(steps)
         self.backends = {
             "start": self.full,
             "special": self.bare if only_first else self.full,
             "within": self.bare,
         }
-        self.n_vocab = 1 + max(self.full.get_vocab(with_added_tokens=True).values())
+        added_tokens = self.full.get_added_tokens_decoder()
+        self.n_vocab = 1 + max([last_id(spec["model"]), *added_tokens])
         self.eot_token = self.full.token_to_id(eos)
         self.specials = {}  # {text: id}
         self.strips = {eos: (False, False)}  # {text: whether it takes the space before, after it}
-        for i, token in self.full.get_added_tokens_decoder().items():
+        for i, token in added_tokens.items():
             if token.special:
                 self.specials[token.content] = i
                 self.strips[token.content] = token.lstrip, token.rstrip
@@ -373,10 +382,32 @@ def growth(step) -> float:
     return factor
 
 
+def load_without_gc(text: str):
+    """json.loads without garbage collection: it makes so many objects that the collector would look
+    at them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def last_id(model: dict) -> int:
+    """The largest id of the model of a parsed tokenizer.json, -1 if it has none."""
+    vocab = model["vocab"]  # {token: id}; of a Unigram [[token, score]]
+    return max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+
+
 def without_prefix_space(spec: dict) -> dict:
-    """A parsed tokenizer.json that puts no space before a text and, when decoding, removes none."""
-    parts = ("normalizer", "pre_tokenizer", "decoder")
-    return spec | {name: strip_prefix_space(spec.get(name)) for name in parts}
+    """A parsed tokenizer.json that puts no space before a text and, when decoding, removes none. It
+    equals `spec` if that puts none."""
+    changed = dict(spec)
+    for name in PREFIX_SPACE_PARTS:
+        if name in spec:
+            changed[name] = strip_prefix_space(spec[name])
+    return changed
 
 
 def strip_prefix_space(part):

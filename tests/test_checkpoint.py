@@ -601,6 +601,9 @@ def test_a_leftover_is_replaced_and_a_failure_leaves_none(tmp_path):
     with atomic_write(path) as f:
         f.write("new")
     assert read_text(path) == "new" and target.read_text() == "mine"
+    with pytest.raises(OSError) as error, atomic_write(path):
+        raise OSError(27, "File too large")  # a full disk does not say which file
+    assert error.value.filename == path
     with pytest.raises(KeyError), atomic_write(path) as f:
         f.write("half")
         raise KeyError

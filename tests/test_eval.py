@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import types
 from unittest import mock
 
 import numpy as np
@@ -16,6 +17,7 @@ from data.files import write_json
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
+    check_judge,
     f1_score,
     function_scores,
     harness_metrics,
@@ -23,13 +25,16 @@ from eval import (
     main,
     ranking_metrics,
     retokenize,
+    reward_metrics,
     rolling_windows,
     row_logps,
     sample_metrics,
+    sampled_kl,
     win_rate,
 )
-from model import GPT
-from nanospin import checkpoint
+from loss import preference_loss
+from model import GPT, GPTConfig
+from nanospin import checkpoint, eval_command
 
 CPU = torch.device("cpu")
 EOT = 256  # of bytes
@@ -90,6 +95,35 @@ def test_ranking_metrics_by_hand():
     first = math.log(1 + math.exp(-0.5) + math.exp(-3)) + math.log(1 + math.exp(-2.5))
     second = math.log(1 + math.exp(1.5))
     assert abs(m["rank_nll"] - (first + second) / 2) < 1e-12
+
+
+def test_ties_count_half_in_evaluation():
+    """As in training (loss.wins): pairs, a player against all worse responses, lengths, judges."""
+    rows = []
+    for _ in range(4):
+        rows.append({"prompt": [9], "responses": [[1], [2], [3, 4]], "ranks": [0, 1, 2]})
+    # of "data": above both, a tie with the best of them, a tie and one above it, all equal
+    logps = np.array([[3.0, 2.0, 1.0], [2.0, 2.0, 1.0], [2.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+    m = ranking_metrics(logps, np.zeros((4, 3)), rows, 1.0, ["data", "teacher", "self"])
+    assert m["acc"] == (3 + 2.5 + 0.5 + 1.5) / 12
+    assert m["acc/data"] == (1 + 0.5 + 0 + 0.5) / 4
+    assert m["acc/teacher"] == (1 + 1 + 0 + 0.5) / 4
+    training = [preference_loss(x[None], 0 * x[None], beta=1.0) for x in torch.from_numpy(logps)]
+    assert m["acc"] == pytest.approx(np.mean([float(metrics["acc"]) for _, metrics in training]))
+
+    m = reward_metrics(logps, rows)
+    assert m["acc"] == (3 + 2.5 + 0.5 + 1.5) / 12
+    assert m["length_acc"] == 1 / 6  # one of three pairs has equal lengths, two are wrong
+    assert length_accuracy([2, 3], [2, 1]) == 0.75
+
+
+def test_a_judge_with_equal_scores_has_no_favourite(tiny_runs):
+    """Every response has the score 0, whatever it says."""
+    judge, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    texts = [{"prompt": f"{i} the", "responses": ["a", "bb"]} for i in range(3)]
+    pairs, _ = encode_rows(texts, enc, TEMPLATE, 64)
+    with mock.patch("eval.row_logps", lambda *args: np.zeros((3, 2), np.float32)):
+        assert win_rate(judge, pairs, CPU) == (0.5, 0.0)
 
 
 def test_rows_in_which_nothing_is_ranked_do_not_count():
@@ -389,6 +423,40 @@ def test_a_reference(tiny_runs, tiny_data):
     assert "acc/2" in done.stdout
 
 
+def test_no_kl_to_a_reference_that_is_too_short(monkeypatch, capsys):
+    """A shorter context would be another model, and learned positions end there."""
+    reference = GPT(GPTConfig(vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=8))
+    monkeypatch.setattr(GPT, "from_checkpoint", lambda path, device: (reference, None, None))
+    args = types.SimpleNamespace(reference="r", device=CPU)
+    rows = [{"prompt": [1, 2, 3], "responses": [[4] * n], "ranks": [0]} for n in (2, 5)]
+    assert sampled_kl("a", reference, rows, args) == {"kl": 0}
+    rows[1]["responses"][0].append(4)
+    assert sampled_kl("a", reference, rows, args) == {}
+    assert "a: no kl, because 1 of 2 samples are longer" in capsys.readouterr().out
+
+
+def test_the_same_out_again(tmp_path):
+    """After an interruption before eval.json was written, and after a command with other names,
+    the files are known as those of eval.py. A file of the user is not replaced."""
+    out = str(tmp_path)
+    eval_command.name_players(out, ["data", "a"])
+    (tmp_path / "a.jsonl").write_text("")
+    eval_command.check_folder(out, "x/val.jsonl", ["data", "a"])
+    write_json(f"{out}/eval.json", {"b": {"checkpoint": "c"}})
+    eval_command.name_players(out, ["data", "b"])
+    eval_command.check_folder(out, "x/val.jsonl", ["data", "a", "b"])
+    (tmp_path / "mine.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="mine.jsonl is there"):
+        eval_command.check_folder(out, "x/val.jsonl", ["data", "mine"])
+
+
+def test_a_judge_that_has_no_system_messages(tiny_runs):
+    rows = [{"prompt": "a", "responses": ["b"], "system": "Be kind."}]
+    with pytest.raises(SystemExit, match="system messages, and the template of --judge"):
+        check_judge(tiny_runs["sft"], rows, "x/val.jsonl")
+    check_judge(tiny_runs["sft"], [{"prompt": "a", "responses": ["b"]}], "x/val.jsonl")
+
+
 def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
     """The first of several samples is the one that is written, and the KL to the model itself is 0,
     to another one what one sequence at a time gives."""
@@ -506,7 +574,7 @@ def test_rows_of_the_same_prompt_keep_their_own_answers(tiny_runs, tmp_path):
 
 @pytest.mark.parametrize(
     "spec, message",
-    [("a=RUN@hot", "no checkpoint"), ("sft", "NAME=CHECKPOINT"), ("a=nowhere", "no checkpoint")],
+    [("a=RUN@hot", "no checkpoint"), ("sft", "no checkpoint"), ("a=nowhere", "no checkpoint")],
 )
 def test_bad_checkpoints_are_one_line(tiny_runs, tiny_data, spec, message):
     done = evaluate(spec.replace("RUN", tiny_runs["sft"]), f"--data={tiny_data}")
@@ -552,3 +620,126 @@ def test_out_replaces_only_what_an_earlier_eval_wrote(tiny_runs, tiny_data, tmp_
     (out / "b.jsonl").write_text(content)
     done = evaluate(f"b={tiny_runs['sft']}", *options, f"--out={out}")
     assert done.returncode == 1 and f"{out}/b.jsonl is there" in done.stderr
+
+
+def test_a_checkpoint_without_limits_gets_some(tiny_data, tmp_path):
+    """As an imported model has none: responses end after 256 tokens, and fewer rows are measured.
+    What is set on the command line counts instead. The data is that of the run, and is named."""
+    run = sft_run(f"{tmp_path}/run", tiny_data, "--block_size=700", "--batch_size=2")
+    done = evaluate(run, "--rows=2", f"--out={tmp_path}/e")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "run has no limits of its own: prompts of at most 700 tokens, responses of 256, 2 rows"
+        in done.stdout
+    )
+    assert f"{tiny_data}/val.jsonl: 2 of 12 rows" in done.stdout
+    with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
+        table = json.load(f)
+    assert table["run"]["max_response"] == 256
+    assert table["run"]["data"] == f"{tiny_data}/val.jsonl"
+    assert max(len(row["ids"][0]) for row in read_rows(f"{tmp_path}/e/run.jsonl")) == 256
+
+    done = evaluate(run, "--max_prompt=9")
+    assert "max_prompt 9 leaves no room after any of 12 prompts" in done.stderr
+    limits = ["--max_prompt=64", "--max_response=3"]
+    done = evaluate(f"short={run}", f"--data={tiny_data}", *limits, f"--out={tmp_path}/s")
+    assert done.returncode == 0, done.stderr
+    assert "no limits" not in done.stdout and "12 of 12 rows" in done.stdout
+    assert "short: 0 prompts and 12 responses of 12 rows are cut" in done.stdout
+    assert {len(row["ids"][0]) for row in read_rows(f"{tmp_path}/s/short.jsonl")} <= {1, 2, 3}
+
+
+def test_limits_of_a_run_stay(tiny_runs):
+    done = evaluate(f"a={tiny_runs['sft']}", "--rows=1")
+    assert done.returncode == 0 and "no limits" not in done.stdout, done.stderr
+
+
+def test_out_can_be_a_file(tiny_runs, tiny_data, tmp_path):
+    """One that is not there, or of an earlier eval.py."""
+    options = [f"a={tiny_runs['sft']}", f"--data={tiny_data}/val.jsonl", "--rows=2"]
+    path = f"{tmp_path}/new/table.json"
+    for _ in range(2):
+        done = evaluate(*options, f"--out={path}")
+        assert done.returncode == 0, done.stderr
+        assert os.listdir(f"{tmp_path}/new") == ["table.json"]
+    with open(path, encoding="utf-8") as f:
+        assert json.load(f)["a"]["rows"] == 2
+    for content in ("[]", '{"mine": 1}'):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(content)
+        done = evaluate(*options, f"--out={path}")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        with open(path, encoding="utf-8") as f:
+            assert f.read() == content
+    done = evaluate(*options, f"--out={tiny_runs['sft']}/config.json")
+    assert done.returncode == 1 and "would be a file of a run" in done.stderr
+
+
+@torch.no_grad()
+def test_logps_of_given_rows(tiny_runs, tmp_path):
+    """In the order of the file, those of a plain forward pass in float64 over the bytes. A response
+    is cut as in training, and then has no end-of-text."""
+    rows = [
+        {"prompt": "0 the loss", "responses": ["of a model", "falls when it reads what", None]},
+        {"text": "the loss of a model"},
+        {"prompt": "x" * 90, "responses": ["no room"]},
+        {"prompt": "1 the", "responses": ["", "loss"]},
+    ]
+    path = f"{tmp_path}/rows.jsonl"
+    write_rows(path, rows)
+    runs = [f"{name}={tiny_runs[name]}" for name in ("sft", "pretrain")]
+    done = evaluate(*runs, "--logps", f"--data={path}")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["checkpoint"], line["row"]) for line in lines] == [
+        (name, i) for name in ("sft", "pretrain") for i in range(4)
+    ]
+    for name in ("sft", "pretrain"):
+        model, _, meta = GPT.from_checkpoint(tiny_runs[name])
+        model.double()
+        config = meta["config"]
+        for line in lines:
+            if line["checkpoint"] != name:
+                continue
+            row = rows[line["row"]]
+            if "text" in row:
+                prompt, responses = [], [[*row["text"].encode(), EOT]]
+            else:
+                prompt = list(config["template"].format(prompt=row["prompt"], response="").encode())
+                responses = []
+                for text in row["responses"]:
+                    responses.append(None if text is None else [*text.encode(), EOT])
+            for k, response in enumerate(responses):
+                if response is None or len(prompt) >= 64:
+                    assert line["logps"][k] is None and line["tokens"][k] == 0
+                    continue
+                response = response[: config["max_response"] or 64]
+                response = response[: 64 - len(prompt)]
+                context = prompt or response[:1]  # a text's first token is not predicted
+                predicted = response if prompt else response[1:]
+                slow = slow_logprob(model, context, predicted)
+                assert line["logps"][k] == pytest.approx(slow, rel=1e-5)
+                assert line["tokens"][k] == len(predicted)
+
+    out = f"{tmp_path}/logps.jsonl"
+    done = evaluate(*runs, "--logps", f"--data={path}", f"--out={out}")
+    assert done.returncode == 0 and f"{out}: 8 lines" in done.stdout
+    with open(out, encoding="utf-8") as f:
+        assert [json.loads(line) for line in f] == lines
+    done = evaluate(*runs, "--logps", f"--data={path}", f"--out={tmp_path}/folder")
+    assert done.returncode == 1 and "give a .jsonl file" in done.stderr
+    done = evaluate(*runs, "--logps", f"--data={path}", f"--out={path}")
+    assert done.returncode == 1 and "is what this command reads" in done.stderr
+
+
+def test_logps_are_the_reference_log_probabilities_of_training(tiny_runs, tiny_data, tmp_path):
+    """The ref of a preference run's validation rows, bit for bit but for the place in a batch."""
+    out = f"{tmp_path}/dpo"
+    args = ["--stage=preference", f"--out_dir={out}", f"--data={tiny_data}", "--device=cpu"]
+    args += [f"--init={tiny_runs['sft']}", "--max_response=16", "--max_steps=1", "--batch_size=4"]
+    train.main(args)
+    done = evaluate(tiny_runs["sft"], "--logps", f"--data={tiny_data}", "--rows=12")
+    by_row = [json.loads(line)["logps"] for line in done.stdout.splitlines()]
+    refs = np.load(f"{out}/round_0/val.ref.npz")["refs"]
+    order = np.random.default_rng([0, 0]).permutation(12)  # of validation_rows
+    np.testing.assert_allclose(np.array(by_row)[order], refs, rtol=1e-5)

@@ -16,8 +16,10 @@ from loss import (
     plackett_luce,
     ppo_loss,
     preference_loss,
+    reward_loss,
     sequence_logprobs,
     taylor_nll,
+    wins,
 )
 
 torch.manual_seed(0)
@@ -244,6 +246,16 @@ def test_accuracy_and_margin():
     response_mask = torch.tensor([[True, True, True], [True, True, False]])
     _, metrics = preference_loss(policy, torch.zeros(2, 3), response_mask, beta=1.0)
     assert metrics["acc"] == 0.5 and metrics["margin"] == ((3 - 1.5) + (1 - 2)) / 2
+
+
+def test_a_tie_counts_half():
+    """In the accuracy of both losses; at a round's start all scores are equal."""
+    scores = torch.tensor([[1.0, 1.0, 0.0], [2.0, 2.0, 2.0]])  # right: 2.5 of 3 pairs, 1.5 of 3
+    _, metrics = preference_loss(scores, torch.zeros(2, 3), beta=1.0)
+    assert metrics["acc"] == pytest.approx((2.5 / 3 + 0.5) / 2)
+    _, metrics = reward_loss(scores, torch.ones(2, 3, dtype=torch.bool), "pairs")
+    assert metrics["acc"] == pytest.approx((2.5 / 3 + 0.5) / 2)
+    assert wins(torch.tensor([-2.0, 0.0, -0.0, 1e-30])).tolist() == [0.0, 0.5, 0.5, 1.0]
 
 
 def test_gradient_weight():

@@ -15,8 +15,6 @@ import json
 import os
 import re
 
-from tqdm import tqdm
-
 from data import cli
 from data.files import check_output, printable, read_json, require_regular, write_json
 from data.folder import check_other_data, lock_folder, split_of, write_meta
@@ -27,6 +25,7 @@ from data.formats import (  # noqa: F401  # parse_transcript is for the prepare.
     drop,
     parse_transcript,
 )
+from data.progress import ProgressBar
 from data.rows import write_rows
 
 # The commits that other projects' code names for these sets. A set that is not listed is read at
@@ -249,12 +248,12 @@ def is_inside(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
-def split_progress(args, state: dict, dataset, split: str) -> tqdm:
+def split_progress(args, state: dict, dataset, split: str) -> ProgressBar:
     """A progress bar over the rows of a split. The hub knows the total of some splits."""
     total = args.rows
     if not total and split in (dataset.info.splits or {}):
         total = dataset.info.splits[split].num_examples
-    return tqdm(desc=split, unit=" rows", initial=state["rows"], total=total or None, disable=None)
+    return ProgressBar(desc=split, unit=" rows", initial=state["rows"], total=total or None)
 
 
 @contextlib.contextmanager

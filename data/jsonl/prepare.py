@@ -25,11 +25,10 @@ import sys
 import zlib
 from collections import Counter
 
-from tqdm import tqdm
-
 from data import cli, formats, tokenizer
 from data.files import check_output, parse_json, printable
 from data.folder import check_other_data, lock_folder, split_of, write_meta, write_stream
+from data.progress import ProgressBar
 from data.rows import check_row, is_unicode, prompt_key, write_rows
 
 OUTPUTS = ("train.jsonl", "val.jsonl", "train.bin", "val.bin", "meta.json", "tokenizer.tiktoken")
@@ -246,7 +245,7 @@ def main(argv=None):
             enc, tokenizer_name = tokenizer.load_into(args.out, tokenizer_name or "gpt2")
         if any(texts.values()):
             for side in ("train", "val"):
-                documents = tqdm(texts[side], desc=f"{side}.bin", disable=None)
+                documents = ProgressBar(texts[side], desc=f"{side}.bin")
                 path = os.path.join(args.out, f"{side}.bin")
                 sizes[f"{side}_tokens"] = write_stream(path, documents, enc)
         if any(rows.values()):
@@ -299,7 +298,7 @@ def read_files(args):
     num_lines = 0
     key, _, prefix = (args.where or "").partition("=")
     for path in args.files:
-        for where, value in tqdm(read_lines(path), desc=os.path.basename(path), disable=None):
+        for where, value in ProgressBar(read_lines(path), desc=os.path.basename(path)):
             if args.where and not str(value.get(key, "")).startswith(prefix):
                 continue
             num_lines += 1

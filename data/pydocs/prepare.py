@@ -21,10 +21,9 @@ import platform
 import sys
 import sysconfig
 
-from tqdm import tqdm
-
 from data import cli, tokenizer
 from data.folder import lock_folder, split_of, write_meta, write_stream
+from data.progress import ProgressBar
 from data.rows import write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -94,7 +93,7 @@ def read_docstrings():
     texts = {"train": [], "val": []}
     rows = {"train": [], "val": []}
     seen_docs, seen_rows = set(), set()
-    for module, path in tqdm(list(sources()), desc="reading docstrings", disable=None):
+    for module, path in ProgressBar(list(sources()), desc="reading docstrings"):
         side = split_of(module, 0.08)
         for name, signature, doc in documented(module, path):
             if doc not in seen_docs:

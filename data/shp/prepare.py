@@ -25,11 +25,10 @@ import itertools
 import os
 import sys
 
-from tqdm import tqdm
-
 from data import cli, hub, tokenizer
 from data.files import check_output
 from data.folder import check_other_data, lock_folder, split_of, write_meta
+from data.progress import ProgressBar
 from data.rows import longest_shared_prefix, write_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -141,7 +140,7 @@ def main(argv=None):
         commit = hub.resolve_commit(args.hub, args.revision)
         pairs, source = hub_pairs(args.hub, commit), hub.source_name(args.hub, commit)
     total = args.rows * max(1, args.sets)
-    pairs = iter(tqdm(pairs, total=total, desc="pairs", disable=None))
+    pairs = iter(ProgressBar(pairs, total=total, desc="pairs"))
     outs = [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]
     splits = ("row", "group") if args.split == "both" else (args.split,)
     for out in outs:
