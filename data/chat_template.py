@@ -49,6 +49,10 @@ CHECK_TEXTS = [
     "UPPER lower MiXeD 0123456789",
     "User: not a turn\n\nAssistant: not one",
     "<think>\nfirst this\n</think>\n\nthen that",
+    "lines of Windows\r\nend in two characters\r\n",
+    "no-break\u00a0spaces\u00a0",
+    "\f<b>a tag</b> &amp; an entity\f",
+    "a long text, " * 400,
 ]
 
 
@@ -403,7 +407,8 @@ def check_chats(template: str) -> list[Chat]:
                 Chat(second, None, [(text, first), (first, text)], system),
                 Chat(second, answer, [(first, text)], system),
             ]
-    return chats
+    turns = [(text, CHECK_TEXTS[0]) for text in CHECK_TEXTS[:7]]
+    return [*chats, Chat("and then?", None, turns, "")]  # a long conversation
 
 
 def chat_text(template: str, chat: Chat) -> str:

@@ -232,12 +232,12 @@ def test_published_chat_templates(name, tmp_path, capsys):
 
 def test_what_is_compared(tmp_path):
     """A template that is wrong in one place differs from the chat template."""
-    assert len(CHECK_TEXTS) == 20
+    assert len(CHECK_TEXTS) == 24
     folder = chatml(tmp_path)
     enc = load_json(folder)
     chat_template = read_chat_template(folder, enc)
     right = follow(chat_template, enc, folder)
-    assert len(check_chats(right)) == 160
+    assert len(check_chats(right)) == 24 * 8 + 1
     for old, new in [
         ("{prompt}", "{prompt|trim}"),
         ("{response}", "{response|trim}"),
@@ -257,6 +257,28 @@ def test_what_is_compared(tmp_path):
                 chat_template.render_all,
                 lambda text: tokenizer.encode_whole(enc, text),
             )
+
+
+@pytest.mark.parametrize(
+    "content, messages",
+    [
+        ("m['content'][:1000]", "messages"),
+        ("m['content'] | replace('\\r\\n', '\\n')", "messages"),
+        ("m['content'] | replace('\u00a0', ' ')", "messages"),
+        ("m['content'] | striptags", "messages"),
+        ("m['content'].strip('\\f')", "messages"),
+        ("m['content']", "messages[-6:]"),
+        ("m['content'] if loop.index0 < 8 else ''", "messages"),
+    ],
+)
+def test_what_a_chat_template_changes_in_rare_texts_is_noticed(content, messages):
+    source = (
+        "{% for m in " + messages + " %}<{{ m['role'] }}>\n{{ " + content + " }}<|endoftext|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    enc = tokenizer.load("bytes")
+    with pytest.raises(SystemExit):
+        follow(ChatTemplate(source, {"eos_token": "<|endoftext|>"}), enc, "folder")
 
 
 def test_a_chat_of_an_imported_template():
