@@ -215,6 +215,7 @@ def main(argv=None):
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     print("\n".join(make_table(results)))
     figures = args.figures or args.out
+    os.makedirs(figures, exist_ok=True)
     write_json(os.path.join(figures, "results.json"), results)
     draw(results, os.path.join(figures, "methods.png"))
     if args.map:
