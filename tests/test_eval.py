@@ -586,7 +586,7 @@ def test_a_checkpoint_without_limits_gets_some(tiny_data, tmp_path):
     done = evaluate(f"short={run}", f"--data={tiny_data}", *limits, f"--out={tmp_path}/s")
     assert done.returncode == 0, done.stderr
     assert "no limits" not in done.stdout and "12 of 12 rows" in done.stdout
-    assert "short: 0 prompts and 12 responses of 12 rows are cut" in done.stdout
+    assert "short: 0 prompts and 36 responses of 12 rows are cut" in done.stdout
     assert {len(row["ids"][0]) for row in read_rows(f"{tmp_path}/s/short.jsonl")} <= {1, 2, 3}
 
 
