@@ -157,6 +157,7 @@ class Config:
     wandb: str = "off"  # off | online | offline
     wandb_project: str = "nanospin"
     wandb_runs: str = "one"  # one | rounds: a W&B run for each round, in a group
+    tensorboard: bool = False  # write the same metrics to out_dir/tensorboard
 
 
 CHOICES = {
