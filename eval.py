@@ -41,6 +41,7 @@ from data.progress import ProgressBar
 from data.rows import (
     drop_equal_responses,
     encode_rows,
+    ids_source,
     read_rows,
     response_ids,
     row_with_ids,
@@ -528,14 +529,16 @@ def win_rate(judge, pairs: list[dict], device, tokens: int = EVAL_TOKENS) -> tup
     return float(won.mean()), float(won.std() / np.sqrt(len(won)))
 
 
-def retokenize(judge_enc, enc, text: str, ids: list[int] | None, template: str) -> list[int]:
-    """A response's ids for a judge: as they are if its tokenizer made them, else encoded again
-    under the judge's template, with end-of-text if the response had ended, or if it is no token of
-    the judge's (white space). enc is None for texts of the data."""
-    if enc is not None and tokenizer.fingerprint(enc) == tokenizer.fingerprint(judge_enc):
+def retokenize(
+    judge_enc, judge_template: str, enc, template: str, text: str, ids: list[int] | None
+) -> list[int]:
+    """A response's ids for a judge: as they are if its tokenizer made them under a template of the
+    same form, else encoded again under the judge's template, with end-of-text if the response had
+    ended, or if it is no token of the judge's (white space). enc is None for texts of the data."""
+    if enc is not None and ids_source(enc, template) == ids_source(judge_enc, judge_template):
         return ids
     ended = enc is None or tokenizer.is_end(enc, ids[-1])
-    encoded = written_ids(judge_enc, template, text)
+    encoded = written_ids(judge_enc, judge_template, text)
     return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
 
@@ -550,10 +553,11 @@ def validation_rows(folder: str, n: int, prompt_only: bool = False) -> list[dict
 
 @dataclass
 class Samples:
-    """What a player answered: {number of the row: (text, ids)}, and the tokenizer of the ids."""
+    """What a player answered: {number of the row: (text, ids)}, and what made the ids."""
 
     answers: dict
     enc: object = None  # None: the data, whose texts have no ids
+    template: str = ""
 
 
 def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
@@ -640,7 +644,9 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
         sampled = [encoded[repeated[n]] | {"responses": [ids[n]], "ranks": [0]} for n in answered]
         metrics |= sampled_kl(name, model, sampled, args)
     first = answered[::count]  # the first sample of each row is judged and written
-    return metrics, Samples({repeated[n]: (texts[n], ids[n]) for n in first}, enc)
+    return metrics, Samples(
+        {repeated[n]: (texts[n], ids[n]) for n in first}, enc, entry.limits["template"]
+    )
 
 
 def sampled_kl(name: str, model, rows: list[dict], args) -> dict[str, float]:
@@ -715,10 +721,10 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
                 if player.enc is None:
                     text, ids = row["responses"][0], response_ids(row, 0, judge_enc, template)
                 else:
-                    ids = retokenize(judge_enc, player.enc, text, ids, template)
+                    ids = retokenize(judge_enc, template, player.enc, player.template, text, ids)
                 responses.append(text)
                 all_ids.append(ids)
-            pairs.append(row_with_ids(row, responses, all_ids, judge_enc))
+            pairs.append(row_with_ids(row, responses, all_ids, judge_enc, template))
     config = meta["config"]
     encoded, counts = encode_rows(
         pairs,
@@ -906,7 +912,7 @@ def main(argv=None):
         eval_command.name_players(args.out, list(answered))
         for name, player in answered.items():
             path = os.path.join(args.out, f"{name}.jsonl")
-            eval_command.write_samples(path, rows, player.answers, player.enc)
+            eval_command.write_samples(path, rows, player.answers, player.enc, player.template)
         write_json(os.path.join(args.out, "eval.json"), table)
 
 

@@ -21,6 +21,7 @@ from data.progress import ProgressBar
 from data.rows import (
     encode_prompts,
     encode_rows,
+    ids_source,
     prompt_key,
     read_rows,
     response_ids,
@@ -78,7 +79,7 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
         for column in columns:
             texts += [text for text, _ in column[i]]
             ids += [y for _, y in column[i]]
-        candidate = row_with_ids(row, texts, ids, enc)
+        candidate = row_with_ids(row, texts, ids, enc, cfg.template)
         if len(set(names)) < len(names):
             candidate["ranks"] = [names.index(name) for name in names]
         candidates.append(candidate)
@@ -89,7 +90,7 @@ def data_candidates(row: dict, enc, template: str) -> dict:
     """The data's own responses to a prompt, to be ranked by a scorer."""
     ids = [response_ids(row, k, enc, template) for k in range(len(row["responses"]))]
     texts = [None if y is None else text for text, y in zip(row["responses"], ids)]
-    return row_with_ids(row, texts, ids, enc)
+    return row_with_ids(row, texts, ids, enc, template)
 
 
 def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[list[tuple]]:
@@ -284,7 +285,8 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
         distributed.heartbeat.set_stage(f"sampling {name}, prompts from {numbers[0]} on")
         samples = sample_part(model, enc, cfg, rows, numbers, name, progress)
         if distributed.rank() == 0:
-            write_rows(part, [sampled_row(rows[n], *samples[n], enc) for n in numbers])
+            sampled = [sampled_row(rows[n], *samples[n], enc, cfg.template) for n in numbers]
+            write_rows(part, sampled)
         elastic.exit_if_signalled()
     progress.close()
     if distributed.rank() == 0:
@@ -301,7 +303,7 @@ def is_sampled(path: str, rows: list[dict], enc, template: str) -> bool:
     try:
         for row, sample in zip(rows, read_rows(path), strict=True):
             ids = own_ids(path, sample, enc, template)
-            if sampled_row(row, sample["responses"][0], ids, enc) != sample:
+            if sampled_row(row, sample["responses"][0], ids, enc, template) != sample:
                 return False
     except (SystemExit, ValueError):
         return False
@@ -367,12 +369,12 @@ def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -
     """(text, ids) of the best response of the first `count` rows in a ranked file that have the
     prompt of each row.
 
-    Samples of this tokenizer keep their ids, see `data.rows.response_ids`.
+    Samples of this tokenizer and form keep their ids, see `data.rows.response_ids`.
     """
-    fingerprint = tokenizer.fingerprint(enc)
+    source = ids_source(enc, template)
     responses = {}
     for row in read_rows(path):
-        if row.get("tokenizer") == fingerprint:
+        if row.get("tokenizer") == source:
             ids = own_ids(path, row, enc, template)
         else:
             ids = response_ids(row, 0, enc, template)
@@ -409,9 +411,7 @@ def own_ids(path: str, row: dict, enc, template: str) -> list[int]:
             f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, "
             f"outside the vocabulary of {enc.n_vocab}"
         )
-    text, written = row["responses"][0], response_text(enc, ids)
-    its_texts = written, written.strip(), response_text(enc, ids, template)
-    if text not in its_texts:  # a teacher's template may be another, which drops white space
+    if row["responses"][0] != response_text(enc, ids, template):
         raise SystemExit(
             f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
             "its text: one of the two was edited; drop the ids to use the text"

@@ -167,6 +167,13 @@ def check_teacher(cfg, enc, block_size: int):
             f"teacher {cfg.teacher} has another tokenizer than the policy ({meta['tokenizer']}); "
             "advantage reverse_kl compares their probabilities of the same tokens"
         )
+    has_template = meta["config"]["stage"] != "pretrain"
+    if has_template and meta["config"]["template"] != cfg.template:
+        raise SystemExit(
+            f"teacher {cfg.teacher} has the template {meta['config']['template']!r}, the policy "
+            f"{cfg.template!r}; advantage reverse_kl scores the same tokens under both: train the "
+            "policy with the teacher's"
+        )
     longest = (cfg.max_prompt or block_size) + (cfg.max_response or block_size)
     longest = min(longest, block_size)
     if meta["model"]["block_size"] < longest:
@@ -192,7 +199,7 @@ def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
         rows_path = os.path.join(folder, "train.jsonl")
         arrays_path = os.path.join(folder, "rollout.npz")
         write_scorer(cfg, round_id)
-        write_rows(rows_path, scored_rows(rows, samples, enc))
+        write_rows(rows_path, scored_rows(rows, samples, enc, cfg.template))
         with atomic_write(arrays_path, "wb") as f:
             np.savez(f, **arrays)
         policy = reference_checkpoint(cfg, round_id)
@@ -242,7 +249,7 @@ def best_first(samples: Trajectories) -> Trajectories:
     return replace(samples, **changed)
 
 
-def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
+def scored_rows(rows, samples: Trajectories, enc, template: str) -> list[dict]:
     """The samples as ranked rows with their scores and their KL to the reference. With one sample
     per prompt, "kl" and "ended" are its own, not lists."""
     K = samples.group_size
@@ -254,7 +261,7 @@ def scored_rows(rows, samples: Trajectories, enc) -> list[dict]:
             kl.append(float(np.sum(logps - refs)))
         ended = samples.ended[part]
         scored.append(
-            row_with_ids(row, samples.texts[part], samples.ids[part], enc)
+            row_with_ids(row, samples.texts[part], samples.ids[part], enc, template)
             | {
                 "scores": samples.scores[part].tolist(),
                 "kl": kl if K > 1 else kl[0],
@@ -294,7 +301,7 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
         if not os.path.exists(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
     train, _ = encode_rows(
-        name_tokenizer(read_rows(rows_path), enc),
+        name_tokenizer(read_rows(rows_path), enc, cfg.template),
         enc,
         cfg.template,
         block_size,
@@ -350,7 +357,7 @@ def sample_trajectories(
     for row, samples in zip(rows, match_samples(path, rows, enc, count, cfg.template)):
         texts.append([text for text, _ in samples])
         ids.append([y for _, y in samples])
-        sampled.append(row_with_ids(row, texts[-1], ids[-1], enc))
+        sampled.append(row_with_ids(row, texts[-1], ids[-1], enc, cfg.template))
     encoded, _ = encode_rows(
         sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
     )

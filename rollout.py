@@ -97,7 +97,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
             rows, of_data = played[split]
             report[split] = round_report(cfg, rows, of_data, enc)
             if split == "train":
-                rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc)
+                rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc, cfg.template)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
         encoded[split] += answers
         if uses_reference:
@@ -200,7 +200,7 @@ def rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say) -> li
 
 def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
-    ranked = name_tokenizer(read_rows(path), enc)
+    ranked = name_tokenizer(read_rows(path), enc, cfg.template)
     keys = list(map(prompt_key, ranked))
     if is_scored(cfg) and ":" not in cfg.ranked_by:
         # some left no room in that model, which may be gone by now

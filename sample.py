@@ -2,7 +2,7 @@
 
     python sample.py out/demo/sft --prompt 'What does `os.getcwd()` do?'
     python sample.py out/demo/sft --chat
-    python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl
+    python sample.py out/demo/sft --prompts data/pydocs/val.jsonl --out samples.jsonl --n 4
 
 Start reading at `generate`. It uses continuous batching (Orca, OSDI 2022): finished requests leave
 the batch and waiting ones join it, so one long response does not hold up the others. Keys and
@@ -10,7 +10,8 @@ values are cached (nanospin/kv_cache.py). nanospin/decoding.py makes a single st
 """
 
 import functools
-import os
+import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -21,14 +22,15 @@ import torch
 import torch.nn.functional as F
 
 from data import cli, tokenizer
-from data.files import check_output, printable
+from data.files import printable
 from data.progress import ProgressBar
-from data.rows import encode_prompt, read_rows, sampled_row, write_rows
+from data.rows import encode_prompt, encode_prompts, read_rows, sampled_row, write_rows
 from data.template import cut_prompt_ids, split_template, with_bos
 from model import GPT
-from nanospin import distributed
+from nanospin import distributed, sample_command
 from nanospin.decoding import DecodeStep, prepacked_weights
 from nanospin.kv_cache import KVCache, Prompt
+from nanospin.sample_command import PartialSamples
 
 PREFILL_TOKENS = 8192  # prompts are processed about so many tokens at a time
 BURST = {"cpu": 1, "cuda": 16}  # tokens per row between two checks for ends, which a GPU waits for
@@ -155,6 +157,7 @@ def generate(
     request_ids=None,
     progress: ProgressBar | None = None,
     on_token: Callable[[int, list[int]], None] | None = None,
+    on_end: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Sample a continuation of each prompt. Returns the new ids of each prompt.
 
@@ -167,6 +170,7 @@ def generate(
     request_ids: an integer for each prompt; default 0, 1, 2, ...
     progress: a progress bar that advances with every finished request.
     on_token: called as on_token(i, new ids of prompt i so far) while they grow.
+    on_end: called as on_end(i, new ids of prompt i) when the request leaves the batch.
 
     Raises ValueError for a prompt that is empty or fills block_size.
     """
@@ -195,8 +199,7 @@ def generate(
             running = [row for row in rows if not row.request.has_ended(eot)]
             if len(running) <= 0.75 * (batch_size if waiting else len(rows)):
                 # Finished requests leave, waiting ones join, the shortest prompts first.
-                if progress is not None:
-                    progress.update(len(rows) - len(running))
+                report_ended([row.request for row in rows], eot, progress, on_end)
                 num_joining = min(len(waiting), batch_size - len(running))
                 joining = [waiting.pop() for _ in range(num_joining)]
                 rows = running + admit(model, running, joining, sample, on_token)
@@ -219,6 +222,16 @@ def generate(
                     on_token(request.index, request.new_ids)
     model.train(was_training)
     return [request.new_ids for request in requests]
+
+
+def report_ended(requests, eot, progress, on_end):
+    """Tell `progress` and `on_end` of those of a batch's requests that have ended."""
+    ended = [request for request in requests if request.has_ended(eot)]
+    if progress is not None:
+        progress.update(len(ended))
+    if on_end is not None:
+        for request in ended:
+            on_end(request.index, request.new_ids)
 
 
 def make_requests(prompts, max_new_tokens, block_size) -> list[Request]:
@@ -350,7 +363,7 @@ def respond(
     """Sample a response to the prompt of each row. Returns (texts, ids).
 
     Template and limits are those of training and scoring. Both results are None for a prompt that
-    is empty or leaves no room. options: batch_size, progress and on_token of `generate`.
+    is empty or leaves no room. options: batch_size, progress, on_token and on_end of `generate`.
     """
     block_size = model.config.block_size
     prompts = [encode_prompt(row, enc, template, block_size, max_prompt)[0] for row in rows]
@@ -449,70 +462,10 @@ class StreamPrinter:
 # ---- command line
 
 
-def make_parser() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", help="a run folder, or a checkpoint in it")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="print a response to this prompt")
-    source.add_argument(
-        "--chat",
-        action="store_true",
-        help="read prompts from standard input, one per line, as a conversation",
-    )
-    source.add_argument("--prompts", help="a .jsonl file of rows with a prompt; needs --out")
-    parser.add_argument("--system", default="", help="a system message for --prompt and --chat")
-    parser.add_argument("--out", help="the .jsonl file to write the responses to")
-    parser.add_argument("--raw", action="store_true", help="continue the text, without a template")
-    parser.add_argument(
-        "--temperature",
-        type=cli.temperature_type,
-        default=1.0,
-        help="divides the logits; 0 is greedy",
-    )
-    parser.add_argument(
-        "--top_k",
-        type=cli.number_type(int, 0),
-        default=0,
-        help="sample from the k most likely tokens; 0: from all",
-    )
-    parser.add_argument(
-        "--top_p",
-        type=cli.number_type(float, cli.MIN_TOP_P, 1),
-        default=1.0,
-        help="sample from the fewest tokens of this total probability; 1: from all",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=cli.number_type(int, 0),
-        default=0,
-        help="most tokens of a response; 0: max_response of the checkpoint",
-    )
-    parser.add_argument("--seed", type=cli.seed_type, default=0, help="of the samples")
-    parser.add_argument(
-        "--device",
-        type=cli.device_type,
-        default=cli.default_device(),
-        help="cpu or cuda; default: cuda if torch sees a GPU",
-    )
-    return parser
-
-
 def main(argv=None):
-    parser = make_parser()
+    parser = sample_command.make_parser(__doc__)
     args = parser.parse_args(argv)
-    if bool(args.prompts) != bool(args.out):
-        parser.error("--prompts and --out go together")
-    if args.chat and sys.stdin is None:
-        parser.error("--chat reads from standard input, and that is closed")
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("the prompt is empty")
-    if args.system and (args.prompts or args.raw):
-        parser.error("--system goes with --prompt and --chat; rows have their own, texts have none")
-    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: No such folder")
-    if args.out:
-        check_output(args.out, [args.prompts])
-
+    sample_command.check_arguments(parser, args)
     distributed.configure_torch(args.device)
     model, enc, meta = GPT.from_checkpoint(args.checkpoint, args.device)
     if model.config.scalar_head:
@@ -528,14 +481,15 @@ def main(argv=None):
         "seed": args.seed,
     }
     if args.prompts:
-        respond_to_file(model, enc, args.prompts, args.out, settings)
+        weights = meta["weights_sha256"]
+        respond_to_file(model, enc, weights, args.prompts, args.out, args.n, settings)
     elif args.prompt is not None:
         row = {"prompt": args.prompt, "system": args.system}
-        texts, _ = respond(model, enc, rows=[row], **settings)
+        texts, _ = respond(model, enc, rows=[row] * args.n, **settings)
         if texts[0] is None:
-            print("(the prompt leaves no room for a response)")
-        else:
-            print(printable(texts[0]))
+            texts = ["(the prompt leaves no room for a response)"]
+        for text in texts:
+            print(printable(text))
     else:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")
@@ -544,31 +498,47 @@ def main(argv=None):
         chat(model, enc, lines=sys.stdin, system=args.system, **settings)
 
 
-def respond_to_file(model, enc, prompts_path, out_path, settings):
-    """Write rows with a sampled response to each prompt of a file: ranked rows with K = 1."""
+def respond_to_file(model, enc, weights: str, prompts_path, out_path, count: int, settings):
+    """Write rows with a sampled response to each prompt of a file: ranked rows with K = 1, `count`
+    of each prompt, one after the other.
+
+    Finished samples are kept in OUT.partial, and a killed command that is run again continues from
+    there. weights: the hash of the model's.
+    """
     rows = read_rows(prompts_path, prompt_only=True)
-    num_cut = 0
-    for row in rows:
-        _, was_cut = encode_prompt(
-            row, enc, settings["template"], model.config.block_size, settings["max_prompt"]
-        )
-        num_cut += was_cut
-    with ProgressBar(total=len(rows), desc="sampling") as progress:
-        texts, ids = respond(model, enc, rows=rows, progress=progress, **settings)
-    written = []
-    for row, text, new_ids in zip(rows, texts, ids):
-        if new_ids is None:
-            continue
-        written.append(sampled_row(row, text, new_ids, enc))
+    template, max_prompt = settings["template"], settings["max_prompt"]
+    prompts, counts = encode_prompts(rows, enc, template, model.config.block_size, max_prompt)
+    # the numbers of the samples: `count` for each prompt that leaves room
+    numbers = [i * count + k for i, ids in enumerate(prompts) if ids for k in range(count)]
     num_texts = sum(not row["prompt"] for row in rows)
-    no_room = len(rows) - len(written) - num_texts
-    if not written:
+    no_room = counts["dropped"] - num_texts
+    if not numbers:
         raise SystemExit(
             f"{prompts_path}: nothing to respond to: {num_texts} of its {len(rows)} rows are whole "
             f"texts, and {no_room} prompts leave no room"
         )
+    of = json.dumps([weights, tokenizer.fingerprint(enc), count, settings, prompts])
+    partial = PartialSamples(out_path, hashlib.sha256(of.encode()).hexdigest())
+    left = [number for number in numbers if number not in partial.ids]
+    if len(left) < len(numbers):
+        print(f"{partial.path}: {len(numbers) - len(left)} of {len(numbers)} samples are there")
+
+    def keep(n, new_ids):
+        partial.add(left[n], response_text(enc, new_ids, template), new_ids)
+
+    with ProgressBar(total=len(numbers), initial=len(numbers) - len(left), desc="sampling") as bar:
+        rows_left = [rows[number // count] for number in left]
+        options = settings | {"request_ids": left, "progress": bar, "on_end": keep}
+        respond(model, enc, rows=rows_left, **options)
+    written = []
+    for number in numbers:
+        ids = partial.ids[number]
+        text = response_text(enc, ids, template)
+        written.append(sampled_row(rows[number // count], text, ids, enc, template))
     write_rows(out_path, written)
-    note = f", {num_cut} prompts cut" if num_cut else ""
+    partial.remove()
+    note = f", {count} for each prompt" if count > 1 else ""
+    note += f", {counts['prompts cut']} prompts cut" if counts["prompts cut"] else ""
     note += f", {no_room} prompts left no room" if no_room else ""
     note += f", {num_texts} whole texts have no prompt" if num_texts else ""
     print(f"{out_path}: {len(written)} rows{note}")

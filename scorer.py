@@ -104,8 +104,9 @@ def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
     for row, texts, ids in responded:
         judge_ids = []
         for text, y in zip(texts, ids):
-            judge_ids.append(retokenize(judge_enc, enc, text, y, config["template"]))
-        sampled.append(row_with_ids(row, texts, judge_ids, judge_enc))
+            of_judge = (judge_enc, config["template"])
+            judge_ids.append(retokenize(*of_judge, enc, cfg.template, text, y))
+        sampled.append(row_with_ids(row, texts, judge_ids, *of_judge))
     encoded, _ = encode_rows(
         sampled,
         judge_enc,

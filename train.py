@@ -61,6 +61,7 @@ from nanospin.config import Config, per_round, player_columns, pretrain_config
 from nanospin.distributed import all_reduce_sum, broadcast_from_rank0, run_on_rank0, world_size
 from nanospin.mfu import mfu
 from nanospin.optim import lr_factor, make_optimizers
+from nanospin.tensorboard_logger import tensorboard_sender
 from nanospin.wandb_logger import wandb_sender
 
 # ------------------------------------------------------------------------------- objectives
@@ -781,8 +782,8 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )
     collect = stages[cfg.stage].collect
-    with wandb_sender(cfg, start.at) as send:
-        log = metrics_logger.MetricsLogger(cfg, start.at, began, send)
+    with wandb_sender(cfg, start.at) as to_wandb, tensorboard_sender(cfg) as to_tensorboard:
+        log = metrics_logger.MetricsLogger(cfg, start.at, began, [to_wandb, to_tensorboard])
         saver = checkpoint.Saver(cfg, enc, tokenizer_name, log, start)
         run = Run(cfg, model, enc, device, log, saver, stages)
         inputs.warn_if_reward_changed(cfg, start.settings, start.at, log)

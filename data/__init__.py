@@ -19,7 +19,8 @@ Optional fields:
     "system"     the system message before the conversation; the template must have {system}
     "history"    [[prompt, response], ...], the earlier turns of a conversation; they have no loss
     "ids"        token ids of sampled responses, used as they are; "tokenizer" is the checksum of
-                 the tokenizer that made them. With another tokenizer the text is encoded
+                 the tokenizer that made them, and what its template writes beside a response. With
+                 another tokenizer, or a template that writes something else, the text is encoded
     "ended"      false: the response was cut, and gets no end-of-text. A list for several responses
 
 A row {"text": str, "group": str?} is a whole text: one response without a prompt and without a

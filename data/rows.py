@@ -8,7 +8,7 @@ import os
 from data import tokenizer
 from data.files import atomic_write, parse_json
 from data.folder import lock_folder, prepare_command, write_meta
-from data.template import cut_prompt_ids, written_ids
+from data.template import cut_prompt_ids, response_form, written_ids
 
 # fields that a whole text, {"text": ...}, cannot have
 TEXT_EXCLUDES = ("prompt", "response", "responses", "system", "history", "scores", "ids")
@@ -351,13 +351,14 @@ def encode_responses(row: dict, enc, template: str, room: int):
 def response_ids(row: dict, k: int, enc, template: str) -> list[int] | None:
     """The token ids of response k: text + end-of-text, None if it is absent or has no token.
 
-    A sampled response keeps its ids, unless another tokenizer made them. One that did not end
-    ("ended": false) gets no end-of-text. template: "" for a whole text, which has none.
+    A sampled response keeps its ids if this tokenizer made them, under a template that writes
+    responses alike. One that did not end ("ended": false) gets no end-of-text. template: "" for a
+    whole text, which has none.
     """
     text = row["responses"][k]
     if text is None:
         return None
-    if keeps_ids(row, k, enc):
+    if keeps_ids(row, k, enc, template):
         return row["ids"][k]
     ids = written_ids(enc, template, text) if template else tokenizer.encode(enc, text)
     if ended_flags(row)[k] is not False:
@@ -365,28 +366,35 @@ def response_ids(row: dict, k: int, enc, template: str) -> list[int] | None:
     return ids or None
 
 
-def row_with_ids(row: dict, texts: list, ids: list, enc) -> dict:
-    """These responses to a row's prompt, as a row that keeps their ids and names the tokenizer."""
+def row_with_ids(row: dict, texts: list, ids: list, enc, template: str) -> dict:
+    """These responses to a row's prompt, as a row that keeps their ids and names what made them."""
     return prompt_fields(row) | {
         "responses": texts,
         "ids": ids,
-        "tokenizer": tokenizer.fingerprint(enc),
+        "tokenizer": ids_source(enc, template),
     }
 
 
-def sampled_row(row: dict, text: str, ids: list[int], enc) -> dict:
+def sampled_row(row: dict, text: str, ids: list[int], enc, template: str) -> dict:
     """A sample as a ranked row that names its tokenizer and says whether it ended."""
-    return row_with_ids(row, [text], [ids], enc) | {"ended": tokenizer.is_end(enc, ids[-1])}
+    ended = tokenizer.is_end(enc, ids[-1])
+    return row_with_ids(row, [text], [ids], enc, template) | {"ended": ended}
 
 
-def name_tokenizer(rows: list[dict], enc) -> list[dict]:
+def name_tokenizer(rows: list[dict], enc, template: str) -> list[dict]:
     """Rows that this run wrote, which name their tokenizer. Files of older versions do not."""
-    return [{"tokenizer": tokenizer.fingerprint(enc)} | row for row in rows]
+    return [{"tokenizer": ids_source(enc, template)} | row for row in rows]
 
 
-def keeps_ids(row: dict, k: int, enc) -> bool:
-    """Whether response k has ids of this tokenizer. Exits if it is not said whose ids they are, or
-    if they cannot be this tokenizer's."""
+def ids_source(enc, template: str) -> str:
+    """What made the ids of a sample: the tokenizer's checksum, and behind a space what else its
+    template writes with a response, if it does. Ids of another source are not used."""
+    return f"{tokenizer.fingerprint(enc)} {response_form(template)}".rstrip(" ")
+
+
+def keeps_ids(row: dict, k: int, enc, template: str) -> bool:
+    """Whether response k has ids of this tokenizer and of a template that writes responses alike.
+    Exits if it is not said whose ids they are, or if they cannot be this tokenizer's."""
     ids = (row.get("ids") or [None] * len(row["responses"]))[k]
     if ids is None:
         return False
@@ -396,7 +404,7 @@ def keeps_ids(row: dict, k: int, enc) -> bool:
             f"{where} has ids and does not name their tokenizer; add tokenizer, its checksum, or"
             " drop the ids"
         )
-    if row["tokenizer"] != tokenizer.fingerprint(enc):
+    if row["tokenizer"] != ids_source(enc, template):
         return False
     if max(ids) >= enc.n_vocab:
         raise SystemExit(f"{where} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}")

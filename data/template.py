@@ -85,6 +85,17 @@ class TemplateParts:
         return self.trim("response", written.removeprefix(self.lead).removesuffix(self.tail))
 
 
+def response_form(template: str) -> str:
+    """How a template writes a response: "LEAD{response|trim}TAIL", and "" if it is the text alone.
+    The ids of a sample are those of its text only under templates of the same form."""
+    if not template:  # of a whole text
+        return ""
+    parts = split_template(template)
+    names = ["response", *sorted(parts.filters.get("response", ()))]
+    form = f"{parts.lead}{{{'|'.join(names)}}}{parts.tail}"
+    return "" if form == "{response}" else form
+
+
 def place_thoughts(lead: list[str], text: str, keeps_thoughts: bool) -> tuple[list[str], str]:
     """(pieces before the text of a response, its text) under {response|thoughts}.
 
@@ -102,21 +113,39 @@ def place_thoughts(lead: list[str], text: str, keeps_thoughts: bool) -> tuple[li
     return [start, thoughts, "\n</think>\n\n"], text
 
 
+# for messages
+EXAMPLE = "System: {system}\n{turn}User: {prompt}\nAssistant:{response}\n"
+
+
 def is_template(text: str) -> bool:
-    """Whether it has one {prompt}, and of the other fields each at most once, in their order, with
-    the fields and filters that they go with."""
+    """Whether `template_problem` finds nothing wrong with it."""
+    return not template_problem(text)
+
+
+def template_problem(text: str) -> str:
+    """What is wrong with a template, to be read after "template", or "". It must have one {prompt},
+    and of the other fields each at most once, in their order, with the fields and filters that they
+    go with."""
     found = [(field[1], field[2]) for field in FIELD.finditer(text)]
     names = [name for name, _ in found]
     for name, filters in found:
+        if names.count(name) > 1:
+            return f"has {{{name}}} twice"
         if not set(filters.split("|")[1:]) <= FILTERS.get(name, set()):
-            return False
-        if NEEDS.get(name, name) not in names:
-            return False
+            return f"has {filters} in {{{name}}}, which cannot have it"
+    if "prompt" not in names:
+        return "must contain {prompt} once"
+    for name in names:
+        needed = NEEDS.get(name, name)
+        if needed not in names:
+            return f"has {{{name}}}, which needs {{{needed}}}, as in {EXAMPLE!r}"
     in_order = [name for name in FIELDS if name in names]
     if "{last}" in text and "{answer}" in text and text.index("{last}") < text.index("{answer}"):
         i = in_order.index("answer")
         in_order[i : i + 2] = ["last", "answer"]  # these two may be in either order
-    return names.count("prompt") == 1 and names == in_order
+    if names != in_order:
+        return "must have its fields in this order: " + "".join(f"{{{n}}}" for n in in_order)
+    return ""
 
 
 @functools.lru_cache
@@ -176,7 +205,7 @@ def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") ->
         if parts.system is None:
             raise SystemExit(
                 f"there is a system message, {system[:60]!r}, and the template has no {{system}}:"
-                f" {template[:60]!r}"
+                f" train with one that has, such as {EXAMPLE!r}, or leave the message out"
             )
         lead = [parts.system[0], parts.trim("system", system), parts.system[1] + parts.before]
     where = "start"

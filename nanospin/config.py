@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from data import cli
 from data.files import shorten
-from data.template import is_template
+from data.template import template_problem
 
 
 @dataclass
@@ -157,6 +157,7 @@ class Config:
     wandb: str = "off"  # off | online | offline
     wandb_project: str = "nanospin"
     wandb_runs: str = "one"  # one | rounds: a W&B run for each round, in a group
+    tensorboard: bool = False  # write the same metrics to out_dir/tensorboard
 
 
 CHOICES = {
@@ -504,11 +505,8 @@ def check_values(cfg: Config):
     betas = cfg.adam_betas
     in_range = len(betas) == 2 and all(0 <= b < 1 for b in betas)
     require(in_range, f"adam_betas must be two numbers in [0, 1), got {betas}")
-    require(
-        not cfg.template or is_template(cfg.template),
-        "template must contain {prompt} once, and at most once {turn} before it and "
-        "{response} after it",
-    )
+    problem = template_problem(cfg.template) if cfg.template else ""
+    require(not problem, f"template {problem}")
     for name, value in (vars(cfg) | cfg.model).items():
         check_magnitude(name, value, "config")
 

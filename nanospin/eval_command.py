@@ -243,9 +243,9 @@ def read_table(path: str) -> list[str]:
     return ["data", *table]
 
 
-def write_samples(path: str, rows: list[dict], answers: dict, enc):
+def write_samples(path: str, rows: list[dict], answers: dict, enc, template: str):
     """A player's answers as a ranked file. answers: {number of the row: (text, ids)}. enc: the
-    tokenizer of the ids; None: the data, whose texts have none."""
+    tokenizer of the ids; None: the data, whose texts have none. template: of the samples."""
     answered = []
     for i, (text, ids) in answers.items():
         row = rows[i]
@@ -253,5 +253,5 @@ def write_samples(path: str, rows: list[dict], answers: dict, enc):
             its_end = {"ended": False} if ended_flags(row)[0] is False else {}
             answered.append(prompt_fields(row) | {"responses": [text]} | its_end)
         else:
-            answered.append(sampled_row(row, text, ids, enc))
+            answered.append(sampled_row(row, text, ids, enc, template))
     write_rows(path, answered)

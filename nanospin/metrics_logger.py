@@ -38,6 +38,7 @@ EVAL_METRICS = {
 }
 # stage -> the metrics of a round's samples that the console shows; "length/": of every player
 COLLECT_METRICS = {
+    "preference": ["score_best", "score_worst", "signal"],
     "spin": ["score/", "score_best", "signal", "length/", "ended/self", "tie/"],
     "ppo": ["reward", "kl", "length", "ended"],
 }
@@ -110,7 +111,8 @@ def git_describe() -> str:
 
 
 class MetricsLogger:
-    """Writes records to out_dir/metrics.jsonl, prints them and passes them to `send` (W&B).
+    """Writes records to out_dir/metrics.jsonl, prints them and passes them to `senders` (W&B,
+    TensorBoard), functions of a record.
 
     start: the (round, step) of the checkpoint that the run resumes from. Records of later steps are
     removed: a killed run wrote them, and the steps will be taken again. The others are sent.
@@ -118,11 +120,11 @@ class MetricsLogger:
     On ranks other than 0 every method does nothing.
     """
 
-    def __init__(self, cfg, start: tuple[int, int], began: float, send):
+    def __init__(self, cfg, start: tuple[int, int], began: float, senders: list):
         self.cfg = cfg
         self.last_time = began
-        self.send = send
-        self.step_seconds = deque(maxlen=RECENT_STEPS)
+        self.senders = senders
+        self.clock = RoundClock(began)
         self.file = None
         if distributed.rank() == 0:
             path = os.path.join(cfg.out_dir, "metrics.jsonl")
@@ -132,11 +134,10 @@ class MetricsLogger:
             kept = remove_later_records(path, start)
             self.file = open(path, "a", encoding="utf-8", buffering=1)
             for line in kept:
-                send(json.loads(line))
+                self.send(json.loads(line))
 
     def step(self, round_id: int, step: int, metrics: dict, num_steps: int):
         """Log an optimizer step: loss, norm, lr, ms, tokens_per_second, mfu and the stage's own."""
-        self.step_seconds.append(metrics["ms"] / 1000)
         self.write("step", round_id, step, metrics, num_steps)
 
     def eval(self, round_id: int, step: int, metrics: dict):
@@ -164,13 +165,69 @@ class MetricsLogger:
         record = {"kind": kind, "round": round_id, "step": step} | metrics
         record["seconds"] = now - self.last_time
         self.last_time = now
+        self.clock.add(record, now)
         self.file.write(json.dumps(record) + "\n")
         if kind != "step":
             print(format_record(record, self.cfg.stage), flush=True)
         elif (step + 1) % self.cfg.log_interval == 0:
-            seconds_left = statistics.median(self.step_seconds) * (num_steps - step - 1)
-            print(format_step(record, num_steps, seconds_left), flush=True)
+            steps_left = num_steps - step - 1
+            rounds_left = self.cfg.rounds - round_id - 1
+            left = self.clock.seconds_left(steps_left, num_steps, rounds_left)
+            print(format_step(record, num_steps, *left), flush=True)
         self.send(record)
+
+    def send(self, record: dict):
+        for send in self.senders:
+            send(record)
+
+
+class RoundClock:
+    """Estimates the time that is left, from the times of records.
+
+    A step takes the median of the last RECENT_STEPS, and its share of what happens between steps in
+    this round: evaluations and saves. A round takes the mean of those that this start has seen from
+    beginning to end, sampling included, until then what its parts have taken.
+    """
+
+    def __init__(self, began: float):
+        self.began = began  # of the program
+        self.step_seconds = deque(maxlen=RECENT_STEPS)
+        self.round_id = None
+        self.first_record = began  # of the first round
+        self.rounds_seen = 0
+        self.round_start = began  # the first record of this round
+        self.last_step = None  # when the last step of this round ended
+        self.between_steps = 0.0
+        self.num_between = 0
+
+    def add(self, record: dict, now: float):
+        """record: the next one of the run, at the time `now`."""
+        if record["round"] != self.round_id:
+            if self.round_id is None:
+                self.first_record = now
+            else:
+                self.rounds_seen += 1
+            self.round_id, self.round_start = record["round"], now
+            self.last_step, self.between_steps, self.num_between = None, 0.0, 0
+        if record["kind"] != "step":
+            return
+        seconds = record["ms"] / 1000
+        self.step_seconds.append(seconds)
+        if self.last_step is not None:
+            self.between_steps += max(0.0, now - self.last_step - seconds)
+            self.num_between += 1
+        self.last_step = now
+
+    def seconds_left(self, steps_left: int, num_steps: int, rounds_left: int) -> tuple:
+        """(seconds until the last step of this round, until that of the last round)."""
+        per_step = statistics.median(self.step_seconds)
+        per_step += self.between_steps / max(1, self.num_between)
+        of_round = per_step * steps_left
+        if self.rounds_seen:
+            per_round = (self.round_start - self.first_record) / self.rounds_seen
+        else:
+            per_round = self.first_record - self.began + per_step * num_steps
+        return of_round, of_round + per_round * rounds_left
 
 
 def keep_records(path: str, save_interval: int):
@@ -245,8 +302,9 @@ def format_record(record: dict, stage: str) -> str:
     return head + ", ".join(shown)
 
 
-def format_step(record: dict, num_steps: int, seconds_left: float) -> str:
-    """The console's line for a step. Steps are counted from 1 here, and time is of this round."""
+def format_step(record: dict, num_steps: int, of_round: float, of_run: float) -> str:
+    """The console's line for a step. Steps are counted from 1 here. of_round, of_run: seconds left
+    of this round, and of the run if there are rounds after it."""
     parts = [
         f"round {record['round']} step {record['step'] + 1}/{num_steps}",
         f"loss {record['loss']:.4f}",
@@ -261,7 +319,9 @@ def format_step(record: dict, num_steps: int, seconds_left: float) -> str:
     ]
     if record["mfu"] is not None:
         parts.append(f"mfu {100 * record['mfu']:.1f}%")
-    parts.append(f"eta {format_duration(seconds_left)}")
+    parts.append(f"eta {format_duration(of_round)}")
+    if of_run > of_round:
+        parts[-1] += f", run {format_duration(of_run)}"
     return " | ".join(parts)
 
 

@@ -41,6 +41,7 @@ MAY_CHANGE = {
     "wandb",
     "wandb_project",
     "wandb_runs",
+    "tensorboard",
     "gen_batch_size",
     "micro_batch_tokens",
     "layout",

@@ -39,8 +39,10 @@ from data.rows import (
     longest_shared_prefix,
     name_tokenizer,
     read_rows,
+    sampled_row,
     write_rows,
 )
+from data.template import response_form
 from eval import is_ranked
 
 BYTES = tokenizer.load("bytes")
@@ -255,9 +257,27 @@ def test_ids_of_no_tokenizer_are_refused():
     row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
     with pytest.raises(SystemExit, match="'a' has ids and does not name their tokenizer"):
         encode([row])
-    (own,) = name_tokenizer([row], BYTES)  # a file that the run itself wrote
+    (own,) = name_tokenizer([row], BYTES, "{prompt}")  # a file that the run itself wrote
     assert encode_one(own)["responses"] == [[7]]
     assert encode_one(row | {"ids": [None]})["responses"] == [[ord("b"), EOT]]
+
+
+@pytest.mark.parametrize("of", ["{prompt}", " A:{prompt}\n", "{prompt}{answer} hm {response}."])
+def test_ids_of_a_template_that_writes_responses_otherwise_are_not_used(of):
+    """What the template writes beside a response is in its ids. The text is encoded instead."""
+    lead = "{prompt}{answer} hm {response}"
+    row = sampled_row({"prompt": "a"}, "b", [7, EOT], BYTES, of)
+    (encoded,), _ = encode_rows([row], BYTES, lead, 32)
+    assert encoded["responses"] == [[*b" hm b", EOT]]
+    (encoded,), _ = encode_rows([row], BYTES, of, 32)
+    assert encoded["responses"] == [[7, EOT]]
+    (encoded,), _ = encode_rows([row], BYTES, "<{prompt}>", 32)
+    assert encoded["responses"] == [[ord("b"), EOT] if "hm" in of else [7, EOT]]
+
+
+def test_the_form_of_a_response():
+    assert response_form("{prompt} ") == response_form("") == ""
+    assert response_form("{prompt}{answer} {response|trim}.{end}\n") == " {response|trim}."
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["bytes", "another tokenizer"])

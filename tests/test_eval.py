@@ -380,9 +380,22 @@ def test_a_response_of_no_token_is_its_end_for_a_judge(tmp_path):
     words.save(f"{tmp_path}/tokenizer.json")
     write_json(f"{tmp_path}/tokenizer_config.json", {"eos_token": "</s>"})
     judge_enc, enc = tokenizer.load(f"{tmp_path}/tokenizer.json"), tokenizer.load("bytes")
-    assert retokenize(judge_enc, enc, "  ", [32, 32], "{prompt}") == [1]
-    assert retokenize(judge_enc, enc, "the ", [*b"the "], "{prompt}") == [2]
-    assert retokenize(judge_enc, enc, "the", [*b"the", EOT], "{prompt}") == [2, 1]
+
+    def ids_for_judge(text, ids):
+        return retokenize(judge_enc, "{prompt}", enc, "{prompt}", text, ids)
+
+    assert ids_for_judge("  ", [32, 32]) == [1]
+    assert ids_for_judge("the ", [*b"the "]) == [2]
+    assert ids_for_judge("the", [*b"the", EOT]) == [2, 1]
+
+
+def test_a_judge_reads_samples_as_it_reads_the_data():
+    """A judge whose template begins responses with " hm ", and a sample without it."""
+    enc, lead = tokenizer.load("bytes"), "{prompt}{answer} hm {response}"
+    of_data = retokenize(enc, lead, None, "", "the", None)
+    assert retokenize(enc, lead, enc, "{prompt}", "the", [*b"the", EOT]) == of_data
+    assert of_data == [*b" hm the", EOT]
+    assert retokenize(enc, lead, enc, lead, "the", [7, EOT]) == [7, EOT]
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -645,7 +658,7 @@ def test_a_checkpoint_without_limits_gets_some(tiny_data, tmp_path):
     done = evaluate(f"short={run}", f"--data={tiny_data}", *limits, f"--out={tmp_path}/s")
     assert done.returncode == 0, done.stderr
     assert "no limits" not in done.stdout and "12 of 12 rows" in done.stdout
-    assert "short: 0 prompts and 12 responses of 12 rows are cut" in done.stdout
+    assert "short: 0 prompts and 36 responses of 12 rows are cut" in done.stdout
     assert {len(row["ids"][0]) for row in read_rows(f"{tmp_path}/s/short.jsonl")} <= {1, 2, 3}
 
 

@@ -796,6 +796,17 @@ def test_a_mistake_is_one_line(row, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_rated_responses_stay_together(tmp_path):
+    """Also if each has a url of its own."""
+    rows = []
+    for i in range(20):
+        rows.append(help_steer2(i // 2) | {"response": f"r {i}", "url": f"u {i}"})
+    lines = write_lines(tmp_path / "in.jsonl", rows)
+    jsonl_prepare.main([lines, f"--out={tmp_path}/out", "--val_share=0.5"])
+    written = read_rows(f"{tmp_path}/out/train.jsonl") + read_rows(f"{tmp_path}/out/val.jsonl")
+    assert [len(row["responses"]) for row in written] == [2] * 10
+
+
 def test_a_system_prompt_beside_our_own_columns(tmp_path):
     """Its other name is known here too. Of two the first one counts, and the other is named."""
     rows = []

@@ -170,7 +170,9 @@ def test_the_best_sample_of_a_prompt_is_first():
     assert samples.ids[0] == [1, 256]
     assert samples.refs[0].tolist() == [-1.5, -2.5]
     assert samples.values is None
-    rows = ppo.scored_rows([{"prompt": "p", "group": "g"}, {"prompt": "q"}], samples, BYTES)
+    rows = ppo.scored_rows(
+        [{"prompt": "p", "group": "g"}, {"prompt": "q"}], samples, BYTES, TEMPLATE
+    )
     for row in rows:
         check_row(row, "here")
     assert rows[0]["scores"] == [3, 1]
@@ -831,6 +833,13 @@ def test_a_teacher_with_a_shorter_context_is_refused(tiny_runs, tiny_data, tmp_p
     message = refused(group_args(tiny_runs, tiny_data, f"{tmp_path}/r", *options))
     assert "has block_size 48, too short for 64 tokens" in message
     train.main(group_args(tiny_runs, tiny_data, f"{tmp_path}/r", *options, "--max_prompt=32"))
+
+
+def test_a_teacher_of_another_template_is_refused(tiny_runs, tiny_data, tmp_path):
+    """It would score the tokens after a prompt in a format that it does not know."""
+    options = [*distillation(tiny_runs), f"--teacher={tiny_runs['sft']}", "--template=A:{prompt}"]
+    message = refused(group_args(tiny_runs, tiny_data, f"{tmp_path}/r", *options))
+    assert "the policy 'A:{prompt}'; advantage reverse_kl scores the same tokens" in message
 
 
 def test_a_reward_model_is_no_teacher(tiny_runs, tiny_data, tmp_path):

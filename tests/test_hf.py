@@ -807,7 +807,7 @@ def test_samples_stop_at_each_of_the_models_tokens(turns, tmp_path):
     for text, y in zip(texts, ids):
         assert not {256, 257} & set(y[:-1])
         has_ended = y[-1] in (256, 257)
-        assert sampled_row({"prompt": "a"}, text, y, enc)["ended"] == has_ended
+        assert sampled_row({"prompt": "a"}, text, y, enc, "{prompt}")["ended"] == has_ended
         assert text == enc.decode(y[:-1] if has_ended else y)
 
 

@@ -985,7 +985,9 @@ def test_a_damaged_part_of_samples_is_found(tmp_path):
     path, rows, samples = f"{tmp_path}/part", [], []
     for n in range(3):
         rows.append({"prompt": f"p {n}", "responses": ["a"], "group": f"g {n}"})
-        samples.append(sampled_row(rows[n], "abé", [97, 98, 195, 169] + [256] * (n > 0), BYTES))
+        samples.append(
+            sampled_row(rows[n], "abé", [97, 98, 195, 169] + [256] * (n > 0), BYTES, TEMPLATE)
+        )
     write_rows(path, samples)
     assert players.is_sampled(path, rows, BYTES, TEMPLATE)
     content = read_bytes(path)

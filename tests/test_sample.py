@@ -1,11 +1,12 @@
 """Batched generation against one prompt at a time without a cache; sampling against its
 distribution."""
 
+import functools
 import json
 
 import pytest
 import torch
-from conftest import command
+from conftest import Killed, command, killing
 from test_model import CLASSIC, MODERN, WINDOWED
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
@@ -426,6 +427,90 @@ def test_prompts_without_responses(tiny_runs, tmp_path):
     done = command("sample", tiny_runs["sft"], "--prompts", path, "--out", out)
     assert done.returncode == 1
     assert "has no prompt; it has question" in done.stderr
+
+
+def prompts_file(path, n):
+    """Rows of prompts alone, one of which leaves no room."""
+    rows = [{"prompt": f"{i} the"} for i in range(n)]
+    rows.insert(2, {"prompt": "x" * 90})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_several_samples_of_each_prompt(tiny_runs, tmp_path):
+    """Rows of one prompt follow each other and differ. The same seed gives the same samples."""
+    path = prompts_file(tmp_path / "prompts.jsonl", 5)
+    outs = [f"{tmp_path}/{name}.jsonl" for name in "ab"]
+    for out in outs:
+        done = command("sample", tiny_runs["sft"], "--prompts", path, "--out", out, "--n", 3)
+        assert done.returncode == 0, done.stderr
+        assert "15 rows, 3 for each prompt, 1 prompts left no room" in done.stdout
+    rows = read_rows(outs[0])
+    assert [row["prompt"] for row in rows[::3]] == [f"{i} the" for i in range(5)]
+    assert [row["prompt"] for row in rows[::3]] == [row["prompt"] for row in rows[2::3]]
+    assert len({str(row["ids"]) for row in rows}) == 15
+    assert read_rows(outs[1]) == rows
+    assert not list(tmp_path.glob("*.partial"))
+
+    one = command("sample", tiny_runs["sft"], "--prompt", "0 the", "--n", 2, "--max_new_tokens", 4)
+    assert one.returncode == 0, one.stderr
+    assert command("sample", tiny_runs["sft"], "--chat", "--n", 2).returncode == 1
+
+
+def test_a_killed_file_of_samples_continues(tiny_runs, tmp_path, monkeypatch):
+    """What had ended is kept, also if the last line was cut short, and is not sampled again. The
+    file is that of a run that was not killed."""
+    path, out = prompts_file(tmp_path / "prompts.jsonl", 9), tmp_path / "samples.jsonl"
+    partial = tmp_path / "samples.jsonl.partial"
+    args = [tiny_runs["sft"], "--prompts", path, "--n", 2, "--temperature=0.9"]
+    command("sample", *args, "--out", tmp_path / "whole.jsonl")
+
+    monkeypatch.setattr(sample, "generate", functools.partial(generate, batch_size=4))
+    add = sample.PartialSamples.add
+    monkeypatch.setattr(sample.PartialSamples, "add", killing(add, 7))
+    with pytest.raises(Killed):
+        command("sample", *args, "--out", out)
+    assert not out.exists()
+    kept = [json.loads(line) for line in partial.read_text().splitlines()[1:]]
+    assert len(kept) == 7
+
+    with open(partial, "a", encoding="utf-8") as f:
+        f.write('{"sample": 3, "te')
+    sampled = []
+
+    def add_and_note(self, number, *more):
+        sampled.append(number)
+        add(self, number, *more)
+
+    monkeypatch.setattr(sample.PartialSamples, "add", add_and_note)
+    done = command("sample", *args, "--out", out, "--seed=1")
+    assert done.returncode == 1 and "is of other prompts or settings" in done.stderr
+    done = command("sample", *args, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "7 of 18 samples are there" in done.stdout
+    assert len(sampled) == 11 and not set(sampled) & {line["sample"] for line in kept}
+    rows = read_rows(out)
+    assert rows == read_rows(tmp_path / "whole.jsonl")
+    prompts = [f"{i} the" for i in range(2)] + ["no room"] + [f"{i} the" for i in range(2, 9)]
+    for line in kept:
+        number = line["sample"]
+        place = number - 2 * (number > 4)  # in the file, which has no row of the third prompt
+        assert rows[place]["prompt"] == prompts[number // 2]
+        assert (rows[place]["responses"], rows[place]["ids"]) == ([line["text"]], [line["ids"]])
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]\n", "not JSON\n", '{"of": 1}\n', '{"of": "x"}\n{"sample": 1}\n']
+)
+def test_a_partial_file_of_something_else_is_left_alone(tiny_runs, tmp_path, content):
+    path, out = prompts_file(tmp_path / "prompts.jsonl", 3), tmp_path / "samples.jsonl"
+    partial = tmp_path / "samples.jsonl.partial"
+    partial.write_text(content)
+    done = command("sample", tiny_runs["sft"], "--prompts", path, "--out", out)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "samples.jsonl.partial is of other prompts" in done.stderr
+    assert partial.read_text() == content and not out.exists()
 
 
 @pytest.mark.parametrize(

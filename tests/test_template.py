@@ -34,12 +34,14 @@ from data.chat_template import (
 from data.folder import read_meta, read_stream
 from data.rows import check_row, encode_rows
 from data.template import (
+    EXAMPLE,
     TEMPLATE,
     cut_prompt_ids,
     end_token,
     is_template,
     prompt_ids,
     split_template,
+    template_problem,
     with_bos,
     written_ids,
 )
@@ -140,6 +142,23 @@ def record_prompts(monkeypatch, replies):
 
 
 # ---- templates
+
+
+@pytest.mark.parametrize(
+    "template, problem",
+    [
+        ("Q: {promt}", "must contain {prompt} once"),
+        ("{prompt}{prompt}", "has {prompt} twice"),
+        ("System: {system}\nUser: {prompt}", "has {system}, which needs {turn}, as in 'System: "),
+        ("{prompt}{answer} ", "has {answer}, which needs {response}"),
+        ("{prompt} {turn}{system}", "must have its fields in this order: {system}{turn}{prompt}"),
+        ("{prompt|thoughts}", "has |thoughts in {prompt}, which cannot have it"),
+        (EXAMPLE, ""),
+    ],
+)
+def test_what_is_wrong_with_a_template(template, problem):
+    found = template_problem(template)
+    assert found.startswith(problem) and bool(found) == bool(problem)
 
 
 def test_is_template():

@@ -31,8 +31,9 @@ import train
 from data import tokenizer
 from data.files import sha256, write_json
 from data.folder import write_meta
-from data.rows import read_rows, write_rows
+from data.rows import read_rows, sampled_row, write_rows
 from data.template import TEMPLATE as DEFAULT_TEMPLATE
+from data.template import written_ids
 from model import GPT
 from nanospin import checkpoint, elastic, rounds
 from nanospin.optim import lr_factor, make_optimizers
@@ -567,6 +568,19 @@ def test_samples_whose_text_was_edited_are_refused(tiny_data, tmp_path):
         players.match_responses(path, rows, enc, "{prompt}")
     write_rows(path, [answer | {"responses": ["twelve"]}])
     assert players.match_responses(path, rows, enc, "{prompt}") == [("twelve", [*b"twelve", 256])]
+
+
+@pytest.mark.parametrize("of, own", [("{prompt}", " hm "), (" hm ", "{prompt}")])
+def test_a_teacher_of_another_template(tiny_data, tmp_path, of, own):
+    """Its answers are encoded as those of the data are, under the policy's template."""
+    of, own = [("{prompt}{answer} hm {response}" if "hm" in t else t) for t in (of, own)]
+    enc, path = tokenizer.load("bytes"), f"{tmp_path}/teacher.jsonl"
+    row = read_rows(f"{tiny_data}/train.jsonl")[0]
+    ids = written_ids(enc, of, "twelve")
+    write_rows(path, [sampled_row(row, "twelve", [*ids, 256], enc, of)])
+    expected = [*written_ids(enc, own, "twelve"), 256]
+    assert expected != [*ids, 256]
+    assert players.match_responses(path, [row], enc, own) == [("twelve", expected)]
 
 
 def teacher_rows(data, answer):

@@ -316,6 +316,8 @@ def read_files(args):
             else:
                 items = foreign_rows(value, where, found, args, dropped)
                 unused = formats.unused_columns(found, value, args)
+                if not found.score:  # they decide the side
+                    unused = [name for name in unused if name not in ("group", "url")]
             if items and found not in first:
                 row = {"prompt": "", "responses": items} if is_text else items[0]
                 first[found] = (value, unused, row)
@@ -373,7 +375,8 @@ def foreign_rows(value, where, found: formats.Format, args, dropped: dict) -> li
         return formats.convert(line, found, counts, args)
 
     rows = formats.convert_checked(value, convert, dropped)
-    if value.get("group") is not None or value.get("url"):
+    # rated responses are merged by their prompt, so they must stand on the same side
+    if not found.score and (value.get("group") is not None or value.get("url")):
         rows = [row | {"group": group_of(value, where)} for row in rows]
     return rows
 

@@ -32,7 +32,7 @@ from data.batch import permutation
 from data.files import atomic_write, read_json, write_json
 from data.folder import write_meta
 from data.pydocs.scorer import concrete, kinds
-from data.rows import encode_rows, read_rows, sampled_row, write_rows
+from data.rows import encode_rows, ids_source, read_rows, sampled_row, write_rows
 from eval import row_logps, row_scores, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed
@@ -158,7 +158,8 @@ def rank(folder, reference, source="data/pydocs"):
         for row, *responses in zip(rows, *samples):
             ranked_row = rank_responses(row, responses)
             if ranked_row is not None:
-                ranked.append(ranked_row | {"tokenizer": tokenizer.fingerprint(enc)})
+                source = ids_source(enc, limits["template"])
+                ranked.append(ranked_row | {"tokenizer": source})
         write_rows(os.path.join(folder, f"{split}.jsonl"), ranked)
     policy = checkpoint.resolve(reference)
     write_meta(
@@ -262,7 +263,8 @@ def measure(run, reference, judge, folder):
     texts, ids = samples[1.0]
 
     sampled_rows = [
-        sampled_row(row, text, tokens, enc) for row, text, tokens in zip(rows, texts, ids)
+        sampled_row(row, text, tokens, enc, limits["template"])
+        for row, text, tokens in zip(rows, texts, ids)
     ]
     encoded, _ = encode_rows(sampled_rows, enc, block_size=model.config.block_size, **limits)
     logps = row_logps(model, encoded, 4096, "cpu")[:, 0]

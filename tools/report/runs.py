@@ -304,7 +304,7 @@ def training_batch(run: Run) -> tuple | None:
         return stream_window(run, block_size)
     rows = training_rows(run)
     if run.stage in ("spin", "ppo"):
-        rows = name_tokenizer(rows, run.enc)
+        rows = name_tokenizer(rows, run.enc, cfg["template"])
     for row in rows:
         if run.stage == "sft":
             row = row | {"responses": row["responses"][:1], "scores": None}
