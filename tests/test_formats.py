@@ -800,7 +800,8 @@ def test_rated_responses_stay_together(tmp_path):
     """Also if each has a url of its own."""
     rows = []
     for i in range(20):
-        rows.append(help_steer2(i // 2) | {"response": f"r {i}", "url": f"u {i}"})
+        rated = help_steer2(i) | {"prompt": f"ask {i // 2}", "response": f"r {i}"}
+        rows.append(rated | {"url": f"u {i}"})
     lines = write_lines(tmp_path / "in.jsonl", rows)
     jsonl_prepare.main([lines, f"--out={tmp_path}/out", "--val_share=0.5"])
     written = read_rows(f"{tmp_path}/out/train.jsonl") + read_rows(f"{tmp_path}/out/val.jsonl")
