@@ -6,7 +6,8 @@ import torch
 
 
 def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer]:
-    """AdamW or RMSprop, with weight decay on matrices and embeddings, none on norms and biases.
+    """AdamW or RMSprop for what is not frozen, with weight decay on matrices and embeddings, none
+    on norms and biases.
 
     With `optimizer = "muon"` the matrices of the blocks go to Muon
     (kellerjordan.github.io/posts/muon) and everything else to AdamW.
@@ -15,6 +16,8 @@ def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer
     decay = []
     no_decay = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if p.dim() < 2:
             no_decay.append(p)
         elif cfg.optimizer == "muon" and name.startswith("h."):
