@@ -587,6 +587,8 @@ def check_rounds(cfg: Config):
         f"stage {stage} needs init, the checkpoint to start from",
     )
     require(not cfg.lora_rank or cfg.init, "lora_rank needs init, the checkpoint to adapt")
+    require(cfg.lora_alpha > 0, f"lora_alpha must be above 0, got {cfg.lora_alpha}")
+    require(cfg.lora_targets, "lora_targets must not be empty")
     require(stage in ("spin", "ppo") or cfg.rounds == 1, f"stage {stage} has one round")
     for name in PER_ROUND:
         value = getattr(cfg, name)

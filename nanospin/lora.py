@@ -92,7 +92,7 @@ def add(model, rank: int, alpha: float, targets: list[str], dtype=torch.float32)
         adapted = LoRALinear(linear, rank, alpha, rows)
         setattr(model.h.get_submodule(parent), attribute, adapted)
     unused = sorted(set(targets) - used)
-    if unused or not targets:
+    if unused:
         names = sorted({name.partition(".")[2] for name in linears})
         raise SystemExit(
             f"config: lora_targets {', '.join(unused)} fit no linear layer; "

@@ -29,11 +29,12 @@ def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer
         {"params": no_decay, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    optimizers = []
     if cfg.optimizer == "rmsprop":
-        optimizers = [torch.optim.RMSprop(groups, lr=lr)]
-    else:
+        optimizers.append(torch.optim.RMSprop(groups, lr=lr))
+    elif groups:  # with LoRA everything may be Muon's
         fused = device.type in ("cpu", "cuda")
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=fused)]
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=fused))
     if muon:
         if not hasattr(torch.optim, "Muon"):
             raise SystemExit(
