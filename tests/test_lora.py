@@ -25,6 +25,7 @@ import train
 from model import GPT, GPTConfig
 from nanospin import checkpoint, distributed, lora
 from nanospin.config import Config
+from nanospin.optim import make_optimizers
 from sample import generate
 from tools import adapter, rebuild
 
@@ -162,6 +163,18 @@ def test_bfloat16_base():
     for name, p in model.named_parameters():
         is_small = lora.is_adapter(name) or p.dim() == 1
         assert p.dtype == (torch.float32 if is_small else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "muon"])
+def test_the_optimizers_have_the_adapters_only(optimizer):
+    model = make_model()
+    cfg = Config(optimizer=optimizer)
+    count = 0
+    for each in make_optimizers(model, cfg, 1e-3, torch.device("cpu")):
+        for group in each.param_groups:
+            count += sum(p.numel() for p in group["params"])
+    of_block = 3 * (3 * 16 + 3 * 16 + 16 + 16 + 16 + 64 + 64 + 16)  # A and B of four layers
+    assert count == 2 * of_block
 
 
 def test_flops_of_a_frozen_base():
@@ -437,6 +450,7 @@ def test_two_ranks(tiny_runs, tiny_data, tmp_path, dtype, tolerance):
     def args(out):
         more = ["--rounds=2", "--max_steps=3", "--max_rows=16", f"--dtype={dtype}", *LORA]
         more += ["--activation_checkpointing=1", "--temperature=0.001"]
+        more += [f"--sample_sharded={dtype == 'bfloat16'}"]
         return spin_args(tiny_runs, tiny_data, f"{tmp_path}/{out}", *more)
 
     train.main(args("one"))

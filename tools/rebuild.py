@@ -67,15 +67,13 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
         raise SystemExit(f"{reference} has a different tokenizer from the round's")
     print_on_rank0(version_warning(manifest, metrics_logger.versions(device, dtype)))
 
-    base = cfg.init
     cfg = replace(cfg, init=reference, out_dir=out)
     model_config, enc, _, path = resolve_model(cfg, GPT)
     if cfg.stage == "spin":
         prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
     if cfg.lora_rank and round_id:  # the policy is an adapter of the run's init
-        model = build_model(
-            replace(cfg, init=base), GPT, model_config, path, device, dtype, resumes=True
-        )
+        based = replace(cfg, init=manifest["config"]["init"])
+        model = build_model(based, GPT, model_config, path, device, dtype, resumes=True)
     else:
         model = build_model(cfg, GPT, model_config, path, device, dtype)
     collect(cfg, round_id, model, enc, device, dtype, print_on_rank0)
