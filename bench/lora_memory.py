@@ -1,11 +1,12 @@
 """Memory of training with LoRA and without, on paper and measured on a CPU.
 
-    python -m bench.lora_memory        # SmolLM2-135M's shape, random weights; 5 minutes on one core
+    python -m bench.lora_memory    # SmolLM2-135M's shape, random weights; 10 minutes on one core
 
 Each row is a process of its own: its peak in the second step of AdamW, over what it held before the
-model was built. On paper are the tensors whose size is known: weights, gradients, two moments, and
-the input of each block where it is recomputed. What is left is inside one block and the LM head,
-and the process's own.
+model was built. On paper are the tensors that a forward pass ends with and whose size is known:
+weights, two moments, and the input of each block where it is recomputed. What is left is the blocks
+(one, where they are recomputed), the LM head, and the process's own. Gradients come as activations
+go.
 """
 
 import subprocess
@@ -44,6 +45,7 @@ CASES = [
     (16, "bfloat16", 1, 1024),
     (0, "float32", 0, 1024),
     (16, "float32", 0, 1024),
+    (16, "float32", 1, 2048),
 ]
 MIB = 2**20
 
@@ -62,18 +64,21 @@ def build(rank: int, dtype: torch.dtype, recomputed: int):
     return model, make_optimizers(model, cfg, 1e-4, device)
 
 
-def on_paper(rank: int, dtype: str, recomputed: int, tokens: int) -> tuple[float, float]:
-    """MiB of (weights, gradients and moments; inputs of the blocks)."""
+def on_paper(rank: int, dtype: str, recomputed: int, tokens: int) -> tuple[float, float, float]:
+    """MiB of (weights and moments; gradients; inputs of the blocks)."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMOLLM2_135M))
     if rank:
         lora.add(model, rank, 32.0, TARGETS, getattr(torch, dtype))
-    size = 0
+    weights = gradients = 0
     for p in model.parameters():
-        size += p.numel() * p.itemsize * (4 if p.requires_grad else 1)
+        size = p.numel() * p.itemsize
+        weights += size
+        if p.requires_grad:
+            gradients += size
     width = 4 if dtype == "float32" else 2
     inputs = tokens * model.config.n_embd * model.config.n_layer * width if recomputed else 0
-    return size / MIB, inputs / MIB
+    return (weights + 2 * gradients) / MIB, gradients / MIB, inputs / MIB
 
 
 def measure(rank: int, dtype: str, recomputed: int, tokens: int):
@@ -102,20 +107,20 @@ def main():
         rank, dtype, recomputed, tokens = args.case.split(",")
         measure(int(rank), dtype, int(recomputed), int(tokens))
         return
-    print("| training | tokens | weights, gradients, moments | block inputs | measured | left |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| training | tokens | weights, moments | block inputs | measured | left | gradients |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for rank, dtype, recomputed, tokens in CASES:
         case = f"--case={rank},{dtype},{recomputed},{tokens}"
         command = [sys.executable, "-m", "bench.lora_memory", case]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         measured = int(done.stdout.split()[-1])
-        fixed, inputs = on_paper(rank, dtype, recomputed, tokens)
+        fixed, gradients, inputs = on_paper(rank, dtype, recomputed, tokens)
         what = f"LoRA, rank {rank}" if rank else "all weights"
         what += f", {dtype}" + (", recomputed" if recomputed else "")
         left = measured - fixed - inputs
         print(
             f"| {what} | {tokens:,} | {fixed:,.0f} MiB | {inputs:,.0f} MiB "
-            f"| {measured:,} MiB | {left:,.0f} MiB |",
+            f"| {measured:,} MiB | {left:,.0f} MiB | {gradients:,.0f} MiB |",
             flush=True,
         )
 
