@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -264,8 +264,7 @@ def write(path, tensors, meta, enc, cfg, flush_log=None) -> str:
         together(write_tensors, tensors["optimizer"], os.path.join(alias, "optimizer"))
         together(on_rank0, add_other_files, staging, meta, enc)
         if tensors["adapter"]:
-            file = os.path.join(staging, "adapter.safetensors")
-            together(on_rank0, save_file, tensors["adapter"], file)
+            together(on_rank0, write_adapter, staging, tensors["adapter"])
         together(verify, staging, tensors)
         if flush_log:
             together(on_rank0, flush_log)
@@ -371,6 +370,12 @@ def add_other_files(staging, meta, enc):
     shutil.rmtree(os.path.join(staging, "sharded"))
     if meta["tokenizer"] not in ("gpt2", "bytes"):
         tokenizer.save(enc, os.path.join(staging, meta["tokenizer"]))
+
+
+def write_adapter(folder, tensors):
+    """Write adapter.safetensors: {name: float32 tensor}, on the CPU."""
+    makers = {name: (tensor.shape, lambda t=tensor: t) for name, tensor in tensors.items()}
+    write_safetensors(os.path.join(folder, "adapter.safetensors"), makers)
 
 
 def verify(staging, tensors):

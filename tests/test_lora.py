@@ -410,13 +410,13 @@ def test_a_damaged_adapter_is_refused(tiny_runs, tiny_data, tmp_path):
 
 
 def test_a_save_compares_the_adapter(tiny_runs, tiny_data, tmp_path, monkeypatch):
-    original = checkpoint.save_file
+    original = checkpoint.write_adapter
 
-    def spoiling(tensors, path):
+    def spoiling(folder, tensors):
         name = next(iter(tensors))
-        original(tensors | {name: tensors[name] + 1e-6}, path)
+        original(folder, tensors | {name: tensors[name] + 1e-6})
 
-    monkeypatch.setattr(checkpoint, "save_file", spoiling)
+    monkeypatch.setattr(checkpoint, "write_adapter", spoiling)
     args = sft_args(tiny_runs, tiny_data, tmp_path / "r")
     assert "was not written as it is" in refused(args)
 

@@ -13,7 +13,7 @@ import sys
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data import cli, tokenizer
 from data.files import printable, read_json, write_json
@@ -71,13 +71,13 @@ def export_adapter(run: str, out: str):
         layer = name.removesuffix(".lora_A")
         B = stored[f"{layer}.lora_B"]
         for module, (a, b) in split_parts(layer, A, B, mapped, model.config).items():
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.contiguous()
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = a.shape, lambda a=a: a
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = b.shape, lambda b=b: b
             target = ".".join(module.split(".")[-2:])  # attn.c_proj is not mlp.c_proj
             modules.add(target)
             if len(a) != rank:
                 rank_pattern[target] = len(a)
-    save_file(tensors, os.path.join(out, "adapter_model.safetensors"), {"format": "pt"})
+    checkpoint.write_safetensors(os.path.join(out, "adapter_model.safetensors"), tensors)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
