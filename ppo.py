@@ -60,7 +60,7 @@ from data.rows import (
 from eval import map_batches, response_lengths, validation_rows
 from loss import kl_estimates
 from model import GPT
-from nanospin import checkpoint, distributed, inputs, rounds
+from nanospin import checkpoint, distributed, inputs, lora, rounds
 from nanospin.config import convert
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from nanospin.preflight import say_shared_prompts
@@ -370,7 +370,8 @@ def sample_trajectories(
     policy = score_in_parts(f"{path}.policy", encoded, "policy", score_policy)
     logps = np.split(policy["logps"], ends)
     values = np.split(policy["values"], ends) if model.config.scalar_head else None
-    refs = checkpoint_logps(cfg, path, "reference", cfg.init, encoded, enc, device, dtype)
+    base = model if cfg.lora_rank else None
+    refs = checkpoint_logps(cfg, path, "reference", cfg.init, encoded, enc, device, dtype, base)
     teacher = None
     if cfg.teacher:
         teacher = checkpoint_logps(cfg, path, "teacher", cfg.teacher, encoded, enc, device, dtype)
@@ -401,17 +402,23 @@ def teacher_scores(logps: list[np.ndarray], teacher: list[np.ndarray]) -> np.nda
     return np.array(scores)
 
 
-def checkpoint_logps(cfg, path, role, source, encoded, enc, device, dtype) -> np.ndarray:
+def checkpoint_logps(
+    cfg, path, role, source, encoded, enc, device, dtype, policy=None
+) -> np.ndarray:
     """Log-probabilities of all response tokens under a checkpoint, (tokens,) float32. role:
-    "reference" or "teacher"."""
-    model, _, _ = GPT.from_checkpoint(source, device, dtype)
+    "reference" or "teacher". policy: a model with LoRA whose base is that checkpoint."""
+    if policy is None:
+        model, _, _ = GPT.from_checkpoint(source, device, dtype)
+    else:
+        model = policy
     weights = run_on_rank0(checkpoint.weights_sha256, source)
 
     def score(numbers: range) -> dict[str, np.ndarray]:
         part = [encoded[n] for n in numbers]
         return token_arrays(model, cfg, part, enc, device, f"the {role} {source}")
 
-    return score_in_parts(f"{path}.{role}", encoded, weights, score)["logps"]
+    with lora.disabled(model):
+        return score_in_parts(f"{path}.{role}", encoded, weights, score)["logps"]
 
 
 def remove_score_parts(path: str):

@@ -55,7 +55,7 @@ from loss import (
     taylor_nll,
 )
 from model import GPT, response_logps, response_scores
-from nanospin import checkpoint, distributed, elastic, inputs, lock, metrics_logger, preflight
+from nanospin import checkpoint, distributed, elastic, inputs, lock, lora, metrics_logger, preflight
 from nanospin import config as config_module
 from nanospin.config import Config, per_round, player_columns, pretrain_config
 from nanospin.distributed import all_reduce_sum, broadcast_from_rank0, run_on_rank0, world_size
@@ -387,7 +387,8 @@ def fit(run: Run, round_id: int, train, val, start: int):
         metrics["lr"] = lr * factor
         metrics["ms"] = 1000 * seconds
         metrics["tokens_per_second"] = num_tokens / seconds
-        metrics["mfu"] = mfu(step_flops(model, batches, num_targets, num_tokens), seconds, device)
+        flops = step_flops(model, batches, num_targets, num_tokens, is_frozen=cfg.lora_rank > 0)
+        metrics["mfu"] = mfu(flops, seconds, device)
         run.log.step(round_id, step, metrics, num_steps)
 
 
@@ -532,11 +533,21 @@ def initial_ppo_loss(batch: Batch, cfg: Config):
     return policy_gradient_loss(batch.old_logps, batch.old_values, batch, cfg)
 
 
-def step_flops(model, batches, num_targets: float, num_tokens: float) -> float:
-    """FLOPs of a step over all ranks. This rank's micro-batches give the mean context length."""
+def step_flops(
+    model, batches, num_targets: float, num_tokens: float, is_frozen: bool = False
+) -> float:
+    """FLOPs of a step over all ranks. This rank's micro-batches give the mean context length.
+
+    is_frozen: by LoRA. Then a third of the weights' FLOPs, those of their gradients, are not done.
+    """
     total = sum(batch.num_tokens * mean_context_length(batch) for _, batch in batches)
     context_length = total / sum(batch.num_tokens for _, batch in batches)
-    return model.flops_per_token(context_length, num_targets / num_tokens) * num_tokens
+    fraction = num_targets / num_tokens
+    flops = model.flops_per_token(context_length, fraction)
+    if is_frozen:
+        attention = model.flops_per_token(2 * context_length, fraction) - flops  # linear in it
+        flops -= (flops - attention) / 3
+    return flops * num_tokens
 
 
 def mean_context_length(batch: Batch) -> float:
@@ -724,16 +735,24 @@ def data_tokenizer(folder: str) -> str:
 
 def build_model(cfg, model_class: type, model_config, path, device, dtype, resumes=False) -> GPT:
     """The model, sharded over the ranks, with the weights of a checkpoint or new ones. The scalar
-    head starts at zero, unless the run resumes from the checkpoint."""
+    head starts at zero, unless the run resumes from the checkpoint. With LoRA the weights are those
+    of `init`, and only the adapters are the checkpoint's."""
     with torch.device("meta"):
         model = model_class(model_config)
-    if path:
-        checkpoint.check_weights(path, model)
+    base = run_on_rank0(checkpoint.resolve, cfg.init) if cfg.lora_rank else path
+    if base:
+        checkpoint.check_weights(base, model)
+    if cfg.lora_rank:
+        lora.add(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, dtype)
     model = distributed.prepare_model(model, device, dtype, cfg)
-    if path:
-        checkpoint.load_weights(path, model, with_head=resumes)
-    else:
+    if not base:
         model.init_weights(cfg.seed, distributed.copy_parameter_)
+        return model
+    checkpoint.load_weights(base, model, with_head=resumes and not cfg.lora_rank)
+    if cfg.lora_rank and resumes:
+        checkpoint.load_adapter(path, model)
+    elif cfg.lora_rank:
+        lora.init_weights(model, cfg.seed, distributed.copy_parameter_)
     return model
 
 
@@ -776,8 +795,10 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         # the teacher samples before the student is built: the two are never in memory together
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
     model = build_model(cfg, model_class, model_config, path, device, dtype, bool(start.path))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of_them = f"{trained / 1e6:.2f}M of them trained, " if cfg.lora_rank else ""
     say(
-        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, "
+        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {of_them}"
         f"{device.type} x {world_size()}, {dtype}, "
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )

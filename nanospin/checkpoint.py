@@ -3,6 +3,7 @@
 A checkpoint is a folder RUN/round_R/step_S:
 
     model.safetensors     the full model in float32, for sampling, evaluation and later stages
+    adapter.safetensors   with LoRA: what is trained; model.safetensors has it merged
     optimizer/            the optimizers' state: torch.distributed.checkpoint, one file per rank
     meta.json             round, step, model config, config, tokenizer, validation metrics
     tokenizer.tiktoken    if the tokenizer was trained here; tokenizer.json and
@@ -43,14 +44,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from data import tokenizer
 from data.files import fsync_file, fsync_folder, printable, sha256, write_json
 from data.template import is_template
-from nanospin import config, distributed, lock
+from nanospin import config, distributed, lock, lora
 
 FORMAT = 2  # of the folder; meta.json has it
 
@@ -197,8 +204,14 @@ def save(
     global latest_save
     on_cpu = next(model.parameters()).device.type == "cpu"
     options = StateDictOptions(cpu_offload=not on_cpu)
-    weights, optimizer_states = get_state_dict(model, optimizers, options=options)
-    tensors = {"model": weights, "optimizer": state_tensors(optimizer_states)}
+    adapter = {}
+    if lora.is_added(model):
+        weights = {name: t.float().to("cpu") for name, t in lora.merged_weights(model)}
+        adapter = lora.trained_weights(model)
+        optimizer_states = get_optimizer_state_dict(model, optimizers, options=options)
+    else:
+        weights, optimizer_states = get_state_dict(model, optimizers, options=options)
+    tensors = {"model": weights, "optimizer": state_tensors(optimizer_states), "adapter": adapter}
     if on_cpu:  # not copied yet, and the next step will change them
         for part, named in tensors.items():
             tensors[part] = {name: t.detach().clone() for name, t in named.items()}
@@ -250,6 +263,8 @@ def write(path, tensors, meta, enc, cfg, flush_log=None) -> str:
         together(write_tensors, tensors["model"], alias, enable_consolidation=True)
         together(write_tensors, tensors["optimizer"], os.path.join(alias, "optimizer"))
         together(on_rank0, add_other_files, staging, meta, enc)
+        if tensors["adapter"]:
+            together(on_rank0, write_adapter, staging, tensors["adapter"])
         together(verify, staging, tensors)
         if flush_log:
             together(on_rank0, flush_log)
@@ -357,6 +372,12 @@ def add_other_files(staging, meta, enc):
         tokenizer.save(enc, os.path.join(staging, meta["tokenizer"]))
 
 
+def write_adapter(folder, tensors):
+    """Write adapter.safetensors: {name: float32 tensor}, on the CPU."""
+    makers = {name: (tensor.shape, lambda t=tensor: t) for name, tensor in tensors.items()}
+    write_safetensors(os.path.join(folder, "adapter.safetensors"), makers)
+
+
 def verify(staging, tensors):
     """Compare the files with this rank's tensors in memory. Raises ValueError at a difference, and
     if the weights are not finite."""
@@ -373,6 +394,11 @@ def verify(staging, tensors):
             if not same_shape or (local.numel() and not same_bits(saved[part], local)):
                 raise ValueError(f"model.safetensors: {name} was not written as it is")
 
+    if tensors["adapter"]:
+        saved = load_file(os.path.join(staging, "adapter.safetensors"))
+        for name, tensor in tensors["adapter"].items():
+            if not same_bits(saved[name], tensor):
+                raise ValueError(f"adapter.safetensors: {name} was not written as it is")
     verify_optimizer(os.path.join(staging, "optimizer"), tensors["optimizer"])
 
 
@@ -544,7 +570,7 @@ def load_weights(path, model, with_head: bool = True):
     ranks call this together.
 
     A scalar head that only the model has is set to 0, and so is every one without `with_head`; one
-    that only the file has is ignored.
+    that only the file has is ignored. The adapters of a model with LoRA stay as they are.
     """
     file = os.path.join(path, "model.safetensors")
     expected = distributed.run_on_rank0(read_meta, path)["weights_sha256"]
@@ -556,10 +582,27 @@ def load_weights(path, model, with_head: bool = True):
             names = set(f.keys())
             if not with_head:
                 names.discard("scalar_head.weight")
-            for name, p in model.named_parameters():
+            for name, p in base_parameters(model).items():
                 tensor = f.get_tensor(name) if name in names else torch.zeros(p.shape)
                 require_finite(file, name, tensor)
                 distributed.copy_parameter_(p, tensor)
+
+
+def base_parameters(model) -> dict:
+    """{name: parameter} of a model, without LoRA's adapters."""
+    return {name: p for name, p in model.named_parameters() if not lora.is_adapter(name)}
+
+
+def load_adapter(path, model):
+    """Fill what a model with LoRA trains from a checkpoint's adapter.safetensors."""
+    file = os.path.join(path, "adapter.safetensors")
+    with one_line_if_unreadable(file):
+        tensors = retried(load_file, file)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            if name not in tensors or tensors[name].shape != p.shape:
+                raise SystemExit(f"{file} has no {name} of shape {tuple(p.shape)}")
+            distributed.copy_parameter_(p, tensors[name])
 
 
 def require_finite(file, name: str, tensor):
@@ -581,7 +624,7 @@ def check_weights(path, model):
     floating-point numbers. The model may be on the meta device, so that nothing is allocated for a
     model that is not the file's."""
     file = os.path.join(path, "model.safetensors")
-    params = dict(model.named_parameters())
+    params = base_parameters(model)
     with one_line_if_unreadable(file), safe_open(file, framework="pt") as f:
         names = set(f.keys())
         differing = [n for n in names ^ set(params) if not n.startswith("scalar_head.")]

@@ -103,6 +103,12 @@ class Config:
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0  # 0: none
 
+    # ---- LoRA (nanospin/lora.py): train adapters of `init`, whose weights are frozen
+    lora_rank: int = 0  # r; 0: no LoRA, all weights are trained
+    lora_alpha: float = 32.0  # what an adapter adds is scaled by lora_alpha / lora_rank
+    # linear layers of the blocks, by the end of their names: attn.c_proj is one of the two c_proj
+    lora_targets: list[str] = field(default_factory=lambda: ["c_attn", "c_proj", "c_fc"])
+
     # ---- objective
     beta: float | list[float] = 0.1  # temperature of implicit rewards; a list: one value per round
     # pl (DPO, SPIN) | pairs | ipo | simpo | orpo | hinge | linear | sppo | best_of_n; reward: pl |
@@ -276,6 +282,8 @@ ELSEWHERE = {
     "epsilon_high": "clip_range_high",
     "judge": "ranked_by",
     "num_rounds": "rounds",
+    "lora_r": "lora_rank",
+    "lora_target_modules": "lora_targets",
     "bf16": "dtype",
 }
 
@@ -576,6 +584,9 @@ def check_rounds(cfg: Config):
         stage in ("pretrain", "sft") or cfg.init,
         f"stage {stage} needs init, the checkpoint to start from",
     )
+    require(not cfg.lora_rank or cfg.init, "lora_rank needs init, the checkpoint to adapt")
+    require(cfg.lora_alpha > 0, f"lora_alpha must be above 0, got {cfg.lora_alpha}")
+    require(cfg.lora_targets, "lora_targets must not be empty")
     require(stage in ("spin", "ppo") or cfg.rounds == 1, f"stage {stage} has one round")
     for name in PER_ROUND:
         value = getattr(cfg, name)

@@ -68,7 +68,7 @@ def fast_methods(model, rows) -> list[tuple]:
             # not a subclass: it may do more than a linear layer
             if type(module) is torch.nn.Linear:
                 replaced.append((module, "forward", prepack(module.weight, module.bias)))
-        if model.config.mlp == "gelu":
+        if model.config.mlp == "gelu" and type(block.mlp.c_fc) is torch.nn.Linear:
             fc = block.mlp.c_fc
             fc_gelu = prepack(fc.weight, fc.bias, ("gelu", [], "tanh"))
             replaced.append((block.mlp, "fc_gelu", fc_gelu))

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from nanospin import decoding
+from nanospin import decoding, lora
 
 # Tokens of a micro-batch: about what the caches of a CPU hold, and what keeps a GPU busy.
 MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
@@ -249,14 +249,18 @@ def copy_parameter_(p, tensor):
 
 
 def gather_full_model(model, dtype):
-    """An unsharded copy of a sharded model on every rank, its weights in `dtype`. Each rank can run
-    it without the others. An unsharded model is returned as it is."""
-    if not isinstance(model, FSDPModule):
+    """An unsharded copy of a sharded model on every rank, its weights in `dtype`, LoRA's merged.
+    Each rank can run it without the others. An unsharded model without LoRA is returned as it is.
+    """
+    if isinstance(model, FSDPModule):
+        model_class = type(model).__mro__[2]  # FSDP2's class has bases (FSDPModule, the model's)
+    elif lora.is_added(model):
+        model_class = type(model)
+    else:
         return model
-    model_class = type(model).__mro__[2]  # FSDP2 makes a class with bases (FSDPModule, the model's)
     with torch.device("meta"):
         full_model = model_class(model.config)
-    weights = {name: p.full_tensor().to(dtype) for name, p in model.state_dict().items()}
+    weights = {name: lora.full(p).to(dtype) for name, p in lora.merged_weights(model)}
     full_model.load_state_dict(weights, assign=True)
     return full_model
 

@@ -135,11 +135,14 @@ class LinearLogprobs(torch.autograd.Function):
         softcap, vocab_size, chunk = ctx.options
         n, num_kept = len(hidden), len(kept)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        is_frozen = not ctx.needs_input_grad[1]  # by LoRA
+        d_weight = None if is_frozen else torch.zeros_like(weight, dtype=grad.dtype)
 
         def add_gradients(part, nll_grad):
             d_nll = -grad[part, None]  # (tokens, 1)
             d_hidden[part] = (nll_grad @ weight) * d_nll
+            if is_frozen:
+                return
             scaled_hidden = hidden[part] * d_nll
             if d_weight.dtype == nll_grad.dtype:
                 d_weight.addmm_(nll_grad.T, scaled_hidden)
@@ -158,7 +161,7 @@ class LinearLogprobs(torch.autograd.Function):
             logits = buffer[: part.stop - part.start]
             logprobs_(logits, hidden[part], weight, targets[part], softcap, vocab_size)
             add_gradients(part, logits.to(hidden.dtype))
-        return d_hidden, d_weight.to(weight.dtype), *[None] * 6
+        return d_hidden, None if is_frozen else d_weight.to(weight.dtype), *[None] * 6
 
 
 def logits_buffer(chunk, hidden, weight):

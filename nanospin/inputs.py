@@ -233,7 +233,7 @@ def same_inputs(cfg, before: dict, settings: dict) -> set[str]:
                 accept_if_unread(cfg, role, expected, before, settings)
             if settings["players_sha256"].get(role) == expected:
                 same.add(role)
-    if cfg.stage not in POLICY_STAGES:
+    if cfg.stage not in POLICY_STAGES and not cfg.lora_rank:
         same.add("players_sha256")  # init was read once, at the beginning
     return same
 
@@ -320,8 +320,10 @@ def require_all(out_dir: str):
 def is_read(cfg, role: str) -> bool:
     """Whether a run still reads a role's file. With a first checkpoint, preference and spin have
     what they need of init, and preference of its scorer; spin then has the answers of a teacher
-    that is a checkpoint.
+    that is a checkpoint. LoRA needs init, its base, whenever it resumes.
     """
+    if role == "init" and cfg.lora_rank:
+        return True
     if cfg.stage not in POLICY_STAGES:
         return False
     if role == "reward" or cfg.stage == "ppo" or not checkpoint.latest(cfg.out_dir):

@@ -6,7 +6,8 @@ import torch
 
 
 def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer]:
-    """AdamW or RMSprop, with weight decay on matrices and embeddings, none on norms and biases.
+    """AdamW or RMSprop for what is not frozen, with weight decay on matrices and embeddings, none
+    on norms and biases.
 
     With `optimizer = "muon"` the matrices of the blocks go to Muon
     (kellerjordan.github.io/posts/muon) and everything else to AdamW.
@@ -15,6 +16,8 @@ def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer
     decay = []
     no_decay = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if p.dim() < 2:
             no_decay.append(p)
         elif cfg.optimizer == "muon" and name.startswith("h."):
@@ -26,11 +29,12 @@ def make_optimizers(model, cfg, lr: float, device) -> list[torch.optim.Optimizer
         {"params": no_decay, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    optimizers = []
     if cfg.optimizer == "rmsprop":
-        optimizers = [torch.optim.RMSprop(groups, lr=lr)]
-    else:
+        optimizers.append(torch.optim.RMSprop(groups, lr=lr))
+    elif groups:  # with LoRA everything may be Muon's
         fused = device.type in ("cpu", "cuda")
-        optimizers = [torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=fused)]
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=cfg.adam_betas, fused=fused))
     if muon:
         if not hasattr(torch.optim, "Muon"):
             raise SystemExit(

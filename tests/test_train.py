@@ -262,6 +262,8 @@ def shrunk(file, tiny_runs, tiny_data, out):
     if cfg.stage != "pretrain":
         init = tiny_runs["pretrain" if cfg.stage == "sft" else "sft"]
         args += [f"--init={init}", "--max_prompt=40", "--max_response=16"]
+    if cfg.lora_rank:
+        args.append("--lora_rank=4")
     if cfg.stage in ("spin", "ppo"):
         args += ["--max_rows=8", "--gen_batch_size=8"]
     if cfg.stage == "ppo":

@@ -71,7 +71,11 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
     model_config, enc, _, path = resolve_model(cfg, GPT)
     if cfg.stage == "spin":
         prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
-    model = build_model(cfg, GPT, model_config, path, device, dtype)
+    if cfg.lora_rank and round_id:  # the policy is an adapter of the run's init
+        based = replace(cfg, init=manifest["config"]["init"])
+        model = build_model(based, GPT, model_config, path, device, dtype, resumes=True)
+    else:
+        model = build_model(cfg, GPT, model_config, path, device, dtype)
     collect(cfg, round_id, model, enc, device, dtype, print_on_rank0)
 
     names = compare_files(manifest, folder, os.path.join(out, f"round_{round_id}"))
