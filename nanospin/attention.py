@@ -355,8 +355,12 @@ def flex_attention(q, k, v, mask, softcap: float = 0.0):
 
 @functools.cache  # a new function would be compiled anew
 def softcap_score(softcap: float):
+    """FlexAttention's score_mod of a soft cap. The number is captured as text, which is a constant
+    to Dynamo: a float would become a tensor that the kernel has to read."""
+    text = repr(softcap)
+
     def score_mod(score, b, h, q, k):
-        return softcap * torch.tanh(score / softcap)
+        return float(text) * torch.tanh(score / float(text))
 
     return score_mod
 

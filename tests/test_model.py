@@ -323,6 +323,21 @@ def test_tiled_attention_has_the_gradients_of_a_softmax(softcap, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_a_soft_cap_is_a_constant_of_the_compiled_kernel():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    score_mod = torch.compile(attention.softcap_score(2.5), dynamic=True, backend=backend)
+    scores = torch.linspace(-9, 9, 7)
+    torch.testing.assert_close(score_mod(scores, 0, 0, 0, 0), 2.5 * torch.tanh(scores / 2.5))
+    assert attention.softcap_score(2.5) is attention.softcap_score(2.5)
+    (graph,) = graphs
+    assert ".item()" not in graph.code and "2.5" in graph.code
+
+
 def test_rotary_scaling_by_hand():
     """yarn keeps a pair of many turns, divides one of few, and halves the way between them."""
     linear = GPTConfig(**LLAMA | {"rope_scaling": [4.0], "rope_scaling_type": "linear"})
