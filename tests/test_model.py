@@ -37,7 +37,7 @@ GEMMA = LLAMA | {
     "sliding_window": 7,
     "full_attention_interval": 2,
     "rope_local_theta": 100.0,
-    "attention_softcap": 2.0,
+    "attention_softcap": 0.7,
     "query_pre_attn_scalar": 5.0,
     "rope_scaling": [4.0, 1.0, 32.0, 12.0, 1.25],
     "rope_scaling_type": "yarn",
@@ -222,7 +222,7 @@ def test_sampling_with_the_cache_equals_the_full_forward(config):
     model = GPT(GPTConfig(**config | {"block_size": 64})).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     model.double()
     generator = torch.Generator().manual_seed(1)
     prompts = []
@@ -351,6 +351,12 @@ def test_rotary_scaling_by_hand():
     kept = torch.tensor([1.0, 2 / 3, 1 / 3, 0.0])  # from 0 to 3
     expected = plain * (kept + (1 - kept) / 4)
     torch.testing.assert_close(rotary_frequencies(yarn, torch.device("cpu")), expected)
+    values = [4.0, 1e-9, 4.0, 3000.0, 1.5]  # from 2 to 7, the number of dimensions minus 1
+    edge = GPTConfig(**LLAMA | {"rope_scaling": values, "rope_scaling_type": "yarn"})
+    kept = torch.tensor([1.0, 1.0, 1.0, 0.8])
+    found = rotary_frequencies(edge, torch.device("cpu"))
+    torch.testing.assert_close(found, plain * (kept + (1 - kept) / 4))
+
     cos, sin = rotary_angles(yarn, torch.tensor([0, 7]))
     torch.testing.assert_close(cos[1, 0], 1.5 * (7 * expected).cos())
     torch.testing.assert_close(sin[1, 0], 1.5 * (7 * expected).sin())
@@ -370,6 +376,9 @@ def test_windows_and_positions_of_the_layers():
         rotary_angles(config, torch.arange(4)),
         rotary_angles(config, torch.arange(4), True),
     )
+    unscaled = 3 * 100.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(local[0][3, 0], unscaled.cos())
+    torch.testing.assert_close(local[1][3, 0], unscaled.sin())
     for layer, found in enumerate(angles):
         assert torch.equal(found, (full if layer % 2 else local)[0])
 
@@ -382,7 +391,11 @@ def test_windows_and_positions_of_the_layers():
 
 
 def test_a_block_with_other_norms_and_residuals_by_hand():
-    """OLMo 2's norms are after attention and MLP; GPT-NeoX's MLP has the input of attention."""
+    """OLMo 2's norms are after attention and MLP; GPT-NeoX's MLP has the input of attention; Gemma
+    scales embeddings and queries."""
+    gemma = GPT(GPTConfig(**GEMMA))
+    idx = torch.tensor([3, 1])
+    torch.testing.assert_close(gemma.embed(idx, idx), 32**0.5 * gemma.wte.weight[idx])
     x = torch.randn(6, 32, dtype=torch.float64)
     y = torch.randn(6, 4, 8, dtype=torch.float64)
     for config in (OLMO2, NEOX, GEMMA):
