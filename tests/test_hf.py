@@ -22,7 +22,7 @@ from data.template import TEMPLATE
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 from tests.conftest import SHARED
-from tools import hf
+from tools import hf, hf_families
 
 CLASSIC = {"vocab_size": 257, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
 MODERN = CLASSIC | {
@@ -289,7 +289,7 @@ def test_fields_that_llama_lacks_are_refused(field, value, tmp_path):
 )
 def test_fields_that_other_families_lack_are_refused(fields, message):
     with pytest.raises(SystemExit, match=message):
-        hf.to_hf_config(GPTConfig(**fields))
+        hf_families.to_hf_config(GPTConfig(**fields))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_fields_that_other_families_lack_are_refused(fields, message):
 )
 def test_fields_that_gpt2_lacks_are_refused(field, value):
     with pytest.raises(SystemExit, match=f"{field} is {value!r}, gpt2 has"):
-        hf.to_hf_config(GPTConfig(**CLASSIC | {field: value}))
+        hf_families.to_hf_config(GPTConfig(**CLASSIC | {field: value}))
 
 
 def test_the_scalar_head_is_not_exported(tmp_path, capsys):
@@ -986,6 +986,191 @@ def test_a_config_larger_than_its_files_is_refused(exported, tmp_path):
 
 
 # -------------------------------------------------------------------------- what people bring
+
+
+@dataclass
+class HubModel:
+    """A config.json like that of a model of the hub, and what is known of the model."""
+
+    settings: dict[str, Any]
+    num_params: int
+    fields: dict[str, Any]  # some of GPTConfig's
+
+
+def llama_shape(width, inner, layers, heads, kv_heads, vocab, length, eps=1e-6):
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": length,
+        "rms_norm_eps": eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+
+
+GEMMA_SETTINGS = {
+    "cache_implementation": "hybrid",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "pad_token_id": 0,
+}
+HUB_MODELS = {
+    "pythia-160m": HubModel(
+        {
+            "model_type": "gpt_neox",
+            "hidden_act": "gelu",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "tie_word_embeddings": False,
+            "use_parallel_residual": True,
+            "vocab_size": 50304,
+        },
+        162_322_944,
+        {"rotary_dim": 16, "parallel_residual": True, "rope_theta": 10000.0},
+    ),
+    "Phi-3-mini-4k": HubModel(
+        llama_shape(3072, 8192, 32, 32, 32, 32064, 4096, 1e-5)
+        | {
+            "model_type": "phi3",
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "hidden_act": "silu",
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+        },
+        3_821_079_552,
+        {"sliding_window": 2047, "rotary_dim": 0},
+    ),
+    "OLMo-2-0425-1B": HubModel(
+        llama_shape(2048, 8192, 16, 16, 16, 100352, 4096)
+        | {
+            "model_type": "olmo2",
+            "hidden_act": "silu",
+            "rope_scaling": None,
+            "rope_theta": 500000,
+            "tie_word_embeddings": False,
+        },
+        1_484_916_736,
+        {"norm_position": "after", "rope_theta": 5e5},
+    ),
+    "SmolLM3-3B": HubModel(
+        llama_shape(2048, 11008, 36, 16, 4, 128256, 65536)
+        | {
+            "model_type": "smollm3",
+            "hidden_act": "silu",
+            "layer_types": ["full_attention"] * 36,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "pretraining_tp": 2,
+            "rope_scaling": None,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+        3_075_098_624,
+        {"no_rope_layer_interval": 4, "rope_theta": 5e6, "tie_embeddings": True},
+    ),
+    "gemma-2-2b": HubModel(
+        llama_shape(2304, 9216, 26, 8, 4, 256000, 8192)
+        | GEMMA_SETTINGS
+        | {
+            "model_type": "gemma2",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+        },
+        2_614_341_888,
+        {"sliding_window": 4096, "full_attention_interval": 2, "attention_softcap": 50.0},
+    ),
+    "gemma-3-1b": HubModel(
+        llama_shape(1152, 6912, 26, 4, 1, 262144, 32768)
+        | GEMMA_SETTINGS
+        | {
+            "model_type": "gemma3_text",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+        999_885_952,
+        {"sliding_window": 512, "full_attention_interval": 6, "rope_local_theta": 1e4},
+    ),
+    "gemma-3-270m": HubModel(
+        llama_shape(640, 2048, 18, 4, 1, 262144, 32768)
+        | GEMMA_SETTINGS
+        | {
+            "model_type": "gemma3_text",
+            "_sliding_window_pattern": 6,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 1000000.0,
+            "sliding_window": 512,
+            "use_bidirectional_attention": False,
+        },
+        268_098_176,
+        {"full_attention_interval": 6, "query_pre_attn_scalar": 0.0, "rope_theta": 1e6},
+    ),
+    "Qwen2.5-0.5B, with yarn": HubModel(
+        llama_shape(896, 4864, 24, 14, 2, 151936, 32768)
+        | {
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+            },
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "max_window_layers": 24,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+        },
+        494_032_768,
+        {"rope_scaling": [4.0, 1.0, 32.0, 32768.0, 1.1386294361119891]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_settings_of_models_of_the_hub(name):
+    """Their config.json is read, and written and read again, and the number of parameters is the
+    published one."""
+    case = HUB_MODELS[name]
+    hf_model = hf_families.parse_hf_config(case.settings, "config.json")
+    for field, value in case.fields.items():
+        assert hf_model.fields[field] == value, field
+    model_config = GPTConfig(**hf_model.fields, vocab_size=hf_model.vocab_rows)
+    with torch.device("meta"):
+        model = GPT(model_config)
+    assert model.num_params() == case.num_params
+    _, again = hf_families.to_hf_config(model_config)
+    fields = hf_families.parse_hf_config(again, "config.json").fields
+    assert GPTConfig(**fields, vocab_size=hf_model.vocab_rows) == model_config
 
 
 def test_harmless_settings_are_ignored(exported, tmp_path):
