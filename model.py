@@ -111,6 +111,17 @@ class GPTConfig:
             raise ValueError(
                 f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
             )
+        self.check_rotary()
+        for name in ("no_rope_layer_interval", "full_attention_interval"):
+            if not 0 <= getattr(self, name) <= self.n_layer:
+                raise ValueError(f"{name} must be from 0 to n_layer, not {getattr(self, name)}")
+        for name in ("sliding_window", "attention_softcap", "query_pre_attn_scalar"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    def check_rotary(self):
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
@@ -124,15 +135,10 @@ class GPTConfig:
                 "[factor]; yarn: and the attention factor at the end) "
                 f"with low < high and all above 0, not {self.rope_scaling}"
             )
-        for name in ("no_rope_layer_interval", "full_attention_interval"):
-            if not 0 <= getattr(self, name) <= self.n_layer:
-                raise ValueError(f"{name} must be from 0 to n_layer, not {getattr(self, name)}")
-        scales = ["rope_local_theta", "attention_softcap", "query_pre_attn_scalar"]
-        for name in ["sliding_window", *scales]:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        for name in ("rope_theta", "rope_local_theta"):
+            value = getattr(self, name)
+            if not value > 1 and not (value == 0 and name == "rope_local_theta"):
+                raise ValueError(f"{name} must be above 1, got {value}")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -456,6 +456,8 @@ def take_rope(settings, model_type, fields):
         fraction = rope.pop("partial_rotary_factor", fraction)
         fraction = config.convert("partial_rotary_factor", fraction, float, settings.path)
         head_dim = fields.get("head_dim") or fields["n_embd"] // max(fields["n_head"], 1)
+        if not 0 < head_dim <= GPTConfig.MOST["head_dim"] or not 0 < fraction <= 1:
+            settings.refuse(f"{name} = {fraction} of {head_dim} dimensions is out of range")
         rotary_dim = int(head_dim * fraction)
         if not rotary_dim:
             settings.refuse(f"{name} = {fraction} rotates nothing")
@@ -464,6 +466,7 @@ def take_rope(settings, model_type, fields):
         del rope["partial_rotary_factor"]
 
     rope_type = rope.pop("type", rope["rope_type"])  # old files say "type"
+    rope_type = config.convert("rope_type", rope_type, str, settings.path)
     if model_type == "phi3":
         settings.take("original_max_position_embeddings", int, 0)
         if rope_type != "default":  # transformers takes yarn for longrope
