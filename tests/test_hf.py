@@ -202,7 +202,7 @@ def test_export_then_import_is_the_identity(name, tmp_path):
             before, after = before[:257], after[:257]
         if name.startswith("gemma") and after.dim() == 1:
             assert torch.equal(before[before >= 0.5], after[before >= 0.5]), parameter
-            assert (before - after).abs().max() <= 2**-25, parameter
+            assert (before - after).abs().max() <= 2**-24, parameter
         else:
             assert torch.equal(before, after), parameter
     idx = torch.randint(0, 257, (2, 40))
@@ -237,7 +237,7 @@ def test_norm_weights_of_gemma_in_and_out():
     weight = torch.cat([torch.linspace(0.5, 1, 10_001), torch.rand(9999) * 50 + 0.5])
     assert torch.equal(read(write(weight)), weight)
     small = torch.linspace(-0.5, 0.5, 10_001)
-    assert (read(write(small)) - small).abs().max() <= 2**-25
+    assert (read(write(small)) - small).abs().max() <= 2**-24
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

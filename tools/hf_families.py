@@ -698,7 +698,7 @@ class HFTensors:
 
     def split(self, parameter):
         """Our parameter without padding -> {name: tensor}. The inverse of `join`, but for the
-        rounding of `offset`: at most 2**-25 for a weight below 0.5."""
+        rounding of `offset`: at most 2**-24 for a weight from -1 to 0.5."""
         if self.transposed:
             parameter = parameter.T
         if self.offset:
