@@ -268,9 +268,9 @@ class Block(nn.Module):
         return self.attn.queries_keys_values(self.ln_1(x), rope)
 
     def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
-        attended = x + self.ln_1_post(self.attn.output(y))
+        attended = x + self.ln_1_post(self.attn.output(y)).to(x.dtype)
         mlp_input = x if self.parallel_residual else attended
-        return attended + self.ln_2_post(self.mlp(self.ln_2(mlp_input)))
+        return attended + self.ln_2_post(self.mlp(self.ln_2(mlp_input))).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------- the model

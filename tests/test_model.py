@@ -364,6 +364,18 @@ def test_rotary_scaling_by_hand():
     torch.testing.assert_close(sin[1, 0], 1.5 * (7 * expected).sin())
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_the_residual_stream_keeps_its_dtype(config):
+    """On a GPU it is bfloat16, and the norms' output float32, as autocast has it there."""
+    block = GPT(GPTConfig(**config)).h[0]
+    for norm in (block.ln_1, block.ln_1_post, block.ln_2, block.ln_2_post):
+        if not isinstance(norm, nn.Identity):
+            norm.register_forward_hook(lambda module, inputs, output: output.float())
+    x, y = torch.randn(6, 32).bfloat16(), torch.randn(6, 4, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.after_attention(x, y).dtype == torch.bfloat16
+
+
 def test_windows_and_positions_of_the_layers():
     config = GPTConfig(**GEMMA | {"n_layer": 5})
     assert [config.window(layer) for layer in range(5)] == [7, 0, 7, 0, 7]
