@@ -851,11 +851,12 @@ def test_a_trained_tokenizer_is_exported_and_imported(tmp_path):
 # ------------------------------------------------------------------------------- use of an import
 
 
-def test_an_import_is_a_run(exported, tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["modern", "gpt_neox", "smollm3", "gemma2"])
+def test_an_import_is_a_run(name, exported, tiny_data, tmp_path, capsys):
     """It serves as init and teacher of self-play, and with sample.py and eval.py."""
     template = "--template=Q: {prompt}\nA: "
     imported = tmp_path / "import"
-    import_model(exported / "modern", imported, template)
+    import_model(exported / name, imported, template)
     train.main(
         [
             "--stage=spin",
