@@ -34,7 +34,7 @@ class GPTConfig:
     n_kv_head: int = 0  # heads of keys and values (GQA, arXiv 2305.13245); 0: n_head
     n_embd: int = 768
     head_dim: int = 0  # 0: n_embd / n_head
-    n_inner: int = 0  # MLP width; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    n_inner: int = 0  # MLP width; 0: 4 n_embd, if gated 8/3 n_embd rounded up to a multiple of 64
     position: str = "learned"  # learned | rotary (arXiv 2104.09864, half-split as in Llama)
     rope_theta: float = 10000.0
     rope_scaling: list[float] = field(default_factory=list)  # see nanospin/rotary.py

@@ -69,6 +69,7 @@ YARN = {"rope_scaling": [4.0, 1.0, 32.0, 12.0, 1.125], "rope_scaling_type": "yar
 MODELS = {
     "classic": CLASSIC,
     "untied": CLASSIC | {"tie_embeddings": False, "mlp": "relu", "n_inner": 40},
+    "exact GELU": CLASSIC | {"mlp": "gelu_erf"},
     "modern": MODERN,
     "tied": MODERN | {"tie_embeddings": True, "norm_eps": 1e-6},
     "qkv_bias": MODERN | {"qkv_bias": True},
@@ -448,8 +449,8 @@ BAD_SETTINGS = [
     ),
     BadSetting(
         "classic",
-        {"activation_function": "gelu"},
-        "activation_function 'gelu' is not supported; use one of gelu_new",
+        {"activation_function": "gelu_fast"},
+        "activation_function 'gelu_fast' is not supported; use one of gelu_new",
     ),
 ]
 

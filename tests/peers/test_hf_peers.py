@@ -52,6 +52,7 @@ GPT2 = {
     "n_layer": 2,
     "n_head": 4,
 }
+EXACT_GELU = GPT2 | {"activation_function": "gelu"}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 257,
@@ -122,6 +123,7 @@ HF_CONFIGS = {
     "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
     "gpt2, relu, n_inner, eps": GPT2
     | {"activation_function": "relu", "n_inner": 56, "layer_norm_epsilon": 1e-3},
+    "gpt2, exact GELU": EXACT_GELU,
     "gpt2, padded": GPT2 | {"vocab_size": 300},
     "llama, untied": LLAMA,
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
@@ -325,7 +327,7 @@ def change_nothing(monkeypatch, folder):
     pass
 
 
-def accept_exact_gelu(monkeypatch, folder):
+def take_exact_for_tanh(monkeypatch, folder):
     monkeypatch.setitem(hf_families.GPT2.activations, "gelu", "gelu")
 
 
@@ -372,7 +374,6 @@ def interleave_heads(monkeypatch, folder, from_checkpoint=GPT.from_checkpoint):
 
 
 swap_queries_and_keys = swap_modules("self_attn.q_proj", "self_attn.k_proj")
-exact_gelu = GPT2 | {"activation_function": "gelu"}
 mistral_with_window = HF_CONFIGS["mistral, window"]
 WRONG_CONVERSIONS = {
     "queries and keys swapped": WrongConversion(LLAMA, swap_queries_and_keys),
@@ -388,10 +389,12 @@ WRONG_CONVERSIONS = {
     "interleaved heads": WrongConversion(LLAMA, interleave_heads),
     "eps of RMSNorm": WrongConversion(LLAMA, change_fields(norm_eps=1e-6)),
     "eps of LayerNorm": WrongConversion(GPT2, change_fields(norm_eps=1e-6)),
-    "exact GELU": WrongConversion(
-        exact_gelu, change_nothing, "activation_function 'gelu' is not supported"
+    "another GELU": WrongConversion(
+        GPT2 | {"activation_function": "quick_gelu"},
+        change_nothing,
+        "activation_function 'quick_gelu' is not supported",
     ),
-    "exact GELU taken for the tanh form": WrongConversion(exact_gelu, accept_exact_gelu),
+    "exact GELU taken for the tanh form": WrongConversion(EXACT_GELU, take_exact_for_tanh),
     "tied read as untied": WrongConversion(
         LLAMA | {"tie_word_embeddings": True},
         change_config_json(tie_word_embeddings=False),
