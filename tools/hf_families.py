@@ -417,10 +417,10 @@ def take_local_theta(settings):
     """Gemma 3's theta in layers with a window. What it says of the others replaces
     rope_parameters."""
     theta = settings.take("rope_local_base_freq", float, 10000.0)
-    rope = settings.take("rope_parameters", dict, {})
+    rope = dict(settings.take("rope_parameters", dict, {}))
     local = rope.pop("sliding_attention", None) or {}
     full = rope.pop("full_attention", None) or {}
-    local = config.convert("sliding_attention", local, dict, settings.path)
+    local = dict(config.convert("sliding_attention", local, dict, settings.path))
     theta = local.pop("rope_theta", theta)
     local_type = local.pop("rope_type", "default")
     if rope or local or local_type != "default":
