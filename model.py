@@ -1,5 +1,6 @@
 """The GPT. The defaults are GPT-2: learned positions, LayerNorm, GELU, biases, tied embeddings.
-Options: rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm.
+Options: rotary positions, RMSNorm, SwiGLU or squared ReLU, grouped-query attention, QK-norm, and
+what else Llama, GPT-NeoX, OLMo 2, SmolLM3 and Gemma have.
 
 Outside attention the model works on a flat list of tokens (n, C). nanospin/attention.py knows which
 tokens attend to which.
@@ -21,6 +22,7 @@ from nanospin.attention import PackedSequences, on_gpu, round_up
 from nanospin.config import model_config_from
 from nanospin.fused_head import linear_logprobs
 from nanospin.kv_cache import KVCache
+from nanospin.rotary import is_rope_scaling, rotary_angles, rotate
 
 
 @dataclass
@@ -32,26 +34,41 @@ class GPTConfig:
     n_kv_head: int = 0  # heads of keys and values (GQA, arXiv 2305.13245); 0: n_head
     n_embd: int = 768
     head_dim: int = 0  # 0: n_embd / n_head
-    n_inner: int = 0  # MLP width; 0: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 64
+    n_inner: int = 0  # MLP width; 0: 4 n_embd, if gated 8/3 n_embd rounded up to a multiple of 64
     position: str = "learned"  # learned | rotary (arXiv 2104.09864, half-split as in Llama)
     rope_theta: float = 10000.0
-    rope_scaling: list[float] = field(default_factory=list)  # Llama 3: see `rotary_frequencies`
+    rope_scaling: list[float] = field(default_factory=list)  # see nanospin/rotary.py
+    rope_scaling_type: str = "llama3"  # linear (2306.15595) | llama3 | yarn (2309.00071)
+    rope_local_theta: float = 0.0  # of layers with a window, unscaled (Gemma 3); 0: rope_theta
+    rotary_dim: int = 0  # rotated dimensions of each head, the first ones (GPT-NeoX); 0: all
+    no_rope_layer_interval: int = 0  # every so many layers one has no positions (SmolLM3)
     sliding_window: int = 0  # a token attends to this many, itself included; 0: all
+    full_attention_interval: int = 0  # every so many layers one has no window (Gemma 2, 3)
+    attention_softcap: float = 0.0  # c > 0: scores become c tanh(scores / c) (Gemma 2)
+    query_pre_attn_scalar: float = 0.0  # scores are divided by its root (Gemma); 0: head_dim
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
-    mlp: str = "gelu"  # gelu (tanh form) | relu | relu2 (2109.08668) | swiglu (2002.05202)
+    norm_position: str = "before"  # attention and MLP | after (OLMo 2) | both (Gemma 2)
+    parallel_residual: bool = False  # attention and MLP have the same input (GPT-J, GPT-NeoX)
+    scale_embeddings: bool = False  # multiply them by the root of n_embd (Gemma)
+    # gelu (tanh form) | gelu_erf | relu | relu2 (2109.08668) | swiglu, geglu (2002.05202)
+    mlp: str = "gelu"
     bias: bool = True  # in linear layers and LayerNorms
     qkv_bias: bool = False  # in queries, keys and values when bias is False (Qwen 2)
     tie_embeddings: bool = True  # the LM head shares the token embedding
-    qk_norm: bool = False  # RMSNorm on the queries and keys of each head
+    qk_norm: bool = False  # RMSNorm on queries and keys
+    qk_norm_over: str = "head"  # head | projection: all heads together (OLMo 2)
     logit_softcap: float = 0.0  # c > 0: logits become c tanh(logits / c) (Gemma 2)
-    dropout: float = 0.0  # on the embedding and on what is added to the residual stream
+    dropout: float = 0.0  # on the embedding and the outputs of attention and MLP
     scalar_head: bool = False  # a reward model's score, or PPO's value
 
     CHOICES: ClassVar[dict[str, list[str]]] = {
         "position": ["learned", "rotary"],
+        "rope_scaling_type": ["linear", "llama3", "yarn"],
         "norm": ["layernorm", "rmsnorm"],
-        "mlp": ["gelu", "relu", "relu2", "swiglu"],
+        "norm_position": ["before", "after", "both"],
+        "mlp": ["gelu", "gelu_erf", "relu", "relu2", "swiglu", "geglu"],
+        "qk_norm_over": ["head", "projection"],
     }
 
     # upper bounds of sizes; of those not listed 2**24
@@ -73,7 +90,7 @@ class GPTConfig:
                     "or set head_dim"
                 )
             self.head_dim = self.n_embd // self.n_head
-        if not self.n_inner and self.mlp == "swiglu":
+        if not self.n_inner and self.mlp in GATED:
             self.n_inner = round_up(-(-8 * self.n_embd // 3), 64)
         elif not self.n_inner:
             self.n_inner = 4 * self.n_embd
@@ -94,25 +111,50 @@ class GPTConfig:
             raise ValueError(
                 f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
             )
-        if self.position == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
-        if self.rope_scaling and not is_rope_scaling(self.rope_scaling):
-            raise ValueError(
-                "rope_scaling must be empty, or [factor, low turns, high turns, length] "
-                f"with low < high and all above 0, not {self.rope_scaling}"
-            )
-        if self.sliding_window < 0:
-            raise ValueError(f"sliding_window must not be negative, got {self.sliding_window}")
+        self.check_rotary()
+        for name in ("no_rope_layer_interval", "full_attention_interval"):
+            if not 0 <= getattr(self, name) <= self.n_layer:
+                raise ValueError(f"{name} must be from 0 to n_layer, not {getattr(self, name)}")
+        for name in ("sliding_window", "attention_softcap", "query_pre_attn_scalar"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    def check_rotary(self):
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"rotary_dim must be even and at most head_dim {self.head_dim}, "
+                f"not {self.rotary_dim}"
+            )
+        if self.rope_scaling and not is_rope_scaling(self.rope_scaling, self.rope_scaling_type):
+            raise ValueError(
+                "rope_scaling must be empty, or [factor, low turns, high turns, length] (linear: "
+                "[factor]; yarn: and the attention factor at the end) "
+                f"with low < high and all above 0, not {self.rope_scaling}"
+            )
+        for name in ("rope_theta", "rope_local_theta"):
+            value = getattr(self, name)
+            if not value > 1 and not (value == 0 and name == "rope_local_theta"):
+                raise ValueError(f"{name} must be above 1, got {value}")
 
     @property
     def padded_vocab_size(self) -> int:
         return round_up(self.vocab_size, 64)
 
+    def window(self, layer: int) -> int:
+        """The sliding window of a layer, or 0."""
+        return 0 if is_nth(layer, self.full_attention_interval) else self.sliding_window
 
-def is_rope_scaling(values: list[float]) -> bool:
-    return len(values) == 4 and min(values) > 0 and values[1] < values[2]
+
+GATED = ("swiglu", "geglu")
+
+
+def is_nth(layer: int, interval: int) -> bool:
+    """Whether a layer is the last of `interval` layers; interval 0: none is."""
+    return interval > 0 and (layer + 1) % interval == 0
 
 
 # ---------------------------------------------------------------------------------- the blocks
@@ -124,33 +166,12 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_frequencies(config: GPTConfig, device: torch.device) -> Tensor:
-    """Rotation of each pair of head dimensions per position, in radians (D/2,) (2104.09864).
-
-    With rope_scaling = [factor, low, high, length] (Llama 3) a frequency of fewer than `low` turns
-    in `length` tokens is divided by factor, one of more than `high` is kept, and those between are
-    interpolated.
-    """
-    freq = config.rope_theta ** (
-        -torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
-    )
-    if config.rope_scaling:
-        factor, low, high, length = config.rope_scaling
-        turns = length * freq / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = freq * (kept + (1 - kept) / factor)
-    return freq
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x (n, H, D), half-split; cos and sin are (n, 1, D/2) float32."""
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 def norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """RMSNorm of each head of x (n, H, D), in the dtype of x. On a GPU it is one kernel, which
-    computes in float32; autocast would add five that convert."""
+    """RMSNorm of each head of x (n, H, D), or of all together if the norm is so wide, in the dtype
+    of x. On a GPU it is one kernel, which computes in float32; autocast would add five that
+    convert."""
+    if norm.normalized_shape[0] > x.shape[-1]:
+        return norm_heads(norm, x.flatten(1)).view(x.shape)
     if not on_gpu(x):
         return norm(x).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -165,8 +186,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, qkv_width, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            whole = config.qk_norm_over == "projection"
+            q_heads, k_heads = (config.n_head, config.n_kv_head) if whole else (1, 1)
+            self.q_norm = nn.RMSNorm(q_heads * config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(k_heads * config.head_dim, eps=config.norm_eps)
 
     def queries_keys_values(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -178,6 +201,8 @@ class Attention(nn.Module):
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
+        if c.query_pre_attn_scalar:  # attention itself divides by the root of head_dim
+            q = q * (c.head_dim / c.query_pre_attn_scalar) ** 0.5
         return q, k, v
 
     def output(self, y: Tensor) -> Tensor:
@@ -189,7 +214,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        width = 2 * config.n_inner if config.mlp == "swiglu" else config.n_inner
+        width = 2 * config.n_inner if config.mlp in GATED else config.n_inner
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
@@ -197,11 +222,15 @@ class MLP(nn.Module):
         if self.config.mlp == "gelu":
             return self.fc_gelu(x)
         x = self.c_fc(x)
+        if self.config.mlp == "gelu_erf":
+            return F.gelu(x)
         if self.config.mlp == "relu":
             return F.relu(x)
         if self.config.mlp == "relu2":
             return F.relu(x).square()
         gate, x = x.chunk(2, dim=-1)
+        if self.config.mlp == "geglu":
+            return F.gelu(gate, approximate="tanh") * x
         return F.silu(gate) * x
 
     def fc_gelu(self, x: Tensor) -> Tensor:
@@ -215,10 +244,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = make_norm(config)
+        before = config.norm_position != "after"
+        after = config.norm_position != "before"
+        self.parallel_residual = config.parallel_residual
+        self.ln_1 = make_norm(config) if before else nn.Identity()
         self.attn = Attention(config)
-        self.ln_2 = make_norm(config)
+        self.ln_1_post = make_norm(config) if after else nn.Identity()
+        self.ln_2 = make_norm(config) if before else nn.Identity()
         self.mlp = MLP(config)
+        self.ln_2_post = make_norm(config) if after else nn.Identity()
 
     def forward(
         self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
@@ -234,8 +268,9 @@ class Block(nn.Module):
         return self.attn.queries_keys_values(self.ln_1(x), rope)
 
     def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.attn.output(y)
-        return x + self.mlp(self.ln_2(x))
+        attended = x + self.ln_1_post(self.attn.output(y)).to(x.dtype)
+        mlp_input = x if self.parallel_residual else attended
+        return attended + self.ln_2_post(self.mlp(self.ln_2(mlp_input))).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------- the model
@@ -408,44 +443,50 @@ class GPT(nn.Module):
         and values only.
         """
         c = self.config
+        shape = None
         if idx.dim() == 2:
             B, T = idx.shape
             if T > c.block_size:
                 raise ValueError(f"{T} tokens do not fit block_size {c.block_size}")
             pos = torch.arange(T, device=idx.device).expand(B, T) if pos is None else pos
             pos = pos.expand(B, T).flatten()
-            row = torch.arange(B, device=idx.device)[:, None].expand(B, T).flatten()
-            sequences = PackedSequences(
-                row, torch.zeros_like(row), pos, c.sliding_window, (B, T), cache
-            )
-        elif cache is not None:
-            cache.begin_step(pos, c.sliding_window, c.n_head // c.n_kv_head)
-            sequences = cache
+            sequence_id = torch.arange(B, device=idx.device)[:, None].expand(B, T).flatten()
+            response_id = torch.zeros_like(sequence_id)
+            shape = (B, T)
+        windows = [c.window(layer) for layer in range(c.n_layer)]
+        if sequence_id is None:  # decode
+            cache.begin_step(pos, windows, c.n_head // c.n_kv_head, c.attention_softcap)
+            sequences = dict.fromkeys(windows, cache)
         else:
-            sequences = PackedSequences(sequence_id, response_id, pos, c.sliding_window)
+            packed = PackedSequences(
+                sequence_id, response_id, pos, 0, shape, cache, softcap=c.attention_softcap
+            )
+            sequences = {window: packed.with_window(window) for window in set(windows)}
 
         x = F.dropout(self.embed(idx.flatten(), pos), c.dropout, self.training)  # (n, C)
         if on_gpu(x) and self.autocast_dtype:
             x = x.to(self.autocast_dtype)  # the residual stream, as FSDP2's mixed precision has it
-        rope = self.rotary_angles(pos) if c.position == "rotary" else None
-        for layer, block in enumerate(self.h):
+        rope = rotary_angles(c, pos) if c.position == "rotary" else None
+        local_rope = rotary_angles(c, pos, local=True) if c.rope_local_theta else rope
+        for layer, (block, window) in enumerate(zip(self.h, windows)):
+            layout = sequences[window]
             if query_positions is not None and layer == c.n_layer - 1:
-                sequences = sequences.with_queries(query_positions)
-            x = block(x, sequences, layer, rope)
+                layout = layout.with_queries(query_positions)
+            angles = local_rope if window else rope
+            if is_nth(layer, c.no_rope_layer_interval):
+                angles = None
+            x = block(x, layout, layer, angles)
         x = self.ln_f(x)
         return x if query_positions is not None else x.view(*idx.shape, c.n_embd)
 
     def embed(self, idx: Tensor, pos: Tensor) -> Tensor:
         """Token embeddings, plus learned positions: idx, pos (n,) -> (n, C)."""
         x = self.wte(idx)
+        if self.config.scale_embeddings:
+            x = x * self.config.n_embd**0.5
         if self.config.position == "learned":
             x = x + self.wpe(pos)
         return x
-
-    def rotary_angles(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (n, 1, D/2) float32 of the rotary angles at pos (n,)."""
-        angles = (pos[:, None] * rotary_frequencies(self.config, pos.device))[:, None]
-        return angles.cos(), angles.sin()
 
     def head(self, x: Tensor) -> Tensor:
         """The LM head: x (..., C) -> logits (..., padded V), before the soft cap.

@@ -33,6 +33,7 @@ plain (B, T) batches, and FlexAttention for everything else.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class PackedSequences:
     kv_cache: a KVCache that receives the keys and values of every layer; needs `shape`.
     query_positions: (m,): compute the output of these tokens only; None: of all. On a CPU they are
         increasing. On a GPU they may be in any order, best in that of the tokens, and repeat.
+    softcap: c > 0: scores become c tanh(scores / c) (Gemma 2, arXiv 2408.00118); 0: they do not.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class PackedSequences:
         shape: tuple[int, int] | None = None,
         kv_cache=None,
         query_positions: torch.Tensor | None = None,
+        softcap: float = 0.0,
     ):
         self.sequence_id = sequence_id
         self.response_id = response_id
@@ -71,19 +74,21 @@ class PackedSequences:
         self.shape = shape
         self.kv_cache = kv_cache
         self.query_positions = query_positions
+        self.softcap = softcap
         self.mask = None  # tiles or a BlockMask: made by the first layer, used by all
 
     def with_queries(self, positions: torch.Tensor) -> "PackedSequences":
         """The same sequences, with the output of these positions only."""
-        return PackedSequences(
-            self.sequence_id,
-            self.response_id,
-            self.pos,
-            self.sliding_window,
-            self.shape,
-            self.kv_cache,
-            query_positions=positions,
-        )
+        return self.changed(query_positions=positions)
+
+    def with_window(self, sliding_window: int) -> "PackedSequences":
+        """The same sequences, for the layers with this window."""
+        return self.changed(sliding_window=sliding_window)
+
+    def changed(self, **changes):
+        other = copy.copy(self)
+        other.__dict__.update(changes, mask=None)
+        return other
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens of x (n, C) whose output is needed: (m, C) with query_positions."""
@@ -105,12 +110,12 @@ class PackedSequences:
         if on_gpu(q):
             if self.mask is None:
                 self.mask = flex_mask(self)
-            return flex_attend(q, k, v, self.mask)
+            return flex_attend(q, k, v, self.mask, self.softcap)
 
         if self.mask is None:
             self.mask = self.make_tiles(q.dtype)
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (heads, tokens, D)
-        return TiledAttention.apply(q, k, v, self.mask).transpose(0, 1)
+        return TiledAttention.apply(q, k, v, self.mask, self.softcap).transpose(0, 1)
 
     def store(self, layer, k, v):
         """Copy keys and values to the cache, as (B, Hkv, T, D). Views would not do: they would
@@ -120,8 +125,10 @@ class PackedSequences:
         self.kv_cache.store(layer, k, v)
 
     def is_causal_rectangle(self):
-        """Whether this is plain causal attention over (B, T), with no window shorter than T."""
-        return bool(self.shape) and not 0 < self.sliding_window < self.shape[1]
+        """Whether this is plain causal attention over (B, T), with no window shorter than T and no
+        soft cap."""
+        plain = self.shape and not self.softcap
+        return bool(plain) and not 0 < self.sliding_window < self.shape[1]
 
     def make_tiles(self, dtype):
         if self.shape and self.query_positions is None:
@@ -278,7 +285,7 @@ def block_list(mask):
     return count[None, None], indices[None, None]
 
 
-def flex_attend(q, k, v, mask):
+def flex_attend(q, k, v, mask, softcap: float = 0.0):
     """FlexAttention over packed sequences: q (m, H, D), k and v (n, Hkv, D) -> (m, H, D).
 
     The kernels get contiguous tokens, which they load 16 bytes at a time, and whole blocks of them.
@@ -286,7 +293,7 @@ def flex_attend(q, k, v, mask):
     """
     m = len(q)
     q, k, v = (pad_tokens(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
-    return flex_attention(q, k, v, mask)[0].transpose(0, 1)[:m]
+    return flex_attention(q, k, v, mask, softcap)[0].transpose(0, 1)[:m]
 
 
 def pad_tokens(x):
@@ -320,7 +327,7 @@ def decode_mask(first, last, num_columns: int, num_queries: int):
     )
 
 
-def flex_attention(q, k, v, mask):
+def flex_attention(q, k, v, mask, softcap: float = 0.0):
     """The compiled kernels: q (B, H, m, D), k and v (B, Hkv, n, D) -> (B, H, m, D).
 
     Heads are padded with zeros where they do not support the width: below 16, and between 128 and
@@ -337,12 +344,25 @@ def flex_attention(q, k, v, mask):
         q,
         k,
         v,
+        score_mod=softcap_score(softcap) if softcap else None,
         block_mask=mask,
         scale=head_dim**-0.5,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return y[..., :head_dim]
+
+
+@functools.cache  # a new function would be compiled anew
+def softcap_score(softcap: float):
+    """FlexAttention's score_mod of a soft cap. The number is captured as text, which is a constant
+    to Dynamo: a float would become a tensor that the kernel has to read."""
+    text = repr(softcap)
+
+    def score_mod(score, b, h, q, k):
+        return float(text) * torch.tanh(score / float(text))
+
+    return score_mod
 
 
 @functools.cache
@@ -605,7 +625,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @small_matmuls()
-    def forward(ctx, q, k, v, tiles):
+    def forward(ctx, q, k, v, tiles, softcap=0.0):
         q = (q * q.shape[-1] ** -0.5).unflatten(0, (len(k), -1))  # (Hkv, g, n, D)
         out = torch.empty_like(q)
         probs = []
@@ -614,6 +634,8 @@ class TiledAttention(torch.autograd.Function):
             tile_q = q[:, :, tile.start : tile.start + R].flatten(1, 2)  # (Hkv, g R, D)
             scores = torch.bmm(tile_q, gather_spans(k, tile.spans).mT)  # (Hkv, g R, S)
             scores = scores.unflatten(1, (-1, R))  # (Hkv, g, R, S)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
             scores[..., -M:] += tile.mask
             p = torch.softmax(scores, -1)
             if tile.last - tile.first < R:
@@ -624,7 +646,7 @@ class TiledAttention(torch.autograd.Function):
             out[:, :, written] = y[:, :, tile.first : tile.last]
             probs.append(p)
         ctx.save_for_backward(q, k, v, *probs)
-        ctx.tiles = tiles
+        ctx.tiles, ctx.softcap = tiles, softcap
         return out.flatten(0, 1)
 
     @staticmethod
@@ -640,12 +662,15 @@ class TiledAttention(torch.autograd.Function):
             tile_grad = grad[:, :, tile.start : tile.start + R].flatten(1, 2)
             d_probs = torch.bmm(tile_grad, gather_spans(v, tile.spans).mT)
             d_scores = torch._softmax_backward_data(d_probs, p, -1, p.dtype)
+            if ctx.softcap:  # the derivative of the cap; the scores are computed again
+                scores = torch.bmm(tile_q, gather_spans(k, tile.spans).mT)
+                d_scores = d_scores * (1 - torch.tanh(scores / ctx.softcap).square())
             tile_dq = torch.bmm(d_scores, gather_spans(k, tile.spans)).unflatten(1, (-1, R))
             written = slice(tile.start + tile.first, tile.start + tile.last)
             dq[:, :, written] = tile_dq[:, :, tile.first : tile.last]
             add_to_spans(dk, tile.spans, torch.bmm(d_scores.mT, tile_q))
             add_to_spans(dv, tile.spans, torch.bmm(p.mT, tile_grad))
-        return dq.flatten(0, 1).mul_(q.shape[-1] ** -0.5), dk, dv, None
+        return dq.flatten(0, 1).mul_(q.shape[-1] ** -0.5), dk, dv, None, None
 
 
 def add_to_spans(x, spans, values):

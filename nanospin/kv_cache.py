@@ -67,7 +67,10 @@ class KVCache:
         self.prompts = []  # of each group: a PromptBatch, or None
         self.ends = list(ends)
         self.column = None  # (groups,) on the device: the column of the last tokens
-        self.masks = []  # of each group: (b Hkv, 1, columns), 0 or -inf; on a GPU a BlockMask
+        # {sliding window: [a mask of each group]}: (b Hkv, 1, columns), 0 or -inf, or a BlockMask
+        self.masks = {}
+        self.windows = []  # of each layer
+        self.softcap = 0.0
         self.shift = None  # by how many columns `store` moves each row to the right, (B,)
 
     def store(self, layer: int, k, v):
@@ -145,20 +148,30 @@ class KVCache:
         """Number of steps until a group is full."""
         return min(keys.shape[2] - end for keys, end in zip(self.groups(), self.ends))
 
-    def begin_step(self, pos: torch.Tensor, sliding_window: int = 0, num_shared: int = 1):
+    def begin_step(
+        self, pos: torch.Tensor, windows: list[int], num_shared: int = 1, softcap: float = 0.0
+    ):
         """Call this before the layers of a decoding step. pos (B,): the position of each new token.
-        num_shared: the number of query heads that share a head of keys and values.
+        windows: of each layer; a token sees so many tokens up to itself, or all if it is 0.
+        num_shared: the number of query heads that share a head of keys and values. softcap: as of
+        PackedSequences.
 
-        A token sees the last `sliding_window` tokens up to itself, or all if it is 0. Unless the
-        cache has to grow, a step only changes tensors in place and never reads one on the CPU, so
-        that a CUDA graph of one step can be replayed for the next.
+        Unless the cache has to grow, a step only changes tensors in place and never reads one on
+        the CPU, so that a CUDA graph of one step can be replayed for the next.
         """
+        self.windows, self.softcap = windows, softcap
         if self.room() == 0:
             self.grow()
-        groups = self.groups()
         self.ends = [end + 1 for end in self.ends]
         self.column += 1
-        self.masks = []
+        self.masks = {}
+        for window in set(windows):
+            self.masks[window] = self.make_masks(pos, window, num_shared)
+
+    def make_masks(self, pos, sliding_window: int, num_shared: int) -> list:
+        """The masks of a decoding step of all groups, in the layers with a window."""
+        masks = []
+        groups = self.groups()
         group_pos = pos.split([len(keys) for keys in groups])
         for keys, column, row_pos, prompts in zip(groups, self.column, group_pos, self.prompts):
             if on_gpu(keys):
@@ -167,7 +180,7 @@ class KVCache:
                     first = torch.maximum(first, column - sliding_window + 1)
                 last = column.expand_as(row_pos)
                 mask = decode_mask(first.int(), last.int(), keys.shape[2], num_shared)
-                self.masks.append(mask)
+                masks.append(mask)
                 continue
             num_kv_heads, num_columns = keys.shape[1:3]
             if prompts is not None:
@@ -177,7 +190,8 @@ class KVCache:
             visible = (distance >= 0) & (distance <= row_pos[:, None])  # (b, columns)
             if sliding_window:
                 visible = visible & (distance < sliding_window)
-            self.masks.append(additive_mask(visible[:, None], num_kv_heads, keys.dtype))
+            masks.append(additive_mask(visible[:, None], num_kv_heads, keys.dtype))
+        return masks
 
     def grow(self):
         """Make room in the groups that are full."""
@@ -196,7 +210,8 @@ class KVCache:
         sizes = [len(keys) for keys in self.k[layer]]
         q, k, v = q.split(sizes), k.split(sizes), v.split(sizes)
         out = []
-        for group, mask in enumerate(self.masks):
+        window = self.windows[layer]
+        for group, mask in enumerate(self.masks[window]):
             keys, values = self.k[layer][group], self.v[layer][group]
             column = self.column[group : group + 1]
             keys.index_copy_(2, column, k[group][:, :, None])
@@ -205,16 +220,18 @@ class KVCache:
             b, num_kv_heads, num_columns, head_dim = keys.shape
             if on_gpu(q[group]):
                 queries = q[group].unflatten(1, (num_kv_heads, -1))  # (b, Hkv, g, D)
-                out.append(flex_attention(queries, keys, values, mask).flatten(1, 2))
+                y = flex_attention(queries, keys, values, mask, self.softcap)
+                out.append(y.flatten(1, 2))
                 continue
             keys = keys.view(b * num_kv_heads, num_columns, head_dim)
             values = values.view(b * num_kv_heads, num_columns, head_dim)
             queries = q[group].reshape(b * num_kv_heads, -1, head_dim)  # (b Hkv, g, D)
-            scores = torch.baddbmm(mask, queries, keys.mT, alpha=head_dim**-0.5)
+            scores = masked_scores(queries, keys, mask, self.softcap)
             if self.prompts[group] is None:
                 y = torch.softmax(scores, -1) @ values  # (b Hkv, g, D)
             else:
-                y = self.prompts[group].attend(layer, queries, scores, values)
+                prompts = self.prompts[group]
+                y = prompts.attend(layer, queries, scores, values, window, self.softcap)
             out.append(y.view(b, -1, head_dim))
         return torch.cat(out)
 
@@ -238,11 +255,11 @@ class PromptBatch:
                 prompt.v[layer] = self.v[layer][u, :, : prompt.length]
         lengths = [prompt.length for prompt in prompts]
         self.lengths = torch.tensor(lengths, device=self.k[0].device)[:, None]  # (U, 1)
-        self.mask = None  # (U Hkv, 1 or n g, P)
+        self.masks = {}  # {sliding window: (U Hkv, 1 or n g, P)}
 
     def begin_step(self, pos: torch.Tensor, sliding_window: int, num_shared: int) -> torch.Tensor:
-        """Make the mask for tokens at pos (U n,). Returns how many tokens of their own rows, behind
-        the prompt, are before them (U n,)."""
+        """Make the mask of a window for tokens at pos (U n,). Returns how many tokens of their own
+        rows, behind the prompt, are before them (U n,)."""
         _, num_kv_heads, P, _ = self.k[0].shape
         pos = pos.view(len(self.lengths), -1)  # (U, n)
         prompt_pos = torch.arange(P, device=pos.device)
@@ -250,13 +267,15 @@ class PromptBatch:
         if sliding_window:
             visible = visible & (pos[:, :, None] - prompt_pos < sliding_window)  # (U, n, P)
             visible = visible.repeat_interleave(num_shared, 1)
-        self.mask = additive_mask(visible, num_kv_heads, self.k[0].dtype)
+        self.masks[sliding_window] = additive_mask(visible, num_kv_heads, self.k[0].dtype)
         return (pos - self.lengths).flatten()
 
-    def attend(self, layer: int, queries, own_scores, own_values) -> torch.Tensor:
+    def attend(
+        self, layer: int, queries, own_scores, own_values, sliding_window: int, softcap: float
+    ) -> torch.Tensor:
         """Attention of queries (b Hkv, g, D) to their prompts and to the tokens behind them, which
         have own_scores (b Hkv, g, columns) and own_values (b Hkv, columns, D) -> (b Hkv, g, D)."""
-        U, num_kv_heads, P, head_dim = self.k[layer].shape
+        U, num_kv_heads, P, _ = self.k[layer].shape
         g = queries.shape[1]
 
         def by_prompt(x):
@@ -270,7 +289,7 @@ class PromptBatch:
             return x.reshape(-1, g, x.shape[-1])
 
         keys, values = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
-        scores = torch.baddbmm(self.mask, by_prompt(queries), keys.mT, alpha=head_dim**-0.5)
+        scores = masked_scores(by_prompt(queries), keys, self.masks[sliding_window], softcap)
         probs = torch.softmax(torch.cat([by_row(scores), own_scores], -1), -1)
         y = by_row(by_prompt(probs[:, :, :P]) @ values)
         return torch.baddbmm(y, probs[:, :, P:], own_values)
@@ -290,6 +309,16 @@ def split_groups(prompts: list[Prompt | None], size: int) -> list[slice]:
             groups.append(slice(first, min(first + most, stop)))
         start = stop
     return groups
+
+
+def masked_scores(queries, keys, mask, softcap: float) -> torch.Tensor:
+    """Attention scores, with a mask (b, 1 or m, S) added: queries (b, m, D), keys (b, S, D) ->
+    (b, m, S)."""
+    scale = keys.shape[-1] ** -0.5
+    if not softcap:
+        return torch.baddbmm(mask, queries, keys.mT, alpha=scale)
+    scores = scale * (queries @ keys.mT)
+    return mask + softcap * torch.tanh(scores / softcap)
 
 
 def additive_mask(visible, num_kv_heads: int, dtype) -> torch.Tensor:

@@ -53,7 +53,7 @@ def no_host_reads():
         yield
 
 
-def dense_attention(q, k, v, mask):
+def dense_attention(q, k, v, mask, softcap=0.0):
     """What `attention.flex_attention` computes, with all scores in memory: the pairs that a mask
     shows in the blocks that it lists."""
     m, n = q.shape[2], k.shape[2]
@@ -62,7 +62,10 @@ def dense_attention(q, k, v, mask):
     listed = mask.to_dense()[:, 0].repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :m]
     visible = visible & (listed > 0)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, visible[:, None])
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, visible[:, None])
+    scores = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
+    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ v
 
 
 @pytest.fixture
@@ -124,7 +127,19 @@ def gradients(model, objective, batch, cfg):
     return [loss.detach(), *metrics.values(), *grads]
 
 
-@pytest.mark.parametrize("options", [{}, MODERN, MODERN | {"sliding_window": 7, "n_kv_head": 2}])
+GEMMA = MODERN | {
+    "sliding_window": 7,
+    "full_attention_interval": 2,
+    "rope_local_theta": 100.0,
+    "attention_softcap": 2.0,
+    "norm_position": "both",
+    "mlp": "geglu",
+    "n_kv_head": 2,
+}
+LAYOUTS = [{}, MODERN, MODERN | {"sliding_window": 7, "n_kv_head": 2}, GEMMA]
+
+
+@pytest.mark.parametrize("options", LAYOUTS)
 @pytest.mark.parametrize("name", WORK)
 def test_a_micro_batch_never_waits_for_the_gpu(name, options, request):
     """And has the loss, metrics and gradients of the CPU's code."""
@@ -147,6 +162,7 @@ DECODED = [
     LONG | {"n_kv_head": 2},
     LONG | {"sliding_window": 7},
     LONG | {"sliding_window": 150},
+    LONG | {"sliding_window": 7, "full_attention_interval": 2, "attention_softcap": 2.0},
 ]
 
 

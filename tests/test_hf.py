@@ -22,7 +22,7 @@ from data.template import TEMPLATE
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 from tests.conftest import SHARED
-from tools import hf
+from tools import hf, hf_families
 
 CLASSIC = {"vocab_size": 257, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
 MODERN = CLASSIC | {
@@ -34,9 +34,42 @@ MODERN = CLASSIC | {
     "tie_embeddings": False,
 }
 QWEN3 = MODERN | {"qk_norm": True, "head_dim": 16}
+OLMO2 = MODERN | {"norm_position": "after", "qk_norm": True, "qk_norm_over": "projection"}
+NEOX = CLASSIC | {
+    "position": "rotary",
+    "rotary_dim": 4,
+    "mlp": "gelu_erf",
+    "parallel_residual": True,
+    "tie_embeddings": False,
+}
+GEMMA2 = MODERN | {
+    "n_layer": 4,
+    "head_dim": 16,
+    "mlp": "geglu",
+    "norm_position": "both",
+    "scale_embeddings": True,
+    "tie_embeddings": True,
+    "sliding_window": 9,
+    "full_attention_interval": 2,
+    "query_pre_attn_scalar": 12.0,
+    "attention_softcap": 5.0,
+    "logit_softcap": 3.0,
+}
+GEMMA3 = GEMMA2 | {
+    "full_attention_interval": 3,
+    "attention_softcap": 0.0,
+    "logit_softcap": 0.0,
+    "query_pre_attn_scalar": 0.0,
+    "qk_norm": True,
+    "rope_theta": 1e6,
+    "rope_local_theta": 500.0,
+}
+LINEAR = {"rope_scaling": [4.0], "rope_scaling_type": "linear"}
+YARN = {"rope_scaling": [4.0, 1.0, 32.0, 12.0, 1.125], "rope_scaling_type": "yarn"}
 MODELS = {
     "classic": CLASSIC,
     "untied": CLASSIC | {"tie_embeddings": False, "mlp": "relu", "n_inner": 40},
+    "exact GELU": CLASSIC | {"mlp": "gelu_erf"},
     "modern": MODERN,
     "tied": MODERN | {"tie_embeddings": True, "norm_eps": 1e-6},
     "qkv_bias": MODERN | {"qkv_bias": True},
@@ -46,7 +79,23 @@ MODELS = {
     "windowed": MODERN | {"sliding_window": 9},
     "windowed, qkv_bias": MODERN | {"sliding_window": 9, "qkv_bias": True},
     "windowed, qk_norm": QWEN3 | {"sliding_window": 9},
+    "linear": MODERN | LINEAR,
+    "yarn": MODERN | YARN,
+    "phi3": MODERN | {"rotary_dim": 6, "sliding_window": 9},
+    "olmo2": OLMO2,
+    "olmo2, yarn": OLMO2 | YARN,
+    "gpt_neox": NEOX,
+    "gpt_neox, serial, scaled": NEOX
+    | LINEAR
+    | {"parallel_residual": False, "mlp": "gelu", "rotary_dim": 0},
+    "smollm3": MODERN | {"n_layer": 4, "no_rope_layer_interval": 4, "bias": True},
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gemma3_text, scaled, no window": GEMMA3
+    | LINEAR
+    | {"sliding_window": 0, "full_attention_interval": 0, "rope_local_theta": 0.0},
 }
+MODEL_TYPES = {"phi3", "olmo2", "gpt_neox", "smollm3", "gemma2", "gemma3_text"}
 VOCAB_TABLES = ("wte.weight", "lm_head.weight")
 SENTENCE = "the loss of a model falls when it reads what people write"
 
@@ -132,13 +181,19 @@ def update_json(path, **settings):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_export_then_import_is_the_identity(name, tmp_path):
-    """Config, parameters and logits are the same; a second export has the same bytes."""
+    """Config, parameters and logits are the same; a second export has the same bytes.
+
+    Gemma's files have the weight of a norm minus 1, which rounds weights below 0.5.
+    """
     run, exported, imported, again = (tmp_path / x for x in ("run", "export", "import", "again"))
     model = make_run(str(run), MODELS[name])
     export_model(run, exported)
     import_model(exported, imported)
     back, _, meta = GPT.from_checkpoint(str(imported))
     assert back.config == model.config
+    model_type = name.split(",")[0]
+    if model_type in MODEL_TYPES:
+        assert read_json(str(exported / "config.json"))["model_type"] == model_type
     assert meta["tokenizer"] == "bytes"
     assert checkpoint.find_corruption(checkpoint.latest(str(imported))) == ""
 
@@ -146,9 +201,16 @@ def test_export_then_import_is_the_identity(name, tmp_path):
         if parameter in VOCAB_TABLES:  # the padding becomes 0
             assert len(after) == 320 and not after[257:].any()
             before, after = before[:257], after[:257]
-        assert torch.equal(before, after), parameter
+        if name.startswith("gemma") and after.dim() == 1:
+            assert torch.equal(before[before >= 0.5], after[before >= 0.5]), parameter
+            assert (before - after).abs().max() <= 2**-24, parameter
+        else:
+            assert torch.equal(before, after), parameter
     idx = torch.randint(0, 257, (2, 40))
-    assert torch.equal(model(idx), back(idx))
+    if name.startswith("gemma"):
+        torch.testing.assert_close(model(idx), back(idx), rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(model(idx), back(idx))
 
     export_model(imported, again)
     first, second = read_folder(exported), read_folder(again)
@@ -157,6 +219,26 @@ def test_export_then_import_is_the_identity(name, tmp_path):
     assert first == second
     assert "| val_loss | 4.25 |" in card
     assert "### Instruction: {prompt}" in card
+
+
+def test_norm_weights_of_gemma_in_and_out():
+    """1 + w and back: exact for a bfloat16 w of at least 2^-16, and for a 1 + w of at least 0.5."""
+
+    def read(w):
+        return hf_families.HFTensors({"w": (len(w),)}, offset=1.0).join([w])
+
+    def write(weight):
+        return hf_families.HFTensors({"w": (len(weight),)}, offset=1.0).split(weight)["w"]
+
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()
+    w = every[(every.abs() >= 2**-16) & (every.abs() < 2**15) | (every == 0)]
+    assert len(w) > 7900
+    assert torch.equal(read(w), 1.0 + w)
+    assert torch.equal(write(read(w)), w)
+    weight = torch.cat([torch.linspace(0.5, 1, 10_001), torch.rand(9999) * 50 + 0.5])
+    assert torch.equal(read(write(weight)), weight)
+    small = torch.linspace(-0.5, 0.5, 10_001)
+    assert (read(write(small)) - small).abs().max() <= 2**-24
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -212,6 +294,26 @@ def test_fields_that_llama_lacks_are_refused(field, value, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "fields, message",
+    [
+        (GEMMA3 | {"attention_softcap": 5.0}, "attention_softcap is 5.0, gemma3_text has 0.0"),
+        (GEMMA2 | {"norm": "layernorm"}, "norm is 'layernorm', gemma2 has 'rmsnorm'"),
+        (GEMMA2 | {"rope_local_theta": 9.0}, "rope_local_theta is 9.0, gemma2 has 0.0"),
+        (OLMO2 | {"qk_norm_over": "head"}, "qk_norm_over is 'head', olmo2 has 'projection'"),
+        (OLMO2 | {"sliding_window": 9}, "sliding_window is 9, olmo2 has 0"),
+        (NEOX | {"n_kv_head": 2}, "n_kv_head is 2, gpt_neox has 4"),
+        (NEOX | {"bias": False}, "bias is False, gpt_neox has True"),
+        (MODERN | {"rotary_dim": 4, "bias": True}, "bias is True, phi3 has False"),
+        (MODERN | {"no_rope_layer_interval": 2, "rotary_dim": 4}, "rotary_dim is 4, smollm3 has 0"),
+        (MODERN | {"parallel_residual": True}, "parallel_residual is True, llama has False"),
+    ],
+)
+def test_fields_that_other_families_lack_are_refused(fields, message):
+    with pytest.raises(SystemExit, match=message):
+        hf_families.to_hf_config(GPTConfig(**fields))
+
+
+@pytest.mark.parametrize(
     "field, value",
     [
         ("bias", False),
@@ -223,7 +325,7 @@ def test_fields_that_llama_lacks_are_refused(field, value, tmp_path):
 )
 def test_fields_that_gpt2_lacks_are_refused(field, value):
     with pytest.raises(SystemExit, match=f"{field} is {value!r}, gpt2 has"):
-        hf.to_hf_config(GPTConfig(**CLASSIC | {field: value}))
+        hf_families.to_hf_config(GPTConfig(**CLASSIC | {field: value}))
 
 
 def test_the_scalar_head_is_not_exported(tmp_path, capsys):
@@ -240,9 +342,10 @@ def test_the_scalar_head_is_not_exported(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with three exports, and the runs that they come from."""
+    """A folder with exports, and the runs that they come from."""
     root = tmp_path_factory.mktemp("hf")
-    for name in ("classic", "modern", "tied"):
+    names = ["classic", "modern", "tied", "phi3", "olmo2", "gpt_neox", "smollm3", "gemma2"]
+    for name in [*names, "gemma3_text"]:
         make_run(str(root / f"{name}_run"), MODELS[name])
         export_model(root / f"{name}_run", root / name)
     return root
@@ -269,7 +372,53 @@ BAD_SETTINGS = [
         "not supported: attn_logit_softcapping = 50.0",
     ),
     BadSetting("modern", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    BadSetting("modern", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions"),
+    BadSetting("modern", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary positions"),
+    BadSetting("modern", {"rope_scaling": {"type": "linear"}}, "rope_scaling must be list[float]"),
+    BadSetting(
+        "modern",
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+        "with truncate = false are not supported",
+    ),
+    BadSetting(
+        "modern", {"rope_scaling": {"type": "yarn", "factor": "2"}}, "yarn must be list[float]"
+    ),
+    BadSetting("modern", {"rope_scaling": {"type": "linear", "factor": -2.0}}, "rope_scaling must"),
+    BadSetting(
+        "phi3",
+        {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+        "longrope is not supported: its frequencies change with the length",
+    ),
+    BadSetting("phi3", {"partial_rotary_factor": 0.4}, "rotary_dim must be even"),
+    BadSetting("phi3", {"partial_rotary_factor": 0.0}, "= 0.0 of 8 dimensions is out of range"),
+    BadSetting("phi3", {"partial_rotary_factor": 0.1}, "rotates nothing"),
+    BadSetting("modern", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type must be str"),
+    BadSetting("modern", {"rope_theta": 0.0}, "rope_theta must be above 1, got 0.0"),
+    BadSetting("olmo2", {"attention_bias": True}, "attention_bias and mlp_bias must be equal"),
+    BadSetting("olmo2", {"clip_qkv": 8.0}, "not supported: clip_qkv = 8.0"),
+    BadSetting("olmo2", {"num_key_value_heads": 4}, "k_proj.weight has shape (16, 32)"),
+    BadSetting("gpt_neox", {"attention_bias": False}, "attention_bias = false is not supported"),
+    BadSetting("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not supported"),
+    BadSetting("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "they are not periodic"),
+    BadSetting("smollm3", {"no_rope_layers": [1, 0]}, "they are not periodic"),
+    BadSetting(
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 8},
+        "use_sliding_window = true is not supported",
+    ),
+    BadSetting("gemma2", {"layer_types": ["full_attention"] * 3}, "are not supported"),
+    BadSetting(
+        "gemma3_text",
+        {"layer_types": ["full_attention"] + ["sliding_attention"] * 3},
+        "they are not periodic",
+    ),
+    BadSetting("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    BadSetting("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0"),
+    BadSetting(
+        "gemma3_text",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rotary positions {'factor': 2.0} of type 'linear' are not supported",
+    ),
+    BadSetting("gemma3_text", {"model_type": "gemma3"}, "a model of images and text"),
     BadSetting(
         "modern",
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -300,13 +449,15 @@ BAD_SETTINGS = [
     ),
     BadSetting(
         "classic",
-        {"activation_function": "gelu"},
-        "activation_function 'gelu' is not supported; use one of gelu_new",
+        {"activation_function": "gelu_fast"},
+        "activation_function 'gelu_fast' is not supported; use one of gelu_new",
     ),
 ]
 
 
-@pytest.mark.parametrize("case", BAD_SETTINGS, ids=lambda case: "-".join(case.settings))
+@pytest.mark.parametrize(
+    "case", BAD_SETTINGS, ids=lambda case: f"{case.export}-{'-'.join(case.settings)}"
+)
 def test_unsupported_settings_are_refused(case, exported, tmp_path):
     shutil.copytree(exported / case.export, tmp_path / "in")
     update_json(tmp_path / "in" / "config.json", **case.settings)
@@ -701,11 +852,12 @@ def test_a_trained_tokenizer_is_exported_and_imported(tmp_path):
 # ------------------------------------------------------------------------------- use of an import
 
 
-def test_an_import_is_a_run(exported, tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["modern", "gpt_neox", "smollm3", "gemma2"])
+def test_an_import_is_a_run(name, exported, tiny_data, tmp_path, capsys):
     """It serves as init and teacher of self-play, and with sample.py and eval.py."""
     template = "--template=Q: {prompt}\nA: "
     imported = tmp_path / "import"
-    import_model(exported / "modern", imported, template)
+    import_model(exported / name, imported, template)
     train.main(
         [
             "--stage=spin",
@@ -861,6 +1013,191 @@ def test_a_config_larger_than_its_files_is_refused(exported, tmp_path):
 # -------------------------------------------------------------------------- what people bring
 
 
+@dataclass
+class HubModel:
+    """A config.json like that of a model of the hub, and what is known of the model."""
+
+    settings: dict[str, Any]
+    num_params: int
+    fields: dict[str, Any]  # some of GPTConfig's
+
+
+def llama_shape(width, inner, layers, heads, kv_heads, vocab, length, eps=1e-6):
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": length,
+        "rms_norm_eps": eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+
+
+GEMMA_SETTINGS = {
+    "cache_implementation": "hybrid",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "pad_token_id": 0,
+}
+HUB_MODELS = {
+    "pythia-160m": HubModel(
+        {
+            "model_type": "gpt_neox",
+            "hidden_act": "gelu",
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "tie_word_embeddings": False,
+            "use_parallel_residual": True,
+            "vocab_size": 50304,
+        },
+        162_322_944,
+        {"rotary_dim": 16, "parallel_residual": True, "rope_theta": 10000.0},
+    ),
+    "Phi-3-mini-4k": HubModel(
+        llama_shape(3072, 8192, 32, 32, 32, 32064, 4096, 1e-5)
+        | {
+            "model_type": "phi3",
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "hidden_act": "silu",
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+        },
+        3_821_079_552,
+        {"sliding_window": 2047, "rotary_dim": 0},
+    ),
+    "OLMo-2-0425-1B": HubModel(
+        llama_shape(2048, 8192, 16, 16, 16, 100352, 4096)
+        | {
+            "model_type": "olmo2",
+            "hidden_act": "silu",
+            "rope_scaling": None,
+            "rope_theta": 500000,
+            "tie_word_embeddings": False,
+        },
+        1_484_916_736,
+        {"norm_position": "after", "rope_theta": 5e5},
+    ),
+    "SmolLM3-3B": HubModel(
+        llama_shape(2048, 11008, 36, 16, 4, 128256, 65536)
+        | {
+            "model_type": "smollm3",
+            "hidden_act": "silu",
+            "layer_types": ["full_attention"] * 36,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "pretraining_tp": 2,
+            "rope_scaling": None,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+        3_075_098_624,
+        {"no_rope_layer_interval": 4, "rope_theta": 5e6, "tie_embeddings": True},
+    ),
+    "gemma-2-2b": HubModel(
+        llama_shape(2304, 9216, 26, 8, 4, 256000, 8192)
+        | GEMMA_SETTINGS
+        | {
+            "model_type": "gemma2",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+        },
+        2_614_341_888,
+        {"sliding_window": 4096, "full_attention_interval": 2, "attention_softcap": 50.0},
+    ),
+    "gemma-3-1b": HubModel(
+        llama_shape(1152, 6912, 26, 4, 1, 262144, 32768)
+        | GEMMA_SETTINGS
+        | {
+            "model_type": "gemma3_text",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+        999_885_952,
+        {"sliding_window": 512, "full_attention_interval": 6, "rope_local_theta": 1e4},
+    ),
+    "gemma-3-270m": HubModel(
+        llama_shape(640, 2048, 18, 4, 1, 262144, 32768)
+        | GEMMA_SETTINGS
+        | {
+            "model_type": "gemma3_text",
+            "_sliding_window_pattern": 6,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+            "rope_local_base_freq": 10000.0,
+            "rope_theta": 1000000.0,
+            "sliding_window": 512,
+            "use_bidirectional_attention": False,
+        },
+        268_098_176,
+        {"full_attention_interval": 6, "query_pre_attn_scalar": 0.0, "rope_theta": 1e6},
+    ),
+    "Qwen2.5-0.5B, with yarn": HubModel(
+        llama_shape(896, 4864, 24, 14, 2, 151936, 32768)
+        | {
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+            },
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "max_window_layers": 24,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+        },
+        494_032_768,
+        {"rope_scaling": [4.0, 1.0, 32.0, 32768.0, 1.1386294361119891]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_settings_of_models_of_the_hub(name):
+    """Their config.json is read, and written and read again, and the number of parameters is the
+    published one."""
+    case = HUB_MODELS[name]
+    hf_model = hf_families.parse_hf_config(case.settings, "config.json")
+    for field, value in case.fields.items():
+        assert hf_model.fields[field] == value, field
+    model_config = GPTConfig(**hf_model.fields, vocab_size=hf_model.vocab_rows)
+    with torch.device("meta"):
+        model = GPT(model_config)
+    assert model.num_params() == case.num_params
+    _, again = hf_families.to_hf_config(model_config)
+    fields = hf_families.parse_hf_config(again, "config.json").fields
+    assert GPTConfig(**fields, vocab_size=hf_model.vocab_rows) == model_config
+
+
 def test_harmless_settings_are_ignored(exported, tmp_path):
     shutil.copytree(exported / "modern", tmp_path / "in")
     path = tmp_path / "in" / "config.json"
@@ -892,6 +1229,9 @@ def test_harmless_settings_are_ignored(exported, tmp_path):
         ("modern", lambda name: name.removeprefix("model.")),
         ("modern", lambda name: f"_orig_mod.{name}"),
         ("modern", lambda name: name.replace("model.layers", "model._orig_mod.layers")),
+        ("gemma2", lambda name: name.removeprefix("model.")),
+        ("gpt_neox", lambda name: name.removeprefix("gpt_neox.")),
+        ("gpt_neox", lambda name: name.replace("embed_out.", "lm_head.")),
         ("classic", lambda name: f"_orig_mod.{name.removeprefix('transformer.')}"),
     ],
 )

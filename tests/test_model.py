@@ -5,19 +5,53 @@ import random
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from data.batch import batch_rows
 from loss import sequence_logprobs
 from model import GPT, GPTConfig
 from nanospin import attention
+from nanospin.rotary import rotary_angles, rotary_frequencies
+from sample import generate
 
 CLASSIC = {"vocab_size": 97, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LLAMA = CLASSIC | {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 MODERN = LLAMA | {"n_kv_head": 2, "tie_embeddings": False, "qk_norm": True, "logit_softcap": 5.0}
 SQUARED = LLAMA | {"mlp": "relu2"}
 WINDOWED = LLAMA | {"sliding_window": 7}
-CONFIGS = {"classic": CLASSIC, "modern": MODERN, "squared": SQUARED, "windowed": WINDOWED}
+OLMO2 = LLAMA | {"norm_position": "after", "qk_norm": True, "qk_norm_over": "projection"}
+NEOX = CLASSIC | {
+    "position": "rotary",
+    "rotary_dim": 4,
+    "mlp": "gelu_erf",
+    "parallel_residual": True,
+}
+SMOLLM3 = LLAMA | {"n_layer": 3, "no_rope_layer_interval": 2, "n_kv_head": 2}
+GEMMA = LLAMA | {
+    "n_layer": 3,
+    "n_kv_head": 2,
+    "mlp": "geglu",
+    "norm_position": "both",
+    "scale_embeddings": True,
+    "sliding_window": 7,
+    "full_attention_interval": 2,
+    "rope_local_theta": 100.0,
+    "attention_softcap": 0.7,
+    "query_pre_attn_scalar": 5.0,
+    "rope_scaling": [4.0, 1.0, 32.0, 12.0, 1.25],
+    "rope_scaling_type": "yarn",
+}
+CONFIGS = {
+    "classic": CLASSIC,
+    "modern": MODERN,
+    "squared": SQUARED,
+    "windowed": WINDOWED,
+    "olmo2": OLMO2,
+    "neox": NEOX,
+    "smollm3": SMOLLM3,
+    "gemma": GEMMA,
+}
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
@@ -162,7 +196,7 @@ def test_rotary_positions_are_relative(config, same):
     assert torch.allclose(model.hidden(idx), shifted, atol=1e-5) == same
 
 
-@pytest.mark.parametrize("config", [CLASSIC, MODERN], ids=["classic", "modern"])
+@pytest.mark.parametrize("config", [CLASSIC, MODERN, GEMMA], ids=["classic", "modern", "gemma"])
 def test_initialization_follows_its_table(config):
     """Within four standard errors, std / sqrt(2 n). Building on the meta device gives the same."""
     model = GPT(GPTConfig(**config | {"n_embd": 256}))
@@ -180,6 +214,28 @@ def test_initialization_follows_its_table(config):
     late.to_empty(device="cpu").init_weights()
     for a, b in zip(model.parameters(), late.parameters()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_sampling_with_the_cache_equals_the_full_forward(config):
+    """Greedy, for prompts of several lengths, one of them shared by three rows."""
+    model = GPT(GPTConfig(**config | {"block_size": 64, "tie_embeddings": False})).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    model.double()
+    prompts = []
+    for length in (1, 5, 12, 20, 20):
+        prompts.append(torch.randint(0, 97, (length,), generator=generator).tolist())
+    prompts += [prompts[2]] * 2
+    sampled = generate(model, prompts, 30, temperature=0.0)
+    for prompt, response in zip(prompts, sampled):
+        idx = torch.tensor([prompt + response])
+        with torch.no_grad():
+            greedy = model(idx).argmax(-1)[0, len(prompt) - 1 : -1]
+        assert response == greedy.tolist()
+    assert len(set(sum(sampled, []))) > 10  # not one token again and again
 
 
 def test_loss_at_initialization_is_about_uniform(model):
@@ -218,8 +274,19 @@ def test_overfits_one_batch():
         ({"mlp": "swish"}, "mlp must be"),
         ({"n_layer": 0}, "n_layer"),
         ({"rope_scaling": [8.0, 4.0, 1.0, 64.0]}, "low < high"),
+        ({"rope_scaling": [8.0, 1.0, 4.0, 64.0, 1.0]}, "low < high"),
+        ({"rope_scaling": [0.0], "rope_scaling_type": "linear"}, "rope_scaling must be"),
+        ({"rope_scaling_type": "dynamic"}, "rope_scaling_type must be"),
         ({"position": "rotary", "n_embd": 20}, "even head_dim"),
+        ({"rotary_dim": 3}, "rotary_dim must be even and at most head_dim 8"),
+        ({"rotary_dim": 10}, "rotary_dim must be even and at most head_dim 8"),
         ({"sliding_window": -1}, "sliding_window"),
+        ({"full_attention_interval": 3}, "full_attention_interval must be from 0 to n_layer"),
+        ({"no_rope_layer_interval": -1}, "no_rope_layer_interval must be from 0 to n_layer"),
+        ({"attention_softcap": -1.0}, "attention_softcap must not be negative"),
+        ({"rope_local_theta": math.nan}, "rope_local_theta must be above 1"),
+        ({"rope_theta": 0.0}, "rope_theta must be above 1"),
+        ({"norm_position": "middle"}, "norm_position must be one of"),
         ({"dropout": 1.0}, "dropout"),
     ],
 )
@@ -231,6 +298,145 @@ def test_impossible_settings_are_refused(changes, message):
 def test_too_many_tokens_are_refused():
     with pytest.raises(ValueError, match="block_size 32"):
         GPT(GPTConfig(**CLASSIC))(torch.zeros(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_tiled_attention_has_the_gradients_of_a_softmax(softcap, monkeypatch):
+    """Two heads, one of keys, against autograd; with a soft cap of the scores and without."""
+    monkeypatch.setattr(attention, "TILE_QUERIES", 32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(h, 70, 8, generator=generator).double() for h in (2, 1, 1))
+    inputs = [3 * q, 3 * k, v]
+    for x in inputs:
+        x.requires_grad_()
+    q, k, v = inputs
+    tiles = attention.rectangular_tiles(1, 70, torch.float64)
+    scores = q @ k.mT * 8**-0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    future = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    expected = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    found = attention.TiledAttention.apply(q, k, v, tiles, softcap)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, generator=generator).double()
+    slow = torch.autograd.grad((expected * weights).sum(), inputs)
+    fast = torch.autograd.grad((found * weights).sum(), inputs)
+    for a, b in zip(fast, slow):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_soft_cap_is_a_constant_of_the_compiled_kernel():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    score_mod = torch.compile(attention.softcap_score(2.5), dynamic=True, backend=backend)
+    scores = torch.linspace(-9, 9, 7)
+    torch.testing.assert_close(score_mod(scores, 0, 0, 0, 0), 2.5 * torch.tanh(scores / 2.5))
+    assert attention.softcap_score(2.5) is attention.softcap_score(2.5)
+    (graph,) = graphs
+    assert ".item()" not in graph.code and "2.5" in graph.code
+
+
+def test_rotary_scaling_by_hand():
+    """yarn keeps a pair of many turns, divides one of few, and halves the way between them."""
+    linear = GPTConfig(**LLAMA | {"rope_scaling": [4.0], "rope_scaling_type": "linear"})
+    plain = rotary_frequencies(GPTConfig(**LLAMA), torch.device("cpu"))
+    torch.testing.assert_close(plain, torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    torch.testing.assert_close(rotary_frequencies(linear, torch.device("cpu")), plain / 4)
+
+    # 3,000 / 2 pi = 477 tokens a turn: 477, 47.7, 4.8 and 0.5 turns. 200 are at 0.38 and 2 at 2.38
+    values = [4.0, 2.0, 200.0, 3000.0, 1.5]
+    yarn = GPTConfig(**LLAMA | {"rope_scaling": values, "rope_scaling_type": "yarn"})
+    kept = torch.tensor([1.0, 2 / 3, 1 / 3, 0.0])  # from 0 to 3
+    expected = plain * (kept + (1 - kept) / 4)
+    torch.testing.assert_close(rotary_frequencies(yarn, torch.device("cpu")), expected)
+    values = [4.0, 1e-9, 4.0, 3000.0, 1.5]  # from 2 to 7, the number of dimensions minus 1
+    edge = GPTConfig(**LLAMA | {"rope_scaling": values, "rope_scaling_type": "yarn"})
+    kept = torch.tensor([1.0, 1.0, 1.0, 0.8])
+    found = rotary_frequencies(edge, torch.device("cpu"))
+    torch.testing.assert_close(found, plain * (kept + (1 - kept) / 4))
+
+    cos, sin = rotary_angles(yarn, torch.tensor([0, 7]))
+    torch.testing.assert_close(cos[1, 0], 1.5 * (7 * expected).cos())
+    torch.testing.assert_close(sin[1, 0], 1.5 * (7 * expected).sin())
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_the_residual_stream_keeps_its_dtype(config):
+    """On a GPU it is bfloat16, and the norms' output float32, as autocast has it there."""
+    block = GPT(GPTConfig(**config)).h[0]
+    for norm in (block.ln_1, block.ln_1_post, block.ln_2, block.ln_2_post):
+        if not isinstance(norm, nn.Identity):
+            norm.register_forward_hook(lambda module, inputs, output: output.float())
+    x, y = torch.randn(6, 32).bfloat16(), torch.randn(6, 4, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.after_attention(x, y).dtype == torch.bfloat16
+
+
+def test_windows_and_positions_of_the_layers():
+    config = GPTConfig(**GEMMA | {"n_layer": 5})
+    assert [config.window(layer) for layer in range(5)] == [7, 0, 7, 0, 7]
+    assert [GPTConfig(**WINDOWED).window(layer) for layer in range(2)] == [7, 7]
+
+    angles = []
+    model = GPT(config)
+    for block in model.h:
+        block.forward = lambda x, layout, layer, rope: angles.append(rope[0]) or x
+    model(torch.zeros(1, 4, dtype=torch.long))
+    full, local = (
+        rotary_angles(config, torch.arange(4)),
+        rotary_angles(config, torch.arange(4), True),
+    )
+    unscaled = 3 * 100.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(local[0][3, 0], unscaled.cos())
+    torch.testing.assert_close(local[1][3, 0], unscaled.sin())
+    for layer, found in enumerate(angles):
+        assert torch.equal(found, (full if layer % 2 else local)[0])
+
+    with_positions = []
+    model = GPT(GPTConfig(**SMOLLM3))
+    for block in model.h:
+        block.forward = lambda x, layout, layer, rope: with_positions.append(rope is not None) or x
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert with_positions == [True, False, True]
+
+
+def test_a_block_with_other_norms_and_residuals_by_hand():
+    """OLMo 2's norms are after attention and MLP; GPT-NeoX's MLP has the input of attention; Gemma
+    scales embeddings and queries."""
+    gemma = GPT(GPTConfig(**GEMMA))
+    idx = torch.tensor([3, 1])
+    torch.testing.assert_close(gemma.embed(idx, idx), 32**0.5 * gemma.wte.weight[idx])
+    x = torch.randn(6, 32, dtype=torch.float64)
+    y = torch.randn(6, 4, 8, dtype=torch.float64)
+    for config in (OLMO2, NEOX, GEMMA):
+        block = GPT(GPTConfig(**config)).double().h[0]
+        with torch.no_grad():
+            for p in block.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+        attended = block.attn.c_proj(y.flatten(1))
+        if config is NEOX:
+            inner = F.gelu(block.mlp.c_fc(block.ln_2(x)))
+            expected = x + attended + block.mlp.c_proj(inner)
+        else:
+            middle = x + block.ln_1_post(attended)
+            norm = block.ln_2 if config is GEMMA else nn.Identity()
+            gate, up = block.mlp.c_fc(norm(middle)).chunk(2, -1)
+            act = F.gelu(gate, approximate="tanh") if config is GEMMA else F.silu(gate)
+            expected = middle + block.ln_2_post(block.mlp.c_proj(act * up))
+        torch.testing.assert_close(block.after_attention(x, y), expected, rtol=0, atol=1e-12)
+        first = block.ln_1 if config is not OLMO2 else nn.Identity()
+        q, _, _ = block.before_attention(x)
+        expected = block.attn.c_attn(first(x))[:, :32]
+        if config is OLMO2:  # over all heads together
+            root = (expected.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            expected = block.attn.q_norm.weight * expected / root
+        if config is GEMMA:
+            expected = expected * (8 / 5) ** 0.5
+        torch.testing.assert_close(q.flatten(1), expected, rtol=0, atol=1e-12)
 
 
 def test_a_sliding_window_by_hand():

@@ -4,10 +4,9 @@
     python -m tools.hf export out/demo/sft --out=out/export # for AutoModelForCausalLM
     python -m tools.hf export out/spin_k3 --out=out/export --dtype=bfloat16 --shard_gb=2
 
-Both directions support GPT-2, Llama, Mistral, Qwen 2 and Qwen 3. An import is a run with one
-checkpoint: use it as `init` or `teacher`, or with sample.py and eval.py. `tensor_map` lists the
-tensors that each of our parameters is made of; import and export both read it. A setting or a
-tensor that has no counterpart here is an error that names it.
+Both directions support the model types of tools/hf_families.py. An import is a run with one
+checkpoint: use it as `init` or `teacher`, or with sample.py and eval.py. A setting or a tensor that
+has no counterpart here is an error that names it.
 """
 
 import argparse
@@ -18,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import typing
 from dataclasses import asdict, dataclass
 
 import torch
@@ -39,114 +37,15 @@ from data.files import atomic_write, parse_json, printable, read_json, write_jso
 from data.template import TEMPLATE, end_token, with_bos
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
-
-# GPTConfig's fields and their names in config.json. Mistral and Qwen use Llama's names.
-FIELD_NAMES = {
-    "gpt2": {
-        "block_size": "n_positions",
-        "n_layer": "n_layer",
-        "n_head": "n_head",
-        "n_embd": "n_embd",
-        "n_inner": "n_inner",
-        "norm_eps": "layer_norm_epsilon",
-        "mlp": "activation_function",
-        "tie_embeddings": "tie_word_embeddings",
-    },
-    "llama": {
-        "block_size": "max_position_embeddings",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "n_embd": "hidden_size",
-        "n_inner": "intermediate_size",
-        "norm_eps": "rms_norm_eps",
-        "mlp": "hidden_act",
-        "tie_embeddings": "tie_word_embeddings",
-    },
-}
-
-# The fields that a config.json may leave out, by its model_type, with transformers' defaults.
-DEFAULTS = {
-    "gpt2": {"n_inner": 0, "tie_embeddings": True},
-    "llama": {"n_kv_head": 0, "head_dim": 0, "tie_embeddings": False},
-    "mistral": {"head_dim": 0, "tie_embeddings": False},
-    "qwen2": {"head_dim": 0, "tie_embeddings": False},
-    "qwen3": {"head_dim": 128, "tie_embeddings": False},
-}
-
-# The fields that all models of a family share.
-FAMILY_FIELDS = {
-    "gpt2": {"position": "learned", "norm": "layernorm"},
-    "llama": {"position": "rotary", "norm": "rmsnorm"},
-}
-
-# The activation in config.json and GPTConfig.mlp. Export uses the first name that fits.
-ACTIVATIONS = {
-    "gpt2": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "relu2": "relu2"},
-    "llama": {"silu": "swiglu"},
-}
-
-# Llama 3's settings of rope_scaling, in the order of GPTConfig.rope_scaling.
-ROPE_SCALING = [
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-]
-
-# Settings that do not change what the model computes. Dropout belongs to the training run.
-IGNORED_SETTINGS = set(
-    """
-    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop
-    bos_token_id dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label
-    initializer_range is_llama_config label2id n_ctx n_special num_labels output_past pad_token_id
-    predict_special_tokens pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop
-    return_dict sep_token_id task_specific_params tokenizer_class torch_dtype
-    transformers.js_config transformers_version unk_token_id use_cache
-    """.split()
+from tools.hf_families import (
+    VOCAB_TABLES,
+    full_name,
+    head_name,
+    parse_hf_config,
+    tensor_map,
+    to_hf_config,
 )
-IGNORED_PREFIXES = ("summary_", "unsloth_")
 
-# Settings that change nothing with these values: transformers' defaults. Old files name them all,
-# those of sampling included.
-HARMLESS_VALUES = {
-    "partial_rotary_factor": 1.0,
-    "is_decoder": True,
-    "chunk_size_feed_forward": 0,
-    "pruned_heads": {},
-    "max_length": 20,
-    "min_length": 0,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "diversity_penalty": 0.0,
-    "length_penalty": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-}
-
-# Our modules and the Llama modules that they are made of. GPT-2 uses our names.
-LLAMA_MODULES = {
-    "wte": ["model.embed_tokens"],
-    "ln_f": ["model.norm"],
-    "lm_head": ["lm_head"],
-    "ln_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "ln_2": ["post_attention_layernorm"],
-    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
-}
-
-VOCAB_TABLES = ("wte.weight", "lm_head.weight")  # one row for each token id, padded
 GGUF_ADVICE = (
     " is GGUF; take the original, or convert it with transformers:"
     " AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT), and the"
@@ -155,305 +54,10 @@ GGUF_ADVICE = (
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Constants that old files store beside the weights: rotary frequencies, causal masks.
-BUFFERS = r".*\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
-
-REQUIRED = object()
-
-
-# ------------------------------------------------------------------------------------ config.json
-
-
-@dataclass
-class HFModel:
-    """What a config.json says, in our terms."""
-
-    family: str  # gpt2 | llama: how parameters are named and stored
-    fields: dict  # GPTConfig's fields, without vocab_size
-    vocab_rows: int  # rows of the embedding; often more than the tokenizer has ids
-    max_block_size: int  # the longest sequence on which our GPT computes the same
-
-
-class HFSettings:
-    """The settings of a config.json. Each is taken once; those left over are an error."""
-
-    def __init__(self, settings, path):
-        self.left = dict(settings)
-        self.path = path
-
-    def refuse(self, message) -> typing.NoReturn:
-        raise SystemExit(printable(f"{self.path}: {message}"))
-
-    def take(self, name, kind, default=REQUIRED):
-        """Remove a setting and return it, checked to be of a type. null counts as missing."""
-        value = self.left.pop(name, None)
-        if value is not None:
-            return config.convert(name, value, kind, self.path)
-        if default is REQUIRED:
-            self.refuse(f"{name} is missing")
-        return default
-
-    def check_none_left(self):
-        unknown = []
-        for name, value in self.left.items():
-            ignored = name in IGNORED_SETTINGS or name.startswith(IGNORED_PREFIXES)
-            harmless = (None, False, HARMLESS_VALUES.get(name))
-            if not ignored and value not in harmless:
-                unknown.append(f"{name} = {value!r}")
-        if unknown:
-            self.refuse(f"these settings are not supported: {', '.join(unknown)}")
-
-
-def parse_hf_config(hf_config: dict, path: str) -> HFModel:
-    """Translate a config.json. Exits with the name of the first setting we cannot represent."""
-    settings = HFSettings(hf_config, path)
-    if settings.left.get("quantization_config"):
-        settings.refuse(
-            "its weights are quantised (quantization_config); take the original, or save it in full"
-            " with transformers: model.dequantize(), then model.save_pretrained(FOLDER)"
-        )
-    if settings.left.get("auto_map"):
-        settings.refuse(
-            "the model brings code of its own (auto_map), which is not run; if it computes what its"
-            " model_type does, remove auto_map from config.json"
-        )
-    model_type = settings.take("model_type", str)
-    if model_type not in DEFAULTS:
-        supported = ", ".join(DEFAULTS)
-        settings.refuse(f"model_type {model_type!r} is not supported; use one of {supported}")
-    family = "gpt2" if model_type == "gpt2" else "llama"
-
-    types = config.field_hints(GPTConfig)
-    fields = dict(FAMILY_FIELDS[family])
-    for field, name in FIELD_NAMES[family].items():
-        default = DEFAULTS[model_type].get(field, REQUIRED)
-        fields[field] = settings.take(name, types[field], default)
-
-    if fields["n_layer"] > GPTConfig.MOST["n_layer"]:
-        settings.refuse(f"{FIELD_NAMES[family]['n_layer']} = {fields['n_layer']} is too large")
-    activations = ACTIVATIONS[family]
-    if fields["mlp"] not in activations:
-        name = FIELD_NAMES[family]["mlp"]
-        supported = ", ".join(activations)
-        settings.refuse(f"{name} {fields['mlp']!r} is not supported; use one of {supported}")
-    fields["mlp"] = activations[fields["mlp"]]
-
-    vocab_rows = settings.take("vocab_size", int)
-    max_block_size = fields["block_size"]
-    if family == "gpt2":
-        if not settings.take("scale_attn_weights", bool, True):
-            settings.refuse("scale_attn_weights = false is not supported")
-    else:
-        fields["bias"] = settings.take("attention_bias", bool, False)
-        fields["qkv_bias"] = model_type == "qwen2"
-        fields["qk_norm"] = model_type == "qwen3"
-        if settings.take("mlp_bias", bool, False) != fields["bias"]:
-            settings.refuse("attention_bias and mlp_bias must be equal")
-        fields |= take_rope(settings)
-        window, in_all_layers = take_sliding_window(settings, model_type, fields["n_layer"])
-        if window and in_all_layers:
-            fields["sliding_window"] = window
-        elif window:  # up to this length a window of some layers makes no difference
-            max_block_size = min(max_block_size, window)
-
-    settings.check_none_left()
-    return HFModel(family, fields, vocab_rows, max_block_size)
-
-
-def take_rope(settings):
-    """GPTConfig's rope_theta and rope_scaling. They are at the top level, or in a dictionary."""
-    rope = {"rope_type": "default"}
-    rope |= settings.take("rope_scaling", dict, {})
-    rope |= settings.take("rope_parameters", dict, {})
-
-    theta = settings.take("rope_theta", float, 10000.0)
-    theta = rope.pop("rope_theta", theta)
-    fields = {"rope_theta": config.convert("rope_theta", theta, float, settings.path)}
-
-    if rope.get("partial_rotary_factor") == 1.0:
-        del rope["partial_rotary_factor"]
-    rope_type = rope.pop("type", rope["rope_type"])  # old files say "type"
-    if rope_type == "llama3":
-        scaling = [rope.pop(name, None) for name in ROPE_SCALING]
-        scaling = config.convert("rope_scaling", scaling, list[float], settings.path)
-        fields["rope_scaling"] = scaling
-    if rope_type not in ("default", "llama3") or set(rope) != {"rope_type"}:
-        settings.refuse(f"rotary positions {rope} are not supported")
-    return fields
-
-
-def take_sliding_window(settings, model_type, n_layer):
-    """The sliding window, 0 if there is none, and whether it is that of all layers."""
-    default = 0
-    if model_type == "mistral" and "sliding_window" not in settings.left:  # null: no window
-        default = 4096
-    window = settings.take("sliding_window", int, default)
-    is_qwen = model_type.startswith("qwen")
-    if not settings.take("use_sliding_window", bool, not is_qwen):
-        window = 0
-
-    num_full = settings.take("max_window_layers", int, 28)  # Qwen's first layers have no window
-    if not is_qwen:
-        num_full = 0
-    usual = ["full_attention" if i < num_full else "sliding_attention" for i in range(n_layer)]
-    layer_types = settings.take("layer_types", list[str], usual)
-    if not set(layer_types) <= {"full_attention", "sliding_attention"}:
-        settings.refuse(f"layer_types {layer_types} are not supported")
-
-    if "sliding_attention" not in layer_types:
-        window = 0
-    return window, "full_attention" not in layer_types
-
-
-def to_hf_config(c: GPTConfig) -> tuple[str, dict]:
-    """The family and the config.json of a GPTConfig. Exits if no model type can represent it."""
-    family = "gpt2" if c.position == "learned" else "llama"
-    required = FAMILY_FIELDS[family] | {"logit_softcap": 0.0}
-    if family == "gpt2":
-        required |= {
-            "bias": True,
-            "n_kv_head": c.n_head,
-            "head_dim": c.n_embd // c.n_head,
-            "qk_norm": False,
-            "sliding_window": 0,
-        }
-    elif c.qk_norm:  # Qwen 3
-        required |= {"bias": False, "qkv_bias": False}
-    elif c.sliding_window:  # Mistral or Qwen 2
-        required |= {"bias": False}
-    for field, value in required.items():
-        found = getattr(c, field)
-        if found != value:
-            raise SystemExit(
-                f"the model cannot be exported: {field} is {found!r}, {family} has {value!r}"
-            )
-    activation = next((hf for hf, ours in ACTIVATIONS[family].items() if ours == c.mlp), None)
-    if activation is None:
-        supported = " or ".join(sorted(set(ACTIVATIONS[family].values())))
-        raise SystemExit(
-            f"the model cannot be exported: mlp is {c.mlp!r}, {family} has {supported}"
-        )
-
-    hf_config = architecture(c, family)
-    for field, name in FIELD_NAMES[family].items():
-        hf_config[name] = activation if field == "mlp" else getattr(c, field)
-    hf_config["vocab_size"] = c.vocab_size
-    if family == "llama":
-        hf_config["rope_theta"] = c.rope_theta
-        hf_config["rope_scaling"] = None
-        if c.rope_scaling:
-            scaling = dict(zip(ROPE_SCALING, c.rope_scaling))
-            length = "original_max_position_embeddings"
-            scaling[length] = int(scaling[length])
-            hf_config["rope_scaling"] = {"rope_type": "llama3"} | scaling
-    return family, hf_config
-
-
-def architecture(c, family):
-    """The settings of a config.json that depend on its model_type, that first."""
-    if family == "gpt2":
-        return {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "attn_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-        }
-    if c.qk_norm or (c.qkv_bias and not c.bias):
-        return {
-            "model_type": "qwen3" if c.qk_norm else "qwen2",
-            "architectures": ["Qwen3ForCausalLM" if c.qk_norm else "Qwen2ForCausalLM"],
-            "attention_bias": False,
-            "use_sliding_window": bool(c.sliding_window),
-            "sliding_window": c.sliding_window or None,
-            "max_window_layers": 0 if c.sliding_window else c.n_layer,
-        }
-    if c.sliding_window:
-        return {
-            "model_type": "mistral",
-            "architectures": ["MistralForCausalLM"],
-            "sliding_window": c.sliding_window,
-        }
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": c.bias,
-        "mlp_bias": c.bias,
-    }
-
-
-# ---------------------------------------------------------------------------------------- tensors
-
-
-@dataclass
-class HFTensors:
-    """The tensors of a Hugging Face checkpoint that make up one of our parameters."""
-
-    shapes: dict[str, tuple]  # {name: shape in the file}, top to bottom in our parameter
-    transposed: bool = False  # GPT-2 stores the matrices of its blocks as (in, out)
-
-    def join(self, tensors):
-        """The tensors in the order of `shapes` -> our parameter, without padding."""
-        joined = torch.cat(tensors)
-        return joined.T if self.transposed else joined
-
-    def split(self, parameter):
-        """Our parameter without padding -> {name: tensor}. The inverse of `join`."""
-        if self.transposed:
-            parameter = parameter.T
-        rows = [shape[0] for shape in self.shapes.values()]
-        return dict(zip(self.shapes, parameter.split(rows)))
-
-
-def tensor_map(model: GPT, family: str, vocab_rows: int, positions: int) -> dict[str, HFTensors]:
-    """For each parameter of a model the Hugging Face tensors that it is made of.
-
-    vocab_rows: rows of their embedding and head. positions: rows of their position table.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("scalar_head."):
-            continue
-        if family == "gpt2":
-            tensors[name] = gpt2_tensor(name, parameter, vocab_rows, positions)
-        else:
-            tensors[name] = llama_tensors(name, parameter, vocab_rows, model.config)
-    return tensors
-
-
-def gpt2_tensor(name, parameter, vocab_rows, positions):
-    hf_name = name if name == "lm_head.weight" else f"transformer.{name}"
-    shape = list(parameter.shape)
-    if name in VOCAB_TABLES:
-        shape[0] = vocab_rows
-    if name == "wpe.weight":
-        shape[0] = positions
-    transposed = name.startswith("h.") and parameter.dim() == 2
-    if transposed:
-        shape.reverse()
-    return HFTensors({hf_name: tuple(shape)}, transposed)
-
-
-def llama_tensors(name, parameter, vocab_rows, c):
-    prefix = ""
-    if name.startswith("h."):
-        _, layer, name = name.split(".", 2)
-        prefix = f"model.layers.{layer}."
-    module, kind = name.rsplit(".", 1)  # kind: weight | bias
-
-    if module == "attn.c_attn":
-        kv_width = c.n_kv_head * c.head_dim
-        rows = [c.n_head * c.head_dim, kv_width, kv_width]
-    elif module == "mlp.c_fc":
-        rows = [c.n_inner, c.n_inner]
-    elif name in VOCAB_TABLES:
-        rows = [vocab_rows]
-    else:
-        rows = [parameter.shape[0]]
-
-    shapes = {}
-    for hf_module, n in zip(LLAMA_MODULES[module], rows):
-        shapes[f"{prefix}{hf_module}.{kind}"] = (n, *parameter.shape[1:])
-    return HFTensors(shapes)
+BUFFERS = (
+    r".*\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+    r"|gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)"
+)
 
 
 # ----------------------------------------------------------------------------------------- import
@@ -488,7 +92,7 @@ def import_model(
         enc.vocab_rows = hf_model.vocab_rows
     fields = hf_model.fields | {"block_size": block_size, "vocab_size": vocab_size}
     model_config = GPTConfig(**fields)
-    check_size(folder, hf_model.family, model_config)
+    check_size(folder, hf_model.model_type, model_config)
     with torch.device("meta"):
         model = GPT(model_config)
 
@@ -510,7 +114,7 @@ def import_model(
     }
     checkpoint.publish(unfinished, path, meta)
     print(
-        f"{path}: {hf_model.family}, {model.num_params() / 1e6:.2f}M parameters,"
+        f"{path}: {hf_model.model_type}, {model.num_params() / 1e6:.2f}M parameters,"
         f" tokenizer {tokenizer_name}, block_size {block_size}, template {template!r}"
     )
 
@@ -559,7 +163,7 @@ def check_format(folder):
             raise SystemExit(printable(f"{os.path.join(folder, name)}{GGUF_ADVICE}"))
 
 
-def check_size(folder, family, c: GPTConfig):
+def check_size(folder, model_type, c: GPTConfig):
     """Exit if the files are too small for the matrices of the blocks and the embedding, at two
     bytes a number: config.json could describe a model that fills any memory."""
     block = c.n_embd * (2 * c.n_head * c.head_dim + 2 * c.n_inner)
@@ -571,7 +175,7 @@ def check_size(folder, family, c: GPTConfig):
     found = sum(map(os.path.getsize, paths))
     if found < needed:
         with contextlib.ExitStack() as stack:
-            open_tensors(folder, family, stack)  # exits if a file is cut
+            open_tensors(folder, model_type, stack)  # exits if a file is cut
         raise SystemExit(
             f"{folder}/config.json describes a model of more than {needed:,} bytes;"
             f" its safetensors files have {found:,}"
@@ -647,10 +251,11 @@ def choose_block_size(hf_model, block_size):
 def import_weights(folder, hf_model, model, out):
     """Write out/model.safetensors from a folder's tensors, one parameter in memory at a time."""
     positions = hf_model.fields["block_size"]
-    tensors = tensor_map(model, hf_model.family, hf_model.vocab_rows, positions)
+    tensors = tensor_map(model, hf_model.model_type, hf_model.vocab_rows, positions)
     with contextlib.ExitStack() as stack:
-        stored = open_tensors(folder, hf_model.family, stack)
-        check_tensors(stored, tensors, model.config.tie_embeddings, folder)
+        stored = open_tensors(folder, hf_model.model_type, stack)
+        copy_of_embedding = head_name(hf_model.model_type) if model.config.tie_embeddings else ""
+        check_tensors(stored, tensors, copy_of_embedding, folder)
         os.makedirs(out)
         makers = {}
         for name, parameter in model.named_parameters():
@@ -690,7 +295,7 @@ class StoredTensor:
         return self.file.get_slice(self.name).get_dtype()
 
 
-def open_tensors(folder, family, stack):
+def open_tensors(folder, model_type, stack):
     """{name: StoredTensor} of all safetensors files of a folder, which `stack` closes."""
     index = read_index(folder)
     files = sorted(set(index.values())) or ["model.safetensors"]
@@ -706,15 +311,10 @@ def open_tensors(folder, family, stack):
                 raise SystemExit(
                     printable(f"{path} has {name}, but the index does not list it there")
                 )
-            full_name = name.replace("_orig_mod.", "")  # of torch.compile
-            # a model that was saved without its head, like the hub's gpt2, lacks the prefix
-            if family == "gpt2" and not full_name.startswith(("transformer.", "lm_head.")):
-                full_name = f"transformer.{full_name}"
-            if family == "llama" and full_name.startswith(("embed_tokens.", "layers.", "norm.")):
-                full_name = f"model.{full_name}"
-            if full_name in stored:
+            parameter = full_name(name, model_type)
+            if parameter in stored:
                 raise SystemExit(printable(f"{path}: {name} appears twice"))
-            stored[full_name] = StoredTensor(f, name)
+            stored[parameter] = StoredTensor(f, name)
     if index and len(index) != len(stored):
         raise SystemExit(f"{folder}/model.safetensors.index.json lists tensors that no file has")
     return stored
@@ -742,8 +342,9 @@ def read_index(folder):
     return index
 
 
-def check_tensors(stored, tensors, tied, folder):
-    """Every tensor is used once, none is missing, each has the right shape and a float dtype."""
+def check_tensors(stored, tensors, copy_of_embedding, folder):
+    """Every tensor is used once, none is missing, each has the right shape and a float dtype. A
+    tied model may have the embedding a second time, under the name copy_of_embedding."""
     left = {name for name in stored if not re.fullmatch(BUFFERS, name)}
     for hf_tensors in tensors.values():
         for name, shape in hf_tensors.shapes.items():
@@ -756,13 +357,14 @@ def check_tensors(stored, tensors, tied, folder):
                     f"{folder}: {name} has shape {found} and dtype {dtype};"
                     f" config.json needs {shape} of F32, BF16 or F16"
                 )
-    if tied and "lm_head.weight" in left:  # some files store the shared table twice
+    if copy_of_embedding in left:  # some files store the shared table twice
         embedding_name = next(iter(tensors["wte.weight"].shapes))
-        if not torch.equal(stored[embedding_name].load(), stored["lm_head.weight"].load()):
+        if not torch.equal(stored[embedding_name].load(), stored[copy_of_embedding].load()):
             raise SystemExit(
-                f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+                f"{folder}: tie_word_embeddings is true, but {copy_of_embedding} is not the"
+                " embedding"
             )
-        left.remove("lm_head.weight")
+        left.remove(copy_of_embedding)
     if left:
         names = ", ".join(sorted(left)[:3])
         raise SystemExit(
@@ -924,7 +526,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         raise SystemExit(f"--shard_gb must be above 0, got {shard_gb}")
     path = checkpoint.resolve(run)
     fields = checkpoint.read_meta(path)["model"]
-    family, hf_config = to_hf_config(config.model_config_from(fields, GPTConfig, path))
+    model_type, hf_config = to_hf_config(config.model_config_from(fields, GPTConfig, path))
     model, enc, meta = GPT.from_checkpoint(path)
     if meta["model"]["scalar_head"]:
         print("the scalar head (reward or value) is not exported, only the language model")
@@ -932,27 +534,25 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
     torch_dtype = getattr(torch, dtype)
     vocab_rows = max(model.config.vocab_size, getattr(enc, "vocab_rows", 0))
     hf_config["vocab_size"] = vocab_rows
-    write_shards(out, hf_weights(model, family, vocab_rows), torch_dtype, 1e9 * shard_gb)
+    write_shards(out, hf_weights(model, model_type, vocab_rows), torch_dtype, 1e9 * shard_gb)
     token_ids = write_tokenizer(out, enc, meta["config"]["template"], model.config.block_size)
     write_json(
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
     )
     name = os.path.basename(os.path.normpath(run))
     with atomic_write(os.path.join(out, "README.md")) as f:
-        f.write(model_card(name, hf_config["model_type"], model, meta, enc, dtype))
+        f.write(model_card(name, model_type, model, meta, enc, dtype))
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
-    print(
-        f"{out}: {hf_config['model_type']}, {model.num_params() / 1e6:.2f}M parameters, of {path}"
-    )
+    print(f"{out}: {model_type}, {model.num_params() / 1e6:.2f}M parameters, of {path}")
 
 
-def hf_weights(model, family, vocab_rows):
+def hf_weights(model, model_type, vocab_rows):
     """{name: tensor} of a model under Hugging Face's names. Vocabulary tables have vocab_rows rows;
     those of no token are 0."""
     c = model.config
     params = dict(model.named_parameters())
     weights = {}
-    for name, hf_tensors in tensor_map(model, family, vocab_rows, c.block_size).items():
+    for name, hf_tensors in tensor_map(model, model_type, vocab_rows, c.block_size).items():
         parameter = params[name].detach()
         if name in VOCAB_TABLES:
             parameter = parameter[: c.vocab_size]

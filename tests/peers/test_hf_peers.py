@@ -21,15 +21,21 @@ from sample import generate
 from tests.chat_templates import CHATML
 from tests.test_hf import (
     CLASSIC,
+    GEMMA2,
+    GEMMA3,
+    LINEAR,
     MODERN,
+    NEOX,
+    OLMO2,
     VOCAB_TABLES,
+    YARN,
     fuzzed,
     make_run,
     update_json,
     write_tokenizer,
 )
 from tests.tokenizers_like import chatml, sentencepiece
-from tools import hf
+from tools import hf, hf_families
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed; make test-peers installs it"
@@ -46,6 +52,7 @@ GPT2 = {
     "n_layer": 2,
     "n_head": 4,
 }
+EXACT_GELU = GPT2 | {"activation_function": "gelu"}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 257,
@@ -69,12 +76,54 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 OTHER_THETA = {"rope_type": "default", "rope_theta": 500.0}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 12,
+}
+# with a pad_token_id transformers drops the gradient of its embedding
+PHI3 = LLAMA | {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": None}
+OLMO2_HF = LLAMA | {"model_type": "olmo2", "num_key_value_heads": 2}
+PYTHIA = {
+    "model_type": "gpt_neox",
+    "vocab_size": 257,
+    "max_position_embeddings": 48,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+}
+SMOLLM3 = LLAMA | {
+    "model_type": "smollm3",
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
+GEMMA = LLAMA | {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 9,
+    "pad_token_id": None,
+}
+GEMMA2_HF = GEMMA | {"model_type": "gemma2"}
+SMALL_CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+GEMMA3_HF = GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 HF_CONFIGS = {
     "gpt2": GPT2,
     "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
     "gpt2, relu, n_inner, eps": GPT2
     | {"activation_function": "relu", "n_inner": 56, "layer_norm_epsilon": 1e-3},
+    "gpt2, exact GELU": EXACT_GELU,
     "gpt2, padded": GPT2 | {"vocab_size": 300},
     "llama, untied": LLAMA,
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
@@ -98,6 +147,44 @@ HF_CONFIGS = {
     "qwen3": QWEN3,
     "qwen3, tied, padded": QWEN3 | {"head_dim": 8, "tie_word_embeddings": True, "vocab_size": 320},
     "qwen3, window of all layers": QWEN3 | QWEN_WINDOW | {"sliding_window": 5},
+    "llama, linear": LLAMA | {"rope_parameters": LINEAR_ROPE},
+    "llama, yarn": LLAMA | {"rope_parameters": YARN_ROPE},
+    "qwen2, yarn with other turns": QWEN2
+    | {"rope_parameters": YARN_ROPE | {"beta_fast": 4.0, "beta_slow": 0.5, "factor": 2.5}},
+    "qwen3, yarn with a factor": QWEN3
+    | {"rope_parameters": YARN_ROPE | {"attention_factor": 1.25}},
+    "mistral, yarn with two scales": MISTRAL
+    | {"rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    "phi3": PHI3,
+    "phi3, window, padded": PHI3 | {"sliding_window": 9, "vocab_size": 320},
+    "phi3, partial": PHI3
+    | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}},
+    "olmo2": OLMO2_HF,
+    "olmo2, ungrouped, tied": OLMO2_HF | {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "gpt_neox": PYTHIA,
+    "gpt_neox, serial, tied, padded": PYTHIA
+    | {"use_parallel_residual": False, "tie_word_embeddings": True, "vocab_size": 304},
+    "gpt_neox, all rotated": PYTHIA
+    | {
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-3,
+        "rope_parameters": LINEAR_ROPE | {"partial_rotary_factor": 1.0},
+    },
+    "smollm3": SMOLLM3,
+    "smollm3, untied, biases": SMOLLM3
+    | {
+        "no_rope_layer_interval": 2,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "gemma2": GEMMA2_HF,
+    "gemma2, small caps, padded": GEMMA2_HF | SMALL_CAPS | {"vocab_size": 320},
+    "gemma2, no caps, untied": GEMMA2_HF | NO_CAPS | {"tie_word_embeddings": False},
+    "gemma3_text": GEMMA3_HF,
+    "gemma3_text, other thetas, scaled": GEMMA3_HF
+    | {"rope_parameters": GEMMA3_ROPE, "query_pre_attn_scalar": 16},
+    "gemma3_text, all windowed": GEMMA3_HF | {"num_hidden_layers": 3},
 }
 # what becomes of the sliding windows above
 SLIDING_WINDOWS = {
@@ -105,7 +192,8 @@ SLIDING_WINDOWS = {
     "mistral, window, grouped as one": 9,
     "qwen2, window of all layers": 16,
     "qwen3, window of all layers": 5,
-}
+    "phi3, window, padded": 9,
+} | {name: 9 for name in HF_CONFIGS if name.startswith("gemma")}
 BLOCK_SIZES = {"qwen2, window of one layer, padded": 16}
 
 
@@ -163,8 +251,8 @@ def test_import_matches_transformers(name, tmp_path):
     assert ours.config.block_size == BLOCK_SIZES.get(name, 48)
     assert ours.config.sliding_window == SLIDING_WINDOWS.get(name, 0)
 
-    family = "gpt2" if "gpt2" in name else "llama"
-    tensors = hf.tensor_map(ours, family, HF_CONFIGS[name]["vocab_size"], 48)
+    hf_config = HF_CONFIGS[name]
+    tensors = hf.tensor_map(ours, hf_config["model_type"], hf_config["vocab_size"], 48)
     errors = {"logits": 0.0, "loss": 0.0, "gradients": 0.0}
     for step in range(3):
         idx, targets = make_batch(ours, step)
@@ -176,7 +264,10 @@ def test_import_matches_transformers(name, tmp_path):
         errors["loss"] = max(errors["loss"], relative_error(our_loss, their_loss))
 
         their_grads, our_grads = gradients(their_loss, theirs), gradients(our_loss, ours)
+        if "embed_out.weight" not in their_grads and "lm_head.weight" in their_grads:
+            their_grads["embed_out.weight"] = their_grads["lm_head.weight"]  # GPT-NeoX's files
         for parameter, hf_tensors in tensors.items():
+            hf_tensors = replace(hf_tensors, offset=0.0)
             expected = hf_tensors.join([their_grads[name] for name in hf_tensors.shapes])
             if parameter in VOCAB_TABLES:
                 expected = expected[:257]
@@ -202,10 +293,12 @@ class WrongConversion:
 def swap_modules(a, b):
     def break_it(monkeypatch, folder):
         swapped = {a: b, b: a}
-        modules = {}
-        for ours, theirs in hf.LLAMA_MODULES.items():
-            modules[ours] = [swapped.get(name, name) for name in theirs]
-        monkeypatch.setattr(hf, "LLAMA_MODULES", modules)
+        for model_type, family in hf_families.FAMILIES.items():
+            modules = {}
+            for ours, theirs in family.modules.items():
+                modules[ours] = [swapped.get(name, name) for name in theirs]
+            broken = replace(family, modules=modules)
+            monkeypatch.setitem(hf_families.FAMILIES, model_type, broken)
 
     return break_it
 
@@ -234,8 +327,8 @@ def change_nothing(monkeypatch, folder):
     pass
 
 
-def accept_exact_gelu(monkeypatch, folder):
-    monkeypatch.setitem(hf.ACTIVATIONS["gpt2"], "gelu", "gelu")
+def take_exact_for_tanh(monkeypatch, folder):
+    monkeypatch.setitem(hf_families.GPT2.activations, "gelu", "gelu")
 
 
 def leave_untransposed(module):
@@ -246,6 +339,19 @@ def leave_untransposed(module):
                 if module in name:
                     tensors[name] = replace(tensors[name], transposed=False)
             return tensors
+
+        monkeypatch.setattr(hf, "tensor_map", wrong)
+
+    return break_it
+
+
+def change_tensors(**changes):
+    """All tensors are read with these changes of HFTensors."""
+
+    def break_it(monkeypatch, folder, tensor_map=hf.tensor_map):
+        def wrong(*args):
+            tensors = tensor_map(*args)
+            return {name: replace(each, **changes) for name, each in tensors.items()}
 
         monkeypatch.setattr(hf, "tensor_map", wrong)
 
@@ -268,7 +374,6 @@ def interleave_heads(monkeypatch, folder, from_checkpoint=GPT.from_checkpoint):
 
 
 swap_queries_and_keys = swap_modules("self_attn.q_proj", "self_attn.k_proj")
-exact_gelu = GPT2 | {"activation_function": "gelu"}
 mistral_with_window = HF_CONFIGS["mistral, window"]
 WRONG_CONVERSIONS = {
     "queries and keys swapped": WrongConversion(LLAMA, swap_queries_and_keys),
@@ -284,10 +389,12 @@ WRONG_CONVERSIONS = {
     "interleaved heads": WrongConversion(LLAMA, interleave_heads),
     "eps of RMSNorm": WrongConversion(LLAMA, change_fields(norm_eps=1e-6)),
     "eps of LayerNorm": WrongConversion(GPT2, change_fields(norm_eps=1e-6)),
-    "exact GELU": WrongConversion(
-        exact_gelu, change_nothing, "activation_function 'gelu' is not supported"
+    "another GELU": WrongConversion(
+        GPT2 | {"activation_function": "quick_gelu"},
+        change_nothing,
+        "activation_function 'quick_gelu' is not supported",
     ),
-    "exact GELU taken for the tanh form": WrongConversion(exact_gelu, accept_exact_gelu),
+    "exact GELU taken for the tanh form": WrongConversion(EXACT_GELU, take_exact_for_tanh),
     "tied read as untied": WrongConversion(
         LLAMA | {"tie_word_embeddings": True},
         change_config_json(tie_word_embeddings=False),
@@ -310,6 +417,27 @@ WRONG_CONVERSIONS = {
         QWEN2, change_config_json(model_type="mistral"), "6 tensors have no counterpart here"
     ),
     "a window left out": WrongConversion(mistral_with_window, change_fields(sliding_window=0)),
+    "linear scaling left out": WrongConversion(
+        HF_CONFIGS["llama, linear"], change_fields(rope_scaling=[])
+    ),
+    "yarn's scale left out": WrongConversion(
+        HF_CONFIGS["llama, yarn"], change_fields(rope_scaling=[4.0, 1.0, 32.0, 12.0, 1.0])
+    ),
+    "heads of GPT-NeoX not sorted": WrongConversion(PYTHIA, change_tensors(heads=0)),
+    "a serial residual": WrongConversion(PYTHIA, change_fields(parallel_residual=False)),
+    "too many rotated": WrongConversion(PYTHIA, change_fields(rotary_dim=4)),
+    "tanh for the exact GELU": WrongConversion(PYTHIA, change_fields(mlp="gelu")),
+    "positions in all layers": WrongConversion(SMOLLM3, change_fields(no_rope_layer_interval=0)),
+    "norms of Gemma not shifted": WrongConversion(GEMMA2_HF, change_tensors(offset=0.0)),
+    "embeddings not scaled": WrongConversion(GEMMA2_HF, change_fields(scale_embeddings=False)),
+    "no cap of attention": WrongConversion(
+        GEMMA2_HF | SMALL_CAPS, change_fields(attention_softcap=0.0)
+    ),
+    "a window in all layers": WrongConversion(GEMMA3_HF, change_fields(full_attention_interval=0)),
+    "one theta": WrongConversion(GEMMA3_HF, change_fields(rope_local_theta=1e6)),
+    "another scale of queries": WrongConversion(
+        GEMMA3_HF, change_fields(query_pre_attn_scalar=0.0)
+    ),
     "a window too wide by one": WrongConversion(
         mistral_with_window, change_fields(sliding_window=17)
     ),
@@ -354,6 +482,19 @@ MODELS = {
     "qwen2, windowed": MODERN | {"qkv_bias": True, "sliding_window": 9},
     "qwen3": MODERN | {"qk_norm": True, "head_dim": 16},
     "qwen3, windowed": MODERN | {"qk_norm": True, "sliding_window": 9},
+    "llama, linear": MODERN | LINEAR,
+    "llama, yarn": MODERN | YARN,
+    "phi3": MODERN | {"rotary_dim": 6, "sliding_window": 9},
+    "olmo2": OLMO2,
+    "olmo2, yarn": OLMO2 | YARN,
+    "gpt_neox": NEOX,
+    "gpt_neox, serial, scaled": NEOX
+    | LINEAR
+    | {"parallel_residual": False, "mlp": "gelu", "rotary_dim": 0},
+    "smollm3": MODERN | {"n_layer": 4, "no_rope_layer_interval": 4, "bias": True},
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gemma3_text, scaled": GEMMA3 | LINEAR,
 }
 
 
