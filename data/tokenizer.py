@@ -301,40 +301,23 @@ class JsonTokenizer:
     """
 
     def __init__(self, text: str, eos: str, stop_tokens: list[str] | None = None):
-        from tokenizers import Tokenizer
-
         self.text = text
         self.eos = eos
         self.stop_tokens = stop_tokens or [eos]
         self.vocab_rows = (
             0  # rows of the embedding of the model it was imported with, for an export
         )
-        # A vocabulary of 150,000 takes half a second to parse: it is done as seldom as possible.
-        spec = load_without_gc(text)
-        check_growth(spec)
-        self.full = Tokenizer.from_str(text)  # may put a space before a text
-        self.bare = self.full
-        changed = without_prefix_space(spec)
-        if changed != spec:
-            self.bare = Tokenizer.from_str(json.dumps(changed))
-        for backend in (self.full, self.bare):
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = True
+        self.full, self.bare, only_first, self.n_vocab = parse_backends(text)
         # "first": the space comes before the whole text only, else also after each special token
-        steps = {name: spec.get(name) for name in PREFIX_SPACE_PARTS}
-        only_first = '"prepend_scheme": "first"' in json.dumps(steps)
         self.backends = {
             "start": self.full,
             "special": self.bare if only_first else self.full,
             "within": self.bare,
         }
-        added_tokens = self.full.get_added_tokens_decoder()
-        self.n_vocab = 1 + max([last_id(spec["model"]), *added_tokens])
         self.eot_token = self.full.token_to_id(eos)
         self.specials = {}  # {text: id}
         self.strips = {eos: (False, False)}  # {text: whether it takes the space before, after it}
-        for i, token in added_tokens.items():
+        for i, token in self.full.get_added_tokens_decoder().items():
             if token.special:
                 self.specials[token.content] = i
                 self.strips[token.content] = token.lstrip, token.rstrip
@@ -382,6 +365,31 @@ def growth(step) -> float:
     return factor
 
 
+@functools.lru_cache(maxsize=2)  # a vocabulary of 150,000 takes half a second to parse
+def parse_backends(text: str) -> tuple:
+    """A tokenizer.json's text -> (tokenizer that may put a space before a text, one that does not,
+    whether the first does so only before the whole text, 1 + the largest id).
+
+    Raises ValueError for a file whose steps could make a text much longer.
+    """
+    from tokenizers import Tokenizer
+
+    spec = load_without_gc(text)
+    check_growth(spec)
+    full = bare = Tokenizer.from_str(text)
+    changed = without_prefix_space(spec)
+    if changed != spec:
+        bare = Tokenizer.from_str(json.dumps(changed))
+    for backend in (full, bare):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+    steps = {name: spec.get(name) for name in PREFIX_SPACE_PARTS}
+    only_first = '"prepend_scheme": "first"' in json.dumps(steps)
+    largest = max([last_id(spec["model"]), *full.get_added_tokens_decoder()])
+    return full, bare, only_first, 1 + largest
+
+
 def load_without_gc(text: str):
     """json.loads without garbage collection: it makes so many objects that the collector would look
     at them again and again."""
@@ -405,8 +413,10 @@ def without_prefix_space(spec: dict) -> dict:
     equals `spec` if that puts none."""
     changed = dict(spec)
     for name in PREFIX_SPACE_PARTS:
-        if name in spec:
-            changed[name] = strip_prefix_space(spec[name])
+        part = spec.get(name)
+        is_byte_decoder = name == "decoder" and part and part.get("type") == "ByteLevel"
+        if part and not is_byte_decoder:  # that decoder has add_prefix_space, and does not use it
+            changed[name] = strip_prefix_space(part)
     return changed
 
 

@@ -184,7 +184,9 @@ def sample_rows(path: str, out: str, model, enc) -> str:
     """Wrong success: a prompt of the file has no response, or its history or group is lost."""
     settings = {"template": "Q: {prompt}\nA: ", "max_response": 2, "seed": 0, "max_prompt": 20}
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        sample.respond_to_file(model, enc, path, out, settings)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{out}.partial")  # of a case that was refused
+        sample.respond_to_file(model, enc, "", path, out, 1, settings)
     responses = read_rows(out)
     with open(path, encoding="utf-8", newline="\n") as f:
         num_asked = sum(1 for line in f if line.strip())

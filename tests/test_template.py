@@ -1,5 +1,6 @@
 """Training, scoring, sampling, chat and the exported chat template give a prompt the same ids."""
 
+import gc
 import json
 import os
 import time
@@ -31,6 +32,7 @@ from data.chat_template import (
     read_chat_template,
     to_jinja,
 )
+from data.files import write_json
 from data.folder import read_meta, read_stream
 from data.rows import check_row, encode_rows
 from data.template import (
@@ -708,3 +710,33 @@ def test_a_chat_template_cannot_take_time_or_memory(name, monkeypatch):
     with pytest.raises(NotFollowed):
         from_jinja(ChatTemplate(BOMBS[name], {"eos_token": "</s>"}), ["</s>"])
     assert time.monotonic() - start < 6
+
+
+def unigram(folder):
+    """A vocabulary that is a list, and an added token."""
+    from tokenizers import Tokenizer, models
+
+    os.makedirs(folder, exist_ok=True)
+    own = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), (" ", -1.5), ("1", -2.0)], 0))
+    own.add_special_tokens(["</s>"])
+    own.save(f"{folder}/tokenizer.json")
+    write_json(f"{folder}/tokenizer_config.json", {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("make", [chatml, sentencepiece, unigram])
+def test_a_tokenizer_json_is_parsed_once(make, tmp_path, monkeypatch):
+    """However often a command loads it, under whatever eos_token. Its size is that of the largest
+    id, and what puts no space before a text needs no second tokenizer that puts none."""
+    tokenizer.parse_backends.cache_clear()
+    parsed = []
+    load = tokenizer.load_without_gc
+    monkeypatch.setattr(tokenizer, "load_without_gc", lambda text: parsed.append(1) or load(text))
+    make(str(tmp_path))
+    one, two = (tokenizer.load(f"{tmp_path}/tokenizer.json") for _ in range(2))
+    tokenizer.JsonTokenizer(one.text, one.eos, [one.eos])
+    assert len(parsed) == 1
+    vocabulary = one.full.get_vocab(with_added_tokens=True)
+    assert one.n_vocab == two.n_vocab == 1 + max(vocabulary.values())
+    assert tokenizer.fingerprint(one) == tokenizer.fingerprint(two)
+    assert (one.bare is one.full) == (make is not sentencepiece)
+    assert gc.isenabled()

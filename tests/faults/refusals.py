@@ -730,9 +730,9 @@ TOOLS = {
     "eval of nothing": Mistake(
         "no checkpoint found", lambda place: ["a=/nowhere/run", f"--data={place.data}"], main=EVAL
     ),
-    "eval without a name": Mistake(
+    "eval of one name twice": Mistake(
         "give a checkpoint as NAME=CHECKPOINT",
-        lambda place: [place.run("sft"), f"--data={place.data}"],
+        lambda place: [place.run("sft"), place.run("sft"), f"--data={place.data}"],
         main=EVAL,
     ),
     "eval without data": eval_case("make it with", "sft", lambda place: ["--data=/nowhere/data"]),
