@@ -99,10 +99,10 @@ def measure(rank: int, dtype: str, recomputed: int, tokens: int):
     print((memory_kib("VmHWM") - before) // 1024)
 
 
-def main():
+def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--case", help="measure one: rank,dtype,recomputed,tokens")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.case:
         rank, dtype, recomputed, tokens = args.case.split(",")
         measure(int(rank), dtype, int(recomputed), int(tokens))

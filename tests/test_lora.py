@@ -249,7 +249,7 @@ def stage_args(stage, runs, data, out):
 
 
 def has_learnt(run):
-    """A little: the frozen head of this untrained base bounds the logits."""
+    """A little: this base is hardly trained, and its head is frozen."""
     evaluations = read_metrics(run, "eval")
     return evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.002
 
