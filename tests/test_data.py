@@ -262,7 +262,7 @@ def test_ids_of_no_tokenizer_are_refused():
     assert encode_one(row | {"ids": [None]})["responses"] == [[ord("b"), EOT]]
 
 
-@pytest.mark.parametrize("of", ["{prompt}", " A:{prompt}\n", "{prompt}{answer} hm {response}."])
+@pytest.mark.parametrize("of", ["{prompt}", " A:{prompt}\n", "{prompt}{answer} um {response}"])
 def test_ids_of_a_template_that_writes_responses_otherwise_are_not_used(of):
     """What the template writes beside a response is in its ids. The text is encoded instead."""
     lead = "{prompt}{answer} hm {response}"
@@ -272,7 +272,7 @@ def test_ids_of_a_template_that_writes_responses_otherwise_are_not_used(of):
     (encoded,), _ = encode_rows([row], BYTES, of, 32)
     assert encoded["responses"] == [[7, EOT]]
     (encoded,), _ = encode_rows([row], BYTES, "<{prompt}>", 32)
-    assert encoded["responses"] == [[ord("b"), EOT] if "hm" in of else [7, EOT]]
+    assert encoded["responses"] == [[ord("b"), EOT] if "um" in of else [7, EOT]]
 
 
 def test_the_form_of_a_response():

@@ -169,7 +169,7 @@ def test_console_lines():
         "mfu": 0.41,
         "seconds": 0.5,
     }
-    assert metrics_logger.format_step(record, 400, 192.0) == (
+    assert metrics_logger.format_step(record, 400, 192.0, 192.0) == (
         "round 0 step 120/400 | loss 0.5312 | acc 0.71 | lr 3.0e-04 | norm 0.42 | 412 ms"
         " | 39.8k tok/s | mfu 41.0% | eta 3:12"
     )

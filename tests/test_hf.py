@@ -1254,7 +1254,10 @@ def test_what_is_no_model_says_what_to_do(exported, tmp_path):
     assert "gguf_file=FILE" in refused("import", "x/model.Q4.gguf", out)
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     message = refused("import", folder, out)
-    assert "holds an adapter of org/base, not a model" in message and "merge_and_unload" in message
+    assert (
+        "holds an adapter of org/base, not a model" in message
+        and "python -m tools.adapter import" in message
+    )
     shutil.copytree(exported / "modern", folder, dirs_exist_ok=True)
     update_json(folder / "config.json", quantization_config={"bits": 4})
     assert "quantised (quantization_config); take the original" in refused("import", folder, out)

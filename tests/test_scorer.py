@@ -131,8 +131,12 @@ def test_a_model_gives_equal_responses_equal_scores(
     rows, texts, ids = groups_with_equals()
     enc = BYTES
     if kind == "other tokenizer":  # of the samples: they are encoded again
-        again = functools.partial(scorer.retokenize, judge[1], None)
-        monkeypatch.setattr(scorer, "retokenize", lambda _, enc, *rest: again(*rest))
+        retokenize = scorer.retokenize
+
+        def again(judge_enc, judge_template, enc, template, text, ids):
+            return retokenize(judge_enc, judge_template, None, "", text, ids)
+
+        monkeypatch.setattr(scorer, "retokenize", again)
     scores = scorer.score_responses(cfg, judge, rows, texts, ids, enc, "cpu")
     num_equal = 0
     for row_scores, row_texts, row_ids in zip(scores, texts, ids):

@@ -19,7 +19,8 @@ from data import cli, tokenizer
 from data.files import printable, read_json, write_json
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, lora
-from tools import hf
+from tools.hf import new_folder
+from tools.hf_families import HFTensors, tensor_map, to_hf_config
 
 PREFIX = "base_model.model."  # of the names in adapter_model.safetensors
 
@@ -44,10 +45,10 @@ def build_shape(meta: dict, path: str) -> GPT:
 
 
 def hf_tensors(model: GPT) -> tuple[str, dict]:
-    """(family, {our parameter: its hf.HFTensors}) of a model."""
+    """(model type, {our parameter: its HFTensors}) of a model."""
     c = model.config
-    family, _ = hf.to_hf_config(c)
-    return family, hf.tensor_map(model, family, c.vocab_size, c.block_size)
+    model_type, _ = to_hf_config(c)
+    return model_type, tensor_map(model, model_type, c.vocab_size, c.block_size)
 
 
 # ----------------------------------------------------------------------------------------- export
@@ -62,7 +63,7 @@ def export_adapter(run: str, out: str):
         raise SystemExit(f"{path} has no adapter: it was not trained with lora_rank")
     stored = load_file(file)
     model = build_shape(meta, path)
-    family, mapped = hf_tensors(model)
+    model_type, mapped = hf_tensors(model)
     rank = meta["config"]["lora_rank"]
     tensors, modules, rank_pattern = {}, set(), {}
     for name, A in stored.items():
@@ -87,12 +88,12 @@ def export_adapter(run: str, out: str):
         "lora_dropout": 0.0,
         "target_modules": sorted(modules),
         "rank_pattern": rank_pattern,
-        "fan_in_fan_out": family == "gpt2",
+        "fan_in_fan_out": model_type == "gpt2",
         "bias": "none",
         "inference_mode": True,
     }
     write_json(os.path.join(out, "adapter_config.json"), settings)
-    print(f"{out}: an adapter of rank {rank} in {len(tensors) // 2} layers of {family}")
+    print(f"{out}: an adapter of rank {rank} in {len(tensors) // 2} layers of {model_type}")
 
 
 def split_parts(layer: str, A, B, mapped, c: GPTConfig) -> dict:
@@ -101,14 +102,17 @@ def split_parts(layer: str, A, B, mapped, c: GPTConfig) -> dict:
     Where a fused matrix is one module there too, as in GPT-2, its parts become one adapter of their
     summed rank. PEFT divides by that rank, so B is multiplied by the number of parts.
     """
-    names = list(mapped[f"{layer}.weight"].shapes)
-    modules = [name.removesuffix(".weight") for name in names]
+    hf_tensors = mapped[f"{layer}.weight"]
+    modules = [name.removesuffix(".weight") for name in hf_tensors.shapes]
     rows = lora.part_rows(layer, len(B), c)
     parts = B.split(rows)
     if len(modules) == len(rows):
         return dict(zip(modules, zip(A.chunk(len(rows)), parts)))
     assert len(modules) == 1, modules
-    return {modules[0]: (A, len(rows) * torch.block_diag(*parts))}
+    B = len(rows) * torch.block_diag(*parts)
+    if hf_tensors.heads:  # GPT-NeoX has another order of rows
+        (B,) = hf_tensors.split(B).values()
+    return {modules[0]: (A, B)}
 
 
 def base_name(meta: dict) -> str:
@@ -192,7 +196,7 @@ def check_settings(settings: dict, path: str):
     config.convert("lora_alpha", settings.get("lora_alpha"), float, path)
 
 
-def change_of(tensors: hf.HFTensors, shape, adapters: dict, settings: dict, file: str):
+def change_of(tensors: HFTensors, shape, adapters: dict, settings: dict, file: str):
     """What adapters add to one of our matrices of this shape, (alpha / r) B A of each of its parts;
     None if there is none. They are taken out of `adapters`."""
     parts, found = [], False
@@ -217,7 +221,9 @@ def change_of(tensors: hf.HFTensors, shape, adapters: dict, settings: dict, file
             )
         rank = len(A) ** 0.5 if settings.get("use_rslora") else len(A)
         parts.append(settings["lora_alpha"] / rank * B @ A)
-    return torch.cat(parts) if found else None
+    if not found:
+        return None
+    return tensors.join(parts) if tensors.heads else torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -241,7 +247,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        with hf.new_folder(args.out):
+        with new_folder(args.out):
             if args.command == "export":
                 export_adapter(args.run, args.out)
             else:

@@ -153,9 +153,8 @@ def check_format(folder):
         base = read_json(os.path.join(folder, "adapter_config.json")).get("base_model_name_or_path")
         raise SystemExit(
             printable(
-                f"{folder} holds an adapter of {base}, not a model; merge the two with peft:"
-                " AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-                ".save_pretrained(OUT), and save the tokenizer there too"
+                f"{folder} holds an adapter of {base}, not a model; import that, then merge the"
+                f" adapter: python -m tools.adapter import {folder} --base=RUN --out=OUT"
             )
         )
     for name in names:

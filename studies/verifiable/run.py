@@ -197,7 +197,7 @@ def run_all(work: list[tuple], jobs: int):
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=TASKS, default="sums")
+    parser.add_argument("--task", choices=TASKS, default="sums", help="default: sums")
     parser.add_argument("--out", help="folder of the runs; default: out/verifiable/TASK")
     parser.add_argument("--data", default="data", help="folder for the data")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")

@@ -198,7 +198,7 @@ def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=TASKS, default="sums")
+    parser.add_argument("--task", choices=TASKS, default="sums", help="default: sums")
     parser.add_argument(
         "--out", help="folder that run.py has written; default: out/verifiable/TASK"
     )

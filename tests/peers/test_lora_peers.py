@@ -17,15 +17,22 @@ from tools import adapter, hf
 peft = pytest.importorskip("peft", reason="peft is not installed; make test-peers installs it")
 
 TOLERANCE = 1e-5
-NAMES = ["gpt2", "llama, grouped", "mistral", "qwen2, tied", "qwen3"]
+NAMES = ["gpt2", "llama, grouped", "mistral", "qwen2, tied", "qwen3", "phi3, partial", "olmo2"]
+NAMES += ["gpt_neox", "smollm3", "gemma2", "gemma3_text"]
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 
 
+FUSED = ("gpt2", "phi3", "gpt_neox")  # several of our adapters are one of peft
+
+
 def family(name):
-    return "gpt2" if "gpt2" in name else "llama"
+    model_type = name.partition(",")[0]
+    return model_type if model_type in TARGETS else "llama"
 
 
 @pytest.fixture(params=NAMES)
@@ -114,15 +121,15 @@ def test_an_adapter_of_peft_here(base, options, tmp_path):
 
 
 def test_gradients(base):
-    """Of A and B of every part; a fused matrix of GPT-2 is one adapter in peft, so not there."""
+    """Of A and B of every part; a fused matrix is one adapter in peft, so not there."""
     name, theirs, run = base
-    if family(name) == "gpt2":
-        pytest.skip("peft has one adapter for the queries, keys and values of GPT-2")
+    if family(name) in FUSED:
+        pytest.skip("peft has one adapter for queries, keys and values")
     model = add_peft(name, theirs)
     ours, _, _ = GPT.from_checkpoint(str(run))
     lora.add(ours, 4, 12.0, ["c_attn", "c_proj", "c_fc"])
     their_params = dict(model.named_parameters())
-    mapped = hf.tensor_map(ours, "llama", 257, 48)
+    _, mapped = adapter.hf_tensors(ours)
 
     def theirs_of(layer, kind):
         return [
