@@ -86,6 +86,14 @@ def check_arguments(parser, args):
         check_output(f"{args.out}.partial", [args.prompts])
 
 
+def has_line(path: str) -> bool:
+    """Whether there is a file with a whole line at a path."""
+    if not os.path.exists(path):
+        return False
+    with open(path, "rb") as f:
+        return b"\n" in f.read()
+
+
 class PartialSamples:
     """OUT.partial: a line with `of`, a hash of what is sampled from, then a line for each finished
     sample, {"sample": number, "text": ..., "ids": [...]}, in the order in which they end.
@@ -98,9 +106,9 @@ class PartialSamples:
         self.path = f"{out}.partial"
         require_regular(self.path)
         self.ids = {}
-        if os.path.exists(self.path):
+        if has_line(self.path):
             self.read(of)
-        else:
+        else:  # none, or killed before the first line was whole
             with open(self.path, "w", encoding="utf-8") as f:
                 f.write(json.dumps({"of": of}) + "\n")
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)

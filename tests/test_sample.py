@@ -540,3 +540,12 @@ def test_a_chat_without_standard_input_is_one_line(tiny_runs, monkeypatch):
     with pytest.raises(SystemExit) as e:
         sample.main([tiny_runs["sft"], "--chat"])
     assert e.value.code == "--chat reads from standard input, and that is closed"
+
+
+@pytest.mark.parametrize("left", ["", '{"o'])
+def test_samples_killed_before_the_first_line_begin_again(tmp_path, left):
+    (tmp_path / "x.jsonl.partial").write_text(left)
+    partial = sample.PartialSamples(f"{tmp_path}/x.jsonl", "hash")
+    partial.add(0, "a", [97])
+    partial.file.close()
+    assert sample.PartialSamples(f"{tmp_path}/x.jsonl", "hash").ids == {0: [97]}
