@@ -115,7 +115,7 @@ def test_dpo(pairs):
 
 
 def test_metrics_sent_to_wandb(pairs):
-    """Names and values are those that DPOTrainer logs."""
+    """Names and values are those that DPOTrainer logs, and DPO's gradient weight beside them."""
     logged = defaultdict(list)
     loss = trl_dpo_loss("sigmoid", pairs, metrics=logged)
     expected = {"eval/loss": loss.item()}
@@ -129,6 +129,9 @@ def test_metrics_sent_to_wandb(pairs):
     record["rank_nll"] = record.pop("nll")
     found = wandb_names({"kind": "eval"} | record, "spin")
     assert found.pop("eval/loss") == pytest.approx(expected.pop("eval/loss"), rel=1e-6)
+    scores = BETA * (rows(pairs.policy) - rows(pairs.ref))
+    weight = torch.sigmoid(scores[:, 1] - scores[:, 0]).mean().item()
+    assert found.pop("eval/grad_weight") == pytest.approx(weight, rel=1e-6)
     assert found == expected
 
 
