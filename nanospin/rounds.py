@@ -274,6 +274,8 @@ def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
     """{name: path} of everything that a round is made from. Files of earlier rounds are named by
     their place in the run."""
     paths = {"reference": reference}
+    if cfg.lora_rank and round_id:  # which is an adapter of it
+        paths["base"] = cfg.init
     for split in ("train", "val"):
         paths[f"{split}.jsonl"] = f"{cfg.data}/{split}.jsonl"
     if config.is_scored(cfg) and ":" not in cfg.ranked_by:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -431,13 +432,24 @@ def test_later_stages_read_the_merged_checkpoint(tiny_runs, tiny_data, tmp_path,
 
 
 def test_rebuild(tiny_runs, tiny_data, tmp_path, capsys):
-    """The second round's reference is the unmerged adapter of the first round's end."""
+    """The second round's reference is the unmerged adapter of the first round's end. Its base may
+    have moved, and no other is taken for it."""
     run = f"{tmp_path}/r"
-    args = spin_args(tiny_runs, tiny_data, run, "--rounds=2", "--max_steps=3", *LORA)
-    train.main(args)
+    init = str(shutil.copytree(tiny_runs["sft"], tmp_path / "init"))
+    train.main(
+        spin_args(tiny_runs, tiny_data, run, f"--init={init}", "--rounds=2", "--max_steps=3", *LORA)
+    )
     for round_id in (0, 1):
         rebuild.main([f"{run}/round_{round_id}", f"--out={tmp_path}/again_{round_id}"])
         assert "identical, bit for bit" in capsys.readouterr().out
+
+    os.rename(init, f"{tmp_path}/moved")
+    again = [f"{run}/round_1", f"--out={tmp_path}/moved_1"]
+    rebuild.main([*again, f"--base={tmp_path}/moved"])
+    assert "identical, bit for bit" in capsys.readouterr().out
+    again = [f"{run}/round_1", f"--out={tmp_path}/other_1"]
+    with pytest.raises(SystemExit, match="is not the base that the round was made from"):
+        rebuild.main([*again, f"--base={tiny_runs['pretrain']}"])
 
 
 # ------------------------------------------------------------------------------------ two ranks

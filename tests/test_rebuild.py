@@ -139,7 +139,7 @@ def test_a_round_ranked_by_a_judge_that_has_moved(tiny_runs, tiny_data, tmp_path
     shutil.move(judge, moved)
     args = [f"{run}/round_0", f"--out={tmp_path}/again"]
     message = refused(*args)
-    assert f"{judge}" in message and "pass its path as --init, --data" in message
+    assert f"{judge}" in message and "pass its path as --init, --base, --data" in message
     other = tiny_runs["sft"]
     message = refused(*args, f"--ranked_by={other}")
     assert f"{other} is not the ranked_by that the round was made from" in message
@@ -153,7 +153,7 @@ def test_moved_inputs(original, tmp_path, capsys):
     settings = read_manifest(inputs.run)["config"] | {"data": "nowhere", "teacher": "nowhere"}
     edit_manifest(inputs.run, config=settings)
     args = [f"{inputs.run}/round_1", f"--out={tmp_path}/again", f"--init={init}"]
-    assert "--init, --data, --teacher or --ranked_by" in refused(*args)
+    assert "--init, --base, --data, --teacher or --ranked_by" in refused(*args)
     rebuild.main([*args, *inputs.moved()])
     assert "identical, bit for bit" in capsys.readouterr().out
 

@@ -34,10 +34,11 @@ MANIFEST = {
 }
 
 
-def rebuild(folder: str, out: str, overrides: dict) -> None:
+def rebuild(folder: str, out: str, overrides: dict, base: str | None = None) -> None:
     """Make the round in the folder RUN/round_R again in `out`, and compare their files.
 
     overrides: settings that differ from the manifest's, such as the new path of a moved input.
+    base: with LoRA, the new path of the run's init.
     Exits with the first input, or the first output file, that is not the original.
     """
     run = os.path.normpath(os.path.join(folder, ".."))
@@ -57,7 +58,8 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
     reference = overrides.get("init") or reference_checkpoint(cfg, round_id)
     if is_scored(cfg) and ":" in cfg.ranked_by:
         check_function(cfg.ranked_by, manifest)
-    for name, path in input_files(cfg, round_id, reference).items():
+    base = base or manifest["config"]["init"]
+    for name, path in input_files(replace(cfg, init=base), round_id, reference).items():
         check_input(name, path, manifest)
         if name.startswith("round_") and distributed.rank() == 0:
             os.makedirs(os.path.join(out, os.path.dirname(name)), exist_ok=True)
@@ -72,8 +74,9 @@ def rebuild(folder: str, out: str, overrides: dict) -> None:
     if cfg.stage == "spin":
         prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
     if cfg.lora_rank and round_id:  # the policy is an adapter of the run's init
-        based = replace(cfg, init=manifest["config"]["init"])
-        model = build_model(based, GPT, model_config, path, device, dtype, resumes=True)
+        model = build_model(
+            replace(cfg, init=base), GPT, model_config, path, device, dtype, resumes=True
+        )
     else:
         model = build_model(cfg, GPT, model_config, path, device, dtype)
     collect(cfg, round_id, model, enc, device, dtype, print_on_rank0)
@@ -102,7 +105,7 @@ def check_input(name, path, manifest):
     if not os.path.exists(path):
         raise SystemExit(
             f"{path}, the round's {name}, is missing; if it has moved, pass its path"
-            " as --init, --data, --teacher or --ranked_by"
+            " as --init, --base, --data, --teacher or --ranked_by"
         )
     expected = manifest["made_of"].get(name)
     found = checkpoint.weights_sha256(path)
@@ -200,6 +203,7 @@ def main(argv):
     parser.add_argument("round", metavar="RUN/round_R", help="the folder of the round")
     parser.add_argument("--out", required=True, help="folder for the rebuilt round: new or empty")
     parser.add_argument("--init", help="the policy that the round started from, if it has moved")
+    parser.add_argument("--base", help="with lora_rank, the init of the run, if it has moved")
     parser.add_argument("--data", help="the data folder, if it has moved")
     parser.add_argument("--teacher", help="the teacher, if it has moved")
     parser.add_argument("--ranked_by", help="the reward model or judge, if it has moved")
@@ -209,7 +213,7 @@ def main(argv):
     for name in ("init", "data", "teacher", "ranked_by", "device"):
         if getattr(args, name):
             overrides[name] = getattr(args, name)
-    rebuild(args.round, args.out, overrides)
+    rebuild(args.round, args.out, overrides, args.base)
 
 
 if __name__ == "__main__":
