@@ -422,7 +422,7 @@ def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, s
             print(f"(the {reason} for this)", flush=True)
             continue
         if was_cut and not said:
-            print("(the oldest part of the conversation no longer fits)", file=sys.stderr)
+            print("(the oldest part of the text no longer fits, and is cut)", file=sys.stderr)
             said = True
         stream = StreamPrinter(enc)
         (new_ids,) = generate(
@@ -485,6 +485,9 @@ def main(argv=None):
         respond_to_file(model, enc, weights, args.prompts, args.out, args.n, settings)
     elif args.prompt is not None:
         row = {"prompt": args.prompt, "system": args.system}
+        limits = (settings["template"], model.config.block_size, settings["max_prompt"])
+        if encode_prompt(row, enc, *limits)[1]:
+            print("(the prompt is cut to max_prompt or block_size)", file=sys.stderr)
         texts, _ = respond(model, enc, rows=[row] * args.n, **settings)
         if texts[0] is None:
             texts = ["(the prompt leaves no room for a response)"]

@@ -802,6 +802,8 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         f"{device.type} x {world_size()}, {dtype}, "
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )
+    if start.path:
+        say(f"resumes after step {start.step} of round {start.round_id}")
     collect = stages[cfg.stage].collect
     with wandb_sender(cfg, start.at) as to_wandb, tensorboard_sender(cfg) as to_tensorboard:
         log = metrics_logger.MetricsLogger(cfg, start.at, began, [to_wandb, to_tensorboard])

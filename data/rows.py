@@ -25,8 +25,13 @@ def read_rows(path: str, prompt_only: bool = False) -> list[dict]:
         # not as text, which is read ahead: a line that is not UTF-8 would have no number
         f = open(path, "rb")
     except OSError as e:
-        command = prepare_command(os.path.dirname(path))
-        raise SystemExit(f"{path}: {e.strerror}; make it with: {command}")
+        folder = os.path.dirname(path)
+        if os.path.isfile(folder):
+            raise SystemExit(
+                f"{folder} is a file, and data is a folder; make one with:"
+                f" python -m data.jsonl.prepare {folder} --out=FOLDER"
+            )
+        raise SystemExit(f"{path}: {e.strerror}; make it with: {prepare_command(folder)}")
     with f:
         try:
             for number, content in enumerate(f, 1):
@@ -109,6 +114,10 @@ def check_row(row, where: str, prompt_only: bool = False) -> dict:
     if missing:
         must(False, f"a row needs prompt and responses, or text; {missing_fields(row, missing)}")
     prompt = row["prompt"]
+    must(
+        not isinstance(prompt, list),
+        "prompt is a list of messages; python -m data.jsonl.prepare makes a row of it",
+    )
     must(
         isinstance(prompt, str) and prompt.strip(),
         "prompt must be a string that is not empty",

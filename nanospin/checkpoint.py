@@ -794,6 +794,12 @@ def resolve(path) -> str:
     command = config.command_for_run(path)
     if command:
         raise SystemExit(f"{path}: no checkpoint found; make it with: {command}")
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+        raise SystemExit(
+            f"{path} is a folder of transformers, not a run; import it: "
+            f"python -m tools.hf import {path} --out=OUT"
+        )
     raise SystemExit(
         f"{path}: no checkpoint found; give the out_dir of a run, or a folder round_R/step_S in it"
     )

@@ -166,6 +166,15 @@ class Config:
     tensorboard: bool = False  # write the same metrics to out_dir/tensorboard
 
 
+METHODS = {  # that others have as a stage or a trainer of its own
+    "dpo": "; DPO is stage=preference",
+    "simpo": "; SimPO is stage=preference with loss_type=simpo",
+    "orpo": "; ORPO is stage=preference with loss_type=orpo",
+    "ipo": "; IPO is stage=preference with loss_type=ipo",
+    "grpo": "; GRPO is stage=ppo with advantage=grpo",
+    "rloo": "; RLOO is stage=ppo with advantage=rloo",
+}
+
 CHOICES = {
     "stage": ["pretrain", "sft", "reward", "preference", "spin", "ppo"],
     "device": ["", "cpu", "cuda"],
@@ -495,7 +504,8 @@ def check_values(cfg: Config):
     for name, choices in CHOICES.items():
         value = getattr(cfg, name)
         listed = ", ".join(choice or repr(choice) for choice in choices)
-        require(value in choices, f"{name} must be one of {listed}, got {value!r}")
+        advice = METHODS.get(value, "") if name == "stage" else ""
+        require(value in choices, f"{name} must be one of {listed}, got {value!r}{advice}")
     for name in ("norm_eps", "rope_theta"):
         value = cfg.model.get(name, 1.0)
         require(value > 0, f"{name} must be above 0, got {value}")

@@ -86,12 +86,14 @@ def check_arguments(parser, args):
         check_output(f"{args.out}.partial", [args.prompts])
 
 
-def has_line(path: str) -> bool:
-    """Whether there is a file with a whole line at a path."""
+def is_begun(path: str, head: str) -> bool:
+    """Whether there is a file at a path with more than a part of its first line: a command may have
+    been killed while it wrote that."""
     if not os.path.exists(path):
         return False
     with open(path, "rb") as f:
-        return b"\n" in f.read()
+        content = f.read()
+    return content == head.encode() or not head.encode().startswith(content)
 
 
 class PartialSamples:
@@ -106,11 +108,12 @@ class PartialSamples:
         self.path = f"{out}.partial"
         require_regular(self.path)
         self.ids = {}
-        if has_line(self.path):
+        head = json.dumps({"of": of}) + "\n"
+        if is_begun(self.path, head):
             self.read(of)
-        else:  # none, or killed before the first line was whole
+        else:
             with open(self.path, "w", encoding="utf-8") as f:
-                f.write(json.dumps({"of": of}) + "\n")
+                f.write(head)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
 
     def read(self, of: str):

@@ -812,3 +812,10 @@ def test_a_lock_that_is_a_link_is_not_followed(tiny_data, tmp_path):
 def test_settings_of_older_checkpoints():
     meta = {"config": {"lr": 1.0, "model": {"n_layer": 2}}}
     assert preflight.saved_settings(meta) == {"lr": 1.0, "n_layer": 2}
+
+
+def test_a_folder_of_transformers_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="import it: python -m tools.hf import"):
+        checkpoint.resolve(str(tmp_path))

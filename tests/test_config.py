@@ -213,3 +213,9 @@ def test_sizes_of_a_model_are_bounded():
         for value in (0 if name != "n_inner" else -1, 10**9, 10**30):
             with pytest.raises(SystemExit, match=f"here: {name} |here: n_embd"):
                 model_config_from({name: value}, GPTConfig, "here")
+
+
+@pytest.mark.parametrize("name, method", [("dpo", "stage=preference"), ("grpo", "advantage=grpo")])
+def test_a_method_that_is_no_stage(name, method):
+    with pytest.raises(SystemExit, match=f"got '{name}'; .*{method}"):
+        load_config([f"--stage={name}"])

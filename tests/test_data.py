@@ -275,6 +275,13 @@ def test_ids_of_a_template_that_writes_responses_otherwise_are_not_used(of):
     assert encoded["responses"] == [[ord("b"), EOT] if "um" in of else [7, EOT]]
 
 
+def test_data_that_is_a_file(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match="is a file, and data is a folder; make one with"):
+        read_rows(f"{path}/train.jsonl")
+
+
 def test_the_form_of_a_response():
     assert response_form("{prompt} ") == response_form("") == ""
     assert response_form("{prompt}{answer} {response|trim}.{end}\n") == " {response|trim}."
@@ -378,6 +385,10 @@ def test_longest_shared_prefix_against_every_pair():
         ("[1]", "must be an object"),
         ('{"prompt": "", "responses": ["a"]}', "prompt must be"),
         ('{"prompt": "a"}', "has no responses; it has prompt"),
+        (
+            '{"prompt": [{"role": "user"}], "responses": ["b"]}',
+            "python -m data.jsonl.prepare makes",
+        ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "it has prompt, chosen, rejected"),
         ('{"messages": []}', "has no prompt, responses; it has messages"),
         ('{"prompt": "a", "responses": ["b"], "system": ["x"]}', "system must be a Unicode string"),

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import Killed, command, killing
+from conftest import TEMPLATE, Killed, command, killing
 from test_model import CLASSIC, MODERN, WINDOWED
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 import sample
+import train
 from data.rows import read_rows
 from model import GPT, GPTConfig
 from nanospin import decoding
@@ -501,7 +502,7 @@ def test_a_killed_file_of_samples_continues(tiny_runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]\n", "not JSON\n", '{"of": 1}\n', '{"of": "x"}\n{"sample": 1}\n']
+    "content", ["mine", "[]\n", "not JSON\n", '{"of": 1}\n', '{"of": "x"}\n{"sample": 1}\n']
 )
 def test_a_partial_file_of_something_else_is_left_alone(tiny_runs, tmp_path, content):
     path, out = prompts_file(tmp_path / "prompts.jsonl", 3), tmp_path / "samples.jsonl"
@@ -549,3 +550,14 @@ def test_samples_killed_before_the_first_line_begin_again(tmp_path, left):
     partial.add(0, "a", [97])
     partial.file.close()
     assert sample.PartialSamples(f"{tmp_path}/x.jsonl", "hash").ids == {0: [97]}
+
+
+def test_a_prompt_that_is_cut_is_said(tiny_runs, tiny_data, tmp_path):
+    run = f"{tmp_path}/run"
+    options = [f"--init={tiny_runs['pretrain']}", f"--data={tiny_data}", f"--template={TEMPLATE}"]
+    options += ["--max_prompt=24", "--max_response=16", "--max_steps=1", "--device=cpu"]
+    train.main(["--stage=sft", f"--out_dir={run}", *options])
+    for prompt, is_cut in (("a", False), ("many words " * 50, True)):
+        done = command("sample", run, "--prompt", prompt, "--max_new_tokens", 4)
+        assert done.returncode == 0, done.stderr
+        assert ("the prompt is cut" in done.stderr) == is_cut

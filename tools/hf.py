@@ -12,6 +12,7 @@ has no counterpart here is an error that names it.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -454,10 +455,8 @@ def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
 
     Exits if they differ by more than tolerance times the largest logit.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise SystemExit("--check needs transformers: pip install transformers")
+    from transformers import AutoModelForCausalLM
+
     ours, _, _ = GPT.from_checkpoint(run)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -739,6 +738,8 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.check and importlib.util.find_spec("transformers") is None:
+        raise SystemExit("--check needs transformers: pip install transformers")
     try:
         with new_folder(args.out):
             if args.command == "import":
