@@ -405,6 +405,19 @@ BAD_SETTINGS = [
         {"use_sliding_window": True, "sliding_window": 8},
         "use_sliding_window = true is not supported",
     ),
+    BadSetting(
+        "smollm3",
+        {"layer_types": ["sliding_attention"] * 4, "sliding_window": 8},
+        "are not supported for smollm3",
+    ),
+    BadSetting("modern", {"is_causal": False}, "not supported: is_causal = False"),
+    BadSetting("gemma2", {"is_causal": False}, "not supported: is_causal = False"),
+    BadSetting(
+        "modern",
+        {"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False},
+        "use_sliding_window = false is not supported: transformers' mistral does not read it",
+    ),
+    BadSetting("modern", {"layer_types": ["sliding_attention"] * 2}, "not supported for llama"),
     BadSetting("gemma2", {"layer_types": ["full_attention"] * 3}, "are not supported"),
     BadSetting(
         "gemma3_text",
@@ -596,6 +609,10 @@ def test_block_size_and_sliding_window(exported, tmp_path, capsys):
     assert meta["model"]["block_size"] == 40
     assert meta["model"]["sliding_window"] == 16
     assert meta["config"]["template"] == "Q: {prompt}\nA: "
+
+    update_json(path, model_type="llama")  # as a Mistral renamed; transformers has no window there
+    import_model(folder, tmp_path / "llama", "--template=Q: {prompt}\nA: ")
+    assert read_meta(tmp_path / "llama")["model"]["sliding_window"] == 0
 
     update_json(path, model_type="qwen3", max_window_layers=1, head_dim=8)
     arguments = ["import", folder, f"--out={tmp_path / 'none'}", "--block_size=32"]

@@ -239,6 +239,7 @@ IGNORED_PREFIXES = ("summary_", "unsloth_")
 HARMLESS_VALUES = {
     "partial_rotary_factor": 1.0,
     "is_decoder": True,
+    "is_causal": True,
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
     "max_length": 20,
@@ -256,6 +257,9 @@ HARMLESS_VALUES = {
     "top_p": 1.0,
     "typical_p": 1.0,
 }
+
+# Of others false is harmless too: something that the model does not have.
+TRUE_BY_DEFAULT = ("is_causal", "use_rope", "use_qk_norm", "use_bias", "normalize_before")
 
 VOCAB_TABLES = ("wte.weight", "lm_head.weight")  # one row for each token id, padded
 
@@ -298,7 +302,9 @@ class HFSettings:
         unknown = []
         for name, value in self.left.items():
             ignored = name in IGNORED_SETTINGS or name.startswith(IGNORED_PREFIXES)
-            harmless = (None, False, HARMLESS_VALUES.get(name))
+            harmless = [None, HARMLESS_VALUES.get(name)]
+            if name not in TRUE_BY_DEFAULT:
+                harmless.append(False)
             if not ignored and value not in harmless:
                 unknown.append(f"{name} = {value!r}")
         if unknown:
@@ -528,23 +534,39 @@ def take_no_rope_layers(settings, model_type, n_layer):
 
 
 def take_sliding_window(settings, model_type, n_layer):
-    """The sliding window, 0 if there is none, and whether it is that of all layers."""
+    """The sliding window, 0 if there is none, and whether it is that of all layers.
+
+    Each model type has what transformers reads there: Llama no window, Qwen and SmolLM3 a switch,
+    Mistral and Qwen a type of each layer. Where something else would change the window it is
+    refused.
+    """
+    is_qwen = model_type.startswith("qwen")
+    has_switch = is_qwen or model_type == "smollm3"
+    has_types = is_qwen or model_type == "mistral"
     default = 0
-    if model_type == "mistral" and "sliding_window" not in settings.left:  # null: no window
+    if has_types and "sliding_window" not in settings.left:  # null: no window
         default = 4096
     window = settings.take("sliding_window", int, default)
-    is_qwen = model_type.startswith("qwen")
-    used = model_type not in ("qwen2", "qwen3", "smollm3")  # the default
-    if not settings.take("use_sliding_window", bool, used):
-        window = 0
-    elif model_type == "smollm3":
+    used = settings.take("use_sliding_window", bool, not has_switch)
+    if used and model_type == "smollm3":
         settings.refuse("use_sliding_window = true is not supported")
+    if window and not used and not has_switch and model_type != "llama":
+        settings.refuse(
+            f"use_sliding_window = false is not supported: transformers' {model_type} does not read"
+            " it, and has the window; for a model without one remove sliding_window"
+        )
+    if not used or model_type == "llama":
+        window = 0
 
     num_full = settings.take("max_window_layers", int, 28)  # Qwen's first layers have no window
     if not is_qwen:
         num_full = 0
     usual = ["full_attention" if i < num_full else "sliding_attention" for i in range(n_layer)]
+    if not has_types:
+        usual = ["sliding_attention" if window else "full_attention"] * n_layer
     layer_types = take_layer_types(settings, usual)
+    if not has_types and layer_types != usual:
+        settings.refuse(f"layer_types {layer_types} are not supported for {model_type}")
     if "sliding_attention" not in layer_types:
         window = 0
     return window, "full_attention" not in layer_types
