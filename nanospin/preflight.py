@@ -448,7 +448,8 @@ def has_rows(out_dir: str) -> bool:
     for pattern in ("*.jsonl*", "*.npz*"):
         path = os.path.join(glob.escape(out_dir), "**", pattern)
         files += glob.glob(path, recursive=True)
-    return any(os.path.getsize(file) for file in files)
+    there = filter(os.path.exists, files)  # a link may dangle
+    return any(os.path.getsize(file) for file in there)
 
 
 def check_tokenizer(cfg, path, meta):

@@ -584,9 +584,9 @@ PLAYERS = {
     "reward's function missing": Mistake(
         "has no attribute", lambda place: ppo(place, "--reward=math:f")
     ),
-    "reward without a module": Mistake("reward :f", lambda place: ppo(place, "--reward=:f")),
+    "reward without a module": Mistake("scorer :f: ", lambda place: ppo(place, "--reward=:f")),
     "reward that is no function": Mistake(
-        "reward math:pi", lambda place: ppo(place, "--reward=math:pi")
+        "scorer math:pi: ", lambda place: ppo(place, "--reward=math:pi")
     ),
     "PPO of a reward model": Mistake(
         "is a reward model, not a policy", lambda place: ppo(place, f"--init={place.run('reward')}")
@@ -645,7 +645,7 @@ RUNS = {
         lambda place: pretrain(begun(place, "pretrain", "metrics.jsonl", b"{}\n")),
     ),
     "collected rows damaged": Mistake(
-        "train.jsonl:1: not JSON",
+        "train.jsonl was changed",
         lambda place: spin(begun(place, "spin", "round_0/train.jsonl", b"{\n")),
     ),
     "reference damaged": Mistake(
