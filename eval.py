@@ -12,7 +12,6 @@ is sampled with its own template and limits.
 """
 
 import bisect
-import copy
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import check_output, write_json
+from data.files import check_output, printable, write_json
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
@@ -54,6 +53,7 @@ from nanospin import checkpoint, distributed, eval_command
 from nanospin.config import import_function
 from nanospin.distributed import all_reduce_sum, world_size
 from nanospin.eval_command import Entry
+from nanospin.user_function import call_once
 from sample import respond
 
 EVAL_TOKENS = 8192  # tokens per forward pass of the command line
@@ -385,13 +385,18 @@ def sample_metrics(
 
 def function_scores(name: str, rows: list[dict], texts: list[str]) -> list[float]:
     """The score that the function `name` (module:function) gives to each text, a response to the
-    row beside it. Exits with one line if one is not a finite number."""
+    row beside it. Exits with one line, after the function's own traceback, if it raises or gives no
+    finite number."""
     function = import_function(name)
     scores = []
     for row, text in zip(rows, texts, strict=True):
-        score = float(function(copy.deepcopy(row), text))  # it may change its row
-        if not math.isfinite(score):
-            raise SystemExit(f"--scorer {name} gave {score} for the response {text[:60]!r}")
+        score, problem, shown = call_once(function, row, text)
+        if problem:
+            sys.stderr.write(printable(shown))
+            raise SystemExit(
+                f"--scorer {name} {problem}, for the prompt {row['prompt'][:60]!r} and the"
+                f" response {text[:60]!r}"
+            )
         scores.append(score)
     return scores
 

@@ -11,15 +11,11 @@ A model scores with its own tokenizer, template and limits. To add another kind,
 `score_responses`.
 """
 
-import copy
-import math
-import os
 import sys
-import traceback
 
 import numpy as np
 
-from data.files import printable, shorten
+from data.files import printable
 from data.rows import (
     drop_equal_responses,
     encode_rows,
@@ -33,6 +29,7 @@ from nanospin import distributed, inputs, rounds
 from nanospin.config import import_function, scorer_name, scorer_setting
 from nanospin.distributed import run_on_rank0
 from nanospin.rounds import score_in_parts
+from nanospin.user_function import call_once
 
 CALLS_OF_PART = 256  # of a function, at most, before its scores are written to disk
 
@@ -154,35 +151,6 @@ def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
                 sys.stderr.write(printable(shown))
             raise SystemExit(error)
     return np.array(distributed.merge_results(len(calls), scores), dtype=np.float64)
-
-
-def call_once(function, row: dict, text: str) -> tuple[float, str, str]:
-    """(score, problem, traceback) of one call. The last two are "" if there was no problem."""
-    score, problem, shown = math.nan, "", ""
-    folder = os.getcwd()
-    try:
-        value = function(copy.deepcopy(row), text)  # it may change its row
-        score = as_number(value)
-        if not is_score(score):
-            problem = f"gave {shorten(value)}, not a finite number below 1e30"
-    except (Exception, SystemExit) as e:
-        problem = f"raised {type(e).__name__}: {shorten(e, str)}"
-        trace = e.__traceback__.tb_next  # without this function
-        shown = "".join(traceback.format_exception(type(e), e, trace))
-    if os.getcwd() != folder:
-        os.chdir(folder)  # out_dir may be relative
-        problem = problem or "changed the current folder, which it must not"
-    return score, problem, shown
-
-
-def as_number(value) -> float:
-    """What a function returned as a float; NaN if it is not a number."""
-    if isinstance(value, (str, bytes)):
-        return math.nan
-    try:
-        return float(value)
-    except Exception:  # of whatever type it is
-        return math.nan
 
 
 def bad_score(cfg, what: str, row: dict, text: str) -> str:

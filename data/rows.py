@@ -72,7 +72,8 @@ def answer_folders(out: str, answers: int) -> list[str]:
 def write_answer_folders(out: str, answers: int, source: str, train: list, val: list):
     """Write rows for the tokenizer "bytes" to OUT, or, with `answers`, to two folders with the same
     val.jsonl: OUT/answers has that many training rows, and OUT/prompts the prompts of the others,
-    without responses."""
+    without responses. A problem whose numbers are in another order is another row, so a few groups
+    are in both."""
     folders = answer_folders(out, answers)
     if not answers:
         write_ranked_folder(out, "bytes", source, train, val)

@@ -219,8 +219,9 @@ def test_scores_of_samples():
     m = sample_metrics(samples, ids, ["2"] * 6, [True] * 6, count=3, scores=scores)
     assert m["score"] == 1.5
     assert m["score_best_of_3"] == 2.5
-    with pytest.raises(SystemExit, match="gave nan for the response 'nan'"):
-        function_scores("tests.test_eval:as_score", [{"prompt": "a"}], ["nan"])
+    for text, problem in (("nan", "gave nan, not a finite number"), ("x", "raised ValueError")):
+        with pytest.raises(SystemExit, match=f"{problem}.* the response '{text}'"):
+            function_scores("tests.test_eval:as_score", [{"prompt": "a"}], [text])
 
 
 def as_score(row, text):

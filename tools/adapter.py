@@ -79,6 +79,8 @@ def export_adapter(run: str, out: str):
             if len(a) != rank:
                 rank_pattern[target] = len(a)
     checkpoint.write_safetensors(os.path.join(out, "adapter_model.safetensors"), tensors)
+    if "scalar_head.weight" in stored:
+        print("the scalar head (reward or value) is not exported, only the language model")
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,0 +1,38 @@
+"""Calls of a scorer that a user wrote: whatever it does is one problem with a name."""
+
+import copy
+import math
+import os
+import traceback
+
+from data.files import shorten
+from data.rows import is_score
+
+
+def call_once(function, row: dict, text: str) -> tuple[float, str, str]:
+    """(score, problem, traceback) of one call. The last two are "" if there was no problem."""
+    score, problem, shown = math.nan, "", ""
+    folder = os.getcwd()
+    try:
+        value = function(copy.deepcopy(row), text)  # it may change its row
+        score = as_number(value)
+        if not is_score(score):
+            problem = f"gave {shorten(value)}, not a finite number below 1e30"
+    except (Exception, SystemExit) as e:
+        problem = f"raised {type(e).__name__}: {shorten(e, str)}"
+        trace = e.__traceback__.tb_next  # without this function
+        shown = "".join(traceback.format_exception(type(e), e, trace))
+    if os.getcwd() != folder:
+        os.chdir(folder)  # out_dir may be relative
+        problem = problem or "changed the current folder, which it must not"
+    return score, problem, shown
+
+
+def as_number(value) -> float:
+    """What a function returned as a float; NaN if it is not a number."""
+    if isinstance(value, (str, bytes)):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:  # of whatever type it is
+        return math.nan
