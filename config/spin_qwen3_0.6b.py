@@ -28,33 +28,15 @@ With less memory: lora_rank = 64, lr ten times as high. It needs 1.2 GB for froz
 bfloat16 and 0.5 GB for adapters, gradients and squares of 40M numbers, in place of 9 GB.
 """
 
-stage = "spin"
+from config.spin_zephyr_7b import *
+
 out_dir = "out/spin_qwen3_0.6b"
 init = "out/qwen3-0.6b"
-data = "data/ultrachat"
+template = ""  # that of the init
 
-players = ["data", "self"]
-rounds = 4
-replay_rounds = 1  # from the second round on this and the previous round's rows
 max_rows = 10_000
-max_prompt = 512
-max_response = 512
 gen_batch_size = 64
-
 batch_size = 32  # prompts, 2 responses each
 micro_batch_tokens = 8192
-epochs = 2.0
-optimizer = "rmsprop"
-lr = [5e-7, 5e-7, 1e-7, 1e-7]
-beta = [0.1, 0.1, 0.1, 5.0]
-warmup_ratio = 0.1
-schedule = "linear"
-min_lr_ratio = 0.0
-dtype = "bfloat16"
-activation_checkpointing = 1
-
-eval_interval = 200
+fsdp_prefetch = 0
 eval_rows = 512
-save_interval = 500
-keep_last = 1
-log_interval = 10

@@ -5,9 +5,9 @@ import json
 import operator
 import os
 
-from data import tokenizer
-from data.files import atomic_write, parse_json
-from data.folder import lock_folder, prepare_command, write_meta
+from data import cli, tokenizer
+from data.files import atomic_write, check_output, parse_json
+from data.folder import check_other_data, lock_folder, prepare_command, write_meta
 from data.template import cut_prompt_ids, response_form, written_ids
 
 # fields that a whole text, {"text": ...}, cannot have
@@ -67,6 +67,26 @@ def write_ranked_folder(folder: str, tokenizer_name: str, source: str, train: li
 def answer_folders(out: str, answers: int) -> list[str]:
     """The folders that a data set with that many answers is written to; 0: all answers, in one."""
     return [os.path.join(out, "answers"), os.path.join(out, "prompts")] if answers else [out]
+
+
+def add_answer_arguments(parser):
+    """--answers and --seed of a generated data set."""
+    parser.add_argument(
+        "--answers",
+        type=cli.number_type(int, 0, 10**8),
+        default=0,
+        help="training rows that keep their answer; 0: all",
+    )
+    parser.add_argument(
+        "--seed", type=cli.number_type(int, 0), default=0, help="of the draws; 1 gives other rows"
+    )
+
+
+def check_answer_folders(out: str, answers: int):
+    """Exit with one line if the folders cannot be written."""
+    for folder in answer_folders(out, answers):
+        check_output(os.path.join(folder, "meta.json"), is_data=True)
+        check_other_data(folder, (".jsonl",))
 
 
 def write_answer_folders(out: str, answers: int, source: str, train: list, val: list):

@@ -17,9 +17,8 @@ import random
 import sys
 
 from data import cli
-from data.files import check_output
-from data.folder import check_other_data, split_of
-from data.rows import answer_folders, write_answer_folders
+from data.folder import split_of
+from data.rows import add_answer_arguments, check_answer_folders, write_answer_folders
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -87,23 +86,10 @@ def main(argv=None):
         default=100,
         help="targets are from 1 to this",
     )
-    parser.add_argument(
-        "--answers",
-        type=cli.number_type(int, 0, 10**8),
-        default=0,
-        help="training rows that keep their answer; 0: all",
-    )
-    parser.add_argument(
-        "--seed",
-        type=cli.number_type(int, 0),
-        default=0,
-        help="of the draws; 1 gives other problems",
-    )
+    add_answer_arguments(parser)
     parser.add_argument("--out", default=HERE, help="data folder to write")
     args = parser.parse_args(argv)
-    for folder in answer_folders(args.out, args.answers):
-        check_output(os.path.join(folder, "meta.json"), is_data=True)
-        check_other_data(folder, (".jsonl",))
+    check_answer_folders(args.out, args.answers)
 
     rng = random.Random(args.seed)
     rows = {"train": {}, "val": {}}  # side -> {prompt: row}
