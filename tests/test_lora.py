@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -571,7 +572,6 @@ def test_a_run_without_an_adapter(tiny_runs, tmp_path):
 
 
 def test_the_command_line():
-    done = subprocess.run(
-        ["python", "-m", "tools.adapter", "--help"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tools.adapter", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "PeftModel.from_pretrained" in done.stdout
