@@ -76,32 +76,40 @@ def real_lengths(workload):
 
 @dataclass(frozen=True)
 class OnlineSize:
-    """Of an online round: K samples of the policy to each prompt, all of equal length."""
+    """Of an online round: K samples of the policy to each prompt."""
 
-    num_prompts: int
-    prompt_length: int
-    response_length: int
+    lengths: list  # (prompt length, lengths of its K samples) of each prompt
     K: int
     shape: dict  # of the model
+    name: str  # in the tables
 
     def rows(self):
         """Encoded rows with random tokens in place of the samples."""
         rng = np.random.default_rng(0)
-        lengths = [self.response_length] * self.K
-        vocab_size = self.shape["vocab_size"]
-        return [
-            random_row(rng, self.prompt_length, lengths, vocab_size)
-            for _ in range(self.num_prompts)
-        ]
+        rows = []
+        for prompt_length, response_lengths in self.lengths:
+            row = random_row(rng, prompt_length, response_lengths, self.shape["vocab_size"])
+            rows.append(row)
+        return rows
 
-    def name(self):
-        return f"K={self.K}, prompt:response {self.prompt_length}:{self.response_length}"
+    def limits(self):
+        """Tokens of every sample, those of a prompt after each other."""
+        limits = []
+        for _, response_lengths in self.lengths:
+            limits += response_lengths
+        return limits
 
 
-def ragged_groups():
-    """8 encoded rows of K = 8 responses, with lengths drawn from those of real rows."""
-    rng = np.random.default_rng(0)
-    return [random_row(rng, prompt, responses) for prompt, responses in real_lengths("groups")]
+def equal_size(num_prompts, prompt_length, response_length, K, shape=SHAPE):
+    """All prompts have one length, all samples another."""
+    lengths = [(prompt_length, [response_length] * K)] * num_prompts
+    name = f"K={K}, prompt:response {prompt_length}:{response_length}"
+    return OnlineSize(lengths, K, shape, name)
+
+
+def ragged_size():
+    """8 prompts with K = 8 samples each, with lengths drawn from those of real rows."""
+    return OnlineSize(real_lengths("groups"), 8, SHAPE, "8 ragged prompts, K=8")
 
 
 def number_reward(text):
@@ -418,9 +426,9 @@ TRL_BATCH = 8  # TRL's default micro-batch: completions (GRPO) or prompts (onlin
 def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False):
     """TRL's "GRPO" or "OnlineDPO" trainer for an `OnlineSize`, with its own sampling and reference.
 
-    A response cannot end before size.response_length tokens. batch: completions (GRPO) or prompts
-    (OnlineDPO) of a micro-batch. Gradient checkpointing is TRL's default; it saves memory and takes
-    a third more time in training.
+    The responses have the lengths of the size, for OnlineDPO all the longest one. batch:
+    completions (GRPO) or prompts (OnlineDPO) of a micro-batch. Gradient checkpointing is TRL's
+    default; it saves memory and takes a third more time in training.
     """
     from datasets import Dataset, disable_progress_bars
 
@@ -429,6 +437,7 @@ def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False
     data = Dataset.from_list([{"prompt": text} for text in texts])
     folder = tempfile.mkdtemp()
     transformers_model(size.shape).save_pretrained(folder)  # from where TRL takes the reference
+    longest = max(size.limits())
     options = {
         "output_dir": folder,
         "report_to": [],
@@ -436,7 +445,6 @@ def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False
         "bf16": False,
         "disable_tqdm": True,
         "gradient_checkpointing": gradient_checkpointing,
-        "generation_kwargs": {"min_new_tokens": size.response_length},
     }
 
     def reward(prompts, completions, **kwargs):
@@ -446,12 +454,12 @@ def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False
         from trl import GRPOConfig as Settings
         from trl import GRPOTrainer as Trainer
 
-        num_micro_batches = size.num_prompts * size.K // batch
+        num_micro_batches = len(size.limits()) // batch
         options |= {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": num_micro_batches,
             "num_generations": size.K,
-            "max_completion_length": size.response_length,
+            "max_completion_length": longest,
             "beta": GRPO_KL_COEF,
         }
     else:
@@ -459,12 +467,13 @@ def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False
         from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer
 
         assert size.K == 2  # all that TRL's trainer can do
-        num_micro_batches = size.num_prompts // batch
+        num_micro_batches = len(size.lengths) // batch
         options |= {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": num_micro_batches,
-            "max_new_tokens": size.response_length,
-            "max_length": size.prompt_length + size.response_length,
+            "max_new_tokens": longest,
+            "max_length": max(prompt_length for prompt_length, _ in size.lengths) + longest,
+            "generation_kwargs": {"min_new_tokens": longest},
         }
     trainer = Trainer(
         folder,
@@ -475,7 +484,29 @@ def trl_online_trainer(name, size, batch=TRL_BATCH, gradient_checkpointing=False
     )
     assert trainer.model.dtype == torch.float32
     trainer.current_gradient_accumulation_steps = num_micro_batches  # as its own loop sets it
+    if name == "GRPO":
+        trainer.model.generate = functools.partial(
+            generate_to_limits,
+            trainer.model.generate,
+            torch.tensor(size.limits()),
+            trainer.processing_class.eos_token_id,
+        )
     return trainer
+
+
+def generate_to_limits(generate, limits, end, input_ids, **options):
+    """transformers' `generate`, but sequence i ends with its limits[i]-th new token, `end`, and not
+    before."""
+
+    def end_at_limits(idx, logits):
+        num_new = idx.shape[1] - input_ids.shape[1]
+        logits[:, end] = -torch.inf
+        ends = limits == num_new + 1
+        logits[ends] = -torch.inf
+        logits[ends, end] = 0.0
+        return logits
+
+    return generate(input_ids=input_ids, logits_processor=[end_at_limits], **options)
 
 
 def trl_online_round(name, size, **options):

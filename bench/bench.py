@@ -41,16 +41,16 @@ from bench.baselines import (
     GRPO_KL_COEF,
     ROOT,
     SHAPE,
-    OnlineSize,
     PlainGPT,
+    equal_size,
     number_reward,
     number_text,
     padded_step,
     plain_logprobs,
     plain_optimizer,
     plain_step,
-    ragged_groups,
     ragged_rows,
+    ragged_size,
     random_prompts,
     random_row,
     random_windows,
@@ -309,7 +309,7 @@ class OnlineTrainer(OurTrainer):
         repeated = []
         for prompt in self.prompts:
             repeated += [prompt] * K
-        sampled = generate(self.model, repeated, self.size.response_length)
+        sampled = generate(self.model, repeated, self.size.limits())
         rows, scores = [], []
         for i, prompt in enumerate(self.prompts):
             responses = sampled[i * K : (i + 1) * K]
@@ -557,9 +557,12 @@ def trl_round(rows):
 # ---- online: GRPO and online DPO
 
 
-def online_size(prompt_length, K, shape=SHAPE):
-    """64 samples at K = 8, and 32 at K = 2, of 64 tokens each."""
-    return OnlineSize(8 if K == 8 else 16, prompt_length, 64, K, shape)
+def online_size(prompts, K):
+    """64 samples at K = 8, and 32 at K = 2. prompts: "ragged", or their length; then the samples
+    have 64 tokens."""
+    if prompts == "ragged":
+        return ragged_size()
+    return equal_size(8 if K == 8 else 16, int(prompts), 64, K)
 
 
 def online(options):
@@ -567,24 +570,22 @@ def online(options):
 
     A round samples, scores by a Python function, takes the reference's log-probabilities and one
     optimizer step. Prompts are long or short beside the responses, which have 64 tokens on both
-    sides; ragged ones have the lengths of real rows.
+    sides; ragged ones and their responses have the lengths of real rows.
     """
     if not options.peers:
         return  # TRL is the only baseline
-    for prompt_length in (256, 32):
-        time_grpo_step(online_size(prompt_length, 8))
-    time_grpo_step(online_size(256, 8), ragged_groups(), "8 ragged prompts, K=8")
-    for prompt_length in (256, 32):
-        time_online_round("GRPO", online_size(prompt_length, 8))
-    for prompt_length in (256, 32):
-        time_online_round("OnlineDPO", online_size(prompt_length, 2))
+    for prompts in ("256", "32", "ragged"):
+        time_grpo_step(online_size(prompts, 8))
+    for prompts in ("256", "32", "ragged"):
+        time_online_round("GRPO", online_size(prompts, 8))
+    for prompts in ("256", "32"):
+        time_online_round("OnlineDPO", online_size(prompts, 2))
     online_memory()
     online_profile()
 
 
-def time_grpo_step(size, rows=None, name=None):
-    """rows: of another size than `size` says."""
-    rows = scored_rows(rows or size.rows())
+def time_grpo_step(size):
+    rows = scored_rows(size.rows())
     work = work_of_rows(rows)
     ours = OnlineTrainer(size)
     batches = micro_batches(rows, make_batch=ppo_batch)
@@ -593,7 +594,7 @@ def time_grpo_step(size, rows=None, name=None):
         trl_grpo_step(rows, size),
         Need(count_flops(ours.model, work)),
     )
-    print_speed(f"GRPO step, {name or size.name()}", "TRL's GRPOTrainer", timing, work.targets)
+    print_speed(f"GRPO step, {size.name}", "TRL's GRPOTrainer", timing, work.targets)
 
 
 def time_online_round(trainer_name, size):
@@ -603,9 +604,8 @@ def time_online_round(trainer_name, size):
         online_need(size),
     )
     method = {"GRPO": "GRPO", "OnlineDPO": "Plackett-Luce"}[trainer_name]
-    num_sampled = size.num_prompts * size.K * size.response_length
-    what = f"{method} round, {size.name()}"
-    print_speed(what, f"TRL's {trainer_name}Trainer", timing, num_sampled)
+    what = f"{method} round, {size.name}"
+    print_speed(what, f"TRL's {trainer_name}Trainer", timing, sum(size.limits()))
 
 
 def our_online_round(trainer_name, size):
@@ -621,38 +621,42 @@ def online_need(size):
     """
     model = GPT(GPTConfig(**size.shape))
     flops = count_flops(model, work_of_rows(size.rows()), passes=5)
-    cached = size.response_length * (size.prompt_length + size.K * size.response_length / 2)
-    num_bytes = 2 * model.config.n_layer * model.config.n_embd * 4 * cached * size.num_prompts
+    cached = 0
+    for prompt_length, lengths in size.lengths:
+        cached += max(lengths) * prompt_length + sum(length**2 / 2 for length in lengths)
+    num_bytes = 2 * model.config.n_layer * model.config.n_embd * 4 * cached
     return Need(flops, num_bytes=num_bytes)
 
 
 def online_memory():
     """TRL with its default micro-batch; its step also with gradient checkpointing, and with one
     micro-batch for all samples."""
-    for prompt_length in (256, 32):
+    for prompts in ("256", "32", "ragged"):
         for what in ("grpo_step", "grpo_round", "dpo_round"):
+            if what == "dpo_round" and prompts == "ragged":
+                continue  # TRL's trainer has no lengths to end at
             sides = {"trl": "TRL"}
             if what == "grpo_step":
                 sides["checkpointing"] = "TRL, gradient checkpointing"
                 sides["whole"] = "TRL, one micro-batch"
             name = what.replace("_", " ").replace("grpo", "GRPO").replace("dpo", "Plackett-Luce")
-            name += f", {online_memory_size(what, prompt_length).name()}"
-            our_mib = peak_mib(f"{what} {prompt_length} ours")
+            name += f", {online_memory_size(what, prompts).name}"
+            our_mib = peak_mib(f"{what} {prompts} ours")
             for side, baseline_name in sides.items():
-                baseline_mib = peak_mib(f"{what} {prompt_length} {side}")
+                baseline_mib = peak_mib(f"{what} {prompts} {side}")
                 print_memory(name, baseline_name, our_mib, baseline_mib)
 
 
-def online_memory_size(what, prompt_length):
-    return online_size(prompt_length, 2 if what == "dpo_round" else 8)
+def online_memory_size(what, prompts):
+    return online_size(prompts, 2 if what == "dpo_round" else 8)
 
 
-def online_memory_work(what, prompt_length, side):
+def online_memory_work(what, prompts, side):
     """-> function. what: grpo_step, grpo_round or dpo_round."""
-    size = online_memory_size(what, prompt_length)
+    size = online_memory_size(what, prompts)
     options = {"gradient_checkpointing": side == "checkpointing"}
     if side == "whole":
-        options["batch"] = size.num_prompts * size.K
+        options["batch"] = len(size.limits())
     trainer_name = "OnlineDPO" if what == "dpo_round" else "GRPO"
     if what != "grpo_step":
         if side == "ours":
@@ -668,8 +672,8 @@ def online_memory_work(what, prompt_length, side):
 def online_profile():
     """Seconds of the parts of a round of GRPO, on both sides, and the operations of our parts."""
     print("\n| part of a round of GRPO, K=8 | nanoSPIN | TRL | ratio |\n|---|---|---|---|")
-    for prompt_length in (256, 32):
-        size = online_size(prompt_length, 8)
+    for prompts in ("256", "32", "ragged"):
+        size = online_size(prompts, 8)
         ours = our_online_parts(size)
         baseline = trl_online_parts(size)
         seconds = {name: ([], []) for name in ours}
@@ -682,17 +686,17 @@ def online_profile():
         for name, (our_times, trl_times) in seconds.items():
             a, b = statistics.median(our_times), statistics.median(trl_times)
             ratio = f"{b / a:.2f}x" if b > 0.001 else ""  # TRL has no such part
-            cells = [f"{name}, prompt {prompt_length}", f"{a:.2f} s", f"{b:.2f} s", ratio]
+            cells = [f"{name}, prompts {prompts}", f"{a:.2f} s", f"{b:.2f} s", ratio]
             print("| " + " | ".join(cells) + " |", flush=True)
     print_profile_header()
-    for prompt_length in (256, 32):
-        size = online_size(prompt_length, 8)
+    for prompts in ("256", "32"):
+        size = online_size(prompts, 8)
         trainer = OnlineTrainer(size)
         rows = scored_rows(size.rows())
         work = work_of_rows(rows)
         step = functools.partial(trainer.grpo_step, micro_batches(rows, make_batch=ppo_batch))
-        print_profile(f"GRPO step, {size.name()}", step, trainer.model, work, passes=3)
-        print_profile(f"its sampling, {size.name()}", trainer.sample, trainer.model, work, passes=1)
+        print_profile(f"GRPO step, {size.name}", step, trainer.model, work, passes=3)
+        print_profile(f"its sampling, {size.name}", trainer.sample, trainer.model, work, passes=1)
 
 
 def our_online_parts(size):
@@ -754,7 +758,7 @@ def peak_mib(spec):
 
 def measure_peak(what, size, side):
     """Do one side's work in this process; print the MiB of its peak over what it held before."""
-    work = memory_work(what, int(size), side)
+    work = memory_work(what, size, side)
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # resets the peak
     before = memory_kib("VmRSS")
@@ -763,12 +767,13 @@ def measure_peak(what, size, side):
 
 
 def memory_work(what, size, side):
-    """-> function. size: vocabulary of the head, K of the ragged rows, rows of the round, or
-    tokens of an online round's prompts."""
-    if what == "head":
-        return head_work(size, side)
+    """-> function. size: vocabulary of the head, K of the ragged rows, rows of the round, or the
+    prompts of an online round."""
     if what in ("grpo_step", "grpo_round", "dpo_round"):
         return online_memory_work(what, size, side)
+    size = int(size)
+    if what == "head":
+        return head_work(size, side)
     if what == "round":
         rows = ragged_rows(size, K=2)
         return our_round(rows) if side == "ours" else trl_round(rows)

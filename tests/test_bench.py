@@ -15,9 +15,10 @@ from nanospin.attention import is_visible
 from train import ppo_objective
 
 SMALL = {"vocab_size": 128, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+RAGGED = [(9, [6, 2, 4, 3]), (5, [1, 6, 6, 2]), (9, [3, 3, 1, 5]), (7, [2, 4, 6, 1])]
 ONLINE = {
-    "GRPO": baselines.OnlineSize(4, 9, 6, 4, SMALL),
-    "OnlineDPO": baselines.OnlineSize(8, 9, 6, 2, SMALL),
+    "GRPO": baselines.OnlineSize(RAGGED, 4, SMALL, "ragged"),
+    "OnlineDPO": baselines.equal_size(8, 9, 6, 2, SMALL),
 }
 
 
@@ -50,7 +51,7 @@ def test_the_ragged_workload_is_the_table():
     assert lengths[:3] == [[364, 280, 57, 321], [100, 70, 55, 166], [151, 115, 82, 48]]
     assert max(row[0] + max(row[1:]) for row in lengths) < 1000
     assert [len(row["responses"]) for row in baselines.ragged_rows(8, K=2)] == [2] * 8
-    assert [len(row["responses"]) for row in baselines.ragged_groups()] == [8] * 8
+    assert [len(row["responses"]) for row in baselines.ragged_size().rows()] == [8] * 8
     assert len(baselines.sampling_requests()["128 ragged requests"]) == 128
     with pytest.raises(AssertionError, match="64 rows"):
         baselines.ragged_rows(65)
@@ -114,8 +115,8 @@ def test_an_online_round_moves_the_policy_and_not_the_reference(name):
     torch.testing.assert_close(trainer.reference.wte.weight, trainer.model.wte.weight)
     before = trainer.model.wte.weight.clone()
     rows, scores = trainer.sample()
-    assert scores.shape == (size.num_prompts, size.K)
-    assert {len(y) for row in rows for y in row["responses"]} == {size.response_length}
+    assert scores.shape == (len(size.lengths), size.K)
+    assert [len(y) for row in rows for y in row["responses"]] == size.limits()
     assert scores[1, 0] == np.mean([i for i in rows[1]["responses"][0] if i])
     {"GRPO": trainer.grpo_round, "OnlineDPO": trainer.pl_round}[name]()
     assert not trainer.model.wte.weight.equal(before)
@@ -125,11 +126,14 @@ def test_an_online_round_moves_the_policy_and_not_the_reference(name):
 def test_an_online_round_needs_five_passes_over_its_rows():
     size = ONLINE["GRPO"]
     work = baselines.work_of_rows(size.rows())
-    assert work.tokens == 4 * (9 + 4 * 5)  # each prompt once; the last token is only a target
+    # each prompt once; the last token of a response is only a target
+    assert work.tokens == 9 + 11 + 5 + 11 + 9 + 8 + 7 + 9
     need = bench.online_need(size)
     assert need.flops == bench.count_flops(GPT(GPTConfig(**SMALL)), work, passes=5)
     keys_and_values = 2 * 2 * 32 * 4  # bytes of a token in 2 layers of width 32
-    assert need.num_bytes == keys_and_values * 4 * 6 * (9 + 4 * 6 / 2)
+    prompts = 6 * 9 + 6 * 5 + 5 * 9 + 6 * 7  # read once a step for all samples of a prompt
+    responses = sum(length**2 / 2 for length in size.limits())
+    assert need.num_bytes == keys_and_values * (prompts + responses)
 
 
 def online_rows(prompt_length):
@@ -193,19 +197,19 @@ def like_ours(name, weight):
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_trls_responses_have_full_length(name):
+def test_trls_responses_have_our_lengths(name):
     pytest.importorskip("trl", reason="TRL is in bench/requirements.txt")
     size = ONLINE[name]
     trainer = baselines.trl_online_trainer(name, size)
     texts = [baselines.number_text(row["prompt"]) for row in size.rows()]
     if name == "GRPO":
-        _, completions, *_ = trainer._generate(texts)
-        lengths = {len(completion) for completion in completions}
+        repeated = [text for text in texts for _ in range(size.K)]
+        _, completions, *_ = trainer._generate(repeated)
+        lengths = [len(completion) for completion in completions]
     else:
         _, _, _, mask, _ = trainer._generate(trainer.model, texts)
-        assert len(mask) == 2 * size.num_prompts
-        lengths = set(mask.sum(1).tolist())
-    assert lengths == {size.response_length}
+        lengths = mask.sum(1).tolist()
+    assert lengths == size.limits()
     before = trainer.model.transformer.wte.weight.clone()
     assert trainer.ref_model.transformer.wte.weight.equal(before)
     baselines.trl_online_round(name, size)()
