@@ -100,6 +100,8 @@ RUN_FILES = (
 )
 DATA_FILES = ("meta.json", "train.jsonl", "val.jsonl", "train.bin", "val.bin")
 
+UNFINISHED = ".preparing"  # in a data folder while it is written, and after that was interrupted
+
 
 def check_output(path: str, inputs=(), is_data: bool = False):
     """Exit with one line if a command must not write to `path`: something is there that is not a
@@ -125,6 +127,33 @@ def check_output(path: str, inputs=(), is_data: bool = False):
         if os.path.exists(mark):
             text = f"{path} would be a file of a run or of data: {mark} is there"
             raise SystemExit(printable(f"{text}; choose another output"))
+
+
+def check_foreign(folder: str, names):
+    """Exit with one line if one of these files of a data folder is not of a preparation."""
+    for name in foreign_files(folder):
+        if name in names:
+            text = f"{os.path.join(folder, name)} is not of an earlier preparation"
+            raise SystemExit(printable(f"{text}: move it, or use another --out"))
+
+
+def foreign_files(folder: str) -> list[str]:
+    """The files of a data folder that no preparation has written. While one writes, and after it
+    was interrupted, UNFINISHED lists them."""
+    path = os.path.join(folder, UNFINISHED)
+    if os.path.exists(path):
+        return read_json(path, ("foreign",))["foreign"]
+    return unnamed_files(folder)
+
+
+def unnamed_files(folder: str) -> list[str]:
+    """The files of a folder that its meta.json does not name."""
+    named = ()
+    with contextlib.suppress(SystemExit):  # no meta.json, or not one of data
+        files = read_json(os.path.join(folder, "meta.json"), ("files",))["files"]
+        if isinstance(files, dict):
+            named = {"meta.json", *files}
+    return sorted(name for name in os.listdir(folder) if name not in named)
 
 
 def check_input(path: str):

@@ -8,7 +8,17 @@ import os
 import numpy as np
 
 from data import tokenizer
-from data.files import atomic_write, read_json, sha256, write_json
+from data.files import (
+    DATA_FILES,
+    UNFINISHED,
+    atomic_write,
+    check_foreign,
+    foreign_files,
+    read_json,
+    sha256,
+    unnamed_files,
+    write_json,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -110,7 +120,10 @@ def check_other_data(folder: str, extensions: tuple[str, ...]):
 @contextlib.contextmanager
 def lock_folder(folder: str):
     """Make a data folder, and keep other preparations out of it while this one writes there: files
-    of two would be mixed. The lock is on the folder itself and ends with the process."""
+    of two would be mixed. The lock is on the folder itself and ends with the process.
+
+    Exits with one line if files of the user would be replaced.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -125,7 +138,15 @@ def lock_folder(folder: str):
                     f"{folder} is being prepared by another command: wait for its end, or use "
                     "another --out"
                 )
-        yield
+        check_foreign(folder, DATA_FILES)
+        foreign = foreign_files(folder)
+        marker = os.path.join(folder, UNFINISHED)
+        write_json(marker, {"foreign": foreign})
+        try:
+            yield
+        finally:
+            if set(unnamed_files(folder)) <= {*foreign, UNFINISHED}:  # nothing is half written
+                os.remove(marker)
     finally:
         os.close(fd)
 

@@ -20,7 +20,14 @@ import re
 
 import tiktoken
 
-from data.files import atomic_write, check_input, read_json, read_text, write_json
+from data.files import (
+    atomic_write,
+    check_foreign,
+    check_input,
+    read_json,
+    read_text,
+    write_json,
+)
 
 # GPT-2's regular expression that cuts text before merging (tiktoken_ext/openai_public.py).
 # ByteLevel of the `tokenizers` package does the same.
@@ -148,8 +155,17 @@ def load_into(folder: str, name: str):
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, name)
         if not os.path.exists(path) or not os.path.samefile(path, source):
-            save(enc, path)
+            save_into(folder, enc, name)
     return enc, name
+
+
+def save_into(folder: str, enc, name: str):
+    """`save` to a data folder. Exits with one line if a file of the user would be replaced."""
+    names = [name]
+    if isinstance(enc, JsonTokenizer):
+        names.append(os.path.basename(config_path(name)))
+    check_foreign(folder, names)
+    save(enc, os.path.join(folder, name))
 
 
 @functools.lru_cache(maxsize=4)  # each entry keeps its tokenizer in memory

@@ -333,20 +333,23 @@ class Text(str):
     """A value from the command line, to be parsed by the type of its setting."""
 
 
-def assignments(argv: list[str]):
-    """(name, value, where it stands) of every setting in argv, in order."""
+def assignments(argv: list[str]) -> list[tuple]:
+    """[(name, value, where it stands)] of every setting in argv: those of the files, then those of
+    the command line, wherever they stand; each in order."""
+    of_files, of_command_line = [], []
     args = iter(argv)
     for arg in args:
         if not arg.startswith("--"):
             for name, value in read_file(arg).items():
-                yield name, value, arg
+                of_files.append((name, value, arg))
             continue
         name, equals, text = arg[2:].partition("=")
         if not equals:
             text = next(args, None)
             if text is None or text.startswith("--"):
                 raise SystemExit(f"{arg} needs a value: {arg}=VALUE")
-        yield name, Text(text), "command line"
+        of_command_line.append((name, Text(text), "command line"))
+    return of_files + of_command_line
 
 
 def read_file(path: str) -> dict:

@@ -46,6 +46,14 @@ def test_files_overrides_and_inheritance(tmp_path):
     assert cfg.model == {"n_layer": 3}
 
 
+def test_the_command_line_wins_wherever_it_stands(tmp_path):
+    first, second = tmp_path / "first.py", tmp_path / "second.py"
+    first.write_text("out_dir = 'of_file'\nlr = 1e-4\nbeta = 0.5\nmax_steps = 3\n")
+    second.write_text("beta = 0.2\n")
+    cfg = load_config(["--out_dir=mine", "--lr", "7e-3", str(first), "--lr=1e-3", str(second)])
+    assert (cfg.out_dir, cfg.lr, cfg.beta, cfg.max_steps) == ("mine", 1e-3, 0.2, 3)
+
+
 def test_values_convert_to_the_type_of_the_setting():
     assert load_config(["--lr=1", "--max_steps=1"]).lr == 1.0
     assert load_config(["--lr", "1e-3", "--max_steps", "1"]).lr == 1e-3

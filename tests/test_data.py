@@ -21,7 +21,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import atomic_write, printable, read_arrays, read_json, write_json
+from data.files import UNFINISHED, atomic_write, printable, read_arrays, read_json, write_json
 from data.folder import (
     find_invalid_token,
     lock_folder,
@@ -1131,6 +1131,68 @@ def test_two_preparations_of_a_folder_do_not_mix(tmp_path):
     done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={out}", "--val_share=0.3")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(out)) == ["meta.json", "train.jsonl", "val.jsonl"]
+
+
+PREPARATIONS = {
+    "jsonl": ["in.jsonl"],
+    "addition": [],
+    "shakespeare": ["text.txt"],
+}
+
+
+@pytest.mark.parametrize("name", PREPARATIONS)
+@pytest.mark.parametrize("own", ["train.jsonl", "val.bin", "meta.json"])
+def test_files_of_the_user_are_not_replaced(tmp_path, monkeypatch, name, own):
+    """Neither before nor after a preparation was killed; what it has written itself is."""
+    monkeypatch.chdir(tmp_path)
+    lines = [{"prompt": f"q{n}", "response": "an answer"} for n in range(30)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    main = importlib.import_module(f"data.{name}.prepare").main
+    arguments = [*PREPARATIONS[name], "--out=out"]
+    os.makedirs("out")
+    (tmp_path / "out" / own).write_text('{"mine": 1}\n')
+    assert refused_by(main, arguments).startswith(f"out/{own} is ")
+    assert os.listdir("out") == [own] and (tmp_path / "out" / own).read_text() == '{"mine": 1}\n'
+
+    os.rename(f"out/{own}", "out/mine")
+    with monkeypatch.context() as patched:
+        patched.setattr("data.folder.write_meta", killed)
+        for module in ("data.rows", "data.jsonl.prepare", "data.shakespeare.prepare"):
+            patched.setattr(f"{module}.write_meta", killed)
+        with pytest.raises(MemoryError):
+            main(arguments)
+    assert "meta.json" not in os.listdir("out") and len(os.listdir("out")) > 2
+    main(arguments)
+    main(arguments)
+    assert "mine" in os.listdir("out") and UNFINISHED not in os.listdir("out")
+    read_meta("out", [])
+
+
+def killed(*args, **kwargs):
+    raise MemoryError
+
+
+def test_a_tokenizer_of_the_user_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    tokenizer.save(tokenizer.train(["a b c " * 9], 270), "mine.tiktoken")
+    os.makedirs("out")
+    other = tokenizer.train(["the loss of a model " * 9], 300)
+    tokenizer.save(other, "out/tokenizer.tiktoken")
+    main = importlib.import_module("data.shakespeare.prepare").main
+    message = refused_by(main, ["text.txt", "--out=out", "--tokenizer=mine.tiktoken"])
+    assert "out/tokenizer.tiktoken is not of an earlier preparation" in message
+    assert os.listdir("out") == ["tokenizer.tiktoken"]
+    main(["text.txt", "--out=out", "--tokenizer=out/tokenizer.tiktoken"])
+    assert read_meta("out", [])["tokenizer_sha256"] == tokenizer.fingerprint(other)
+    main(["text.txt", "--out=out", "--tokenizer=mine.tiktoken"])  # now it is of a preparation
+
+
+def refused_by(main, arguments) -> str:
+    with pytest.raises(SystemExit) as e:
+        main(arguments)
+    return str(e.value)
 
 
 def test_scores_without_ranks_are_all_numbers(tmp_path):

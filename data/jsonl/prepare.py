@@ -238,9 +238,9 @@ def main(argv=None):
         sizes = {}
         tokenizer_name = args.tokenizer
         if tokenizer_name == "bpe":
-            tokenizer_name = os.path.join(args.out, "tokenizer.tiktoken")
             enc = tokenizer.train(training_texts(rows, texts), args.vocab_size)
-            tokenizer.save(enc, tokenizer_name)
+            tokenizer.save_into(args.out, enc, "tokenizer.tiktoken")
+            tokenizer_name = os.path.join(args.out, "tokenizer.tiktoken")
         if tokenizer_name or any(texts.values()):
             enc, tokenizer_name = tokenizer.load_into(args.out, tokenizer_name or "gpt2")
         if any(texts.values()):

@@ -119,7 +119,7 @@ def main(argv=None):
     print("training the tokenizer")
     enc = tokenizer.train(texts["train"], 4096)
     with lock_folder(HERE):
-        tokenizer.save(enc, os.path.join(HERE, "bpe.tiktoken"))
+        tokenizer.save_into(HERE, enc, "bpe.tiktoken")
         sizes = {}
         for side in ("train", "val"):
             path = os.path.join(HERE, f"{side}.bin")

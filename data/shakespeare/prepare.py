@@ -47,7 +47,7 @@ def main(argv=None):
         if args.tokenizer == "bpe":
             name = "bpe.tiktoken"
             enc = tokenizer.train([train_text], args.vocab_size)
-            tokenizer.save(enc, os.path.join(args.out, name))
+            tokenizer.save_into(args.out, enc, name)
         else:
             enc, name = tokenizer.load_into(args.out, args.tokenizer)
         sizes = {

@@ -174,7 +174,7 @@ def write_splits(out, texts, source, splits, args):
         with lock_folder(folder):
             if args.tokenizer == "bpe":
                 name = "bpe.tiktoken"
-                tokenizer.save(enc, os.path.join(folder, name))
+                tokenizer.save_into(folder, enc, name)
             else:
                 _, name = tokenizer.load_into(folder, args.tokenizer)
             train = on_side(texts, sides[split], "train")
