@@ -39,17 +39,18 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype)
 
     texts, ids: K texts and lists of token ids of each row, None where one is absent. What has been
     scored is kept in parts beside `path`; the caller calls `rounds.remove_parts`. All ranks call
-    this together and get the same.
+    this together and get the same. What a model cuts to its limits is printed.
 
     Exits with one line, before anything is written, if the scorer raises or gives a number that is
     not finite.
     """
     name = scorer_name(cfg)
-    judge, size = None, rounds.PART_SIZE
+    size, judge, encoded = rounds.PART_SIZE, None, []
     if ":" in name:  # a call may take seconds
         size = min(size, max(1, CALLS_OF_PART // len(texts[0])))
     else:
-        judge = GPT.from_checkpoint(name, device, dtype)
+        judge, *of_judge = GPT.from_checkpoint(name, device, dtype)
+        encoded = encode_for_judge(cfg, judge, *of_judge, rows, texts, ids, enc)
     weights = run_on_rank0(inputs.scorer_sha256, name)
     of = f"{weights} {'per token' if cfg.judge_length_normalize else 'sum'}"
     hashed = []
@@ -58,78 +59,89 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype)
 
     def score(numbers: range) -> dict[str, np.ndarray]:
         part = slice(numbers.start, numbers.stop)
-        scores = score_responses(cfg, judge, rows[part], texts[part], ids[part], enc, device)
+        scores = score_responses(cfg, judge, rows[part], texts[part], encoded[part], device)
         return {"scores": scores}
 
     return score_in_parts(path, hashed, of, score, size)["scores"]
 
 
-def score_responses(cfg, judge, rows, texts, ids, enc, device) -> np.ndarray:
-    """`score_rows` for a part of the rows. judge: (model, tokenizer, meta); None: a function.
+def score_responses(cfg, judge, rows, texts, encoded, device) -> np.ndarray:
+    """`score_rows` for a part of the rows. judge: a model, with rows of `encode_for_judge`; None: a
+    function.
 
     Equal responses to a row are scored once: a batch could round them differently, and nothing may
     be ranked between them. Equal is the text for a function, the ids for a model.
     """
-    scores = np.full((len(rows), len(texts[0])), np.nan)
-    there = []  # of each row, which responses there are
-    for row_texts in texts:
-        there.append([k for k, text in enumerate(row_texts) if text is not None])
     if judge is None:
-        columns_of = {}  # (row, text) -> its columns
-        for i, columns in enumerate(there):
-            for k in columns:
-                columns_of.setdefault((i, texts[i][k]), []).append(k)
-        values = call_function(cfg, [(rows[i], text) for i, text in columns_of])
-        for ((i, _), columns), value in zip(columns_of.items(), values):
-            scores[i, columns] = value
-        return scores
-    responded = []
-    for i, columns in enumerate(there):
-        its_texts = [texts[i][k] for k in columns]
-        its_ids = [ids[i][k] for k in columns]
-        responded.append((rows[i], its_texts, its_ids))
-    for i, values in enumerate(judge_scores(cfg, judge, responded, enc, device)):
-        scores[i, there[i]] = values[: len(there[i])]
+        return function_scores(cfg, rows, texts)
+    return judge_scores(cfg, judge, rows, texts, encoded, device)
+
+
+def columns_there(texts) -> list[int]:
+    """Which of the K responses to a row there are."""
+    return [k for k, text in enumerate(texts) if text is not None]
+
+
+def function_scores(cfg, rows, texts) -> np.ndarray:
+    """`score_responses` with a function."""
+    scores = np.full((len(rows), len(texts[0])), np.nan)
+    columns_of = {}  # (row, text) -> its columns
+    for i, row_texts in enumerate(texts):
+        for k in columns_there(row_texts):
+            columns_of.setdefault((i, row_texts[k]), []).append(k)
+    values = call_function(cfg, [(rows[i], text) for i, text in columns_of])
+    for ((i, _), columns), value in zip(columns_of.items(), values):
+        scores[i, columns] = value
     return scores
 
 
-def judge_scores(cfg, judge, responded, enc, device) -> np.ndarray:
-    """The scores that a model gives, (rows, K) float64. responded: (row, texts, ids) per row."""
-    judge, judge_enc, meta = judge
+def encode_for_judge(cfg, judge, judge_enc, meta, rows, texts, ids, enc) -> list[dict]:
+    """Rows as a judge reads them, with the responses that are there. Prints what is cut to its
+    limits. judge_enc, meta: its tokenizer and the meta.json of its checkpoint."""
     config = meta["config"]
+    of_judge = (judge_enc, config["template"])
     sampled = []
-    for row, texts, ids in responded:
-        judge_ids = []
-        for text, y in zip(texts, ids):
-            of_judge = (judge_enc, config["template"])
-            judge_ids.append(retokenize(*of_judge, enc, cfg.template, text, y))
-        sampled.append(row_with_ids(row, texts, judge_ids, *of_judge))
-    encoded, _ = encode_rows(
-        sampled,
-        judge_enc,
-        config["template"],
-        judge.config.block_size,
-        config["max_prompt"],
-        config["max_response"],
-    )
+    for row, row_texts, row_ids in zip(rows, texts, ids):
+        its_texts, its_ids = [], []
+        for k in columns_there(row_texts):
+            its_texts.append(row_texts[k])
+            its_ids.append(retokenize(*of_judge, enc, cfg.template, row_texts[k], row_ids[k]))
+        sampled.append(row_with_ids(row, its_texts, its_ids, *of_judge))
+    limits = (judge.config.block_size, config["max_prompt"], config["max_response"])
+    encoded, counts = encode_rows(sampled, *of_judge, *limits)
+    cut = counts["prompts cut"] + counts["responses cut"]
+    if cut and distributed.rank() == 0:
+        num_responses = sum(len(row["responses"]) for row in sampled)
+        print(
+            f"{scorer_setting(cfg)} cuts to its limits {counts['prompts cut']} of {len(sampled)} "
+            f"prompts and {counts['responses cut']} of {num_responses} responses",
+            flush=True,
+        )
+    return encoded
+
+
+def judge_scores(cfg, judge, rows, texts, encoded, device) -> np.ndarray:
+    """`score_responses` with a model."""
+    encoded = [dict(row) for row in encoded]
     same_as = []  # of each response, the first one of the row that equals it
     for row in encoded:
         same_as.append([row["responses"].index(y) for y in row["responses"]])
         drop_equal_responses(row)
     budget = distributed.micro_batch_tokens(cfg, device)
     if judge.config.scalar_head:
-        scores = row_scores(judge, encoded, budget, device).astype(np.float64)
+        values = row_scores(judge, encoded, budget, device).astype(np.float64)
     else:
-        scores = row_logps(judge, encoded, budget, device).astype(np.float64)
+        values = row_logps(judge, encoded, budget, device).astype(np.float64)
         if cfg.judge_length_normalize:
-            lengths = response_lengths(pad_rows_to_K(encoded, scores.shape[1]))
-            scores = scores / np.maximum(lengths, 1)
+            lengths = response_lengths(pad_rows_to_K(encoded, values.shape[1]))
+            values = values / np.maximum(lengths, 1)
+    scores = np.full((len(rows), len(texts[0])), np.nan)
     for i, columns in enumerate(same_as):
-        scores[i, : len(columns)] = scores[i, columns]
-    for (row, texts, _), values in zip(responded, scores):
-        for text, value in zip(texts, values):
-            if not is_score(float(value)):
-                raise SystemExit(bad_score(cfg, f"gave {value}, not a finite number", row, text))
+        for k, first in zip(columns_there(texts[i]), columns):
+            scores[i, k] = values[i, first]
+            if not is_score(float(scores[i, k])):
+                problem = f"gave {scores[i, k]}, not a finite number"
+                raise SystemExit(bad_score(cfg, problem, rows[i], texts[i][k]))
     return scores
 
 

@@ -823,7 +823,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
             if step < num_steps_of_round(cfg, train):
                 fit(run, round_id, train, val, step)
             if cfg.keep_rounds:
-                checkpoint.prune_rounds(cfg.out_dir, round_id - cfg.keep_rounds)
+                checkpoint.prune_rounds(cfg.out_dir, round_id - cfg.keep_rounds, cfg.keep_best)
                 saver.log_removal_problems(round_id, step)
         lock.check()
         say(f"{cfg.out_dir}: done, {checkpoint.latest(cfg.out_dir)}")

@@ -1024,12 +1024,15 @@ def best_checkpoint(paths, keep_best: str) -> str | None:
     return min(rated)[2] if rated else None
 
 
-def prune_rounds(run, first: int):
-    """Remove the checkpoints of the rounds before `first`. Other files of these rounds are kept."""
+def prune_rounds(run, first: int, keep_best: str = ""):
+    """Remove the checkpoints of the rounds before `first`, except the best one of all rounds by
+    `keep_best`. Other files of these rounds are kept."""
     if distributed.rank() == 0:
+        best = best_checkpoint(list_checkpoints(run)[::-1], keep_best) if keep_best else None
         for round_id in range(first):
             for path in list_steps(os.path.join(run, f"round_{round_id}")):
-                remove_checkpoint(path)
+                if path != best:
+                    remove_checkpoint(path)
     distributed.barrier()
 
 

@@ -268,6 +268,22 @@ def test_a_damaged_older_checkpoint_does_not_end_keep_best(run, tiny_data):
     assert checkpoint.best_checkpoint(steps, "val_loss") == f"{run}/round_0/step_000004"
 
 
+@pytest.mark.parametrize("keep_best, kept", [("val_loss", [1, 3]), ("-val_loss", [2, 3])])
+def test_keep_rounds_keeps_the_best_of_all_rounds(run, keep_best, kept):
+    checkpoints = {}
+    for round_id, value in ((0, 2.0), (1, 1.0), (2, 3.0), (3, 2.5)):
+        path = f"{run}/round_{round_id}/step_000004"
+        if round_id:
+            shutil.copytree(checkpoints[0], path)
+        checkpoints[round_id] = path
+        change_meta(path, lambda meta, v=value: meta["metrics"].update(val_loss=v))
+    shutil.rmtree(f"{run}/round_0/step_000003")
+    checkpoint.prune_rounds(run, 3, keep_best)
+    assert checkpoint.list_checkpoints(run) == [checkpoints[n] for n in kept[::-1]]
+    checkpoint.prune_rounds(run, 3)
+    assert checkpoint.list_checkpoints(run) == [checkpoints[3]]
+
+
 def test_the_best_is_not_one_whose_metric_is_nan(run):
     change_meta(f"{run}/round_0/step_000003", lambda meta: meta["metrics"].update(val_loss=None))
     for value, expected in ((float("nan"), None), (1.0, "step_000004")):

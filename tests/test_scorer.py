@@ -5,6 +5,7 @@ import functools
 import glob
 import importlib
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -95,9 +96,8 @@ def test_a_function_scores_equal_texts_of_a_row_once(monkeypatch):
     monkeypatch.setattr(conftest, "scorer", count, raising=False)
     cfg = load_config(["--stage=spin", "--init=x", "--ranked_by=conftest:scorer"])
     texts = [["a", "b", "a"], ["a", None, "a"]]
-    ids = [[[97], [98], [97, BYTES.eot_token]], [[97], None, [97]]]
     rows = [{"prompt": "p"}, {"prompt": "q"}]
-    scores = scorer.score_responses(cfg, None, rows, texts, ids, BYTES, "cpu")
+    scores = scorer.score_responses(cfg, None, rows, texts, [], "cpu")
     np.testing.assert_array_equal(scores, [[1, 2, 1], [3, np.nan, 3]])
     assert calls == [("p", "a"), ("p", "b"), ("q", "a")]
 
@@ -137,7 +137,12 @@ def test_a_model_gives_equal_responses_equal_scores(
             return retokenize(judge_enc, judge_template, None, "", text, ids)
 
         monkeypatch.setattr(scorer, "retokenize", again)
-    scores = scorer.score_responses(cfg, judge, rows, texts, ids, enc, "cpu")
+
+    def score(rows, texts, ids):
+        encoded = scorer.encode_for_judge(cfg, *judge, rows, texts, ids, enc)
+        return scorer.score_responses(cfg, judge[0], rows, texts, encoded, "cpu")
+
+    scores = score(rows, texts, ids)
     num_equal = 0
     for row_scores, row_texts, row_ids in zip(scores, texts, ids):
         keys = row_texts if kind == "other tokenizer" else row_ids
@@ -149,8 +154,7 @@ def test_a_model_gives_equal_responses_equal_scores(
     alone = []
     for i in range(4):
         for k in range(8):
-            one = ([rows[i]], [[texts[i][k]]], [[ids[i][k]]])
-            alone.append(scorer.score_responses(cfg, judge, *one, enc, "cpu")[0, 0])
+            alone.append(score([rows[i]], [[texts[i][k]]], [[ids[i][k]]])[0, 0])
     # scores of about 1: float32 sums in another order; eight bits of bfloat16
     atol = 1e-5 if dtype == torch.float32 else 0.1
     np.testing.assert_allclose(scores[:4].ravel(), alone, rtol=0, atol=atol)
@@ -358,6 +362,28 @@ def test_the_file_of_a_function():
     )
 
 
+# ------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_model_cuts_to_its_limits_is_said(tiny_runs, tiny_data, tmp_path, capsys, stage):
+    """A reward model of short responses, and a policy whose responses are longer."""
+    short = f"{tmp_path}/short"
+    train.main([*reward_args(tiny_runs, tiny_data, short, 1), "--max_response=3"])
+    capsys.readouterr()
+    train.main(stage_args(stage, tiny_runs, tiny_data, f"{tmp_path}/r", short, "--rounds=1"))
+    said = re.findall(
+        rf"{short}\S* cuts to its limits (\d+) of (\d+) prompts and (\d+) of (\d+) responses",
+        capsys.readouterr().out,
+    )
+    prompts_cut, prompts, responses_cut, responses = map(int, said[0])
+    assert (prompts_cut, prompts) == (0, 16)
+    rows = read_rows(f"{tmp_path}/r/round_0/train.jsonl")
+    ids = [y for row in rows for y in row["ids"] if y is not None]
+    assert responses == len(ids)
+    assert responses_cut == sum(len(y) > 3 for y in ids) > 0
+
+
 # ----------------------------------------------------------------------------- slow functions
 
 
@@ -371,7 +397,8 @@ def test_a_part_has_at_most_256_calls_of_a_function(monkeypatch, tmp_path, K, si
         return {"scores": np.zeros((len(rows), K))}
 
     monkeypatch.setattr(scorer, "score_in_parts", keep_size)
-    monkeypatch.setattr(GPT, "from_checkpoint", lambda *args: None)
+    monkeypatch.setattr(GPT, "from_checkpoint", lambda *args: (None, None, None))
+    monkeypatch.setattr(scorer, "encode_for_judge", lambda *args: [])
     monkeypatch.setattr(inputs, "scorer_sha256", lambda name: "")
     rows, texts = [{"prompt": "p"}], [["a"] * K]
     for name in ("conftest:letters", "a/run"):
