@@ -198,6 +198,8 @@ def pad_rows_to_K(rows: list[dict], K: int) -> list[dict]:
         missing = K - len(row["responses"])
         if "players" in row:
             row = row | {"players": row["players"] + [""] * missing}
+        if "same_as" in row:
+            row = row | {"same_as": row["same_as"] + [None] * missing}
         full = row | {
             "responses": row["responses"] + [None] * missing,
             "ranks": row["ranks"] + [K] * missing,
@@ -246,7 +248,8 @@ def ranking_metrics(
     reward/PLAYER        mean implicit reward
     logp/PLAYER          mean log-probability of the response under the policy
     kl_from_ref          KL(pi_ref || pi_theta) per token: the mean of log pi_ref - log pi_theta
-                         over the reference's own samples, the player "self". Left out without one
+                         over the reference's own samples, the player "self". Left out without one.
+                         A sample that is absent counts as the response that it equals ("same_as")
     """
     mask = response_masks(rows)
     lengths = response_lengths(rows)
@@ -285,10 +288,23 @@ def ranking_metrics(
         if selected.any():
             metrics[f"reward/{player}"] = float(rewards[selected].mean())
             metrics[f"logp/{player}"] = float(logps[selected].mean())
-    own = (names == "self") & mask
+    own = count_own_samples(rows, names, mask)
     if own.any():
-        metrics["kl_from_ref"] = float((refs - logps)[own].sum() / lengths[own].sum())
+        nats = (own * (refs - logps)).sum()
+        metrics["kl_from_ref"] = float(nats / (own * lengths).sum())
     return metrics
+
+
+def count_own_samples(rows: list[dict], names: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(rows, K): how many samples of the player "self" each response is. Samples that equal another
+    response of their row are absent, and "same_as" says which one. names, mask (rows, K)."""
+    counts = np.zeros(mask.shape, dtype=int)
+    for i, row in enumerate(rows):
+        same_as = row.get("same_as", [None] * len(names[i]))
+        for k in np.flatnonzero(names[i] == "self"):
+            one = k if same_as[k] is None else same_as[k]
+            counts[i, one] += mask[i, one]
+    return counts
 
 
 def pair_accuracy(scores: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, float, float]:

@@ -478,14 +478,22 @@ def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
         report[f"score/{player}"] = float(np.mean(scores))
     if not present:
         return report
-    lengths = [len(row["ids"][k]) for row, k, _ in present]
-    ended = [tokenizer.is_end(enc, row["ids"][k][-1]) for row, k, _ in present]
+    lengths, ended = [], []
+    for row, k, _ in present:
+        ids = row["ids"][k]
+        lengths.append(num_tokens(row, k))
+        ended.append(tokenizer.is_end(enc, ids[-1]) and lengths[-1] == len(ids))
     report[f"tie/{player}"] = 1 - len(present) / len(present + tied)
     report[f"length/{player}"] = float(np.mean(lengths))
     report[f"ended/{player}"] = float(np.mean(ended))
     if player != "data":
         report |= compare_with_data(cfg, player, present, tied)
     return report
+
+
+def num_tokens(row: dict, k: int) -> int:
+    """Tokens of response k of a ranked row, as far as the run's limits leave them."""
+    return row["lengths"][k] if "lengths" in row else len(row["ids"][k])
 
 
 def columns_of(cfg, player: str, row: dict) -> list[int]:
@@ -506,8 +514,8 @@ def compare_with_data(cfg, player: str, present, tied) -> dict[str, float]:
     for row, k, _ in present:
         for of_data in columns_of(cfg, "data", row):
             if row["ids"][of_data] is not None:
-                lengths.append(len(row["ids"][k]))
-                data_lengths.append(len(row["ids"][of_data]))
+                lengths.append(num_tokens(row, k))
+                data_lengths.append(num_tokens(row, of_data))
     if right:
         report[f"exact_match/{player}"] = float(np.mean(right))
     if data_lengths:

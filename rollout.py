@@ -23,6 +23,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from data import tokenizer
 from data.batch import permutation
 from data.files import atomic_write, read_arrays
 from data.folder import read_stream
@@ -216,20 +217,28 @@ def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
 
 def mark_equal_responses(cfg, ranked: list[dict], enc, block_size: int):
     """Make responses absent that equal a better one, as encoded and cut: they teach nothing. Note
-    in "same_as" which one it is."""
+    in "same_as" which one it is, in "lengths" how many tokens the limits leave of each response if
+    one is cut, and in "ended" which ones did not end, if there are such: text and ids stay whole,
+    for another run with other limits."""
     encoded, _ = encode_rows(
         ranked, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
     )
     for row, encoded_row in zip(ranked, encoded):
-        ids = encoded_row["responses"]
+        cut_ids = encoded_row["responses"]
         same_as = []
-        for k, response in enumerate(ids):
-            equal = response is not None and response in ids[:k]
-            same_as.append(ids.index(response) if equal else None)
+        for k, response in enumerate(cut_ids):
+            equal = response is not None and response in cut_ids[:k]
+            same_as.append(cut_ids.index(response) if equal else None)
         row["same_as"] = same_as
-        row["ids"] = [y if same is None else None for y, same in zip(ids, same_as)]
+        row["ids"] = [y if same is None else None for y, same in zip(row["ids"], same_as)]
         texts = row["responses"]
         row["responses"] = [None if y is None else text for y, text in zip(row["ids"], texts)]
+        lengths = [y and len(cut) for y, cut in zip(row["ids"], cut_ids)]
+        if lengths != [y and len(y) for y in row["ids"]]:
+            row["lengths"] = lengths
+        ended = [y is None or tokenizer.is_end(enc, y[-1]) for y in row["ids"]]
+        if not all(ended):
+            row["ended"] = ended
 
 
 def prepare_teacher(cfg, enc, block_size: int, device, dtype):
@@ -263,8 +272,9 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
     if cfg.score_margin and split == "train":
         attach_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
     for row, encoded_row in zip(rows, encoded):
-        if encoded_row is not None and "players" in row:
-            encoded_row["players"] = row["players"]
+        for name in ("players", "same_as"):
+            if encoded_row is not None and name in row:
+                encoded_row[name] = row[name]
     kept = [row for row in encoded if row is not None]
     if cfg.stage != "sft":
         num_equal = sum(map(drop_equal_responses, kept))

@@ -57,7 +57,13 @@ from loss import (
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, elastic, inputs, lock, lora, metrics_logger, preflight
 from nanospin import config as config_module
-from nanospin.config import Config, per_round, player_columns, pretrain_config
+from nanospin.config import (
+    Config,
+    per_round,
+    player_columns,
+    pretrain_config,
+    samples_policy_itself,
+)
 from nanospin.distributed import all_reduce_sum, broadcast_from_rank0, run_on_rank0, world_size
 from nanospin.mfu import mfu
 from nanospin.optim import lr_factor, make_optimizers
@@ -326,7 +332,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
     cfg, model, device = replace(run.cfg, beta=beta, lr=lr), run.model, run.device
     num_steps = num_steps_of_round(cfg, train)
     optimizers = make_optimizers(model, cfg, lr, device)
-    history = load_history(run, round_id, start, optimizers)
+    history = load_history(run, round_id, start, optimizers) | {"num_steps": num_steps}
     terms = loss_terms(cfg, train, run.stages)
     params = list(model.parameters())
     loader = prefetch(
@@ -590,7 +596,10 @@ def evaluate_ranking(run: Run, round_id: int, step: int, train, val) -> dict:
     players = [str(k + 1) for k in range(K)]
     if cfg.stage == "spin":
         players = player_columns(cfg)
-    return ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), players)
+    metrics = ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), players)
+    if not samples_policy_itself(cfg):
+        metrics.pop("kl_from_ref", None)  # it would be of other samples than the reference's
+    return metrics
 
 
 def evaluate_ppo(run: Run, round_id: int, step: int, train, val) -> dict:

@@ -776,6 +776,15 @@ def list_checkpoints(run) -> list[str]:
     return paths[::-1]
 
 
+def is_end_of_run(meta: dict, rounds: int) -> bool | None:
+    """Whether a checkpoint is the last one of a run with that many rounds, by its meta.json. None
+    if it does not say how many steps its round has: an older one, or one that was imported."""
+    num_steps = meta["history"].get("num_steps")
+    if num_steps is None:
+        return None
+    return meta["round"] == rounds - 1 and meta["step"] == num_steps
+
+
 def latest(run, round_id: int | None = None) -> str | None:
     """The latest checkpoint of a run, or of one of its rounds."""
     if round_id is None:

@@ -671,7 +671,7 @@ def check_players(cfg: Config):
 
 def check_ppo(cfg: Config):
     require(
-        cfg.temperature == 1 and cfg.top_k == 0 and cfg.top_p == 1,
+        samples_policy_itself(cfg),
         "stage ppo samples from the policy itself: temperature 1, top_k 0, top_p 1",
     )
     require(cfg.discount <= 1, f"discount must be in [0, 1], got {cfg.discount}")
@@ -730,6 +730,11 @@ def scorer_name(cfg: Config) -> str:
 def scorer_setting(cfg: Config) -> str:
     """What messages call the scorer: "reward NAME" or "ranked_by NAME", as the config sets it."""
     return f"{'reward' if cfg.reward else 'ranked_by'} {scorer_name(cfg)}"
+
+
+def samples_policy_itself(cfg: Config) -> bool:
+    """Whether samples have the policy's own probabilities, not sharpened or cut ones."""
+    return cfg.temperature == 1 and cfg.top_k == 0 and cfg.top_p == 1
 
 
 def is_scored(cfg: Config) -> bool:

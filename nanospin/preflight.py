@@ -500,7 +500,7 @@ def check_keep_best(cfg, metrics: list[str]):
             if name == "acc/" and not config.is_scored(cfg):
                 players = [player for player in players if player != players[-1]]  # beats none
             names += [name + player for player in dict.fromkeys(players)]
-        else:
+        elif name != "kl_from_ref" or config.samples_policy_itself(cfg):
             names.append(name)
     if not cfg.keep_best or not metrics:
         return

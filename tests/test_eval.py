@@ -97,6 +97,31 @@ def test_ranking_metrics_by_hand():
     assert abs(m["rank_nll"] - (first + second) / 2) < 1e-12
 
 
+def test_kl_from_ref_is_over_all_samples():
+    """Samples that equal another response of their row are absent. They count as that one."""
+    rows = [
+        {
+            "prompt": [9],
+            "responses": [[1, 2], [3], None, None],
+            "ranks": [0, 1, 4, 4],
+            "players": ["data", "self", "self", "self"],
+            "same_as": [None, None, 0, 0],
+        },
+        {
+            "prompt": [9],
+            "responses": [None, [4, 5, 6], None, None],
+            "ranks": [4, 0, 4, 4],
+            "players": ["data", "self", "self", "self"],
+            "same_as": [None, None, 1, None],
+        },
+    ]
+    refs = np.array([[-1.0, -3.0, 0.0, 0.0], [0.0, -2.0, 0.0, 0.0]])
+    logps = np.array([[-2.0, -7.0, 0.0, 0.0], [0.0, -4.0, 0.0, 0.0]])
+    metrics = ranking_metrics(logps, refs, rows, 1.0, ["data", "self", "self", "self"])
+    # nats: two samples of 1, one of 4, two of 2; tokens: two of 2, one of 1, two of 3
+    assert metrics["kl_from_ref"] == (2 * 1 + 4 + 2 * 2) / (2 * 2 + 1 + 2 * 3)
+
+
 def test_ties_count_half_in_evaluation():
     """As in training (loss.wins): pairs, a player against all worse responses, lengths, judges."""
     rows = []

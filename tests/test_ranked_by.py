@@ -43,7 +43,7 @@ from data.batch import batch_indices, batch_rows
 from data.folder import write_meta
 from data.gsm8k.scorer import same_answer
 from data.rows import check_row, encode_rows, prompt_key, read_rows, sampled_row, write_rows
-from eval import pad_rows_to_K, ranking_metrics
+from eval import pad_rows_to_K, ranking_metrics, row_logps
 from model import GPT
 from nanospin import checkpoint, distributed, elastic, preflight, rounds
 
@@ -119,7 +119,7 @@ def check_ranked_row(row, candidates, score, atol=0.0):
     left = list(expected)
     for k in range(K):
         same = row["same_as"][k]
-        ids = row["ids"][k if same is None else same]
+        ids = row["ids"][k if same is None else same][:limit]
         matches = [item for item in left if item[1] == row["players"][k] and item[3] == ids]
         assert matches
         assert any(abs(item[0] - row["scores"][k]) <= atol for item in matches)
@@ -222,7 +222,7 @@ def test_in_order_the_samples_of_a_player_tie(tiny_runs, tiny_data, tmp_path):
         candidates = candidates_of(row, out, tiny_data, "train")
         for k, (_, text, ids) in enumerate(candidates):
             if row["same_as"][k] is None:
-                assert (row["responses"][k], row["ids"][k]) == (text, ids[:16])
+                assert (row["responses"][k], row["ids"][k]) == (text, ids)
     encoded, _ = encode_rows(rows, BYTES, TEMPLATE, 64, 0, 16)
     batch = batch_rows(encoded)
     g = torch.Generator().manual_seed(0)
@@ -520,7 +520,7 @@ def test_best_and_worst(tiny_runs, tiny_data, tmp_path):
     by_prompt = {}
     for row in read_rows(f"{tmp_path}/r/round_0/train.jsonl"):
         ids = BYTES.encode_ordinary(TEMPLATE.replace("{prompt}", row["prompt"]))
-        by_prompt[tuple(ids)] = [y for y in row["ids"] if y is not None]
+        by_prompt[tuple(ids)] = [y[:16] for y in row["ids"] if y is not None]
     assert len(trained) > 10
     for row in trained:
         there = by_prompt[tuple(row["prompt"])]
@@ -1214,6 +1214,37 @@ def test_scores_of_tied_samples_count(tiny_runs, tiny_data, tmp_path):
     assert len(scores) == 24
     assert record["score/self"] == pytest.approx(np.mean(scores), rel=1e-12)
     assert record["tie/self"] >= 2 / 3
+
+
+def test_kl_from_ref_is_that_of_the_samples(tiny_runs, tiny_data, tmp_path):
+    """Of one byte each: most are equal. The file of samples has them all."""
+    peaked, out = f"{tmp_path}/peaked", f"{tmp_path}/r"
+    few = ["--stage=sft", "--max_response=1", "--max_steps=40", "--lr=1e-2"]
+    train.main(spin_args(tiny_runs, tiny_data, peaked, *few))
+    options = [f"--init={peaked}", "--players=data,self:8", "--max_response=1", "--lr=1e-2"]
+    train.main(scored_args(tiny_runs, tiny_data, out, *options))
+    logps = []
+    for source in (peaked, out):
+        model, enc, _ = GPT.from_checkpoint(source)
+        rows, _ = encode_rows(
+            read_rows(f"{out}/round_0/self_val.jsonl"), enc, TEMPLATE, model.config.block_size, 0, 1
+        )
+        logps.append(row_logps(model, rows, 4096, torch.device("cpu")).astype(np.float64))
+    assert len(rows) == 8 * 8
+    expected = (logps[0] - logps[1]).mean()
+    record = read_metrics(out, "eval")[-1]
+    assert read_metrics(out, "collect")[-1]["tie/self"] > 0.2
+    # float32 log-probabilities of about 5
+    assert record["kl_from_ref"] == pytest.approx(expected, abs=1e-5) and expected > 1e-3
+
+
+def test_kl_from_ref_needs_samples_of_the_policy_itself(tiny_runs, tiny_data, tmp_path):
+    out = f"{tmp_path}/r"
+    args = scored_args(tiny_runs, tiny_data, out, "--temperature=0.5")
+    assert "'kl_from_ref' is not a metric" in refused([*args, "--keep_best=kl_from_ref"])
+    train.main(args)
+    record = read_metrics(out, "eval")[-1]
+    assert "kl_from_ref" not in record and "reward/self" in record
 
 
 def metrics_rows(seed):

@@ -20,7 +20,9 @@ from data import tokenizer
 from data.batch import batch_rows, reward_batch
 from data.folder import write_meta, write_stream
 from data.rows import encode_rows, read_rows, write_rows
+from nanospin import checkpoint
 from nanospin.rounds import response_titles
+from tools import demo
 from tools.plot import HEADLINE_METRICS
 from tools.report.__main__ import main, visible
 from tools.report.charts import Chart, equal_scores, format_number, ticks
@@ -407,6 +409,33 @@ def test_the_mask_is_of_a_row_that_is_trained(runs, tmp_path):
 
 def copied(run, tmp_path):
     return shutil.copytree(run, tmp_path / "copy" / os.path.basename(run))
+
+
+def test_a_run_by_epochs_that_was_killed_after_an_evaluation(tiny_runs, tiny_data, tmp_path):
+    out = f"{tmp_path}/run"
+    options = ["--epochs=1", "--max_steps=0", "--eval_interval=1", "--save_interval=1"]
+    options += ["--keep_last=9", f"--init={tiny_runs['pretrain']}", f"--data={tiny_data}"]
+    train.main(["--stage=sft", f"--out_dir={out}", *SMALL, *options])
+    assert "not finished" not in page_of(out, tmp_path=tmp_path)[0]
+    *_, before, last = checkpoint.list_steps(f"{out}/round_0")
+    shutil.rmtree(last)
+    step = checkpoint.read_meta(before)["step"]
+    lines = []
+    with open(f"{out}/metrics.jsonl") as f:
+        for line in f:
+            record = json.loads(line)
+            if record["step"] < step or (record["step"], record["kind"]) == (step, "eval"):
+                lines.append(line)
+    with open(f"{out}/metrics.jsonl", "w") as f:
+        f.writelines(lines)
+    page, _ = page_of(out, tmp_path=tmp_path)
+    assert "The run is not finished" in page
+    assert f"its last record is of round 0, step {step}" in page
+    with pytest.raises(SystemExit, match=f"run is not finished: .* round 0, step {step}; run its"):
+        demo.check_finished(out, demo.checkpoints_of(out))
+    shutil.rmtree(f"{out}/round_0")
+    with pytest.raises(SystemExit, match="run has no checkpoint: it has not been trained yet"):
+        demo.check_finished(out, demo.checkpoints_of(out))
 
 
 def test_missing_pieces_are_said(runs, tmp_path):

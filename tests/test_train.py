@@ -31,7 +31,7 @@ import train
 from data import tokenizer
 from data.files import sha256, write_json
 from data.folder import write_meta
-from data.rows import read_rows, sampled_row, write_rows
+from data.rows import encode_rows, read_rows, sampled_row, write_rows
 from data.template import TEMPLATE as DEFAULT_TEMPLATE
 from data.template import written_ids
 from model import GPT
@@ -153,7 +153,8 @@ def test_the_players_responses(spin_run, tiny_data):
         assert row["responses"][0] == data_rows[row["prompt"]]["responses"][0]
         assert row["responses"][2] == next_row["responses"][3]
         assert row["responses"][3] is None
-        assert all(len(ids) <= 16 for ids in row["ids"] if ids)
+        cut_lengths = [ids and min(16, len(ids)) for ids in row["ids"]]
+        assert cut_lengths == row.get("lengths", [ids and len(ids) for ids in row["ids"]])
 
 
 def test_replay_rounds_adds_the_rows_of_earlier_rounds(spin_run):
@@ -583,6 +584,40 @@ def test_a_teacher_of_another_template(tiny_data, tmp_path, of, own):
     expected = [*written_ids(enc, own, "twelve"), 256]
     assert expected != [*ids, 256]
     assert players.match_responses(path, [row], enc, own) == [("twelve", expected)]
+
+
+def test_responses_that_are_cut_are_counted_and_stay_whole(tiny_runs, tiny_data, tmp_path, capsys):
+    """Those of a teacher too. Another run may use the rows of a round with other limits, or under
+    another template: samples that did not end get no end there."""
+    data, out = f"{tmp_path}/data", f"{tmp_path}/r"
+    shutil.copytree(tiny_data, data)
+    answers = ["ok", "a long answer of the teacher"]
+    change_rows(data, lambda rows: [row | {"responses": answers} for row in rows])
+    options = ["--players=data,teacher,self", "--teacher=rows", "--max_response=8", "--rounds=1"]
+    args = spin_args(tiny_runs, data, out, *options, "--max_steps=1")
+    for _ in range(2):  # when the rows are made, and when they are read
+        train.main(args)
+        rows = read_rows(f"{out}/round_0/train.jsonl")
+        said = f"round 0 train: {len(rows)} rows, 0 prompts cut, {len(rows)} responses cut"
+        assert said in capsys.readouterr().out
+        shutil.rmtree(f"{out}/round_0/step_000001")
+    (report,) = read_metrics(out, "collect")
+    assert (report["length/data"], report["length/teacher"]) == (3, 8)
+    assert (report["ended/data"], report["ended/teacher"]) == (1, 0)
+
+    enc = tokenizer.load("bytes")
+    num_unended = 0
+    for template, before in ((TEMPLATE, b""), ("{prompt}\n{answer}so: {response}.", b"so: ")):
+        encoded, counts = encode_rows(rows, enc, template, 64, 0, 0)
+        assert counts["responses cut"] == 0
+        for row, encoded_row in zip(rows, encoded):
+            text = row["responses"][1].encode()
+            assert encoded_row["responses"][1] == [*before, *text, enc.eot_token]
+            sample = row["ids"][2]
+            if sample and sample[-1] != enc.eot_token:
+                num_unended += 1
+                assert encoded_row["responses"][2][-1] != enc.eot_token
+    assert num_unended > 10
 
 
 def teacher_rows(data, answer):

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from data.files import write_json
 from model import GPTConfig
 from nanospin import config
 from studies.verifiable import run, summarize
@@ -46,6 +47,25 @@ def test_the_methods_on_countdown(name):
 def test_countdown_has_no_teacher():
     with pytest.raises(SystemExit, match="only --task=sums has a teacher"):
         run.main(["--task=countdown", "--only", "distill", "--list"])
+
+
+def test_other_runs_and_other_data_are_not_taken_for_those_asked_for(tmp_path):
+    options = [f"--out={tmp_path}/out", f"--data={tmp_path}/data", "--seeds", "1", "2", "--list"]
+    os.makedirs(f"{tmp_path}/out/2/sft")
+    write_json(f"{tmp_path}/out/2/sft/config.json", {"config": {"max_steps": 350}})
+    run.main([*options, "--only", "spin"])
+    with pytest.raises(SystemExit, match="2/sft was trained for 350 steps, not 700"):
+        run.main([*options, "--sft_steps=700"])
+    os.makedirs(f"{tmp_path}/data/sums/answers")
+    write_json(f"{tmp_path}/data/sums/answers/meta.json", {"train_rows": 60})
+    with pytest.raises(SystemExit, match="60 answers, not 1500"):
+        run.main(options)
+
+
+@pytest.mark.parametrize("main", [run.main, summarize.main])
+def test_a_seed_counts_once(main, tmp_path):
+    with pytest.raises(SystemExit, match="--seeds: 1 2 1 has one seed twice"):
+        main([f"--out={tmp_path}", "--seeds", "1", "2", "1"])
 
 
 def test_methods_under_a_scorer_draw_as_many_samples():

@@ -16,7 +16,7 @@ from data.addition.scorer import exact_match
 from data.files import atomic_write, read_json
 from data.rows import read_rows
 from eval import main as evaluate
-from nanospin.checkpoint import list_checkpoints, read_meta
+from nanospin.checkpoint import is_end_of_run, list_checkpoints, read_meta
 from tools.plot import (
     GREY,
     PALETTE,
@@ -29,12 +29,19 @@ from tools.plot import (
 )
 
 DATA = "data/sums/prompts"
-METHODS = {
-    "sft_more": "SFT continued, the same 1,500 answers",
-    "spin": "SPIN, the same 1,500 answers",
-    "online_pl": "online Plackett-Luce, no answers, a checker",
-}
-TITLES = {"sft": "SFT on 1,500 answers, where all start"} | METHODS
+ANSWERS = "data/sums/answers"
+METHODS = ("sft_more", "spin", "online_pl")
+
+
+def method_titles() -> dict[str, str]:
+    """{method: its title}, with the number of answers that the data has."""
+    answers = read_json(f"{ANSWERS}/meta.json", ("train_rows",))["train_rows"]
+    return {
+        "sft": f"SFT on {answers:,} answers, where all start",
+        "sft_more": f"SFT continued, the same {answers:,} answers",
+        "spin": f"SPIN, the same {answers:,} answers",
+        "online_pl": "online Plackett-Luce, no answers, a checker",
+    }
 
 
 def checkpoints_of(run: str) -> list[tuple[float, str]]:
@@ -46,12 +53,27 @@ def checkpoints_of(run: str) -> list[tuple[float, str]]:
     return found
 
 
+def check_finished(run: str, checkpoints: list):
+    """Exit with one line if a run has not come to its end."""
+    meta = read_meta(checkpoints[-1][1]) if checkpoints else None
+    if meta is None:
+        raise SystemExit(f"{run} has no checkpoint: it has not been trained yet")
+    rounds = read_json(f"{run}/config.json", ("config",))["config"]["rounds"]
+    if is_end_of_run(meta, rounds) is False:
+        raise SystemExit(
+            f"{run} is not finished: its last checkpoint is of round {meta['round']}, step "
+            f"{meta['step']}; run its command again"
+        )
+
+
 def measure(folder: str, rows: int) -> dict[str, list[tuple[float, str]]]:
     """Measure all checkpoints with eval.py, into FOLDER/eval. Returns the curve of each method:
     (minutes, name in eval.json)."""
     specs, curves = [], {}
     for method in ("sft", *METHODS):
-        checkpoints = checkpoints_of(f"{folder}/{method}")
+        run = f"{folder}/{method}"
+        checkpoints = checkpoints_of(run)
+        check_finished(run, checkpoints)
         if method == "sft":
             checkpoints = checkpoints[-1:]
         curves[method] = []
@@ -66,6 +88,7 @@ def measure(folder: str, rows: int) -> dict[str, list[tuple[float, str]]]:
 
 def draw(path: str, curves: dict[str, list], table: dict):
     """Greedy exact match against minutes of training."""
+    titles = method_titles()
     with style():
         fig, ax = plt.subplots(figsize=(5.6, 3.6))
         start = 100 * table[curves["sft"][-1][1]]["exact_match"]
@@ -75,7 +98,7 @@ def draw(path: str, curves: dict[str, list], table: dict):
             for when, name in curves[method]:
                 x.append(when)
                 y.append(100 * table[name]["exact_match"])
-            ax.plot(x, y, "o-", color=color, ms=4, label=METHODS[method])
+            ax.plot(x, y, "o-", color=color, ms=4, label=titles[method])
         ax.set_xlabel("minutes of training on one CPU core, after SFT")
         ax.set_ylabel("held-out sums answered right (%)")
         figure_legend(fig, ncols=1)
@@ -93,7 +116,7 @@ def results_table(folder: str, curves: dict[str, list], table: dict) -> list[str
     its 95 % interval over the held-out sums."""
     baseline = right_answers(folder, curves["sft_more"][-1][1])
     lines = []
-    for method, title in TITLES.items():
+    for method, title in method_titles().items():
         when, greedy = curves[method][-1]
         difference = 100 * (right_answers(folder, greedy) - baseline)
         half_width = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
@@ -113,18 +136,18 @@ def results_table(folder: str, curves: dict[str, list], table: dict) -> list[str
 
 def samples_table(folder: str, curves: dict[str, list], count: int = 10) -> list[str]:
     """Markdown: the greedy answers to the first `count` held-out sums; right ones are bold."""
-    answers = {}
-    for method in TITLES:
+    answers, titles = {}, method_titles()
+    for method in titles:
         answers[method] = read_rows(f"{folder}/eval/{curves[method][-1][1]}.jsonl")
     lines = []
     for n in range(count):
         cells = [answers["sft"][n]["prompt"]]
-        for method in TITLES:
+        for method in titles:
             row = answers[method][n]
             text = row["responses"][0].strip()
             cells.append(f"**{text}**" if exact_match(row, row["responses"][0]) else text)
         lines.append(cells)
-    return markdown_table(["prompt", *TITLES], lines)
+    return markdown_table(["prompt", *titles], lines)
 
 
 def main(argv=None):

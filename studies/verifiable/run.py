@@ -10,6 +10,7 @@ METHODS is the whole study: a config, and settings on top of it. TASKS says wher
 scorer are. All methods of a seed start from the same fine-tuned model.
 """
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from data import cli
+from data.files import read_json
 
 SFT = "config/demo/addition_sft.py"
 SFT_MORE = "config/demo/addition_sft_more.py"
@@ -55,6 +57,7 @@ TASKS = {
     ),
 }
 
+ANSWERS_KEPT = 1500
 ANSWERS = "--data={few}/answers"  # the 1,500 that the model was fine-tuned on
 NEW = "--data={all}"  # 1,500 others, drawn from all
 RATES = "--lr=[2e-4,2e-4,2e-4,2e-4,1e-4,1e-4,4e-5,4e-5]"
@@ -108,12 +111,48 @@ def names_of(args) -> dict[str, str]:
     return names | {"teacher": f"{args.data}/teacher", "scorer": task.scorer}
 
 
+def check_folders(args):
+    """Exit with one line if OUT has runs after another number of steps of SFT, or the data another
+    number of answers: they would be taken for this study's."""
+    for seed in args.seeds:
+        config_path = f"{args.out}/{seed}/sft/config.json"
+        if os.path.exists(config_path):
+            steps = read_json(config_path, ("config",))["config"]["max_steps"]
+            if steps != args.sft_steps:
+                raise SystemExit(
+                    f"{args.out}/{seed}/sft was trained for {steps} steps, not {args.sft_steps}: "
+                    "use another --out"
+                )
+    meta_path = f"{names_of(args)['few']}/answers/meta.json"
+    if os.path.exists(meta_path):
+        answers = read_json(meta_path, ("train_rows",))["train_rows"]
+        if answers != ANSWERS_KEPT:
+            raise SystemExit(
+                f"{meta_path}: {answers} answers, not {ANSWERS_KEPT}: use another --data"
+            )
+
+
+def add_seeds(parser):
+    """--seeds, different ones."""
+
+    class Seeds(argparse.Action):
+        def __call__(self, parser, args, values, option=None):
+            if len(set(values)) < len(values):
+                parser.error(f"{option}: {' '.join(values)} has one seed twice")
+            setattr(args, self.dest, values)
+
+    parser.add_argument(
+        "--seeds", nargs="+", action=Seeds, default=["1", "2", "3"], help="seeds of the runs"
+    )
+
+
 def make_data(args):
     """The task with 1,500 answers, the same with all of them, and a teacher's answers to all."""
     folder = names_of(args)
     prepare = [sys.executable, "-m", TASKS[args.task].prepare]
     if not os.path.exists(f"{folder['few']}/prompts/meta.json"):
-        subprocess.run([*prepare, "--answers=1500", f"--out={folder['few']}"], check=True)
+        few = [f"--answers={ANSWERS_KEPT}", f"--out={folder['few']}"]
+        subprocess.run([*prepare, *few], check=True)
     if not os.path.exists(f"{folder['all']}/meta.json"):
         subprocess.run([*prepare, f"--out={folder['all']}"], check=True)
     if os.path.exists(f"{folder['teacher_text']}/meta.json") or not needs_teacher(args.only):
@@ -200,7 +239,7 @@ def main(argv=None):
     parser.add_argument("--task", choices=TASKS, default="sums", help="default: sums")
     parser.add_argument("--out", help="folder of the runs; default: out/verifiable/TASK")
     parser.add_argument("--data", default="data", help="folder for the data")
-    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
+    add_seeds(parser)
     parser.add_argument(
         "--sft_steps",
         type=cli.number_type(int, 1),
@@ -222,6 +261,7 @@ def main(argv=None):
     if args.task != "sums" and needs_teacher(args.only):
         parser.error("only --task=sums has a teacher")
 
+    check_folders(args)
     if not args.list:
         make_data(args)
     sft = [SFT, ANSWERS, f"--max_steps={args.sft_steps}"]

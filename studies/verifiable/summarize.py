@@ -14,7 +14,7 @@ import numpy as np
 
 from data import cli
 from data.files import read_json, write_json
-from studies.verifiable.run import METHODS, TASKS, Task
+from studies.verifiable.run import METHODS, TASKS, Task, add_seeds
 from tools.plot import (
     GREY,
     PALETTE,
@@ -69,7 +69,7 @@ def measured(task: Task, out: str, seed: str, name: str) -> dict:
         "sampled": 100 * sampled[task.metric],
         "pass_at_8": 100 * sampled[task.best_of_8],
         "val_loss": sampled["val_loss"],
-        "kl": sampled.get("kl", 0.0),
+        "kl": sampled["kl"],
         "steps": global_steps(read_metrics(run))[-1],
     }
 
@@ -202,7 +202,7 @@ def main(argv=None):
     parser.add_argument(
         "--out", help="folder that run.py has written; default: out/verifiable/TASK"
     )
-    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
+    add_seeds(parser)
     parser.add_argument("--figures", help="folder for the figures and results.json; default: OUT")
     parser.add_argument(
         "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"

@@ -178,7 +178,10 @@ def is_record(record) -> bool:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the last record is the evaluation at the last step of the last round."""
+    """Whether the last record is the evaluation at the last step of the last round, and the last
+    checkpoint is of that step. Older checkpoints do not say how many steps a round has."""
+    if run.meta and checkpoint.is_end_of_run(run.meta, run.setting("rounds")) is False:
+        return False
     records = [r for r in run.records if r["kind"] in ("step", "eval")]
     if not records:
         return False
