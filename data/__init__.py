@@ -22,6 +22,8 @@ Optional fields:
                  the tokenizer that made them, and what its template writes beside a response. With
                  another tokenizer, or a template that writes something else, the text is encoded
     "ended"      false: the response was cut, and gets no end-of-text. A list for several responses
+    "lengths"    in the files of a round, if a response was cut to the run's limits: the tokens left
+    "same_as"    in the files of a round: which response an absent one is equal to, or null
 
 A row {"text": str, "group": str?} is a whole text: one response without a prompt and without a
 template.
