@@ -172,7 +172,8 @@ def write_meta(folder: str, tokenizer_name: str | None, source, **details):
     meta["source"] = source
     meta |= details
     meta["files"] = {}
-    for name in sorted(os.listdir(folder)):
+    foreign = foreign_files(folder) if os.path.exists(os.path.join(folder, UNFINISHED)) else ()
+    for name in sorted(set(os.listdir(folder)) - set(foreign)):
         if name.endswith((".bin", ".jsonl", ".tiktoken")) or name.startswith("tokenizer"):
             path = os.path.join(folder, name)
             meta["files"][name] = {"sha256": sha256(path), "bytes": os.path.getsize(path)}

@@ -1157,7 +1157,6 @@ def test_files_of_the_user_are_not_replaced(tmp_path, monkeypatch, name, own):
 
     os.rename(f"out/{own}", "out/mine")
     with monkeypatch.context() as patched:
-        patched.setattr("data.folder.write_meta", killed)
         for module in ("data.rows", "data.jsonl.prepare", "data.shakespeare.prepare"):
             patched.setattr(f"{module}.write_meta", killed)
         with pytest.raises(MemoryError):
@@ -1181,12 +1180,17 @@ def test_a_tokenizer_of_the_user_is_not_replaced(tmp_path, monkeypatch):
     other = tokenizer.train(["the loss of a model " * 9], 300)
     tokenizer.save(other, "out/tokenizer.tiktoken")
     main = importlib.import_module("data.shakespeare.prepare").main
-    message = refused_by(main, ["text.txt", "--out=out", "--tokenizer=mine.tiktoken"])
-    assert "out/tokenizer.tiktoken is not of an earlier preparation" in message
-    assert os.listdir("out") == ["tokenizer.tiktoken"]
-    main(["text.txt", "--out=out", "--tokenizer=out/tokenizer.tiktoken"])
-    assert read_meta("out", [])["tokenizer_sha256"] == tokenizer.fingerprint(other)
-    main(["text.txt", "--out=out", "--tokenizer=mine.tiktoken"])  # now it is of a preparation
+    for _ in range(2):
+        message = refused_by(main, ["text.txt", "--out=out", "--tokenizer=mine.tiktoken"])
+        assert "out/tokenizer.tiktoken is not of an earlier preparation" in message
+        # the user's own may be used, and stays the user's
+        main(["text.txt", "--out=out", "--tokenizer=out/tokenizer.tiktoken"])
+        meta = read_meta("out", ["train.bin", "val.bin"])
+        assert meta["tokenizer_sha256"] == tokenizer.fingerprint(other)
+    os.remove("out/tokenizer.tiktoken")
+    for name in ("mine.tiktoken", "other.tiktoken"):  # those of preparations are replaced
+        tokenizer.save(tokenizer.train([name * 9], 265), name)
+        main(["text.txt", "--out=out", f"--tokenizer={name}"])
 
 
 def refused_by(main, arguments) -> str:
