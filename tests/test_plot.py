@@ -146,6 +146,53 @@ def test_table(tiny_runs, tmp_path):
     assert sorted(os.listdir(f"{tmp_path}/table")) == ["report.md", "sft"]
 
 
+def test_a_table_of_runs_of_one_name(tiny_runs, tmp_path):
+    """Seeds in folders of their own: each has a row and a log. A file of the user stays."""
+    for seed in "ab":
+        shutil.copytree(tiny_runs["sft"], tmp_path / seed / "sft")
+    with open(tmp_path / "b/sft/metrics.jsonl", "a") as f:
+        f.write(json.dumps(read_metrics(tiny_runs["sft"], "eval")[-1] | {"val_loss": 1.25}) + "\n")
+    runs = [f"{tmp_path}/{seed}/sft" for seed in "ab"]
+    for _ in range(2):
+        done = run("table", f"{tmp_path}/table", *runs)
+        assert done.returncode == 0, done.stderr
+        assert "| a/sft | sft |" in done.stdout and "| b/sft | sft |" in done.stdout
+    for seed in "ab":
+        copies = [
+            tmp_path / seed / "sft/metrics.jsonl",
+            tmp_path / f"table/{seed}/sft/metrics.jsonl",
+        ]
+        assert copies[0].read_bytes() == copies[1].read_bytes()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/report.md").write_text("mine")
+    for args, message in (
+        (["table", f"{tmp_path}/notes", runs[0]], "report.md is not a report of this command"),
+        (["table", f"{tmp_path}/table", runs[0], runs[0]], "a/sft is given twice"),
+        (["loss", f"{tmp_path}/x.png", f"a={runs[0]}", f"a={runs[1]}"], "are a=RUN,RUN"),
+    ):
+        done = run(*args)
+        assert done.returncode == 1 and message in done.stderr
+    assert (tmp_path / "notes/report.md").read_text() == "mine"
+
+
+def test_rounds_of_runs_with_other_players_are_not_mixed(tmp_path):
+    runs = []
+    for name, players in (("a", ["data", "self"]), ("b", ["1", "2"])):
+        record = {"round": 0, "step": 1} | {f"reward/{player}": 0.0 for player in players}
+        runs.append(write_run(tmp_path / name, [record]))
+    done = run("rounds", f"{tmp_path}/x.png", *runs)
+    assert done.returncode == 1 and "b has other players than" in done.stderr
+
+
+def test_the_last_of_many_rounds_is_compared():
+    metrics = {"win_rate": 0.5, "win_rate_se": 0.01, "val_loss": 3.0}
+    rounds = {}
+    for stage in ("spin_k2", "spin_k3"):
+        rounds |= {f"{stage}.round_{n}": metrics for n in (2, 9, 10)}
+    lines = [line for _, line in plot.comparisons([{"sft": metrics, "sft_more": metrics} | rounds])]
+    assert len(lines) == 8 and all(".round_10 is" in line for line in lines)
+
+
 def test_the_demos_report_says_what_the_logs_say(tmp_path):
     """The report made again from the repository's logs is the one in the repository."""
     demos = [str(tmp_path / seed) for seed in "123"]

@@ -23,7 +23,14 @@ from itertools import cycle
 import numpy as np
 
 from data import cli
-from data.files import atomic_write, check_output, printable, read_json, require_regular
+from data.files import (
+    atomic_write,
+    check_output,
+    printable,
+    read_json,
+    read_text,
+    require_regular,
+)
 from nanospin.config import Config, player_columns
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
@@ -270,10 +277,10 @@ def plot_rounds(out: str, runs: list[str]):
     Each round has its own reference model and its own samples, so curves break between rounds.
     """
     by_seed = [read_metrics(run, "eval") for run in runs]
-    last = by_seed[0][-1] if by_seed[0] else {}
-    players = [key.removeprefix("reward/") for key in last if key.startswith("reward/")]
-    if not players:
-        raise SystemExit(printable(f"{runs[0]}: no evaluation of ranked responses in its metrics"))
+    players = rewarded_players(runs[0], by_seed[0])
+    for run, records in zip(runs, by_seed):
+        if rewarded_players(run, records) != players:
+            raise SystemExit(printable(f"{run} has other players than {runs[0]}"))
     colors = dict(zip(players, cycle(PALETTE[3:]))) | PLAYER_COLORS
     with style():
         fig, axes = plt.subplots(1, 3, figsize=(10, 3.9))
@@ -298,6 +305,15 @@ def plot_rounds(out: str, runs: list[str]):
         panel_legend(axes[1], seed_handles(len(runs)))
         panel_legend(axes[2])
         save_figure(fig, out)
+
+
+def rewarded_players(run: str, records: list[dict]) -> list[str]:
+    """The players of a run's last evaluation. Exits with one line if there are none."""
+    last = records[-1] if records else {}
+    players = [key.removeprefix("reward/") for key in last if key.startswith("reward/")]
+    if not players:
+        raise SystemExit(printable(f"{run}: no evaluation of ranked responses in its metrics"))
+    return players
 
 
 def draw_rounds(ax, by_seed, metric, color, label, after=-1):
@@ -514,7 +530,8 @@ def comparisons(tables: list[dict]) -> list[tuple[str, str]]:
     """[(outcome, line)]: the last round of self-play against its baselines. tables: one a seed."""
     found = []
     for spin in ("spin_k2", "spin_k3"):
-        last = max(name for name in tables[0] if name.startswith(spin))
+        rounds = [name for name in tables[0] if name.startswith(f"{spin}.round_")]
+        last = max(rounds, key=lambda name: int(name.rpartition("_")[2]))
         for other in ("sft", "sft_more", "sft@1.0", "sft@0.7", "sft@0.5"):
             if other not in tables[0]:
                 continue
@@ -644,14 +661,22 @@ HEADLINE_METRICS = {  # of each stage; val_loss for the others
 }
 
 
+TABLE_HEAD = "# Held-out metrics at the first and the last evaluation of each run"
+
+
 def table(out: str, runs: list[str]):
     """Write OUT/report.md, the first and last evaluation of each run, and copy the runs' logs."""
+    report_path = os.path.join(out, "report.md")
+    if os.path.exists(report_path) and not read_text(report_path).startswith(TABLE_HEAD):
+        raise SystemExit(
+            printable(f"{report_path} is not a report of this command; choose another OUT")
+        )
     lines = [
         "| run | stage | steps | minutes | metric | first | last | standard error |",
         "|---|---|---:|---:|---|---:|---:|---:|",
     ]
-    for run in runs:
-        name, evals = os.path.basename(os.path.normpath(run)), read_metrics(run, "eval")
+    for run, name in zip(runs, run_names(runs)):
+        evals = read_metrics(run, "eval")
         if not evals:
             raise SystemExit(printable(f"{run}: no evaluation yet; train this run first"))
         stage = read_json(os.path.join(run, "config.json"), ["config"])["config"]["stage"]
@@ -668,10 +693,33 @@ def table(out: str, runs: list[str]):
         copy = os.path.join(out, name, "metrics.jsonl")
         check_output(copy, [os.path.join(run, "metrics.jsonl")])
         shutil.copy(os.path.join(run, "metrics.jsonl"), copy)
-    head = "# Held-out metrics at the first and the last evaluation of each run"
-    with atomic_write(os.path.join(out, "report.md")) as f:
-        f.write("\n".join([head, "", *lines, ""]))
+    with atomic_write(report_path) as f:
+        f.write("\n".join([TABLE_HEAD, "", *lines, ""]))
     print("\n".join(lines))
+
+
+def run_names(runs: list[str]) -> list[str]:
+    """What a table calls runs: their folders' names, or where two are alike, their paths from the
+    folder that all are in. Exits with one line if a run is given twice."""
+    paths = [os.path.abspath(run) for run in runs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise SystemExit(printable(f"{runs[i]} is given twice"))
+    names = [os.path.basename(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    return names
+
+
+def different_names(named: list[tuple]) -> dict[str, list[str]]:
+    """{name: runs} of `named_runs`. Exits with one line if a name is given twice."""
+    names = [name for name, _ in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise SystemExit(
+                f"{name} is given twice; several seeds of one setting are {name}=RUN,RUN"
+            )
+    return dict(named)
 
 
 def named_runs(text: str) -> tuple[str, list[str]]:
@@ -702,7 +750,7 @@ def main(argv: list[str] | None = None):
         for ending in (".png", ".svg"):
             require_regular(stem + ending)
     if args.command == "loss":
-        plot_loss(args.out, dict(args.runs))
+        plot_loss(args.out, different_names(args.runs))
     elif args.command == "rounds":
         plot_rounds(args.out, args.runs)
     elif args.command == "table":
