@@ -559,7 +559,7 @@ def retokenize(
     if enc is not None and ids_source(enc, template) == ids_source(judge_enc, judge_template):
         return ids
     ended = enc is None or tokenizer.is_end(enc, ids[-1])
-    encoded = written_ids(judge_enc, judge_template, text)
+    encoded = written_ids(judge_enc, judge_template, text, ended=ended)
     return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
 

@@ -39,7 +39,7 @@ def atomic_write(path: str, mode: str = "w"):
             yield f
             f.flush()
             os.fsync(fd)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -47,6 +47,17 @@ def atomic_write(path: str, mode: str = "w"):
             e.filename = path  # a full disk does not say which file
         raise
     fsync_folder(os.path.dirname(path))
+
+
+def put_in_place(temporary: str, path: str):
+    """Rename a complete file. In a data folder that is being prepared, note first what it is."""
+    folder, name = os.path.split(os.path.realpath(path))
+    if folder in prepared and name != UNFINISHED:
+        prepared[folder][name] = {"bytes": os.path.getsize(temporary)}
+        if not name.endswith(".bin"):  # a token stream may be large
+            prepared[folder][name]["sha256"] = sha256(temporary)
+        write_json(os.path.join(folder, UNFINISHED), {"files": prepared[folder]})
+    os.replace(temporary, path)
 
 
 def require_regular(path: str):
@@ -100,7 +111,10 @@ RUN_FILES = (
 )
 DATA_FILES = ("meta.json", "train.jsonl", "val.jsonl", "train.bin", "val.bin")
 
-UNFINISHED = ".preparing"  # in a data folder while it is written, and after that was interrupted
+# In a data folder while it is written, and after that was interrupted: {"files": {name: its bytes
+# and sha256}} of what a preparation has put there, or is about to.
+UNFINISHED = ".preparing"
+prepared = {}  # {data folder that this process writes: the same entries}
 
 
 def check_output(path: str, inputs=(), is_data: bool = False):
@@ -131,29 +145,43 @@ def check_output(path: str, inputs=(), is_data: bool = False):
 
 def check_foreign(folder: str, names):
     """Exit with one line if one of these files of a data folder is not of a preparation."""
-    for name in foreign_files(folder):
-        if name in names:
-            text = f"{os.path.join(folder, name)} is not of an earlier preparation"
+    ours = own_files(folder)
+    for name in names:
+        path = os.path.join(folder, name)
+        if name not in ours and os.path.lexists(path):
+            text = f"{path} is not what an earlier preparation has written"
             raise SystemExit(printable(f"{text}: move it, or use another --out"))
 
 
-def foreign_files(folder: str) -> list[str]:
-    """The files of a data folder that no preparation has written. While one writes, and after it
-    was interrupted, UNFINISHED lists them."""
-    path = os.path.join(folder, UNFINISHED)
-    if os.path.exists(path):
-        return read_json(path, ("foreign",))["foreign"]
-    return unnamed_files(folder)
+def own_files(folder: str) -> list[str]:
+    """The files of a data folder that a preparation has written: those that meta.json names, or
+    UNFINISHED after one was interrupted. One that has changed since is not of them."""
+    entries = read_entries(os.path.join(folder, "meta.json"))
+    names = ["meta.json"] if entries else []
+    for file_entries in (entries, read_entries(os.path.join(folder, UNFINISHED))):
+        for name, entry in file_entries.items():
+            if is_entry_of(entry, os.path.join(folder, name)):
+                names.append(name)
+    return names
 
 
-def unnamed_files(folder: str) -> list[str]:
-    """The files of a folder that its meta.json does not name."""
-    named = ()
-    with contextlib.suppress(SystemExit):  # no meta.json, or not one of data
-        files = read_json(os.path.join(folder, "meta.json"), ("files",))["files"]
+def read_entries(path: str) -> dict:
+    """The entries of a meta.json or of UNFINISHED; {} if there is none or it is not one of data."""
+    with contextlib.suppress(SystemExit):
+        files = read_json(path, ("files",))["files"]
         if isinstance(files, dict):
-            named = {"meta.json", *files}
-    return sorted(name for name in os.listdir(folder) if name not in named)
+            return files
+    return {}
+
+
+def is_entry_of(entry, path: str) -> bool:
+    """Whether an entry of meta.json, {"bytes", "sha256"}, is that of a file. Of a token stream,
+    which may be large, only the size is compared."""
+    if not isinstance(entry, dict) or not os.path.isfile(path):
+        return False
+    if entry.get("bytes") != os.path.getsize(path):
+        return False
+    return path.endswith(".bin") or entry.get("sha256") == sha256(path)
 
 
 def check_input(path: str):

@@ -13,10 +13,11 @@ from data.files import (
     UNFINISHED,
     atomic_write,
     check_foreign,
-    foreign_files,
+    own_files,
+    prepared,
+    read_entries,
     read_json,
     sha256,
-    unnamed_files,
     write_json,
 )
 
@@ -139,14 +140,14 @@ def lock_folder(folder: str):
                     "another --out"
                 )
         check_foreign(folder, DATA_FILES)
-        foreign = foreign_files(folder)
         marker = os.path.join(folder, UNFINISHED)
-        write_json(marker, {"foreign": foreign})
+        prepared[os.path.realpath(folder)] = read_entries(marker)
         try:
             yield
-        finally:
-            if set(unnamed_files(folder)) <= {*foreign, UNFINISHED}:  # nothing is half written
+            with contextlib.suppress(FileNotFoundError):
                 os.remove(marker)
+        finally:
+            del prepared[os.path.realpath(folder)]
     finally:
         os.close(fd)
 
@@ -172,8 +173,10 @@ def write_meta(folder: str, tokenizer_name: str | None, source, **details):
     meta["source"] = source
     meta |= details
     meta["files"] = {}
-    foreign = foreign_files(folder) if os.path.exists(os.path.join(folder, UNFINISHED)) else ()
-    for name in sorted(set(os.listdir(folder)) - set(foreign)):
+    names = os.listdir(folder)
+    if os.path.realpath(folder) in prepared:
+        names = own_files(folder)  # not those of the user
+    for name in sorted(set(names)):
         if name.endswith((".bin", ".jsonl", ".tiktoken")) or name.startswith("tokenizer"):
             path = os.path.join(folder, name)
             meta["files"][name] = {"sha256": sha256(path), "bytes": os.path.getsize(path)}

@@ -390,8 +390,12 @@ def response_ids(row: dict, k: int, enc, template: str) -> list[int] | None:
         return None
     if keeps_ids(row, k, enc, template):
         return row["ids"][k]
-    ids = written_ids(enc, template, text) if template else tokenizer.encode(enc, text)
-    if ended_flags(row)[k] is not False:
+    ended = ended_flags(row)[k] is not False
+    if template:
+        ids = written_ids(enc, template, text, ended=ended)
+    else:
+        ids = tokenizer.encode(enc, text)
+    if ended:
         ids = ids + [enc.eot_token]
     return ids or None
 

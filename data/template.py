@@ -217,13 +217,18 @@ def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") ->
     return ids + encode_pieces(enc, [*lead, parts.trim("prompt", prompt), parts.after], where)
 
 
-def written_ids(enc, template: str, response: str, is_last: bool = True) -> list[int]:
-    """The token ids of what the model writes for a response, without the token that ends it."""
+def written_ids(
+    enc, template: str, response: str, is_last: bool = True, ended: bool = True
+) -> list[int]:
+    """The token ids of what the model writes for a response, without the token that ends it. One
+    that did not end lacks what the template writes behind its text."""
     parts = split_template(template)
     try:
         pieces = parts.written(response, is_last)
     except ValueError as e:
         raise SystemExit(f"the response {response[:60]!r}: {e}")
+    if not ended:
+        pieces[-1] = ""
     *_, special, text = ["", *split_specials(enc, parts.after if is_last else parts.history_after)]
     takes_text = text == "" or text.isspace() and tokenizer.strips(enc, special)[1]
     if special and takes_text:  # it changes how the first word is encoded

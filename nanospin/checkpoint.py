@@ -795,8 +795,10 @@ def latest(run, round_id: int | None = None) -> str | None:
 
 
 def resolve(path) -> str:
-    """A run folder, a round's folder or a checkpoint -> the checkpoint. Exits if there is none."""
+    """A run folder, a round's folder or a checkpoint -> the checkpoint. Exits if there is none, or
+    if a round has its best one left and not its last."""
     steps = list_steps(path)
+    check_is_last_of_round(path, steps)
     for candidate in (path, latest(path), steps[-1] if steps else None):
         if candidate and is_checkpoint(candidate):
             return candidate
@@ -812,6 +814,22 @@ def resolve(path) -> str:
     raise SystemExit(
         f"{path}: no checkpoint found; give the out_dir of a run, or a folder round_R/step_S in it"
     )
+
+
+def check_is_last_of_round(folder, steps: list[str]):
+    """Exit with one line if the last checkpoint of an earlier round was removed (`keep_rounds`),
+    and one that `keep_best` has kept would be taken for it."""
+    run, name = os.path.split(os.path.abspath(folder))
+    if not steps or not re.fullmatch("round_[0-9]+", name) or not is_checkpoint(steps[-1]):
+        return
+    next_round = os.path.join(run, f"round_{int(name.removeprefix('round_')) + 1}")
+    meta = read_meta(steps[-1])
+    num_steps = meta["history"].get("num_steps", meta["step"])
+    if os.path.isdir(next_round) and meta["step"] < num_steps:
+        raise SystemExit(
+            f"{os.path.normpath(folder)}: its last checkpoint, of step {num_steps}, was removed; "
+            f"{steps[-1]} is left: name that one if you mean it"
+        )
 
 
 def is_checkpoint(path) -> bool:

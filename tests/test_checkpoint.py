@@ -268,6 +268,17 @@ def test_a_damaged_older_checkpoint_does_not_end_keep_best(run, tiny_data):
     assert checkpoint.best_checkpoint(steps, "val_loss") == f"{run}/round_0/step_000004"
 
 
+def test_a_round_whose_last_checkpoint_was_removed_is_refused(run):
+    """The best one that is left has to be named."""
+    shutil.rmtree(f"{run}/round_0/step_000004")
+    best = f"{run}/round_0/step_000003"
+    assert checkpoint.resolve(f"{run}/round_0") == best  # the round may be going on
+    os.makedirs(f"{run}/round_1")
+    with pytest.raises(SystemExit, match="round_0: its last checkpoint, of step 4, was removed"):
+        checkpoint.resolve(f"{run}/round_0/")
+    assert checkpoint.resolve(best) == best
+
+
 @pytest.mark.parametrize("keep_best, kept", [("val_loss", [1, 3]), ("-val_loss", [2, 3])])
 def test_keep_rounds_keeps_the_best_of_all_rounds(run, keep_best, kept):
     checkpoints = {}

@@ -43,7 +43,7 @@ from data.rows import (
     write_rows,
 )
 from data.template import response_form
-from eval import is_ranked
+from eval import is_ranked, retokenize
 
 BYTES = tokenizer.load("bytes")
 EOT = 256
@@ -1162,14 +1162,36 @@ def test_files_of_the_user_are_not_replaced(tmp_path, monkeypatch, name, own):
         with pytest.raises(MemoryError):
             main(arguments)
     assert "meta.json" not in os.listdir("out") and len(os.listdir("out")) > 2
+    if name != "shakespeare":  # he has put his own there since
+        os.rename("out/val.jsonl", "val.jsonl")
+        (tmp_path / "out/val.jsonl").write_text("mine")
+        assert refused_by(main, arguments).startswith("out/val.jsonl is not what")
+        os.rename("val.jsonl", "out/val.jsonl")
     main(arguments)
     main(arguments)
     assert "mine" in os.listdir("out") and UNFINISHED not in os.listdir("out")
     read_meta("out", [])
+    if own == "train.jsonl" and name != "shakespeare":  # the user's own under a name of ours
+        os.replace("out/mine", f"out/{own}")
+        assert refused_by(main, arguments).startswith(f"out/{own} is not what")
 
 
 def killed(*args, **kwargs):
     raise MemoryError
+
+
+def test_meta_names_no_files_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the loss of a model " * 50)
+    os.makedirs("out")
+    for name in ("notes.jsonl", "bpe.tiktoken"):
+        (tmp_path / "out" / name).write_text("mine")
+    main = importlib.import_module("data.shakespeare.prepare").main
+    main(["text.txt", "--out=out", "--tokenizer=bytes"])
+    assert sorted(read_meta("out", [])["files"]) == ["train.bin", "val.bin"]
+    bpe = ["--tokenizer=bpe", "--vocab_size=260"]
+    assert "out/bpe.tiktoken is not what" in refused_by(main, ["text.txt", "--out=out", *bpe])
+    assert (tmp_path / "out/bpe.tiktoken").read_text() == "mine"
 
 
 def test_a_tokenizer_of_the_user_is_not_replaced(tmp_path, monkeypatch):
@@ -1182,7 +1204,7 @@ def test_a_tokenizer_of_the_user_is_not_replaced(tmp_path, monkeypatch):
     main = importlib.import_module("data.shakespeare.prepare").main
     for _ in range(2):
         message = refused_by(main, ["text.txt", "--out=out", "--tokenizer=mine.tiktoken"])
-        assert "out/tokenizer.tiktoken is not of an earlier preparation" in message
+        assert "out/tokenizer.tiktoken is not what an earlier preparation has written" in message
         # the user's own may be used, and stays the user's
         main(["text.txt", "--out=out", "--tokenizer=out/tokenizer.tiktoken"])
         meta = read_meta("out", ["train.bin", "val.bin"])
@@ -1197,6 +1219,17 @@ def refused_by(main, arguments) -> str:
     with pytest.raises(SystemExit) as e:
         main(arguments)
     return str(e.value)
+
+
+def test_a_response_that_did_not_end_has_no_tail():
+    """What the template writes behind a response comes only after one that ended."""
+    enc, template = tokenizer.load("bytes"), "Q {prompt}\n{answer}so {response} OK{end}\n"
+    for ended, expected in ((True, [*b"so 12 OK", 256]), (False, [*b"so 12"])):
+        row = {"prompt": "a", "responses": ["12"], "ended": ended}
+        encoded, _ = encode_rows([row], enc, template, 64)
+        assert encoded[0]["responses"] == [expected]
+        ids = [*b"12", 256] if ended else [*b"12"]
+        assert retokenize(enc, template, enc, "{prompt}", "12", ids) == expected
 
 
 def test_scores_without_ranks_are_all_numbers(tmp_path):

@@ -16,7 +16,14 @@ import os
 import re
 
 from data import cli
-from data.files import check_output, printable, read_json, require_regular, write_json
+from data.files import (
+    check_output,
+    printable,
+    put_in_place,
+    read_json,
+    require_regular,
+    write_json,
+)
 from data.folder import check_other_data, lock_folder, split_of, write_meta
 from data.formats import (  # noqa: F401  # parse_transcript is for the prepare.py of a set
     best_answers,
@@ -400,7 +407,7 @@ def finish_streams(args, state: dict, tokenizer_name: str, itemsize: int):
     for side in ("train", "val"):
         path = os.path.join(args.out, f"{side}.bin")
         if os.path.exists(path + ".partial"):  # else a run was killed after this line
-            os.replace(path + ".partial", path)
+            put_in_place(path + ".partial", path)
         sizes[side] = os.path.getsize(path) // itemsize
     if not all(sizes.values()):
         too_few_rows(args, state, state["dropped"])
