@@ -245,11 +245,11 @@ def ranking_metrics(
     margin, reward_chosen, ...   see `loss.chosen_rejected_metrics`
     acc/PLAYER           share of this player's responses that beat all worse ones of their row; a
                          tie with the best of these counts half
-    reward/PLAYER        mean implicit reward
+    reward/PLAYER        mean implicit reward; equal responses of a row count once, here and in logp
     logp/PLAYER          mean log-probability of the response under the policy
     kl_from_ref          KL(pi_ref || pi_theta) per token: the mean of log pi_ref - log pi_theta
-                         over the reference's own samples, the player "self". Left out without one.
-                         A sample that is absent counts as the response that it equals ("same_as")
+                         over the reference's own samples, the player "self", equal ones too: an
+                         absent one counts as the response it equals ("same_as"). Left out without
     """
     mask = response_masks(rows)
     lengths = response_lengths(rows)

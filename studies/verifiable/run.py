@@ -10,7 +10,6 @@ METHODS is the whole study: a config, and settings on top of it. TASKS says wher
 scorer are. All methods of a seed start from the same fine-tuned model.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -132,18 +131,10 @@ def check_folders(args):
             )
 
 
-def add_seeds(parser):
-    """--seeds, different ones."""
-
-    class Seeds(argparse.Action):
-        def __call__(self, parser, args, values, option=None):
-            if len(set(values)) < len(values):
-                parser.error(f"{option}: {' '.join(values)} has one seed twice")
-            setattr(args, self.dest, values)
-
-    parser.add_argument(
-        "--seeds", nargs="+", action=Seeds, default=["1", "2", "3"], help="seeds of the runs"
-    )
+def check_seeds(seeds: list[str]):
+    """Exit with one line if a seed is given twice: it would count twice."""
+    if len(set(seeds)) < len(seeds):
+        raise SystemExit(f"--seeds: {' '.join(seeds)} has one seed twice")
 
 
 def make_data(args):
@@ -239,7 +230,7 @@ def main(argv=None):
     parser.add_argument("--task", choices=TASKS, default="sums", help="default: sums")
     parser.add_argument("--out", help="folder of the runs; default: out/verifiable/TASK")
     parser.add_argument("--data", default="data", help="folder for the data")
-    add_seeds(parser)
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument(
         "--sft_steps",
         type=cli.number_type(int, 1),
@@ -261,6 +252,7 @@ def main(argv=None):
     if args.task != "sums" and needs_teacher(args.only):
         parser.error("only --task=sums has a teacher")
 
+    check_seeds(args.seeds)
     check_folders(args)
     if not args.list:
         make_data(args)

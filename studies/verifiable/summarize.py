@@ -14,7 +14,7 @@ import numpy as np
 
 from data import cli
 from data.files import read_json, write_json
-from studies.verifiable.run import METHODS, TASKS, Task, add_seeds
+from studies.verifiable.run import METHODS, TASKS, Task, check_seeds
 from tools.plot import (
     GREY,
     PALETTE,
@@ -202,12 +202,13 @@ def main(argv=None):
     parser.add_argument(
         "--out", help="folder that run.py has written; default: out/verifiable/TASK"
     )
-    add_seeds(parser)
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="seeds of the runs")
     parser.add_argument("--figures", help="folder for the figures and results.json; default: OUT")
     parser.add_argument(
         "--map", nargs="+", metavar="STEPS=OUT", default=[], help="folders of other --sft_steps"
     )
     args = parser.parse_args(argv)
+    check_seeds(args.seeds)
     task = TASKS[args.task]
     args.out = args.out or f"out/verifiable/{args.task}"
     results = all_results(task, args.out, args.seeds)
