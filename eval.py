@@ -418,11 +418,14 @@ def function_scores(name: str, rows: list[dict], texts: list[str]) -> list[float
 
 
 def f1_score(text: str, reference: str) -> float:
-    """F1 of the two bags of words, as SQuAD measures answers (arXiv 1606.05250)."""
+    """F1 of the two bags of words, as SQuAD measures answers (arXiv 1606.05250). 1 if both are
+    empty."""
     a = Counter(text.lower().split())
     b = Counter(reference.lower().split())
+    if not a and not b:
+        return 1.0
     common = (a & b).total()
-    return 2 * common / max(1, a.total() + b.total())
+    return 2 * common / (a.total() + b.total())
 
 
 def length_accuracy(data_lengths, other_lengths) -> float:
@@ -777,12 +780,15 @@ def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, 
             "win_rate_se": error,
             "against": first,
             "judged": len(pairs),
+            "judge_prompts_cut": counts["prompts cut"],
+            "judge_responses_cut": counts["responses cut"],
         }
         note = ""
         if counts["dropped"]:
             note = f"; {counts['dropped']} leave the judge no room"
-        if counts["responses cut"]:
-            note += f"; {counts['responses cut']} responses are cut to the judge's limits"
+        for what in ("prompts", "responses"):
+            if counts[f"{what} cut"]:
+                note += f"; {counts[f'{what} cut']} {what} are cut to the judge's limits"
         print(
             f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % "
             f"of {len(pairs)} prompts{note}"

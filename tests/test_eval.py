@@ -13,7 +13,7 @@ from conftest import TEMPLATE, command, read_metrics
 
 import train
 from data import tokenizer
-from data.files import write_json
+from data.files import read_json, write_json
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
@@ -216,6 +216,7 @@ def test_validation_loss_is_a_mean_over_what_is_predicted(tiny_runs, tmp_path):
 def test_f1_score():
     assert f1_score("Return the name", "return a name") == pytest.approx(2 / 3)
     assert f1_score("", "x") == 0.0
+    assert f1_score("", " ") == 1.0  # as SQuAD's script
 
 
 def test_sample_metrics():
@@ -451,6 +452,24 @@ def test_checkpoints_and_a_judge(tiny_runs, tiny_data, tmp_path):
     assert table["sft"]["val_loss"] == pytest.approx(val_loss, rel=1e-5)
     assert table["cold"]["val_loss"] == table["sft"]["val_loss"]
     assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
+
+
+def test_what_a_judge_cuts_is_counted(tiny_runs, tiny_data, tmp_path):
+    """Prompts as well as responses, in the line and in the table."""
+    judge = f"{tmp_path}/judge"
+    args = [f"--data={tiny_data}", f"--init={tiny_runs['pretrain']}", f"--out_dir={judge}"]
+    args += ["--template=Q: {prompt}\nA: ", "--device=cpu", "--max_steps=1"]
+    train.main(["--stage=sft", *args, "--batch_size=8", "--eval_rows=8", "--max_prompt=20"])
+    out = f"--out={tmp_path}/e.json"
+    args = [f"sft={tiny_runs['sft']}", f"--judge={judge}", f"--data={tiny_data}", "--rows=8"]
+    done = evaluate(*args, out)
+    assert done.returncode == 0, done.stderr
+    table = read_json(f"{tmp_path}/e.json")["data"]
+    rows = read_rows(f"{tiny_data}/val.jsonl")[:8]
+    marks = len("Q: \nA: ")
+    cut = sum(marks + len(row["prompt"].encode()) > 20 for row in rows)
+    assert table["judge_prompts_cut"] == cut > 0
+    assert f"{cut} prompts are cut to the judge's limits" in done.stdout
 
 
 def test_a_reference(tiny_runs, tiny_data):

@@ -18,6 +18,7 @@ from conftest import TINY, make_data
 import train
 from data import tokenizer
 from data.batch import batch_rows, reward_batch
+from data.files import read_json, write_json
 from data.folder import write_meta, write_stream
 from data.rows import encode_rows, read_rows, write_rows
 from nanospin import checkpoint
@@ -25,10 +26,12 @@ from nanospin.rounds import response_titles
 from tools import demo
 from tools.plot import HEADLINE_METRICS
 from tools.report.__main__ import main, visible
-from tools.report.charts import Chart, equal_scores, format_number, ticks
+from tools.report.charts import Chart, equal_scores, format_number, run_charts, ticks
 from tools.report.runs import (
     Run,
+    is_cut,
     mask_parts,
+    num_tokens,
     read_run,
     supervised_tokens,
     training_batch,
@@ -194,6 +197,28 @@ def test_a_page_of_every_stage(runs, stage, titles, tmp_path):
     last = read_run(runs[stage]).of_kind("eval")[-1]
     key = HEADLINE_METRICS.get(stage, ["val_loss"])[0]
     assert format_number(last[key]) in page
+
+
+def test_the_loss_of_another_objective_is_no_cross_entropy(runs, tmp_path):
+    """A training loss T_n has a chart of its own: the validation loss is cross-entropy."""
+    folder = copied(runs["sft"], tmp_path)
+    config_path = f"{folder}/config.json"
+    meta = read_json(config_path)
+    assert "Loss" not in {chart.title for chart in run_charts(read_run(folder))}
+    meta["config"]["taylor_order"] = 2.0
+    write_json(config_path, meta)
+    charts = {chart.title: chart.series for chart in run_charts(read_run(folder))}
+    assert set(charts["Loss"]) == {"training"}
+    assert set(charts["Cross-entropy"]) == {"validation"}
+
+
+def test_a_card_shows_the_tokens_that_were_trained(runs):
+    run = read_run(runs["spin"])
+    row = {"ids": [[65, run.enc.eot_token], [65, 66, 67], [65, 66, 67, run.enc.eot_token]]}
+    assert [is_cut(run, row, k) for k in range(3)] == [False, True, False]
+    row["lengths"] = [2, 3, 3]
+    assert [num_tokens(row, k) for k in range(3)] == [2, 3, 3]
+    assert is_cut(run, row, 2)
 
 
 def test_several_runs_are_compared(runs, tmp_path):

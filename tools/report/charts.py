@@ -118,7 +118,7 @@ def run_charts(run):
         records = run.of_kind(kind)
         for key in metric_keys(records):
             base, player = lookup(key)
-            if base == "loss" and run.stage in ("pretrain", "sft"):
+            if base == "loss" and is_cross_entropy(run):
                 base = "val_loss"  # the same quantity, so the same chart
             if base in CHARTED:
                 name, _, *chart = CHARTED[base]
@@ -135,6 +135,12 @@ def run_charts(run):
             series = dict(list(curves[title].items())[:12])
             charts.append(Chart(title, unit, series, run.span, borders, levels.get(title)))
     return charts
+
+
+def is_cross_entropy(run) -> bool:
+    """Whether the training loss is the mean cross-entropy of tokens, and nothing else."""
+    only_nll = not run.setting("taylor_order") and not run.setting("pretrain_coef")
+    return run.stage in ("pretrain", "sft") and only_nll
 
 
 def compare(all_runs):

@@ -16,6 +16,7 @@ from data.rows import drop_equal_responses, encode_rows, name_tokenizer, prompt_
 from nanospin import checkpoint
 from nanospin.config import Config, is_scored, player_columns
 from nanospin.rounds import response_titles
+from players import num_tokens
 from rollout import keep_best_and_worst
 from tools.plot import global_steps
 from tools.report.charts import number
@@ -283,6 +284,12 @@ def is_tied(row: dict, k: int) -> bool:
     """Whether response k has the rank of the one before it; without ranks, its score."""
     ranks = row.get("ranks") or row["scores"]
     return k > 0 and ranks[k] == ranks[k - 1]
+
+
+def is_cut(run: Run, row: dict, k: int) -> bool:
+    """Whether response k was trained without its end: it did not end, or a limit cut it."""
+    ids = row["ids"][k]
+    return num_tokens(row, k) < len(ids) or bool(run.enc and ids[-1] != run.enc.eot_token)
 
 
 def response_names(run: Run, row: dict) -> list[str]:
