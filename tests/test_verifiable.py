@@ -107,12 +107,16 @@ def test_the_table_by_hand(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "grpo_8 is left out" in printed.err
     lines = printed.out.splitlines()
-    headings = [line.split(" | ")[0] for line in lines if line.startswith("| *")]
+    start = lines.index("| gain over the start | 350 steps |")
+    headings = [line.split(" | ")[0] for line in lines[:start] if line.startswith("| *")]
     assert headings == ["| *the same 1,500 answers*", "| *no answers, a checker*"]
     line = next(line for line in lines if "| SPIN, K = 2 |" in line)
     half_width = 12.71 * np.std([20, 10], ddof=1) / np.sqrt(2)
     assert line.split(" | ")[1:4] == ["60.0 %", f"+15.0 ± {half_width:.1f}", "30.0 %"]
     assert line.split(" | ")[-1] == "12 |"  # steps
+    half_width = 12.71 * np.std([30, 30], ddof=1) / np.sqrt(2)
+    assert lines[start + 2] == "| SFT, where all start | 30.0 % |"
+    assert f"| SPIN, K = 2 | +30.0 ± {half_width:.1f} |" in lines[start:]
     with open(f"{tmp_path}/results.json") as f:
         assert json.load(f)["spin"][1]["greedy"] == pytest.approx(70)
     for name in ("methods.png", "methods.svg", "map.png"):

@@ -18,7 +18,6 @@ from studies.verifiable.run import METHODS, TASKS, Task, check_seeds
 from tools.plot import (
     GREY,
     PALETTE,
-    figure_legend,
     global_steps,
     markdown_table,
     plt,
@@ -155,32 +154,56 @@ def gains_over(results: dict[str, list[dict]], name: str, other: str) -> list[fl
     return [m["greedy"] - b["greedy"] for m, b in zip(results[name], results[other])]
 
 
+def methods_of_map(by_steps: dict[str, dict], group: str) -> list[str]:
+    """The methods of a group that were run after every length of SFT."""
+    names = methods_of(group)
+    return [name for name in names if all(name in results for results in by_steps.values())]
+
+
+def make_map_table(by_steps: dict[str, dict]) -> list[str]:
+    """Markdown: what each method adds to SFT models of other lengths."""
+    starts = [np.mean([m["greedy"] for m in results["sft"]]) for results in by_steps.values()]
+    rows = [[LABELS["sft"], *[f"{start:.1f} %" for start in starts]]]
+    for group in GROUPS:
+        names = methods_of_map(by_steps, group)
+        if names:
+            rows.append([f"*{group}*", *[""] * len(by_steps)])
+        for name in names:
+            gains = [gains_over(results, name, "sft") for results in by_steps.values()]
+            rows.append([LABELS[name], *map(format_difference, gains)])
+    return markdown_table(["gain over the start", *[f"{n} steps" for n in by_steps]], rows)
+
+
 def draw_map(by_steps: dict[str, dict], path: str):
     """What each method adds to SFT models of other lengths. by_steps: {steps: results}."""
+    groups = [group for group in GROUPS if methods_of_map(by_steps, group)]
     with style():
-        fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True)
-        for ax, group in zip(axes, list(GROUPS)[:2]):
-            names = methods_of(group)
-            for color, name in zip(PALETTE, names):
-                x, y, errors = [], [], []
-                for steps, results in by_steps.items():
-                    if name in results:
-                        gains = gains_over(results, name, "sft")
-                        mean, half_width = t_interval(gains) if len(gains) > 1 else (gains[0], 0)
-                        x.append(int(steps))
-                        y.append(mean)
-                        errors.append(half_width)
-                if x:
-                    ax.errorbar(x, y, errors, fmt="o-", color=color, capsize=2, label=LABELS[name])
+        size = (0.6 + 2.5 * len(groups), 3.4)
+        fig, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
+        for ax, group in zip(axes[0], groups):
+            for color, name in zip(PALETTE, methods_of_map(by_steps, group)):
+                draw_gains(ax, by_steps, name, color)
             ax.axhline(0, color=GREY, lw=1, ls="--", zorder=0)
             ax.set_xscale("log")
             ax.set_xticks([int(steps) for steps in by_steps], list(by_steps), minor=False)
             ax.minorticks_off()
             ax.set_title(group)
             ax.set_xlabel("steps of SFT before")
-        axes[0].set_ylabel("gain in right answers (points)")
-        figure_legend(fig, ncols=3)
+            ax.legend()
+        axes[0][0].set_ylabel("gain in right answers (points)")
         save_figure(fig, path)
+
+
+def draw_gains(ax, by_steps: dict[str, dict], name: str, color: str):
+    """A method's gain over the model it started from, with its 95 % interval, by steps of SFT."""
+    x, y, errors = [], [], []
+    for steps, results in by_steps.items():
+        gains = gains_over(results, name, "sft")
+        mean, half_width = t_interval(gains) if len(gains) > 1 else (gains[0], 0)
+        x.append(int(steps))
+        y.append(mean)
+        errors.append(half_width)
+    ax.errorbar(x, y, errors, fmt="o-", color=color, capsize=2, label=LABELS[name])
 
 
 def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]:
@@ -224,6 +247,8 @@ def main(argv=None):
         for pair in args.map:
             steps, _, out = pair.partition("=")
             by_steps[steps] = all_results(task, out, args.seeds)
+        print("\n".join(make_map_table(by_steps)))
+        write_json(os.path.join(figures, "map.json"), by_steps)
         draw_map(by_steps, os.path.join(figures, "map.png"))
 
 
