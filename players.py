@@ -430,11 +430,11 @@ def round_report(cfg, ranked: list[dict], rows: list[dict], enc) -> dict[str, fl
     ended/PLAYER        share that ended with end-of-text
     empty/teacher       share of answers without text, if there are any
     exact_match/PLAYER  with the data
-    length_acc/PLAYER   how well length alone separates them from the data's
+    length_acc/PLAYER   how well length alone separates those that are ranked from the data's
 
-    Tied responses count for tie and exact match only. Under a scorer also
+    Responses that equal a better one count in all but length_acc. Under a scorer also
 
-    score/PLAYER        mean score, tied responses included
+    score/PLAYER        mean score
     score_best, score_worst    means over rows of the best and the worst score
     signal              share of rows in which something is ranked
     """
@@ -476,12 +476,13 @@ def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
         report["empty/teacher"] = num_absent / num_responses
     if scores:
         report[f"score/{player}"] = float(np.mean(scores))
-    if not present:
+    if not present and not tied:
         return report
     lengths, ended = [], []
-    for row, k, _ in present:
-        ids = row["ids"][k]
-        lengths.append(num_tokens(row, k))
+    for row, k, _ in present + tied:
+        one = distinct(row, k)
+        ids = row["ids"][one]
+        lengths.append(num_tokens(row, one))
         ended.append(tokenizer.is_end(enc, ids[-1]) and lengths[-1] == len(ids))
     report[f"tie/{player}"] = 1 - len(present) / len(present + tied)
     report[f"length/{player}"] = float(np.mean(lengths))
@@ -489,6 +490,12 @@ def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
     if player != "data":
         report |= compare_with_data(cfg, player, present, tied)
     return report
+
+
+def distinct(row: dict, k: int) -> int:
+    """k, or the place of the better response that response k of a ranked row equals."""
+    same_as = row["same_as"][k]
+    return k if same_as is None else same_as
 
 
 def num_tokens(row: dict, k: int) -> int:
@@ -508,8 +515,7 @@ def compare_with_data(cfg, player: str, present, tied) -> dict[str, float]:
     right, lengths, data_lengths = [], [], []
     for row, k, data_row in present + tied:
         if data_row.get("responses"):
-            same_as = row["same_as"][k]
-            text = row["responses"][k if same_as is None else same_as]
+            text = row["responses"][distinct(row, k)]
             right.append(same_answer(text, data_row["responses"][0]))
     for row, k, _ in present:
         for of_data in columns_of(cfg, "data", row):

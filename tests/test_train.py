@@ -36,6 +36,7 @@ from data.template import TEMPLATE as DEFAULT_TEMPLATE
 from data.template import written_ids
 from model import GPT
 from nanospin import checkpoint, elastic, rounds
+from nanospin.config import Config
 from nanospin.optim import lr_factor, make_optimizers
 
 CPU = torch.device("cpu")
@@ -627,6 +628,31 @@ def teacher_rows(data, answer):
         for row in read_rows(f"{data}/{split}.jsonl"):
             rows.append({"prompt": row["prompt"], "responses": [answer(row)]})
     return rows
+
+
+def test_equal_responses_count_in_a_round_report():
+    """Lengths and ends are means over all samples. Those that equal a better response are absent
+    from the ranking: short and right ones tie most, so a mean without them would be too long."""
+    enc = tokenizer.load("bytes")
+    end = enc.eot_token
+    cfg = Config(stage="spin", players=["data", "self:3"])
+    row = {
+        "responses": ["y", "y", "long", None],
+        "ids": [[121, end], None, [108, 111, 110, 103], None],
+        "same_as": [None, 0, None, 2],
+    }
+    data_row = {"responses": ["y"]}
+    report = players.round_report(cfg, [row], [data_row], enc)
+    assert report["tie/self"] == pytest.approx(2 / 3)
+    assert report["length/self"] == pytest.approx((2 + 4 + 4) / 3)
+    assert report["ended/self"] == pytest.approx(1 / 3)
+    assert report["exact_match/self"] == pytest.approx(1 / 3)
+    assert report["length_acc/self"] == 1
+    # every sample equals the data's answer
+    same = row | {"ids": [[121, end], None, None, None], "same_as": [None, 0, 0, 0]}
+    report = players.round_report(cfg, [same], [data_row], enc)
+    assert (report["tie/self"], report["length/self"], report["ended/self"]) == (1, 2, 1)
+    assert "length_acc/self" not in report
 
 
 def test_the_first_answer_of_a_teacher_counts(tiny_data, tmp_path):
