@@ -488,7 +488,7 @@ def player_report(cfg, player: str, ranked, rows, enc) -> dict[str, float]:
     report[f"length/{player}"] = float(np.mean(lengths))
     report[f"ended/{player}"] = float(np.mean(ended))
     if player != "data":
-        report |= compare_with_data(cfg, player, present, tied)
+        report |= compare_with_data(cfg, player, present, tied, enc)
     return report
 
 
@@ -496,6 +496,16 @@ def distinct(row: dict, k: int) -> int:
     """k, or the place of the better response that response k of a ranked row equals."""
     same_as = row["same_as"][k]
     return k if same_as is None else same_as
+
+
+def text_of(cfg, row: dict, k: int, enc) -> str:
+    """The text of response k of a ranked row. One that equals a better response equals only what
+    the run's limits leave of it."""
+    one = distinct(row, k)
+    ids, length = row["ids"][one], num_tokens(row, one)
+    if one != k and length < len(ids):
+        return response_text(enc, ids[:length], cfg.template)
+    return row["responses"][one]
 
 
 def num_tokens(row: dict, k: int) -> int:
@@ -509,13 +519,13 @@ def columns_of(cfg, player: str, row: dict) -> list[int]:
     return [k for k, name in enumerate(names) if name == player]
 
 
-def compare_with_data(cfg, player: str, present, tied) -> dict[str, float]:
+def compare_with_data(cfg, player: str, present, tied, enc) -> dict[str, float]:
     """exact_match and length_acc of `round_report`, where the data has a response."""
     report = {}
     right, lengths, data_lengths = [], [], []
     for row, k, data_row in present + tied:
         if data_row.get("responses"):
-            text = row["responses"][distinct(row, k)]
+            text = text_of(cfg, row, k, enc)
             right.append(same_answer(text, data_row["responses"][0]))
     for row, k, _ in present:
         for of_data in columns_of(cfg, "data", row):

@@ -814,7 +814,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
     if start.path:
         say(f"resumes after step {start.step} of round {start.round_id}")
     collect = stages[cfg.stage].collect
-    with wandb_sender(cfg, start.at) as to_wandb, tensorboard_sender(cfg) as to_tensorboard:
+    with wandb_sender(cfg) as to_wandb, tensorboard_sender(cfg) as to_tensorboard:
         log = metrics_logger.MetricsLogger(cfg, start.at, began, [to_wandb, to_tensorboard])
         saver = checkpoint.Saver(cfg, enc, tokenizer_name, log, start)
         run = Run(cfg, model, enc, device, log, saver, stages)

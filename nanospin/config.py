@@ -567,8 +567,6 @@ def check_objective(cfg: Config):
             loss_type in ("pl", "pairs"),
             f"stage reward has loss_type pl or pairs, not {loss_type}",
         )
-        for name in ("rank_depth", "nll_coef", "taylor_order"):
-            require(not getattr(cfg, name), f"stage reward has no {name}")
     else:
         require(not cfg.center_coef, "only stage reward has center_coef")
         ranks_pairs = stage in ("preference", "spin") and loss_type in ("pl", "pairs")
@@ -580,6 +578,12 @@ def check_objective(cfg: Config):
         not cfg.pretrain_coef or stage in ("sft", "ppo"),
         f"stage {stage} has no pretrain_coef, only sft and ppo",
     )
+    if stage in ("reward", "ppo"):
+        require(not cfg.taylor_order, f"stage {stage} has no taylor_order")
+    if stage not in ("preference", "spin"):
+        for name in ("rank_depth", "nll_coef"):
+            require(not getattr(cfg, name), f"only stages preference and spin have {name}")
+    require(not cfg.replay_rounds or stage == "spin", "only stage spin has replay_rounds")
     needs_reward = stage == "ppo" and cfg.advantage != "reverse_kl"
     require(
         needs_reward == bool(cfg.reward),

@@ -53,24 +53,22 @@ TABLE_ROWS = 16
 TIMEOUTS = {"init_timeout": 30, "finish_timeout": 60}  # seconds to wait for the network
 
 
-def wandb_sender(cfg, start: tuple[int, int]):
+def wandb_sender(cfg):
     """A context manager whose value is a function that sends a record, or does nothing.
 
-    It must be called with every record of the run, from the first. start: the (round, step) that
-    this start of the run begins at.
+    It must be called with every record of the run, from the first.
     """
     if cfg.wandb == "off" or distributed.rank() != 0:
         return contextlib.nullcontext(lambda record: None)
-    return WandbSender(cfg, start)
+    return WandbSender(cfg)
 
 
 class WandbSender:
     """Sends a run's records. A missing key or network, or an error in the package, is reported in
     one line and never ends the run."""
 
-    def __init__(self, cfg, start: tuple[int, int]):
+    def __init__(self, cfg):
         self.cfg = cfg
-        self.start_round = start[0]
         self.run_per_round = cfg.wandb_runs == "rounds"
         self.mode = cfg.wandb  # online, offline, or failed: nothing is sent any more
         self.run = None  # the open W&B run
@@ -150,8 +148,6 @@ class WandbSender:
 
     def was_sent(self) -> bool:
         """Whether the current record was sent by an earlier start, as far as is known here."""
-        if self.run_per_round and self.round_id < self.start_round:
-            return True  # the W&B run of that round is complete
         return self.mode == "offline" and self.index <= self.last_sent
 
     def open_run(self):

@@ -22,6 +22,7 @@ from nanospin.config import (
     per_round,
 )
 
+PPO = ["--stage=ppo", "--init=x", "--reward=m:f"]
 SPIN = ["--stage=spin", "--init=x"]
 
 
@@ -114,6 +115,10 @@ def test_fewer_rounds_take_the_first_values():
         ([*SPIN, "--players=data,self-1"], "must include self"),
         ([*SPIN, "--label_smoothing=0.5"], "label_smoothing must be in"),
         (["--max_steps=1", "--label_smoothing=0.1"], "stage pretrain has no label_smoothing"),
+        ([*PPO, "--taylor_order=1"], "stage ppo has no taylor_order"),
+        ([*PPO, "--nll_coef=1"], "only stages preference and spin have nll_coef"),
+        (["--stage=sft", "--rank_depth=1"], "only stages preference and spin have rank_depth"),
+        ([*PPO, "--replay_rounds=1"], "only stage spin has replay_rounds"),
         (["--seed=-1"], "seed must not"),
         (["--taylor_order=21"], "at most 20"),
         (["--stage=preference", "--init=x", "--loss_type=ipo", "--rank_depth=1"], "no rank_depth"),

@@ -30,6 +30,7 @@ from tools.report.charts import Chart, equal_scores, format_number, run_charts, 
 from tools.report.runs import (
     Run,
     is_cut,
+    kl_of,
     mask_parts,
     num_tokens,
     read_run,
@@ -295,7 +296,9 @@ def ranked_runs(tiny_runs, tiny_data, tmp_path_factory):
     train.main([*spin, f"--out_dir={root}/order", "--players=data,self:2"])
     train.main([*spin, f"--out_dir={root}/scored", "--players=self:3,data", scored])
     train.main(["--stage=preference", *small, f"--out_dir={root}/preference", scored])
-    return {name: f"{root}/{name}" for name in ("order", "scored", "preference")}
+    grpo = ["--advantage=grpo", "--samples_per_prompt=3", "--reward=conftest:letters"]
+    train.main(["--stage=ppo", *grpo, "--max_rows=16", *small, f"--out_dir={root}/grpo"])
+    return {name: f"{root}/{name}" for name in ("order", "scored", "preference", "grpo")}
 
 
 @pytest.mark.parametrize("name", ["order", "scored", "preference"])
@@ -312,6 +315,16 @@ def test_a_page_of_several_samples(ranked_runs, tmp_path, name):
         for title in ("self 1, round 0", "self 2, round 0"):
             assert title in checked.text
     assert ("self 3, round 0" in checked.text) == (name == "scored")
+
+
+def test_each_sample_of_grpo_has_its_kl(ranked_runs, tmp_path):
+    page, checked = page_of(ranked_runs["grpo"], tmp_path=tmp_path)
+    assert "cannot be shown" not in page and "class=notes" not in page
+    row = {"kl": [0.25, 1.5]}
+    assert (kl_of(row, 1), kl_of({"kl": 0.5}, 0)) == (1.5, 0.5)
+    rows = read_rows(f"{ranked_runs['grpo']}/round_0/train.jsonl")
+    shown = [number for row in rows for number in row["kl"]]
+    assert any(f"KL {format_number(number)} nats" in checked.text for number in shown)
 
 
 def test_cards_show_the_response_of_their_player(ranked_runs):

@@ -648,6 +648,12 @@ def test_equal_responses_count_in_a_round_report():
     assert report["ended/self"] == pytest.approx(1 / 3)
     assert report["exact_match/self"] == pytest.approx(1 / 3)
     assert report["length_acc/self"] == 1
+    # a sample that equals what the limits leave of the data's answer is no exact match
+    long = {"responses": ["yes, it is", None], "ids": [[*b"yes, it is", end], None]}
+    long |= {"same_as": [None, 0], "lengths": [3, None]}
+    cut = Config(stage="spin", players=["data", "self"], max_response=3)
+    report = players.round_report(cut, [long], [{"responses": ["yes, it is"]}], enc)
+    assert (report["tie/self"], report["exact_match/self"], report["length/self"]) == (1, 0, 3)
     # every sample equals the data's answer
     same = row | {"ids": [[121, end], None, None, None], "same_as": [None, 0, 0, 0]}
     report = players.round_report(cfg, [same], [data_row], enc)

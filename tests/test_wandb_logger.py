@@ -282,6 +282,8 @@ class Server(BaseHTTPRequestHandler):
             data = {"model": self.PROJECT | {"bucket": bucket}}
         elif "createRunFiles" in query:
             data = {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
+        elif "viewer" in query:
+            data = {"viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}"}}
         else:
             data = {"project": None}
         self.reply({"data": data})
@@ -318,13 +320,41 @@ class Server(BaseHTTPRequestHandler):
         }
 
 
-def test_online_continues_after_what_the_server_has(tiny_data, tmp_path, monkeypatch):
-    """And a run that was offline before is sent completely."""
+@pytest.fixture
+def server(monkeypatch):
+    """A stand-in for W&B's server. Runs log to it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(wandb_logger, "TIMEOUTS", {"init_timeout": 30, "finish_timeout": 30})
+    yield server
+    server.shutdown()
+
+
+def test_a_round_that_was_not_logged_is_sent_too(
+    tiny_runs, tiny_data, tmp_path, server, monkeypatch
+):
+    """With a W&B run for each round: online is switched on after the first round."""
+    monkeypatch.setattr(wandb_logger, "sample_table", lambda cfg, record: {})  # files, not history
+    out = f"{tmp_path}/r"
+    rounds = ["--rounds=2", "--max_steps=1", "--wandb_runs=rounds"]
+    args = spin_args(tiny_runs, tiny_data, out, *rounds)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "lr_factor", killing(train.lr_factor, 1))
+        with pytest.raises(Killed):
+            train.main(args)
+    assert {record["round"] for record in read_records(out)} == {0, 1}
+    train.main([*args, "--wandb=online"])
+    records = read_records(out)
+    for round_id in (0, 1):
+        expected = [i for i, record in enumerate(records) if record["round"] == round_id]
+        history = Server.runs[f"{read_id(out)}-round-{round_id}"]
+        assert [history[i]["_step"] for i in range(len(history))] == expected
+
+
+def test_online_continues_after_what_the_server_has(tiny_data, tmp_path, monkeypatch, server):
+    """And a run that was offline before is sent completely."""
     out = f"{tmp_path}/r"
     args = pretrain_args(tiny_data, out, "--max_steps=8", "--save_interval=3", "--eval_interval=2")
 
@@ -348,7 +378,6 @@ def test_online_continues_after_what_the_server_has(tiny_data, tmp_path, monkeyp
     assert [line["_step"] for line in lines] == list(range(len(records)))
     losses = [record["loss"] for record in records if record["kind"] == "step"]
     assert [line["train/loss"] for line in lines if "train/loss" in line] == losses
-    server.shutdown()
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -386,7 +415,7 @@ def test_a_damaged_id_is_refused(tmp_path):
     for text in ("", "ab12\n0\nx\n", "a/b\n"):
         (tmp_path / "wandb.txt").write_text(text)
         with pytest.raises(SystemExit, match="wandb.txt is damaged"):
-            with wandb_logger.wandb_sender(cfg, (0, -1)):
+            with wandb_logger.wandb_sender(cfg):
                 pass
 
 

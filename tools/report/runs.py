@@ -292,6 +292,11 @@ def is_cut(run: Run, row: dict, k: int) -> bool:
     return num_tokens(row, k) < len(ids) or bool(run.enc and ids[-1] != run.enc.eot_token)
 
 
+def kl_of(row: dict, k: int) -> float:
+    """KL to the reference of sample k of a row of stage ppo; a single sample's is no list."""
+    return row["kl"][k] if type(row["kl"]) is list else row["kl"]
+
+
 def response_names(run: Run, row: dict) -> list[str]:
     """A name for each response of a row: its player, or its place."""
     K = len(row["responses"])
