@@ -257,10 +257,10 @@ def ranking_metrics(
     rewards = beta * (logps - refs)
     names = np.array([row.get("players", players) for row in rows])  # (rows, K)
     metrics = {}
-    best = ((names == "data") | (names == "1")) & mask
+    best = count_responses(rows, (names == "data") | (names == "1"), mask)
     if best.any():
-        nats = -logps[best].sum()
-        metrics["val_loss"] = float(nats / lengths[best].sum())
+        nats = -(best * logps).sum()
+        metrics["val_loss"] = float(nats / (best * lengths).sum())
 
     worse = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     ranked = worse.any((1, 2))
@@ -288,20 +288,20 @@ def ranking_metrics(
         if selected.any():
             metrics[f"reward/{player}"] = float(rewards[selected].mean())
             metrics[f"logp/{player}"] = float(logps[selected].mean())
-    own = count_own_samples(rows, names, mask)
+    own = count_responses(rows, names == "self", mask)
     if own.any():
         nats = (own * (refs - logps)).sum()
         metrics["kl_from_ref"] = float(nats / (own * lengths).sum())
     return metrics
 
 
-def count_own_samples(rows: list[dict], names: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(rows, K): how many samples of the player "self" each response is. Samples that equal another
-    response of their row are absent, and "same_as" says which one. names, mask (rows, K)."""
+def count_responses(rows: list[dict], selected: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(rows, K): how many of the selected responses each response is. Those that equal a better
+    one of their row are absent, and "same_as" says which one. selected, mask (rows, K)."""
     counts = np.zeros(mask.shape, dtype=int)
     for i, row in enumerate(rows):
-        same_as = row.get("same_as", [None] * len(names[i]))
-        for k in np.flatnonzero(names[i] == "self"):
+        same_as = row.get("same_as", [None] * mask.shape[1])
+        for k in np.flatnonzero(selected[i]):
             one = k if same_as[k] is None else same_as[k]
             counts[i, one] += mask[i, one]
     return counts
@@ -806,7 +806,7 @@ def check_arguments(args, rows_path: str, entries: dict[str, Entry]):
     if args.scorer:
         import_function(args.scorer)
     if args.out and eval_command.is_table(args.out):
-        eval_command.check_table(args.out, rows_path)
+        eval_command.check_table(args.out, rows_path, list(entries))
     elif args.out:
         eval_command.check_folder(args.out, rows_path, ["data", *entries])
     for name, entry in entries.items():

@@ -113,13 +113,12 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
 
 def load_rows(cfg, round_id: int = 0, say=None) -> dict[str, list[dict]]:
     """The data's rows: a seeded choice of max_rows to train on, and the same validation rows for
-    every run. Under a scorer spin has other prompts to train on in each round, and no prompt
-    twice. say: says in the first round how many rows are left out for it."""
+    every run. Under a scorer spin has all prompts, none twice; `play_round` draws those of a round.
+    say: says in the first round how many rows are left out."""
     prompt_only = not needs_responses(cfg)
     rows = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
     if cfg.stage == "spin" and is_scored(cfg):
         rows = unique_prompts(rows, say if round_id == 0 else None, "train")
-        rows = prompts_of_round(cfg, rows, round_id)
     else:
         chosen = permutation(len(rows), cfg.seed, 0)
         rows = [rows[i] for i in chosen[: cfg.max_rows or None]]
@@ -172,6 +171,8 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say) -> 
         rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
         if not broadcast_from_rank0(os.path.exists(paths[split])):
             rows = drop_unscorable_prompts(cfg, rows, say_once, split)
+            if split == "train" and cfg.stage == "spin" and is_scored(cfg):
+                rows = prompts_of_round(cfg, rows, round_id)
             ranked = rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say)
             ranked_of[split] = ranked
         rows_of[split] = rows
@@ -203,10 +204,12 @@ def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
     ranked = name_tokenizer(read_rows(path), enc, cfg.template)
     keys = list(map(prompt_key, ranked))
-    if is_scored(cfg) and ":" not in cfg.ranked_by:
-        # some left no room in that model, which may be gone by now
-        there = set(keys)
-        rows = [row for row in rows if prompt_key(row) in there]
+    if is_scored(cfg):
+        # the round's prompts, without those that left no room in a judge, which may be gone by now
+        rows_of = {}
+        for row in rows:
+            rows_of.setdefault(prompt_key(row), []).append(row)
+        rows = [rows_of[key].pop(0) for key in keys if rows_of.get(key)]
     if keys != list(map(prompt_key, rows)):
         raise SystemExit(
             f"{path} has other prompts than the rows of {cfg.data} that are to be ranked: one of "
@@ -246,15 +249,14 @@ def prepare_teacher(cfg, enc, block_size: int, device, dtype):
     teacher's own template. A teacher that is a file must have a response to every prompt."""
     if not cfg.teacher or broadcast_from_rank0(inputs.is_answered(cfg)):
         return
-    all_rounds = replace(cfg, max_rows=0) if is_scored(cfg) else cfg  # the prompts of all rounds
     if not os.path.isdir(cfg.teacher):
-        for split, rows in load_rows(all_rounds).items():
+        for split, rows in load_rows(cfg).items():
             rows = drop_overlong_prompts(cfg, rows, enc, block_size)
             teacher_responses(cfg, split, rows, enc)
         return
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
-    for split, rows in load_rows(all_rounds).items():
+    for split, rows in load_rows(cfg).items():
         rows = drop_overlong_prompts(cfg, rows, enc, block_size)
         path = inputs.teacher_file(cfg, split)
         write_samples(path, teacher, teacher_enc, teacher_cfg, rows, f"teacher {split}")

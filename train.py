@@ -329,7 +329,9 @@ class Run:
 def fit(run: Run, round_id: int, train, val, start: int):
     """Train one round from step `start` to its end. The only training loop there is."""
     beta, lr = per_round(run.cfg.beta, round_id), per_round(run.cfg.lr, round_id)
-    cfg, model, device = replace(run.cfg, beta=beta, lr=lr), run.model, run.device
+    muon_lr = run.cfg.muon_lr * (lr / per_round(run.cfg.lr, 0))
+    cfg = replace(run.cfg, beta=beta, lr=lr, muon_lr=muon_lr)
+    model, device = run.model, run.device
     num_steps = num_steps_of_round(cfg, train)
     optimizers = make_optimizers(model, cfg, lr, device)
     history = load_history(run, round_id, start, optimizers) | {"num_steps": num_steps}
@@ -632,7 +634,10 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
         stream = read_stream(other.data, "val")
         metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
     if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
-        raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
+        if not run.stages[cfg.stage].metrics:
+            raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
+        text = f"this evaluation has no {cfg.keep_best.lstrip('-')}, so keep_best does not rate it"
+        run.log.warning(round_id, step, text)
     return metrics
 
 

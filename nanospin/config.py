@@ -95,7 +95,7 @@ class Config:
         "adamw"  # adamw | rmsprop (SPIN) | muon (matrices of blocks; adamw for the rest)
     )
     lr: float | list[float] = 3e-4  # a list has one value per round
-    muon_lr: float = 0.02  # learning rate of muon's matrices, on the same schedule
+    muon_lr: float = 0.02  # of muon's matrices, on the schedule of lr; a list of lr scales it too
     schedule: str = "cosine"  # cosine | linear | constant, after the warmup
     warmup_ratio: float = 0.0  # share of the steps
     min_lr_ratio: float = 0.1  # final learning rate as a share of lr
@@ -667,6 +667,10 @@ def check_players(cfg: Config):
         "set `teacher` exactly when players include teacher",
     )
     top = cfg.top_players
+    require(
+        not (top and cfg.score_margin),
+        "score_margin follows the scores, which top_players do not: set one of the two",
+    )
     for name in top:
         require(name in ("data", "teacher"), f"top_players are data and teacher, got {name!r}")
         require(name in players, f"top_players {name} is not among the players {players}")

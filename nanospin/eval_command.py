@@ -175,12 +175,18 @@ def is_table(out: str) -> bool:
     return out.endswith(".json") and not os.path.isdir(out)
 
 
-def check_table(path: str, rows_path: str):
-    """Exit with one line if eval.py must not write its table to `path`. Makes the folder."""
+def check_table(path: str, rows_path: str, names: list[str]):
+    """Exit with one line if eval.py must not write its table to `path`: an earlier one there has
+    checkpoints that are not among these. Makes the folder."""
     make_folder(os.path.dirname(path))
     check_output(path, [rows_path])
     if os.path.exists(path):
-        read_table(path)
+        lost = [name for name in read_table(path) if name not in ("data", *names)]
+        if lost:
+            raise SystemExit(
+                f"{path} has metrics of {', '.join(lost)}, which this command does not measure: "
+                "give another --out"
+            )
 
 
 def check_folder(out: str, rows_path: str, players: list[str]):
@@ -191,9 +197,10 @@ def check_folder(out: str, rows_path: str, players: list[str]):
             raise SystemExit(
                 f"--out {out} has a {name}: it is a run's or a data folder; give another"
             )
-    for name in ("eval.json", FILES, *(f"{player}.jsonl" for player in players)):
+    for name in (FILES, *(f"{player}.jsonl" for player in players)):
         check_output(os.path.join(out, name), [rows_path])
     check_replaced(out, players)
+    check_table(os.path.join(out, "eval.json"), rows_path, players)
 
 
 def make_folder(folder: str):

@@ -122,6 +122,18 @@ def test_kl_from_ref_is_over_all_samples():
     assert metrics["kl_from_ref"] == (2 * 1 + 4 + 2 * 2) / (2 * 2 + 1 + 2 * 3)
 
 
+def test_val_loss_counts_a_data_response_that_equals_a_better_one():
+    """Under a scorer a sample may stand above the data's equal answer, which is absent then."""
+    row = {"prompt": [9], "ranks": [0, 1], "same_as": [None, 0]}
+    rows = [
+        row | {"responses": [[1, 2], None], "players": ["self", "data"]},
+        row | {"responses": [[3], [4, 5, 6]], "players": ["self", "data"], "same_as": [None] * 2},
+    ]
+    logps = np.array([[-1.0, 0.0], [-7.0, -8.0]])
+    metrics = ranking_metrics(logps, np.zeros((2, 2)), rows, 1.0, ["data", "self"])
+    assert metrics["val_loss"] == (1 + 8) / (2 + 3)
+
+
 def test_ties_count_half_in_evaluation():
     """As in training (loss.wins): pairs, a player against all worse responses, lengths, judges."""
     rows = []
@@ -535,6 +547,8 @@ def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
 
     options[2] = "--samples=1"
     done = evaluate(f"a={sft}", f"--reference={pretrain}", *options)
+    assert done.returncode == 1 and "has metrics of cold" in done.stderr
+    done = evaluate(f"a={sft}", f"cold={sft}@0", f"--reference={pretrain}", *options)
     assert done.returncode == 0, done.stderr
     with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
         kl = json.load(f)["a"]["kl"]

@@ -173,6 +173,11 @@ def test_a_table_of_runs_of_one_name(tiny_runs, tmp_path):
         done = run(*args)
         assert done.returncode == 1 and message in done.stderr
     assert (tmp_path / "notes/report.md").read_text() == "mine"
+    path = str(tmp_path / "notes/report.md")
+    with pytest.raises(SystemExit, match="not a report of this command"):
+        plot.check_report(path, plot.REPORT_HEAD)
+    plot.check_report(path, "mi")
+    plot.check_report(path + "x", plot.REPORT_HEAD)
 
 
 def test_rounds_of_runs_with_other_players_are_not_mixed(tmp_path):

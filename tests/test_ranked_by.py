@@ -489,6 +489,31 @@ def test_top_players_stay_on_top(tiny_runs, tiny_data, tmp_path, monkeypatch):
         assert row["ranks"][2:] == ([2, 2] if row["scores"][2] == row["scores"][3] else [2, 3])
 
 
+def test_a_round_draws_among_prompts_that_leave_room(tiny_runs, tiny_data, tmp_path, capsys):
+    """max_rows of them in each round. What is dropped is said once, of all, and so is which
+    validation rows are among all training rows."""
+    data, out = f"{tmp_path}/data", f"{tmp_path}/r"
+    shutil.copytree(tiny_data, data)
+    rows = read_rows(f"{data}/train.jsonl")
+    for row in rows[::2]:
+        row["prompt"] += 80 * "y"  # block_size is 64
+    write_rows(f"{data}/train.jsonl", rows)
+    write_rows(f"{data}/val.jsonl", rows[1:8:2])
+    write_meta(data, "bytes", "test")
+    options = ["--max_prompt=0", "--max_rows=3", "--rounds=3", "--max_steps=1"]
+    args = scored_args(tiny_runs, data, out, "--players=self:6", LETTERS, *options)
+    train.main(args)
+    printed = capsys.readouterr().out
+    num_dropped = len(rows[::2])
+    assert printed.count(f"{num_dropped} dropped") == 1
+    assert "4 of 4 validation rows are among the training rows too" in printed
+    drawn = []
+    for round_id in range(3):
+        drawn.append([row["prompt"] for row in read_rows(f"{out}/round_{round_id}/train.jsonl")])
+        assert len(drawn[-1]) == 3 and not any("yyyy" in prompt for prompt in drawn[-1])
+    assert len(set(sum(drawn, []))) == 9
+
+
 # ------------------------------------------------------------------------------------- options
 
 
@@ -1147,6 +1172,7 @@ def test_two_ranks_rank_as_one(tiny_runs, tiny_data, reward_run, tmp_path):
         ([LETTERS, "--top_players=self"], "top_players are data and teacher, got 'self'"),
         ([LETTERS, "--top_players=teacher"], "top_players teacher is not among the players"),
         ([LETTERS, "--top_players=data,data"], "top_players must differ"),
+        ([LETTERS, "--top_players=data", "--score_margin=1"], "set one of the two"),
         (["--loss_type=best_of_n", "--length_normalize=True"], "has no reference"),
         (["--loss_type=sppo", "--rank_depth=1"], "loss_type sppo has no rank_depth"),
         (["--stage=sft", "--length_normalize=True"], "stage sft has no length_normalize"),

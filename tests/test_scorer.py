@@ -31,6 +31,7 @@ from conftest import (
 from test_ppo import ppo_args, reward_args
 from test_train import change_rows, read_bytes, read_json
 
+import players
 import ppo
 import rollout
 import scorer
@@ -336,7 +337,9 @@ def test_a_function_from_another_module(
 
 
 def read_fifth_prompt(args):
-    return rollout.load_rows(load_config(args))["train"][5]["prompt"]
+    """The fifth prompt that the first round of stage spin draws."""
+    cfg = load_config(args)
+    return players.prompts_of_round(cfg, rollout.load_rows(cfg)["train"], 0)[5]["prompt"]
 
 
 class Called:
@@ -497,7 +500,7 @@ def test_a_model_that_can_score_no_prompt_is_one_line(tiny_runs, reward_run, tmp
     change_rows(data, lambda rows: [row | {"prompt": row["prompt"] + 70 * "y"} for row in rows])
     args = stage_args("spin", tiny_runs, data, f"{tmp_path}/r", reward_run, "--max_prompt=24")
     message = refused(args)
-    assert "16 of 16 prompts leave no room for a response in the block_size 64" in message
+    assert "40 of 40 prompts leave no room for a response in the block_size 64" in message
     assert not glob.glob(f"{tmp_path}/r/round_0/self*")
 
 

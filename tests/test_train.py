@@ -630,6 +630,33 @@ def teacher_rows(data, answer):
     return rows
 
 
+def test_muon_follows_a_list_of_learning_rates(tiny_runs, tiny_data, tmp_path):
+    """A round at a billionth of the rate leaves the matrices of the blocks as they are too."""
+    out = f"{tmp_path}/r"
+    options = ["--optimizer=muon", "--lr=[1e-3,1e-12]", "--rounds=2", "--max_steps=2"]
+    train.main(spin_args(tiny_runs, tiny_data, out, *options))
+    weights = []
+    for round_id in range(2):
+        path = checkpoint.latest(out, round_id)
+        weights.append(GPT.from_checkpoint(path, "cpu")[0].h[0].mlp.c_fc.weight)
+    start = GPT.from_checkpoint(tiny_runs["sft"], "cpu")[0].h[0].mlp.c_fc.weight
+    assert (weights[0] - start).abs().max() > 1e-3
+    assert (weights[1] - weights[0]).abs().max() < 1e-6
+
+
+def test_an_evaluation_without_the_metric_of_keep_best(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """Where no held-out row is ranked there is no acc. Such a step is not rated, and training goes
+    on."""
+    out = f"{tmp_path}/r"
+    stage = dataclasses.replace(train.STAGES["spin"], evaluate=lambda *args: {"val_loss": 1.0})
+    monkeypatch.setitem(train.STAGES, "spin", stage)
+    options = ["--keep_best=-acc", "--max_steps=2", "--eval_interval=1"]
+    train.main(spin_args(tiny_runs, tiny_data, out, *options))
+    texts = {record["text"] for record in read_metrics(out, "warning")}
+    assert "this evaluation has no acc, so keep_best does not rate it" in texts
+    assert checkpoint.latest(out).endswith("step_000002")
+
+
 def test_equal_responses_count_in_a_round_report():
     """Lengths and ends are means over all samples. Those that equal a better response are absent
     from the ranking: short and right ones tie most, so a mean without them would be too long."""

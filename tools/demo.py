@@ -20,6 +20,7 @@ from nanospin.checkpoint import is_end_of_run, list_checkpoints, read_meta
 from tools.plot import (
     GREY,
     PALETTE,
+    check_report,
     figure_legend,
     markdown_table,
     minutes,
@@ -150,6 +151,9 @@ def samples_table(folder: str, curves: dict[str, list], count: int = 10) -> list
     return markdown_table(["prompt", *titles], lines)
 
 
+HEAD = "# Self-play on sums"
+
+
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("demo", help="folder with the runs sft, sft_more, spin and online_pl")
@@ -157,12 +161,14 @@ def main(argv=None):
         "--rows", type=cli.number_type(int, 10), default=2000, help="held-out sums to measure on"
     )
     args = parser.parse_args(argv)
+    path = os.path.join(args.demo, "report.md")
+    check_report(path, HEAD)
     curves = measure(args.demo, args.rows)
     table = read_json(f"{args.demo}/eval/eval.json")
     draw(f"{args.demo}/exact_match.png", curves, table)
     results = results_table(args.demo, curves, table)
     text = [
-        "# Self-play on sums",
+        HEAD,
         "",
         "![Exact match while each method trains](exact_match.png)",
         "",
@@ -177,7 +183,6 @@ def main(argv=None):
         *samples_table(args.demo, curves),
         "",
     ]
-    path = os.path.join(args.demo, "report.md")
     with atomic_write(path) as f:
         f.write("\n".join(text))
     print("\n".join([*results, "", path]))

@@ -359,11 +359,12 @@ def draw_accuracy(ax, by_seed, columns, players, colors):
     else:
         chance = "chance (1/2"
         draw_rounds(ax, by_seed, "acc", "#000000", "all pairs", after=0)
+        has_earlier = any(player.startswith("self-") for player in players)
         for k, player in enumerate(players[:-1]):
             label = f"{player} above {' and '.join(players[k + 1 :])}"
             draw_rounds(ax, by_seed, f"acc/{player}", colors[player], label, after=0)
             n = len(columns) - columns.index(player)
-            if n > 2:
+            if n > 2 and not has_earlier:  # those are absent in the first rounds
                 ax.axhline(1 / n, color=colors[player], **DASHED)
                 chance += f"; {player}: 1/{n}"
         chance += ")"
@@ -376,10 +377,11 @@ def draw_length_baseline(ax, runs):
     spans, by_round = round_spans(read_metrics(runs[0], "eval")), {}
     for run in runs:
         for r in read_metrics(run, "collect"):
-            by_round.setdefault(r["round"], []).append(r["length_acc/self"])
+            if "length_acc/self" in r:  # not where all samples equal the data's response
+                by_round.setdefault(r["round"], []).append(r["length_acc/self"])
     label = "length alone" + (", mean of seeds" if len(runs) > 1 else "")
     for round_id, (first, last) in spans.items():
-        y = np.mean(by_round[round_id])
+        y = np.mean(by_round[round_id]) if round_id in by_round else np.nan
         ax.plot([first, last], [y, y], color=PALETTE[3], ls=":", label=label)
         label = None
 
@@ -560,6 +562,8 @@ def summary(outcomes: list[str]) -> str:
     )
 
 
+REPORT_HEAD = "# Self-play on the documentation of installed packages"
+
 DEFINITIONS = """\
 - Rows: `data` is the response in the data set. `sft_more` continues SFT on the same rows for as
   many steps as both rounds of self-play took. `sft@0.7` and `sft@0.5` are samples of `sft` at a
@@ -583,6 +587,8 @@ def report(demos: list[str]):
     """Write report.md and its figures into the demo's folder, or beside the folders of seeds."""
     tables = [demo_metrics(demo) for demo in demos]
     folder = demos[0] if len(demos) == 1 else os.path.dirname(os.path.normpath(demos[0]))
+    path = os.path.join(folder, "report.md")
+    check_report(path, REPORT_HEAD)
     plot_stages(os.path.join(folder, "stages.png"), demos)
     starts = []
     for stage in ("spin_k2", "spin_k3"):
@@ -602,7 +608,7 @@ def report(demos: list[str]):
     found = comparisons(tables)
     lines = [line for _, line in found]
     text = [
-        "# Self-play on the documentation of installed packages",
+        REPORT_HEAD,
         "",
         summary([outcome for outcome, _ in found]),
         "",
@@ -644,7 +650,6 @@ def report(demos: list[str]):
         "![Rounds of K = 3](spin_k3.png)",
         "",
     ]
-    path = os.path.join(folder, "report.md")
     with atomic_write(path) as f:
         f.write("\n".join(text))
     print("\n".join([*stages, "", *lines, path]))
@@ -667,10 +672,7 @@ TABLE_HEAD = "# Held-out metrics at the first and the last evaluation of each ru
 def table(out: str, runs: list[str]):
     """Write OUT/report.md, the first and last evaluation of each run, and copy the runs' logs."""
     report_path = os.path.join(out, "report.md")
-    if os.path.exists(report_path) and not read_text(report_path).startswith(TABLE_HEAD):
-        raise SystemExit(
-            printable(f"{report_path} is not a report of this command; choose another OUT")
-        )
+    check_report(report_path, TABLE_HEAD)
     lines = [
         "| run | stage | steps | minutes | metric | first | last | standard error |",
         "|---|---|---:|---:|---|---:|---:|---:|",
@@ -696,6 +698,12 @@ def table(out: str, runs: list[str]):
     with atomic_write(report_path) as f:
         f.write("\n".join([TABLE_HEAD, "", *lines, ""]))
     print("\n".join(lines))
+
+
+def check_report(path: str, head: str):
+    """Exit with one line if a report would replace a file that does not begin with its head."""
+    if os.path.exists(path) and not read_text(path).startswith(head):
+        raise SystemExit(printable(f"{path} is not a report of this command: move it away"))
 
 
 def run_names(runs: list[str]) -> list[str]:

@@ -187,7 +187,7 @@ def describe(tokens, enc):
     num_supervised = sum(has_loss for _, has_loss in tokens)
     text = f"{len(tokens)} tokens, {num_supervised} with a loss"
     last_id, _ = tokens[-1]
-    return text if last_id == enc.eot_token else text + ", no end-of-text"
+    return text if tokenizer.is_end(enc, last_id) else text + ", no end-of-text"
 
 
 def render(tokens, enc, colour):

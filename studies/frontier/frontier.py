@@ -41,6 +41,7 @@ from sample import respond
 from tools.plot import (
     GREY,
     PALETTE,
+    check_report,
     figure_legend,
     minutes,
     plt,
@@ -489,8 +490,13 @@ def win_rate_table(results):
     return lines
 
 
+HEAD = "# True reward against KL to the reference"
+
+
 def report(args, measured, base):
     """Write report.md, logs/frontier.json and figures/frontier.png and .svg in args.out."""
+    path = os.path.join(args.out, "report.md")
+    check_report(path, HEAD)
     results = Results.of(measured, base)
     base_true = np.array(base.true_at["1.0"])
     base_error = np.std(base_true) / len(base_true) ** 0.5
@@ -498,7 +504,7 @@ def report(args, measured, base):
     if args.small:
         command += " --small"
     lines = [
-        "# True reward against KL to the reference",
+        HEAD,
         "",
         f"{args.seeds} seeds, mean ± standard error over them; {VAL_ROWS} held-out prompts. "
         "KL is in nats per response, on the policy's own samples. The reference's true reward is "
@@ -526,7 +532,7 @@ def report(args, measured, base):
     lines += ["", "![True reward, learnt reward and win rate](figures/frontier.png)", ""]
     for folder in ("figures", "logs"):
         os.makedirs(os.path.join(args.out, folder), exist_ok=True)
-    with atomic_write(os.path.join(args.out, "report.md")) as f:
+    with atomic_write(path) as f:
         f.write("\n".join(lines))
     results.save(os.path.join(args.out, "logs", "frontier.json"))
     draw(os.path.join(args.out, "figures", "frontier.png"), results)

@@ -26,6 +26,7 @@ from data.files import atomic_write
 from tools.plot import (
     GREY,
     PALETTE,
+    check_report,
     figure_legend,
     format_mean,
     markdown_table,
@@ -687,11 +688,12 @@ last step, and the share of new tokens at which T_0 and T_2 would break even:
 
 def write_report(folder: str, out: str):
     """Write the figures and report.md of the runs under `folder` into `out`."""
+    path = os.path.join(out, "report.md")
+    check_report(path, INTRODUCTION.split("\n")[0])
     study = read_study(folder)
     os.makedirs(out, exist_ok=True)
     copy_logs(folder, os.path.join(out, "logs"))
     draw_figures(study, os.path.join(out, "figures"))
-    path = os.path.join(out, "report.md")
     with atomic_write(path) as f:
         f.write(report_text(study, data_sources(folder)))
     print(path)

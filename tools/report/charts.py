@@ -159,14 +159,17 @@ def compare(all_runs):
 
 def equal_scores(run):
     """(the ranking loss if all scores are equal, its name), or None. Where a scorer ranks, or a
-    player has several samples, which are ties, it differs from row to row."""
+    player has several samples, which are ties, it differs from row to row; with players of earlier
+    rounds, from round to round; with `pairs`, from training to validation, which is Plackett-Luce.
+    """
     loss_type = run.setting("loss_type")
     if loss_type not in ("pl", "pairs") or run.setting("score_margin"):
         return None
     players = run.players
-    if run.stage == "reward" or loss_type == "pairs":
+    several = len(set(players)) < len(players) or any(p.startswith("self-") for p in players)
+    if run.stage == "reward" or loss_type == "pairs" and len(players) == 2:
         K = 2
-    elif run.is_scored or len(set(players)) < len(players) or run.setting("rank_depth"):
+    elif loss_type == "pairs" or several or run.is_scored or run.setting("rank_depth"):
         return None
     else:
         K = len(players)

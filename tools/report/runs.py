@@ -13,6 +13,7 @@ from data.batch import Batch, batch_rows, permutation, reward_batch, stream_batc
 from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
 from data.rows import drop_equal_responses, encode_rows, name_tokenizer, prompt_key, read_rows
+from data.tokenizer import is_end
 from nanospin import checkpoint
 from nanospin.config import Config, is_scored, player_columns
 from nanospin.rounds import response_titles
@@ -289,7 +290,7 @@ def is_tied(row: dict, k: int) -> bool:
 def is_cut(run: Run, row: dict, k: int) -> bool:
     """Whether response k was trained without its end: it did not end, or a limit cut it."""
     ids = row["ids"][k]
-    return num_tokens(row, k) < len(ids) or bool(run.enc and ids[-1] != run.enc.eot_token)
+    return num_tokens(row, k) < len(ids) or bool(run.enc and not is_end(run.enc, ids[-1]))
 
 
 def kl_of(row: dict, k: int) -> float:
