@@ -295,7 +295,7 @@ def test_a_comparison_follows_the_interval(other, metric, tables, outcome):
 
 def test_students_interval():
     mean, half_width = plot.t_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0 and half_width == pytest.approx(4.30 / 3**0.5)
+    assert mean == 2.0 and half_width == pytest.approx(4.303 / 3**0.5)
     assert plot.t_interval([5.0, 5.0])[1] == 0.0
 
 

@@ -557,7 +557,7 @@ def test_the_report(tmp_path):
     fitted = (300 * 3.1 + 100 * 1.1) / 400
     assert f"| T_0 | 4.0000 ± 0 | {early:.4f} ± 0 | 4.1000 ± 0 | {fitted:.4f} ± 0 |" in text
     assert "| 15 ± 0 | 1.50 ± 0 |" in text
-    error = 4.30 * 0.04 / math.sqrt(3)
+    error = 4.303 * 0.04 / math.sqrt(3)
     assert f"| T_1 | **-0.5000 ± {error:.4f}** | +0.0000 ± 0.0000 |" in text
     assert "| dropout | +0.0000 ± 0.0000 |" in text
     assert text.index("| T_1 | **") < text.index("| T_10 | +0.0000")

@@ -97,7 +97,7 @@ def write_run(folder: str, name: str, greedy: float):
 
 
 def test_the_table_by_hand(tmp_path, capsys):
-    """Differences are paired by seed, and their interval is Student's: 12.71 s / sqrt(2) for 2."""
+    """Differences are paired by seed, and their interval is Student's: 12.706 s / sqrt(2) for 2."""
     for seed, start, more, spin in ((1, 0.2, 0.3, 0.5), (2, 0.4, 0.6, 0.7)):
         for name, greedy in (("sft", start), ("sft_more", more), ("spin", spin)):
             write_run(f"{tmp_path}/{seed}", name, greedy)
@@ -111,10 +111,10 @@ def test_the_table_by_hand(tmp_path, capsys):
     headings = [line.split(" | ")[0] for line in lines[:start] if line.startswith("| *")]
     assert headings == ["| *the same 1,500 answers*", "| *no answers, a checker*"]
     line = next(line for line in lines if "| SPIN, K = 2 |" in line)
-    half_width = 12.71 * np.std([20, 10], ddof=1) / np.sqrt(2)
+    half_width = 12.706 * np.std([20, 10], ddof=1) / np.sqrt(2)
     assert line.split(" | ")[1:4] == ["60.0 %", f"+15.0 ± {half_width:.1f}", "30.0 %"]
     assert line.split(" | ")[-1] == "12 |"  # steps
-    half_width = 12.71 * np.std([30, 30], ddof=1) / np.sqrt(2)
+    half_width = 12.706 * np.std([30, 30], ddof=1) / np.sqrt(2)
     assert lines[start + 2] == "| SFT, where all start | 30.0 % |"
     assert f"| SPIN, K = 2 | +30.0 ± {half_width:.1f} |" in lines[start:]
     with open(f"{tmp_path}/results.json") as f:

@@ -496,7 +496,9 @@ def collect_table(demos: list[str]) -> list[str]:
 
 def t_interval(values: list[float]) -> tuple[float, float]:
     """(mean, half width of Student's 95 % interval of the mean) of two or more values."""
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)  # 97.5 %; 6 or more
+    degrees = len(values) - 1
+    quantiles = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 %
+    quantile = quantiles[min(degrees, len(quantiles)) - 1]  # for more, a little too wide
     return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / np.sqrt(len(values))
 
 

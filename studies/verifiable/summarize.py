@@ -96,62 +96,75 @@ def make_table(results: dict[str, list[dict]]) -> list[str]:
     for name, by_seed in results.items():
         group = group_of.get(name)  # None of the start
         if group != last:
-            rows.append([f"*{group}*", *[""] * 7])
+            rows.append([f"*{group}*", *[""] * 8])
         last = group
         mean = {}
         for metric in by_seed[0]:
             mean[metric] = np.mean([m[metric] for m in by_seed])
-        differences = gains_over(results, name, BASELINE)
+        against = {}
+        for metric in ("greedy", "sampled"):
+            differences = gains_over(results, name, BASELINE, metric)
+            against[metric] = "" if name == BASELINE else format_difference(differences)
         rows.append(
             [
                 LABELS[name],
                 f"{mean['greedy']:.1f} %",
-                "" if name == BASELINE else format_difference(differences),
+                against["greedy"],
                 f"{mean['sampled']:.1f} %",
+                against["sampled"],
                 f"{mean['pass_at_8']:.1f} %",
                 f"{mean['val_loss']:.3f}",
                 f"{mean['kl']:.2f}",
                 f"{mean['steps']:.0f}",
             ]
         )
-    head = ["method", "greedy", "against SFT continued", "sampled", "pass at 8"]
-    return markdown_table([*head, "validation loss", "KL from SFT", "steps"], rows)
+    head = ["method", "greedy", "against SFT continued", "sampled", "against SFT continued"]
+    return markdown_table([*head, "pass at 8", "validation loss", "KL from SFT", "steps"], rows)
 
 
 def draw(results: dict[str, list[dict]], path: str):
-    """What every method gains over SFT continued, in greedy answers right: each seed, and the mean
-    with its 95 % interval."""
+    """What every method gains over SFT continued, in answers right, greedily and sampled: each
+    seed, and the mean with its 95 % interval."""
     with style():
-        fig, ax = plt.subplots(figsize=(6.4, 5.2))
-        y, ticks = 0.0, []
-        for color, group in zip(PALETTE, GROUPS):
-            names = [name for name in methods_of(group) if name in results and name != BASELINE]
-            if not names:
-                continue
-            ticks.append((y, group))
-            for name in names:
-                y -= 1
-                gains = gains_over(results, name, BASELINE)
-                ax.plot(gains, [y] * len(gains), "|", color=color, alpha=0.6, ms=7)
-                if len(gains) > 1:
-                    mean, half_width = t_interval(gains)
-                    ax.errorbar(mean, y, xerr=half_width, fmt="o", color=color, ms=5, capsize=2)
-                ticks.append((y, LABELS[name]))
-            y -= 1.4
-        ax.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
-        ax.set_yticks(*zip(*ticks))
-        for tick, (_, label) in zip(ax.get_yticklabels(), ticks):
+        fig, axes = plt.subplots(1, 2, figsize=(7.6, 5.2), sharey=True)
+        ticks = []
+        for ax, metric in zip(axes, ("greedy", "sampled")):
+            y, ticks = 0.0, []
+            for color, group in zip(PALETTE, GROUPS):
+                names = [name for name in methods_of(group) if name in results]
+                names = [name for name in names if name != BASELINE]
+                if names:
+                    ticks.append((y, group))
+                for name in names:
+                    y -= 1
+                    ticks.append((y, LABELS[name]))
+                    draw_method(ax, gains_over(results, name, BASELINE, metric), y, color)
+                y -= 1.4 if names else 0
+            ax.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
+            ax.grid(axis="y", visible=False)
+            ax.set_title({"greedy": "greedy", "sampled": "sampled at temperature 1"}[metric])
+            ax.set_xlabel("points above SFT continued")
+        axes[0].set_yticks(*zip(*ticks))
+        for tick, (_, label) in zip(axes[0].get_yticklabels(), ticks):
             if label in GROUPS:
                 tick.set_fontweight("bold")
-        ax.set_ylim(y + 0.8, 0.7)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel("right answers minus those of SFT continued (points, greedy, held out)")
+        axes[0].set_ylim(y + 0.8, 0.7)
         save_figure(fig, path)
 
 
-def gains_over(results: dict[str, list[dict]], name: str, other: str) -> list[float]:
-    """Differences in greedy answers right, in points, one for each seed."""
-    return [m["greedy"] - b["greedy"] for m, b in zip(results[name], results[other])]
+def draw_method(ax, gains: list[float], y: float, color: str):
+    """The gains of one method as a row of a figure."""
+    ax.plot(gains, [y] * len(gains), "|", color=color, alpha=0.6, ms=7)
+    if len(gains) > 1:
+        mean, half_width = t_interval(gains)
+        ax.errorbar(mean, y, xerr=half_width, fmt="o", color=color, ms=5, capsize=2)
+
+
+def gains_over(
+    results: dict[str, list[dict]], name: str, other: str, metric: str = "greedy"
+) -> list[float]:
+    """Differences in answers right, in points, one for each seed."""
+    return [m[metric] - b[metric] for m, b in zip(results[name], results[other])]
 
 
 def methods_of_map(by_steps: dict[str, dict], group: str) -> list[str]:
