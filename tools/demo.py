@@ -176,7 +176,7 @@ def main(argv=None):
         "",
         "One training run of each. ± is a 95 % interval of the paired difference over the",
         "held-out sums, in points. It says nothing about another seed: `studies/verifiable` has",
-        "three.",
+        "five.",
         "",
         "## Greedy answers",
         "",

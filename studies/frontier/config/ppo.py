@@ -2,7 +2,7 @@
 
     python train.py studies/frontier/config/ppo.py
 
-One CPU core, 2 minutes. The learnt reward rises from 0.64 to 1.30 at a KL of 2.5 nats.
+One CPU core, 2 minutes.
 """
 
 stage = "ppo"
