@@ -3,8 +3,8 @@
     python -m data.shakespeare.prepare tinyshakespeare.txt
     OMP_NUM_THREADS=1 python train.py config/shakespeare.py
 
-75 to 84 seconds on one core of a shared Xeon; validation loss 1.85 to 1.88. Against nanoGPT's recipe: a tenth of the steps,
-twice the batch, Muon, rotary positions, QK-norm.
+75 to 84 seconds on one core of a shared Xeon; validation loss 1.85 to 1.88. Against nanoGPT's
+recipe: a tenth of the steps, twice the batch, Muon, rotary positions, QK-norm.
 """
 
 from config.shakespeare_nanogpt import *
