@@ -613,7 +613,7 @@ def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
 def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple[dict, Samples]:
     """(metrics, samples) of a checkpoint on held-out rows, which it can take."""
     device, enc = args.device, entry.enc
-    model, _, meta = GPT.from_checkpoint(entry.path, device)
+    model, _, meta = GPT.from_checkpoint(entry.path, device, args.dtype)
     encoded, counts = encode_rows(rows, enc, **entry.limits)
     entry.counts["prompts_cut"] = counts["prompts cut"]
     entry.counts["responses_cut"] = counts["responses cut"]
@@ -680,7 +680,7 @@ def sampled_kl(name: str, model, rows: list[dict], args) -> dict[str, float]:
     {} and a line if pi_ref cannot take one of the samples: to leave out the long ones would be
     another mean.
     """
-    reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
+    reference, _, _ = GPT.from_checkpoint(args.reference, args.device, args.dtype)
     block_size = reference.config.block_size
     too_long = [row for row in rows if num_tokens(row) > block_size]
     if too_long:
@@ -720,7 +720,7 @@ def reference_metrics(name: str, entry: Entry, model, rows, args) -> dict[str, f
     K = max(len(row["responses"]) for row in rows)
     rows = pad_rows_to_K(rows, K)
     entry.counts["equal_responses"] = drop_all_equal(name, rows)
-    reference, _, _ = GPT.from_checkpoint(args.reference, args.device)
+    reference, _, _ = GPT.from_checkpoint(args.reference, args.device, args.dtype)
     longest = max(map(num_tokens, rows))
     if longest > reference.config.block_size:
         raise SystemExit(
@@ -763,7 +763,7 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
 
 def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, dict]:
     """Win rates under --judge of every player against the first checkpoint -> {player: metrics}."""
-    judge, judge_enc, meta = GPT.from_checkpoint(args.judge, args.device)
+    judge, judge_enc, meta = GPT.from_checkpoint(args.judge, args.device, args.dtype)
     results = {}
     for name, player in samples.items():
         if name == first:
@@ -856,7 +856,7 @@ def write_logps(args, rows_path: str, entries: dict[str, Entry]):
     rows = read_rows(rows_path)[: args.rows]
     lines = []
     for name, entry in entries.items():
-        lines += logps_lines(name, entry, rows, args.device)
+        lines += logps_lines(name, entry, rows, args.device, args.dtype)
     if args.out:
         write_rows(args.out, lines)
         print(f"{args.out}: {len(lines)} lines")
@@ -865,14 +865,14 @@ def write_logps(args, rows_path: str, entries: dict[str, Entry]):
             print(json.dumps(line))
 
 
-def logps_lines(name: str, entry: Entry, rows: list[dict], device) -> list[dict]:
+def logps_lines(name: str, entry: Entry, rows: list[dict], device, dtype) -> list[dict]:
     """{"checkpoint": name, "row": place in the file, "logps": [...], "tokens": [...]} of each row.
 
     logps: log pi(y_k|x) of each response, the sum over its tokens and end-of-text, which are
     counted in `tokens`. As in training: the same template, limits and batches. null and 0 where a
     response is absent, or its prompt leaves no room.
     """
-    model, enc, _ = GPT.from_checkpoint(entry.path, device)
+    model, enc, _ = GPT.from_checkpoint(entry.path, device, dtype)
     encoded, counts = encode_rows(rows, enc, **entry.limits)
     print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in counts.items()), file=sys.stderr)
     kept = [row for row in encoded if row is not None]
@@ -919,6 +919,7 @@ def main(argv=None):
         table[name] = {
             "checkpoint": entry.path,
             "temperature": entry.temperature,
+            "dtype": str(args.dtype).removeprefix("torch."),
             "data": rows_path,
             "max_prompt": entry.limits["max_prompt"],
             "max_response": entry.limits["max_response"],

@@ -467,7 +467,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sample_command.check_arguments(parser, args)
     distributed.configure_torch(args.device)
-    model, enc, meta = GPT.from_checkpoint(args.checkpoint, args.device)
+    model, enc, meta = GPT.from_checkpoint(args.checkpoint, args.device, args.dtype)
     if model.config.scalar_head:
         parser.error(f"{args.checkpoint} is a reward model. It scores responses (eval.py)")
     cfg = meta["config"]
@@ -481,7 +481,7 @@ def main(argv=None):
         "seed": args.seed,
     }
     if args.prompts:
-        weights = meta["weights_sha256"]
+        weights = f"{meta['weights_sha256']} {args.dtype}"
         respond_to_file(model, enc, weights, args.prompts, args.out, args.n, settings)
     elif args.prompt is not None:
         row = {"prompt": args.prompt, "system": args.system}
@@ -506,7 +506,7 @@ def respond_to_file(model, enc, weights: str, prompts_path, out_path, count: int
     of each prompt, one after the other.
 
     Finished samples are kept in OUT.partial, and a killed command that is run again continues from
-    there. weights: the hash of the model's.
+    there. weights: the hash of the model's, and its dtype.
     """
     rows = read_rows(prompts_path, prompt_only=True)
     template, max_prompt = settings["template"], settings["max_prompt"]

@@ -260,6 +260,15 @@ def device_type(text: str) -> str:
     return text
 
 
+def dtype_type(text: str):
+    """An argparse type: the dtype of matrix products, as a torch.dtype."""
+    import torch
+
+    if text not in ("float32", "bfloat16"):
+        raise argparse.ArgumentTypeError(f"must be float32 or bfloat16, got {text!r}")
+    return getattr(torch, text)
+
+
 def default_device() -> str:
     import torch  # takes a second, and most command lines do not need it
 

@@ -89,6 +89,12 @@ def make_parser(description: str) -> cli.ArgumentParser:
         help="of sampling; the n-th checkpoint takes seed + n",
     )
     parser.add_argument(
+        "--dtype",
+        type=cli.dtype_type,
+        default="float32",
+        help="of matrix products: float32 (default), or bfloat16, which is faster and rounds",
+    )
+    parser.add_argument(
         "--device", type=cli.device_type, default=cli.default_device(), help="cpu or cuda"
     )
     return parser

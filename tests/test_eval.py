@@ -466,6 +466,22 @@ def test_checkpoints_and_a_judge(tiny_runs, tiny_data, tmp_path):
     assert len(read_rows(f"{tmp_path}/e/cold.jsonl")) == 8
 
 
+def test_bfloat16(tiny_runs, tiny_data, tmp_path):
+    """--dtype is that of the matrix products: as a model in that dtype gives, and near float32."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        out = f"--out={tmp_path}/{dtype}.json"
+        done = evaluate(f"a={tiny_runs['sft']}", f"--data={tiny_data}", f"--dtype={dtype}", out)
+        assert done.returncode == 0, done.stderr
+        table = read_json(f"{tmp_path}/{dtype}.json")["a"]
+        assert table["dtype"] == dtype
+        losses[dtype] = table["val_loss"]
+    # products are rounded to 8 bits: a relative error of 2^-8 in a logit, averaged over tokens
+    assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 2**-8 * losses["float32"]
+    done = evaluate(f"a={tiny_runs['sft']}", "--dtype=float16")
+    assert done.returncode == 1 and "must be float32 or bfloat16" in done.stderr
+
+
 def test_what_a_judge_cuts_is_counted(tiny_runs, tiny_data, tmp_path):
     """Prompts as well as responses, in the line and in the table."""
     judge = f"{tmp_path}/judge"
@@ -496,8 +512,8 @@ def test_a_reference(tiny_runs, tiny_data):
 def test_no_kl_to_a_reference_that_is_too_short(monkeypatch, capsys):
     """A shorter context would be another model, and learned positions end there."""
     reference = GPT(GPTConfig(vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=8))
-    monkeypatch.setattr(GPT, "from_checkpoint", lambda path, device: (reference, None, None))
-    args = types.SimpleNamespace(reference="r", device=CPU)
+    monkeypatch.setattr(GPT, "from_checkpoint", lambda *args: (reference, None, None))
+    args = types.SimpleNamespace(reference="r", device=CPU, dtype=torch.float32)
     rows = [{"prompt": [1, 2, 3], "responses": [[4] * n], "ranks": [0]} for n in (2, 5)]
     assert sampled_kl("a", reference, rows, args) == {"kl": 0}
     rows[1]["responses"][0].append(4)
