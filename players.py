@@ -498,12 +498,12 @@ def distinct(row: dict, k: int) -> int:
     return k if same_as is None else same_as
 
 
-def text_of(cfg, row: dict, k: int, enc) -> str:
-    """The text of response k of a ranked row. One that equals a better response equals only what
-    the run's limits leave of it."""
+def text_of(cfg, player: str, row: dict, k: int, enc) -> str:
+    """The text of response k of a ranked row, a player's. A sample that equals a better response
+    equals only what the run's limits leave of it: it was sampled within them."""
     one = distinct(row, k)
     ids, length = row["ids"][one], num_tokens(row, one)
-    if one != k and length < len(ids):
+    if one != k and player.startswith("self") and length < len(ids):
         return response_text(enc, ids[:length], cfg.template)
     return row["responses"][one]
 
@@ -525,7 +525,7 @@ def compare_with_data(cfg, player: str, present, tied, enc) -> dict[str, float]:
     right, lengths, data_lengths = [], [], []
     for row, k, data_row in present + tied:
         if data_row.get("responses"):
-            text = text_of(cfg, row, k, enc)
+            text = text_of(cfg, player, row, k, enc)
             right.append(same_answer(text, data_row["responses"][0]))
     for row, k, _ in present:
         for of_data in columns_of(cfg, "data", row):

@@ -173,7 +173,10 @@ def test_a_mistake_as_a_user_sees_it():
     assert result.stderr.strip() == "command line: unknown setting 'bta', did you mean 'beta'?"
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob("config/**/*.py", recursive=True)))
+CONFIGS = glob.glob("config/**/*.py", recursive=True) + glob.glob("studies/smollm2/config/*.py")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS))
 def test_every_config_says_how_it_is_run(path):
     """The header of a config has its command, the hardware, the time and the result to expect."""
     load_config([path])

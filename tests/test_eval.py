@@ -35,6 +35,7 @@ from eval import (
 from loss import preference_loss
 from model import GPT, GPTConfig
 from nanospin import checkpoint, eval_command
+from studies.smollm2.scorer import token_f1
 
 CPU = torch.device("cpu")
 EOT = 256  # of bytes
@@ -229,6 +230,12 @@ def test_f1_score():
     assert f1_score("Return the name", "return a name") == pytest.approx(2 / 3)
     assert f1_score("", "x") == 0.0
     assert f1_score("", " ") == 1.0  # as SQuAD's script
+
+
+def test_f1_as_a_scorer():
+    """studies/smollm2 ranks samples by it."""
+    row = {"prompt": "List files.", "responses": ["ls -l folder"]}
+    assert token_f1(row, "ls folder") == pytest.approx(4 / 5)
 
 
 def test_sample_metrics():
