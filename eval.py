@@ -806,9 +806,9 @@ def check_arguments(args, rows_path: str, entries: dict[str, Entry]):
     if args.scorer:
         import_function(args.scorer)
     if args.out and eval_command.is_table(args.out):
-        eval_command.check_table(args.out, rows_path, list(entries))
+        eval_command.check_table(args.out, rows_path, entries)
     elif args.out:
-        eval_command.check_folder(args.out, rows_path, ["data", *entries])
+        eval_command.check_folder(args.out, rows_path, entries)
     for name, entry in entries.items():
         samples_nothing = entry.meta["config"]["stage"] == "reward"
         if args.judge and samples_nothing:

@@ -181,22 +181,29 @@ def is_table(out: str) -> bool:
     return out.endswith(".json") and not os.path.isdir(out)
 
 
-def check_table(path: str, rows_path: str, names: list[str]):
+def check_table(path: str, rows_path: str, entries: dict[str, Entry]):
     """Exit with one line if eval.py must not write its table to `path`: an earlier one there has
-    checkpoints that are not among these. Makes the folder."""
+    metrics that this command does not measure again. Makes the folder."""
     make_folder(os.path.dirname(path))
     check_output(path, [rows_path])
-    if os.path.exists(path):
-        lost = [name for name in read_table(path) if name not in ("data", *names)]
-        if lost:
+    if not os.path.exists(path):
+        return
+    for name, row in read_table(path).items():
+        if name == "data":
+            continue
+        measured = None
+        if name in entries:
+            measured = (entries[name].path, entries[name].temperature, rows_path)
+        if (row.get("checkpoint"), row.get("temperature"), row.get("data")) != measured:
             raise SystemExit(
-                f"{path} has metrics of {', '.join(lost)}, which this command does not measure: "
-                "give another --out"
+                f"{path} has metrics of {name}, {row.get('checkpoint')} on {row.get('data')}, "
+                "which this command does not measure: give another --out"
             )
 
 
-def check_folder(out: str, rows_path: str, players: list[str]):
+def check_folder(out: str, rows_path: str, entries: dict[str, Entry]):
     """Exit with one line if eval.py must not write to a folder. Makes the folder."""
+    players = ["data", *entries]
     make_folder(out)
     for name in ("config.json", "collect.json", "manifest.json", "meta.json"):
         if os.path.exists(os.path.join(out, name)):
@@ -206,7 +213,7 @@ def check_folder(out: str, rows_path: str, players: list[str]):
     for name in (FILES, *(f"{player}.jsonl" for player in players)):
         check_output(os.path.join(out, name), [rows_path])
     check_replaced(out, players)
-    check_table(os.path.join(out, "eval.json"), rows_path, players)
+    check_table(os.path.join(out, "eval.json"), rows_path, entries)
 
 
 def make_folder(folder: str):
@@ -231,7 +238,7 @@ def check_replaced(out: str, players: list[str]):
 def earlier_players(out: str) -> list[str]:
     """The players whose samples earlier commands wrote, or began to write, to a folder."""
     table, files = os.path.join(out, "eval.json"), os.path.join(out, FILES)
-    earlier = read_table(table) if os.path.exists(table) else []
+    earlier = ["data", *read_table(table)] if os.path.exists(table) else []
     if os.path.exists(files):
         players = read_json(files).get("players")
         if not isinstance(players, list):
@@ -247,13 +254,14 @@ def name_players(out: str, players: list[str]):
     write_json(os.path.join(out, FILES), {"players": players})
 
 
-def read_table(path: str) -> list[str]:
-    """The players in a table. Exits with one line if eval.py did not write the file."""
+def read_table(path: str) -> dict[str, dict]:
+    """{name: metrics} of a table. Exits with one line if eval.py did not write the file."""
     advice = ": eval.py did not write it; give another --out"
     table = read_json(path, advice=advice)
-    if not any(isinstance(row, dict) and "checkpoint" in row for row in table.values()):
+    rows = [row for row in table.values() if isinstance(row, dict)]
+    if len(rows) < len(table) or not any("checkpoint" in row for row in rows):
         raise SystemExit(f"{path} names no checkpoint{advice}")
-    return ["data", *table]
+    return table
 
 
 def write_samples(path: str, rows: list[dict], answers: dict, enc, template: str):

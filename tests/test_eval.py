@@ -529,18 +529,34 @@ def test_no_kl_to_a_reference_that_is_too_short(monkeypatch, capsys):
 
 
 def test_the_same_out_again(tmp_path):
-    """After an interruption before eval.json was written, and after a command with other names,
-    the files are known as those of eval.py. A file of the user is not replaced."""
-    out = str(tmp_path)
+    """After an interruption before eval.json was written, the files are known as those of eval.py.
+    A file of the user is not replaced, nor metrics that would not be measured again."""
+    out, rows_path = str(tmp_path), "x/val.jsonl"
+
+    def check(**checkpoints):
+        entries = {}
+        for name, path in checkpoints.items():
+            entries[name] = eval_command.Entry(path, 1.0, {}, None, {})
+        eval_command.check_folder(out, rows_path, entries)
+
     eval_command.name_players(out, ["data", "a"])
     (tmp_path / "a.jsonl").write_text("")
-    eval_command.check_folder(out, "x/val.jsonl", ["data", "a"])
-    write_json(f"{out}/eval.json", {"b": {"checkpoint": "c"}})
+    check(a="c")
+    row = {"checkpoint": "c", "temperature": 1.0, "data": rows_path}
+    write_json(f"{out}/eval.json", {"b": row, "data": {"win_rate": 0.5}})
     eval_command.name_players(out, ["data", "b"])
-    eval_command.check_folder(out, "x/val.jsonl", ["data", "a", "b"])
+    check(a="c", b="c")
+    for checkpoints in ({"a": "c"}, {"a": "c", "b": "another"}):
+        with pytest.raises(SystemExit, match="has metrics of b, c on x/val.jsonl"):
+            check(**checkpoints)
+    for changed in ({"temperature": 0.0}, {"data": "y/val.jsonl"}):
+        write_json(f"{out}/eval.json", {"b": row | changed})
+        with pytest.raises(SystemExit, match="which this command does not measure"):
+            check(b="c")
+    write_json(f"{out}/eval.json", {"b": row})
     (tmp_path / "mine.jsonl").write_text("")
     with pytest.raises(SystemExit, match="mine.jsonl is there"):
-        eval_command.check_folder(out, "x/val.jsonl", ["data", "mine"])
+        check(b="c", mine="c")
 
 
 def test_a_judge_that_has_no_system_messages(tiny_runs):
