@@ -634,7 +634,8 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
         stream = read_stream(other.data, "val")
         metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
     if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
-        if not run.stages[cfg.stage].metrics:
+        ranks = run.stages[cfg.stage].metrics and cfg.stage in ("reward", "preference", "spin")
+        if not ranks:  # else it may only be that no held-out row is ranked this time
             raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
         text = f"this evaluation has no {cfg.keep_best.lstrip('-')}, so keep_best does not rate it"
         run.log.warning(round_id, step, text)
