@@ -329,7 +329,8 @@ class Run:
 def fit(run: Run, round_id: int, train, val, start: int):
     """Train one round from step `start` to its end. The only training loop there is."""
     beta, lr = per_round(run.cfg.beta, round_id), per_round(run.cfg.lr, round_id)
-    muon_lr = run.cfg.muon_lr * (lr / per_round(run.cfg.lr, 0))
+    highest = max(run.cfg.lr) if isinstance(run.cfg.lr, list) else run.cfg.lr
+    muon_lr = run.cfg.muon_lr * (lr / highest)
     cfg = replace(run.cfg, beta=beta, lr=lr, muon_lr=muon_lr)
     model, device = run.model, run.device
     num_steps = num_steps_of_round(cfg, train)

@@ -95,7 +95,7 @@ class Config:
         "adamw"  # adamw | rmsprop (SPIN) | muon (matrices of blocks; adamw for the rest)
     )
     lr: float | list[float] = 3e-4  # a list has one value per round
-    muon_lr: float = 0.02  # of muon's matrices, on the schedule of lr; a list of lr scales it too
+    muon_lr: float = 0.02  # of muon's matrices where lr is highest, on its schedule
     schedule: str = "cosine"  # cosine | linear | constant, after the warmup
     warmup_ratio: float = 0.0  # share of the steps
     min_lr_ratio: float = 0.1  # final learning rate as a share of lr

@@ -642,6 +642,11 @@ def test_muon_follows_a_list_of_learning_rates(tiny_runs, tiny_data, tmp_path):
     start = GPT.from_checkpoint(tiny_runs["sft"], "cpu")[0].h[0].mlp.c_fc.weight
     assert (weights[0] - start).abs().max() > 1e-3
     assert (weights[1] - weights[0]).abs().max() < 1e-6
+    rising = f"{tmp_path}/rising"
+    train.main(spin_args(tiny_runs, tiny_data, rising, *options, "--lr=[1e-12,1e-3]"))
+    path = checkpoint.latest(rising, 0)
+    first = GPT.from_checkpoint(path, "cpu")[0].h[0].mlp.c_fc.weight
+    assert (first - start).abs().max() < 1e-6
 
 
 def test_an_evaluation_without_the_metric_of_keep_best(tiny_runs, tiny_data, tmp_path, monkeypatch):
