@@ -169,10 +169,13 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say) -> 
     for split, rows in rows_by_split.items():
         paths[split] = os.path.join(folder, f"{split}.jsonl")
         rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
-        if not broadcast_from_rank0(os.path.exists(paths[split])):
+        is_made = broadcast_from_rank0(os.path.exists(paths[split]))
+        if not is_made:
             rows = drop_unscorable_prompts(cfg, rows, say_once, split)
-            if split == "train" and cfg.stage == "spin" and is_scored(cfg):
-                rows = prompts_of_round(cfg, rows, round_id)
+        is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
+        if is_drawn and not (is_made and is_judged(cfg)):  # `read_ranked` finds those of a judge
+            rows = prompts_of_round(cfg, rows, round_id)
+        if not is_made:
             ranked = rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say)
             ranked_of[split] = ranked
         rows_of[split] = rows
@@ -200,12 +203,17 @@ def rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say) -> li
     return ranked
 
 
+def is_judged(cfg) -> bool:
+    """Whether a model ranks, rather than a function."""
+    return is_scored(cfg) and ":" not in cfg.ranked_by
+
+
 def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
     ranked = name_tokenizer(read_rows(path), enc, cfg.template)
     keys = list(map(prompt_key, ranked))
-    if is_scored(cfg):
-        # the round's prompts, without those that left no room in a judge, which may be gone by now
+    if is_judged(cfg):
+        # the round's prompts: others left no room in the judge, which may be gone by now
         rows_of = {}
         for row in rows:
             rows_of.setdefault(prompt_key(row), []).append(row)
