@@ -805,10 +805,11 @@ def check_arguments(args, rows_path: str, entries: dict[str, Entry]):
         raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
     if args.scorer:
         import_function(args.scorer)
+    settings = eval_command.settings_of(args)
     if args.out and eval_command.is_table(args.out):
-        eval_command.check_table(args.out, rows_path, entries)
+        eval_command.check_table(args.out, rows_path, entries, settings)
     elif args.out:
-        eval_command.check_folder(args.out, rows_path, entries)
+        eval_command.check_folder(args.out, rows_path, entries, settings)
     for name, entry in entries.items():
         samples_nothing = entry.meta["config"]["stage"] == "reward"
         if args.judge and samples_nothing:
@@ -919,8 +920,8 @@ def main(argv=None):
         table[name] = {
             "checkpoint": entry.path,
             "temperature": entry.temperature,
-            "dtype": str(args.dtype).removeprefix("torch."),
             "data": rows_path,
+            "settings": eval_command.settings_of(args),
             "max_prompt": entry.limits["max_prompt"],
             "max_response": entry.limits["max_response"],
             "rows": len(rows),

@@ -329,10 +329,7 @@ class Run:
 def fit(run: Run, round_id: int, train, val, start: int):
     """Train one round from step `start` to its end. The only training loop there is."""
     beta, lr = per_round(run.cfg.beta, round_id), per_round(run.cfg.lr, round_id)
-    highest = max(run.cfg.lr) if isinstance(run.cfg.lr, list) else run.cfg.lr
-    muon_lr = run.cfg.muon_lr * (lr / highest)
-    cfg = replace(run.cfg, beta=beta, lr=lr, muon_lr=muon_lr)
-    model, device = run.model, run.device
+    cfg, model, device = replace(run.cfg, beta=beta, lr=lr), run.model, run.device
     num_steps = num_steps_of_round(cfg, train)
     optimizers = make_optimizers(model, cfg, lr, device)
     history = load_history(run, round_id, start, optimizers) | {"num_steps": num_steps}

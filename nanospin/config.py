@@ -95,7 +95,7 @@ class Config:
         "adamw"  # adamw | rmsprop (SPIN) | muon (matrices of blocks; adamw for the rest)
     )
     lr: float | list[float] = 3e-4  # a list has one value per round
-    muon_lr: float = 0.02  # of muon's matrices where lr is highest, on its schedule
+    muon_lr: float = 0.02  # learning rate of muon's matrices, on the same schedule
     schedule: str = "cosine"  # cosine | linear | constant, after the warmup
     warmup_ratio: float = 0.0  # share of the steps
     min_lr_ratio: float = 0.1  # final learning rate as a share of lr
@@ -613,6 +613,11 @@ def check_rounds(cfg: Config):
             f"{name} has {len(values)} values for {cfg.rounds} rounds",
         )
         require(all(v > 0 for v in values), f"{name} must be above 0")
+    rates_differ = isinstance(cfg.lr, list) and len(set(cfg.lr)) > 1
+    require(
+        not (rates_differ and cfg.optimizer == "muon"),
+        "optimizer muon has one muon_lr for all rounds, so lr must be one number too",
+    )
 
 
 def check_ranked_by(cfg: Config):

@@ -181,9 +181,16 @@ def is_table(out: str) -> bool:
     return out.endswith(".json") and not os.path.isdir(out)
 
 
-def check_table(path: str, rows_path: str, entries: dict[str, Entry]):
+def settings_of(args) -> dict:
+    """The options that change what is measured, as eval.json has them."""
+    left_out = ("checkpoints", "data", "out", "logps", "device")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    return settings | {"dtype": str(args.dtype).removeprefix("torch.")}
+
+
+def check_table(path: str, rows_path: str, entries: dict[str, Entry], settings: dict):
     """Exit with one line if eval.py must not write its table to `path`: an earlier one there has
-    metrics that this command does not measure again. Makes the folder."""
+    metrics that this command does not measure again, under the same settings. Makes the folder."""
     make_folder(os.path.dirname(path))
     check_output(path, [rows_path])
     if not os.path.exists(path):
@@ -199,9 +206,14 @@ def check_table(path: str, rows_path: str, entries: dict[str, Entry]):
                 f"{path} has metrics of {name}, {row.get('checkpoint')} on {row.get('data')}, "
                 "which this command does not measure: give another --out"
             )
+        if row.get("settings", settings) != settings:
+            raise SystemExit(
+                f"{path} has metrics of {name} under other settings than those of this command: "
+                "give another --out"
+            )
 
 
-def check_folder(out: str, rows_path: str, entries: dict[str, Entry]):
+def check_folder(out: str, rows_path: str, entries: dict[str, Entry], settings: dict):
     """Exit with one line if eval.py must not write to a folder. Makes the folder."""
     players = ["data", *entries]
     make_folder(out)
@@ -213,7 +225,7 @@ def check_folder(out: str, rows_path: str, entries: dict[str, Entry]):
     for name in (FILES, *(f"{player}.jsonl" for player in players)):
         check_output(os.path.join(out, name), [rows_path])
     check_replaced(out, players)
-    check_table(os.path.join(out, "eval.json"), rows_path, entries)
+    check_table(os.path.join(out, "eval.json"), rows_path, entries, settings)
 
 
 def make_folder(folder: str):

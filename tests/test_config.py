@@ -115,6 +115,7 @@ def test_fewer_rounds_take_the_first_values():
         ([*SPIN, "--players=data,self-1"], "must include self"),
         ([*SPIN, "--label_smoothing=0.5"], "label_smoothing must be in"),
         (["--max_steps=1", "--label_smoothing=0.1"], "stage pretrain has no label_smoothing"),
+        ([*SPIN, "--optimizer=muon", "--rounds=2", "--lr=[1e-3,1e-4]"], "muon has one muon_lr"),
         ([*PPO, "--taylor_order=1"], "stage ppo has no taylor_order"),
         ([*PPO, "--nll_coef=1"], "only stages preference and spin have nll_coef"),
         (["--stage=sft", "--rank_depth=1"], "only stages preference and spin have rank_depth"),

@@ -481,7 +481,7 @@ def test_bfloat16(tiny_runs, tiny_data, tmp_path):
         done = evaluate(f"a={tiny_runs['sft']}", f"--data={tiny_data}", f"--dtype={dtype}", out)
         assert done.returncode == 0, done.stderr
         table = read_json(f"{tmp_path}/{dtype}.json")["a"]
-        assert table["dtype"] == dtype
+        assert table["settings"]["dtype"] == dtype
         losses[dtype] = table["val_loss"]
     # products are rounded to 8 bits: a relative error of 2^-8 in a logit, averaged over tokens
     assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 2**-8 * losses["float32"]
@@ -537,7 +537,7 @@ def test_the_same_out_again(tmp_path):
         entries = {}
         for name, path in checkpoints.items():
             entries[name] = eval_command.Entry(path, 1.0, {}, None, {})
-        eval_command.check_folder(out, rows_path, entries)
+        eval_command.check_folder(out, rows_path, entries, {"judge": "rm", "rows": 8})
 
     eval_command.name_players(out, ["data", "a"])
     (tmp_path / "a.jsonl").write_text("")
@@ -553,7 +553,10 @@ def test_the_same_out_again(tmp_path):
         write_json(f"{out}/eval.json", {"b": row | changed})
         with pytest.raises(SystemExit, match="which this command does not measure"):
             check(b="c")
-    write_json(f"{out}/eval.json", {"b": row})
+    write_json(f"{out}/eval.json", {"b": row | {"settings": {"judge": None, "rows": 8}}})
+    with pytest.raises(SystemExit, match="has metrics of b under other settings"):
+        check(b="c")
+    write_json(f"{out}/eval.json", {"b": row | {"settings": {"judge": "rm", "rows": 8}}})
     (tmp_path / "mine.jsonl").write_text("")
     with pytest.raises(SystemExit, match="mine.jsonl is there"):
         check(b="c", mine="c")
@@ -584,17 +587,17 @@ def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
     assert not {"kl", "pass_at_3"} & set(table["cold"])
     assert len(read_rows(f"{tmp_path}/e/a.jsonl")) == 8
 
-    options[2] = "--samples=1"
-    done = evaluate(f"a={sft}", f"--reference={pretrain}", *options)
+    done = evaluate(f"a={sft}", f"--reference={sft}", *options)
     assert done.returncode == 1 and "has metrics of cold" in done.stderr
-    done = evaluate(f"a={sft}", f"cold={sft}@0", f"--reference={pretrain}", *options)
+    options[2:] = ["--samples=1", f"--out={tmp_path}/one"]
+    done = evaluate(f"a={sft}", f"--reference={pretrain}", *options)
     assert done.returncode == 0, done.stderr
-    with open(f"{tmp_path}/e/eval.json", encoding="utf-8") as f:
+    with open(f"{tmp_path}/one/eval.json", encoding="utf-8") as f:
         kl = json.load(f)["a"]["kl"]
     policy, enc, meta = GPT.from_checkpoint(checkpoint.resolve(sft), "cpu")
     reference, _, _ = GPT.from_checkpoint(checkpoint.resolve(pretrain), "cpu")
     differences = []
-    for row in read_rows(f"{tmp_path}/e/a.jsonl"):
+    for row in read_rows(f"{tmp_path}/one/a.jsonl"):
         prompt = encode_rows([row], enc, meta["config"]["template"], policy.config.block_size)
         prompt = prompt[0][0]["prompt"]
         nats = [slow_logprob(model, prompt, row["ids"][0]) for model in (policy, reference)]
@@ -724,10 +727,13 @@ def test_out_replaces_only_what_an_earlier_eval_wrote(tiny_runs, tiny_data, tmp_
         assert done.stderr.count("\n") == 1
         assert os.listdir(folder) == [name] and (folder / name).read_text() == content
     out = tmp_path / "e"
-    for rows in ("4", "6"):
-        done = evaluate(f"a={tiny_runs['sft']}", *options, f"--out={out}", f"--rows={rows}")
+    for _ in range(2):
+        done = evaluate(f"a={tiny_runs['sft']}", *options, f"--out={out}")
         assert done.returncode == 0, done.stderr
-        assert len(read_rows(f"{out}/a.jsonl")) == len(read_rows(f"{out}/data.jsonl")) == int(rows)
+        assert len(read_rows(f"{out}/a.jsonl")) == len(read_rows(f"{out}/data.jsonl")) == 4
+    done = evaluate(f"a={tiny_runs['sft']}", *options, f"--out={out}", "--rows=6")
+    assert done.returncode == 1 and "under other settings" in done.stderr
+    assert len(read_rows(f"{out}/a.jsonl")) == 4
     (out / "b.jsonl").write_text(content)
     done = evaluate(f"b={tiny_runs['sft']}", *options, f"--out={out}")
     assert done.returncode == 1 and f"{out}/b.jsonl is there" in done.stderr

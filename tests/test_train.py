@@ -630,25 +630,6 @@ def teacher_rows(data, answer):
     return rows
 
 
-def test_muon_follows_a_list_of_learning_rates(tiny_runs, tiny_data, tmp_path):
-    """A round at a billionth of the rate leaves the matrices of the blocks as they are too."""
-    out = f"{tmp_path}/r"
-    options = ["--optimizer=muon", "--lr=[1e-3,1e-12]", "--rounds=2", "--max_steps=2"]
-    train.main(spin_args(tiny_runs, tiny_data, out, *options))
-    weights = []
-    for round_id in range(2):
-        path = checkpoint.latest(out, round_id)
-        weights.append(GPT.from_checkpoint(path, "cpu")[0].h[0].mlp.c_fc.weight)
-    start = GPT.from_checkpoint(tiny_runs["sft"], "cpu")[0].h[0].mlp.c_fc.weight
-    assert (weights[0] - start).abs().max() > 1e-3
-    assert (weights[1] - weights[0]).abs().max() < 1e-6
-    rising = f"{tmp_path}/rising"
-    train.main(spin_args(tiny_runs, tiny_data, rising, *options, "--lr=[1e-12,1e-3]"))
-    path = checkpoint.latest(rising, 0)
-    first = GPT.from_checkpoint(path, "cpu")[0].h[0].mlp.c_fc.weight
-    assert (first - start).abs().max() < 1e-6
-
-
 def test_an_evaluation_without_the_metric_of_keep_best(tiny_runs, tiny_data, tmp_path, monkeypatch):
     """Where no held-out row is ranked there is no acc. Such a step is not rated, and training goes
     on."""
