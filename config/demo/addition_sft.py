@@ -3,8 +3,8 @@
     python -m data.addition.prepare --answers=1500 --out=data/sums
     python train.py config/demo/addition_sft.py
 
-One CPU core, half a minute. The seed matters much: after 350 steps 39 to 49 % of held-out sums are
-right greedily for the seeds 1, 2 and 3 (validation loss about 0.5), and 78 % for 1337 (0.29).
+One CPU core, 0.7 minutes. The seed matters much: after 350 steps 35 to 77 % of held-out sums are
+right greedily for seeds 1 to 5 (validation loss about 0.5), and 78 % for 1337 (0.29).
 """
 
 stage = "sft"

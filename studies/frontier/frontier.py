@@ -399,8 +399,12 @@ def describe_budgets(points):
         if further:
             line += f" No setting of {' or '.join(further)} is this close to the reference."
         lines.append(line)
-    lines += ["", "Highest true reward, with all methods within two standard errors of the best:"]
-    lines.append("")
+    lines += [
+        "",
+        "Highest true reward, with all methods within two standard errors of the best, "
+        "which for three seeds is less than a 95 % interval:",
+        "",
+    ]
     lines += [f"- KL ≤ {x}: {' and '.join(names)}" for x, names in leaders.items()]
     lines.append("")
     if all(names == ["DPO"] for names in leaders.values()):

@@ -1,22 +1,25 @@
-"""The table of studies/smollm2, from the evaluations of run.sh.
+"""The table of studies/smollm2, from the evaluation of run.sh or from its scores.
 
-    python -m studies.smollm2.table out/commands/1 out/commands/2
+    python -m studies.smollm2.table out/commands/1
+    python -m studies.smollm2.table studies/smollm2/logs/1.scores.json
 
 ± is a 95 % interval of the paired difference from SFT continued over the held-out prompts of one
-seed. It says nothing about another seed.
+seed. It says nothing about another seed. Writes the scores of every prompt to SEED/scores.json.
 """
 
+import re
 import sys
 
 import numpy as np
 
 from data import cli
-from data.files import read_json
+from data.files import read_json, write_json
 from data.rows import prompt_key, read_rows
 from eval import f1_score
 from tools.plot import markdown_table
 
 TITLES = {
+    "copied": "the program's name, copied from the prompt",
     "start": "SmolLM2-135M-Instruct",
     "sft": "SFT, where all start",
     "sft_more": "SFT continued",
@@ -27,51 +30,67 @@ TITLES = {
 BASELINE = "sft_more"
 
 
-def scores(folder: str, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(exact match, F1, whether it is one word) of a method's greedy sample for each held-out
-    prompt, in percent."""
-    answers = {}
-    for row in read_rows(f"{folder}/eval/data.jsonl"):
-        answers[prompt_key(row)] = row["responses"][0]
-    right, f1, one_word = [], [], []
-    for row in read_rows(f"{folder}/eval/{name}.jsonl"):
-        text, answer = row["responses"][0], answers[prompt_key(row)]
-        right.append(text.strip() == answer.strip())
-        f1.append(f1_score(text, answer))
-        one_word.append(len(text.split()) == 1)
-    return 100.0 * np.array(right), 100.0 * np.array(f1), 100.0 * np.array(one_word)
+def program(prompt: str) -> str:
+    """The program that a prompt names, between its first backticks."""
+    return re.search("`(.*?)`", prompt)[1]
 
 
-def with_difference(values: np.ndarray, baseline: np.ndarray) -> str:
-    """The mean, and behind it the mean paired difference with its interval."""
-    difference = values - baseline
-    if not difference.any():
+def score_all(folder: str) -> dict[str, dict]:
+    """The scores of each method's greedy samples, in the order of the held-out prompts: {method:
+    {"exact_match": 0 or 1 each, "f1": ..., "only_name": whether it is the program's name, "tokens":
+    and "val_loss": means}}. "copied" answers with the program's name."""
+    table = read_json(f"{folder}/eval/eval.json")
+    data = read_rows(f"{folder}/eval/data.jsonl")
+    scored = {}
+    for name in TITLES:
+        texts = {prompt_key(row): program(row["prompt"]) for row in data}
+        if name != "copied":
+            for row in read_rows(f"{folder}/eval/{name}.jsonl"):
+                texts[prompt_key(row)] = row["responses"][0]
+        scores = {"exact_match": [], "f1": [], "only_name": []}
+        for row in data:
+            text, answer = texts[prompt_key(row)], row["responses"][0]
+            scores["exact_match"].append(int(text.strip() == answer.strip()))
+            scores["f1"].append(round(f1_score(text, answer), 6))
+            scores["only_name"].append(int(text.strip() == program(row["prompt"])))
+        if name != "copied":
+            scores |= {"tokens": table[name]["length"], "val_loss": table[name]["val_loss"]}
+        scored[name] = scores
+    write_json(f"{folder}/scores.json", scored)
+    return scored
+
+
+def with_difference(scored: dict, name: str, metric: str) -> str:
+    """The mean in percent, and behind it the mean paired difference with its interval."""
+    values = 100 * np.array(scored[name][metric])
+    if name == BASELINE:
         return f"{values.mean():.1f} %"
+    difference = values - 100 * np.array(scored[BASELINE][metric])
     half_width = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
     return f"{values.mean():.1f} % ({difference.mean():+.1f} ± {half_width:.1f})"
 
 
-def make_table(folder: str) -> list[str]:
-    """Markdown. folder: the runs of one seed."""
-    table = read_json(f"{folder}/eval/eval.json")
-    baseline = scores(folder, BASELINE)
+def make_table(scored: dict[str, dict]) -> list[str]:
+    """Markdown."""
     rows = []
     for name, title in TITLES.items():
-        right, f1, one_word = scores(folder, name)
-        of_name = table[name]
-        cells = [title, with_difference(right, baseline[0]), with_difference(f1, baseline[1])]
-        length, val_loss = f"{of_name['length']:.1f}", f"{of_name['val_loss']:.2f}"
-        rows.append([*cells, length, f"{one_word.mean():.0f} %", val_loss])
-    head = ["", "exact match", "F1", "tokens", "one word", "validation loss"]
+        scores = scored[name]
+        row = [title, *(with_difference(scored, name, metric) for metric in ("exact_match", "f1"))]
+        row.append(f"{100 * np.mean(scores['only_name']):.0f} %")
+        row.append(f"{scores['tokens']:.1f}" if "tokens" in scores else "")
+        row.append(f"{scores['val_loss']:.2f}" if "val_loss" in scores else "")
+        rows.append(row)
+    head = ["", "exact match", "F1", "only the name", "tokens", "validation loss"]
     return markdown_table(head, rows)
 
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", help="out/commands/SEED")
-    for folder in parser.parse_args(argv).folders:
-        print(f"{folder}\n")
-        print("\n".join(make_table(folder)) + "\n")
+    parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.json")
+    for path in parser.parse_args(argv).paths:
+        scored = read_json(path) if path.endswith(".json") else score_all(path)
+        print(f"{path}\n")
+        print("\n".join(make_table(scored)) + "\n")
 
 
 if __name__ == "__main__":

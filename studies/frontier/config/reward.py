@@ -2,7 +2,7 @@
 
     python train.py studies/frontier/config/reward.py
 
-One CPU core, 70 seconds. Starts at ln 2 = 0.6931; ranks 72 % of held-out pairs right.
+One CPU core, 70 seconds. Starts at ln 2 = 0.6931.
 Its data, out/frontier/ranked, are made by `python -m studies.frontier.frontier`.
 """
 
