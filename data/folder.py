@@ -43,6 +43,8 @@ COMMANDS = {
     "data/sums/answers": "python -m data.addition.prepare --answers=1500 --out=data/sums",
     "data/sums/prompts": "python -m data.addition.prepare --answers=1500 --out=data/sums",
     # studies
+    "data/commands": f"{JSONL} data/tldr_pages/*.jsonl --where='prompt=Write a shell command'"
+    " --tokenizer=bytes --val_share=0.9 --out=data/commands",
     "out/frontier/ranked": "python -m studies.frontier.frontier",
     # other forms of the hub's data sets
     "data/fineweb_all": "python -m data.fineweb.prepare --hub=HuggingFaceFW/fineweb"
