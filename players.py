@@ -498,14 +498,15 @@ def distinct(row: dict, k: int) -> int:
     return k if same_as is None else same_as
 
 
-def text_of(cfg, player: str, row: dict, k: int, enc) -> str:
-    """The text of response k of a ranked row, a player's. A sample that equals a better response
-    equals only what the run's limits leave of it: it was sampled within them."""
+def text_of(cfg, player: str, row: dict, k: int, enc) -> str | None:
+    """The text of response k of a ranked row, a player's. One that equals a better response is not
+    in the row: if that one has its end, the texts are equal too. Else they are equal as far as the
+    run's limits leave them, which is all of a sample; another player's whole text is not known."""
     one = distinct(row, k)
-    ids, length = row["ids"][one], num_tokens(row, one)
-    if one != k and player.startswith("self") and length < len(ids):
-        return response_text(enc, ids[:length], cfg.template)
-    return row["responses"][one]
+    ids = row["ids"][one][: num_tokens(row, one)]
+    if one == k or tokenizer.is_end(enc, ids[-1]):
+        return row["responses"][one]
+    return response_text(enc, ids, cfg.template) if player.startswith("self") else None
 
 
 def num_tokens(row: dict, k: int) -> int:
@@ -526,7 +527,8 @@ def compare_with_data(cfg, player: str, present, tied, enc) -> dict[str, float]:
     for row, k, data_row in present + tied:
         if data_row.get("responses"):
             text = text_of(cfg, player, row, k, enc)
-            right.append(same_answer(text, data_row["responses"][0]))
+            if text is not None:
+                right.append(same_answer(text, data_row["responses"][0]))
     for row, k, _ in present:
         for of_data in columns_of(cfg, "data", row):
             if row["ids"][of_data] is not None:

@@ -221,6 +221,26 @@ def test_the_demos_report_says_what_the_logs_say(tmp_path):
     assert "one training run, 95 % interval over the prompts" in text
 
 
+def test_an_evaluation_in_which_nothing_is_ranked(tmp_path):
+    """All samples equal the data's response: it has neither a reward of self nor an accuracy."""
+    ranked = {"reward/data": 0.1, "reward/self": -0.1, "acc": 0.75, "acc_se": 0.1, "val_loss": 1.0}
+    converged = {"reward/data": 0.0, "val_loss": 0.5}
+    assert plot.rewarded_players("r", [ranked, converged]) == ["data", "self"]
+    assert plot.rewarded_players("r", [converged, ranked]) == ["data", "self"]
+    for name, evals in (("a", [ranked, converged]), ("b", [converged, ranked])):
+        os.makedirs(tmp_path / name)
+        (tmp_path / name / "config.json").write_text('{"config": {"stage": "spin"}}')
+        records = []
+        for step, values in enumerate(evals):
+            record = {"kind": "eval", "round": 0, "step": step, "seconds": 1.0}
+            records.append(json.dumps(record | values) + "\n")
+        (tmp_path / name / "metrics.jsonl").write_text("".join(records))
+    plot.table(f"{tmp_path}/out", [f"{tmp_path}/a", f"{tmp_path}/b"])
+    lines = (tmp_path / "out/report.md").read_text().splitlines()
+    assert "| a | spin | 0 | 0.0 | acc | 0.7500 |  |  |" in lines
+    assert "| b | spin | 0 | 0.0 | acc |  | 0.7500 | 0.1000 |" in lines
+
+
 def test_mistakes_are_one_line(tiny_runs, tmp_path):
     damaged = tmp_path / "damaged"
     damaged.mkdir()

@@ -667,10 +667,16 @@ def test_equal_responses_count_in_a_round_report():
     cut = Config(stage="spin", players=["data", "self"], max_response=3)
     report = players.round_report(cut, [long], [{"responses": ["yes, it is"]}], enc)
     assert (report["tie/self"], report["exact_match/self"], report["length/self"]) == (1, 0, 3)
-    # but a teacher's answer is whole
+    # what a teacher's answer is beyond the limits is not known
     cut = dataclasses.replace(cut, players=["data", "teacher"], teacher="rows")
     report = players.round_report(cut, [long], [{"responses": ["yes, it is"]}], enc)
-    assert (report["tie/teacher"], report["exact_match/teacher"]) == (1, 1)
+    assert report["tie/teacher"] == 1 and "exact_match/teacher" not in report
+    # nor where the response that it equals is a sample that did not end
+    sample = {"responses": ["yes", None, None], "ids": [[*b"yes"], None, None]}
+    sample |= {"same_as": [None, 0, 0], "players": ["self", "data", "teacher"]}
+    cut = dataclasses.replace(cut, players=["data", "teacher", "self"])
+    report = players.round_report(cut, [sample], [{"responses": ["yes, it is"]}], enc)
+    assert report["exact_match/self"] == 0 and "exact_match/teacher" not in report
     # every sample equals the data's answer
     same = row | {"ids": [[121, end], None, None, None], "same_as": [None, 0, 0, 0]}
     report = players.round_report(cfg, [same], [data_row], enc)

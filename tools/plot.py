@@ -308,9 +308,12 @@ def plot_rounds(out: str, runs: list[str]):
 
 
 def rewarded_players(run: str, records: list[dict]) -> list[str]:
-    """The players of a run's last evaluation. Exits with one line if there are none."""
-    last = records[-1] if records else {}
-    players = [key.removeprefix("reward/") for key in last if key.startswith("reward/")]
+    """The players of a run: of the evaluation that has most of them, since one whose samples all
+    equal the data's response is missing. Exits with one line if there are none."""
+    players = []
+    for record in records:
+        found = [key.removeprefix("reward/") for key in record if key.startswith("reward/")]
+        players = max(players, found, key=len)
     if not players:
         raise SystemExit(printable(f"{run}: no evaluation of ranked responses in its metrics"))
     return players
@@ -687,10 +690,11 @@ def table(out: str, runs: list[str]):
         cells = [name, stage, str(len(read_metrics(run, "step"))), f"{minutes(run):.1f}"]
         first, last = evals[0], evals[-1]
         for metric in HEADLINE_METRICS.get(stage, ["val_loss"]):
-            if metric not in last:
+            if metric not in first and metric not in last:
                 continue
-            error = f"{last[metric + '_se']:.4f}" if metric + "_se" in last else ""
-            cells += [metric, f"{first[metric]:.4f}", f"{last[metric]:.4f}", error]
+            cells.append(metric)
+            for value in (first.get(metric), last.get(metric), last.get(metric + "_se")):
+                cells.append("" if value is None else f"{value:.4f}")
             lines.append("| " + " | ".join(cells) + " |")
             cells = [""] * 4  # the run is named once
         os.makedirs(os.path.join(out, name), exist_ok=True)
