@@ -239,6 +239,13 @@ def test_an_evaluation_in_which_nothing_is_ranked(tmp_path):
     lines = (tmp_path / "out/report.md").read_text().splitlines()
     assert "| a | spin | 0 | 0.0 | acc | 0.7500 |  |  |" in lines
     assert "| b | spin | 0 | 0.0 | acc |  | 0.7500 | 0.1000 |" in lines
+    kept = tmp_path / "out/a/metrics.jsonl"
+    kept.write_text(kept.read_text()[:-9])  # of the same run, at an earlier time
+    plot.table(f"{tmp_path}/out", [f"{tmp_path}/a"])
+    kept.write_text("mine")
+    with pytest.raises(SystemExit, match="is not an earlier copy"):
+        plot.table(f"{tmp_path}/out", [f"{tmp_path}/a"])
+    assert kept.read_text() == "mine"
 
 
 def test_mistakes_are_one_line(tiny_runs, tmp_path):

@@ -678,6 +678,8 @@ def table(out: str, runs: list[str]):
     """Write OUT/report.md, the first and last evaluation of each run, and copy the runs' logs."""
     report_path = os.path.join(out, "report.md")
     check_report(report_path, TABLE_HEAD)
+    for run, name in zip(runs, run_names(runs)):
+        check_log(os.path.join(out, name, "metrics.jsonl"), os.path.join(run, "metrics.jsonl"))
     lines = [
         "| run | stage | steps | minutes | metric | first | last | standard error |",
         "|---|---|---:|---:|---|---:|---:|---:|",
@@ -704,6 +706,13 @@ def table(out: str, runs: list[str]):
     with atomic_write(report_path) as f:
         f.write("\n".join([TABLE_HEAD, "", *lines, ""]))
     print("\n".join(lines))
+
+
+def check_log(copy: str, log: str):
+    """Exit with one line if a copy of a run's log would replace a file that is not its beginning:
+    another run's log, or a file of the user."""
+    if os.path.exists(copy) and not read_text(log).startswith(read_text(copy)):
+        raise SystemExit(printable(f"{copy} is not an earlier copy of {log}: move it away"))
 
 
 def check_report(path: str, head: str):
