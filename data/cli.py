@@ -260,8 +260,18 @@ def device_type(text: str) -> str:
     return text
 
 
+def add_dtype(parser):
+    """Add --dtype, that of the matrix products. Its value is a torch.dtype."""
+    parser.add_argument(
+        "--dtype",
+        type=dtype_type,
+        default="float32",
+        help="of matrix products: float32 (default), or bfloat16, which is faster and rounds",
+    )
+
+
 def dtype_type(text: str):
-    """An argparse type: the dtype of matrix products, as a torch.dtype."""
+    """An argparse type: a torch.dtype."""
     import torch
 
     if text not in ("float32", "bfloat16"):

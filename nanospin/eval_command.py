@@ -88,12 +88,7 @@ def make_parser(description: str) -> cli.ArgumentParser:
         default=0,
         help="of sampling; the n-th checkpoint takes seed + n",
     )
-    parser.add_argument(
-        "--dtype",
-        type=cli.dtype_type,
-        default="float32",
-        help="of matrix products: float32 (default), or bfloat16, which is faster and rounds",
-    )
+    cli.add_dtype(parser)
     parser.add_argument(
         "--device", type=cli.device_type, default=cli.default_device(), help="cpu or cuda"
     )

@@ -58,12 +58,7 @@ def make_parser(description: str) -> cli.ArgumentParser:
         help="most tokens of a response; 0: max_response of the checkpoint",
     )
     parser.add_argument("--seed", type=cli.seed_type, default=0, help="of the samples")
-    parser.add_argument(
-        "--dtype",
-        type=cli.dtype_type,
-        default="float32",
-        help="of matrix products: float32 (default), or bfloat16, which is faster and rounds",
-    )
+    cli.add_dtype(parser)
     parser.add_argument(
         "--device",
         type=cli.device_type,

@@ -10,6 +10,7 @@ import pytest
 from data.files import write_json
 from model import GPTConfig
 from nanospin import config
+from studies.smollm2 import table as smollm2
 from studies.verifiable import run, summarize
 
 
@@ -121,6 +122,15 @@ def test_the_table_by_hand(tmp_path, capsys):
         assert json.load(f)["spin"][1]["greedy"] == pytest.approx(70)
     for name in ("methods.png", "methods.svg", "map.png"):
         assert os.path.getsize(f"{tmp_path}/{name}") > 1000
+
+
+def test_the_table_of_smollm2_follows_from_its_scores():
+    folder = os.path.dirname(smollm2.__file__)
+    with open(f"{folder}/README.md", encoding="utf-8") as f:
+        text = f.read()
+    assert (
+        "\n".join(smollm2.make_table(smollm2.read_scores(f"{folder}/logs/1.scores.jsonl"))) in text
+    )
 
 
 def test_after_a_failure_nothing_is_started(tmp_path, monkeypatch):

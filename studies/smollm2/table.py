@@ -1,19 +1,21 @@
 """The table of studies/smollm2, from the evaluation of run.sh or from its scores.
 
     python -m studies.smollm2.table out/commands/1
-    python -m studies.smollm2.table studies/smollm2/logs/1.scores.json
+    python -m studies.smollm2.table studies/smollm2/logs/1.scores.jsonl
 
 ± is a 95 % interval of the paired difference from SFT continued over the held-out prompts of one
-seed. It says nothing about another seed. Writes the scores of every prompt to SEED/scores.json.
+seed. It says nothing about another seed. Writes the scores of every prompt to SEED/scores.jsonl, a
+line for each method.
 """
 
+import json
 import re
 import sys
 
 import numpy as np
 
 from data import cli
-from data.files import read_json, write_json
+from data.files import atomic_write, read_json, read_text
 from data.rows import prompt_key, read_rows
 from eval import f1_score
 from tools.plot import markdown_table
@@ -56,7 +58,18 @@ def score_all(folder: str) -> dict[str, dict]:
         if name != "copied":
             scores |= {"tokens": table[name]["length"], "val_loss": table[name]["val_loss"]}
         scored[name] = scores
-    write_json(f"{folder}/scores.json", scored)
+    with atomic_write(f"{folder}/scores.jsonl") as f:
+        for name, scores in scored.items():
+            f.write(json.dumps({"method": name} | scores) + "\n")
+    return scored
+
+
+def read_scores(path: str) -> dict[str, dict]:
+    """What `score_all` has written."""
+    scored = {}
+    for line in read_text(path).splitlines():
+        scores = json.loads(line)
+        scored[scores["method"]] = scores
     return scored
 
 
@@ -86,9 +99,9 @@ def make_table(scored: dict[str, dict]) -> list[str]:
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.json")
+    parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl")
     for path in parser.parse_args(argv).paths:
-        scored = read_json(path) if path.endswith(".json") else score_all(path)
+        scored = read_scores(path) if path.endswith(".jsonl") else score_all(path)
         print(f"{path}\n")
         print("\n".join(make_table(scored)) + "\n")
 

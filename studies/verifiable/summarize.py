@@ -127,22 +127,22 @@ def draw(results: dict[str, list[dict]], path: str):
     seed, and the mean with its 95 % interval."""
     with style():
         fig, axes = plt.subplots(1, 2, figsize=(7.6, 5.2), sharey=True)
-        ticks = []
-        for ax, metric in zip(axes, ("greedy", "sampled")):
-            y, ticks = 0.0, []
-            for color, group in zip(PALETTE, GROUPS):
-                names = [name for name in methods_of(group) if name in results]
-                names = [name for name in names if name != BASELINE]
-                if names:
-                    ticks.append((y, group))
-                for name in names:
-                    y -= 1
-                    ticks.append((y, LABELS[name]))
+        y, ticks = 0.0, []
+        for color, group in zip(PALETTE, GROUPS):
+            names = [name for name in methods_of(group) if name in results and name != BASELINE]
+            if not names:
+                continue
+            ticks.append((y, group))
+            for name in names:
+                y -= 1
+                ticks.append((y, LABELS[name]))
+                for ax, metric in zip(axes, ("greedy", "sampled")):
                     draw_method(ax, gains_over(results, name, BASELINE, metric), y, color)
-                y -= 1.4 if names else 0
+            y -= 1.4
+        for ax, title in zip(axes, ("greedy", "sampled at temperature 1")):
             ax.axvline(0, color=GREY, lw=1, ls="--", zorder=0)
             ax.grid(axis="y", visible=False)
-            ax.set_title({"greedy": "greedy", "sampled": "sampled at temperature 1"}[metric])
+            ax.set_title(title)
             ax.set_xlabel("points above SFT continued")
         axes[0].set_yticks(*zip(*ticks))
         for tick, (_, label) in zip(axes[0].get_yticklabels(), ticks):
