@@ -199,12 +199,12 @@ def check_table(path: str, rows_path: str, entries: dict[str, Entry], settings: 
         if (row.get("checkpoint"), row.get("temperature"), row.get("data")) != measured:
             raise SystemExit(
                 f"{path} has metrics of {name}, {row.get('checkpoint')} on {row.get('data')}, "
-                "which this command does not measure: give another --out"
+                "which this command does not measure: move it away, or give another --out"
             )
         if row.get("settings", settings) != settings:
             raise SystemExit(
                 f"{path} has metrics of {name} under other settings than those of this command: "
-                "give another --out"
+                "move it away, or give another --out"
             )
 
 
