@@ -166,16 +166,25 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
+def normalize(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x). On a GPU it is one kernel, which computes in float32 and returns the dtype of x, as
+    under FSDP2's mixed precision; autocast would add two that convert x."""
+    if not on_gpu(x) or isinstance(norm, nn.Identity):
+        return norm(x)
+    weight = norm.weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(norm, nn.RMSNorm):
+            return F.rms_norm(x, norm.normalized_shape, weight, norm.eps)
+        bias = None if norm.bias is None else norm.bias.to(x.dtype)
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
 def norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """RMSNorm of each head of x (n, H, D), or of all together if the norm is so wide, in the dtype
-    of x. On a GPU it is one kernel, which computes in float32; autocast would add five that
-    convert."""
+    of x."""
     if norm.normalized_shape[0] > x.shape[-1]:
         return norm_heads(norm, x.flatten(1)).view(x.shape)
-    if not on_gpu(x):
-        return norm(x).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+    return normalize(norm, x).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -265,12 +274,13 @@ class Block(nn.Module):
     # These two can be compiled (distributed.prepare_model), for any layout and length.
 
     def before_attention(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn.queries_keys_values(self.ln_1(x), rope)
+        return self.attn.queries_keys_values(normalize(self.ln_1, x), rope)
 
     def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
-        attended = x + self.ln_1_post(self.attn.output(y)).to(x.dtype)
+        attended = x + normalize(self.ln_1_post, self.attn.output(y)).to(x.dtype)
         mlp_input = x if self.parallel_residual else attended
-        return attended + self.ln_2_post(self.mlp(self.ln_2(mlp_input))).to(x.dtype)
+        out = self.mlp(normalize(self.ln_2, mlp_input))
+        return attended + normalize(self.ln_2_post, out).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------- the model
@@ -463,9 +473,7 @@ class GPT(nn.Module):
             )
             sequences = {window: packed.with_window(window) for window in set(windows)}
 
-        x = F.dropout(self.embed(idx.flatten(), pos), c.dropout, self.training)  # (n, C)
-        if on_gpu(x) and self.autocast_dtype:
-            x = x.to(self.autocast_dtype)  # the residual stream, as FSDP2's mixed precision has it
+        x = self.block_input(idx.flatten(), pos)  # (n, C)
         rope = rotary_angles(c, pos) if c.position == "rotary" else None
         local_rope = rotary_angles(c, pos, local=True) if c.rope_local_theta else rope
         for layer, (block, window) in enumerate(zip(self.h, windows)):
@@ -476,8 +484,15 @@ class GPT(nn.Module):
             if is_nth(layer, c.no_rope_layer_interval):
                 angles = None
             x = block(x, layout, layer, angles)
-        x = self.ln_f(x)
+        x = normalize(self.ln_f, x)
         return x if query_positions is not None else x.view(*idx.shape, c.n_embd)
+
+    def block_input(self, idx: Tensor, pos: Tensor) -> Tensor:
+        """`embed` with dropout, in the dtype of the residual stream. Can be compiled."""
+        x = F.dropout(self.embed(idx, pos), self.config.dropout, self.training)
+        if on_gpu(x) and self.autocast_dtype:
+            x = x.to(self.autocast_dtype)  # as FSDP2's mixed precision has it
+        return x
 
     def embed(self, idx: Tensor, pos: Tensor) -> Tensor:
         """Token embeddings, plus learned positions: idx, pos (n,) -> (n, C)."""

@@ -32,7 +32,7 @@ from nanospin.decoding import DecodeStep, prepacked_weights
 from nanospin.kv_cache import KVCache, Prompt
 from nanospin.sample_command import PartialSamples
 
-PREFILL_TOKENS = 8192  # prompts are processed about so many tokens at a time
+PREFILL_TOKENS = {"cpu": 8192, "cuda": 32768}  # of prompts that are processed at a time, about
 BURST = {"cpu": 1, "cuda": 16}  # tokens per row between two checks for ends, which a GPU waits for
 
 
@@ -268,7 +268,7 @@ def admit(model, running, requests, sample, on_token) -> list[Row]:
     which may have the same prompts."""
     prompts = {tuple(row.request.prompt): row.prompt for row in running}
     rows = []
-    for group in prefill_groups(requests):
+    for group in prefill_groups(requests, PREFILL_TOKENS[model.wte.weight.device.type]):
         logits, places = prefill(model, [request.prompt for request in group])
         index = torch.tensor([request.index for request in group], device=logits.device)
         ids = sample(index, logits, torch.zeros_like(index))
@@ -284,14 +284,14 @@ def admit(model, running, requests, sample, on_token) -> list[Row]:
     return rows
 
 
-def prefill_groups(requests) -> list[list[Request]]:
-    """Split requests, shortest prompt first, into groups of about PREFILL_TOKENS padded tokens.
-    Equal prompts count once."""
+def prefill_groups(requests, num_tokens: int) -> list[list[Request]]:
+    """Split requests, shortest prompt first, into groups of about num_tokens padded tokens. Equal
+    prompts count once."""
     groups = []
     prompts = set()  # of the last group
     for request in requests:
         prompts.add(tuple(request.prompt))
-        if groups and len(prompts) * len(request.prompt) <= PREFILL_TOKENS:
+        if groups and len(prompts) * len(request.prompt) <= num_tokens:
             groups[-1].append(request)
         else:
             groups.append([request])

@@ -29,7 +29,7 @@ The attention layers call `attend(layer, q, k, v)` of an object that knows this 
 keys and values (n, Hkv, D), the result (n, H, D).
 
 Three kernels compute it: `TiledAttention` on a CPU; on a GPU `scaled_dot_product_attention` for
-plain (B, T) batches, and FlexAttention for everything else.
+plain (B, T) batches, and FlexAttention for everything else. (Decoding has its own, in kv_cache.py.)
 """
 
 import contextlib
@@ -301,30 +301,6 @@ def pad_tokens(x):
     if len(x) < whole_blocks(len(x)):
         x = F.pad(x, (0, 0, 0, 0, 0, whole_blocks(len(x)) - len(x)))
     return x.contiguous()
-
-
-def decode_mask(first, last, num_columns: int, num_queries: int):
-    """The BlockMask of a decoding step: all queries of row b see the columns from first[b] to
-    last[b], both (B,) int32. Only these blocks are read, whatever the longest row has."""
-    from torch.nn.attention.flex_attention import BlockMask  # slow to import
-
-    num_blocks = num_columns // FLEX_BLOCK
-    first_block = first // FLEX_BLOCK
-    count = last // FLEX_BLOCK + 1 - first_block
-    blocks = torch.arange(num_blocks, device=first.device, dtype=torch.int32)
-    indices = (first_block[:, None] + blocks) % num_blocks  # the first `count` of each row are read
-
-    def mask_mod(b, h, q, k):
-        return (k >= first[b]) & (k <= last[b])
-
-    return BlockMask.from_kv_blocks(
-        count[:, None, None],
-        indices[:, None, None],
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(num_queries, num_columns),
-        compute_q_blocks=False,  # those are for backward
-    )
 
 
 def flex_attention(q, k, v, mask, softcap: float = 0.0):

@@ -177,11 +177,13 @@ def prepare_model(model, device, dtype, cfg):
 
 
 def compile_blocks(model, device, cfg):
-    """Compile the blocks, and checkpoint them around that: Dynamo does not look into a
-    checkpoint."""
+    """Compile the embedding and the blocks, and checkpoint the blocks around that: Dynamo does not
+    look into a checkpoint."""
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     # windows of a stream have one length, for which the kernels are a little faster
     dynamic = None if cfg.stage == "pretrain" else True
+    if compiled:
+        model.block_input = torch.compile(model.block_input, dynamic=dynamic)
     for i, block in enumerate(model.h):
         if compiled:
             block.before_attention = torch.compile(block.before_attention, dynamic=dynamic)

@@ -4,11 +4,10 @@ Both are computed a chunk of tokens at a time. The backward pass needs the proba
 those of the first tokens are kept, as many as there is room for, and the rest is recomputed. Liger
 Kernel and Cut Cross-Entropy (arXiv 2411.09009) recompute all of them.
 
-On a GPU a chunk is a matmul and one compiled function, which reads the logits, computes in float32
-and writes the gradient in their place.
+On a GPU a chunk is a matmul and one kernel (gpu_kernels.py), which reads the logits, computes in
+float32 and writes the gradient in their place.
 """
 
-import functools
 import math
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from nanospin.attention import on_gpu
 
 # Logits of one chunk: on a CPU about what its last cache level holds, on a GPU enough to fill it.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 29}
 # Probabilities that a CPU keeps. Recomputing the rest costs a quarter of the head's work.
 KEPT_ELEMENTS = 1 << 24
 
@@ -140,7 +139,7 @@ class LinearLogprobs(torch.autograd.Function):
 
         def add_gradients(part, nll_grad):
             d_nll = -grad[part, None]  # (tokens, 1)
-            d_hidden[part] = (nll_grad @ weight) * d_nll
+            torch.mul(nll_grad @ weight, d_nll, out=d_hidden[part])
             if is_frozen:
                 return
             scaled_hidden = hidden[part] * d_nll
@@ -184,9 +183,7 @@ def logprobs_(logits, hidden, weight, targets, softcap, vocab_size, needs_grad=T
     else:
         logits.copy_(hidden @ weight.T)
     if on_gpu(logits):
-        torch._dynamo.maybe_mark_dynamic(logits, 0)
-        torch._dynamo.maybe_mark_dynamic(targets, 0)
-        return compiled_log_softmax()(logits, targets, softcap, vocab_size, needs_grad)
+        return log_softmax_(logits, targets, softcap, vocab_size, needs_grad)
     if softcap:
         tanh = torch.tanh(logits.div_(softcap))
         torch.mul(tanh, softcap, out=logits)
@@ -204,29 +201,8 @@ def logprobs_(logits, hidden, weight, targets, softcap, vocab_size, needs_grad=T
     return logps.squeeze(-1)
 
 
-def log_softmax_(logits, targets, softcap, vocab_size, needs_grad):
-    """The elementwise part of `logprobs_` for a GPU, to be compiled: out of place, so that one
-    kernel keeps a row of float32 values in registers and writes nll_grad to logits at the end."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap:
-        tanh = torch.tanh(x / softcap)
-        x = softcap * tanh
-    token = torch.arange(x.shape[-1], device=x.device)
-    x = torch.where(token < vocab_size, x, -math.inf)
-    top_logit = x.amax(-1, keepdim=True)
-    logsumexp = top_logit + (x - top_logit).exp().sum(-1, keepdim=True).log()
-    is_target = token == targets[:, None]
-    logps = torch.where(is_target, x, 0.0).sum(-1, keepdim=True) - logsumexp
-    if needs_grad:
-        nll_grad = (x - logsumexp).exp() - is_target.to(x.dtype)
-        if softcap:
-            nll_grad = nll_grad * (1 - tanh * tanh)
-        logits.copy_(nll_grad)
-    return logps.squeeze(-1)
+def log_softmax_(*args):
+    """gpu_kernels.log_softmax_. Without a GPU there may be no Triton to import."""
+    from nanospin import gpu_kernels
 
-
-@functools.cache
-def compiled_log_softmax():
-    """Compiled once for any number of tokens, and for one vocabulary at a time: a kernel for any
-    vocabulary could not load 16 bytes at once."""
-    return torch.compiler.set_stance("default")(torch.compile(log_softmax_, dynamic=False))
+    return gpu_kernels.log_softmax_(*args)

@@ -8,8 +8,8 @@ Rows are right-aligned, so that the next token of every row goes to the same col
     row 2      c0 c1 c2 c3 c4 c5|           columns 6 and 7 are room to grow
 
 On a CPU rows of similar length form a group with its own tensors. Without groups, every row would
-cost as much as the longest one. On a GPU all rows are one group, and the kernel of FlexAttention
-skips the blocks of columns that a row does not use.
+cost as much as the longest one. On a GPU all rows are one group, and the kernel (gpu_kernels.py)
+reads only the columns that a row uses.
 
 A prompt that is sampled several times is kept once, as a `Prompt`, and read once per step for all
 its rows (Hydragen, arXiv 2402.05099). The columns of these rows hold only the tokens after it.
@@ -38,11 +38,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from nanospin.attention import decode_mask, flex_attention, on_gpu, round_up, whole_blocks
+from nanospin.attention import on_gpu, round_up
 
 GROUP_SIZE = {"cpu": 16, "cuda": 4096}  # most rows of a group
 
-GROWTH = 32  # a full group of a CPU grows to a multiple of so many columns; unused ones cost time
+# A full group grows to a multiple of so many columns. On a CPU unused ones cost time, on a GPU
+# growing costs a new CUDA graph.
+GROWTH = {"cpu": 32, "cuda": 128}
 
 
 @dataclass(eq=False)
@@ -67,7 +69,8 @@ class KVCache:
         self.prompts = []  # of each group: a PromptBatch, or None
         self.ends = list(ends)
         self.column = None  # (groups,) on the device: the column of the last tokens
-        # {sliding window: [a mask of each group]}: (b Hkv, 1, columns), 0 or -inf, or a BlockMask
+        # {sliding window: [a mask of each group]}: (b Hkv, 1, columns), 0 or -inf. On a GPU it is the
+        # first column that each row sees, (b,).
         self.masks = {}
         self.windows = []  # of each layer
         self.softcap = 0.0
@@ -178,9 +181,7 @@ class KVCache:
                 first = column - row_pos
                 if sliding_window:
                     first = torch.maximum(first, column - sliding_window + 1)
-                last = column.expand_as(row_pos)
-                mask = decode_mask(first.int(), last.int(), keys.shape[2], num_shared)
-                masks.append(mask)
+                masks.append(first)
                 continue
             num_kv_heads, num_columns = keys.shape[1:3]
             if prompts is not None:
@@ -214,15 +215,14 @@ class KVCache:
         for group, mask in enumerate(self.masks[window]):
             keys, values = self.k[layer][group], self.v[layer][group]
             column = self.column[group : group + 1]
+            if on_gpu(q[group]):
+                new = q[group], k[group], v[group]
+                out.append(decode_attention(*new, keys, values, mask, column, self.softcap))
+                continue
             keys.index_copy_(2, column, k[group][:, :, None])
             values.index_copy_(2, column, v[group][:, :, None])
 
             b, num_kv_heads, num_columns, head_dim = keys.shape
-            if on_gpu(q[group]):
-                queries = q[group].unflatten(1, (num_kv_heads, -1))  # (b, Hkv, g, D)
-                y = flex_attention(queries, keys, values, mask, self.softcap)
-                out.append(y.flatten(1, 2))
-                continue
             keys = keys.view(b * num_kv_heads, num_columns, head_dim)
             values = values.view(b * num_kv_heads, num_columns, head_dim)
             queries = q[group].reshape(b * num_kv_heads, -1, head_dim)  # (b Hkv, g, D)
@@ -234,6 +234,13 @@ class KVCache:
                 y = prompts.attend(layer, queries, scores, values, window, self.softcap)
             out.append(y.view(b, -1, head_dim))
         return torch.cat(out)
+
+
+def decode_attention(*args):
+    """gpu_kernels.decode_attention. Without a GPU there may be no Triton to import."""
+    from nanospin import gpu_kernels
+
+    return gpu_kernels.decode_attention(*args)
 
 
 class PromptBatch:
@@ -378,6 +385,5 @@ def with_room(tensor, end: int) -> torch.Tensor:
 
 
 def columns_for(end: int, tensor) -> int:
-    """Columns of a group that ends at column `end`, with room to grow: on a GPU whole blocks of
-    FlexAttention. There growing costs a new CUDA graph, too."""
-    return whole_blocks(end + 1) if on_gpu(tensor) else round_up(end + 1, GROWTH)
+    """Columns of a group that ends at column `end`, with room to grow."""
+    return round_up(end + 1, GROWTH["cuda" if on_gpu(tensor) else "cpu"])

@@ -57,27 +57,52 @@ def dense_attention(q, k, v, mask, softcap=0.0):
     """What `attention.flex_attention` computes, with all scores in memory: the pairs that a mask
     shows in the blocks that it lists."""
     m, n = q.shape[2], k.shape[2]
-    b = torch.arange(len(q))[:, None, None]
-    visible = mask.mask_mod(b, 0, torch.arange(m)[:, None], torch.arange(n))  # (B or 1, m or 1, n)
-    listed = mask.to_dense()[:, 0].repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :m]
-    visible = visible & (listed > 0)
+    visible = mask.mask_mod(0, 0, torch.arange(m)[:, None], torch.arange(n))
+    listed = mask.to_dense()[0, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return masked_attention(q, k, v, visible & (listed > 0), softcap)
+
+
+def masked_attention(q, k, v, visible, softcap=0.0):
+    """q (B, H, m, D), k and v (B, Hkv, n, D), visible as (B, H, m, n) -> (B, H, m, D)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, visible[:, None])
+        return F.scaled_dot_product_attention(q, k, v, visible)
     scores = softcap * torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap)
-    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ v
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+
+
+def plain_decode_attention(q, new_k, new_v, k, v, first, last, softcap=0.0):
+    """gpu_kernels.decode_attention in plain PyTorch."""
+    k.index_copy_(2, last, new_k[:, :, None])
+    v.index_copy_(2, last, new_v[:, :, None])
+    column = torch.arange(k.shape[2], device=k.device)
+    visible = (column >= first[:, None]) & (column <= last)  # (B, columns)
+    return masked_attention(q[:, :, None], k, v, visible[:, None, None], softcap)[:, :, 0]
+
+
+def plain_log_softmax_(logits, targets, softcap, vocab_size, needs_grad):
+    """gpu_kernels.log_softmax_ in plain PyTorch."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.detach().to(dtype).requires_grad_()
+    with torch.enable_grad():
+        capped = softcap * torch.tanh(x / softcap) if softcap else x
+        capped = capped[:, :vocab_size]
+        logps = capped.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+        if needs_grad:
+            logits.copy_(torch.autograd.grad(-logps.sum(), x)[0])
+    return logps.detach()
 
 
 @pytest.fixture
 def gpu_path(monkeypatch):
-    """Take the branches for a GPU. Only FlexAttention has no backward pass on a CPU."""
+    """Take the branches for a GPU, with plain PyTorch for its kernels."""
     pytest.importorskip("torch.nn.attention.flex_attention")
     for module in (attention, fused_head, kv_cache, model_module):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
-    for module in (attention, kv_cache):
-        monkeypatch.setattr(module, "flex_attention", dense_attention)
+    monkeypatch.setattr(attention, "flex_attention", dense_attention)
+    monkeypatch.setattr(kv_cache, "decode_attention", plain_decode_attention)
+    monkeypatch.setattr(fused_head, "log_softmax_", plain_log_softmax_)
     monkeypatch.setitem(kv_cache.GROUP_SIZE, "cpu", 4096)
-    monkeypatch.setattr(fused_head, "compiled_log_softmax", lambda: fused_head.log_softmax_)
 
 
 def ranked_rows(n=6):
@@ -234,9 +259,10 @@ def test_the_guard_of_this_test():
 
 
 @pytest.mark.parametrize("checkpointing", [0, 1])
-def test_blocks_are_compiled_four_times(checkpointing, monkeypatch):
-    """Two halves, with and without gradients: for every layout and length. Also within checkpoints,
-    where an outer compilation would be switched off. The losses stay the same."""
+def test_six_graphs_are_compiled(checkpointing, monkeypatch):
+    """The embedding and two halves of a block, with and without gradients: for every layout and
+    length. Also within checkpoints, where an outer compilation would be switched off. The losses
+    stay the same."""
     graphs = []
 
     def backend(graph, inputs):
@@ -260,7 +286,7 @@ def test_blocks_are_compiled_four_times(checkpointing, monkeypatch):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
             with torch.no_grad():
                 model(batch.idx, batch.targets, **batch.layout())
-    assert len(graphs) == 4
+    assert len(graphs) == 6
 
 
 @pytest.mark.parametrize("stage, compiled", [("pretrain", None), ("spin", True)])
@@ -275,10 +301,10 @@ def test_compile_is_on_by_default_on_a_gpu(stage, compiled, monkeypatch):
     monkeypatch.setattr(model, "to_empty", lambda device: model)
     for device in ("cpu", "cuda"):
         distributed.prepare_model(model, torch.device(device), torch.float32, cfg)
-        assert len(calls) == (4 if device == "cuda" else 0)
+        assert len(calls) == (5 if device == "cuda" else 0)
     assert calls[0] == {"dynamic": compiled}
     distributed.prepare_model(model, torch.device("cuda"), None, replace(cfg, compile=False))
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 def test_numbers_of_one_process_are_not_sent_to_the_device():

@@ -147,10 +147,9 @@ def test_greedy_samples_of_equal_prompts_equal_whole_sequences(model):
     assert together == [slow_generate(model, p, n, None) for p, n in zip(prompts, limits)]
 
 
-def test_equal_prompts_count_once_in_a_prefill(model, monkeypatch):
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", 8)
+def test_equal_prompts_count_once_in_a_prefill():
     requests = sample.make_requests([[1]] * 20 + [[2, 3]] * 10 + [[4, 5, 6]] * 3, 5, 32)
-    sizes = [len(group) for group in sample.prefill_groups(requests)]
+    sizes = [len(group) for group in sample.prefill_groups(requests, 8)]
     assert sizes == [30, 3]
 
 
