@@ -94,15 +94,17 @@ class PackedSequences:
         """The tokens of x (n, C) whose output is needed: (m, C) with query_positions."""
         return x if self.query_positions is None else x.index_select(0, self.query_positions)
 
-    @torch.compiler.disable
     def attend(self, layer: int, q, k, v) -> torch.Tensor:
         """q (n, H, D), k and v (n, Hkv, D) -> (n, H, D), or (m, H, D) with query_positions."""
         if self.kv_cache is not None:
             self.store(layer, k, v)
-        if on_gpu(q) and self.is_causal_rectangle():
+        if on_gpu(q) and self.is_causal_rectangle():  # can be compiled
             y = rectangular_attention(q, k, v, self.shape)
             return y if self.query_positions is None else y.index_select(0, self.query_positions)
+        return self.attend_packed(q, k, v)
 
+    @torch.compiler.disable
+    def attend_packed(self, q, k, v):
         if self.query_positions is not None:
             q = q.index_select(0, self.query_positions)
             if not len(q):
@@ -117,6 +119,7 @@ class PackedSequences:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (heads, tokens, D)
         return TiledAttention.apply(q, k, v, self.mask, self.softcap).transpose(0, 1)
 
+    @torch.compiler.disable
     def store(self, layer, k, v):
         """Copy keys and values to the cache, as (B, Hkv, T, D). Views would not do: they would
         keep the whole output of the fused q, k, v projection in memory."""

@@ -178,18 +178,30 @@ def prepare_model(model, device, dtype, cfg):
 
 def compile_blocks(model, device, cfg):
     """Compile the embedding and the blocks, and checkpoint the blocks around that: Dynamo does not
-    look into a checkpoint."""
+    look into a checkpoint.
+
+    Of a block the two halves around attention are compiled, for any layout and length. Windows of a
+    stream have one length and plain causal attention: there a block is one graph.
+    """
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    # windows of a stream have one length, for which the kernels are a little faster
     dynamic = None if cfg.stage == "pretrain" else True
     if compiled:
         model.block_input = torch.compile(model.block_input, dynamic=dynamic)
     for i, block in enumerate(model.h):
-        if compiled:
+        if compiled and has_plain_attention(model.config, device, cfg):
+            block.forward = torch.compile(block.forward, dynamic=dynamic)
+        elif compiled:
             block.before_attention = torch.compile(block.before_attention, dynamic=dynamic)
             block.after_attention = torch.compile(block.after_attention, dynamic=dynamic)
         if cfg.activation_checkpointing and i % cfg.activation_checkpointing == 0:
             block.forward = functools.partial(checkpointed_forward, block.forward)
+
+
+def has_plain_attention(model_config, device, cfg) -> bool:
+    """Whether every batch is windows in which a token sees all before it, so that on a GPU its
+    attention is a kernel of PyTorch."""
+    other = cfg.document_mask or model_config.sliding_window or model_config.attention_softcap
+    return device.type == "cuda" and cfg.stage == "pretrain" and not other
 
 
 def checkpointed_forward(forward, *args):

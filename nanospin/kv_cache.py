@@ -69,7 +69,7 @@ class KVCache:
         self.prompts = []  # of each group: a PromptBatch, or None
         self.ends = list(ends)
         self.column = None  # (groups,) on the device: the column of the last tokens
-        # {sliding window: [a mask of each group]}: (b Hkv, 1, columns), 0 or -inf. On a GPU it is the
+        # {sliding window: [a mask of each group]}: (b Hkv, 1, columns), 0 or -inf. On a GPU the
         # first column that each row sees, (b,).
         self.masks = {}
         self.windows = []  # of each layer

@@ -289,22 +289,59 @@ def test_six_graphs_are_compiled(checkpointing, monkeypatch):
     assert len(graphs) == 6
 
 
-@pytest.mark.parametrize("stage, compiled", [("pretrain", None), ("spin", True)])
-def test_compile_is_on_by_default_on_a_gpu(stage, compiled, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [0, 2])
+def test_a_block_is_one_graph_in_pretraining(gpu_path, checkpointing, monkeypatch):
+    """For every layer. With the embedding, with and without gradients, and for batches of another
+    size these are a few graphs. The losses and gradients stay the same."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    cfg = Config(stage="pretrain", activation_checkpointing=checkpointing)
+    model = GPT(GPTConfig(**SHAPE | MODERN | {"n_layer": 5}))
+    plain = GPT(model.config)
+    distributed.compile_blocks(model, torch.device("cuda"), cfg)
+    torch._dynamo.reset()
+    for windows in (4, 4, 3, 2):
+        tokens = torch.randint(0, 90, (windows, 33), generator=torch.Generator().manual_seed(0))
+        idx, targets = tokens[:, :-1], tokens[:, 1:]
+        found, expected = model(idx, targets), plain(idx, targets)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        found.mean().backward()
+        expected.mean().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(idx, targets), expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 8
+    assert sum("scaled_dot_product" in graph.code for graph in graphs) == 4
+
+
+COMPILED = [  # settings, how it is compiled, how often for two layers
+    (Config(stage="pretrain"), {"dynamic": None}, 1 + 2),
+    (Config(stage="pretrain", document_mask=True), {"dynamic": None}, 1 + 2 * 2),
+    (Config(stage="spin"), {"dynamic": True}, 1 + 2 * 2),
+]
+
+
+@pytest.mark.parametrize("cfg, options, times", COMPILED)
+def test_compile_is_on_by_default_on_a_gpu(cfg, options, times, monkeypatch):
     """And never by default on a CPU."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or f)
     monkeypatch.setattr(distributed, "set_autocast_dtype", lambda model, dtype: model)
-    cfg = Config(stage=stage)
     with torch.device("meta"):
         model = GPT(GPTConfig(**SHAPE))
     monkeypatch.setattr(model, "to_empty", lambda device: model)
     for device in ("cpu", "cuda"):
         distributed.prepare_model(model, torch.device(device), torch.float32, cfg)
-        assert len(calls) == (5 if device == "cuda" else 0)
-    assert calls[0] == {"dynamic": compiled}
+        assert len(calls) == (times if device == "cuda" else 0)
+    assert calls[0] == options
     distributed.prepare_model(model, torch.device("cuda"), None, replace(cfg, compile=False))
-    assert len(calls) == 5
+    assert len(calls) == times
 
 
 def test_numbers_of_one_process_are_not_sent_to_the_device():
