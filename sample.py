@@ -124,10 +124,10 @@ class Request:
         return self.new_ids[-1] in eot or len(self.new_ids) == self.max_new_tokens
 
     def extend(self, ids, eot):
-        """Append sampled ids, up to the end."""
-        for token in ids:
-            if not self.has_ended(eot):
-                self.new_ids.append(token)
+        """Append sampled ids, up to the end, to a request that has not ended."""
+        ids = ids[: self.max_new_tokens - len(self.new_ids)]
+        ends = [i for i, token in enumerate(ids) if token in eot]
+        self.new_ids += ids[: ends[0] + 1] if ends else ids
 
 
 @dataclass
