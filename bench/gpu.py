@@ -573,7 +573,7 @@ def two_ranks(bench: Bench):
             commands.append([sys.executable, "-m", "bench.gpu", bench.out, *options])
         ranks = [subprocess.Popen(command, cwd=ROOT) for command in commands]
         try:
-            statuses = [process.wait(80) for process in ranks]
+            statuses = [process.wait(100) for process in ranks]
         except subprocess.TimeoutExpired:
             statuses = ["timeout"]
         finally:
@@ -1113,7 +1113,7 @@ def kind_of_kernel(name):
 
 
 CPUS = len(os.sched_getaffinity(0))
-JOBS = max(2, CPUS * 3 // 4)
+JOBS = max(2, min(12, CPUS * 3 // 4))
 
 # name -> (function, seconds that it may take). Those that take long begin first.
 CHECKS = {
@@ -1121,10 +1121,10 @@ CHECKS = {
     "torchrun": (torchrun, 150),
     "resume_pretrain": (resume_pretrain, 150),
     "attention": (attention_values, 150),
-    "float32": (float32, 120),
-    "two_ranks": (two_ranks, 100),
-    "fsdp": (fsdp, 100),
-    "sampled_ids": (sampled_ids, 100),
+    "float32": (float32, 150),
+    "two_ranks": (two_ranks, 130),
+    "fsdp": (fsdp, 130),
+    "sampled_ids": (sampled_ids, 130),
 }
 # The seconds are for the preparation and, again, for the turn. Profiles are last: what they compile
 # is in Inductor's cache by then.
@@ -1340,7 +1340,7 @@ def make_parser():
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(ALL)}")
     parser.add_argument("--small", action="store_true", help="at toy size on a CPU")
     parser.add_argument("--budget", type=float, default=420, help="seconds for all; default 420")
-    help_text = f"processes that check or compile at a time; default {JOBS}, of the cores"
+    help_text = f"that check or compile at a time, sharing the GPU's memory; default {JOBS} here"
     parser.add_argument("--jobs", type=int, default=JOBS, help=help_text)
     # what the processes of this program are started with
     parser.add_argument("--check", help=argparse.SUPPRESS)
