@@ -1,12 +1,14 @@
 """Every check and measurement for one GPU, from one command.
 
-    bash bench/gpu.sh OUT             all of them, in at most seven minutes (--budget)
+    bash bench/gpu.sh OUT             all of them, within --budget seconds
     bash bench/gpu.sh OUT decode      some of them; --help names all
     bash bench/gpu.sh OUT --small     the same code at toy size on a CPU, to see that it runs
 
-Each check runs in a process of its own with a time limit, and the others go on if it fails. First
-the checks of correctness, a few at a time, then the measurements, one after the other. Each prints
-one line. OUT receives a log and a JSON file for each, and table.md.
+Each check and each measurement is a process of its own with a time limit, and the others go on if
+it fails. --jobs of them run at a time: the checks, and the preparation of the measurements, which
+build and compile a model. A measurement that is ready leaves its place to the next and waits. When
+all are ready, they measure one after the other. Each prints one line. OUT receives a log and a
+JSON file for each, ratios.json and table.md.
 
 Times are medians, with the GPU synchronized before and after. MFU counts the FLOPs of
 GPT.flops_per_token at the card's dense bfloat16 peak, for both sides.
@@ -14,13 +16,16 @@ GPT.flops_per_token at the card's dense bfloat16 peak, for both sides.
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import gc
 import glob
+import importlib.util
 import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -104,6 +109,7 @@ class Bench:
 
     size: Size
     device: torch.device
+    name: str  # of the check
     out: str  # folder of the logs
 
     @property
@@ -122,17 +128,33 @@ class Bench:
         if self.on_gpu:
             torch.cuda.synchronize()
 
-    def seconds(self, work, repeats=None, warmup=3) -> float:
-        """Median seconds of work()."""
+    def wait_for_turn(self):
+        """A measurement calls this once, when all is compiled and warm. It returns when no other
+        process measures or compiles."""
+        gc.collect()
+        self.synchronize()
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # for the others
+        parent = os.getppid()
+        open(f"{self.out}/{self.name}.ready", "w").close()
+        while not os.path.exists(f"{self.out}/{self.name}.go"):
+            if os.getppid() != parent:
+                sys.exit("the program that gives the turns has ended")
+            time.sleep(0.02)
+        print(f"turn begins at {time.time():.3f}", flush=True)
+
+    def seconds(self, work, repeats=None, warmup=3, calls=1) -> float:
+        """Median seconds of work(). calls: between two synchronizations, for short kernels."""
         for _ in range(warmup):
             work()
         times = []
         for _ in range(repeats or self.size.repeats):
             self.synchronize()
             start = time.perf_counter()
-            work()
+            for _ in range(calls):
+                work()
             self.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / calls)
         return statistics.median(times)
 
     def measure(self, work) -> tuple[float, float]:
@@ -143,6 +165,13 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         seconds = self.seconds(work, warmup=2)
         return seconds, torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else 0.0
+
+    def measure_step(self, step) -> tuple[float, float]:
+        """Compile step(), wait for the turn and measure it -> (seconds, peak GiB)."""
+        for _ in range(3):
+            step()
+        self.wait_for_turn()
+        return self.measure(step)
 
 
 def our_model(bench: Bench, dtype=None, shape=None, **settings):
@@ -172,21 +201,6 @@ def require(condition, text):
 
 
 # ----------------------------------------------------------------------------------- correctness
-
-
-def versions(bench: Bench):
-    """The software, the card, and what it reaches."""
-    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    n = 8192 if bench.on_gpu else 256
-    x = torch.randn(n, n, device=bench.device, dtype=bench.dtype)
-    found["matmul TFLOP/s"] = 2 * n**3 / bench.seconds(lambda: x @ x) / 1e12
-    found["copy TB/s"] = copy_rate(bench) / 1e12
-    if bench.on_gpu:
-        found["card"] = torch.cuda.get_device_name()
-        found["GiB"] = torch.cuda.mem_get_info()[1] / 2**30
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = torch.backends.cudnn.version()
-    return found
 
 
 ATTENTION_CASES = [
@@ -251,7 +265,7 @@ def attention_values(bench: Bench):
         print(f"rectangle 12/{kv_heads}", [f"{error:.1e}" for error in errors], flush=True)
         require(max(errors) < 2e-2, f"rectangle 12/{kv_heads}: errors {errors}")
         worst["rectangle"] = max(worst.get("rectangle", 0.0), *errors)
-    if bench.on_gpu:
+    if has_decode_kernel(bench):
         worst["decoding"] = decoding_error(bench)
     return {f"error {name}": value for name, value in worst.items()}
 
@@ -277,23 +291,37 @@ def attention_errors(attend, q, k, v, positions, visible) -> list[float]:
     return [relative_error(a.detach(), b.detach()) for a, b in zip(found, expected)]
 
 
+def has_decode_kernel(bench: Bench) -> bool:
+    return bench.on_gpu and importlib.util.find_spec("nanospin.gpu_kernels") is not None
+
+
+def decode_attention(q, k, v, first, last):
+    """The kernel of a decoding step, without gradients. q (B, H, D); k, v (B, Hkv, columns, D). Row
+    b sees the columns from first[b], (B,), to last, (1,), whose key and value are written again."""
+    from nanospin import gpu_kernels
+
+    new_k, new_v = k[:, :, last.item()].clone(), v[:, :, last.item()].clone()
+    return lambda: gpu_kernels.decode_attention(q, new_k, new_v, k, v, first, last)
+
+
+@torch.no_grad()
 def decoding_error(bench: Bench) -> float:
     """The largest relative error of a decoding step's attention: ragged rows, shared heads."""
     largest = 0.0
     for kv_heads in (12, 4):
-        B, columns, last = 9, 640, 515
-        q = torch.randn(B, kv_heads, 12 // kv_heads, 64, device=bench.device, dtype=bench.dtype)
+        B, columns = 9, 640
+        q = torch.randn(B, 12, 64, device=bench.device, dtype=bench.dtype)
         k, v = torch.randn(2, B, kv_heads, columns, 64, device=bench.device, dtype=bench.dtype)
         first = torch.arange(0, 512, 60, device=bench.device, dtype=torch.int32)
-        mask = attention.decode_mask(first, torch.full_like(first, last), columns, q.shape[2])
+        last = torch.tensor([515], device=bench.device, dtype=torch.int32)
         column = torch.arange(columns, device=bench.device)
         visible = (column >= first[:, None]) & (column <= last)
-        with torch.no_grad():
-            y = attention.flex_attention(q, k, v, mask)
-            expected = F.scaled_dot_product_attention(
-                q.double(), k.double(), v.double(), visible[:, None, None]
-            )
-        largest = max(largest, relative_error(y, expected))
+        y = decode_attention(q, k, v, first, last)()
+        grouped = q.view(B, kv_heads, -1, 64).double()
+        expected = F.scaled_dot_product_attention(
+            grouped, k.double(), v.double(), visible[:, None, None]
+        )
+        largest = max(largest, relative_error(y.view(expected.shape), expected))
     require(largest < 1e-2, f"decoding: error {largest}")
     return largest
 
@@ -315,7 +343,7 @@ def float32(bench: Bench):
     tokens = torch.from_numpy(rng.integers(0, shape["vocab_size"], (2, 4, shape["block_size"])))
     losses = {}
     for device in ("cpu", bench.device.type):
-        at = Bench(bench.size, torch.device(device), bench.out)
+        at = replace(bench, device=torch.device(device))
         for kind in ("pretrain", "spin"):
             compiled = bench.on_gpu and device == "cuda"
             model, optimizers = our_model(at, torch.float32, shape, stage=kind, compile=compiled)
@@ -396,7 +424,7 @@ def sampled_ids(bench: Bench):
             with_graphs == sample(model, temperature, False),
             f"temperature {temperature}: other ids",
         )
-    cpu = Bench(bench.size, torch.device("cpu"), bench.out)
+    cpu = replace(bench, device=torch.device("cpu"))
     on_cpu, _ = our_model(cpu, torch.float32, shape)
     greedy, expected = sample(model, 0, bench.on_gpu), sample(on_cpu, 0, False)
     same = [a == b for a, b in zip(greedy, expected)]
@@ -469,13 +497,22 @@ def resumes_bit_for_bit(bench, folder, stage, steps, *launcher):
     require(again == newest and resumed == weights, f"{stage}: the resumed weights differ")
 
 
-def resume(bench: Bench):
-    """With `deterministic`, a resumed run has the same weights, bit for bit: pretraining, SPIN."""
+def resume_pretrain(bench: Bench):
+    """With `deterministic`, a resumed run of pretraining has the same weights, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         make_data(f"{folder}/data")
-        for stage in ("pretrain", "spin"):
-            resumes_bit_for_bit(bench, folder, stage, 4)
-    return {"same": "pretrain, spin"}
+        resumes_bit_for_bit(bench, folder, "pretrain", 4)
+    return {"same": "yes"}
+
+
+def resume_spin(bench: Bench):
+    """The same for SPIN, which samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_data(f"{folder}/data")
+        first = train_arguments(bench, folder, "pretrain", 2)
+        run_program("train.py", *first, "--compile=False")
+        resumes_bit_for_bit(bench, folder, "spin", 4)
+    return {"same": "yes"}
 
 
 def torchrun(bench: Bench):
@@ -536,7 +573,7 @@ def two_ranks(bench: Bench):
             commands.append([sys.executable, "-m", "bench.gpu", bench.out, *options])
         ranks = [subprocess.Popen(command, cwd=ROOT) for command in commands]
         try:
-            statuses = [process.wait(80) for process in ranks]
+            statuses = [process.wait(100) for process in ranks]
         except subprocess.TimeoutExpired:
             statuses = ["timeout"]
         finally:
@@ -561,25 +598,63 @@ def run_rank(bench: Bench, rank: int, store: str):
 # ---------------------------------------------------------------------------------- measurements
 
 
-def pretrain(bench: Bench):
-    """A pretraining step of GPT-2 124M, compiled and not, beside nanoGPT's compiled step."""
-    size, found, seconds = bench.size, {}, {}
-    T, V = size.shape["block_size"], size.shape["vocab_size"]
-    idx, targets = torch.randint(V, (2, size.windows, T), device=bench.device)
-    for name, make_step in (
-        ("ours", lambda: our_pretraining(bench, idx, targets, bench.on_gpu)),
-        ("ours eager", lambda: our_pretraining(bench, idx, targets, False)),
-        ("nanoGPT", lambda: plain_pretraining(bench, idx, targets)),
-    ):
-        seconds[name], found[f"{name} GiB"] = bench.measure(make_step())
-    with torch.device("meta"):
-        flops = GPT(GPTConfig(**size.shape)).flops_per_token(T) * idx.numel()
-    for name, time_of_step in seconds.items():
-        found[f"{name} ms"] = 1000 * time_of_step
-        found[f"{name} tokens/s"] = idx.numel() / time_of_step
-        found[f"{name} MFU %"] = 100 * (mfu(flops, time_of_step, bench.device) or 0.0)
-    found["ratio to nanoGPT"] = seconds["nanoGPT"] / seconds["ours"]
+def versions(bench: Bench):
+    """The software, the card, and what it reaches."""
+    found = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    n = 8192 if bench.on_gpu else 256
+    x = torch.randn(n, n, device=bench.device, dtype=bench.dtype)
+    bench.seconds(lambda: x @ x)
+    bench.wait_for_turn()
+    found["matmul TFLOP/s"] = 2 * n**3 / bench.seconds(lambda: x @ x) / 1e12
+    found["copy TB/s"] = copy_rate(bench) / 1e12
+    if bench.on_gpu:
+        found["card"] = torch.cuda.get_device_name()
+        found["GiB"] = torch.cuda.mem_get_info()[1] / 2**30
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()
     return found
+
+
+def copy_rate(bench: Bench) -> float:
+    """Bytes per second, read and written."""
+    x = torch.ones(1 << (29 if bench.on_gpu else 16), device=bench.device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / bench.seconds(lambda: y.copy_(x))
+
+
+def pretrain(bench: Bench):
+    """A pretraining step of GPT-2 124M, compiled."""
+    return pretraining_speed(bench, functools.partial(our_pretraining, compiled=bench.on_gpu))
+
+
+def pretrain_eager(bench: Bench):
+    """The same without `compile`."""
+    return pretraining_speed(bench, functools.partial(our_pretraining, compiled=False))
+
+
+def pretrain_nanogpt(bench: Bench):
+    """nanoGPT's compiled step."""
+    return pretraining_speed(bench, plain_pretraining)
+
+
+def pretraining_speed(bench: Bench, make_step):
+    idx, targets = random_batch(bench)
+    seconds, gib = bench.measure_step(make_step(bench, idx, targets))
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**bench.size.shape))
+    flops = model.flops_per_token(bench.size.shape["block_size"]) * idx.numel()
+    return {
+        "ms": 1000 * seconds,
+        "tokens/s": idx.numel() / seconds,
+        "MFU %": 100 * (mfu(flops, seconds, bench.device) or 0.0),
+        "GiB": gib,
+    }
+
+
+def random_batch(bench: Bench):
+    """(idx, targets) of a pretraining step, each (windows, block_size)."""
+    shape = (2, bench.size.windows, bench.size.shape["block_size"])
+    return torch.randint(bench.size.shape["vocab_size"], shape, device=bench.device)
 
 
 def our_pretraining(bench: Bench, idx, targets, compiled):
@@ -619,27 +694,35 @@ def cut_rows(rows, tokens, layout):
 
 
 def preference(bench: Bench):
-    """A K=3 preference step with reference log-probabilities kept: packed rows, beside padded
-    forward passes with full logits, of all responses at once and of one response at a time."""
-    found, seconds = {}, {}
+    """A K=3 preference step with reference log-probabilities kept: packed rows."""
     rows = preference_rows(bench)
-    for name, make_step in (
-        ("packed", lambda: packed_preference(bench, rows)),
-        ("padded", lambda: padded_preference(bench, rows, each=False)),
-        ("a forward each", lambda: padded_preference(bench, rows, each=True)),
-    ):
-        seconds[name], found[f"{name} GiB"] = bench.measure(make_step())
-        found[f"{name} ms"] = 1000 * seconds[name]
+    found = preference_speed(bench, rows, packed_preference(bench, rows))
     batch = batch_rows(rows)
     with torch.device("meta"):
         model = GPT(GPTConfig(**bench.size.shape))
     context = 2 * float(batch.pos.float().mean()) + 1
     flops = model.flops_per_token(context, batch.num_targets / batch.num_tokens) * batch.num_tokens
-    found["MFU %"] = 100 * (mfu(flops, seconds["packed"], bench.device) or 0.0)
-    found["target tokens/s"] = batch.num_targets / seconds["packed"]
-    found["ratio to padded"] = seconds["padded"] / seconds["packed"]
-    found["ratio to a forward each"] = seconds["a forward each"] / seconds["packed"]
+    found["MFU %"] = 100 * (mfu(flops, found["ms"] / 1000, bench.device) or 0.0)
     return found
+
+
+def preference_padded(bench: Bench):
+    """The step of a plain model: padded forward passes with full logits, of all responses at
+    once."""
+    rows = preference_rows(bench)
+    return preference_speed(bench, rows, padded_preference(bench, rows, each=False))
+
+
+def preference_each(bench: Bench):
+    """The same with a forward pass for each response."""
+    rows = preference_rows(bench)
+    return preference_speed(bench, rows, padded_preference(bench, rows, each=True))
+
+
+def preference_speed(bench: Bench, rows, step):
+    seconds, gib = bench.measure_step(step)
+    num_targets = batch_rows(rows).num_targets
+    return {"ms": 1000 * seconds, "target tokens/s": num_targets / seconds, "GiB": gib}
 
 
 def packed_preference(bench: Bench, rows):
@@ -698,152 +781,212 @@ def head(bench: Bench):
             loss = function(hidden, weight, targets).sum()
         torch.autograd.grad(loss, (hidden, weight))
 
+    @torch.no_grad()
+    def without_gradient():
+        with torch.autocast(bench.device.type, bench.dtype, enabled=bench.on_gpu):
+            linear_logprobs(hidden, weight, targets)
+
+    works = {
+        "fused": functools.partial(work, linear_logprobs),
+        "fused, nothing kept": functools.partial(work, functools.partial(linear_logprobs, kept=0)),
+        "full logits": functools.partial(work, full_logits),
+        "fused, no gradient": without_gradient,
+    }
+    for function in works.values():
+        function()
+        function()
+    bench.wait_for_turn()
     found = {}
-    recomputed = functools.partial(linear_logprobs, kept=0)
-    for name, function in (
-        ("fused", linear_logprobs),
-        ("fused, nothing kept", recomputed),
-        ("full logits", full_logits),
-    ):
-        seconds, found[f"{name} GiB"] = bench.measure(functools.partial(work, function))
+    for name, function in works.items():
+        seconds, found[f"{name} GiB"] = bench.measure(function)
         found[f"{name} ms"] = 1000 * seconds
-    with torch.no_grad(), torch.autocast(bench.device.type, bench.dtype, enabled=bench.on_gpu):
-        seconds = bench.seconds(lambda: linear_logprobs(hidden, weight, targets))
-    found["fused, no gradient ms"] = 1000 * seconds
     return found
 
 
 def attention_speed(bench: Bench):
-    """Forward and backward of one layer: SDPA's kernels on rectangles, FlexAttention on the packed
-    rows of a preference step."""
+    """Attention of one layer. Forward and backward: SDPA's kernels on rectangles, FlexAttention on
+    the packed rows of a preference step. Without gradients: a decoding step."""
+    works = rectangular_works(bench) | packed_works(bench)
+    decoding_works = decode_works(bench)
+    for work in [*works.values(), *decoding_works.values()]:
+        work()
+        work()
+    bench.wait_for_turn()
+    found = {}
+    for name, work in works.items():
+        found[f"{name} ms"] = 1000 * bench.seconds(work)
+    for name, work in decoding_works.items():
+        found[f"{name} ms"] = 1000 * bench.seconds(work, calls=20 if bench.on_gpu else 1)
+    return found
+
+
+def forward_backward(attend, q, k, v):
+    y = attend(q, k, v)
+    torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+
+
+def rectangular_works(bench: Bench):
+    """name -> function: SDPA's kernels, causal, on (windows, block_size)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    size, found = bench.size, {}
+    size = bench.size
     heads, width = size.shape["n_head"], size.shape["n_embd"] // size.shape["n_head"]
     B, T = size.windows, size.shape["block_size"]
-    q, k, v = random_heads(bench, B * T, heads, heads, width, bench.dtype)
-    kernels = [("default", contextlib.nullcontext)]
+    heads_of_qkv = random_heads(bench, B * T, heads, heads, width, bench.dtype)
+    attend = functools.partial(attention.rectangular_attention, shape=(B, T))
+
+    def work(context):
+        with context():
+            forward_backward(attend, *heads_of_qkv)
+
+    works = {"default": functools.partial(work, contextlib.nullcontext)}
     if bench.on_gpu:
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-            kernels.append((backend.name, functools.partial(sdpa_kernel, backend)))
+            works[backend.name] = functools.partial(work, functools.partial(sdpa_kernel, backend))
+    return works
 
-    def forward_backward(attend):
-        y = attend(q, k, v)
-        torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
 
-    rectangle = functools.partial(attention.rectangular_attention, shape=(B, T))
-    for name, context in kernels:
-        with context():
-            seconds = bench.seconds(functools.partial(forward_backward, rectangle))
-        found[f"{name} ms"] = 1000 * seconds
-
+def packed_works(bench: Bench):
+    """name -> function: packed rows, and their block mask."""
+    size = bench.size
+    heads, width = size.shape["n_head"], size.shape["n_embd"] // size.shape["n_head"]
     batch = cut_rows(preference_rows(bench), size.micro_batch_tokens, "packed")[0]
     batch = batch.to(bench.device)
-    q, k, v = random_heads(bench, len(batch.idx), heads, heads, width, bench.dtype)
+    heads_of_qkv = random_heads(bench, len(batch.idx), heads, heads, width, bench.dtype)
 
     def layout(positions=None):
         return attention.PackedSequences(
             batch.sequence_id, batch.response_id, batch.pos, query_positions=positions
         )
 
+    works = {}
     some = batch.logit_positions if bench.on_gpu else batch.logit_positions.unique()
     for name, positions in (("packed", None), ("packed, response positions", some)):
         attend = functools.partial(layout(positions).attend, 0)
-        seconds = bench.seconds(functools.partial(forward_backward, attend))
-        found[f"{name} ms"] = 1000 * seconds
+        works[name] = functools.partial(forward_backward, attend, *heads_of_qkv)
     if bench.on_gpu:
-        seconds = bench.seconds(lambda: attention.flex_mask(layout()))
-        found["block mask ms"] = 1000 * seconds
-    return found | decoding_speed(bench)
+        works["block mask"] = lambda: attention.flex_mask(layout())
+    return works
 
 
-@torch.no_grad()
-def decoding_speed(bench: Bench):
-    """Attention of one layer in a decoding step, rows of equal and of ragged lengths, by
-    FlexAttention, SDPA with a mask, and two matmuls."""
-    size, found = bench.size, {}
+def decode_works(bench: Bench):
+    """name -> function: a decoding step, rows of equal and of ragged lengths, by our kernel, SDPA
+    with a mask, and two matmuls."""
+    size = bench.size
     B, H, D = size.decode_batch, size.shape["n_head"], size.shape["n_embd"] // size.shape["n_head"]
     last = size.decode_prompt + size.new_tokens // 2
-    columns = attention.whole_blocks(last + 1)
+    columns = size.decode_prompt + size.new_tokens
     q = torch.randn(B, H, 1, D, device=bench.device, dtype=bench.dtype)
     k, v = torch.randn(2, B, H, columns, D, device=bench.device, dtype=bench.dtype)
     column = torch.arange(columns, device=bench.device)
+    works = {}
     for name, first in (
         ("equal", torch.zeros(B, device=bench.device, dtype=torch.int32)),
         ("ragged", torch.linspace(0, last, B, device=bench.device).int()),
     ):
-        visible = ((column >= first[:, None]) & (column <= last))[
-            :, None, None
-        ]  # (B, 1, 1, columns)
+        visible = (column >= first[:, None]) & (column <= last)  # (B, columns)
         bias = torch.zeros_like(visible, dtype=bench.dtype).masked_fill(~visible, -torch.inf)
-        block_mask = attention.decode_mask(first, torch.full_like(first, last), columns, 1)
-        works = {
-            "SDPA": functools.partial(F.scaled_dot_product_attention, q, k, v, bias),
-            "matmuls": lambda bias=bias: torch.softmax(q @ k.mT * D**-0.5 + bias, -1) @ v,
-        }
-        if bench.on_gpu:
-            works["flex"] = functools.partial(attention.flex_attention, q, k, v, block_mask)
-        for kernel, work in works.items():
-            found[f"decode {name} {kernel} ms"] = 1000 * bench.seconds(work)
-    return found
+        bias = bias[:, None, None]
+        works[f"decode {name} SDPA"] = functools.partial(
+            F.scaled_dot_product_attention, q, k, v, bias
+        )
+        works[f"decode {name} matmuls"] = functools.partial(two_matmuls, q, k, v, bias)
+        if has_decode_kernel(bench):
+            last_column = torch.full_like(first[:1], last)
+            works[f"decode {name} kernel"] = decode_attention(
+                q.squeeze(2), k, v, first, last_column
+            )
+    return works
+
+
+def two_matmuls(q, k, v, bias):
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, -1) @ v
 
 
 def decode(bench: Bench):
-    """`generate` with CUDA graphs and without, beside transformers' generate, in the same dtype.
-    The floor is the time to read the weights and the cache once a step, at the rate of a copy."""
-    size, found = bench.size, {}
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(1, size.shape["vocab_size"], (size.decode_batch, size.decode_prompt))
-    num_tokens = size.decode_batch * size.new_tokens
-    for name, graphs in (("graphs", True), ("no graphs", False)):
-        with cuda_graphs(graphs and bench.on_gpu):
-            seconds = bench.seconds(our_sampling(bench, prompts.tolist()), repeats=2, warmup=1)
-            require(not graphs or not bench.on_gpu or decoding.GRAPHS, "no graph was captured")
-        found[f"{name} tokens/s"] = num_tokens / seconds
+    """`generate`, with CUDA graphs and without. tokens/s counts the prompts' time too. Decoding
+    alone is the difference between all new tokens and a quarter of them. Its floor is the time to
+    read the weights and the cache once a step, at the rate of a copy."""
+    size = bench.size
+    short = max(1, size.new_tokens // 4)
+    sample = our_sampling(bench)
+    all_tokens = functools.partial(sample, size.new_tokens)
+    few_tokens = functools.partial(sample, short)
+    with cuda_graphs(bench.on_gpu):
+        all_tokens()
+        few_tokens()
+        require(not bench.on_gpu or decoding.GRAPHS, "no graph was captured")
+    with cuda_graphs(False):
+        few_tokens()
+    bench.wait_for_turn()
+    with cuda_graphs(bench.on_gpu):
+        few_seconds = bench.seconds(few_tokens, repeats=3, warmup=1)
+        seconds = bench.seconds(all_tokens, repeats=2, warmup=1)
+    with cuda_graphs(False):
+        without_graphs = bench.seconds(few_tokens, repeats=2, warmup=1)
+    steps = size.new_tokens - short
+    context = size.decode_prompt + (short + size.new_tokens) / 2
+    rate = size.decode_batch * steps / (seconds - few_seconds)
+    floor = size.decode_batch * copy_rate(bench) / bytes_per_step(bench, context)
+    return {
+        "tokens/s": size.decode_batch * size.new_tokens / seconds,
+        f"tokens/s of the first {short}": size.decode_batch * short / few_seconds,
+        f"tokens/s of the first {short}, no graphs": size.decode_batch * short / without_graphs,
+        "decode tokens/s": rate,
+        "floor tokens/s": floor,
+        "of floor %": 100 * rate / floor,
+    }
 
+
+def bytes_per_step(bench: Bench, context) -> float:
+    """Of the weights and of the cache at `context` tokens per row, in bfloat16."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(**size.shape))
+        model = GPT(GPTConfig(**bench.size.shape))
     c = model.config
-    weights = 2 * model.num_params()
-    context = size.decode_prompt + size.new_tokens / 2
-    cache = 4 * c.n_layer * c.n_kv_head * c.head_dim * context * size.decode_batch
-    found["floor tokens/s"] = size.decode_batch * copy_rate(bench) / (weights + cache)
-    found["of floor %"] = 100 * found["graphs tokens/s"] / found["floor tokens/s"]
+    cache = 4 * c.n_layer * c.n_kv_head * c.head_dim * context * bench.size.decode_batch
+    return 2 * model.num_params() + cache
+
+
+def decode_transformers(bench: Bench):
+    """transformers' generate for the same prompts, in the same dtype."""
+    size = bench.size
     try:
         peer = transformers_model(size.shape).to(bench.device, bench.dtype).eval()
     except ImportError:
-        found["transformers"] = "not installed"
-        return found
-    limits = [size.new_tokens] * len(prompts)
-    work = functools.partial(
-        transformers_generate, peer, prompts.tolist(), limits, size.decode_batch
-    )
-    with torch.no_grad():
-        seconds = bench.seconds(work, repeats=1, warmup=0)
-    found["transformers tokens/s"] = num_tokens / seconds
-    found["ratio to transformers"] = found["graphs tokens/s"] / found["transformers tokens/s"]
-    return found
+        return {"transformers": "not installed"}
+    prompts = random_prompts(bench)
+
+    @torch.no_grad()
+    def work(new_tokens):
+        transformers_generate(peer, prompts, [new_tokens] * len(prompts), size.decode_batch)
+
+    work(min(8, size.new_tokens))
+    bench.wait_for_turn()
+    seconds = bench.seconds(functools.partial(work, size.new_tokens), repeats=1, warmup=0)
+    return {"tokens/s": size.decode_batch * size.new_tokens / seconds}
 
 
-def our_sampling(bench: Bench, prompts):
-    """-> function: sample new_tokens for each prompt."""
+def random_prompts(bench: Bench) -> list[list[int]]:
+    size, rng = bench.size, np.random.default_rng(0)
+    shape = (size.decode_batch, size.decode_prompt)
+    return rng.integers(1, size.shape["vocab_size"], shape).tolist()
+
+
+def our_sampling(bench: Bench):
+    """-> function of a number of new tokens: sample so many for each prompt."""
     model, _ = our_model(bench)
-    size = bench.size
-    return lambda: generate(model, prompts, size.new_tokens, batch_size=size.decode_batch)
-
-
-def copy_rate(bench: Bench) -> float:
-    """Bytes per second, read and written."""
-    x = torch.ones(1 << (29 if bench.on_gpu else 16), device=bench.device)
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / bench.seconds(lambda: y.copy_(x))
+    return functools.partial(
+        generate, model, random_prompts(bench), batch_size=bench.size.decode_batch
+    )
 
 
 def self_play(bench: Bench):
     """A round of self-play by phase: sample, score under the reference, train one epoch."""
     size = bench.size
     model, optimizers = our_model(bench, stage="spin")
-    play_round(bench, model, optimizers)  # compiles
+    play_round(bench, model, optimizers)
+    bench.wait_for_turn()
+    play_round(bench, model, optimizers)  # gets its memory back
     seconds = play_round(bench, model, optimizers)
     total = sum(seconds.values())
     found = {"seconds": total}
@@ -860,7 +1003,7 @@ def play_round(bench: Bench, model, optimizers) -> dict[str, float]:
     size = bench.size
     rng = np.random.default_rng(0)
     R = min(size.response, size.new_tokens)
-    prompts = rng.integers(1, size.shape["vocab_size"], (size.decode_batch, size.decode_prompt))
+    prompts = random_prompts(bench)
     data = rng.integers(1, size.shape["vocab_size"], (size.decode_batch, R)).tolist()
     laps = [time.perf_counter()]
 
@@ -868,10 +1011,10 @@ def play_round(bench: Bench, model, optimizers) -> dict[str, float]:
         bench.synchronize()
         laps.append(time.perf_counter())
 
-    sampled = generate(model, prompts.tolist(), R, batch_size=size.decode_batch)
+    sampled = generate(model, prompts, R, batch_size=size.decode_batch)
     lap()
     rows = []
-    for prompt, best, sample in zip(prompts.tolist(), data, sampled):
+    for prompt, best, sample in zip(prompts, data, sampled):
         rows.append({"prompt": prompt, "responses": [best, sample], "ranks": [0, 1]})
     refs = row_logps(model, rows, size.micro_batch_tokens, bench.device)
     for row, ref in zip(rows, refs):
@@ -889,51 +1032,74 @@ def play_round(bench: Bench, model, optimizers) -> dict[str, float]:
     return dict(zip(("sample", "score", "train"), np.diff(laps).tolist()))
 
 
-KERNELS = {
-    "matmuls": ("gemm", "nvjet", "cutlass", "sm90_xmma", "aten::mm", "aten::addmm"),
-    "attention": ("flash", "cudnn", "fmha", "flex_attention", "aten::bmm", "TiledAttention"),
+KERNELS = {  # kind -> parts of names; the first kind that fits
+    "attention": (
+        "flash",
+        "cudnn",
+        "fmha",
+        "flex_attention",
+        "decode_kernel",
+        "aten::bmm",
+        "TiledAttention",
+    ),
+    "matmuls": ("gemm", "nvjet", "cutlass", "splitK", "aten::mm", "aten::addmm"),
     "compiled": ("triton",),
     "optimizer": ("multi_tensor", "adam"),
+    "copies": ("Memcpy", "Memset", "copy"),
 }
 
 
-def profile(bench: Bench):
-    """Where the time of a pretraining step, a preference step and sampling 32 tokens goes, by kind
-    of kernel. The tables of all kernels are in OUT/profile_*.txt."""
+def profile_pretrain(bench: Bench):
+    """Where the time of a pretraining step goes, by kind of kernel. OUT/profile_pretrain.txt has
+    all kernels; so do the other profiles."""
+    return profile(bench, our_pretraining(bench, *random_batch(bench), bench.on_gpu))
+
+
+def profile_preference(bench: Bench):
+    """The same of a preference step."""
+    return profile(bench, packed_preference(bench, preference_rows(bench)))
+
+
+def profile_decode(bench: Bench):
+    """The same of sampling 32 tokens per prompt."""
+    num_tokens = min(32, bench.size.new_tokens)
+    return profile(bench, functools.partial(our_sampling(bench), num_tokens))
+
+
+def profile(bench: Bench, step):
+    """The time of step() without the profiler, and of its kernels under the profiler. The GPU is
+    idle in the rest of the time. On a CPU, operators count as kernels."""
     from torch.profiler import ProfilerActivity
 
-    size, found = bench.size, {}
-    T, V = size.shape["block_size"], size.shape["vocab_size"]
-    short = replace(bench, size=replace(size, new_tokens=min(32, size.new_tokens)))
-    prompts = [[1] * size.decode_prompt] * size.decode_batch
+    for _ in range(3):
+        step()
+    bench.wait_for_turn()
+    wall = 1000 * bench.seconds(step, repeats=3, warmup=2)
     activities = [ProfilerActivity.CPU]
     if bench.on_gpu:
         activities.append(ProfilerActivity.CUDA)
-    idx, targets = torch.randint(V, (2, size.windows, T), device=bench.device)
-    for kind, make_step in (
-        ("pretrain", lambda: our_pretraining(bench, idx, targets, bench.on_gpu)),
-        ("preference", lambda: packed_preference(bench, preference_rows(bench))),
-        ("decode", lambda: our_sampling(short, prompts)),
-    ):
-        step = make_step()
-        for _ in range(3):
-            step()
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
         bench.synchronize()
-        with torch.profiler.profile(activities=activities) as profiler:
-            start = time.perf_counter()
-            step()
-            bench.synchronize()
-            found[f"{kind} wall ms"] = 1000 * (time.perf_counter() - start)
-        events = profiler.key_averages()
-        key = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
-        with open(f"{bench.out}/profile_{kind}.txt", "w") as f:
-            f.write(events.table(sort_by=key, row_limit=60, max_name_column_width=100))
-        for event in events:
-            if bench.on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
-                continue
-            name = f"{kind} {kind_of_kernel(event.key)} ms"
-            found[name] = found.get(name, 0.0) + getattr(event, key) / 1000
-    return found
+    events = profiler.key_averages()
+    key = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
+    with open(f"{bench.out}/{bench.name}.txt", "w") as f:
+        f.write(events.table(sort_by=key, row_limit=60, max_name_column_width=100))
+    # Ranges around kernels, such as Optimizer.step, are events on both devices.
+    ranges = {event.key for event in events if event.is_user_annotation}
+    launches, kinds = 0, {}
+    for event in events:
+        if bench.on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        if event.key in ranges:
+            continue
+        launches += event.count
+        kind = f"{kind_of_kernel(event.key)} ms"
+        kinds[kind] = kinds.get(kind, 0.0) + getattr(event, key) / 1000
+    kernels = sum(kinds.values())
+    found = {"wall ms": wall, "kernels ms": kernels, "launches": launches}
+    found["idle %"] = 100 * (1 - kernels / wall)
+    return found | kinds
 
 
 def kind_of_kernel(name):
@@ -946,66 +1112,161 @@ def kind_of_kernel(name):
 # ------------------------------------------------------------------------------------- running
 
 
-CHECKS = {  # name -> (function, seconds that it may take)
-    "versions": (versions, 40),
-    "attention": (attention_values, 120),
-    "float32": (float32, 120),
-    "sampled_ids": (sampled_ids, 100),
-    "resume": (resume, 150),
-    "torchrun": (torchrun, 120),
-    "fsdp": (fsdp, 100),
-    "two_ranks": (two_ranks, 100),
+CPUS = len(os.sched_getaffinity(0))
+JOBS = max(2, min(12, CPUS * 3 // 4))
+
+# name -> (function, seconds that it may take). Those that take long begin first.
+CHECKS = {
+    "resume_spin": (resume_spin, 150),
+    "torchrun": (torchrun, 150),
+    "resume_pretrain": (resume_pretrain, 150),
+    "attention": (attention_values, 150),
+    "float32": (float32, 150),
+    "two_ranks": (two_ranks, 130),
+    "fsdp": (fsdp, 130),
+    "sampled_ids": (sampled_ids, 130),
 }
+# The seconds are for the preparation and, again, for the turn. Profiles are last: what they compile
+# is in Inductor's cache by then.
 MEASUREMENTS = {
-    "pretrain": (pretrain, 120),
+    "versions": (versions, 60),
+    "preference_padded": (preference_padded, 120),
+    "preference_each": (preference_each, 120),
     "preference": (preference, 120),
+    "pretrain_nanogpt": (pretrain_nanogpt, 120),
+    "pretrain": (pretrain, 120),
+    "pretrain_eager": (pretrain_eager, 120),
+    "self_play": (self_play, 120),
+    "attention_speed": (attention_speed, 120),
+    "head": (head, 100),
     "decode": (decode, 100),
-    "head": (head, 60),
-    "attention_speed": (attention_speed, 60),
-    "self_play": (self_play, 80),
-    "profile": (profile, 80),
+    "decode_transformers": (decode_transformers, 100),
+    "profile_preference": (profile_preference, 120),
+    "profile_pretrain": (profile_pretrain, 120),
+    "profile_decode": (profile_decode, 120),
 }
 ALL = CHECKS | MEASUREMENTS
 
+# name -> ((measurement, its number), the same of what it is divided by)
+RATIOS = {
+    "pretrain to nanoGPT": (("pretrain", "tokens/s"), ("pretrain_nanogpt", "tokens/s")),
+    "pretrain, compiled to eager": (("pretrain", "tokens/s"), ("pretrain_eager", "tokens/s")),
+    "preference to padded": (
+        ("preference", "target tokens/s"),
+        ("preference_padded", "target tokens/s"),
+    ),
+    "preference to a forward each": (
+        ("preference", "target tokens/s"),
+        ("preference_each", "target tokens/s"),
+    ),
+    "decode to transformers": (("decode", "tokens/s"), ("decode_transformers", "tokens/s")),
+    "decode to the floor": (("decode", "decode tokens/s"), ("decode", "floor tokens/s")),
+}
 
-def run_check(name: str, args) -> dict:
-    """Run one check in a process of its own -> {"ok", "text", "seconds"}."""
-    start = time.time()
-    command = [sys.executable, "-m", "bench.gpu", args.out, f"--check={name}"]
-    if args.small:
-        command.append("--small")
-    limit = min(ALL[name][1], args.deadline - start)
-    log = f"{args.out}/{name}.log"
-    result = f"{args.out}/{name}.json"
-    if args.deadline - start < 5:
-        return report(name, False, "not run: out of time", 0.0)
-    with open(log, "w") as f:
-        # its own session, so that its children end with it
-        child = subprocess.Popen(
-            command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
+
+def find_ratios(out) -> dict[str, float]:
+    """Of the speeds in the JSON files of the folder `out`. A ratio needs both."""
+    ratios = {}
+    for name, pair in RATIOS.items():
+        rates = [read_number(out, *place) for place in pair]
+        if None not in rates:
+            ratios[name] = rates[0] / rates[1]
+    return ratios
+
+
+def read_number(out, name, key):
+    """None if it was not measured."""
+    path = f"{out}/{name}.json"
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f).get(key)
+
+
+class Job:
+    """A check or a measurement in a process of its own."""
+
+    def __init__(self, name, args):
+        self.name = name
+        self.path = f"{args.out}/{name}"
+        self.seconds = 0.0  # in which it ran, without waiting for its turn
+        self.problem = ""
+        self.has_ended = False
+        for ending in (".json", ".ready", ".go"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path + ending)
+        command = [sys.executable, "-m", "bench.gpu", args.out, f"--check={name}"]
+        if args.small:
+            command.append("--small")
+        threads = max(1, CPUS // args.jobs)
+        with open(f"{self.path}.log", "w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its children end with it
+            )
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def is_ready(self) -> bool:
+        return os.path.exists(f"{self.path}.ready")
+
+    def prepare(self, deadline):
+        """Wait until it has ended or is ready for its turn."""
+        self.wait("", deadline, self.is_ready)
+
+    def take_turn(self, deadline):
+        """Let it measure, and wait until it has ended."""
+        open(f"{self.path}.go", "w").close()
+        self.wait("its turn was ", deadline, lambda: False)
+
+    def wait(self, what, deadline, is_done):
+        """Wait until it has ended or is_done(), and end it if that takes too long."""
+        start = time.time()
+        limit = min(ALL[self.name][1], deadline - start)
+        while self.is_alive() and not is_done():
+            if time.time() - start > limit:
+                self.problem = f"{what}longer than {max(0, limit):.0f} s, see {self.path}.log"
+                self.end()
+            time.sleep(0.02)
+        self.seconds += time.time() - start
+        if not self.is_alive():
+            self.end()
+
+    def end(self):
+        """End the process and its children. A live one writes to its log where it is."""
+        if self.has_ended:
+            return
+        self.has_ended = True
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, 9)
-        child.wait()
-    seconds = time.time() - start
-    if status is None:
-        return report(name, False, f"longer than {limit:.0f} s, see {log}", seconds)
-    if status or not os.path.exists(result):
-        with open(log) as f:
-            lines = f.read().split("\n")
-        last = [line for line in lines if line.strip()][-1:] or ["no output"]
-        return report(name, False, f"{last[0][:200]} (see {log})", seconds)
-    with open(result) as f:
-        found = json.load(f)
-    return report(name, True, ", ".join(f"{k} {show(v)}" for k, v in found.items()), seconds)
+            if self.is_alive():
+                self.process.send_signal(signal.SIGUSR1)
+                time.sleep(0.3)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def result(self) -> dict:
+        """Prints the line of an ended job -> {"name", "ok", "text", "seconds"}."""
+        if self.problem:
+            return report(self.name, False, self.problem, self.seconds)
+        if self.process.returncode or not os.path.exists(f"{self.path}.json"):
+            with open(f"{self.path}.log") as f:
+                lines = f.read().split("\n")
+            last = [line for line in lines if line.strip()][-1:] or ["no output"]
+            text = f"{last[0][:200]} (see {self.path}.log)"
+            return report(self.name, False, text, self.seconds)
+        with open(f"{self.path}.json") as f:
+            found = json.load(f)
+        text = ", ".join(f"{key} {show(value)}" for key, value in found.items())
+        return report(self.name, True, text, self.seconds)
 
 
 def report(name, ok, text, seconds):
-    print(f"{'ok  ' if ok else 'FAIL'} {name:<16} {seconds:5.0f} s  {text}", flush=True)
+    print(f"{'ok  ' if ok else 'FAIL'} {name:<19} {seconds:5.0f} s  {text}", flush=True)
     return {"name": name, "ok": ok, "text": text, "seconds": seconds}
 
 
@@ -1017,23 +1278,60 @@ def show(value):
 
 
 def run_all(args) -> int:
-    """All checks, or those that are named. Returns 1 if one failed."""
+    """All checks and measurements, or those that are named. Returns 1 if one failed."""
     os.makedirs(args.out, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor"))
-    args.deadline = time.time() + args.budget
+    start = time.time()
+    # the rest is for the turns
+    ready_by, end_by = start + 0.7 * args.budget, start + args.budget
     chosen = args.names or list(ALL)
-    run = functools.partial(run_check, args=args)
+    jobs, results = [], []  # jobs: all that were started
+
+    def prepare(name) -> Job | None:
+        """The job if it waits for its turn."""
+        if ready_by - time.time() < 5:
+            results.append(report(name, False, "not run: out of time", 0.0))
+            return None
+        job = Job(name, args)
+        jobs.append(job)
+        job.prepare(ready_by)
+        if job.is_alive():
+            return job
+        results.append(job.result())
+        return None
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(run, [name for name in CHECKS if name in chosen]))
-    results += map(run, [name for name in MEASUREMENTS if name in chosen])
-    with open(f"{args.out}/table.md", "w") as f:
-        f.write("| check | | seconds | |\n|---|---|---:|---|\n")
-        for result in results:
-            ok = "ok" if result["ok"] else "FAIL"
-            f.write(f"| {result['name']} | {ok} | {result['seconds']:.0f} | {result['text']} |\n")
+        try:
+            waiting = list(pool.map(prepare, [name for name in ALL if name in chosen]))
+            print(f"     all is ready after {time.time() - start:.0f} s", flush=True)
+            for job in waiting:
+                if job is not None:
+                    job.take_turn(end_by)
+                    results.append(job.result())
+        finally:
+            for job in jobs:  # after Ctrl-C
+                job.end()
+    results.sort(key=lambda result: list(ALL).index(result["name"]))
+    ratios = find_ratios(args.out)
+    write_json(f"{args.out}/ratios.json", ratios)
+    write_table(args.out, results, ratios)
     failed = [result["name"] for result in results if not result["ok"]]
-    print(f"{len(results) - len(failed)} of {len(results)} ok; {args.out}/table.md")
+    done = f"{len(results) - len(failed)} of {len(results)} ok in {time.time() - start:.0f} s"
+    print(f"{done}; {args.out}/table.md")
     return 1 if failed else 0
+
+
+def write_table(out, results, ratios):
+    """OUT/table.md. Prints the ratios."""
+    lines = ["| check | | seconds | |", "|---|---|---:|---|"]
+    for result in results:
+        ok = "ok" if result["ok"] else "FAIL"
+        lines.append(f"| {result['name']} | {ok} | {result['seconds']:.0f} | {result['text']} |")
+    for name, ratio in ratios.items():
+        lines.append(f"| {name} | | | {ratio:.3f} |")
+        print(f"     {name}: {ratio:.3f}")
+    with open(f"{out}/table.md", "w") as f:
+        f.write("\n".join(lines) + "\n")
 
 
 def make_parser():
@@ -1042,7 +1340,8 @@ def make_parser():
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(ALL)}")
     parser.add_argument("--small", action="store_true", help="at toy size on a CPU")
     parser.add_argument("--budget", type=float, default=420, help="seconds for all; default 420")
-    parser.add_argument("--jobs", type=int, default=4, help="checks of correctness at a time")
+    help_text = f"that check or compile at a time, sharing the GPU's memory; default {JOBS} here"
+    parser.add_argument("--jobs", type=int, default=JOBS, help=help_text)
     # what the processes of this program are started with
     parser.add_argument("--check", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -1058,15 +1357,17 @@ def main(argv=None) -> int:
         parser.error(f"no such check: {', '.join(unknown)}")
     if args.check is None and args.rank is None:
         return run_all(args)
+    faulthandler.register(signal.SIGUSR1)  # see Job.end
     device = torch.device("cpu" if args.small else "cuda")
     distributed.configure_torch(device)
     torch.manual_seed(0)
-    bench = Bench(SMALL if args.small else Size(), device, args.out)
+    bench = Bench(SMALL if args.small else Size(), device, args.check, args.out)
     if args.rank is not None:
         return run_rank(bench, args.rank, args.store)
     found = ALL[args.check][0](bench)
     write_json(f"{args.out}/{args.check}.json", found)
-    return 0
+    print(f"ends at {time.time():.3f}", flush=True)
+    os._exit(0)  # the others need not wait until its compile workers have ended
 
 
 if __name__ == "__main__":
