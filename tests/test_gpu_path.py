@@ -216,6 +216,12 @@ def test_regrouping_is_a_few_operations_a_layer(gpu_path):
     assert len(calls) < 12 * 2 * 5 + 10
 
 
+@pytest.mark.parametrize("queries, keys, whole", [(256, 384, True), (1, 384, False)])
+def test_kernels_are_promised_whole_blocks_only_where_they_get_them(queries, keys, whole):
+    q, k = torch.empty(1, 2, queries, 64), torch.empty(1, 2, keys, 64)
+    assert attention.kernel_options(q, k, 64)["IS_DIVISIBLE"] == whole
+
+
 def test_the_guard_of_this_test():
     x = torch.tensor([1.0, -1.0])
     reads = [
