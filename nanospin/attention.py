@@ -306,12 +306,29 @@ def pad_tokens(x):
     return x.contiguous()
 
 
+# FlexAttention's options by (bytes of a number, head width), on GPUs of compute capability 9.0.
+# PyTorch takes 128 x 128 scores on 4 warps for forward. They do not fit in registers, and a
+# multiprocessor has shared memory for one such block only, so it idles while that block waits.
+HOPPER_OPTIONS = {
+    (2, 64): {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
+}
+
+
+def kernel_options(q):
+    """FlexAttention's options for queries (B, H, m, D). IS_DIVISIBLE promises whole blocks, which a
+    kernel for any length cannot know: it would check every index it loads."""
+    options = {"IS_DIVISIBLE": True}
+    if on_gpu(q) and torch.cuda.get_device_capability(q.device) == (9, 0):
+        options |= HOPPER_OPTIONS.get((q.element_size(), q.shape[-1]), {})
+    return options
+
+
 def flex_attention(q, k, v, mask, softcap: float = 0.0):
-    """The compiled kernels: q (B, H, m, D), k and v (B, Hkv, n, D) -> (B, H, m, D).
+    """The compiled kernels: q (B, H, m, D), k and v (B, Hkv, n, D) -> (B, H, m, D), m and n whole
+    blocks.
 
     Heads are padded with zeros where they do not support the width: below 16, and between 128 and
-    256. FORCE_USE_FLEX_ATTENTION avoids the kernel for fewer than 128 queries, which does not
-    support every number of grouped heads and is compiled for each batch size.
+    256.
     """
     from torch.nn.attention import flex_attention as flex  # slow to import
 
@@ -327,7 +344,7 @@ def flex_attention(q, k, v, mask, softcap: float = 0.0):
         block_mask=mask,
         scale=head_dim**-0.5,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        kernel_options=kernel_options(q),
     )
     return y[..., :head_dim]
 
