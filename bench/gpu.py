@@ -20,7 +20,6 @@ import faulthandler
 import functools
 import gc
 import glob
-import importlib.util
 import json
 import os
 import random
@@ -33,6 +32,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -265,7 +265,7 @@ def attention_values(bench: Bench):
         print(f"rectangle 12/{kv_heads}", [f"{error:.1e}" for error in errors], flush=True)
         require(max(errors) < 2e-2, f"rectangle 12/{kv_heads}: errors {errors}")
         worst["rectangle"] = max(worst.get("rectangle", 0.0), *errors)
-    if has_decode_kernel(bench):
+    if bench.on_gpu:
         worst["decoding"] = decoding_error(bench)
     return {f"error {name}": value for name, value in worst.items()}
 
@@ -289,10 +289,6 @@ def attention_errors(attend, q, k, v, positions, visible) -> list[float]:
     dense = torch.einsum("hij,jhd->ihd", probs, dense_v)
     expected = [dense, *torch.autograd.grad(dense, wide, upstream.double())]
     return [relative_error(a.detach(), b.detach()) for a, b in zip(found, expected)]
-
-
-def has_decode_kernel(bench: Bench) -> bool:
-    return bench.on_gpu and importlib.util.find_spec("nanospin.gpu_kernels") is not None
 
 
 def decode_attention(q, k, v, first, last):
@@ -806,16 +802,13 @@ def head(bench: Bench):
 def attention_speed(bench: Bench):
     """Attention of one layer. Forward and backward: SDPA's kernels on rectangles, FlexAttention on
     the packed rows of a preference step. Without gradients: a decoding step."""
-    works = rectangular_works(bench) | packed_works(bench)
-    decoding_works = decode_works(bench)
-    for work in [*works.values(), *decoding_works.values()]:
+    works = rectangular_works(bench) | packed_works(bench) | decode_works(bench)
+    for work in works.values():
         work()
         work()
     bench.wait_for_turn()
     found = {}
     for name, work in works.items():
-        found[f"{name} ms"] = 1000 * bench.seconds(work)
-    for name, work in decoding_works.items():
         found[f"{name} ms"] = 1000 * bench.seconds(work, calls=20 if bench.on_gpu else 1)
     return found
 
@@ -847,7 +840,7 @@ def rectangular_works(bench: Bench):
 
 
 def packed_works(bench: Bench):
-    """name -> function: packed rows, and their block mask."""
+    """name -> function: packed rows, also with Inductor's blocks, and their block mask."""
     size = bench.size
     heads, width = size.shape["n_head"], size.shape["n_embd"] // size.shape["n_head"]
     batch = cut_rows(preference_rows(bench), size.micro_batch_tokens, "packed")[0]
@@ -865,8 +858,17 @@ def packed_works(bench: Bench):
         attend = functools.partial(layout(positions).attend, 0)
         works[name] = functools.partial(forward_backward, attend, *heads_of_qkv)
     if bench.on_gpu:
+        attend = functools.partial(layout().attend, 0)
+        default = functools.partial(forward_backward, attend, *heads_of_qkv)
+        works["packed, default blocks"] = functools.partial(with_default_blocks, default)
         works["block mask"] = lambda: attention.flex_mask(layout())
     return works
+
+
+def with_default_blocks(work):
+    """work() without our options for FlexAttention's blocks."""
+    with mock.patch.object(attention, "HOPPER_OPTIONS", {}):
+        work()
 
 
 def decode_works(bench: Bench):
@@ -891,7 +893,7 @@ def decode_works(bench: Bench):
             F.scaled_dot_product_attention, q, k, v, bias
         )
         works[f"decode {name} matmuls"] = functools.partial(two_matmuls, q, k, v, bias)
-        if has_decode_kernel(bench):
+        if bench.on_gpu:
             last_column = torch.full_like(first[:1], last)
             works[f"decode {name} kernel"] = decode_attention(
                 q.squeeze(2), k, v, first, last_column
@@ -957,12 +959,14 @@ def decode_transformers(bench: Bench):
     prompts = random_prompts(bench)
 
     @torch.no_grad()
-    def work(new_tokens):
-        transformers_generate(peer, prompts, [new_tokens] * len(prompts), size.decode_batch)
+    def work():
+        limits = [size.new_tokens] * len(prompts)
+        transformers_generate(peer, prompts, limits, size.decode_batch)
 
-    work(min(8, size.new_tokens))
+    work()
     bench.wait_for_turn()
-    seconds = bench.seconds(functools.partial(work, size.new_tokens), repeats=1, warmup=0)
+    work()  # gets its memory back
+    seconds = bench.seconds(work, repeats=1, warmup=0)
     return {"tokens/s": size.decode_batch * size.new_tokens / seconds}
 
 

@@ -71,7 +71,9 @@ def test_log_softmax(vocab_size, V, softcap, dtype):
     found = gpu_kernels.log_softmax_(logits, targets, softcap, vocab_size, False)
     assert torch.equal(logits, before)
     again = gpu_kernels.log_softmax_(logits, targets, softcap, vocab_size, True)
-    assert torch.equal(found, again)
+    # two kernels, in which the compiler may join products and sums differently
+    last_bits = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, again, rtol=last_bits, atol=last_bits)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     bounds = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=min(1e-5, bounds[dtype]))
