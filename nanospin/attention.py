@@ -75,7 +75,9 @@ class PackedSequences:
         self.kv_cache = kv_cache
         self.query_positions = query_positions
         self.softcap = softcap
-        self.mask = None  # tiles or a BlockMask: made by the first layer, used by all
+        # made by the first layer, used by all
+        self.mask = None  # tiles, or a BlockMask
+        self.visible_keys = None  # of all tokens, on a GPU
 
     def with_queries(self, positions: torch.Tensor) -> "PackedSequences":
         """The same sequences, with the output of these positions only."""
@@ -83,7 +85,7 @@ class PackedSequences:
 
     def with_window(self, sliding_window: int) -> "PackedSequences":
         """The same sequences, for the layers with this window."""
-        return self.changed(sliding_window=sliding_window)
+        return self.changed(sliding_window=sliding_window, visible_keys=None)
 
     def changed(self, **changes):
         other = copy.copy(self)
@@ -203,8 +205,8 @@ class VisibleKeys:
         return VisibleKeys(*map(function, tensors))
 
 
-def visible_keys(packed: PackedSequences) -> VisibleKeys:
-    """`is_visible` as spans. Nothing is read on the CPU, so it does not wait for the GPU."""
+def find_visible_keys(packed: PackedSequences) -> VisibleKeys:
+    """`is_visible` as spans, for all tokens, without waiting for the GPU."""
     sequence_id, response_id, pos = packed.sequence_id, packed.response_id, packed.pos
     index = torch.arange(len(sequence_id), device=sequence_id.device)
 
@@ -225,8 +227,6 @@ def visible_keys(packed: PackedSequences) -> VisibleKeys:
             first = pos - packed.sliding_window + 1  # the first position that a token sees
             start += (first - pos[start]).clamp(min=0)
     keys = VisibleKeys(prompt_start, prompt_stop, own_start, index + 1)
-    if packed.query_positions is not None:
-        keys = keys.map_tensors(lambda x: x.index_select(0, packed.query_positions))
     return keys.map_tensors(lambda x: x.int())
 
 
@@ -236,11 +236,16 @@ def flex_mask(packed: PackedSequences):
 
     It is built from the overlap of each query's spans with each block of keys, m n / 128 numbers,
     by a few plain operations: `create_block_mask` would test all m n pairs, or be compiled for
-    every length.
+    every length, and `BlockMask.from_kv_blocks` takes longer to find the blocks of queries of each
+    block of keys.
     """
     from torch.nn.attention.flex_attention import BlockMask  # slow to import
 
-    keys = visible_keys(packed)
+    if packed.visible_keys is None:
+        packed.visible_keys = find_visible_keys(packed)
+    keys = packed.visible_keys
+    if packed.query_positions is not None:
+        keys = keys.map_tensors(lambda x: x.index_select(0, packed.query_positions))
     m, n = len(keys.own_start), whole_blocks(len(packed.sequence_id))
     if m < whole_blocks(m):  # the queries that are added see key 0
         keys = keys.map_tensors(lambda x: F.pad(x, (0, whole_blocks(m) - m)))
@@ -259,12 +264,22 @@ def flex_mask(packed: PackedSequences):
         in_own_response = (k >= own_start[q]) & (k < own_stop[q])
         return in_prompt | in_own_response
 
-    return BlockMask.from_kv_blocks(
-        *block_list(partial),
-        *block_list(full),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=mask_mod,
+    kv_num_blocks, kv_indices = block_list(partial)
+    full_kv_num_blocks, full_kv_indices = block_list(full)
+    q_num_blocks, q_indices = block_list(partial.T)
+    full_q_num_blocks, full_q_indices = block_list(full.T)
+    return BlockMask(
         seq_lengths=(len(own_start), n),
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_num_blocks,
+        full_kv_indices=full_kv_indices,
+        q_num_blocks=q_num_blocks,
+        q_indices=q_indices,
+        full_q_num_blocks=full_q_num_blocks,
+        full_q_indices=full_q_indices,
+        BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK),
+        mask_mod=mask_mod,
     )
 
 
@@ -281,10 +296,10 @@ def overlap(start, stop, blocks):
 
 
 def block_list(mask):
-    """(query blocks, key blocks) bool -> the number of key blocks of each query block and their
-    indices, as from_kv_blocks takes them."""
+    """(rows, columns) bool -> how many columns of each row are True, and their indices first, as a
+    BlockMask has them: (1, 1, rows) and (1, 1, rows, columns), int32 and contiguous."""
     count = mask.sum(1, dtype=torch.int32)
-    indices = mask.int().argsort(dim=1, descending=True, stable=True).int()
+    indices = mask.int().argsort(dim=1, descending=True, stable=True).int().contiguous()
     return count[None, None], indices[None, None]
 
 

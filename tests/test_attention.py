@@ -251,6 +251,10 @@ def test_block_masks_are_exact(seed):
     partial = dense_blocks(mask.kv_num_blocks, mask.kv_indices)
     assert torch.equal(full, visible == 128 * 128)
     assert torch.equal(partial, (visible > 0) & ~full)
+    assert torch.equal(dense_blocks(mask.full_q_num_blocks, mask.full_q_indices), full.T)
+    assert torch.equal(dense_blocks(mask.q_num_blocks, mask.q_indices), partial.T)
+    for indices in (mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices):
+        assert indices.dtype == torch.int32 and indices.is_contiguous()
 
 
 def dense_blocks(num_blocks, indices):
