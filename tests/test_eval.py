@@ -35,7 +35,7 @@ from eval import (
 from loss import preference_loss
 from model import GPT, GPTConfig
 from nanospin import checkpoint, eval_command
-from studies.smollm2.scorer import token_f1
+from studies.smollm2.scorer import argument_f1, token_f1
 
 CPU = torch.device("cpu")
 EOT = 256  # of bytes
@@ -236,6 +236,10 @@ def test_f1_as_a_scorer():
     """studies/smollm2 ranks samples by it."""
     row = {"prompt": "List files.", "responses": ["ls -l folder"]}
     assert token_f1(row, "ls folder") == pytest.approx(4 / 5)
+    assert argument_f1(row, "ls folder") == pytest.approx(2 / 3)
+    assert argument_f1(row, "ls") == argument_f1(row, "dir -l folder") == argument_f1(row, "") == 0
+    assert argument_f1({"responses": ["ls"]}, "ls") == 1
+    assert argument_f1({"responses": ["ls"]}, "ls -l") == 0
 
 
 def test_sample_metrics():

@@ -317,6 +317,23 @@ def test_a_page_of_several_samples(ranked_runs, tmp_path, name):
     assert ("self 3, round 0" in checked.text) == (name == "scored")
 
 
+@pytest.mark.parametrize("loss_type", ["pairs", "pl"])
+def test_the_losses_of_a_reward_model(tiny_runs, tiny_data, tmp_path, loss_type):
+    """The loss of pairs of the validation is drawn beside the training loss only if that is the
+    same quantity. The level for equal scores of Plackett-Luce depends on the row."""
+    folder = str(tmp_path / "reward")
+    common = [f"--data={tiny_data}", f"--init={tiny_runs['sft']}", *SMALL, "--max_steps=2"]
+    train.main(["--stage=reward", f"--loss_type={loss_type}", f"--out_dir={folder}", *common])
+    charts = {chart.title: chart for chart in run_charts(read_run(folder))}
+    if loss_type == "pairs":
+        assert list(charts["Ranking loss"].series) == ["training", "loss of pairs"]
+        assert charts["Ranking loss"].level[0] == pytest.approx(math.log(2))
+    else:
+        assert list(charts["Ranking loss"].series) == ["training"]
+        assert charts["Ranking loss"].level is None
+        assert list(charts["Loss of pairs"].series) == ["validation"]
+
+
 def test_each_sample_of_grpo_has_its_kl(ranked_runs, tmp_path):
     page, checked = page_of(ranked_runs["grpo"], tmp_path=tmp_path)
     assert "cannot be shown" not in page and "class=notes" not in page

@@ -11,7 +11,7 @@ for seed in "$@"; do
     out=out/commands/$seed
     python train.py studies/smollm2/config/sft.py --seed="$seed" --out_dir="$out/sft"
     checkpoints=("start=out/smollm2@0" "sft=$out/sft@0")
-    for name in sft_more spin online_pl grpo; do
+    for name in sft_more spin online_pl grpo online_pl_args grpo_args; do
         python train.py "studies/smollm2/config/$name.py" --seed="$seed" --init="$out/sft" \
             --out_dir="$out/$name"
         checkpoints+=("$name=$out/$name@0")

@@ -18,6 +18,7 @@ from data import cli
 from data.files import atomic_write, read_json, read_text
 from data.rows import prompt_key, read_rows
 from eval import f1_score
+from studies.smollm2.scorer import argument_f1
 from tools.plot import markdown_table
 
 TITLES = {
@@ -28,7 +29,10 @@ TITLES = {
     "spin": "SPIN, K = 2",
     "online_pl": "online Plackett-Luce, K = 4",
     "grpo": "GRPO, K = 4",
+    "online_pl_args": "online Plackett-Luce, by the arguments",
+    "grpo_args": "GRPO, by the arguments",
 }
+METRICS = {"exact_match": "exact match", "f1": "F1", "argument_f1": "F1 of the arguments"}
 BASELINE = "sft_more"
 
 
@@ -39,8 +43,8 @@ def program(prompt: str) -> str:
 
 def score_all(folder: str) -> dict[str, dict]:
     """The scores of each method's greedy samples, in the order of the held-out prompts: {method:
-    {"exact_match": 0 or 1 each, "f1": ..., "only_name": whether it is the program's name, "tokens":
-    and "val_loss": means}}. "copied" answers with the program's name."""
+    {"exact_match": 0 or 1 each, "f1": ..., "argument_f1": ..., "only_name": whether it is the
+    program's name, "tokens" and "val_loss": means}}. "copied" answers with the program's name."""
     table = read_json(f"{folder}/eval/eval.json")
     data = read_rows(f"{folder}/eval/data.jsonl")
     scored = {}
@@ -49,11 +53,12 @@ def score_all(folder: str) -> dict[str, dict]:
         if name != "copied":
             for row in read_rows(f"{folder}/eval/{name}.jsonl"):
                 texts[prompt_key(row)] = row["responses"][0]
-        scores = {"exact_match": [], "f1": [], "only_name": []}
+        scores = {"exact_match": [], "f1": [], "argument_f1": [], "only_name": []}
         for row in data:
             text, answer = texts[prompt_key(row)], row["responses"][0]
             scores["exact_match"].append(int(text.strip() == answer.strip()))
             scores["f1"].append(round(f1_score(text, answer), 6))
+            scores["argument_f1"].append(round(argument_f1(row, text), 6))
             scores["only_name"].append(int(text.strip() == program(row["prompt"])))
         if name != "copied":
             scores |= {"tokens": table[name]["length"], "val_loss": table[name]["val_loss"]}
@@ -88,12 +93,12 @@ def make_table(scored: dict[str, dict]) -> list[str]:
     rows = []
     for name, title in TITLES.items():
         scores = scored[name]
-        row = [title, *(with_difference(scored, name, metric) for metric in ("exact_match", "f1"))]
+        row = [title, *(with_difference(scored, name, metric) for metric in METRICS)]
         row.append(f"{100 * np.mean(scores['only_name']):.0f} %")
         row.append(f"{scores['tokens']:.1f}" if "tokens" in scores else "")
         row.append(f"{scores['val_loss']:.2f}" if "val_loss" in scores else "")
         rows.append(row)
-    head = ["", "exact match", "F1", "only the name", "tokens", "validation loss"]
+    head = ["", *METRICS.values(), "only the name", "tokens", "validation loss"]
     return markdown_table(head, rows)
 
 

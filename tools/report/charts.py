@@ -122,6 +122,8 @@ def run_charts(run):
                 base = "val_loss"  # the same quantity, so the same chart
             if base in CHARTED:
                 name, _, *chart = CHARTED[base]
+                if base == "pair_nll" and run.setting("loss_type") != "pairs":
+                    chart = []  # the training loss is another one
                 series = curves.setdefault(chart[0] if chart else name, {})
                 by_round = run.stage == "spin" and kind != "collect"
                 label_of_curve = player or (name.lower() if chart else label)
@@ -160,16 +162,23 @@ def compare(all_runs):
 def equal_scores(run):
     """(the ranking loss if all scores are equal, its name), or None. Where a scorer ranks, or a
     player has several samples, which are ties, it differs from row to row; with players of earlier
-    rounds, from round to round; with `pairs`, from training to validation, which is Plackett-Luce.
+    rounds, from round to round; with `pairs`, from training to validation, which is Plackett-Luce;
+    for a reward model trained by Plackett-Luce, with the number of responses in a row.
     """
     loss_type = run.setting("loss_type")
     if loss_type not in ("pl", "pairs") or run.setting("score_margin"):
         return None
     players = run.players
     several = len(set(players)) < len(players) or any(p.startswith("self-") for p in players)
-    if run.stage == "reward" or loss_type == "pairs" and len(players) == 2:
+    if loss_type == "pairs" and (run.stage == "reward" or len(players) == 2):
         K = 2
-    elif loss_type == "pairs" or several or run.is_scored or run.setting("rank_depth"):
+    elif (
+        loss_type == "pairs"
+        or run.stage == "reward"
+        or several
+        or run.is_scored
+        or run.setting("rank_depth")
+    ):
         return None
     else:
         K = len(players)

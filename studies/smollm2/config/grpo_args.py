@@ -1,6 +1,6 @@
 """GRPO, rewarded by the F1 of the arguments: copying the program's name gains nothing.
 
-    python train.py studies/smollm2/config/grpo_args.py
+python train.py studies/smollm2/config/grpo_args.py
 """
 
 from studies.smollm2.config.grpo import *

@@ -1,6 +1,6 @@
 """Online ranking by the F1 of the arguments: copying the program's name gains nothing.
 
-    python train.py studies/smollm2/config/online_pl_args.py
+python train.py studies/smollm2/config/online_pl_args.py
 """
 
 from studies.smollm2.config.online_pl import *
