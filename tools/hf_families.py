@@ -677,7 +677,7 @@ def special_settings(c, model_type):
         "attention_bias": False,
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "final_logit_softcapping": c.logit_softcap or None,
-        "sliding_window": c.sliding_window or None,
+        "sliding_window": c.sliding_window or c.block_size,  # transformers wants one always
         "layer_types": [types[c.window(layer) > 0] for layer in range(c.n_layer)],
     }
     if model_type == "gemma2":

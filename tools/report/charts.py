@@ -170,16 +170,10 @@ def equal_scores(run):
         return None
     players = run.players
     several = len(set(players)) < len(players) or any(p.startswith("self-") for p in players)
-    if loss_type == "pairs" and (run.stage == "reward" or len(players) == 2):
-        K = 2
-    elif (
-        loss_type == "pairs"
-        or run.stage == "reward"
-        or several
-        or run.is_scored
-        or run.setting("rank_depth")
-    ):
-        return None
+    if loss_type == "pairs":
+        K = 2 if run.stage == "reward" or len(players) == 2 else 0
+    elif run.stage == "reward" or several or run.is_scored or run.setting("rank_depth"):
+        K = 0  # it has no one value
     else:
         K = len(players)
     value = math.lgamma(K + 1)
