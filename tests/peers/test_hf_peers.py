@@ -495,6 +495,8 @@ MODELS = {
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "gemma3_text, scaled": GEMMA3 | LINEAR,
+    "gemma3_text, no window": GEMMA3
+    | {"sliding_window": 0, "full_attention_interval": 0, "rope_local_theta": 0.0},
 }
 
 
