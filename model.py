@@ -167,9 +167,10 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def normalize(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x). On a GPU it is one kernel, which computes in float32 and returns the dtype of x, as
-    under FSDP2's mixed precision; autocast would add two that convert x."""
-    if not on_gpu(x) or isinstance(norm, nn.Identity):
+    """norm(x). On a GPU in the dtype of x, weights included, as under FSDP2's mixed precision: one
+    kernel, which computes in float32. Autocast would convert x to float32 and back."""
+    is_known = isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.weight is not None
+    if not on_gpu(x) or not is_known:
         return norm(x)
     weight = norm.weight.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -271,7 +272,7 @@ class Block(nn.Module):
         y = sequences.attend(layer, q, k, v)
         return self.after_attention(sequences.select(x), y)
 
-    # These two can be compiled (distributed.prepare_model), for any layout and length.
+    # distributed.compile_blocks compiles these two, for any layout and length, or all of forward.
 
     def before_attention(self, x: Tensor, rope=None) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.queries_keys_values(normalize(self.ln_1, x), rope)
@@ -484,7 +485,8 @@ class GPT(nn.Module):
             if is_nth(layer, c.no_rope_layer_interval):
                 angles = None
             x = block(x, layout, layer, angles)
-        x = normalize(self.ln_f, x)
+        # a scalar head wants float32
+        x = self.ln_f(x) if c.scalar_head else normalize(self.ln_f, x)
         return x if query_positions is not None else x.view(*idx.shape, c.n_embd)
 
     def block_input(self, idx: Tensor, pos: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ from nanospin.decoding import DecodeStep, prepacked_weights
 from nanospin.kv_cache import KVCache, Prompt
 from nanospin.sample_command import PartialSamples
 
-PREFILL_TOKENS = {"cpu": 8192, "cuda": 32768}  # of prompts that are processed at a time, about
+# Tokens of the prompts that are processed at a time, about; on a GPU those of a micro-batch.
+PREFILL_TOKENS = {"cpu": 8192, "cuda": 32768}
 BURST = {"cpu": 1, "cuda": 16}  # tokens per row between two checks for ends, which a GPU waits for
 
 

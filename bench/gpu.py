@@ -840,7 +840,7 @@ def rectangular_works(bench: Bench):
 
 
 def packed_works(bench: Bench):
-    """name -> function: packed rows, also with Inductor's blocks, and their block mask."""
+    """name -> function: packed rows, also with Inductor's options, and their block mask."""
     size = bench.size
     heads, width = size.shape["n_head"], size.shape["n_embd"] // size.shape["n_head"]
     batch = cut_rows(preference_rows(bench), size.micro_batch_tokens, "packed")[0]
@@ -860,14 +860,14 @@ def packed_works(bench: Bench):
     if bench.on_gpu:
         attend = functools.partial(layout().attend, 0)
         default = functools.partial(forward_backward, attend, *heads_of_qkv)
-        works["packed, default blocks"] = functools.partial(with_default_blocks, default)
+        works["packed, default options"] = functools.partial(with_default_options, default)
         works["block mask"] = lambda: attention.flex_mask(layout())
     return works
 
 
-def with_default_blocks(work):
-    """work() without our options for FlexAttention's blocks."""
-    with mock.patch.object(attention, "HOPPER_OPTIONS", {}):
+def with_default_options(work):
+    """work() without our options for FlexAttention."""
+    with mock.patch.object(attention, "kernel_options", lambda q: {}):
         work()
 
 

@@ -28,8 +28,8 @@ The attention layers call `attend(layer, q, k, v)` of an object that knows this 
 `PackedSequences` here, or `KVCache` (kv_cache.py) while decoding. The queries are (n, H, D), the
 keys and values (n, Hkv, D), the result (n, H, D).
 
-Three kernels compute it: `TiledAttention` on a CPU; on a GPU `scaled_dot_product_attention` for
-plain (B, T) batches, and FlexAttention for everything else. (Decoding has its own, in kv_cache.py.)
+Three kernels compute it for whole sequences: `TiledAttention` on a CPU; on a GPU
+`scaled_dot_product_attention` for plain (B, T) batches, and FlexAttention for everything else.
 """
 
 import contextlib
@@ -321,10 +321,11 @@ def pad_tokens(x):
     return x.contiguous()
 
 
-# FlexAttention's options by (bytes of a number, head width), on GPUs of compute capability 9.0.
-# PyTorch takes blocks of 128 x 128 scores. In forward they do not fit in registers, and both ways a
-# multiprocessor has room for one block only, so it idles while that block waits. With these options
-# and IS_DIVISIBLE forward is 3.8 times as fast on an H200, backward 1.5 times (bench/logs/h200).
+# FlexAttention's options by (bytes of a number, head width), on NVIDIA's Hopper. PyTorch takes
+# blocks of 128 x 128 scores. In the code that ptxas makes of forward they do not fit in registers,
+# and both ways a multiprocessor has room for one block only, so it idles while that block waits.
+# With these options and IS_DIVISIBLE forward is 3.8 times as fast on an H200, backward 1.5 times
+# (bench/logs/h200).
 HOPPER_OPTIONS = {
     (2, 64): {
         "fwd_BLOCK_M": 64,
@@ -341,11 +342,17 @@ HOPPER_OPTIONS = {
 }
 
 
+@functools.cache
+def is_hopper(device) -> bool:
+    """AMD's MI200 has the same numbers."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def kernel_options(q):
     """FlexAttention's options for queries (B, H, m, D). IS_DIVISIBLE promises whole blocks, which a
     kernel for any length cannot know: it would check every index it loads."""
     options = {"IS_DIVISIBLE": True}
-    if on_gpu(q) and torch.cuda.get_device_capability(q.device) == (9, 0):
+    if on_gpu(q) and is_hopper(q.device):
         options |= HOPPER_OPTIONS.get((q.element_size(), q.shape[-1]), {})
     return options
 
@@ -388,16 +395,21 @@ def softcap_score(softcap: float):
     return score_mod
 
 
+def raise_limit_of_graphs():
+    """Dynamo compiles a function at most 8 times by default, and then runs it uncompiled."""
+    torch._dynamo.config.recompile_limit = 64
+
+
 @functools.cache
 def compile_dynamic(function):
     """A function, compiled for any length. This holds in generate() too, which runs everything else
     eagerly.
 
-    Beyond Dynamo's limit of graphs (8 by default) it would silently run uncompiled and hold all
-    scores, so the limit is raised. Sizes that happen to be equal are not taken to be always equal:
-    as many queries as keys would be compiled as a special case.
+    Beyond Dynamo's limit of graphs it would silently run uncompiled and hold all scores. Sizes that
+    happen to be equal are not taken to be always equal: as many queries as keys would be compiled
+    as a special case.
     """
-    torch._dynamo.config.recompile_limit = 64
+    raise_limit_of_graphs()
     torch.fx.experimental._config.use_duck_shape = False
     return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 

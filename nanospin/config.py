@@ -34,7 +34,7 @@ class Config:
     device: str = ""  # cpu | cuda; "": cuda if there is one
     dtype: str = ""  # of matmuls: float32 | bfloat16; "": bfloat16 on GPUs that have it
     matmul_precision: str = ""  # torch.set_float32_matmul_precision; "": see configure_torch
-    compile: bool | None = None  # torch.compile each block; None: on a GPU
+    compile: bool | None = None  # the embedding and each block; None: on a GPU
     cuda_graphs: bool = True  # replay steps of sampling on a GPU as CUDA graphs
     activation_checkpointing: int = 0  # recompute every n-th block in backward; 0: none
     deterministic: bool = False  # torch.use_deterministic_algorithms, for GPUs

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from nanospin import decoding, lora
+from nanospin.attention import raise_limit_of_graphs
 
 # Tokens of a micro-batch: about what the caches of a CPU hold, and what keeps a GPU busy.
 MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
@@ -181,11 +182,12 @@ def compile_blocks(model, device, cfg):
     look into a checkpoint.
 
     Of a block the two halves around attention are compiled, for any layout and length. Windows of a
-    stream have one length and plain causal attention: there a block is one graph.
+    stream have one length. If their attention is plain, a block is one graph.
     """
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     dynamic = None if cfg.stage == "pretrain" else True
     if compiled:
+        raise_limit_of_graphs()  # all layers count together
         model.block_input = torch.compile(model.block_input, dynamic=dynamic)
     for i, block in enumerate(model.h):
         if compiled and has_plain_attention(model.config, device, cfg):

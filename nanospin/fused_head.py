@@ -110,15 +110,16 @@ class LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, softcap, vocab_size, chunk, num_kept, needs_grad):
         # hidden (n, C), weight (V, C), targets (n,)
         n = len(hidden)
-        buffer = logits_buffer(chunk, hidden, weight)
+        in_place = logits_dtype(hidden) == hidden.dtype  # write directly into `kept`
+        buffer = None
+        if not in_place or num_kept < n:
+            buffer = logits_buffer(chunk, hidden, weight)
         logps = hidden.new_empty(n, dtype=torch.promote_types(hidden.dtype, torch.float32))
         kept = hidden.new_empty(num_kept, len(weight))
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
             keep = part.stop <= num_kept
-            # Write directly into `kept`, if its dtype is that of the logits.
-            in_place = keep and kept.dtype == buffer.dtype
-            logits = kept[part] if in_place else buffer[: part.stop - part.start]
+            logits = kept[part] if keep and in_place else buffer[: part.stop - part.start]
             logps[part] = logprobs_(
                 logits, hidden[part], weight, targets[part], softcap, vocab_size, needs_grad
             )
@@ -154,7 +155,8 @@ class LinearLogprobs(torch.autograd.Function):
         for start in range(0, num_kept, step):
             part = slice(start, min(start + step, num_kept))
             add_gradients(part, kept[part])
-        buffer = logits_buffer(chunk, hidden, weight)
+        if num_kept < n:
+            buffer = logits_buffer(chunk, hidden, weight)
         for start in range(num_kept, n, chunk):
             part = slice(start, min(start + chunk, n))
             logits = buffer[: part.stop - part.start]
@@ -163,13 +165,16 @@ class LinearLogprobs(torch.autograd.Function):
         return d_hidden, None if is_frozen else d_weight.to(weight.dtype), *[None] * 6
 
 
+def logits_dtype(hidden) -> torch.dtype:
+    """On a CPU float32 or wider."""
+    return hidden.dtype if on_gpu(hidden) else torch.promote_types(hidden.dtype, torch.float32)
+
+
 def logits_buffer(chunk, hidden, weight):
-    """Memory for the logits of one chunk, on a CPU float32 or wider. The chunks share it, because
-    glibc does not reuse the memory of a large buffer for the next one of its size."""
-    dtype = hidden.dtype
-    if not on_gpu(hidden):
-        dtype = torch.promote_types(dtype, torch.float32)
-    return hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
+    """Memory for the logits of one chunk. The chunks share it, because glibc does not reuse the
+    memory of a large buffer for the next one of its size."""
+    size = min(chunk, len(hidden)), len(weight)
+    return hidden.new_empty(size, dtype=logits_dtype(hidden))
 
 
 def logprobs_(logits, hidden, weight, targets, softcap, vocab_size, needs_grad=True):

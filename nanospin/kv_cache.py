@@ -172,7 +172,8 @@ class KVCache:
             self.masks[window] = self.make_masks(pos, window, num_shared)
 
     def make_masks(self, pos, sliding_window: int, num_shared: int) -> list:
-        """The masks of a decoding step of all groups, in the layers with a window."""
+        """The masks of a decoding step of all groups, in the layers with a window; on a GPU the
+        first column that each row sees."""
         masks = []
         groups = self.groups()
         group_pos = pos.split([len(keys) for keys in groups])

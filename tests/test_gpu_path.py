@@ -86,7 +86,8 @@ def plain_log_softmax_(logits, targets, softcap, vocab_size, needs_grad):
     x = logits.detach().to(dtype).requires_grad_()
     with torch.enable_grad():
         capped = softcap * torch.tanh(x / softcap) if softcap else x
-        capped = capped[:, :vocab_size]
+        padding = torch.arange(x.shape[1], device=x.device) >= vocab_size
+        capped = capped.masked_fill(padding, -torch.inf)
         logps = capped.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
         if needs_grad:
             logits.copy_(torch.autograd.grad(-logps.sum(), x)[0])
