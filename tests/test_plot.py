@@ -189,6 +189,25 @@ def test_rounds_of_runs_with_other_players_are_not_mixed(tmp_path):
     assert done.returncode == 1 and "b has other players than" in done.stderr
 
 
+@pytest.mark.parametrize("longest", [0, 1])
+def test_a_round_that_a_seed_lacks_has_no_mean(longest):
+    """But the line of the seed that has it, whatever the order of the seeds."""
+
+    def record(round_id, step):
+        return {"round": round_id, "step": step, "acc": 0.5 + 0.1 * round_id}
+
+    short = [record(0, 0), record(0, 4)]
+    by_seed = [short, short]
+    by_seed[longest] = [*short, record(1, 0), record(1, 4)]
+    assert list(plot.round_spans(plot.most_rounds(by_seed))) == [0, 1]
+    fig, ax = plot.plt.subplots()
+    plot.draw_rounds(ax, by_seed, "acc", "#000000", "all pairs")
+    drawn = [(list(line.get_xdata()), line.get_linewidth() < 1) for line in ax.lines]
+    plot.plt.close(fig)
+    assert drawn.count(([0, 4], True)) == 2 and drawn.count(([0, 4], False)) == 1
+    assert drawn.count(([4, 8], True)) == 1 and ([4, 8], False) not in drawn
+
+
 def test_the_last_of_many_rounds_is_compared():
     metrics = {"win_rate": 0.5, "win_rate_se": 0.01, "val_loss": 3.0}
     rounds = {}

@@ -123,6 +123,18 @@ def test_the_table_by_hand(tmp_path, capsys):
     for name in ("methods.png", "methods.svg", "map.png"):
         assert os.path.getsize(f"{tmp_path}/{name}") > 1000
 
+    summarize.main(options)  # replaces its own
+    with pytest.raises(SystemExit, match="350 steps are given twice"):
+        summarize.main([*options[:-1], "--map", *[f"350={tmp_path}"] * 2])
+    for name in ("results.json", "map.json"):
+        mine = tmp_path / "figures" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text('{"mine": 1}')
+        with pytest.raises(SystemExit, match=f"{name} is not a file of this command"):
+            summarize.main([*options, f"--figures={mine.parent}"])
+        assert mine.read_text() == '{"mine": 1}'
+        mine.unlink()
+
 
 def test_the_table_of_smollm2_follows_from_its_scores():
     folder = os.path.dirname(smollm2.__file__)

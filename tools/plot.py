@@ -299,7 +299,7 @@ def plot_rounds(out: str, runs: list[str]):
         if players == ["data", "self"] and not is_scored:
             draw_length_baseline(axes[2], runs)
         for ax in axes:
-            mark_rounds(ax, by_seed[0])
+            mark_rounds(ax, most_rounds(by_seed))
             ax.set_xlabel("step")
         panel_legend(axes[0])
         panel_legend(axes[1], seed_handles(len(runs)))
@@ -320,8 +320,9 @@ def rewarded_players(run: str, records: list[dict]) -> list[str]:
 
 
 def draw_rounds(ax, by_seed, metric, color, label, after=-1):
-    """One metric over the evaluations, a piece per round; steps up to `after` are left out."""
-    for round_id in round_spans(by_seed[0]):
+    """One metric over the evaluations, a piece per round; steps up to `after` are left out. A round
+    that a seed lacks has thin lines only."""
+    for round_id in round_spans(most_rounds(by_seed)):
         curves = []
         for records in by_seed:
             points = {}
@@ -332,6 +333,9 @@ def draw_rounds(ax, by_seed, metric, color, label, after=-1):
         if all(x for x, _ in curves):
             draw_seeds(ax, curves, color, label)
             label = None  # one legend entry for all rounds
+            continue
+        for x, y in curves:
+            ax.plot(x, y, color=color, lw=0.8, alpha=0.45)
 
 
 def columns_of_run(run: str) -> list[str]:
@@ -377,16 +381,22 @@ def draw_accuracy(ax, by_seed, columns, players, colors):
 
 def draw_length_baseline(ax, runs):
     """How well the length of a response alone tells data from self, in each round."""
-    spans, by_round = round_spans(read_metrics(runs[0], "eval")), {}
+    spans, by_round = round_spans(most_rounds([read_metrics(run, "eval") for run in runs])), {}
     for run in runs:
         for r in read_metrics(run, "collect"):
             if "length_acc/self" in r:  # not where all samples equal the data's response
                 by_round.setdefault(r["round"], []).append(r["length_acc/self"])
     label = "length alone" + (", mean of seeds" if len(runs) > 1 else "")
     for round_id, (first, last) in spans.items():
-        y = np.mean(by_round[round_id]) if round_id in by_round else np.nan
+        values = by_round.get(round_id, [])
+        y = np.mean(values) if len(values) == len(runs) else np.nan
         ax.plot([first, last], [y, y], color=PALETTE[3], ls=":", label=label)
         label = None
+
+
+def most_rounds(by_seed):
+    """The evaluations of the seed that has most rounds."""
+    return max(by_seed, key=lambda records: len(round_spans(records)))
 
 
 def round_spans(records):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from data import cli
-from data.files import read_json, write_json
+from data.files import printable, read_json, write_json
 from studies.verifiable.run import METHODS, TASKS, Task, check_seeds
 from tools.plot import (
     GREY,
@@ -232,6 +232,26 @@ def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]
     return results
 
 
+def read_map(pairs: list[str]) -> dict[str, str]:
+    """{steps: folder} of STEPS=OUT. Exits with one line if steps are given twice."""
+    folders = {}
+    for pair in pairs:
+        steps, equals, folder = pair.partition("=")
+        if not (steps.isdecimal() and equals):
+            raise SystemExit(printable(f"--map: {pair!r} must be STEPS=OUT"))
+        if steps in folders:
+            raise SystemExit(f"--map: {steps} steps are given twice")
+        folders[steps] = folder
+    return folders
+
+
+def check_own(path: str, is_ours):
+    """Exit with one line if a JSON file that would be replaced has a key that is not of this
+    command, by is_ours(key)."""
+    if os.path.exists(path) and not all(map(is_ours, read_json(path))):
+        raise SystemExit(printable(f"{path} is not a file of this command: move it away"))
+
+
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=TASKS, default="sums", help="default: sums")
@@ -247,21 +267,23 @@ def main(argv=None):
     check_seeds(args.seeds)
     task = TASKS[args.task]
     args.out = args.out or f"out/verifiable/{args.task}"
+    figures = args.figures or args.out
+    results_path, map_path = f"{figures}/results.json", f"{figures}/map.json"
+    check_own(results_path, ["sft", *METHODS].__contains__)
+    folders = read_map(args.map)
+    if folders:
+        check_own(map_path, str.isdecimal)
     results = all_results(task, args.out, args.seeds)
     if BASELINE not in results:
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     print("\n".join(make_table(results)))
-    figures = args.figures or args.out
     os.makedirs(figures, exist_ok=True)
-    write_json(os.path.join(figures, "results.json"), results)
+    write_json(results_path, results)
     draw(results, os.path.join(figures, "methods.png"))
-    if args.map:
-        by_steps = {}
-        for pair in args.map:
-            steps, _, out = pair.partition("=")
-            by_steps[steps] = all_results(task, out, args.seeds)
+    if folders:
+        by_steps = {steps: all_results(task, folders[steps], args.seeds) for steps in folders}
         print("\n".join(make_map_table(by_steps)))
-        write_json(os.path.join(figures, "map.json"), by_steps)
+        write_json(map_path, by_steps)
         draw_map(by_steps, os.path.join(figures, "map.png"))
 
 
