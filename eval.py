@@ -805,17 +805,22 @@ def check_arguments(args, rows_path: str, entries: dict[str, Entry]):
         raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
     if args.scorer:
         import_function(args.scorer)
-    settings = eval_command.settings_of(args)
-    if args.out and eval_command.is_table(args.out):
-        eval_command.check_table(args.out, rows_path, entries, settings)
-    elif args.out:
-        eval_command.check_folder(args.out, rows_path, entries, settings)
+    check_out(args, rows_path, entries)
     for name, entry in entries.items():
         samples_nothing = entry.meta["config"]["stage"] == "reward"
         if args.judge and samples_nothing:
             raise SystemExit(f"{name}: a reward model has no samples to judge; give it as --judge")
         if args.reference and not samples_nothing:
             check_same_tokenizer(name, entry.enc, args.reference)
+
+
+def check_out(args, rows_path: str, entries: dict[str, Entry]):
+    """Exit with one line if --out has what this command would replace and does not measure."""
+    settings = eval_command.settings_of(args)
+    if args.out and eval_command.is_table(args.out):
+        eval_command.check_table(args.out, rows_path, entries, settings)
+    elif args.out:
+        eval_command.check_folder(args.out, rows_path, entries, settings)
 
 
 def check_judge(judge: str, rows: list[dict], rows_path: str):
@@ -934,6 +939,7 @@ def main(argv=None):
     if args.judge:
         for name, metrics in judge_all(args, rows, samples, next(iter(entries))).items():
             table[name] = table.get(name, {}) | metrics
+    check_out(args, rows_path, entries)  # another command may have written there since the start
     if args.out and eval_command.is_table(args.out):
         write_json(args.out, table)
     elif args.out:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, command, read_metrics
 
+import eval as eval_module
 import train
 from data import tokenizer
 from data.files import read_json, write_json
@@ -564,6 +565,25 @@ def test_the_same_out_again(tmp_path):
     (tmp_path / "mine.jsonl").write_text("")
     with pytest.raises(SystemExit, match="mine.jsonl is there"):
         check(b="c", mine="c")
+
+
+@pytest.mark.parametrize("out", ["table", "table.json"])
+def test_two_commands_at_a_time_with_one_out(tiny_runs, tiny_data, tmp_path, monkeypatch, out):
+    """The one that ends first has its table. The other says so, and its metrics are printed."""
+    out = f"{tmp_path}/{out}"
+    options = [f"--data={tiny_data}", "--rows=8", f"--out={out}"]
+    evaluate = eval_module.evaluate_checkpoint
+
+    def evaluate_after_the_other(*args):
+        monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate)
+        eval_module.main([f"b={tiny_runs['pretrain']}", *options])
+        return evaluate(*args)
+
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate_after_the_other)
+    with pytest.raises(SystemExit, match="has metrics of b"):
+        eval_module.main([f"a={tiny_runs['sft']}", *options])
+    path = out if out.endswith(".json") else f"{out}/eval.json"
+    assert "b" in read_json(path) and "a" not in read_json(path)
 
 
 def test_a_judge_that_has_no_system_messages(tiny_runs):

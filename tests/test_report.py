@@ -334,6 +334,18 @@ def test_the_losses_of_a_reward_model(tiny_runs, tiny_data, tmp_path, loss_type)
         assert list(charts["Loss of pairs"].series) == ["validation"]
 
 
+@pytest.mark.parametrize("option, is_same", [("pl", True), ("ipo", False), ("pairs", False)])
+def test_the_losses_of_rankings(tiny_runs, tiny_data, tmp_path, option, is_same):
+    """Training and validation are in one chart only if they are the same quantity."""
+    folder = str(tmp_path / "preference")
+    common = [f"--data={tiny_data}", f"--init={tiny_runs['sft']}", *SMALL, "--max_steps=2"]
+    train.main(["--stage=preference", f"--loss_type={option}", f"--out_dir={folder}", *common])
+    charts = {chart.title: chart for chart in run_charts(read_run(folder))}
+    expected = ["training", "validation"] if is_same else ["validation"]
+    assert list(charts["Ranking loss"].series) == expected
+    assert ("Ranking loss in training" in charts) == (not is_same)
+
+
 def test_each_sample_of_grpo_has_its_kl(ranked_runs, tmp_path):
     page, checked = page_of(ranked_runs["grpo"], tmp_path=tmp_path)
     assert "cannot be shown" not in page and "class=notes" not in page

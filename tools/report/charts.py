@@ -12,6 +12,7 @@ CHARTED = {
     "loss": ("Loss", "nats"),
     "val_loss": ("Cross-entropy", "nats per token"),
     "nll": ("Ranking loss", "nats per prompt"),
+    "train_nll": ("Ranking loss in training", "per prompt"),  # nll, where that is another quantity
     "rank_nll": ("Ranking loss", "nats per prompt"),
     "pair_nll": ("Loss of pairs", "nats per pair", "Ranking loss"),
     "acc": ("Ranking accuracy", "share of pairs"),
@@ -120,6 +121,8 @@ def run_charts(run):
             base, player = lookup(key)
             if base == "loss" and is_cross_entropy(run):
                 base = "val_loss"  # the same quantity, so the same chart
+            if base == "nll" and run.stage != "reward" and not is_plackett_luce(run):
+                base = "train_nll"
             if base in CHARTED:
                 name, _, *chart = CHARTED[base]
                 if base == "pair_nll" and run.setting("loss_type") != "pairs":
@@ -143,6 +146,13 @@ def is_cross_entropy(run) -> bool:
     """Whether the training loss is the mean cross-entropy of tokens, and nothing else."""
     only_nll = not run.setting("taylor_order") and not run.setting("pretrain_coef")
     return run.stage in ("pretrain", "sft") and only_nll
+
+
+def is_plackett_luce(run) -> bool:
+    """Whether the training loss of rankings is what rank_nll is: Plackett-Luce on the implicit
+    rewards."""
+    options = ("rank_depth", "length_normalize", "score_margin")
+    return run.setting("loss_type") == "pl" and not any(map(run.setting, options))
 
 
 def compare(all_runs):
