@@ -1,6 +1,9 @@
 """Online ranking by the F1 of the arguments: copying the program's name gains nothing.
 
-python train.py studies/smollm2/config/online_pl_args.py
+    python train.py studies/smollm2/config/online_pl_args.py
+
+One core of a shared Xeon beside other jobs, 16 minutes; score/self from 12 to 18 % after the first
+round.
 """
 
 from studies.smollm2.config.online_pl import *
