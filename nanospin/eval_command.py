@@ -191,6 +191,11 @@ def check_table(path: str, rows_path: str, entries: dict[str, Entry], settings: 
     if not os.path.exists(path):
         return
     for name, row in read_table(path).items():
+        if row.get("against", next(iter(entries))) != next(iter(entries)):
+            raise SystemExit(
+                f"{path} has win rates against {row['against']}, which is not this command's first "
+                "checkpoint: move it away, or give another --out"
+            )
         if name == "data":
             continue
         measured = None

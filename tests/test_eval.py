@@ -561,6 +561,12 @@ def test_the_same_out_again(tmp_path):
     write_json(f"{out}/eval.json", {"b": row | {"settings": {"judge": None, "rows": 8}}})
     with pytest.raises(SystemExit, match="has metrics of b under other settings"):
         check(b="c")
+    judged = {"b": row, "a": row | {"against": "b"}, "data": {"against": "b"}}
+    for some in (judged, {"b": row, "data": {"against": "b"}}):
+        write_json(f"{out}/eval.json", some)
+        check(b="c", a="c")
+        with pytest.raises(SystemExit, match="has win rates against b"):
+            check(a="c", b="c")
     write_json(f"{out}/eval.json", {"b": row | {"settings": {"judge": "rm", "rows": 8}}})
     (tmp_path / "mine.jsonl").write_text("")
     with pytest.raises(SystemExit, match="mine.jsonl is there"):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -496,13 +497,14 @@ def test_a_killed_stream_continues_to_the_same_bytes(tmp_path, monkeypatch):
     assert meta["dropped"] == {"documents without a text": 1}
     assert meta["train_tokens"] + meta["val_tokens"] == sum(len(text) + 1 for text in texts)
     assert meta["tokenizer"] == "bytes"
-    for kills in ([1], [2, 1, 5], [13]):
+    for kills in ([1], [2], [2, 1, 5], [14]):
         out = f"{tmp_path}/killed{kills}"
         for call in kills:
             run_killed(monkeypatch, call, "fineweb", *args, f"--out={out}")
             assert not os.path.exists(f"{out}/meta.json")
-            with open(f"{out}/train.bin.partial", "ab") as f:
-                f.write(b"half a docu")
+            if os.path.exists(f"{out}/state.json"):
+                with open(f"{out}/train.bin.partial", "ab") as f:
+                    f.write(b"half a docu")
         run_main("fineweb", *args, f"--out={out}")
         assert contents(out) == contents(whole)
 
@@ -711,6 +713,17 @@ def test_documents_that_cannot_be_encoded_are_counted(tmp_path, monkeypatch):
     run_main("fineweb", *args, f"--out={tmp_path}/out")
     meta = read_json(str(tmp_path / "out" / "meta.json"))
     assert meta["dropped"]["documents that the tokenizer cannot encode"] >= 1
+
+
+def test_unfinished_samples_are_not_replaced(tmp_path):
+    """A killed `sample.py --out=OUT/train.jsonl` leaves OUT/train.jsonl.partial."""
+    mine = tmp_path / "out" / "train.jsonl.partial"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    args = SimpleNamespace(out=str(tmp_path / "out"), hub="x/y", revision="0" * 40, rows=0)
+    with pytest.raises(SystemExit, match="train.jsonl.partial is not of this preparation"):
+        hub.collect(args, [("train", "train")], ["prompt"], None)
+    assert mine.read_text() == "mine" and os.listdir(mine.parent) == [mine.name]
 
 
 def test_a_set_is_not_written_into_itself(tmp_path):

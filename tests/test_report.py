@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import types
 
 import pytest
 from conftest import TINY, make_data
@@ -22,11 +23,19 @@ from data.files import read_json, write_json
 from data.folder import write_meta, write_stream
 from data.rows import encode_rows, read_rows, write_rows
 from nanospin import checkpoint
+from nanospin.config import Config
 from nanospin.rounds import response_titles
 from tools import demo
 from tools.plot import HEADLINE_METRICS
 from tools.report.__main__ import main, visible
-from tools.report.charts import Chart, equal_scores, format_number, run_charts, ticks
+from tools.report.charts import (
+    Chart,
+    different_in_training,
+    equal_scores,
+    format_number,
+    run_charts,
+    ticks,
+)
 from tools.report.runs import (
     Run,
     is_cut,
@@ -166,7 +175,7 @@ def page_of(*folders, tmp_path):
     [
         ("pretrain", ["Cross-entropy", "Learning rate"]),
         ("sft", ["Cross-entropy", "Gradient norm"]),
-        ("reward", ["Ranking loss", "Ranking accuracy"]),
+        ("reward", ["Ranking loss in training", "Loss of pairs", "Ranking accuracy"]),
         ("preference", ["Ranking loss", "Implicit reward"]),
         (
             "spin",
@@ -317,25 +326,34 @@ def test_a_page_of_several_samples(ranked_runs, tmp_path, name):
     assert ("self 3, round 0" in checked.text) == (name == "scored")
 
 
-@pytest.mark.parametrize("loss_type", ["pairs", "pl"])
-def test_the_losses_of_a_reward_model(tiny_runs, tiny_data, tmp_path, loss_type):
+@pytest.mark.parametrize("options", ["--loss_type=pairs", "--loss_type=pl"])
+def test_the_losses_of_a_reward_model(tiny_runs, tiny_data, tmp_path, options):
     """The loss of pairs of the validation is drawn beside the training loss only if that is the
     same quantity. The level for equal scores of Plackett-Luce depends on the row."""
     folder = str(tmp_path / "reward")
     common = [f"--data={tiny_data}", f"--init={tiny_runs['sft']}", *SMALL, "--max_steps=2"]
-    train.main(["--stage=reward", f"--loss_type={loss_type}", f"--out_dir={folder}", *common])
+    train.main(["--stage=reward", options, f"--out_dir={folder}", *common])
     charts = {chart.title: chart for chart in run_charts(read_run(folder))}
-    if loss_type == "pairs":
+    if options == "--loss_type=pairs":
         assert list(charts["Ranking loss"].series) == ["training", "loss of pairs"]
         assert charts["Ranking loss"].level[0] == pytest.approx(math.log(2))
     else:
-        assert list(charts["Ranking loss"].series) == ["training"]
-        assert charts["Ranking loss"].level is None
+        assert "Ranking loss" not in charts
+        assert list(charts["Ranking loss in training"].series) == ["training"]
+        assert charts["Ranking loss in training"].level is None
         assert list(charts["Loss of pairs"].series) == ["validation"]
 
 
-@pytest.mark.parametrize("option, is_same", [("pl", True), ("ipo", False), ("pairs", False)])
-def test_the_losses_of_rankings(tiny_runs, tiny_data, tmp_path, option, is_same):
+RANKINGS = [  # loss_type, whether evaluations have the loss and the accuracy of training
+    ("pl", True, True),
+    ("ipo", False, True),
+    ("pairs", False, True),
+    ("simpo", False, False),
+]
+
+
+@pytest.mark.parametrize("option, is_same, has_same_acc", RANKINGS)
+def test_the_losses_of_rankings(tiny_runs, tiny_data, tmp_path, option, is_same, has_same_acc):
     """Training and validation are in one chart only if they are the same quantity."""
     folder = str(tmp_path / "preference")
     common = [f"--data={tiny_data}", f"--init={tiny_runs['sft']}", *SMALL, "--max_steps=2"]
@@ -344,6 +362,23 @@ def test_the_losses_of_rankings(tiny_runs, tiny_data, tmp_path, option, is_same)
     expected = ["training", "validation"] if is_same else ["validation"]
     assert list(charts["Ranking loss"].series) == expected
     assert ("Ranking loss in training" in charts) == (not is_same)
+    assert ("training" in charts["Ranking accuracy"].series) == has_same_acc
+    assert ("Ranking accuracy in training" in charts) == (not has_same_acc)
+
+
+def test_what_evaluations_compute_in_another_way():
+    def different(stage, players=("data", "self"), **settings):
+        run = types.SimpleNamespace(stage=stage, players=list(players))
+        run.setting = lambda name: settings.get(name, getattr(Config(), name))
+        return different_in_training(run)
+
+    assert different("spin") == different("spin", loss_type="pairs") == {"kl"}
+    assert different("spin", ["data", "teacher", "self"], loss_type="pairs") == {"kl", "nll"}
+    assert different("spin", best_and_worst=True) == {"kl", "nll", "acc"}
+    assert different("preference", length_normalize=True) == {"kl", "nll", "acc"}
+    assert different("preference", rank_depth=1) == {"kl", "nll"}
+    assert different("reward", loss_type="pairs") == {"kl"}
+    assert different("reward", loss_type="pairs", score_margin=2.0) == {"kl", "nll"}
 
 
 def test_each_sample_of_grpo_has_its_kl(ranked_runs, tmp_path):

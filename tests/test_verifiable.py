@@ -130,10 +130,19 @@ def test_the_table_by_hand(tmp_path, capsys):
         mine = tmp_path / "figures" / name
         mine.parent.mkdir(exist_ok=True)
         mine.write_text('{"mine": 1}')
-        with pytest.raises(SystemExit, match=f"{name} is not a file of this command"):
+        with pytest.raises(SystemExit, match=f"{name} is not of this command"):
             summarize.main([*options, f"--figures={mine.parent}"])
         assert mine.read_text() == '{"mine": 1}'
         mine.unlink()
+    for name in ("methods.png", "map.svg"):
+        mine = tmp_path / "figures" / name
+        mine.write_text("mine")
+        with pytest.raises(SystemExit, match=f"{name} is there"):
+            summarize.main([*options, f"--figures={mine.parent}"])
+        assert mine.read_text() == "mine"
+        mine.unlink()
+    with pytest.raises(SystemExit, match="not of this command and task"):
+        summarize.main(["--task=countdown", *options])
 
 
 def test_the_table_of_smollm2_follows_from_its_scores():

@@ -24,7 +24,7 @@ from data.files import (
     require_regular,
     write_json,
 )
-from data.folder import check_other_data, lock_folder, split_of, write_meta
+from data.folder import DATA_FILES, check_other_data, lock_folder, split_of, write_meta
 from data.formats import (  # noqa: F401  # parse_transcript is for the prepare.py of a set
     best_answers,
     convert_checked,
@@ -223,6 +223,9 @@ def collect(
     state = state or load_state(args)
     if state["part"] == len(splits):  # all is read; only `finish` is missing
         return state
+    if not os.path.exists(state_path(args)):
+        check_partial(args.out)
+        write_json(state_path(args), state)  # from now on, such files are of this preparation
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
     while state["part"] < len(splits):
         part = state["part"]
@@ -323,6 +326,15 @@ def describe_files(folder: str) -> str:
             info = os.stat(os.path.join(parent, name))
             found.append((os.path.join(parent, name), info.st_size, info.st_mtime_ns))
     return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:16]
+
+
+def check_partial(out: str):
+    """Exit with one line if a file is there to which a new preparation would write, for example the
+    unfinished samples of `sample.py`."""
+    for name in sorted(os.listdir(out)):
+        if name.removesuffix(".partial") in DATA_FILES and name.endswith(".partial"):
+            path = os.path.join(out, name)
+            raise SystemExit(printable(f"{path} is not of this preparation: move it away"))
 
 
 def open_partial(out: str, name: str, size: int):

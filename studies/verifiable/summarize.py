@@ -245,11 +245,16 @@ def read_map(pairs: list[str]) -> dict[str, str]:
     return folders
 
 
-def check_own(path: str, is_ours):
-    """Exit with one line if a JSON file that would be replaced has a key that is not of this
-    command, by is_ours(key)."""
-    if os.path.exists(path) and not all(map(is_ours, read_json(path))):
-        raise SystemExit(printable(f"{path} is not a file of this command: move it away"))
+def check_own(figures: str, name: str, picture: str, task: str):
+    """Exit with one line if FIGURES/NAME.json is not of this command and task, or if a picture that
+    would be replaced has none beside it."""
+    path = f"{figures}/{name}.json"
+    if os.path.exists(path) and read_json(path).get("task") != task:
+        raise SystemExit(printable(f"{path} is not of this command and task: move it away"))
+    for ending in ("png", "svg"):
+        drawn = f"{figures}/{picture}.{ending}"
+        if os.path.exists(drawn) and not os.path.exists(path):
+            raise SystemExit(printable(f"{drawn} is there, without {name}.json: move it away"))
 
 
 def main(argv=None):
@@ -268,22 +273,21 @@ def main(argv=None):
     task = TASKS[args.task]
     args.out = args.out or f"out/verifiable/{args.task}"
     figures = args.figures or args.out
-    results_path, map_path = f"{figures}/results.json", f"{figures}/map.json"
-    check_own(results_path, ["sft", *METHODS].__contains__)
+    check_own(figures, "results", "methods", args.task)
     folders = read_map(args.map)
     if folders:
-        check_own(map_path, str.isdecimal)
+        check_own(figures, "map", "map", args.task)
     results = all_results(task, args.out, args.seeds)
     if BASELINE not in results:
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     print("\n".join(make_table(results)))
     os.makedirs(figures, exist_ok=True)
-    write_json(results_path, results)
+    write_json(f"{figures}/results.json", {"task": args.task} | results)
     draw(results, os.path.join(figures, "methods.png"))
     if folders:
         by_steps = {steps: all_results(task, folders[steps], args.seeds) for steps in folders}
         print("\n".join(make_map_table(by_steps)))
-        write_json(map_path, by_steps)
+        write_json(f"{figures}/map.json", {"task": args.task} | by_steps)
         draw_map(by_steps, os.path.join(figures, "map.png"))
 
 

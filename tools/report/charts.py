@@ -4,6 +4,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from loss import MEAN_LOGPROB_TYPES
+
 LEFT, RIGHT, TOP, BOTTOM = 58, 368, 26, 186  # the axes in a picture of 380 x 220
 MAX_POINTS = 300  # of a curve; with more, neighbouring steps are averaged
 
@@ -12,7 +14,6 @@ CHARTED = {
     "loss": ("Loss", "nats"),
     "val_loss": ("Cross-entropy", "nats per token"),
     "nll": ("Ranking loss", "nats per prompt"),
-    "train_nll": ("Ranking loss in training", "per prompt"),  # nll, where that is another quantity
     "rank_nll": ("Ranking loss", "nats per prompt"),
     "pair_nll": ("Loss of pairs", "nats per pair", "Ranking loss"),
     "acc": ("Ranking accuracy", "share of pairs"),
@@ -37,6 +38,10 @@ CHARTED = {
     "norm": ("Gradient norm", "before clipping"),
     "lr": ("Learning rate", ""),
     "tokens_per_second": ("Speed", "tokens per second"),
+    # of training, where evaluations have another quantity of that name
+    "train_nll": ("Ranking loss in training", "per prompt"),
+    "train_acc": ("Ranking accuracy in training", "share of pairs"),
+    "train_kl": ("KL to the reference in training", "nats per token"),
 }
 METRICS = CHARTED | {
     "steps": ("Steps", ""),
@@ -121,12 +126,12 @@ def run_charts(run):
             base, player = lookup(key)
             if base == "loss" and is_cross_entropy(run):
                 base = "val_loss"  # the same quantity, so the same chart
-            if base == "nll" and run.stage != "reward" and not is_plackett_luce(run):
-                base = "train_nll"
+            if kind == "step" and base in different_in_training(run):
+                base = f"train_{base}"
             if base in CHARTED:
                 name, _, *chart = CHARTED[base]
-                if base == "pair_nll" and run.setting("loss_type") != "pairs":
-                    chart = []  # the training loss is another one
+                if base == "pair_nll" and "nll" in different_in_training(run):
+                    chart = []
                 series = curves.setdefault(chart[0] if chart else name, {})
                 by_round = run.stage == "spin" and kind != "collect"
                 label_of_curve = player or (name.lower() if chart else label)
@@ -148,11 +153,21 @@ def is_cross_entropy(run) -> bool:
     return run.stage in ("pretrain", "sft") and only_nll
 
 
-def is_plackett_luce(run) -> bool:
-    """Whether the training loss of rankings is what rank_nll is: Plackett-Luce on the implicit
-    rewards."""
-    options = ("rank_depth", "length_normalize", "score_margin")
-    return run.setting("loss_type") == "pl" and not any(map(run.setting, options))
+def different_in_training(run) -> set[str]:
+    """The metrics of a step that evaluations have under that name, or in that chart, and compute in
+    another way: those do not know the loss. Their ranking loss is Plackett-Luce on the implicit
+    rewards of all responses, or a reward model's loss of pairs."""
+    different = {"kl"}
+    by_length = run.setting("loss_type") in MEAN_LOGPROB_TYPES or run.setting("length_normalize")
+    if run.setting("best_and_worst") or by_length:
+        different |= {"nll", "acc"}
+    loss_type = "pairs" if run.stage == "reward" else "pl"
+    is_pair = loss_type == "pl" and run.setting("loss_type") == "pairs" and len(run.players) == 2
+    if run.setting("loss_type") != loss_type and not is_pair:
+        different.add("nll")
+    if run.setting("rank_depth") or run.setting("score_margin"):
+        different.add("nll")
+    return different
 
 
 def compare(all_runs):
