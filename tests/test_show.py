@@ -75,6 +75,31 @@ def test_a_row_that_training_drops(tmp_path, capsys):
     assert text.endswith("training drops it: block_size 3 leaves no room\n")
 
 
+def test_a_ranked_stage_shows_what_it_trains_on(tmp_path, capsys, monkeypatch):
+    """Not rows in which nothing is ranked, and of training rows the best and the worst sample if
+    the run asks for that."""
+    read_settings = show.read_settings
+
+    def of_spin(args):
+        settings, enc = read_settings(args)
+        return settings | {"stage": "spin", "best_and_worst": True}, enc
+
+    monkeypatch.setattr(show, "read_settings", of_spin)
+    rows = [
+        {"prompt": "p", "responses": ["a", "b", "c"]},
+        {"prompt": "p", "responses": ["a", "a", "a"]},
+        {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 1, 1]},
+    ]
+    options = ["--tokenizer=bytes", "--template={prompt}"]
+    for name, shown in (("train", ["a", "c"]), ("val", ["a", "b", "c"])):
+        write_rows(f"{tmp_path}/{name}.jsonl", rows)
+        text = output(capsys, f"{tmp_path}/{name}.jsonl", *options)
+        assert re.findall(r"p\|\[(.)\]", text) == shown
+        for row in (1, 2):
+            text = output(capsys, f"{tmp_path}/{name}.jsonl", *options, f"--row={row}")
+            assert text.endswith("training drops it: nothing in it is ranked\n")
+
+
 def test_the_first_token_of_a_whole_text_has_no_loss(tmp_path, capsys):
     write_rows(f"{tmp_path}/train.jsonl", [{"text": "one"}, {"text": "two", "group": "g"}])
     write_meta(str(tmp_path), "bytes", "made up")

@@ -19,6 +19,7 @@ from data.folder import read_meta, read_stream, tokenizer_path
 from data.rows import drop_equal_responses, encode_rows, read_rows
 from data.template import TEMPLATE
 from nanospin import checkpoint, config
+from rollout import keep_best_and_worst
 
 LIMITS = ("template", "block_size", "max_prompt", "max_response")  # arguments of encode_rows
 
@@ -133,14 +134,21 @@ def show_row(path, rows, number, enc, settings, colour):
     title = f"{printable(path)}, row {number} of {len(rows)}"
     if row.get("group"):
         title += f", group {printable(row['group'])}"
-    if encoded and settings["stage"] in ("reward", "preference", "spin"):
+    is_ranked = settings["stage"] in ("reward", "preference", "spin")
+    if encoded and is_ranked:
         counts["equal to a better one"] = drop_equal_responses(encoded)
+        if settings["best_and_worst"] and os.path.basename(path) == "train.jsonl":
+            keep_best_and_worst(encoded)
     for what, n in counts.items():
         if what != "rows" and n:
             title += f", {n} {what}"
     print(title)
     if encoded is None:
         print(f"training drops it: block_size {settings['block_size']} leaves no room")
+        return
+    there = zip(encoded["ranks"], encoded["responses"])
+    if is_ranked and len({rank for rank, ids in there if ids is not None}) < 2:
+        print("training drops it: nothing in it is ranked")
         return
     batch = batch_rows([encoded], "padded")  # a sequence for each response that is there
     sequences = zip(batch.idx.tolist(), batch.targets.tolist())
