@@ -170,7 +170,7 @@ def recognise(row: dict, where: str, args) -> Format:
     if found.refused:
         raise SystemExit(f"{where}: {found.name}: {found.refused}")
     is_implicit = found.responses and not found.prompt and not named
-    if is_implicit and len(columns) > 2 and is_plain(row[found.responses[0]]):
+    if is_implicit and may_have_a_prompt(row, found):
         raise SystemExit(
             f"{where}: {' and '.join(found.responses)} are texts, and no column is known as their"
             f" prompt among {listing(columns)}; name it: --prompt=, --chosen=, --rejected=. If they"
@@ -184,6 +184,12 @@ def recognise(row: dict, where: str, args) -> Format:
             )
         found = dataclasses.replace(found, verdict=args.better)
     return found
+
+
+def may_have_a_prompt(row: dict, one: Format) -> bool:
+    """Whether a row's responses are texts whose prompt may be in another of its columns. Each row
+    is asked: others of its file, or of another file, may hold messages."""
+    return len(row) > 2 and is_plain(row[one.responses[0]])
 
 
 def is_plain(value) -> bool:
@@ -391,6 +397,8 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
     elif one.prompt or len(one.responses) == 1 or is_messages(row[one.responses[0]]):
         chats = [read_chat(row, one, row[name], system) for name in one.responses]
     else:
+        if may_have_a_prompt(row, one) and not named_format(args):
+            raise Unusable("texts beside columns of which none is known as their prompt")
         chats = implicit_prompt(*[row[name] for name in one.responses], system)
     if one.score:
         return [row_of(chats[0], [chats[0].answer], [read_score(row[one.score])])]

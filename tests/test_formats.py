@@ -892,6 +892,28 @@ def test_lines_in_other_forms_than_ours(tmp_path):
     assert normal(rows_of(tmp_path / "out")) == normal(expected)
 
 
+@pytest.mark.parametrize("options", [[], ["--chosen=chosen", "--rejected=rejected"]])
+def test_texts_behind_messages_have_no_prompt_by_chance(tmp_path, capsys, options):
+    """The columns are those of the first file. A common beginning is a prompt only if that is asked
+    for."""
+    messages, texts = [], []
+    for i in range(9):
+        pair = {"chosen": chat(f"ask {i}", "good"), "rejected": chat(f"ask {i}", "bad")}
+        messages.append(pair | {"source": "x"})
+        pair = {"chosen": f"I like cats {i}", "rejected": f"I hate dogs {i}"}
+        texts.append(pair | {"source": "x"})
+    first, second = (
+        write_lines(tmp_path / name, lines) for name, lines in (("a", messages), ("b", texts))
+    )
+    jsonl_prepare.main([first, second, f"--out={tmp_path}/out", "--val_share=0.4", *options])
+    prompts = [row["prompt"] for row in rows_of(tmp_path / "out")]
+    printed = capsys.readouterr().out
+    reason = "texts beside columns of which none is known as their prompt"
+    assert (f"9 {reason}" in printed) == (not options)
+    assert prompts.count("I") == (9 if options else 0)
+    assert sum(prompt.startswith("ask") for prompt in prompts) == 9
+
+
 # ---- the hub
 
 
