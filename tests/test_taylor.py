@@ -580,6 +580,14 @@ def test_the_report(tmp_path):
     assert done.returncode == 0, done.stderr
     assert open(f"{tmp_path}/out/report.md").read() == text
 
+    # logs of other runs are not mixed with these
+    shutil.copytree(f"{tmp_path}/runs", f"{tmp_path}/others")
+    shutil.rmtree(f"{tmp_path}/others/later")
+    done = report(f"{tmp_path}/others", f"{tmp_path}/out")
+    assert done.returncode == 1 and "is not an earlier copy of" in done.stderr
+    assert os.path.isdir(f"{tmp_path}/out/logs/later")
+    assert report(f"{tmp_path}/runs", f"{tmp_path}/out").returncode == 0
+
     # without the main runs
     for setting in ("later", "clean"):
         shutil.rmtree(f"{tmp_path}/out/logs/{setting}")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import cli
-from data.files import atomic_write
+from data.files import atomic_write, printable
 from tools.plot import (
     GREY,
     PALETTE,
@@ -117,6 +117,21 @@ def first_run(methods: dict) -> list[dict]:
     return next(iter(methods["T_0"].values()))
 
 
+def evaluations_of(run: str) -> str:
+    """The evaluations of a run, as its copy has them."""
+    return "".join(json.dumps(record) + "\n" for record in read_metrics(run, "eval"))
+
+
+def check_logs(folder: str, out: str):
+    """Exit with one line if `out` has a run that `folder` lacks, or another run of a name: then the
+    logs would not be those of the report."""
+    for copy in run_folders(out):
+        run = os.path.join(folder, os.path.relpath(copy, out))
+        is_earlier = os.path.isdir(run) and evaluations_of(run).startswith(evaluations_of(copy))
+        if not is_earlier:
+            raise SystemExit(printable(f"{copy} is not an earlier copy of {run}: move it away"))
+
+
 def copy_logs(folder: str, out: str):
     """Copy the config and the evaluations of every run: enough to repeat the report."""
     for run in run_folders(folder):
@@ -125,9 +140,8 @@ def copy_logs(folder: str, out: str):
             continue
         os.makedirs(target, exist_ok=True)
         shutil.copy(os.path.join(run, "config.json"), target)
-        with open(os.path.join(target, "metrics.jsonl"), "w", encoding="utf-8") as f:
-            for record in read_metrics(run, "eval"):
-                f.write(json.dumps(record) + "\n")
+        with atomic_write(os.path.join(target, "metrics.jsonl")) as f:
+            f.write(evaluations_of(run))
 
 
 def data_sources(folder: str) -> list[str]:
@@ -689,10 +703,12 @@ last step, and the share of new tokens at which T_0 and T_2 would break even:
 def write_report(folder: str, out: str):
     """Write the figures and report.md of the runs under `folder` into `out`."""
     path = os.path.join(out, "report.md")
+    logs = os.path.join(out, "logs")
     check_report(path, INTRODUCTION.split("\n")[0])
+    check_logs(folder, logs)
     study = read_study(folder)
     os.makedirs(out, exist_ok=True)
-    copy_logs(folder, os.path.join(out, "logs"))
+    copy_logs(folder, logs)
     draw_figures(study, os.path.join(out, "figures"))
     with atomic_write(path) as f:
         f.write(report_text(study, data_sources(folder)))

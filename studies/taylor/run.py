@@ -248,9 +248,7 @@ def main(argv: list[str]):
     )
     parser.add_argument("--demo", default="out/demo", help="the models of `make demo`")
     parser.add_argument("--out", help="run folders (default: out/tn, or out/tn_full)")
-    parser.add_argument(
-        "--report", help="report and figures (default: studies/taylor; OUT for the original size)"
-    )
+    parser.add_argument("--report", help="folder for report, figures and logs (default: OUT)")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     args = parser.parse_args(argv)
     if args.full and args.runs in ("map", "original"):
@@ -276,8 +274,7 @@ def main(argv: list[str]):
         if python(command):
             raise SystemExit(f"python -m {shlex.join(command)} failed")
     train_all(runs, jobs=1 if args.full else args.jobs, threads=None if args.full else 1)
-    keep_report = args.full or args.runs == "original"  # studies/taylor has that of the small runs
-    analysis.write_report(out, args.report or (out if keep_report else analysis.HERE))
+    analysis.write_report(out, args.report or out)
 
 
 if __name__ == "__main__":
