@@ -6,6 +6,7 @@ pulse twice a second, from a thread: when a rank dies or hangs, the others exit 
 """
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -286,6 +287,7 @@ def run(main, argv) -> int:
     text, a full disk) is one line, printed by one rank. So is the loss of another rank. A console
     that was closed does not end the run.
     """
+    faulthandler.enable(2)  # a crash of native code prints the line of Python that called it
     with cli.guarded_console(on_closed=cli.go_on_without):
         for number in STOP_SIGNALS:
             # nohup starts a run with SIGHUP ignored
@@ -430,24 +432,32 @@ def watch_ranks(store, timeout: float, device):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # each thread has its own
     before = time.monotonic()
+    place = None  # where the main thread is, once it has made no progress for long
     try:
         while True:
-            send_pulse(store)
+            send_pulse(store, place)
             now = time.monotonic()
             if now - before > 4 * PULSE_INTERVAL:
                 heartbeat.since = min(now, heartbeat.since + now - before)
             before = now
+            if now - heartbeat.since <= timeout / 2:
+                place = None
+            elif place is None:
+                place = current_location()
             if now - heartbeat.since > timeout:
                 why = f"no progress for {timeout:.0f} seconds"
-                exit_with_error(describe_lost_ranks(why, store))
+                exit_with_error(describe_lost_ranks(why, store, place))
     except dist.DistError:
         time.sleep(5)
         exit_with_error("rank 0 is gone, and the store with it")
 
 
-def send_pulse(store):
-    """Write where this rank is to the store, and sleep until the next pulse is due."""
-    waiting, location = current_location()
+def send_pulse(store, place: tuple[bool, str] | None = None):
+    """Write what this rank is doing to the store, and sleep until the next pulse is due.
+
+    place: `current_location` of a rank that seems to hang.
+    """
+    waiting, location = place or (True, heartbeat.stage)
     pulse = {"time": time.monotonic(), "waiting": waiting, "location": location}
     store.set(f"pulse/{distributed.rank()}", json.dumps(pulse))
     time.sleep(PULSE_INTERVAL)
@@ -469,18 +479,20 @@ def exit_with_error(text: str):
         os._exit(1)
 
 
-def describe_lost_ranks(why: str = "the connection broke", watcher_store=None) -> str:
+def describe_lost_ranks(
+    why: str = "the connection broke", watcher_store=None, place: tuple[bool, str] | None = None
+) -> str:
     """A line that names the ranks that are gone, or else those that the others wait for.
 
-    It compares two pulses of each rank. The watcher thread passes its store, and goes on sending
-    this rank's pulse meanwhile.
+    It compares two pulses of each rank. The watcher thread passes its store and its place, and goes
+    on sending this rank's pulse meanwhile.
     """
     try:
         store = watcher_store or distributed.process_groups["store"].clone()
         before = read_pulses(store)
         for _ in range(3):
             if watcher_store:
-                send_pulse(store)
+                send_pulse(store, place)
             else:
                 time.sleep(PULSE_INTERVAL)
         now = read_pulses(store)
@@ -499,13 +511,15 @@ def describe_lost_ranks(why: str = "the connection broke", watcher_store=None) -
         return f"{why}: lost {', '.join(gone)}"
     if behind:
         return f"{why}: the other ranks wait for {', '.join(behind)}"
-    return f"{why}: all ranks wait, in {heartbeat.stage}"
+    return f"{why}, in {heartbeat.stage}"
 
 
 def current_location() -> tuple[bool, str]:
     """(whether this rank waits for other ranks, its stage and line of code).
 
-    Looks at the main thread, or at the saving thread while the main thread waits for a save.
+    Looks at the main thread, or at the saving thread while the main thread waits for a save. Only
+    for a thread that seems to hang: the frames of a thread that runs may be gone before they are
+    read, and CPython 3.11 then crashes (python/cpython#111363).
     """
     frames = sys._current_frames()
     thread_id = threading.main_thread().ident

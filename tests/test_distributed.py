@@ -482,28 +482,67 @@ def wait_for_listener(port):
     raise AssertionError(f"nobody listens on {port}")
 
 
-def test_a_suspended_job_is_not_hanging(monkeypatch):
+class Ended(Exception):
+    """Raised instead of ending the process."""
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(timeout, pauses): the watcher thread until it would end the process. Between its pulses
+    are `pauses`, in seconds. Returns the time at the end and the places that it sent."""
+
+    def run(timeout, pauses):
+        clock = [0.0]
+        pauses = iter(pauses)
+        places = []
+
+        def send_pulse(store, place=None):
+            places.append(place)
+            clock[0] += next(pauses)
+
+        def exit_with_error(text):
+            raise Ended(text)
+
+        monkeypatch.setattr(elastic.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(distributed.heartbeat, "since", 0.0)
+        monkeypatch.setattr(elastic, "send_pulse", send_pulse)
+        monkeypatch.setattr(elastic, "describe_lost_ranks", lambda why, store, place: why)
+        monkeypatch.setattr(elastic, "exit_with_error", exit_with_error)
+        with pytest.raises(Ended, match=f"no progress for {timeout:.0f} seconds"):
+            elastic.watch_ranks(None, timeout, torch.device("cpu"))
+        return clock[0], places
+
+    return run
+
+
+def test_a_suspended_job_is_not_hanging(watch):
     """A pulse every half second, and once 1,000 seconds in which nothing ran."""
-    clock = [0.0]
-    pulses = iter([0.5] * 4 + [1000.0] + [0.5] * 100)
-    monkeypatch.setattr(elastic.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(distributed.heartbeat, "since", 0.0)
+    end, _ = watch(10.0, [0.5] * 4 + [1000.0] + [0.5] * 100)
+    assert 1010 <= end <= 1011
 
-    def send_pulse(store):
-        clock[0] += next(pulses)
 
-    def exit_with_error(text):
-        raise Ended(text)
+def test_the_watcher_looks_at_the_main_thread_once_and_only_if_it_seems_to_hang(watch, monkeypatch):
+    """The frames of a thread that runs are not safe to read: CPython 3.11 crashed."""
+    looks = []
 
-    class Ended(Exception):
-        pass
+    def current_location():
+        looks.append(elastic.time.monotonic())
+        return False, "a line"
 
-    monkeypatch.setattr(elastic, "send_pulse", send_pulse)
-    monkeypatch.setattr(elastic, "describe_lost_ranks", lambda why, store: why)
-    monkeypatch.setattr(elastic, "exit_with_error", exit_with_error)
-    with pytest.raises(Ended, match="no progress for 10 seconds"):
-        elastic.watch_ranks(None, 10.0, torch.device("cpu"))
-    assert 1010 <= clock[0] <= 1011
+    monkeypatch.setattr(elastic, "current_location", current_location)
+    end, places = watch(10.0, [0.5] * 100)
+    assert looks == [5.5] and end == 10.5
+    assert places == [None] * 11 + [(False, "a line")] * 10
+
+
+def test_a_crash_of_native_code_prints_the_line_of_python(tmp_path):
+    code = "from nanospin import elastic\n"
+    code += "import os, signal\n"
+    code += "elastic.run(lambda argv: os.kill(os.getpid(), signal.SIGSEGV), [])\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in run.stderr
+    assert 'File "<string>", line 3' in run.stderr
 
 
 def test_words_alone_do_not_make_a_lost_rank(monkeypatch):
