@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from bench import gpu
+from bench import gpu, gpu_speed
 from data.files import write_json
 
 
@@ -113,7 +113,7 @@ def test_ratios_come_from_the_json_files(tmp_path):
     ],
 )
 def test_kinds_of_kernels(name, kind):
-    assert gpu.kind_of_kernel(name) == kind
+    assert gpu_speed.kind_of_kernel(name) == kind
 
 
 def test_an_unknown_check_is_a_one_line_error():
