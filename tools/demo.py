@@ -101,7 +101,7 @@ def draw(path: str, curves: dict[str, list], table: dict):
                 y.append(100 * table[name]["exact_match"])
             ax.plot(x, y, "o-", color=color, ms=4, label=titles[method])
         ax.set_xlabel("minutes of training on one CPU core, after SFT")
-        ax.set_ylabel("held-out sums answered right (%)")
+        ax.set_ylabel("held-out sums answered right, greedily (%)")
         figure_legend(fig, ncols=1)
         save_figure(fig, path)
 

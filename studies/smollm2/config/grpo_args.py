@@ -1,4 +1,4 @@
-"""GRPO, rewarded by the F1 of the arguments: copying the program's name gains nothing.
+"""GRPO, rewarded by the F1 of the arguments: the program's name earns nothing, unless it is the whole answer.
 
     python train.py studies/smollm2/config/grpo_args.py
 

@@ -1,4 +1,4 @@
-"""Online ranking by the F1 of the arguments: copying the program's name gains nothing.
+"""Online ranking by the F1 of the arguments: the program's name earns nothing, unless it is the whole answer.
 
     python train.py studies/smollm2/config/online_pl_args.py
 
