@@ -1,4 +1,4 @@
-"""GRPO, rewarded by the F1 of the arguments: the program's name earns nothing, unless it is the whole answer.
+"""GRPO, rewarded by the F1 of the arguments: the name alone earns nothing, unless it is all.
 
     python train.py studies/smollm2/config/grpo_args.py
 

@@ -1,4 +1,4 @@
-"""Online ranking by the F1 of the arguments: the program's name earns nothing, unless it is the whole answer.
+"""Online ranking by the F1 of the arguments: the name alone earns nothing, unless it is all.
 
     python train.py studies/smollm2/config/online_pl_args.py
 
