@@ -418,8 +418,8 @@ def function_scores(name: str, rows: list[dict], texts: list[str]) -> list[float
 
 
 def f1_score(text: str, reference: str) -> float:
-    """F1 of the two bags of words, as SQuAD measures answers (arXiv 1606.05250). 1 if both are
-    empty."""
+    """F1 of the two bags of words, 1 if both are empty. As SQuAD measures answers (arXiv
+    1606.05250), but punctuation and articles count: they matter in a command."""
     a = Counter(text.lower().split())
     b = Counter(reference.lower().split())
     if not a and not b:

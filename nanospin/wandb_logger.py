@@ -25,9 +25,9 @@ from nanospin.config import player_columns
 from nanospin.rounds import response_titles
 
 # Our names of metrics -> TRL's (DPOTrainer and RewardTrainer of TRL 1.16), by stage. A name that
-# ends in "/" stands for every name that begins with it. As in TRL, rewards are
-# beta (log pi - log pi_ref) and logps are sums over a response. For K > 2 "rejected" is the mean of
-# all but the best response, and rewards/PLAYER is that of each player.
+# ends in "/" stands for every name that begins with it. As in TRL, logps are sums over a response
+# and rewards are beta (log pi - log pi_ref), but for the losses that docs/tools.md names. For K > 2
+# "rejected" is the mean of all but the best response, and rewards/PLAYER is that of each player.
 RANKING_NAMES = {
     "rank_nll": "loss",
     "acc": "rewards/accuracies",
