@@ -12,7 +12,6 @@ import functools
 import os
 import platform
 import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -35,11 +34,12 @@ process_groups = {}
 
 
 class Heartbeat:
-    """What this rank is doing, and when it last made progress. elastic.py reports it."""
+    """What this rank is doing, and that it makes progress. elastic.py watches and reports it."""
 
     def __init__(self):
         self.stage = "startup"
-        self.since = time.monotonic()  # seconds, the time of the last progress
+        self.touches = 0  # another number means progress
+        self.collectives = 0  # collective calls: a rank that has made fewer is behind
         self.leaving = False  # the process is about to exit: do not report a loss
 
     def set_stage(self, text):
@@ -48,8 +48,13 @@ class Heartbeat:
         self.touch()
 
     def touch(self):
-        """Record progress. Every collective call does so when it starts."""
-        self.since = time.monotonic()
+        """Record progress."""
+        self.touches += 1
+
+    def begin_collective(self):
+        """Record that a collective call starts. All ranks make the same ones."""
+        self.collectives += 1
+        self.touch()
 
 
 heartbeat = Heartbeat()
@@ -333,7 +338,7 @@ def all_reduce_sum(values, device) -> list[float]:
         values = [v.to(device, non_blocking=True) for v in values]
     sums = torch.stack(values)
     if world_size() > 1:
-        heartbeat.touch()
+        heartbeat.begin_collective()
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -343,7 +348,7 @@ def all_gather_object(value) -> list:
     values = [value]
     if world_size() > 1:
         values = [None] * world_size()
-        heartbeat.touch()
+        heartbeat.begin_collective()
         dist.all_gather_object(values, value)
     return values
 
@@ -353,7 +358,7 @@ def broadcast_from_rank0(value):
     different times could take different decisions."""
     values = [value]
     if world_size() > 1:
-        heartbeat.touch()
+        heartbeat.begin_collective()
         dist.broadcast_object_list(values, src=0)
     return values[0]
 
@@ -375,7 +380,7 @@ def run_on_rank0(function, *args):
 
 def barrier():
     if world_size() > 1:
-        heartbeat.touch()
+        heartbeat.begin_collective()
         dist.barrier()
 
 

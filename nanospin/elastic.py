@@ -30,6 +30,7 @@ from nanospin.distributed import heartbeat
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PULSE_INTERVAL = 0.5  # seconds
+ANSWER_TIMEOUT = 10.0  # seconds after which a store that does not answer is given up
 
 # Words in the RuntimeError that a collective call raises when another rank is lost.
 CONNECTION_WORDS = ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")
@@ -92,15 +93,14 @@ def join_process_group(device, timeout: float):
     """Join torchrun's process group, if there is one. `timeout` is in seconds without progress.
 
     Besides the default group this makes a gloo group for the thread that writes checkpoints, and
-    starts the thread that watches the other ranks.
+    starts the threads that watch the other ranks.
     """
     environment = read_environment()
     if environment is None or dist.is_initialized():
         return
     with ended_by_signals():
         store = join_ranks(environment, device, timeout)
-    args = (store.clone(), timeout, device)
-    threading.Thread(target=watch_ranks, args=args, daemon=True).start()
+    start_watching(store.clone(), timeout, device)
 
 
 @contextlib.contextmanager
@@ -314,7 +314,7 @@ def run_main(main, argv) -> tuple[int, bool]:
         return 128 + signal.SIGINT, False
     except BaseException as e:
         if is_connection_error(e):
-            print_error_once(describe_lost_ranks())
+            print_error_once(describe_broken_connection())
             return 1, True
         text = cli.describe_error(e)
         if text and not is_users_error(e):
@@ -423,42 +423,76 @@ def print_error_once(text: str):
 # ---------------------------------------------------------------------------- watching the others
 
 
-def watch_ranks(store, timeout: float, device):
-    """The watcher thread: send this rank's pulse, and end the process when there has been no
-    progress for `timeout` seconds or when rank 0 is gone.
+class Watch:
+    """What the watcher threads know about this rank."""
 
-    Time in which this thread did not run does not count: the job was suspended.
+    def __init__(self, timeout: float):
+        self.timeout = timeout  # seconds without progress
+        self.idle = 0.0  # seconds since the last progress
+        self.unanswered = 0.0  # seconds since the store has answered
+        self.place = None  # `current_location`, once there has been no progress for long
+
+
+def start_watching(store, timeout: float, device):
+    watch = Watch(timeout)
+    for function, args in ((count_seconds, (watch,)), (watch_ranks, (watch, store, device))):
+        threading.Thread(target=function, args=args, daemon=True).start()
+
+
+def count_seconds(watch: Watch):
+    """A thread that counts how long nothing has happened. It never waits for the store: if rank 0,
+    which serves the store, is stopped, only this thread can end the process.
+
+    Time in which it did not run does not count: the job was suspended.
     """
+    touches = heartbeat.touches
+    while True:
+        time.sleep(PULSE_INTERVAL)
+        watch.unanswered += PULSE_INTERVAL
+        watch.idle += PULSE_INTERVAL
+        if heartbeat.touches != touches:
+            touches, watch.idle = heartbeat.touches, 0.0
+        if watch.idle > watch.timeout and watch.unanswered > ANSWER_TIMEOUT:
+            if not heartbeat.leaving:
+                why = f"no progress for {watch.timeout:.0f} seconds, in {heartbeat.stage}"
+                text = f"rank {distributed.rank()}: {why}, and rank 0 does not answer"
+                print(one_line(text), file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def watch_ranks(watch: Watch, store, device):
+    """The watcher thread: send this rank's pulse, and end the process when rank 0 is gone, or when
+    no rank has made progress for `timeout` seconds."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # each thread has its own
-    before = time.monotonic()
-    place = None  # where the main thread is, once it has made no progress for long
     try:
         while True:
-            send_pulse(store, place)
-            now = time.monotonic()
-            if now - before > 4 * PULSE_INTERVAL:
-                heartbeat.since = min(now, heartbeat.since + now - before)
-            before = now
-            if now - heartbeat.since <= timeout / 2:
-                place = None
-            elif place is None:
-                place = current_location()
-            if now - heartbeat.since > timeout:
-                why = f"no progress for {timeout:.0f} seconds"
-                exit_with_error(describe_lost_ranks(why, store, place))
+            send_pulse(store, watch)
+            watch.unanswered = 0.0
+            if watch.idle <= watch.timeout / 2:
+                watch.place = None
+            elif watch.place is None:
+                watch.place = current_location()
+            if watch.idle > watch.timeout:
+                before, now = two_pulses(store, watch)
+                if not is_progress(before, now, watch.timeout):
+                    why = f"no progress for {watch.timeout:.0f} seconds"
+                    exit_with_error(describe_lost_ranks(why, before, now))
     except dist.DistError:
         time.sleep(5)
         exit_with_error("rank 0 is gone, and the store with it")
 
 
-def send_pulse(store, place: tuple[bool, str] | None = None):
-    """Write what this rank is doing to the store, and sleep until the next pulse is due.
-
-    place: `current_location` of a rank that seems to hang.
-    """
-    waiting, location = place or (True, heartbeat.stage)
-    pulse = {"time": time.monotonic(), "waiting": waiting, "location": location}
+def send_pulse(store, watch: Watch):
+    """Write what this rank is doing to the store, and sleep until the next pulse is due."""
+    waiting, location = watch.place or (True, heartbeat.stage)
+    pulse = {
+        "time": time.monotonic(),
+        "idle": watch.idle,
+        "collectives": heartbeat.collectives,
+        "waiting": waiting,
+        "location": location,
+    }
     store.set(f"pulse/{distributed.rank()}", json.dumps(pulse))
     time.sleep(PULSE_INTERVAL)
 
@@ -472,6 +506,32 @@ def read_pulses(store) -> dict[int, dict]:
     return pulses
 
 
+def two_pulses(store, watch: Watch | None = None) -> tuple[dict, dict]:
+    """`read_pulses`, and again three pulses later. The watcher thread passes its Watch, and goes on
+    sending this rank's pulse meanwhile."""
+    before = read_pulses(store)
+    for _ in range(3):
+        if watch:
+            send_pulse(store, watch)
+        else:
+            time.sleep(PULSE_INTERVAL)
+    return before, read_pulses(store)
+
+
+def has_stopped(rank: int, before: dict, now: dict) -> bool:
+    """Whether a rank has sent no pulse between two looks."""
+    return rank in before and now[rank]["time"] == before[rank]["time"]
+
+
+def is_progress(before: dict, now: dict, timeout: float) -> bool:
+    """Whether a rank that lives has made progress within `timeout` seconds. The others may wait for
+    it: it may have more to score."""
+    for rank, pulse in now.items():
+        if not has_stopped(rank, before, now) and pulse["idle"] <= timeout:
+            return True
+    return False
+
+
 def exit_with_error(text: str):
     if not heartbeat.leaving:
         print_error_once(text)
@@ -479,33 +539,27 @@ def exit_with_error(text: str):
         os._exit(1)
 
 
-def describe_lost_ranks(
-    why: str = "the connection broke", watcher_store=None, place: tuple[bool, str] | None = None
-) -> str:
-    """A line that names the ranks that are gone, or else those that the others wait for.
-
-    It compares two pulses of each rank. The watcher thread passes its store and its place, and goes
-    on sending this rank's pulse meanwhile.
-    """
+def describe_broken_connection() -> str:
+    """The line of a rank whose collective call has failed."""
+    why = "the connection broke"
     try:
-        store = watcher_store or distributed.process_groups["store"].clone()
-        before = read_pulses(store)
-        for _ in range(3):
-            if watcher_store:
-                send_pulse(store, place)
-            else:
-                time.sleep(PULSE_INTERVAL)
-        now = read_pulses(store)
+        before, now = two_pulses(distributed.process_groups["store"].clone())
     except dist.DistError:
         return f"{why}: rank 0 is gone, and the store with it"
+    return describe_lost_ranks(why, before, now)
+
+
+def describe_lost_ranks(why: str, before: dict, now: dict) -> str:
+    """A line that names the ranks that are gone, or else those that the others wait for: they have
+    made fewer collective calls, or are elsewhere."""
+    most = max(pulse["collectives"] for pulse in now.values())
     gone = []
     behind = []
     for rank, pulse in now.items():
         text = f"rank {rank} ({pulse['location']})"
-        stopped = rank in before and pulse["time"] == before[rank]["time"]
-        if stopped and rank != distributed.rank():
+        if has_stopped(rank, before, now) and rank != distributed.rank():
             gone.append(text)
-        if not pulse["waiting"]:
+        if pulse["collectives"] < most or not pulse["waiting"]:
             behind.append(text)
     if gone:
         return f"{why}: lost {', '.join(gone)}"

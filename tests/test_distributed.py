@@ -486,39 +486,48 @@ class Ended(Exception):
     """Raised instead of ending the process."""
 
 
+class Store(dict):
+    """A store of a process without others, and of what the others would have written."""
+
+    def set(self, key, value):
+        self[key] = value
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key].encode()
+
+
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(timeout, pauses): the watcher thread until it would end the process. Between its pulses
-    are `pauses`, in seconds. Returns the time at the end and the places that it sent."""
+    """watch(timeout, ...): run the watcher thread of rank 0 of two until it would end the process.
+    Returns (seconds, its line, the places that it sent)."""
 
-    def run(timeout, pauses):
-        clock = [0.0]
-        pauses = iter(pauses)
-        places = []
+    def run(timeout, others=lambda seconds: {"time": seconds, "idle": seconds}, idle=None):
+        watched = elastic.Watch(timeout)
+        store = Store()
+        pulses = []
 
-        def send_pulse(store, place=None):
-            places.append(place)
-            clock[0] += next(pauses)
+        def sleep(seconds):
+            pulses.append(json.loads(store["pulse/0"]))
+            watched.idle = idle(len(pulses) / 2) if idle else watched.idle + seconds
+            pulse = {"collectives": 0, "waiting": True, "location": "stage 1"}
+            store.set("pulse/1", json.dumps(pulse | others(len(pulses) / 2)))
 
         def exit_with_error(text):
             raise Ended(text)
 
-        monkeypatch.setattr(elastic.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(distributed.heartbeat, "since", 0.0)
-        monkeypatch.setattr(elastic, "send_pulse", send_pulse)
-        monkeypatch.setattr(elastic, "describe_lost_ranks", lambda why, store, place: why)
+        monkeypatch.setattr(elastic.time, "sleep", sleep)
+        monkeypatch.setattr(elastic.time, "monotonic", lambda: len(pulses))
         monkeypatch.setattr(elastic, "exit_with_error", exit_with_error)
-        with pytest.raises(Ended, match=f"no progress for {timeout:.0f} seconds"):
-            elastic.watch_ranks(None, timeout, torch.device("cpu"))
-        return clock[0], places
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed.heartbeat, "collectives", 3)
+        with pytest.raises(Ended) as ended:
+            elastic.watch_ranks(watched, store, torch.device("cpu"))
+        return len(pulses) / 2, str(ended.value), pulses
 
     return run
-
-
-def test_a_suspended_job_is_not_hanging(watch):
-    """A pulse every half second, and once 1,000 seconds in which nothing ran."""
-    end, _ = watch(10.0, [0.5] * 4 + [1000.0] + [0.5] * 100)
-    assert 1010 <= end <= 1011
 
 
 def test_the_watcher_looks_at_the_main_thread_once_and_only_if_it_seems_to_hang(watch, monkeypatch):
@@ -526,13 +535,83 @@ def test_the_watcher_looks_at_the_main_thread_once_and_only_if_it_seems_to_hang(
     looks = []
 
     def current_location():
-        looks.append(elastic.time.monotonic())
+        looks.append(1)
         return False, "a line"
 
     monkeypatch.setattr(elastic, "current_location", current_location)
-    end, places = watch(10.0, [0.5] * 100)
-    assert looks == [5.5] and end == 10.5
-    assert places == [None] * 11 + [(False, "a line")] * 10
+    seconds, text, pulses = watch(10.0)
+    assert looks == [1] and seconds <= 12.5
+    for pulse in pulses:
+        assert (pulse["location"] == "a line") == (pulse["idle"] > 5)
+        assert pulse["waiting"] == (pulse["idle"] <= 5)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_rank_that_has_made_fewer_collective_calls_is_named(watch, monkeypatch, behind):
+    """Even if its last progress is so near that it has not said where it is."""
+    monkeypatch.setattr(elastic, "current_location", lambda: (True, "a line"))
+
+    def others(seconds):
+        return {"time": seconds, "idle": seconds - 7, "collectives": 2 if behind else 3}
+
+    seconds, text, _ = watch(10.0, others)
+    assert 17 <= seconds <= 20
+    waits = ": the other ranks wait for rank 1 (stage 1)" if behind else ", in "
+    assert text.startswith(f"no progress for 10 seconds{waits}")
+
+
+def test_a_rank_that_works_is_waited_for(watch, monkeypatch):
+    """The other one makes progress for a minute, for example in a slow scorer."""
+    monkeypatch.setattr(elastic, "current_location", lambda: (True, "a line"))
+    seconds, _, _ = watch(10.0, lambda seconds: {"time": seconds, "idle": max(0, seconds - 60)})
+    assert 70 <= seconds <= 73
+
+
+def test_a_rank_that_is_gone_is_not_waited_for(watch, monkeypatch):
+    """Its last pulse tells of progress for ever."""
+    monkeypatch.setattr(elastic, "current_location", lambda: (True, "a line"))
+    seconds, text, _ = watch(10.0, lambda seconds: {"time": min(seconds, 3), "idle": 0.5})
+    assert seconds <= 13
+    assert text == "no progress for 10 seconds: lost rank 1 (stage 1)"
+
+
+def seconds_until_given_up(monkeypatch, happen):
+    """The thread that counts until it ends the process: (seconds that it slept, exit status).
+    happen(watch, seconds) is what happens in the other threads meanwhile."""
+    watched = elastic.Watch(10.0)
+    slept = [0.0]
+
+    def sleep(seconds):
+        slept[0] += seconds
+        happen(watched, slept[0])
+
+    def leave(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(elastic.time, "sleep", sleep)
+    monkeypatch.setattr(elastic.os, "_exit", leave)
+    with pytest.raises(Ended) as ended:
+        elastic.count_seconds(watched)
+    return slept[0], ended.value.args[0]
+
+
+def test_a_store_that_does_not_answer_does_not_hang_this_rank(monkeypatch, capsys):
+    """Rank 0 is stopped, and with it the store; the other thread waits in it for ever."""
+    assert seconds_until_given_up(monkeypatch, lambda watch, seconds: None) == (10.5, 1)
+    error = capsys.readouterr().err
+    assert "no progress for 10 seconds" in error and "rank 0 does not answer" in error
+
+
+def test_progress_and_answers_are_waited_for(monkeypatch):
+    """Progress until 20 seconds, then answers of the store until 50."""
+
+    def happen(watch, seconds):
+        if seconds <= 20:
+            distributed.heartbeat.touch()
+        elif seconds <= 50:
+            watch.unanswered = 0.0
+
+    assert seconds_until_given_up(monkeypatch, happen) == (60.0, 1)
 
 
 def test_a_crash_of_native_code_prints_the_line_of_python(tmp_path):

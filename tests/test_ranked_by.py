@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import conftest
@@ -847,18 +846,16 @@ def test_a_scorer_that_fails(tiny_runs, tiny_data, scored_run, tmp_path, monkeyp
 def test_a_slow_scorer_is_progress(monkeypatch):
     """A part of a thousand rows may take longer than `timeout`: each call counts as progress, so
     that the rank is not taken for one that hangs."""
-    waited = []
+    touches = []
 
     def slow(row, text):
-        waited.append(time.monotonic() - distributed.heartbeat.since)
-        time.sleep(0.05)
+        touches.append(distributed.heartbeat.touches)
         return 0.0
 
     ranked_by(monkeypatch, slow)
     cfg = SimpleNamespace(reward="", ranked_by="conftest:scorer")
-    distributed.heartbeat.touch()
     scoring.call_function(cfg, [({"prompt": "p"}, "text")] * 20)
-    assert max(waited) < 0.5  # seconds: of one call, on a busy machine, and not the sum of 20
+    assert len(set(touches)) == 20
 
 
 def test_a_scorer_that_changes_its_row(tiny_runs, tiny_data, scored_run, tmp_path, monkeypatch):
