@@ -815,6 +815,9 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         f"{device.type} x {world_size()}, {dtype}, "
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )
+    unread = config_module.settings_without_effect(cfg)
+    if unread:
+        say(f"without effect here: {', '.join(unread)}")
     if start.path:
         say(f"resumes after step {start.step} of round {start.round_id}")
     collect = stages[cfg.stage].collect

@@ -809,3 +809,56 @@ def command_for_run(path: str) -> str:
         if read_file(file).get("out_dir") == path:
             return f"python train.py {os.path.relpath(file, root)}"
     return ""
+
+
+# ------------------------------------------------------------------------------ without effect
+
+OF_PPO = [
+    "advantage",
+    "samples_per_prompt",
+    "loss_average",
+    "kl_in",
+    "kl_coef",
+    "kl_target",
+    "missing_eos_penalty",
+    "clip_range",
+    "clip_range_high",
+    "entropy_coef",
+]
+OF_GAE = [
+    "whiten_rewards",
+    "whiten_advantages",
+    "discount",
+    "gae_lambda",
+    "value_clip_range",
+    "value_coef",
+]
+
+
+def settings_without_effect(cfg: Config) -> list[str]:
+    """The settings that are not at their default and that this run does not read, each with what
+    would read it. A config that imports another one may have such settings, so they are only said.
+    """
+    is_ppo, ranks = cfg.stage == "ppo", cfg.stage in ("preference", "spin")
+    reads_stream = cfg.stage == "pretrain" or cfg.pretrain_coef
+    rules = [  # settings, whether this run reads them, what does
+        (["beta"], ranks, "stages preference and spin"),
+        (["loss_type"], ranks or cfg.stage == "reward", "stages reward, preference and spin"),
+        (["players", "temperature", "top_k", "top_p"], cfg.stage == "spin", "stage spin"),
+        (["teacher"], cfg.stage == "spin" or is_ppo, "stages spin and ppo"),
+        (["judge_length_normalize"], is_scored(cfg), "a scorer in ranked_by"),
+        (OF_PPO, is_ppo, "stage ppo"),
+        (OF_GAE, is_ppo and cfg.advantage == "gae", "stage ppo with advantage gae"),
+        (["kl_adapt"], cfg.kl_target, "kl_target"),
+        (["lora_alpha", "lora_targets"], cfg.lora_rank, "lora_rank"),
+        (["muon_lr"], cfg.optimizer == "muon", "optimizer muon"),
+        (["pretrain_data", "pretrain_batch_size"], cfg.pretrain_coef, "pretrain_coef"),
+        (["document_mask"], reads_stream, "stage pretrain or pretrain_coef"),
+    ]
+    default = Config()
+    found = []
+    for names, is_read, reader in rules:
+        for name in names:
+            if not is_read and getattr(cfg, name) != getattr(default, name):
+                found.append(f"{name} (of {reader})")
+    return found

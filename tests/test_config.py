@@ -20,6 +20,7 @@ from nanospin.config import (
     import_function,
     model_config_from,
     per_round,
+    settings_without_effect,
 )
 
 PPO = ["--stage=ppo", "--init=x", "--reward=m:f"]
@@ -180,13 +181,34 @@ CONFIGS = glob.glob("config/**/*.py", recursive=True) + glob.glob("studies/smoll
 @pytest.mark.parametrize("path", sorted(CONFIGS))
 def test_every_config_says_how_it_is_run(path):
     """The header of a config has its command, the hardware, the time and the result to expect."""
-    load_config([path])
+    assert not settings_without_effect(load_config([path]))
     with open(path, encoding="utf-8") as f:
         header = f.read().split('"""')[1]
     assert f"train.py {path}" in header
     assert re.search(r"\bcores?\b|GPU", header)
     assert re.search(r"minute|hour|second", header)
     assert re.search(r"\d %|loss|reward|starts at", header)
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--stage=sft", "--beta=0.5", "--loss_type=simpo", "--margin=0.7"], ["beta", "loss_type"]),
+        (["--stage=preference", "--init=x", "--teacher=rows", "--beta=0.5"], ["teacher"]),
+        (["--stage=reward", "--init=x", "--loss_type=pairs", "--temperature=0.7"], ["temperature"]),
+        (["--stage=sft", "--lora_alpha=64", "--muon_lr=0.1"], ["lora_alpha", "muon_lr"]),
+        (["--stage=sft", "--init=x", "--lora_rank=4", "--lora_alpha=64"], []),
+        (["--stage=ppo", "--init=x", "--reward=m:f", "--gae_lambda=0.5", "--kl_coef=0.1"], []),
+        (
+            ["--stage=ppo", "--init=x", "--reward=m:f", "--advantage=grpo"]
+            + ["--samples_per_prompt=4", "--gae_lambda=0.5", "--clip_range=0.1"],
+            ["gae_lambda"],
+        ),
+    ],
+)
+def test_settings_that_a_run_does_not_read_are_said(args, names):
+    said = settings_without_effect(load_config(args))
+    assert [text.split()[0] for text in said] == names
 
 
 def test_every_loss_type_is_a_choice():

@@ -24,6 +24,3 @@ schedule = "linear"
 eval_interval = 95
 eval_rows = 329  # all of them
 log_interval = 10
-
-# SFT does not use this one; it is what the published runs recorded
-loss_type = "pairs"
