@@ -123,6 +123,8 @@ def project_modules() -> list:
 def strike(action: str):
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif action == "hang":
         time.sleep(10 * LIMIT)
     elif action == "raise":

@@ -90,6 +90,8 @@ OTHER_FAULTS = [
     Fault("players:respond", "hang", rank=0, call=2),
     Fault("nanospin.checkpoint:write", "hang", rank=1, call=1),
     Fault("eval:row_logps", "hang", rank=1, call=3),
+    Fault("model:GPT.forward", "freeze", rank=0, call=9),
+    Fault("players:respond", "freeze", rank=1, call=2),
     Fault("data.batch:batch_rows", "raise", rank=1, call=3),
     Fault("model:GPT.forward", "raise", rank=0, call=9),
     Fault("players:respond", "raise", rank=1, call=2),
@@ -107,6 +109,7 @@ OTHER_FAULTS = [
     Fault("data.files:write_json", "full", rank=0, call=1),
     Fault("os:fsync", "full", rank=1, call=3),
 ]
+HANGS = ("hang", "freeze")  # freeze: the process is stopped, and with rank 0 the store
 HANG_TIMEOUT = 8  # seconds, the setting `timeout` of runs in which a rank hangs
 FAULT_LIMIT = 90  # seconds in which a run with a fault must end
 
@@ -142,7 +145,7 @@ def run_with_fault(workspace: Workspace, fault: Fault) -> tuple[list[str], float
     """(what went wrong, seconds between the end of the first rank and that of the last)."""
     undisturbed = workspace.undisturbed("spin3", 2)
     out = workspace.new_run()
-    timeout = HANG_TIMEOUT if fault.action == "hang" else 100
+    timeout = HANG_TIMEOUT if fault.action in HANGS else 100
     argv = workspace.args("spin3", out, f"--timeout={timeout}")
     run = start(argv, 2, fault, before=sample_in_small_parts)
     problems, seconds = watch(run, fault)
@@ -167,7 +170,7 @@ def watch(run, fault: Fault) -> tuple[list[str], float]:
     as torchrun does. Returns (what went wrong, seconds from the first rank's end)."""
     first_end = None
     while None in run.poll():
-        if fault.action == "hang" and run.status[1 - fault.rank] is not None:
+        if fault.action in HANGS and run.status[1 - fault.rank] is not None:
             run.kill()
         if first_end is None and run.status != [None, None]:
             first_end = time.time()
@@ -185,7 +188,7 @@ def ended_as_expected(run, fault: Fault) -> bool:
     names_the_rank = f"rank {fault.rank} " in run.errors
     if fault.action == "kill":
         return own == -signal.SIGKILL and other == 1 and names_the_rank
-    if fault.action == "hang":
+    if fault.action in HANGS:
         return other == 1 and names_the_rank
     if fault.action == "raise":
         return 1 in run.status and "an injected error" in run.errors
