@@ -52,12 +52,27 @@ def atomic_write(path: str, mode: str = "w"):
 def put_in_place(temporary: str, path: str):
     """Rename a complete file. In a data folder that is being prepared, note first what it is."""
     folder, name = os.path.split(os.path.realpath(path))
-    if folder in prepared and name != UNFINISHED:
-        prepared[folder][name] = {"bytes": os.path.getsize(temporary)}
+    if folder in prepared and name not in (UNFINISHED, STATE):
+        entry = {"bytes": os.path.getsize(temporary)}
         if not name.endswith(".bin"):  # a token stream may be large
-            prepared[folder][name]["sha256"] = sha256(temporary)
-        write_json(os.path.join(folder, UNFINISHED), {"files": prepared[folder]})
+            entry["sha256"] = sha256(temporary)
+        prepared[folder]["files"][name] = entry
+        withdraw_old_data()
     os.replace(temporary, path)
+
+
+def withdraw_old_data():
+    """Remove the old meta.json of each data folder that this process prepares. It will not describe
+    the folder, nor what stands in the folders beside it.
+
+    UNFINISHED is written first: without either, the next preparation would take the files that are
+    there for the user's.
+    """
+    for folder, noted in prepared.items():
+        write_json(os.path.join(folder, UNFINISHED), noted)
+        if "meta.json" not in noted["files"]:  # else it is the new one
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, "meta.json"))
 
 
 def require_regular(path: str):
@@ -111,10 +126,12 @@ RUN_FILES = (
 )
 DATA_FILES = ("meta.json", "train.jsonl", "val.jsonl", "train.bin", "val.bin")
 
-# In a data folder while it is written, and after that was interrupted: {"files": {name: its bytes
-# and sha256}} of what a preparation has put there, or is about to.
+# In a data folder while it is written, and after that was interrupted: {"before": {name: its bytes
+# and sha256}} of what earlier preparations had put there, and "files", the same of what this one
+# has put there or is about to. After a kill at any time each file is of one of the two.
 UNFINISHED = ".preparing"
-prepared = {}  # {data folder that this process writes: the same entries}
+STATE = "state.json"  # what a preparation in data/hub continues from
+prepared = {}  # {data folder that this process writes: what its UNFINISHED says}
 
 
 def check_output(path: str, inputs=(), is_data: bool = False):
@@ -153,24 +170,26 @@ def check_foreign(folder: str, names):
             raise SystemExit(printable(f"{text}: move it, or use another --out"))
 
 
-def own_files(folder: str) -> list[str]:
-    """The files of a data folder that a preparation has written: those that meta.json names, or
-    UNFINISHED after one was interrupted. One that has changed since is not of them."""
-    entries = read_entries(os.path.join(folder, "meta.json"))
-    names = ["meta.json"] if entries else []
-    for file_entries in (entries, read_entries(os.path.join(folder, UNFINISHED))):
-        for name, entry in file_entries.items():
-            if is_entry_of(entry, os.path.join(folder, name)):
-                names.append(name)
-    return names
+def own_files(folder: str) -> dict:
+    """{name: entry} of the files of a data folder that a preparation has written: those that
+    meta.json names, or UNFINISHED after one was interrupted. One that has changed since is not of
+    them."""
+    entries = read_entries(os.path.join(folder, "meta.json"), "files")
+    found = {"meta.json": {}} if entries else {}
+    marker = os.path.join(folder, UNFINISHED)
+    for noted in (entries, read_entries(marker, "before"), read_entries(marker, "files")):
+        for name, entry in noted.items():
+            if name not in found and is_entry_of(entry, os.path.join(folder, name)):
+                found[name] = entry
+    return found
 
 
-def read_entries(path: str) -> dict:
-    """The entries of a meta.json or of UNFINISHED; {} if there is none or it is not one of data."""
+def read_entries(path: str, key: str) -> dict:
+    """The entries that a meta.json or UNFINISHED has under a key; {} if there are none."""
     with contextlib.suppress(SystemExit):
-        files = read_json(path, ("files",))["files"]
-        if isinstance(files, dict):
-            return files
+        entries = read_json(path, (key,))[key]
+        if isinstance(entries, dict):
+            return entries
     return {}
 
 

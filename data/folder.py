@@ -15,7 +15,6 @@ from data.files import (
     check_foreign,
     own_files,
     prepared,
-    read_entries,
     read_json,
     sha256,
     write_json,
@@ -142,16 +141,25 @@ def lock_folder(folder: str):
                     "another --out"
                 )
         check_foreign(folder, DATA_FILES)
-        marker = os.path.join(folder, UNFINISHED)
-        prepared[os.path.realpath(folder)] = read_entries(marker)
+        prepared[os.path.realpath(folder)] = {"before": own_files(folder), "files": {}}
         try:
             yield
             with contextlib.suppress(FileNotFoundError):
-                os.remove(marker)
+                os.remove(os.path.join(folder, UNFINISHED))
         finally:
             del prepared[os.path.realpath(folder)]
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def lock_folders(folders: list[str]):
+    """`lock_folder` for data folders that belong together. When the first file is put in place, the
+    old meta.json of all goes: after a kill none is taken for a companion of a new folder."""
+    with contextlib.ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(lock_folder(folder))
+        yield
 
 
 def tokenizer_path(folder: str, name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from data import cli, hub
 from data.files import atomic_write, check_output, printable
-from data.folder import check_other_data, split_of
+from data.folder import check_other_data, lock_folder, split_of
 from data.progress import ProgressBar
 from data.rows import write_ranked_folder
 
@@ -171,4 +171,5 @@ def write_split(folder: str, rows: list[dict], source, val_share: float):
             raise SystemExit(
                 f"{folder}: no row of {len(rows)} was assigned to {side}; use another --val_share"
             )
-    write_ranked_folder(folder, None, source, sides["train"], sides["val"])
+    with lock_folder(folder):
+        write_ranked_folder(folder, None, source, sides["train"], sides["val"])

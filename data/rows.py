@@ -7,7 +7,13 @@ import os
 
 from data import cli, tokenizer
 from data.files import atomic_write, check_output, parse_json
-from data.folder import check_other_data, lock_folder, prepare_command, write_meta
+from data.folder import (
+    check_other_data,
+    lock_folder,
+    lock_folders,
+    prepare_command,
+    write_meta,
+)
 from data.template import cut_prompt_ids, response_form, written_ids
 
 # fields that a whole text, {"text": ...}, cannot have
@@ -55,12 +61,12 @@ def write_rows(path: str, rows):
 
 
 def write_ranked_folder(folder: str, tokenizer_name: str, source: str, train: list, val: list):
-    """Write a data folder of ranked rows, meta.json last, and say how many there are."""
-    with lock_folder(folder):
-        write_rows(os.path.join(folder, "train.jsonl"), train)
-        write_rows(os.path.join(folder, "val.jsonl"), val)
-        sizes = {"train_rows": len(train), "val_rows": len(val)}
-        write_meta(folder, tokenizer_name, source, **sizes)
+    """Write ranked rows to a data folder that the caller has locked, meta.json last, and say how
+    many there are."""
+    write_rows(os.path.join(folder, "train.jsonl"), train)
+    write_rows(os.path.join(folder, "val.jsonl"), val)
+    sizes = {"train_rows": len(train), "val_rows": len(val)}
+    write_meta(folder, tokenizer_name, source, **sizes)
     print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
 
 
@@ -96,15 +102,17 @@ def write_answer_folders(out: str, answers: int, source: str, train: list, val: 
     are in both."""
     folders = answer_folders(out, answers)
     if not answers:
-        write_ranked_folder(out, "bytes", source, train, val)
+        with lock_folder(out):
+            write_ranked_folder(out, "bytes", source, train, val)
         return
     if answers >= len(train):
         raise SystemExit(
             f"--answers must be below the number of training rows, {len(train)}, not {answers}"
         )
     prompts = [{"prompt": row["prompt"], "group": row["group"]} for row in train[answers:]]
-    for folder, rows in zip(folders, (train[:answers], prompts)):
-        write_ranked_folder(folder, "bytes", source, rows, val)
+    with lock_folders(folders):
+        for folder, rows in zip(folders, (train[:answers], prompts)):
+            write_ranked_folder(folder, "bytes", source, rows, val)
 
 
 # ---- checking

@@ -181,6 +181,31 @@ class Killed(Exception):
     """Stands for the end of a process."""
 
 
+def run_killed_at(event, function, *args) -> bool:
+    """Call a function that is dead from its event-th file operation on: that one and all later ones
+    raise. Returns whether it got there."""
+    num_events = 0
+
+    def mortal(operation):
+        def run(*paths, **options):
+            nonlocal num_events
+            num_events += 1
+            if num_events >= event:
+                raise Killed
+            return operation(*paths, **options)
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for name in ("replace", "remove", "unlink"):
+            patches.enter_context(mock.patch.object(os, name, mortal(getattr(os, name))))
+        try:
+            function(*args)
+        except Killed:
+            return True
+    return False
+
+
 def killing(function, at):
     """`function`, but its call number `at`, counted from 0, and all later ones raise Killed."""
     calls = [0]

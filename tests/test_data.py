@@ -3,14 +3,16 @@
 import glob
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, command, source_files
+from conftest import SHARED, command, run_killed_at, source_files
 
 from data import tokenizer
 from data.batch import (
@@ -1178,6 +1180,96 @@ def test_files_of_the_user_are_not_replaced(tmp_path, monkeypatch, name, own):
 
 def killed(*args, **kwargs):
     raise MemoryError
+
+
+# name: (arguments of the first data set, of the second one, the data folders in OUT)
+PREPARED_TWICE = {
+    "jsonl": (["old.jsonl"], ["new.jsonl"], ["."]),
+    "shakespeare": (["old.txt", "--tokenizer=bytes"], ["new.txt", "--tokenizer=bytes"], ["."]),
+    "addition": (
+        ["--answers=20", "--rows=90", "--seed=5"],
+        ["--answers=20", "--rows=90", "--seed=6"],
+        ["answers", "prompts"],
+    ),
+    "countdown": (
+        ["--answers=20", "--rows=150", "--seed=5"],
+        ["--answers=20", "--rows=150", "--seed=6"],
+        ["answers", "prompts"],
+    ),
+    "shp": (
+        ["old_threads.jsonl", "--tokenizer=bytes"],
+        ["new_threads.jsonl", "--tokenizer=bytes"],
+        ["row", "group"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED_TWICE)
+def test_a_folder_is_prepared_again_and_killed_anywhere(tmp_path, monkeypatch, name):
+    """Folders that are accepted then are all old or all new. The same command, also after a second
+    kill, ends like an undisturbed one."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # slow, and no power is lost here
+    monkeypatch.chdir(tmp_path)
+    for word in ("old", "new"):  # of equal length: the token streams differ in no size
+        (tmp_path / f"{word}.txt").write_text(f"the {word} loss of a model " * 50)
+        rows = [{"prompt": f"q{n}", "response": word} for n in range(40)]
+        write_lines(tmp_path / f"{word}.jsonl", rows)
+        rows = [row | {"prompt": f"{word} {row['prompt']}"} for row in threads()]
+        write_lines(tmp_path / f"{word}_threads.jsonl", rows)
+    main = importlib.import_module(f"data.{name}.prepare").main
+    old, new, folders = PREPARED_TWICE[name]
+    main([*old, "--out=old"])
+    main([*new, "--out=new"])
+    assert all(files_in(f"old/{folder}") != files_in(f"new/{folder}") for folder in folders)
+    for event in itertools.count(1):
+        out = f"out{event}"
+        shutil.copytree("old", out)
+        is_killed = run_killed_at(event, main, [*new, f"--out={out}"])
+        accepted = set()
+        for folder in folders:
+            found = files_in(f"{out}/{folder}")
+            if is_accepted(f"{out}/{folder}", files_in(f"old/{folder}")):
+                is_old = found.items() >= files_in(f"old/{folder}").items()
+                assert is_old or found.items() >= files_in(f"new/{folder}").items()
+                accepted.add(is_old)
+        assert len(accepted) <= 1
+        run_killed_at(event - 1, main, [*old, f"--out={out}"])
+        main([*new, f"--out={out}"])
+        for folder in folders:
+            assert files_in(f"{out}/{folder}") == files_in(f"new/{folder}")
+        if not is_killed:
+            break
+    assert event > 10
+
+
+def test_a_refused_preparation_keeps_the_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "threads.jsonl", threads())
+    main = importlib.import_module("data.shp.prepare").main
+    main(["threads.jsonl", "--tokenizer=bytes", "--out=out"])
+    (tmp_path / "out/row/bpe.tiktoken").write_text("mine")
+    arguments = ["threads.jsonl", "--tokenizer=bpe", "--vocab_size=270", "--out=out"]
+    assert "out/row/bpe.tiktoken is not what" in refused_by(main, arguments)
+    for folder in ("out/row", "out/group"):
+        assert is_accepted(folder, ["train.jsonl", "val.jsonl"])
+
+
+def files_in(folder) -> dict:
+    """{name: bytes} of the files in a folder."""
+    found = {}
+    for name in os.listdir(folder):
+        with open(f"{folder}/{name}", "rb") as f:
+            found[name] = f.read()
+    return found
+
+
+def is_accepted(folder, names) -> bool:
+    """Whether a data folder has a meta.json that fits these files."""
+    try:
+        read_meta(folder, [name for name in names if name != "meta.json"])
+    except SystemExit:
+        return False
+    return True
 
 
 def test_meta_names_no_files_of_the_user(tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 import gzip
 import importlib
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_killed_at
 
 from data import hub, tokenizer
 from data.files import read_json, write_json
@@ -575,6 +577,87 @@ def test_a_json_set_killed_and_resumed(tmp_path, monkeypatch):
         run_killed(monkeypatch, call, "hh_rlhf", *args)
     run_main("hh_rlhf", *args)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def write_problems(folder, word, n=60):
+    """A set of n problems without a validation split."""
+    rows = [{"question": f"{word} {i}", "answer": f"{word}\n#### {i}"} for i in range(n)]
+    return parquet(folder, train=rows)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "fineweb"])
+def test_a_set_is_prepared_again_and_killed_anywhere(tmp_path, monkeypatch, name):
+    """The same command ends like an undisturbed one, and what the user has put there meanwhile is
+    refused."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # slow, and no power is lost here
+    if name == "gsm8k":
+        write_problems(tmp_path / "set", "How many?")
+        files, args, old_args = ("train.jsonl", "val.jsonl"), [], ["--rows=40"]
+    else:
+        write_documents(tmp_path / "set")
+        files, args, old_args = ("train.bin", "val.bin"), ["--tokenizer=bytes"], ["--tokens=3000"]
+    args += [f"--hub={tmp_path}/set", "--val_share=0.2"]
+    run_main(name, *args, *old_args, f"--out={tmp_path}/old")
+    run_main(name, *args, f"--out={tmp_path}/whole")
+    whole = contents(tmp_path / "whole")
+    assert whole != contents(tmp_path / "old")
+    for event in itertools.count(1):
+        out = tmp_path / f"out{event}"
+        shutil.copytree(tmp_path / "old", out)
+        is_killed = run_killed_at(event, run_main, name, *args, f"--out={out}")
+        for file in files:
+            os.rename(out / file, tmp_path / "aside")
+            (out / file).write_text("mine")
+            with pytest.raises(SystemExit, match=f"{file} is not what an earlier preparation"):
+                run_main(name, *args, f"--out={out}")
+            assert (out / file).read_text() == "mine"
+            os.rename(tmp_path / "aside", out / file)
+        run_main(name, *args, f"--out={out}")
+        assert contents(out) == whole
+        if not is_killed:
+            break
+    assert event > 15
+
+
+def test_more_rows_after_too_few(tmp_path):
+    """Nothing is left of the first try, wherever it was killed."""
+    args = [f"--hub={write_problems(tmp_path / 'set', 'How many?')}", "--val_share=0.1"]
+    run_main("gsm8k", *args, f"--out={tmp_path}/whole")
+    for event in itertools.count(1):
+        out = f"{tmp_path}/out{event}"
+        try:
+            is_killed = run_killed_at(event, run_main, "gsm8k", *args, "--rows=1", f"--out={out}")
+        except SystemExit as e:
+            assert "too few rows" in str(e)
+            is_killed = False
+        if is_killed:
+            with pytest.raises(SystemExit, match="too few rows"):
+                run_main("gsm8k", *args, "--rows=1", f"--out={out}")
+        assert os.listdir(out) == []
+        run_main("gsm8k", *args, f"--out={out}")
+        assert contents(out) == contents(tmp_path / "whole")
+        if not is_killed:
+            break
+    assert event > 4
+
+
+@pytest.mark.parametrize("rows", [1, 0])
+def test_other_options_after_a_kill_at_the_end(tmp_path, monkeypatch, rows):
+    """A preparation that was killed while it removed its .partial files binds no later one."""
+    args = [f"--hub={write_problems(tmp_path / 'set', 'How many?')}", f"--out={tmp_path}/out"]
+    remove = os.remove
+
+    def killed_after(path):
+        remove(path)
+        if path.endswith(".partial"):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "remove", killed_after)
+        with pytest.raises(Killed):
+            run_main("gsm8k", *args, "--val_share=0.1", f"--rows={rows}")
+    run_main("gsm8k", *args, "--val_share=0.2")
+    assert sorted(contents(f"{tmp_path}/out")) == ["meta.json", "train.jsonl", "val.jsonl"]
 
 
 def test_a_limit_of_tokens(tmp_path):

@@ -17,6 +17,7 @@ import re
 
 from data import cli
 from data.files import (
+    STATE,
     check_output,
     printable,
     put_in_place,
@@ -50,6 +51,7 @@ PINNED = {
     "trl-lib/tldr": "21233da376667088e6eb1ce4ce19ed832c2935d3",
 }
 CHUNK = 1000  # rows between two writes of state.json
+START_AGAIN = "remove state.json and the .partial files to start again"
 
 
 def argument_parser(doc: str, hub: str, script: str) -> cli.ArgumentParser:
@@ -283,39 +285,46 @@ def one_line_errors(args):
 
 
 def state_path(args) -> str:
-    return os.path.join(args.out, "state.json")
+    return os.path.join(args.out, STATE)
 
 
 def load_state(args) -> dict:
-    """The state of a preparation that was begun with the same options, or a new one."""
+    """The state of a preparation that was begun with the same options, or a new one, also where
+    `remove_state` was killed."""
     path = state_path(args)
     options = {name: value for name, value in vars(args).items() if name != "out"}
     if os.path.isdir(args.hub):
         options["hub_files"] = describe_files(args.hub)
-    if not os.path.exists(path):
-        return {
-            "asked": options,
-            "commit": resolve_commit(args.hub, args.revision),
-            "part": 0,
-            "rows": 0,
-            "place": None,
-            "bytes": {},
-            "dropped": {},
-        }
-    keys = ("asked", "commit", "part", "rows", "place", "bytes", "dropped")
-    state = read_json(path, keys, "; remove it to start again")
-    begun = state["asked"]
-    if begun != options:
-        named = {"hub_files": "other files in --hub", "tokenizer_sha256": "another --tokenizer"}
-        different = []
-        for name in sorted(options | begun):
-            if options.get(name) != begun.get(name):
-                different.append(named.get(name, f"--{name}={begun.get(name)}"))
-        raise SystemExit(
-            f"{path}: this preparation was begun with {', '.join(different)};"
-            " continue with that, or remove the file to start again"
-        )
-    return state
+    if os.path.exists(path):
+        keys = ("asked", "commit", "part", "rows", "place", "bytes", "dropped")
+        state = read_json(path, keys, f"; {START_AGAIN}")
+        if state["asked"] is not None:
+            check_options(path, state["asked"], options)
+            return state
+    return {
+        "asked": options,
+        "commit": resolve_commit(args.hub, args.revision),
+        "part": 0,
+        "rows": 0,
+        "place": None,
+        "bytes": {},
+        "dropped": {},
+    }
+
+
+def check_options(path: str, begun: dict, options: dict):
+    """Exit with one line if a preparation was begun with other options than those of now."""
+    if begun == options:
+        return
+    named = {"hub_files": "other files in --hub", "tokenizer_sha256": "another --tokenizer"}
+    different = []
+    for name in sorted(options | begun):
+        if options.get(name) != begun.get(name):
+            different.append(named.get(name, f"--{name}={begun.get(name)}"))
+    raise SystemExit(
+        f"{path}: this preparation was begun with {', '.join(different)};"
+        f" continue with that, or {START_AGAIN}"
+    )
 
 
 def describe_files(folder: str) -> str:
@@ -331,19 +340,21 @@ def describe_files(folder: str) -> str:
 def check_partial(out: str):
     """Exit with one line if a file is there to which a new preparation would write, for example the
     unfinished samples of `sample.py`."""
-    for name in sorted(os.listdir(out)):
-        if name.removesuffix(".partial") in DATA_FILES and name.endswith(".partial"):
-            path = os.path.join(out, name)
-            raise SystemExit(printable(f"{path} is not of this preparation: move it away"))
+    for path in partial_files(out):
+        raise SystemExit(printable(f"{path} is not of this preparation: move it away"))
+
+
+def partial_files(out: str) -> list[str]:
+    """The .partial files in a folder."""
+    paths = [os.path.join(out, f"{name}.partial") for name in DATA_FILES]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def open_partial(out: str, name: str, size: int):
     """Open OUT/NAME.partial to append after its first `size` bytes."""
     path = os.path.join(out, name + ".partial")
     if size and (not os.path.exists(path) or os.path.getsize(path) < size):
-        raise SystemExit(
-            f"{path} is shorter than {out}/state.json says; remove state.json to start again"
-        )
+        raise SystemExit(f"{path} is shorter than {out}/state.json says; {START_AGAIN}")
     require_regular(path)
     f = open(path, "r+b" if size else "wb")
     f.truncate(size)
@@ -386,7 +397,6 @@ def finish_rows(args, state: dict, choose=None):
     dropped = dict(state["dropped"])
     sizes = {"train": 0, "val": 0}
     require_both_sides(args, state, "jsonl")
-    remove_old_meta(args.out)
     train_groups = set()
 
     def kept_rows(side):
@@ -407,15 +417,12 @@ def finish_rows(args, state: dict, choose=None):
     if not all(sizes.values()):
         too_few_rows(args, state, dropped)
     finish(args, state, None, "rows", sizes, dropped)
-    for side in sizes:
-        os.remove(os.path.join(args.out, f"{side}.jsonl.partial"))
 
 
 def finish_streams(args, state: dict, tokenizer_name: str, itemsize: int):
     """Rename the .partial token streams to train.bin and val.bin, then write meta.json."""
     sizes = {}
     require_both_sides(args, state, "bin")
-    remove_old_meta(args.out)
     for side in ("train", "val"):
         path = os.path.join(args.out, f"{side}.bin")
         if os.path.exists(path + ".partial"):  # else a run was killed after this line
@@ -427,11 +434,11 @@ def finish_streams(args, state: dict, tokenizer_name: str, itemsize: int):
 
 
 def finish(args, state: dict, tokenizer_name, unit: str, sizes: dict, dropped: dict):
-    """Write meta.json, remove state.json and print the sizes."""
+    """Write meta.json, remove what the preparation continues from, and print the sizes."""
     details = {f"{side}_{unit}": n for side, n in sizes.items()}
     source = source_name(args.hub, state["commit"])
     write_meta(args.out, tokenizer_name, source, **details, dropped=dropped)
-    os.remove(state_path(args))
+    remove_state(args, state)
     counts = ", ".join(f"{n:,} {side} {unit}" for side, n in sizes.items())
     read = f" of {state['read']:,} rows read" if "read" in state else ""
     print(f"{args.out}: {counts}{read}; {describe_dropped(dropped)}")
@@ -445,17 +452,23 @@ def require_both_sides(args, state: dict, extension: str):
 
 
 def too_few_rows(args, state: dict, dropped: dict):
-    os.remove(state_path(args))
+    remove_state(args, state)
     raise SystemExit(
         f"{source_name(args.hub, state['commit'])}: too few rows, one side of the split is empty;"
         f" {describe_dropped(dropped)}"
     )
 
 
-def remove_old_meta(out: str):
-    """Remove the meta.json of what an earlier run wrote: it no longer describes the folder."""
-    path = os.path.join(out, "meta.json")
-    if os.path.exists(path):
+def remove_state(args, state: dict):
+    """Remove the .partial files, then state.json, without which they would be someone else's.
+
+    Before that state.json gets no options: after a kill in between the next preparation, of
+    whatever options, starts again.
+    """
+    paths = partial_files(args.out)
+    if paths:
+        write_json(state_path(args), state | {"asked": None})
+    for path in [*paths, state_path(args)]:
         os.remove(path)
 
 

@@ -27,7 +27,7 @@ import sys
 
 from data import cli, hub, tokenizer
 from data.files import check_output
-from data.folder import check_other_data, lock_folder, split_of, write_meta
+from data.folder import check_other_data, lock_folders, split_of, write_meta
 from data.progress import ProgressBar
 from data.rows import longest_shared_prefix, write_rows
 
@@ -169,9 +169,9 @@ def write_splits(out, texts, source, splits, args):
         )
     else:
         enc = tokenizer.load(args.tokenizer)
-    for split in splits:
-        folder = os.path.join(out, split)
-        with lock_folder(folder):
+    folders = [os.path.join(out, split) for split in splits]
+    with lock_folders(folders):
+        for split, folder in zip(splits, folders):
             if args.tokenizer == "bpe":
                 name = "bpe.tiktoken"
                 tokenizer.save_into(folder, enc, name)
