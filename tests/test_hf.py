@@ -596,6 +596,20 @@ def test_existing_folders_are_kept(exported, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_one_of_two_commands_makes_a_folder(tmp_path):
+    """The second comes before the first has written anything, and removes nothing."""
+    path = str(tmp_path / "new" / "out")
+    with hf.new_folder(path):
+        with pytest.raises(SystemExit, match="already exists"), hf.new_folder(path):
+            raise KeyError
+        with open(f"{path}/file", "w"):
+            pass
+    assert os.listdir(path) == ["file"]
+    with pytest.raises(KeyError), hf.new_folder(f"{path}2"):
+        raise KeyError
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
 # ----------------------------------------------------------------------------- variants of a folder
 
 

@@ -657,19 +657,19 @@ def model_card(name, model_type, model, meta, enc, dtype):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Make a folder, and remove it again if the code that fills it fails."""
-    if os.path.islink(path):
-        raise SystemExit(f"{path} is a link; choose another --out")
-    existed = os.path.isdir(path)
-    if os.path.exists(path) and (not existed or os.listdir(path)):
+    """Make a folder, and remove it again if the code that fills it fails.
+
+    Of two processes only one can make it; the other exits and removes nothing.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
         raise SystemExit(f"{path} already exists; choose another --out, or remove it")
-    os.makedirs(path, exist_ok=True)
     try:
         yield
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
-        if existed:
-            os.makedirs(path)
         raise
 
 
