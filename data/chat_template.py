@@ -6,6 +6,7 @@ many, so a chat template is followed exactly or refused with a reason, never app
 """
 
 import functools
+import glob
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from data import tokenizer
-from data.files import printable, read_json, read_text
+from data.files import printable, read_text
 from data.template import (
     end_token,
     is_template,
@@ -26,6 +27,7 @@ from data.template import (
 
 RENDER_SECONDS = 10  # after which a chat template is given up, on a machine that is busy
 DATES = "2024-07-26", "2001-12-03"  # a template that writes the day writes two texts
+TEMPLATE_ADVICE = "give the prompt's format by --template (docs/checkpoints.md)"
 
 # Prompts, responses and system messages to compare ids on.
 CHECK_TEXTS = [
@@ -128,22 +130,44 @@ class Chat:
 
 
 def read_chat_source(folder: str) -> str | None:
-    """The source of the chat template in a model's folder (in the Hugging Face format), or None."""
-    jinja_path = os.path.join(folder, "chat_template.jinja")
-    if os.path.exists(jinja_path):
-        return read_text(jinja_path)
-    source = read_tokenizer_config(folder).get("chat_template")
-    if isinstance(source, list):  # named ones: transformers takes the one called default
-        named = {item.get("name"): item for item in source if isinstance(item, dict)}
-        source = named.get("default", {}).get("template")
-    if source and not isinstance(source, str):
+    """The source of the chat template in a model's folder (in the Hugging Face format), or None.
+
+    Of several templates it is the one called default, as in transformers. Exits if there is none.
+    """
+    named = read_named_sources(folder)
+    if not named:
+        return None
+    if "default" not in named:
+        names = ", ".join(sorted(named))
+        raise SystemExit(
+            printable(
+                f"{folder}: none of its chat templates ({names}) is called default;"
+                f" {TEMPLATE_ADVICE}"
+            )
+        )
+    source = named["default"]
+    if not isinstance(source, str):
         raise SystemExit(f"{folder}/tokenizer_config.json: chat_template must be a text")
     return source or None
 
 
-def read_tokenizer_config(folder: str) -> dict:
-    path = os.path.join(folder, "tokenizer_config.json")
-    return read_json(path) if os.path.exists(path) else {}
+def read_named_sources(folder: str) -> dict:
+    """{name: source} of the chat templates in a model's folder.
+
+    As in transformers, files of their own replace all that tokenizer_config.json has.
+    """
+    files = {"default": os.path.join(folder, "chat_template.jinja")}
+    pattern = os.path.join(glob.escape(folder), "additional_chat_templates", "*.jinja")
+    for path in glob.glob(pattern):
+        files[os.path.basename(path).removesuffix(".jinja")] = path
+    named = {name: read_text(path) for name, path in files.items() if os.path.exists(path)}
+    if named:
+        return named
+    source = tokenizer.read_settings(folder).get("chat_template")
+    if isinstance(source, list):
+        items = [item for item in source if isinstance(item, dict)]
+        return {str(item.get("name")): item.get("template") for item in items}
+    return {"default": source} if source else {}
 
 
 def read_chat_template(folder: str, enc, kwargs: dict | None = None) -> ChatTemplate | None:
@@ -152,7 +176,7 @@ def read_chat_template(folder: str, enc, kwargs: dict | None = None) -> ChatTemp
     kwargs: variables that it shall read beside the special tokens.
     """
     variables = {}
-    for name, token in read_tokenizer_config(folder).items():
+    for name, token in tokenizer.read_settings(folder).items():
         if isinstance(token, dict):
             token = token.get("content")
         if name.endswith("_token") and isinstance(token, str):  # add_bos_token is a bool
@@ -204,7 +228,7 @@ def check_template(enc, template: str, folder: str):
 def refuse(chat_template: ChatTemplate, folder: str, error: NotFollowed) -> NoReturn:
     """Exit with why a chat template is not followed and what to do."""
     reason, *other = error.args
-    advice = "give the prompt's format by --template (docs/checkpoints.md)"
+    advice = TEMPLATE_ADVICE
     if other and "date_string" in chat_template.source:
         advice = """choose one by --chat_template_kwargs='{"date_string": "26 Jul 2024"}'"""
     elif other:

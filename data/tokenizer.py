@@ -459,11 +459,25 @@ def config_path(path: str) -> str:
     return os.path.join(os.path.dirname(path), "tokenizer_config.json")
 
 
+def read_settings(folder: str) -> dict:
+    """The tokenizer_config.json of a folder, {} if there is none.
+
+    An older folder also has special_tokens_map.json. As in transformers its entries replace those
+    of tokenizer_config.json, unless that has added_tokens_decoder.
+    """
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = os.path.join(folder, name)
+        if "added_tokens_decoder" not in settings and os.path.exists(path):
+            settings |= read_json(path)
+    return settings
+
+
 def load_json(path: str) -> JsonTokenizer:
     """Load a tokenizer.json. The tokenizer_config.json beside it names the end-of-text token."""
     try:
         text = read_text(path)
-        settings = read_json(config_path(path))
+        settings = read_settings(os.path.dirname(path))
         eos = settings.get("eos_token")
         if isinstance(eos, dict):
             eos = eos.get("content")

@@ -16,7 +16,7 @@ import eval as evaluation
 import sample
 import train
 from data import tokenizer
-from data.files import read_json
+from data.files import read_json, write_json
 from data.rows import sampled_row
 from data.template import TEMPLATE
 from model import GPT, GPTConfig
@@ -596,6 +596,20 @@ def test_existing_folders_are_kept(exported, tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_one_of_two_commands_makes_a_folder(tmp_path):
+    """The second comes before the first has written anything, and removes nothing."""
+    path = str(tmp_path / "new" / "out")
+    with hf.new_folder(path):
+        with pytest.raises(SystemExit, match="already exists"), hf.new_folder(path):
+            raise KeyError
+        with open(f"{path}/file", "w"):
+            pass
+    assert os.listdir(path) == ["file"]
+    with pytest.raises(KeyError), hf.new_folder(f"{path}2"):
+        raise KeyError
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
 # ----------------------------------------------------------------------------- variants of a folder
 
 
@@ -811,7 +825,7 @@ def test_other_tokenizers_are_kept_as_they_are(name, tmp_path):
     write_tokenizer(tmp_path, trained)
     edit_json(tmp_path / "tokenizer.json", OTHER_TOKENIZERS[name])
     settings = tmp_path / "tokenizer_config.json"
-    with pytest.raises(SystemExit, match="tokenizer_config.json: No such file"):
+    with pytest.raises(SystemExit, match="must give its eos_token, got None"):
         hf.read_tokenizer(tmp_path)
     settings.write_text(json.dumps({"eos_token": "</s>"}))
     with pytest.raises(SystemExit, match="eos_token '</s>'"):
@@ -995,6 +1009,69 @@ def test_a_chat_template_that_is_not_followed_is_refused(turns, tmp_path):
     kwargs = """--chat_template_kwargs={"mood": ""}"""
     import_model(turns, tmp_path / "b", kwargs)
     assert "must be a JSON object" in refused("import", turns, out, "--chat_template_kwargs=[1]")
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip", "normalized", "special"])
+def test_a_token_that_two_files_describe_differently(flag, turns, tmp_path):
+    """transformers follows tokenizer_config.json, and here tokenizer.json is read."""
+    out = f"--out={tmp_path / 'a'}"
+    token = read_json(str(turns / "tokenizer.json"))["added_tokens"][1]
+    assert token["content"] == "<|turn|>"
+    change = {"257": token | {flag: not token[flag]}}
+    update_json(turns / "tokenizer_config.json", added_tokens_decoder=change)
+    message = refused("import", turns, out)
+    assert "tokenizer_config.json: added_tokens_decoder: '<|turn|>' has" in message
+    assert f"has {flag} = {not token[flag]}, and {token[flag]} in tokenizer.json" in message
+    update_json(turns / "tokenizer_config.json", added_tokens_decoder={"257": token})
+    import_model(turns, tmp_path / "a")
+
+
+def test_a_token_that_one_file_lacks(turns, tmp_path):
+    out = f"--out={tmp_path / 'a'}"
+    for added, message in {
+        "{": "must have an object for each id",
+        "x": "'<x>' is not in the added_tokens of tokenizer.json",
+    }.items():
+        change = {"300": {"content": "<x>"} if added == "x" else added}
+        update_json(turns / "tokenizer_config.json", added_tokens_decoder=change)
+        assert message in refused("import", turns, out)
+
+
+def test_a_chat_template_by_name(turns, tmp_path):
+    """The one called default is followed, in whichever file it is; without it none is."""
+    settings, folder = turns / "tokenizer_config.json", turns / "additional_chat_templates"
+    out = f"--out={tmp_path / 'a'}"
+    import_model(turns, tmp_path / "original")
+    expected = read_meta(tmp_path / "original")["config"]["template"]
+
+    named = [{"name": "tool_use", "template": CHAT}, {"name": "rag", "template": CHAT}]
+    update_json(settings, chat_template=named)
+    message = refused("import", turns, out)
+    assert "none of its chat templates (rag, tool_use) is called default; give" in message
+    import_model(turns, tmp_path / "by_hand", "--template=Q: {prompt}\nA: ")
+
+    folder.mkdir()
+    (folder / "other.jinja").write_text(CHAT)
+    update_json(settings, chat_template=CHAT)  # which files of their own replace
+    assert "its chat templates (other) is called default" in refused("import", turns, out)
+    (folder / "default.jinja").write_text(CHAT)
+    update_json(settings, chat_template="replaced")
+    import_model(turns, tmp_path / "a")
+    assert read_meta(tmp_path / "a")["config"]["template"] == expected
+
+
+def test_special_tokens_of_an_old_folder(turns, tmp_path):
+    """special_tokens_map.json is read, unless tokenizer_config.json describes the tokens."""
+    settings, map_path = turns / "tokenizer_config.json", str(turns / "special_tokens_map.json")
+    update_json(settings, chat_template=CHAT.replace("<s>", "{{ bos_token }}"))
+    edit_json(settings, lambda value: [value.pop(name) for name in ("bos_token", "eos_token")])
+    write_json(map_path, {"bos_token": "<s>", "eos_token": {"content": tokenizer.EOT}})
+    import_model(turns, tmp_path / "a")
+    assert read_meta(tmp_path / "a")["config"]["template"].startswith("<s>")
+
+    update_json(settings, eos_token=tokenizer.EOT, added_tokens_decoder={})
+    import_model(turns, tmp_path / "b")
+    assert not read_meta(tmp_path / "b")["config"]["template"].startswith("<s>")
 
 
 def test_a_system_message_in_and_out(turns, tmp_path):

@@ -78,10 +78,11 @@ def import_model(
     hf_model = parse_hf_config(read_json(config_path), config_path)
 
     enc, tokenizer_name = read_tokenizer(folder)
-    chat_template = read_chat_template(folder, enc, kwargs)
-    if not template and chat_template:
-        template = follow(chat_template, enc, folder)
-    template = template or with_bos(enc, TEMPLATE)
+    if not template:
+        chat_template = read_chat_template(folder, enc, kwargs)
+        template = with_bos(enc, TEMPLATE)
+        if chat_template:
+            template = follow(chat_template, enc, folder)
     enc = with_stop_tokens(folder, enc, template)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
@@ -196,7 +197,7 @@ def find_folder(source):
 
     logging.set_verbosity(logging.CRITICAL)  # it logs every retry
     name, _, commit = source.partition("@")
-    patterns = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+    patterns = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
     try:
         return snapshot_download(name, revision=commit, allow_patterns=patterns)
     except Exception as e:  # whatever the HTTP client raises
@@ -399,7 +400,11 @@ def read_tokenizer(folder):
             " and there is no tokenizer.json"
         )
     if enc is None:
-        return tokenizer.load(path), "tokenizer.json"
+        enc = tokenizer.load(path)  # exits if the file is broken
+    if not old_format:
+        check_added_tokens(folder, parts.get("added_tokens", []))
+    if isinstance(enc, tokenizer.JsonTokenizer):
+        return enc, "tokenizer.json"
 
     known = {257: "bytes", 50257: "gpt2"}.get(enc.n_vocab)
     if known:
@@ -408,6 +413,36 @@ def read_tokenizer(folder):
             if tokenizer.fingerprint(tokenizer.load(known)) == tokenizer.fingerprint(enc):
                 return tokenizer.load(known), known
     return enc, "tokenizer.tiktoken"
+
+
+def check_added_tokens(folder, added_tokens):
+    """Exit if tokenizer_config.json and the added_tokens of tokenizer.json differ: transformers
+    follows the first, and only the second is read here."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    described = tokenizer.read_settings(folder).get("added_tokens_decoder", {})
+    if not isinstance(described, dict) or not all(isinstance(t, dict) for t in described.values()):
+        raise SystemExit(f"{path}: added_tokens_decoder must have an object for each id")
+    known = {token["content"]: token_flags(token) for token in added_tokens}
+    for token in described.values():
+        content = str(token.get("content"))
+        where = f"{path}: added_tokens_decoder: {content!r}"
+        if content not in known:
+            raise SystemExit(printable(f"{where} is not in the added_tokens of tokenizer.json"))
+        for flag, value in token_flags(token).items():
+            if value != known[content][flag]:
+                raise SystemExit(
+                    printable(
+                        f"{where} has {flag} = {value}, and {known[content][flag]} in"
+                        " tokenizer.json; make the two equal"
+                    )
+                )
+
+
+def token_flags(token: dict) -> dict:
+    """{flag: value} of an added token, with the defaults of the `tokenizers` package."""
+    default = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    default["normalized"] = not token.get("special", False)
+    return {flag: token.get(flag, value) for flag, value in default.items()}
 
 
 def with_stop_tokens(folder, enc, template):
@@ -657,19 +692,19 @@ def model_card(name, model_type, model, meta, enc, dtype):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Make a folder, and remove it again if the code that fills it fails."""
-    if os.path.islink(path):
-        raise SystemExit(f"{path} is a link; choose another --out")
-    existed = os.path.isdir(path)
-    if os.path.exists(path) and (not existed or os.listdir(path)):
+    """Make a folder, and remove it again if the code that fills it fails.
+
+    Of two processes only one can make it; the other exits and removes nothing.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
         raise SystemExit(f"{path} already exists; choose another --out, or remove it")
-    os.makedirs(path, exist_ok=True)
     try:
         yield
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
-        if existed:
-            os.makedirs(path)
         raise
 
 
