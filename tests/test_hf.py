@@ -1013,13 +1013,16 @@ def test_a_chat_template_that_is_not_followed_is_refused(turns, tmp_path):
 
 @pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip", "normalized", "special"])
 def test_a_token_that_two_files_describe_differently(flag, turns, tmp_path):
-    """transformers follows tokenizer_config.json, and here tokenizer.json is read."""
-    out = f"--out={tmp_path / 'a'}"
+    """transformers follows tokenizer_config.json, and here tokenizer.json is read. The last two do
+    not change the ids: nothing is normalized."""
     token = read_json(str(turns / "tokenizer.json"))["added_tokens"][1]
     assert token["content"] == "<|turn|>"
     change = {"257": token | {flag: not token[flag]}}
     update_json(turns / "tokenizer_config.json", added_tokens_decoder=change)
-    message = refused("import", turns, out)
+    if flag in ("normalized", "special"):
+        import_model(turns, tmp_path / "a")
+        return
+    message = refused("import", turns, f"--out={tmp_path / 'a'}")
     assert "tokenizer_config.json: added_tokens_decoder: '<|turn|>' has" in message
     assert f"has {flag} = {not token[flag]}, and {token[flag]} in tokenizer.json" in message
     update_json(turns / "tokenizer_config.json", added_tokens_decoder={"257": token})

@@ -402,7 +402,7 @@ def read_tokenizer(folder):
     if enc is None:
         enc = tokenizer.load(path)  # exits if the file is broken
     if not old_format:
-        check_added_tokens(folder, parts.get("added_tokens", []))
+        check_added_tokens(folder, parts)
     if isinstance(enc, tokenizer.JsonTokenizer):
         return enc, "tokenizer.json"
 
@@ -415,32 +415,32 @@ def read_tokenizer(folder):
     return enc, "tokenizer.tiktoken"
 
 
-def check_added_tokens(folder, added_tokens):
-    """Exit if tokenizer_config.json and the added_tokens of tokenizer.json differ: transformers
-    follows the first, and only the second is read here."""
+def check_added_tokens(folder, parts: dict):
+    """Exit if tokenizer_config.json and tokenizer.json (`parts`) differ in an added token, so that
+    ids would: transformers follows the first, and only the second is read here."""
     path = os.path.join(folder, "tokenizer_config.json")
     described = tokenizer.read_settings(folder).get("added_tokens_decoder", {})
     if not isinstance(described, dict) or not all(isinstance(t, dict) for t in described.values()):
         raise SystemExit(f"{path}: added_tokens_decoder must have an object for each id")
-    known = {token["content"]: token_flags(token) for token in added_tokens}
+    flags = ["single_word", "lstrip", "rstrip"]
+    if parts.get("normalizer"):
+        flags.append("normalized")
+    known = {token["content"]: token_flags(token) for token in parts.get("added_tokens", [])}
     for token in described.values():
         content = str(token.get("content"))
         where = f"{path}: added_tokens_decoder: {content!r}"
         if content not in known:
             raise SystemExit(printable(f"{where} is not in the added_tokens of tokenizer.json"))
-        for flag, value in token_flags(token).items():
-            if value != known[content][flag]:
-                raise SystemExit(
-                    printable(
-                        f"{where} has {flag} = {value}, and {known[content][flag]} in"
-                        " tokenizer.json; make the two equal"
-                    )
-                )
+        for flag in flags:
+            value, other = token_flags(token)[flag], known[content][flag]
+            if value != other:
+                text = f"{where} has {flag} = {value}, and {other} in tokenizer.json"
+                raise SystemExit(printable(f"{text}; make the two equal"))
 
 
 def token_flags(token: dict) -> dict:
     """{flag: value} of an added token, with the defaults of the `tokenizers` package."""
-    default = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    default = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     default["normalized"] = not token.get("special", False)
     return {flag: token.get(flag, value) for flag, value in default.items()}
 
