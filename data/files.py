@@ -24,7 +24,8 @@ def atomic_write(path: str, mode: str = "w"):
     """Open PATH.tmp and rename it to PATH at the end: PATH is either complete or untouched, also
     after a loss of power. mode is "w" (text in UTF-8) or "wb".
 
-    Exits with one line if PATH is not a regular file but a link, a folder, a pipe or a device.
+    Exits with one line if PATH is not a regular file but a link, a folder, a pipe or a device, and
+    if another process writes the same file.
     """
     require_regular(path)
     temporary = path + ".tmp"
@@ -34,19 +35,31 @@ def atomic_write(path: str, mode: str = "w"):
         os.unlink(temporary)
     # O_EXCL: nothing that someone puts there meanwhile is followed or overwritten
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    own = os.fstat(fd)
     try:
         with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             os.fsync(fd)
+        if not is_at(temporary, own):
+            raise SystemExit(printable(f"{path}: another process has written it meanwhile"))
         put_in_place(temporary, path)
     except BaseException as e:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        if is_at(temporary, own):
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
         if isinstance(e, OSError) and e.filename is None:
             e.filename = path  # a full disk does not say which file
         raise
     fsync_folder(os.path.dirname(path))
+
+
+def is_at(path: str, status: os.stat_result) -> bool:
+    """Whether the file that had this status when it was opened is still at `path`."""
+    try:
+        return os.path.samestat(os.lstat(path), status)
+    except OSError:
+        return False
 
 
 def put_in_place(temporary: str, path: str):

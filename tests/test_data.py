@@ -497,6 +497,23 @@ def test_files_are_data(tmp_path):
     )
 
 
+def test_two_writers_of_one_file(tmp_path):
+    """The second one begins anew. The first neither puts its half in place nor removes anything."""
+    path = tmp_path / "f.txt"
+    with pytest.raises(SystemExit, match="another process has written it meanwhile"):
+        with atomic_write(str(path)) as first:
+            first.write("first")
+            with atomic_write(str(path)) as second:
+                second.write("second")
+    assert path.read_text() == "second"
+    with pytest.raises(SystemExit, match="another process has written it meanwhile"):
+        with atomic_write(str(path)) as first:
+            os.unlink(f"{path}.tmp")
+            (tmp_path / "f.txt.tmp").write_text("of the second")
+    assert path.read_text() == "second"
+    assert (tmp_path / "f.txt.tmp").read_text() == "of the second"
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
