@@ -3,8 +3,8 @@
     python -m studies.smollm2.table out/commands/1 out/commands/2 out/commands/3
     python -m studies.smollm2.table studies/smollm2/logs/*.scores.jsonl
 
-± is a 95 % interval of the paired difference from SFT continued: over the seeds, or of one seed
-over its held-out prompts, which says nothing about another seed. Writes the scores of every prompt
+± is a 95 % interval of the paired difference from SFT continued: of one seed over its held-out
+prompts, which says nothing about another seed, and for three seeds or more also over them. Writes the scores of every prompt
 to SEED/scores.jsonl, a line for each method.
 """
 
@@ -120,7 +120,7 @@ def main(argv=None):
     for path, scored in zip(paths, seeds):
         print(f"{path}\n")
         print("\n".join(make_table([scored])) + "\n")
-    if len(seeds) > 1:
+    if len(seeds) > 2:  # Student's interval of two is of no use
         print(f"mean of {len(seeds)} seeds\n")
         print("\n".join(make_table(seeds)) + "\n")
 
