@@ -4,8 +4,8 @@
     python -m studies.smollm2.table studies/smollm2/logs/*.scores.jsonl
 
 ± is a 95 % interval of the paired difference from SFT continued: of one seed over its held-out
-prompts, which says nothing about another seed, and for three seeds or more also over them. Writes the scores of every prompt
-to SEED/scores.jsonl, a line for each method.
+prompts, which says nothing about another seed, and for three seeds or more also over them. Writes
+the scores of every prompt to SEED/scores.jsonl, a line for each method.
 """
 
 import json
