@@ -130,7 +130,7 @@ def test_preferred_ft_is_sft_on_the_rows_of_dpo():
     dpo = vars(load_config(["config/local/dpo.py"]))
     preferred_ft = vars(load_config(["config/local/preferred_ft.py"]))
     differing = {name for name in dpo if dpo[name] != preferred_ft[name]}
-    assert differing == {"stage", "out_dir", "init", "max_rows", "batch_size", "lr"}
+    assert differing == {"stage", "out_dir", "init", "max_rows", "batch_size", "lr", "loss_type"}
 
 
 def test_preferred_ft_is_a_reference_of_dpo(tiny_runs, tiny_data, tmp_path):
