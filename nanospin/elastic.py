@@ -30,6 +30,7 @@ from nanospin.distributed import heartbeat
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PULSE_INTERVAL = 0.5  # seconds
+PULSES_OF_A_HANG = 20  # to wait for one more: code that holds the interpreter's lock delays them
 ANSWER_TIMEOUT = 10.0  # seconds after which a store that does not answer is given up
 
 # Words in the RuntimeError that a collective call raises when another rank is lost.
@@ -468,13 +469,12 @@ def watch_ranks(watch: Watch, store, device):
     try:
         while True:
             send_pulse(store, watch)
-            watch.unanswered = 0.0
             if watch.idle <= watch.timeout / 2:
                 watch.place = None
             elif watch.place is None:
                 watch.place = current_location()
             if watch.idle > watch.timeout:
-                before, now = two_pulses(store, watch)
+                before, now = two_pulses(store, PULSES_OF_A_HANG, watch)
                 if not is_progress(before, now, watch.timeout):
                     why = f"no progress for {watch.timeout:.0f} seconds"
                     exit_with_error(describe_lost_ranks(why, before, now))
@@ -494,6 +494,7 @@ def send_pulse(store, watch: Watch):
         "location": location,
     }
     store.set(f"pulse/{distributed.rank()}", json.dumps(pulse))
+    watch.unanswered = 0.0
     time.sleep(PULSE_INTERVAL)
 
 
@@ -506,11 +507,11 @@ def read_pulses(store) -> dict[int, dict]:
     return pulses
 
 
-def two_pulses(store, watch: Watch | None = None) -> tuple[dict, dict]:
-    """`read_pulses`, and again three pulses later. The watcher thread passes its Watch, and goes on
-    sending this rank's pulse meanwhile."""
+def two_pulses(store, wait: int, watch: Watch | None = None) -> tuple[dict, dict]:
+    """`read_pulses`, and again `wait` pulses later. The watcher thread passes its Watch, and sends
+    this rank's pulse meanwhile."""
     before = read_pulses(store)
-    for _ in range(3):
+    for _ in range(wait):
         if watch:
             send_pulse(store, watch)
         else:
@@ -543,7 +544,7 @@ def describe_broken_connection() -> str:
     """The line of a rank whose collective call has failed."""
     why = "the connection broke"
     try:
-        before, now = two_pulses(distributed.process_groups["store"].clone())
+        before, now = two_pulses(distributed.process_groups["store"].clone(), 3)
     except dist.DistError:
         return f"{why}: rank 0 is gone, and the store with it"
     return describe_lost_ranks(why, before, now)
