@@ -402,7 +402,7 @@ def read_tokenizer(folder):
     if enc is None:
         enc = tokenizer.load(path)  # exits if the file is broken
     if not old_format:
-        check_added_tokens(folder, parts)
+        check_added_tokens(folder, parts.get("added_tokens", []))
     if isinstance(enc, tokenizer.JsonTokenizer):
         return enc, "tokenizer.json"
 
@@ -415,34 +415,25 @@ def read_tokenizer(folder):
     return enc, "tokenizer.tiktoken"
 
 
-def check_added_tokens(folder, parts: dict):
-    """Exit if tokenizer_config.json and tokenizer.json (`parts`) differ in an added token, so that
-    ids would: transformers follows the first, and only the second is read here."""
+def check_added_tokens(folder, added_tokens: list[dict]):
+    """Exit if tokenizer_config.json and the added_tokens of tokenizer.json differ in what a token
+    takes of the text around it: transformers follows the first, and only the second is read here.
+    A token that only the first has is said: here it is text."""
     path = os.path.join(folder, "tokenizer_config.json")
     described = tokenizer.read_settings(folder).get("added_tokens_decoder", {})
     if not isinstance(described, dict) or not all(isinstance(t, dict) for t in described.values()):
         raise SystemExit(f"{path}: added_tokens_decoder must have an object for each id")
-    flags = ["single_word", "lstrip", "rstrip"]
-    if parts.get("normalizer"):
-        flags.append("normalized")
-    known = {token["content"]: token_flags(token) for token in parts.get("added_tokens", [])}
+    known = {token["content"]: token for token in added_tokens}
     for token in described.values():
         content = str(token.get("content"))
-        where = f"{path}: added_tokens_decoder: {content!r}"
         if content not in known:
-            raise SystemExit(printable(f"{where} is not in the added_tokens of tokenizer.json"))
-        for flag in flags:
-            value, other = token_flags(token)[flag], known[content][flag]
+            print(printable(f"{content!r} is no token here: only tokenizer_config.json has it"))
+            continue
+        for flag in ("single_word", "lstrip", "rstrip"):
+            value, other = token.get(flag, False), known[content].get(flag, False)
             if value != other:
-                text = f"{where} has {flag} = {value}, and {other} in tokenizer.json"
-                raise SystemExit(printable(f"{text}; make the two equal"))
-
-
-def token_flags(token: dict) -> dict:
-    """{flag: value} of an added token, with the defaults of the `tokenizers` package."""
-    default = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    default["normalized"] = not token.get("special", False)
-    return {flag: token.get(flag, value) for flag, value in default.items()}
+                text = f"{path}: added_tokens_decoder: {content!r} has {flag} = {value}, and"
+                raise SystemExit(printable(f"{text} {other} in tokenizer.json; make the two equal"))
 
 
 def with_stop_tokens(folder, enc, template):
