@@ -836,16 +836,15 @@ OF_GAE = [
 
 
 def settings_without_effect(cfg: Config) -> list[str]:
-    """The settings that are not at their default and that this run does not read, each with what
-    would read it. A config that imports another one may have such settings, so they are only said.
-    """
+    """The settings that are not at their default and that this run does not read, each with what it
+    needs. A config that imports another one may have such settings, so they are not refused."""
     is_ppo, ranks = cfg.stage == "ppo", cfg.stage in ("preference", "spin")
     reads_stream = cfg.stage == "pretrain" or cfg.pretrain_coef
-    rules = [  # settings, whether this run reads them, what does
-        (["beta"], ranks, "stages preference and spin"),
-        (["loss_type"], ranks or cfg.stage == "reward", "stages reward, preference and spin"),
+    rules = [  # settings, whether this run reads them, what they need
+        (["beta"], ranks, "stage preference or spin"),
+        (["loss_type"], ranks or cfg.stage == "reward", "stage reward, preference or spin"),
         (["players", "temperature", "top_k", "top_p"], cfg.stage == "spin", "stage spin"),
-        (["teacher"], cfg.stage == "spin" or is_ppo, "stages spin and ppo"),
+        (["teacher"], cfg.stage == "spin" or is_ppo, "stage spin or ppo"),
         (["judge_length_normalize"], is_scored(cfg), "a scorer in ranked_by"),
         (OF_PPO, is_ppo, "stage ppo"),
         (OF_GAE, is_ppo and cfg.advantage == "gae", "stage ppo with advantage gae"),
@@ -857,8 +856,8 @@ def settings_without_effect(cfg: Config) -> list[str]:
     ]
     default = Config()
     found = []
-    for names, is_read, reader in rules:
+    for names, is_read, needed in rules:
         for name in names:
             if not is_read and getattr(cfg, name) != getattr(default, name):
-                found.append(f"{name} (of {reader})")
+                found.append(f"{name} (needs {needed})")
     return found

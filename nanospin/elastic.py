@@ -30,8 +30,8 @@ from nanospin.distributed import heartbeat
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PULSE_INTERVAL = 0.5  # seconds
-PULSES_OF_A_HANG = 20  # to wait for one more: code that holds the interpreter's lock delays them
-ANSWER_TIMEOUT = 10.0  # seconds after which a store that does not answer is given up
+SILENT_PULSES = 20  # a rank that misses so many has stopped; code that holds the GIL delays them
+ANSWER_TIMEOUT = 10.0  # seconds to wait for an answer of the store
 
 # Words in the RuntimeError that a collective call raises when another rank is lost.
 CONNECTION_WORDS = ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer")
@@ -430,7 +430,7 @@ class Watch:
     def __init__(self, timeout: float):
         self.timeout = timeout  # seconds without progress
         self.idle = 0.0  # seconds since the last progress
-        self.unanswered = 0.0  # seconds since the store has answered
+        self.silent = 0.0  # seconds since this rank's last pulse: then it waits for the store
         self.place = None  # `current_location`, once there has been no progress for long
 
 
@@ -449,16 +449,17 @@ def count_seconds(watch: Watch):
     touches = heartbeat.touches
     while True:
         time.sleep(PULSE_INTERVAL)
-        watch.unanswered += PULSE_INTERVAL
+        watch.silent += PULSE_INTERVAL
         watch.idle += PULSE_INTERVAL
         if heartbeat.touches != touches:
             touches, watch.idle = heartbeat.touches, 0.0
-        if watch.idle > watch.timeout and watch.unanswered > ANSWER_TIMEOUT:
-            if not heartbeat.leaving:
-                why = f"no progress for {watch.timeout:.0f} seconds, in {heartbeat.stage}"
-                text = f"rank {distributed.rank()}: {why}, and rank 0 does not answer"
-                print(one_line(text), file=sys.stderr, flush=True)
-                os._exit(1)
+        hangs = watch.idle > watch.timeout and watch.silent > ANSWER_TIMEOUT
+        if hangs and not heartbeat.leaving:
+            why = f"no progress for {watch.timeout:.0f} seconds, in {heartbeat.stage}"
+            text = f"rank {distributed.rank()}: {why}, and rank 0 does not answer"
+            # not print_error_once, which asks the store
+            print(one_line(text), file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def watch_ranks(watch: Watch, store, device):
@@ -474,7 +475,7 @@ def watch_ranks(watch: Watch, store, device):
             elif watch.place is None:
                 watch.place = current_location()
             if watch.idle > watch.timeout:
-                before, now = two_pulses(store, PULSES_OF_A_HANG, watch)
+                before, now = two_pulses(store, SILENT_PULSES, watch)
                 if not is_progress(before, now, watch.timeout):
                     why = f"no progress for {watch.timeout:.0f} seconds"
                     exit_with_error(describe_lost_ranks(why, before, now))
@@ -494,7 +495,7 @@ def send_pulse(store, watch: Watch):
         "location": location,
     }
     store.set(f"pulse/{distributed.rank()}", json.dumps(pulse))
-    watch.unanswered = 0.0
+    watch.silent = 0.0
     time.sleep(PULSE_INTERVAL)
 
 

@@ -501,17 +501,18 @@ class Store(dict):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(timeout, ...): run the watcher thread of rank 0 of two until it would end the process.
-    Returns (seconds, its line, the places that it sent)."""
+    """watch(timeout, others): run the watcher thread of rank 0 of two, which makes no progress,
+    until it would end the process. others(seconds) is what rank 1's pulse then says. Returns
+    (seconds, its line, the pulses of rank 0)."""
 
-    def run(timeout, others=lambda seconds: {"time": seconds, "idle": seconds}, idle=None):
+    def run(timeout, others=lambda seconds: {"time": seconds, "idle": seconds}):
         watched = elastic.Watch(timeout)
         store = Store()
         pulses = []
 
         def sleep(seconds):
             pulses.append(json.loads(store["pulse/0"]))
-            watched.idle = idle(len(pulses) / 2) if idle else watched.idle + seconds
+            watched.idle += seconds
             pulse = {"collectives": 0, "waiting": True, "location": "stage 1"}
             store.set("pulse/1", json.dumps(pulse | others(len(pulses) / 2)))
 
@@ -602,6 +603,18 @@ def test_a_store_that_does_not_answer_does_not_hang_this_rank(monkeypatch, capsy
     assert "no progress for 10 seconds" in error and "rank 0 does not answer" in error
 
 
+def test_a_suspended_job_is_not_hanging(monkeypatch):
+    """A count every half second, and once 1,000 seconds in which nothing ran."""
+    clock = [0.0]
+
+    def happen(watch, seconds):
+        clock[0] += 1000.0 if seconds == 2.5 else 0.5
+
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: clock[0])
+    seconds_until_given_up(monkeypatch, happen)
+    assert 1010 <= clock[0] <= 1011
+
+
 def test_progress_and_answers_are_waited_for(monkeypatch):
     """Progress until 20 seconds, then answers of the store until 50."""
 
@@ -609,7 +622,7 @@ def test_progress_and_answers_are_waited_for(monkeypatch):
         if seconds <= 20:
             distributed.heartbeat.touch()
         elif seconds <= 50:
-            watch.unanswered = 0.0
+            watch.silent = 0.0
 
     assert seconds_until_given_up(monkeypatch, happen) == (60.0, 1)
 

@@ -151,7 +151,7 @@ def test_the_table_of_smollm2_follows_from_its_scores():
         text = f.read()
     for seed in (1, 2):
         scored = smollm2.read_scores(f"{folder}/logs/{seed}.scores.jsonl")
-        assert "\n".join(smollm2.make_table([scored])) in text
+        assert "\n".join(smollm2.make_table(scored)) in text
 
 
 def test_after_a_failure_nothing_is_started(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
 """The table of studies/smollm2, from the evaluation of run.sh or from its scores.
 
-    python -m studies.smollm2.table out/commands/1 out/commands/2 out/commands/3
+    python -m studies.smollm2.table out/commands/1 out/commands/2
     python -m studies.smollm2.table studies/smollm2/logs/*.scores.jsonl
 
-± is a 95 % interval of the paired difference from SFT continued: of one seed over its held-out
-prompts, which says nothing about another seed, and for three seeds or more also over them. Writes
-the scores of every prompt to SEED/scores.jsonl, a line for each method.
+± is a 95 % interval of the paired difference from SFT continued over the held-out prompts of one
+seed. It says nothing about another seed. Writes the scores of every prompt to SEED/scores.jsonl, a
+line for each method.
 """
 
 import json
@@ -19,7 +19,7 @@ from data.files import atomic_write, read_json, read_text
 from data.rows import prompt_key, read_rows
 from eval import f1_score
 from studies.smollm2.scorer import argument_f1
-from tools.plot import markdown_table, t_interval
+from tools.plot import markdown_table
 
 TITLES = {
     "copied": "the program's name, copied from the prompt",
@@ -78,35 +78,25 @@ def read_scores(path: str) -> dict[str, dict]:
     return scored
 
 
-def with_difference(seeds: list[dict], name: str, metric: str) -> str:
+def with_difference(scored: dict, name: str, metric: str) -> str:
     """The mean in percent, and behind it the mean paired difference with its interval."""
-    means = []
-    differences = []
-    for scored in seeds:
-        values = 100 * np.array(scored[name][metric])
-        means.append(values.mean())
-        differences.append(values - 100 * np.array(scored[BASELINE][metric]))
-    mean = f"{np.mean(means):.1f} %"
+    values = 100 * np.array(scored[name][metric])
     if name == BASELINE:
-        return mean
-    if len(seeds) == 1:
-        one = differences[0]
-        difference, half_width = one.mean(), 1.96 * one.std(ddof=1) / len(one) ** 0.5
-    else:
-        difference, half_width = t_interval([one.mean() for one in differences])
-    return f"{mean} ({difference:+.1f} ± {half_width:.1f})"
+        return f"{values.mean():.1f} %"
+    difference = values - 100 * np.array(scored[BASELINE][metric])
+    half_width = 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+    return f"{values.mean():.1f} % ({difference.mean():+.1f} ± {half_width:.1f})"
 
 
-def make_table(seeds: list[dict[str, dict]]) -> list[str]:
-    """Markdown, from the scores of each seed."""
+def make_table(scored: dict[str, dict]) -> list[str]:
+    """Markdown."""
     rows = []
     for name, title in TITLES.items():
-        of_seeds = [scored[name] for scored in seeds]
-        row = [title, *(with_difference(seeds, name, metric) for metric in METRICS)]
-        row.append(f"{100 * np.mean([scores['only_name'] for scores in of_seeds]):.0f} %")
-        for key, digits in (("tokens", 1), ("val_loss", 2)):
-            values = [scores[key] for scores in of_seeds if key in scores]
-            row.append(f"{np.mean(values):.{digits}f}" if values else "")
+        scores = scored[name]
+        row = [title, *(with_difference(scored, name, metric) for metric in METRICS)]
+        row.append(f"{100 * np.mean(scores['only_name']):.0f} %")
+        row.append(f"{scores['tokens']:.1f}" if "tokens" in scores else "")
+        row.append(f"{scores['val_loss']:.2f}" if "val_loss" in scores else "")
         rows.append(row)
     head = ["", *METRICS.values(), "only the name", "tokens", "validation loss"]
     return markdown_table(head, rows)
@@ -114,15 +104,11 @@ def make_table(seeds: list[dict[str, dict]]) -> list[str]:
 
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl, each")
-    paths = parser.parse_args(argv).paths
-    seeds = [read_scores(path) if path.endswith(".jsonl") else score_all(path) for path in paths]
-    for path, scored in zip(paths, seeds):
+    parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl")
+    for path in parser.parse_args(argv).paths:
+        scored = read_scores(path) if path.endswith(".jsonl") else score_all(path)
         print(f"{path}\n")
-        print("\n".join(make_table([scored])) + "\n")
-    if len(seeds) > 2:  # Student's interval of two is of no use
-        print(f"mean of {len(seeds)} seeds\n")
-        print("\n".join(make_table(seeds)) + "\n")
+        print("\n".join(make_table(scored)) + "\n")
 
 
 if __name__ == "__main__":
