@@ -39,7 +39,6 @@ from data.rows import (
     drop_equal_responses,
     encode_rows,
     longest_shared_prefix,
-    name_tokenizer,
     read_rows,
     sampled_row,
     write_rows,
@@ -259,8 +258,6 @@ def test_ids_of_no_tokenizer_are_refused():
     row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
     with pytest.raises(SystemExit, match="'a' has ids and does not name their tokenizer"):
         encode([row])
-    (own,) = name_tokenizer([row], BYTES, "{prompt}")  # a file that the run itself wrote
-    assert encode_one(own)["responses"] == [[7]]
     assert encode_one(row | {"ids": [None]})["responses"] == [[ord("b"), EOT]]
 
 
@@ -710,6 +707,22 @@ def test_shp_by_row_and_by_post(tmp_path):
     assert not any("comment 2 of 3" in text for text in texts["hub"])  # it is never preferred
 
 
+def test_shp_leaves_out_pairs_without_a_post_or_a_comment(tmp_path):
+    rows = shp_rows()
+    rows[0]["history"] = None
+    rows[1]["human_ref_B"] = None  # comment 0, which is preferred
+    rows[5] |= {"history": " ", "human_ref_A": ""}
+    write_lines(tmp_path / "hub" / "train.jsonl", rows)
+    args = [f"--hub={tmp_path}/hub", "--split=group", f"--out={tmp_path}/out", "--tokenizer=bytes"]
+    done = prepare("shp", *args)
+    assert done.returncode == 0, done.stderr
+    assert "left out 3 pairs without a post or a comment" in done.stdout
+    train, val = read_both(f"{tmp_path}/out/group")
+    texts = [row["responses"][0] for row in train + val]
+    assert len(texts) == 117
+    assert not any("None" in text for text in texts)
+
+
 def test_shp_sets_are_other_rows(tmp_path):
     write_lines(tmp_path / "hub" / "train.jsonl", shp_rows())
     done = prepare(
@@ -734,6 +747,8 @@ def test_shp_sets_are_other_rows(tmp_path):
 
 def test_shp_refusals(tmp_path):
     write_lines(tmp_path / "hub" / "train.jsonl", [{"prompt": "a"}])
+    row = {"prompt": "a", "responses": ["b", "c"], "system": "S"}
+    write_lines(tmp_path / "system.jsonl", [row])
     for args, message in (
         ([f"--hub={tmp_path}/hub"], "its rows have no"),
         ([f"--hub={tmp_path}/nothing"], "could not read it"),
@@ -742,6 +757,7 @@ def test_shp_refusals(tmp_path):
         (["--surrogate", "--rows=0"], "at least 1"),
         (["--surrogate", "--tokenizer=foo"], "tokenizer foo"),
         (["--surrogate", "a.jsonl"], "either files"),
+        ([f"{tmp_path}/system.jsonl"], "a thread has no system; drop it"),
     ):
         done = prepare("shp", f"--out={tmp_path}/out", "--tokenizer=bytes", *args)
         assert done.returncode

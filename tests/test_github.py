@@ -16,7 +16,7 @@ from data.folder import read_meta
 from data.gsm8k.prepare import MODELS
 from data.rows import read_rows
 from data.stackexchange.prepare import SITES, parse_page, plain_text
-from data.tldr_pages.prepare import page_rows, plain_command
+from data.tldr_pages.prepare import code_text, page_rows, plain_command
 
 SOLUTIONS = "grade_school_math/data/example_model_solutions.jsonl"
 
@@ -131,6 +131,10 @@ def test_tldr_page():
 
 def test_tldr_command():
     assert plain_command("a {{[-x|--long]}} {{b|c}} {{<Ctrl c>}}") == "a --long b|c <Ctrl c>"
+    assert code_text("`ls -l `") == "ls -l "
+    assert code_text("`` echo `date` ``") == "echo `date`"
+    command = r"docker ps --format '\{\{.ID\}\} {{text}}'"
+    assert plain_command(command) == "docker ps --format '{{.ID}} text'"
 
 
 def test_tldr_pages(tmp_path):

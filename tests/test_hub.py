@@ -20,6 +20,7 @@ from data import hub, tokenizer
 from data.files import read_json, write_json
 from data.folder import prepare_command, read_meta, read_stream
 from data.rows import read_rows
+from data.shp_ranked.prepare import is_close
 
 
 def parquet(folder, **splits):
@@ -191,6 +192,8 @@ def test_shp_ranked(tmp_path):
         ("p", "comment d of p", [3, 2]),
     ]
     assert dropped["pairs below --min_ratio"] == 1
+    assert not is_close(4, 2, 2) and is_close(3, 2, 2) and not is_close(2, 2, 1)
+    assert is_close(-1, -1, 2) and is_close(0, 0, 2) and not is_close(1, -5, 2)
 
 
 def hh_pair(chosen, rejected, context=None, rejected_context=None):
@@ -318,6 +321,13 @@ def test_ultrafeedback(tmp_path):
     assert by_group["Do 0."]["responses"] == ["C", "D", "A", "B"]
     assert by_group["Do 1."]["scores"] == [1.0] * 4
     assert {"Do 2.", "Do 3."} <= set(by_group)
+
+    out = tmp_path / "spaces"
+    options = ["--val_share=0.2", "--without= truthful_qa, sharegpt"]
+    _, _, dropped = prepare("ultrafeedback", folder, out, *options)
+    assert dropped["rows of truthful_qa"] == 1
+    with pytest.raises(SystemExit, match="no source 'truthfulqa'; there are evol_instruct"):
+        prepare("ultrafeedback", folder, tmp_path / "typo", "--without=truthfulqa")
 
 
 def nectar(prompt, ranks, texts="abcdefg"):

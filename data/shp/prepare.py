@@ -55,8 +55,9 @@ def ranked_pairs(paths):
             row = to_row(value, where)
             if str(value.get("source", "")).startswith("gsm8k"):  # not threads
                 continue
-            if row.get("history"):
-                raise SystemExit(f"{where}: a thread has no history; drop it")
+            for name in ("history", "system"):
+                if row.get(name):
+                    raise SystemExit(f"{where}: a thread has no {name}; drop it")
             num_responses = len(row["responses"])
             scores = row.get("scores") or range(num_responses, 0, -1)
             group = value.get("group")
@@ -148,10 +149,15 @@ def main(argv=None):
             check_output(os.path.join(out, split, name), args.files, is_data=True)
             check_other_data(os.path.join(out, split), (".jsonl",))
     for out in outs:
-        texts = []
+        texts, num_empty = [], 0
         for history, comment, post in itertools.islice(pairs, args.rows):
-            if f"{history}{comment}".strip():
+            is_missing = history is None or comment is None
+            if is_missing or not f"{history}{comment}".strip():
+                num_empty += 1
+            else:
                 texts.append({"text": f"{history}\n\n{comment}", "group": post})
+        if num_empty:
+            print(f"{out}: left out {num_empty} pairs without a post or a comment")
         write_splits(out, texts, source, splits, args)
 
 

@@ -37,6 +37,12 @@ FIELDS = (
 )
 
 
+def is_close(better: float, worse: float, min_ratio: float) -> bool:
+    """Whether a score is below min_ratio times the next one. Scores that are 0 or less have no
+    ratio; equal ones are close."""
+    return better < min_ratio * worse or better == worse and min_ratio > 1
+
+
 def main(argv=None):
     parser = hub.argument_parser(__doc__, "stanfordnlp/SHP", __file__)
     parser.add_argument("--pairs", action="store_true", help="the pairs as published")
@@ -55,7 +61,7 @@ def main(argv=None):
         if scores[0] < scores[1]:
             return hub.drop(dropped, "pairs whose label and scores disagree")
         if args.pairs:
-            if scores[0] < args.min_ratio * scores[1]:
+            if is_close(*scores, args.min_ratio):
                 return hub.drop(dropped, "pairs below --min_ratio")
             answers = zip(responses, scores)
             return hub.rank_responses(row["history"], answers, row["post_id"], dropped)
@@ -82,7 +88,7 @@ def main(argv=None):
             kept = []
             by_score = sorted(comments[post].values(), key=lambda answer: -answer[1])
             for response, score in by_score:
-                if kept and kept[-1][1] < args.min_ratio * score:
+                if kept and is_close(kept[-1][1], score, args.min_ratio):
                     hub.drop(dropped, "comments below --min_ratio")
                 else:
                     kept.append((response, score))

@@ -8,7 +8,7 @@ The English pages of github.com/tldr-pages/tldr for Linux, macOS, Windows and th
 who gives rows on must name the tldr-pages team and contributors). Writes train.jsonl and val.jsonl,
 K = 1. The command is the group: its pages for several platforms stay together.
 
-- `{{placeholders}}` become their text, and `{{[-s|--long]}}` the long option.
+- `{{placeholders}}` become their text, `{{[-s|--long]}}` the long option, escaped braces braces.
 - The brackets of mnemonics, "[c]reate", are removed from the tasks.
 - Notes, links and "See also" are left out of the descriptions.
 - Which command of a page is kept is a hash of its task.
@@ -23,6 +23,7 @@ import sys
 from data import cli, github
 
 PLATFORMS = {"common": "", "linux": "", "osx": " on macOS", "windows": " on Windows"}
+OPENING, CLOSING = "\x00", "\x01"  # stand for braces that are no placeholder's
 REPOSITORY = github.Repository(
     "tldr-pages/tldr",
     "08e345f42639f67d99282813247ac670dc6e87cb",
@@ -44,7 +45,7 @@ def page_rows(path: str, text: str, num_commands: int) -> list[dict]:
         elif line.startswith("- "):
             task = re.sub(r"\[(\w+)\]", r"\1", line[2:].strip().rstrip(":"))
         elif line.startswith("`"):
-            commands.append((task, plain_command(line.strip()[1:-1])))
+            commands.append((task, plain_command(code_text(line.strip()))))
     if num_commands:
         commands.sort(key=lambda command: hashlib.sha256(command[0].encode()).digest())
         commands = commands[:num_commands]
@@ -59,13 +60,23 @@ def page_rows(path: str, text: str, num_commands: int) -> list[dict]:
     return [{"prompt": prompt, "responses": [text], "group": group} for prompt, text in rows]
 
 
+def code_text(code: str) -> str:
+    """The text between backticks, one or more on each side."""
+    ticks = len(code) - len(code.lstrip("`"))
+    text = code[ticks:-ticks]
+    return text.strip() if ticks > 1 else text
+
+
 def plain_command(command: str) -> str:
     """A command without the marks of its placeholders; of an option's two forms the long one.
 
-    "tar {{[-x|--extract]}} {{file}}" -> "tar --extract file".
+    "tar {{[-x|--extract]}} {{file}}" -> "tar --extract file". Braces behind backslashes are
+    braces.
     """
+    command = command.replace(r"\{\{", OPENING).replace(r"\}\}", CLOSING)
     command = re.sub(r"\{\{\[(.*?)\|(.*?)\]\}\}", r"\2", command)
-    return re.sub(r"\{\{(.*?)\}\}", r"\1", command)
+    command = re.sub(r"\{\{(.*?)\}\}", r"\1", command)
+    return command.replace(OPENING, "{{").replace(CLOSING, "}}")
 
 
 def main(argv=None):

@@ -23,6 +23,17 @@ import sys
 
 from data import cli, hub
 
+SOURCES = (
+    "evol_instruct",
+    "false_qa",
+    "flan_v2_cot",
+    "flan_v2_flan2021",
+    "flan_v2_niv2",
+    "flan_v2_p3",
+    "sharegpt",
+    "truthful_qa",
+    "ultrachat",
+)
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 
@@ -64,9 +75,13 @@ def main(argv=None):
     )
     hub.add_val_share(parser, 0.02)
     args = parser.parse_args(argv)
+    without = [name.strip() for name in args.without.split(",")]
+    unknown = set(without) - {"", *SOURCES}
+    if unknown:
+        raise SystemExit(f"--without: no source {min(unknown)!r}; there are {', '.join(SOURCES)}")
 
     def convert(row, dropped):
-        if row["source"] in args.without.split(","):
+        if row["source"] in without:
             return hub.drop(dropped, f"rows of {row['source']}")
         answers = row["completions"]
         if args.by == "overall_score":
