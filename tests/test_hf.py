@@ -1293,6 +1293,20 @@ def test_settings_of_models_of_the_hub(name):
     assert GPTConfig(**fields, vocab_size=hf_model.vocab_rows) == model_config
 
 
+def test_the_pattern_that_transformers_does_not_read_is_refused():
+    """Without layer_types transformers reads sliding_window_pattern only, and has 6 else."""
+    settings = dict(HUB_MODELS["gemma-3-270m"].settings)
+    settings["_sliding_window_pattern"] = 3
+    fields = hf_families.parse_hf_config(settings, "config.json").fields
+    assert fields["full_attention_interval"] == 6  # of layer_types
+    del settings["layer_types"]
+    with pytest.raises(SystemExit, match="_sliding_window_pattern 3 needs layer_types"):
+        hf_families.parse_hf_config(settings, "config.json")
+    settings["_sliding_window_pattern"] = 6
+    fields = hf_families.parse_hf_config(settings, "config.json").fields
+    assert fields["full_attention_interval"] == 6
+
+
 def test_harmless_settings_are_ignored(exported, tmp_path):
     shutil.copytree(exported / "modern", tmp_path / "in")
     path = tmp_path / "in" / "config.json"

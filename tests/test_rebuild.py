@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from data.files import sha256, write_json
 from data.rows import read_rows, write_rows
 from nanospin import checkpoint
 from nanospin.rounds import with_checksum
-from tests.conftest import make_data
+from tests.conftest import ROOT, make_data
 from tests.test_train import spin_args
 from tools import rebuild
 
@@ -101,6 +102,32 @@ def test_a_rebuilt_round_is_identical(original, tmp_path, capsys, round_id):
     assert "must be a new or an empty folder" in refused(folder, f"--out={out}")
 
 
+def test_two_commands_with_one_folder(original, tmp_path, monkeypatch):
+    """The second is refused while the first writes, and the first ends as if alone."""
+    folder, out = f"{original.run}/round_0", f"{tmp_path}/again"
+    reference_checkpoint = rebuild.reference_checkpoint
+
+    def beside_another(*args):
+        command = [sys.executable, "-m", "tools.rebuild", folder, f"--out={out}"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 1
+        assert f"{out} is in use by process {os.getpid()}" in done.stderr
+        return reference_checkpoint(*args)
+
+    monkeypatch.setattr(rebuild, "reference_checkpoint", beside_another)
+    rebuild.main([folder, f"--out={out}"])
+
+
+def test_a_round_whose_reference_was_removed(original, tmp_path):
+    inputs = original.copy(tmp_path)
+    init = shutil.move(checkpoint.latest(inputs.run, 0), f"{tmp_path}/init")
+    for path in checkpoint.list_steps(f"{inputs.run}/round_0"):
+        shutil.rmtree(path)
+    args = [f"{inputs.run}/round_1", f"--out={tmp_path}/again", *inputs.moved()]
+    assert "no checkpoint of round 0 any more" in refused(*args)
+    rebuild.main([*args, f"--init={init}"])
+
+
 @pytest.mark.parametrize("stage", ["spin", "preference"])
 def test_a_round_that_needs_no_earlier_file(tiny_runs, tiny_data, tmp_path, capsys, stage):
     """Then nothing else makes the folder that it is written to."""
@@ -120,13 +147,18 @@ def test_a_round_ranked_by_a_function(tiny_runs, tiny_data, tmp_path, capsys, mo
     players = ["--players=data,self:3", "--ranked_by=graded_again:f", "--replay_rounds=1"]
     sizes = ["--rounds=2", "--max_rows=16", "--max_steps=1"]
     train.main(spin_args(tiny_runs, tiny_data, run, *players, *sizes))
+    message = refused(f"{run}/round_0", f"--out={tmp_path}/again_0")
+    assert message.endswith(
+        "pass --ranked_by=graded_again:f"
+    )  # data does not name what is imported
+    function = "--ranked_by=graded_again:f"
     for round_id in (0, 1):
-        rebuild.main([f"{run}/round_{round_id}", f"--out={tmp_path}/again_{round_id}"])
+        rebuild.main([f"{run}/round_{round_id}", f"--out={tmp_path}/again_{round_id}", function])
         output = capsys.readouterr().out
         assert "identical, bit for bit: self_train.jsonl, train.jsonl, train.ref.npz" in output
     source.write_text("def f(row, text):\n    return -float(text.count('e'))\n")
     del sys.modules["graded_again"]  # as in another process
-    message = refused(f"{run}/round_1", f"--out={tmp_path}/other")
+    message = refused(f"{run}/round_1", f"--out={tmp_path}/other", function)
     assert "graded_again:f is not the function that ranked the round" in message
 
 

@@ -396,8 +396,11 @@ def take_gemma(settings, model_type, fields):
         pattern = 2
     else:
         taken["logit_softcap"] = take_softcap(settings, "final_logit_softcapping", 0.0)
-        pattern = settings.take("_sliding_window_pattern", int, 6)
-        pattern = settings.take("sliding_window_pattern", int, pattern)
+        # transformers writes the first beside layer_types, and reads only the second without them
+        written = settings.take("_sliding_window_pattern", int, 0)
+        pattern = settings.take("sliding_window_pattern", int, 6)
+        if written not in (0, pattern) and settings.left.get("layer_types") is None:
+            settings.refuse(f"_sliding_window_pattern {written} needs layer_types")
         taken["rope_local_theta"] = take_local_theta(settings)
 
     window = settings.take("sliding_window", int, 4096)

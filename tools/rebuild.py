@@ -17,8 +17,8 @@ import numpy as np
 from data import cli
 from data.files import read_arrays, read_json, sha256
 from model import GPT, GPTConfig
-from nanospin import checkpoint, config, distributed, elastic, inputs, metrics_logger
-from nanospin.config import is_scored
+from nanospin import checkpoint, config, distributed, elastic, inputs, lock, metrics_logger
+from nanospin.config import is_function, is_scored
 from nanospin.rounds import input_files, read_manifest, reference_checkpoint
 from rollout import collect, prepare_teacher
 from train import build_model, resolve_model
@@ -50,13 +50,20 @@ def rebuild(folder: str, out: str, overrides: dict, base: str | None = None) -> 
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)
     dtype = distributed.compute_dtype(cfg, device)
-    if distributed.broadcast_from_rank0(is_taken(out)):
-        raise SystemExit(f"--out {out} must be a new or an empty folder")
-    if distributed.rank() == 0:
-        os.makedirs(out, exist_ok=True)
+    distributed.run_on_rank0(take_folder, out)
 
+    if round_id and "init" not in overrides and not checkpoint.latest(run, round_id - 1):
+        raise SystemExit(
+            f"{run} has no checkpoint of round {round_id - 1} any more, which this round started "
+            "from; pass a copy of it as --init"
+        )
     reference = overrides.get("init") or reference_checkpoint(cfg, round_id)
-    if is_scored(cfg) and ":" in cfg.ranked_by:
+    if is_scored(cfg) and is_function(cfg.ranked_by):
+        if "ranked_by" not in overrides:  # the manifest is data, so it does not import anything
+            raise SystemExit(
+                f"the function {cfg.ranked_by} ranked this round; to import it, pass "
+                f"--ranked_by={cfg.ranked_by}"
+            )
         check_function(cfg.ranked_by, manifest)
     base = base or manifest["config"]["init"]
     for name, path in input_files(replace(cfg, init=base), round_id, reference).items():
@@ -72,14 +79,14 @@ def rebuild(folder: str, out: str, overrides: dict, base: str | None = None) -> 
     cfg = replace(cfg, init=reference, out_dir=out)
     model_config, enc, _, path = resolve_model(cfg, GPT)
     if cfg.stage == "spin":
-        prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
+        prepare_teacher(cfg, enc, model_config.block_size, device)
     if cfg.lora_rank and round_id:  # the policy is an adapter of the run's init
         model = build_model(
             replace(cfg, init=base), GPT, model_config, path, device, dtype, resumes=True
         )
     else:
         model = build_model(cfg, GPT, model_config, path, device, dtype)
-    collect(cfg, round_id, model, enc, device, dtype, print_on_rank0)
+    collect(cfg, round_id, model, enc, device, print_on_rank0)
 
     names = compare_files(manifest, folder, os.path.join(out, f"round_{round_id}"))
     print_on_rank0(f"identical, bit for bit: {', '.join(names)}")
@@ -96,8 +103,12 @@ def load_config(manifest, run, overrides):
     return config.load(argv, GPTConfig)
 
 
-def is_taken(path):
-    return os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
+def take_folder(path):
+    """Make a folder and take its lock, so that two commands do not write there at once."""
+    if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {"lock"}):
+        raise SystemExit(f"--out {path} must be a new or an empty folder")
+    os.makedirs(path, exist_ok=True)
+    lock.acquire(path)
 
 
 def check_input(name, path, manifest):
@@ -206,14 +217,20 @@ def main(argv):
     parser.add_argument("--base", help="with lora_rank, the init of the run, if it has moved")
     parser.add_argument("--data", help="the data folder, if it has moved")
     parser.add_argument("--teacher", help="the teacher, if it has moved")
-    parser.add_argument("--ranked_by", help="the reward model or judge, if it has moved")
+    parser.add_argument(
+        "--ranked_by",
+        help="module:function, if a function ranked; the reward model or judge, if it has moved",
+    )
     parser.add_argument("--device", help="cpu or cuda, if not the original one")
     args = parser.parse_args(argv)
     overrides = {}
     for name in ("init", "data", "teacher", "ranked_by", "device"):
         if getattr(args, name):
             overrides[name] = getattr(args, name)
-    rebuild(args.round, args.out, overrides, args.base)
+    try:
+        rebuild(args.round, args.out, overrides, args.base)
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":
