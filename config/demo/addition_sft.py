@@ -4,7 +4,7 @@
     python train.py config/demo/addition_sft.py
 
 One CPU core, 0.7 minutes. The seed matters much: after 350 steps 35 to 77 % of held-out sums are
-right greedily for seeds 1 to 5 (validation loss about 0.5), and 78 % for 1337 (0.29).
+right greedily for seeds 1 to 5 (validation loss 0.29 to 0.59), and 78 % for 1337 (0.29).
 """
 
 stage = "sft"

@@ -3,9 +3,9 @@
     python -m studies.smollm2.table out/commands/1 out/commands/2
     python -m studies.smollm2.table studies/smollm2/logs/*.scores.jsonl
 
-± is a 95 % interval of the paired difference from SFT continued over the held-out prompts of one
-seed. It says nothing about another seed. Writes the scores of every prompt to SEED/scores.jsonl, a
-line for each method.
+A table for each seed, and one of their mean. ± is a 95 % interval of the paired difference from SFT
+continued over the held-out prompts. It says nothing about another seed. Writes the scores of every
+prompt to SEED/scores.jsonl, a line for each method.
 """
 
 import json
@@ -78,6 +78,16 @@ def read_scores(path: str) -> dict[str, dict]:
     return scored
 
 
+def mean_over_seeds(all_scored: list[dict]) -> dict[str, dict]:
+    """The scores of each method and prompt, averaged over seeds with the same prompts."""
+    means = {}
+    for name in TITLES:
+        means[name] = {}
+        for metric in all_scored[0][name].keys() - {"method"}:
+            means[name][metric] = np.mean([scored[name][metric] for scored in all_scored], axis=0)
+    return means
+
+
 def with_difference(scored: dict, name: str, metric: str) -> str:
     """The mean in percent, and behind it the mean paired difference with its interval."""
     values = 100 * np.array(scored[name][metric])
@@ -105,9 +115,13 @@ def make_table(scored: dict[str, dict]) -> list[str]:
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl")
+    tables = {}
     for path in parser.parse_args(argv).paths:
-        scored = read_scores(path) if path.endswith(".jsonl") else score_all(path)
-        print(f"{path}\n")
+        tables[path] = read_scores(path) if path.endswith(".jsonl") else score_all(path)
+    if len(tables) > 1:
+        tables["mean"] = mean_over_seeds(list(tables.values()))
+    for title, scored in tables.items():
+        print(f"{title}\n")
         print("\n".join(make_table(scored)) + "\n")
 
 
