@@ -296,8 +296,9 @@ def ranking_metrics(
 
 
 def count_responses(rows: list[dict], selected: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """(rows, K): how many of the selected responses each response is. Those that equal a better
-    one of their row are absent, and "same_as" says which one. selected, mask (rows, K)."""
+    """(rows, K): how many selected responses are equal to each one that is kept, itself included.
+    The others of them are absent, and "same_as" says which one they equal. selected, mask (rows,
+    K)."""
     counts = np.zeros(mask.shape, dtype=int)
     for i, row in enumerate(rows):
         same_as = row.get("same_as", [None] * mask.shape[1])
@@ -727,8 +728,8 @@ def reference_metrics(name: str, entry: Entry, model, rows, args) -> dict[str, f
             f"--reference {args.reference}: its block_size {reference.config.block_size} is too"
             f" short for the rows of {name}, of up to {longest} tokens"
         )
-    logps = row_logps(model, rows, 64, args.device)
-    refs = row_logps(reference, rows, 64, args.device)
+    logps = row_logps(model, rows, EVAL_TOKENS, args.device)
+    refs = row_logps(reference, rows, EVAL_TOKENS, args.device)
     return ranking_metrics(logps, refs, rows, args.beta, [str(k + 1) for k in range(K)])
 
 

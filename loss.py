@@ -16,7 +16,7 @@ from nanospin.fused_head import linear_logprobs
 
 __all__ = [
     "grpo_loss",
-    "kl_estimates",
+    "kl_k3",
     "linear_logprobs",
     "plackett_luce",
     "ppo_loss",
@@ -60,7 +60,7 @@ def plackett_luce(
     depth          keep the terms of the first `depth` responses; 1 is "best against the rest"
     ranks          (B, K) int, smaller is better. Equal ranks are ties: tied responses do not
                    compete with each other, so a row of ties costs 0. Default: the position
-    margin         added to the score of each worse response, in each term: a number, or (B, k, j)
+    margin         by how much s_k has to exceed each worse s_j: a number, or (B, k, j)
 
     Returns nll (B,). Equal scores give ln K!: ln 2 = 0.6931, ln 6 = 1.7918.
     """
@@ -162,7 +162,8 @@ def preference_loss(
             scores = scores / lengths.clamp(min=1)
     diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
 
-    margins = torch.zeros_like(diff)  # of s_i - s_j; margins[:, j, i] = -margins[:, i, j]
+    # (B, i, j): by how much s_i has to exceed s_j; margins[:, j, i] = -margins[:, i, j]
+    margins = torch.zeros_like(diff)
     if loss_type == "simpo":
         margins = margin * (worse.to(diff) - worse.transpose(1, 2).to(diff))
     elif score_margin:
@@ -309,8 +310,8 @@ def pair_mask(
 
 
 def wins(diff: Tensor) -> Tensor:
-    """Whether each s_i - s_j is above 0, as a number: 1, 0, or 1/2 for a tie. Every accuracy and
-    win rate counts like this, so that equal scores give 1/2, as guessing does."""
+    """Whether each s_i - s_j is above 0, as a number: 1, 0, or 1/2 for a tie. Ranking
+    accuracies and win rates count like this, so that equal scores give 1/2, as guessing does."""
     return 0.5 + 0.5 * diff.sign()
 
 
@@ -444,7 +445,7 @@ def ppo_loss(
 
     A clip of 0 does not clip; clip_high None is clip. Returns the loss () and metrics:
     `policy_loss`, `value_loss`, `entropy`, `clip_fraction` the share of ratios outside the range,
-    `approx_kl` = KL(pi_old || pi) by k3 of `kl_estimates`.
+    `approx_kl` = KL(pi_old || pi) by `kl_k3`.
     """
     ratio = (logps - old_logps).exp()
     policy_losses, outside = clipped_surrogate(ratio, advantages, clip, clip_high)
@@ -457,13 +458,12 @@ def ppo_loss(
     loss = policy_losses.mean() + value_coef * value_loss - entropy_coef * entropy.mean()
 
     with torch.no_grad():
-        _, _, k3 = kl_estimates(old_logps, logps)
         metrics = {
             "policy_loss": policy_losses.mean(),
             "value_loss": value_loss,
             "entropy": entropy.mean(),
             "clip_fraction": outside.mean(),
-            "approx_kl": k3.mean(),
+            "approx_kl": kl_k3(old_logps, logps).mean(),
         }
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -490,8 +490,8 @@ def grpo_loss(
     seq                                      (m,) int64 in [0, n), the response of each token
     lengths                                  (n,) tokens of each response, 0 where there is none
 
-    The loss of a token is that of `clipped_surrogate`, plus kl_coef x k3 of `kl_estimates` to the
-    reference (2402.03300, eq. 4), minus entropy_coef x H as in `ppo_loss`. `average` is
+    The loss of a token is that of `clipped_surrogate`, plus kl_coef x `kl_k3` to the reference
+    (2402.03300, eq. 4), minus entropy_coef x H as in `ppo_loss`. `average` is
 
         token     the mean over all tokens (DAPO, 2503.14476, eq. 8)
         sequence  the mean over responses of the mean over their tokens (GRPO)
@@ -527,38 +527,33 @@ def grpo_loss(
     entropy = -ratio * logps.detach()  # has the gradient of H
     losses = policy_losses
     if kl_coef:
-        _, _, k3 = kl_estimates(logps, ref_logps)
-        losses = losses + kl_coef * k3
+        losses = losses + kl_coef * kl_k3(logps, ref_logps)
     if entropy_coef:
         losses = losses - entropy_coef * entropy
     loss = loss_mean(losses)
 
     with torch.no_grad():
-        _, _, k3 = kl_estimates(old_logps, logps)
         metrics = {
             "policy_loss": loss_mean(policy_losses),
             "entropy": mean(entropy),
             "clip_fraction": mean(outside),
-            "approx_kl": mean(k3),
+            "approx_kl": mean(kl_k3(old_logps, logps)),
         }
         if ref_logps is not None:
-            _, _, k3 = kl_estimates(logps, ref_logps)
-            metrics["kl"] = mean(k3)
+            metrics["kl"] = mean(kl_k3(logps, ref_logps))
     return loss, metrics
 
 
-def kl_estimates(logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three estimates of KL(p || q) from samples of p, to be averaged.
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """An estimate of KL(p || q) from samples of p, to be averaged: unbiased and never negative.
 
-    logps, ref_logps (...): log p and log q of the samples. Returns (k1, k2, k3), each (...), with
-    log r = log q - log p (J. Schulman, "Approximating KL divergence", joschu.net/blog):
+    logps, ref_logps (...): log p and log q of the samples. Returns (...), with r = q / p (J.
+    Schulman, "Approximating KL divergence", joschu.net/blog):
 
-        k1 = -log r              unbiased, of either sign
-        k2 = (log r)^2 / 2       low variance, biased where p and q are far apart
-        k3 = (r - 1) - log r     unbiased, never negative
+        k3 = (r - 1) - log r
     """
     log_r = ref_logps - logps
-    return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r
+    return torch.expm1(log_r) - log_r
 
 
 # --------------------------------------------------------------------------------- Taylor loss

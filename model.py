@@ -48,7 +48,7 @@ class GPTConfig:
     query_pre_attn_scalar: float = 0.0  # scores are divided by its root (Gemma); 0: head_dim
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
-    norm_position: str = "before"  # attention and MLP | after (OLMo 2) | both (Gemma 2)
+    norm_position: str = "before"  # before attention and MLP | after (OLMo 2) | both (Gemma 2)
     parallel_residual: bool = False  # attention and MLP have the same input (GPT-J, GPT-NeoX)
     scale_embeddings: bool = False  # multiply them by the root of n_embd (Gemma)
     # gelu (tanh form) | gelu_erf | relu | relu2 (2109.08668) | swiglu, geglu (2002.05202)
@@ -470,7 +470,12 @@ class GPT(nn.Module):
             sequences = dict.fromkeys(windows, cache)
         else:
             packed = PackedSequences(
-                sequence_id, response_id, pos, 0, shape, cache, softcap=c.attention_softcap
+                sequence_id,
+                response_id,
+                pos,
+                shape=shape,
+                kv_cache=cache,
+                softcap=c.attention_softcap,
             )
             sequences = {window: packed.with_window(window) for window in set(windows)}
 

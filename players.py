@@ -15,7 +15,6 @@ import os
 import numpy as np
 
 from data import tokenizer
-from data.batch import batch_indices
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
@@ -32,6 +31,7 @@ from data.rows import (
 from eval import is_ranked, length_accuracy
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.config import (
+    is_function,
     is_scored,
     ordered_players,
     player_columns,
@@ -39,7 +39,6 @@ from nanospin.config import (
     scorer_setting,
 )
 from nanospin.distributed import all_gather_object, broadcast_from_rank0, run_on_rank0
-from nanospin.preflight import check_prompts_differ
 from nanospin.rounds import (
     make_round_folder,
     part_files,
@@ -51,7 +50,7 @@ from sample import respond, response_text
 from scorer import score_rows
 
 
-def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> list[dict]:
+def collect_candidates(cfg, round_id, split, rows, model, enc, say) -> list[dict]:
     """The responses of all players to every prompt, in the order of the players, as ranked rows
     with ids. The samples of one player are ties. In stage preference there are no players, but the
     data's own responses.
@@ -63,7 +62,7 @@ def collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say) -> li
         return [data_candidates(row, enc, cfg.template) for row in rows]
     columns = []  # a column per player: of each row a list of (text, ids), None where absent
     for player in ordered_players(cfg):
-        column = player_responses(cfg, round_id, split, player, rows, model, enc, dtype)
+        column = player_responses(cfg, round_id, split, player, rows, model, enc)
         if player == "teacher":
             column, num_empty = drop_empty(column)
             if num_empty:
@@ -93,7 +92,7 @@ def data_candidates(row: dict, enc, template: str) -> dict:
     return row_with_ids(row, texts, ids, enc, template)
 
 
-def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> list[list[tuple]]:
+def player_responses(cfg, round_id, split, player, rows, model, enc) -> list[list[tuple]]:
     """(text, ids) of a player's responses to each row: one, or n of the player "self:n". To add a
     player, add a branch here."""
     if player == "data":
@@ -107,7 +106,7 @@ def player_responses(cfg, round_id, split, player, rows, model, enc, dtype) -> l
     path = os.path.join(round_folder(cfg, round_id - rounds_ago), f"self_{split}.jsonl")
     count = int(count or 1)
     if rounds_ago == 0:
-        sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, dtype, count)
+        sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, count)
     return match_samples(path, rows, enc, count, cfg.template)
 
 
@@ -161,7 +160,7 @@ def drop_unscorable_prompts(cfg, rows, say=None, split="") -> list[dict]:
     """The rows whose prompt leaves room for a response in the model that scores, if one does. Its
     weights are not needed."""
     name = scorer_name(cfg)
-    if not name or ":" in name:
+    if not name or is_function(name):
         return rows
     path = checkpoint.resolve(name)
     meta = run_on_rank0(checkpoint.read_meta, path)
@@ -187,7 +186,7 @@ def list_counts(counts: dict[str, int]) -> str:
 # ------------------------------------------------------------------------------------------ ranking
 
 
-def rank_by_score(cfg, path: str, rows, candidates, enc, device, dtype) -> list[dict]:
+def rank_by_score(cfg, path: str, rows, candidates, enc, device) -> list[dict]:
     """The candidates of each row in the order of their scores, best first; equal scores are ties.
     top_players come before the others, in their own order. Absent ones come last.
 
@@ -198,7 +197,7 @@ def rank_by_score(cfg, path: str, rows, candidates, enc, device, dtype) -> list[
     ids = [candidate["ids"] for candidate in candidates]
     K = max(map(len, texts))
     texts = [row_texts + [None] * (K - len(row_texts)) for row_texts in texts]
-    scores = score_rows(cfg, path, rows, texts, ids, enc, device, dtype)
+    scores = score_rows(cfg, path, rows, texts, ids, enc, device)
     names = player_columns(cfg) if cfg.stage == "spin" else [""] * K
     ranked = []
     for candidate, row_scores in zip(candidates, scores.tolist()):
@@ -241,16 +240,19 @@ def hash_ids(ids: list[int]) -> str:
 # ----------------------------------------------------------------------------------------- sampling
 
 
-def sample_policy(path, cfg, rows, name: str, model, enc, dtype, count: int = 1):
+def sample_policy(path, cfg, rows, name: str, model, enc, count: int = 1):
     """Sample the policy as it is now, with a full copy of its weights on each rank unless
     sample_sharded is set."""
-    policy = model if cfg.sample_sharded else distributed.gather_full_model(model, dtype)
+    policy = model
+    if not cfg.sample_sharded:
+        device = next(model.parameters()).device
+        policy = distributed.gather_full_model(model, distributed.compute_dtype(cfg, device))
     write_samples(path, policy, enc, cfg, rows, name, count)
 
 
 def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count: int = 1):
-    """Sample `count` responses to every prompt and write them to a ranked file, a row each, those
-    to one prompt after each other.
+    """Sample `count` responses to every prompt and write them to a ranked file, one row per
+    sample. The samples of a prompt are consecutive.
 
     The rows are divided among the ranks. A sample is a function of (weights, seed, name, number of
     the row): another name draws other samples. Every finished part is kept, so a resumed file is
@@ -354,15 +356,9 @@ def unique_prompts(rows: list[dict], say=None, split="") -> list[dict]:
 
 
 def prompts_of_round(cfg, rows: list[dict], round_id: int) -> list[dict]:
-    """max_rows of the rows, all different, and others in each round until each was there once.
-
-    Exits if the run was begun by a version that would have others now.
-    """
+    """max_rows of the rows, all different, and others in each round until each was there once."""
     size = min(cfg.max_rows or len(rows), len(rows))
-    chosen = round_indices(len(rows), size, cfg.seed, round_id)
-    if not np.array_equal(chosen, batch_indices(len(rows), size, cfg.seed, round_id)):
-        run_on_rank0(check_prompts_differ, cfg.out_dir, round_id)
-    return [rows[i] for i in chosen]
+    return [rows[i] for i in round_indices(len(rows), size, cfg.seed, round_id)]
 
 
 def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -> list[list[tuple]]:

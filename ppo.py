@@ -26,8 +26,8 @@ and R - kl_coef sum_t (log pi - log pi_ref) stands for R. reverse_kl takes the s
 each token. With gae the reward is first normalized by mean and deviation of the first round's
 samples if `whiten_rewards`. pi_ref is `init`.
 
-With kl_in "loss" the penalty is not in the advantages: the loss has kl_coef x k3 of
-`loss.kl_estimates` at each token (2402.03300, eq. 4). The loss is `loss.ppo_loss` for gae, else
+With kl_in "loss" the penalty is not in the advantages: the loss has kl_coef x `loss.kl_k3` at
+each token (2402.03300, eq. 4). The loss is `loss.ppo_loss` for gae, else
 `loss.grpo_loss`.
 
 RUN/round_R/ holds self_train.jsonl (samples, those of a prompt are K lines after each other),
@@ -52,13 +52,12 @@ from data.files import atomic_write, read_arrays, sha256, write_json
 from data.gsm8k.scorer import same_answer
 from data.rows import (
     encode_rows,
-    name_tokenizer,
     read_rows,
     row_with_ids,
     write_rows,
 )
 from eval import map_batches, response_lengths, validation_rows
-from loss import kl_estimates
+from loss import kl_k3
 from model import GPT
 from nanospin import checkpoint, distributed, inputs, lora, rounds
 from nanospin.config import convert
@@ -66,12 +65,12 @@ from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from nanospin.preflight import say_shared_prompts
 from nanospin.rounds import (
     check_finite,
-    check_policy,
-    check_scorer,
+    discard_old_scores,
     reference_checkpoint,
     remove_parts,
     round_folder,
     score_in_parts,
+    set_aside_round,
     with_checksum,
     write_scorer,
 )
@@ -116,7 +115,7 @@ class Trajectories:
     group_size: int = 1  # K
 
 
-def collect(cfg, round_id: int, model, enc, device, dtype, say):
+def collect(cfg, round_id: int, model, enc, device, say):
     """(train, val, report) of a round.
 
     train: encoded rows of K responses, with the arrays of `rollout_names`, each (tokens,) float32,
@@ -140,8 +139,8 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
         say_shared_prompts(rows, val, say)
     rows = prompts_of_round(cfg, rows, round_id)
 
-    run_on_rank0(check_policy, cfg, round_id)
-    run_on_rank0(check_scorer, cfg, round_id)
+    run_on_rank0(set_aside_round, cfg, round_id)
+    run_on_rank0(discard_old_scores, cfg, round_id)
     run_on_rank0(remove_later_evaluations, cfg, round_id)
     manifest_path = os.path.join(folder, "collect.json")
     if not broadcast_from_rank0(os.path.exists(manifest_path)):
@@ -150,7 +149,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
                 f"{manifest_path} is missing, and the policy of round {round_id} has been trained, "
                 "so it is no longer the one that sampled; remove the folder of that round"
             )
-        make_round(cfg, round_id, rows, model, enc, device, dtype)
+        make_round(cfg, round_id, rows, model, enc, device)
     remove_score_parts(os.path.join(folder, "self_train.jsonl"))
     train, report = read_round(cfg, folder, enc, block_size)
     num_responses = len(train) * cfg.samples_per_prompt
@@ -183,13 +182,13 @@ def check_teacher(cfg, enc, block_size: int):
         )
 
 
-def make_round(cfg, round_id: int, rows, model, enc, device, dtype):
+def make_round(cfg, round_id: int, rows, model, enc, device):
     """Sample, score and write a round's files."""
     start, folder = time.perf_counter(), round_folder(cfg, round_id)
     path = os.path.join(folder, "self_train.jsonl")
     name = f"{round_id} self train"
     K = cfg.samples_per_prompt
-    samples = sample_trajectories(cfg, path, name, rows, model, enc, device, dtype, K)
+    samples = sample_trajectories(cfg, path, name, rows, model, enc, device, K)
     samples = best_first(samples)
     scaling = reward_scaling(cfg, round_id, samples.scores)
     arrays, report = advantages(cfg, scaling, samples)
@@ -301,7 +300,7 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
         if not os.path.exists(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
     train, _ = encode_rows(
-        name_tokenizer(read_rows(rows_path), enc, cfg.template),
+        read_rows(rows_path),
         enc,
         cfg.template,
         block_size,
@@ -324,8 +323,7 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
     """Held-out metrics of the policy: `sample_report` of one response to each row, drawn with the
     same random numbers at every evaluation and kept in RUN/round_R/val_step_S.jsonl."""
     path = os.path.join(round_folder(cfg, round_id), f"val_step_{step:06d}.jsonl")
-    dtype = distributed.compute_dtype(cfg, device)
-    samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device, dtype)
+    samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device)
     remove_score_parts(path)
     return sample_report(samples, rows)
 
@@ -345,14 +343,12 @@ def remove_later_evaluations(cfg, round_id: int):
 # -------------------------------------------------------------------------------- trajectories
 
 
-def sample_trajectories(
-    cfg, path, name, rows, model, enc, device, dtype, count: int = 1
-) -> Trajectories:
+def sample_trajectories(cfg, path, name, rows, model, enc, device, count: int = 1) -> Trajectories:
     """Sample `count` responses to each row into a ranked file and score them, on every rank.
 
     What has been scored is kept in parts beside the file, see `remove_score_parts`.
     """
-    sample_policy(path, cfg, rows, name, model, enc, dtype, count)
+    sample_policy(path, cfg, rows, name, model, enc, count)
     texts, ids, sampled = [], [], []
     for row, samples in zip(rows, match_samples(path, rows, enc, count, cfg.template)):
         texts.append([text for text, _ in samples])
@@ -371,14 +367,14 @@ def sample_trajectories(
     logps = np.split(policy["logps"], ends)
     values = np.split(policy["values"], ends) if model.config.scalar_head else None
     base = model if cfg.lora_rank else None
-    refs = checkpoint_logps(cfg, path, "reference", cfg.init, encoded, enc, device, dtype, base)
+    refs = checkpoint_logps(cfg, path, "reference", cfg.init, encoded, enc, device, base)
     teacher = None
     if cfg.teacher:
-        teacher = checkpoint_logps(cfg, path, "teacher", cfg.teacher, encoded, enc, device, dtype)
+        teacher = checkpoint_logps(cfg, path, "teacher", cfg.teacher, encoded, enc, device)
         teacher = np.split(teacher, ends)
         scores = teacher_scores(logps, teacher)
     else:
-        scores = score_rows(cfg, f"{path}.reward", rows, texts, ids, enc, device, dtype).ravel()
+        scores = score_rows(cfg, f"{path}.reward", rows, texts, ids, enc, device).ravel()
     ids = list(itertools.chain.from_iterable(ids))
     return Trajectories(
         texts=list(itertools.chain.from_iterable(texts)),
@@ -402,12 +398,11 @@ def teacher_scores(logps: list[np.ndarray], teacher: list[np.ndarray]) -> np.nda
     return np.array(scores)
 
 
-def checkpoint_logps(
-    cfg, path, role, source, encoded, enc, device, dtype, policy=None
-) -> np.ndarray:
+def checkpoint_logps(cfg, path, role, source, encoded, enc, device, policy=None) -> np.ndarray:
     """Log-probabilities of all response tokens under a checkpoint, (tokens,) float32. role:
     "reference" or "teacher". policy: a model with LoRA whose base is that checkpoint."""
     if policy is None:
+        dtype = distributed.compute_dtype(cfg, device)
         model, _, _ = GPT.from_checkpoint(source, device, dtype)
     else:
         model = policy
@@ -428,37 +423,38 @@ def remove_score_parts(path: str):
 
 
 def token_arrays(model, cfg, rows, enc, device, scorer: str) -> dict[str, np.ndarray]:
-    """{"logps", "values"} of all response tokens, (tokens,) float32. Exits with one line, which
+    """`token_scores` in one array each, (tokens,) float32. Exits with one line, which
     names `scorer`, if one is not finite."""
-    logps, values = token_scores(model, rows, cfg, device)
-    check_finite(logps, rows, enc, f"log-probabilities under {scorer}")
-    check_finite(values, rows, enc, f"values of {scorer}")
-    return {"logps": np.concatenate(logps), "values": np.concatenate(values)}
+    names = {"logps": "log-probabilities under", "values": "values of"}
+    arrays = {}
+    for name, scores in token_scores(model, rows, cfg, device).items():
+        check_finite(scores, rows, enc, f"{names[name]} {scorer}")
+        arrays[name] = np.concatenate(scores)
+    return arrays
 
 
-def token_scores(model, rows, cfg, device) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Log-probability and value of every response token: two lists of (tokens,) float32, one entry
-    per row, its responses after each other. Without a scalar head the values are the
-    log-probabilities again."""
+def token_scores(model, rows, cfg, device) -> dict[str, list[np.ndarray]]:
+    """{"logps"} of every response token, and "values" if the model has a scalar head: lists of
+    (tokens,) float32, one entry per row, its responses after each other."""
 
     def score(batch: Batch):
-        if model.config.scalar_head:
-            logps, values = model.logps_and_values(
-                batch.idx, batch.targets, batch.value_positions, **batch.layout()
-            )
-        else:
-            logps = model(batch.idx, batch.targets, **batch.layout())
-            values = None
-        logps = logps[batch.targets >= 0]
-        values = logps if values is None else values
         lengths = batch.lengths.sum(1).tolist()
-        return list(zip(logps.cpu().split(lengths), values.cpu().split(lengths)))
+        if not model.config.scalar_head:
+            logps = model(batch.idx, batch.targets, **batch.layout())[batch.targets >= 0]
+            return [{"logps": y} for y in logps.cpu().split(lengths)]
+        logps, values = model.logps_and_values(
+            batch.idx, batch.targets, batch.value_positions, **batch.layout()
+        )
+        logps = logps[batch.targets >= 0].cpu().split(lengths)
+        values = values.cpu().split(lengths)
+        return [{"logps": y, "values": v} for y, v in zip(logps, values)]
 
     budget = distributed.micro_batch_tokens(cfg, device)
     results = map_batches(model, rows, budget, device, ppo_batch, score, layout=cfg.layout)
-    logps = [np.asarray(row[0], dtype=np.float32) for row in results]
-    values = [np.asarray(row[1], dtype=np.float32) for row in results]
-    return logps, values
+    scores = {}
+    for name in results[0]:
+        scores[name] = [np.asarray(row[name], dtype=np.float32) for row in results]
+    return scores
 
 
 # ---------------------------------------------------------------------------------- arithmetic
@@ -609,7 +605,7 @@ def sample_report(samples: Trajectories, rows=()) -> dict[str, float]:
 
     reward, reward_std, reward_se   as the scorer gives it, with deviation and standard error;
                                     reverse_kl: see `teacher_scores`
-    kl, kl_se                       KL(pi || pi_ref) of a response: k1 of `loss.kl_estimates` summed
+    kl, kl_se                       KL(pi || pi_ref) of a response: log pi - log pi_ref summed
                                     over its tokens, with standard error
     kl_token                        mean of k3 over tokens
     entropy                         mean of -log pi over the sampled tokens
@@ -629,7 +625,7 @@ def sample_report(samples: Trajectories, rows=()) -> dict[str, float]:
     K = samples.group_size
     kl, scores = np.array(kl).reshape(-1, K), samples.scores.reshape(-1, K)
     n = len(kl)
-    _, _, k3 = kl_estimates(logps, refs)
+    k3 = kl_k3(logps, refs)
     report = {
         "reward": float(scores.mean()),
         "reward_std": float(scores.std()),

@@ -30,7 +30,6 @@ from data.folder import read_stream
 from data.rows import (
     drop_equal_responses,
     encode_rows,
-    name_tokenizer,
     prompt_key,
     read_rows,
     write_rows,
@@ -38,20 +37,20 @@ from data.rows import (
 from eval import is_ranked, row_logps, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed, inputs
-from nanospin.config import is_scored, scorer_setting
+from nanospin.config import is_function, is_scored, scorer_setting
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from nanospin.preflight import say_shared_prompts
 from nanospin.rounds import (
     check_files,
     check_finite,
-    check_policy,
-    check_scorer,
+    discard_old_scores,
     policy_sha256,
     reference_checkpoint,
     remove_parts,
     round_folder,
     rows_sha256,
     score_in_parts,
+    set_aside_round,
     write_manifest,
     write_scorer,
 )
@@ -69,7 +68,7 @@ from players import (
 )
 
 
-def collect(cfg, round_id: int, model, enc, device, dtype, say):
+def collect(cfg, round_id: int, model, enc, device, say):
     """(train, val, report) of a round. train and val are token streams for pretrain, else lists of
     encoded rows. Rows of preference and spin have "ref", the reference log-probability of each
     response. report: what to log about the players, on validation rows. say: prints a line."""
@@ -79,14 +78,14 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
     uses_reference = cfg.stage in ("preference", "spin")
     run_on_rank0(check_files, cfg, round_id)
     if uses_reference:
-        run_on_rank0(check_policy, cfg, round_id)
-        run_on_rank0(check_scorer, cfg, round_id)
+        run_on_rank0(set_aside_round, cfg, round_id)
+        run_on_rank0(discard_old_scores, cfg, round_id)
     rows_by_split = load_rows(cfg, round_id, say)
     if round_id == 0:
         say_shared_prompts(rows_by_split["train"], rows_by_split["val"], say)
     played = None
     if cfg.stage == "spin" or is_scored(cfg):
-        played = play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say)
+        played = play_round(cfg, round_id, rows_by_split, model, enc, device, say)
     encoded, report = {}, {}
     for split, rows in rows_by_split.items():
         if cfg.stage == "sft":
@@ -98,7 +97,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
             rows, of_data = played[split]
             report[split] = round_report(cfg, rows, of_data, enc)
             if split == "train":
-                rows = rows + name_tokenizer(earlier_rows(cfg, round_id), enc, cfg.template)
+                rows = rows + earlier_rows(cfg, round_id)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
         encoded[split] += answers
         if uses_reference:
@@ -106,7 +105,7 @@ def collect(cfg, round_id: int, model, enc, device, dtype, say):
             for row, ref in zip(encoded[split], refs, strict=True):
                 row["ref"] = ref[: len(row["responses"])].tolist()
     if uses_reference and distributed.rank() == 0:
-        write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start)
+        write_manifest(cfg, round_id, enc, device, encoded, report, start)
     distributed.barrier()
     return encoded["train"], encoded["val"], report.get("val", {})
 
@@ -159,7 +158,7 @@ def earlier_rows(cfg, round_id: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------- self-play
 
 
-def play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say) -> dict[str, tuple]:
+def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[str, tuple]:
     """{split: (ranked rows, the data's rows that they are of)} of a round, read from the run's
     folder, or made and written there. Both splits are ranked before either is written: a scorer
     that fails leaves no rows."""
@@ -176,7 +175,7 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say) -> 
         if is_drawn and not (is_made and is_judged(cfg)):  # `read_ranked` finds those of a judge
             rows = prompts_of_round(cfg, rows, round_id)
         if not is_made:
-            ranked = rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say)
+            ranked = rank_split(cfg, round_id, split, rows, model, enc, device, say)
             ranked_of[split] = ranked
         rows_of[split] = rows
     if ranked_of:
@@ -193,24 +192,24 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, dtype, say) -> 
     return played
 
 
-def rank_split(cfg, round_id, split, rows, model, enc, device, dtype, say) -> list[dict]:
+def rank_split(cfg, round_id, split, rows, model, enc, device, say) -> list[dict]:
     """The ranked rows of one split."""
-    ranked = collect_candidates(cfg, round_id, split, rows, model, enc, dtype, say)
+    ranked = collect_candidates(cfg, round_id, split, rows, model, enc, say)
     if is_scored(cfg):
         path = os.path.join(round_folder(cfg, round_id), f"{split}.jsonl.scores")
-        ranked = rank_by_score(cfg, path, rows, ranked, enc, device, dtype)
+        ranked = rank_by_score(cfg, path, rows, ranked, enc, device)
     mark_equal_responses(cfg, ranked, enc, model.config.block_size)
     return ranked
 
 
 def is_judged(cfg) -> bool:
     """Whether a model ranks, rather than a function."""
-    return is_scored(cfg) and ":" not in cfg.ranked_by
+    return is_scored(cfg) and not is_function(cfg.ranked_by)
 
 
 def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
-    ranked = name_tokenizer(read_rows(path), enc, cfg.template)
+    ranked = read_rows(path)
     keys = list(map(prompt_key, ranked))
     if is_judged(cfg):
         # the round's prompts: others left no room in the judge, which may be gone by now
@@ -252,7 +251,7 @@ def mark_equal_responses(cfg, ranked: list[dict], enc, block_size: int):
             row["ended"] = ended
 
 
-def prepare_teacher(cfg, enc, block_size: int, device, dtype):
+def prepare_teacher(cfg, enc, block_size: int, device):
     """Write the responses of a teacher checkpoint to RUN/teacher_{train,val}.jsonl, with the
     teacher's own template. A teacher that is a file must have a response to every prompt."""
     if not cfg.teacher or broadcast_from_rank0(inputs.is_answered(cfg)):
@@ -262,6 +261,7 @@ def prepare_teacher(cfg, enc, block_size: int, device, dtype):
             rows = drop_overlong_prompts(cfg, rows, enc, block_size)
             teacher_responses(cfg, split, rows, enc)
         return
+    dtype = distributed.compute_dtype(cfg, device)
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
     for split, rows in load_rows(cfg).items():

@@ -26,7 +26,7 @@ from data.rows import (
 from eval import pad_rows_to_K, response_lengths, retokenize, row_logps, row_scores
 from model import GPT
 from nanospin import distributed, inputs, rounds
-from nanospin.config import import_function, scorer_name, scorer_setting
+from nanospin.config import import_function, is_function, scorer_name, scorer_setting
 from nanospin.distributed import run_on_rank0
 from nanospin.rounds import score_in_parts
 from nanospin.user_function import call_once
@@ -34,7 +34,7 @@ from nanospin.user_function import call_once
 CALLS_OF_PART = 256  # of a function, at most, before its scores are written to disk
 
 
-def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype) -> np.ndarray:
+def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device) -> np.ndarray:
     """The scores of K responses to each row: (rows, K) float64, NaN where a response is absent.
 
     texts, ids: K texts and lists of token ids of each row, None where one is absent. What has been
@@ -46,9 +46,10 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device, dtype)
     """
     name = scorer_name(cfg)
     size, judge, encoded = rounds.PART_SIZE, None, []
-    if ":" in name:  # a call may take seconds
+    if is_function(name):  # a call may take seconds
         size = min(size, max(1, CALLS_OF_PART // len(texts[0])))
     else:
+        dtype = distributed.compute_dtype(cfg, device)
         judge, *of_judge = GPT.from_checkpoint(name, device, dtype)
         encoded = encode_for_judge(cfg, judge, *of_judge, rows, texts, ids, enc)
     weights = run_on_rank0(inputs.scorer_sha256, name)

@@ -48,7 +48,7 @@ from eval import (
 )
 from loss import (
     grpo_loss,
-    kl_estimates,
+    kl_k3,
     ppo_loss,
     preference_loss,
     reward_loss,
@@ -93,8 +93,8 @@ def token_objective(model, batch: Batch, cfg: Config):
     return taylor_nll(logps, cfg.taylor_order).sum(), {}
 
 
-def pretrain_objective(model, batch: Batch, cfg: Config):
-    """The pretraining loss beside another objective."""
+def added_pretrain_objective(model, batch: Batch, cfg: Config):
+    """The pretraining loss that pretrain_coef adds to sft or ppo. It is logged by its own name."""
     loss, _ = token_objective(model, batch, cfg)
     return loss, {"pretrain_loss": loss.detach()}
 
@@ -110,7 +110,8 @@ def reward_objective(model, batch: Batch, cfg: Config):
 
 
 def ppo_objective(model, batch: Batch, cfg: Config):
-    """Clipped surrogate and entropy; value loss, or KL to the reference."""
+    """Clipped surrogate and entropy; with gae the value loss; with kl_in "loss" the KL to the
+    reference."""
     values = None
     if cfg.advantage == "gae":
         logps, values = model.logps_and_values(
@@ -178,9 +179,9 @@ def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
             **options,
         )
         if kl_coef:
-            _, _, k3 = kl_estimates(logps, batch.token_refs)
-            loss = loss + kl_coef * k3.mean()
-            metrics["kl"] = k3.mean().detach()
+            kl = kl_k3(logps, batch.token_refs).mean()
+            loss = loss + kl_coef * kl
+            metrics["kl"] = kl.detach()
     else:
         seq = batch.seq
         if batch.logit_positions is None:  # padded: (N, T)
@@ -230,7 +231,7 @@ def loss_terms(cfg: Config, train, stages: dict) -> list[LossTerm]:
         other = pretrain_config(cfg)
         stream = read_stream(other.data, "train")
         weight = cfg.pretrain_coef
-        terms.append(LossTerm(other, stream, weight, stages["pretrain"], pretrain_objective))
+        terms.append(LossTerm(other, stream, weight, stages["pretrain"], added_pretrain_objective))
     return terms
 
 
@@ -248,7 +249,7 @@ def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[Loss
 
 
 def round_seed(cfg: Config, round_id: int) -> int:
-    """Of the order of the training data."""
+    """The seed of the order of the training data."""
     return cfg.seed + 1000 * round_id
 
 
@@ -332,7 +333,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
     cfg, model, device = replace(run.cfg, beta=beta, lr=lr), run.model, run.device
     num_steps = num_steps_of_round(cfg, train)
     optimizers = make_optimizers(model, cfg, lr, device)
-    history = load_history(run, round_id, start, optimizers) | {"num_steps": num_steps}
+    history = resume_optimization(run, round_id, start, optimizers) | {"num_steps": num_steps}
     terms = loss_terms(cfg, train, run.stages)
     params = list(model.parameters())
     loader = prefetch(
@@ -398,9 +399,9 @@ def fit(run: Run, round_id: int, train, val, start: int):
         run.log.step(round_id, step, metrics, num_steps)
 
 
-def load_history(run: Run, round_id: int, start: int, optimizers) -> dict:
-    """What the loop remembers between steps: the number of skipped ones and the recent losses. With
-    it the optimizers' state is loaded, if the round continues from a checkpoint."""
+def resume_optimization(run: Run, round_id: int, start: int, optimizers) -> dict:
+    """Load the state of the optimizers if the round continues from a checkpoint. Returns what the
+    loop remembers between steps: the number of skipped ones and the recent losses."""
     latest = broadcast_from_rank0(checkpoint.latest(run.cfg.out_dir))
     history = {"skipped": 0, "losses": []}
     if latest:
@@ -408,7 +409,7 @@ def load_history(run: Run, round_id: int, start: int, optimizers) -> dict:
     # rounds of ppo are parts of one optimization; the others begin anew
     continues = run.cfg.stage == "ppo" and round_id > 0
     if start or continues:
-        checkpoint.resume(latest, run.model, optimizers)
+        checkpoint.load_optimizers(latest, run.model, optimizers)
     else:
         history["losses"] = []
     return history
@@ -632,8 +633,9 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
         stream = read_stream(other.data, "val")
         metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
     if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
-        ranks = run.stages[cfg.stage].metrics and cfg.stage in ("reward", "preference", "spin")
-        if not ranks:  # else it may only be that no held-out row is ranked this time
+        ranks = cfg.stage in ("reward", "preference", "spin")
+        if not (ranks and run.stages[cfg.stage].metrics):
+            # else it may only be that no held-out row is ranked this time
             raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
         text = f"this evaluation has no {cfg.keep_best.lstrip('-')}, so keep_best does not rate it"
         run.log.warning(round_id, step, text)
@@ -647,7 +649,7 @@ def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
 class Stage:
     """What a stage is made of. The loop is the same for all."""
 
-    collect: Callable  # (cfg, round_id, model, enc, device, dtype, say) -> (train, val, report)
+    collect: Callable  # (cfg, round_id, model, enc, device, say) -> (train, val, report)
     objective: Callable
     evaluate: Callable
     make_batch: Callable = batch_rows
@@ -806,7 +808,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
     model_config, enc, tokenizer_name, path = resolve_model(cfg, model_class, start.path)
     if cfg.stage == "spin":
         # the teacher samples before the student is built: the two are never in memory together
-        rollout.prepare_teacher(cfg, enc, model_config.block_size, device, dtype)
+        rollout.prepare_teacher(cfg, enc, model_config.block_size, device)
     model = build_model(cfg, model_class, model_config, path, device, dtype, bool(start.path))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     of_them = f"{trained / 1e6:.2f}M of them trained, " if cfg.lora_rank else ""
@@ -830,7 +832,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
             distributed.heartbeat.set_stage(f"round {round_id}, collecting")
             lock.check()
             inputs.check_unchanged(cfg, start.settings)
-            train, val, report = collect(cfg, round_id, model, enc, device, dtype, say)
+            train, val, report = collect(cfg, round_id, model, enc, device, say)
             lock.check()
             step = max(0, start.step) if round_id == start.round_id else 0
             elastic.exit_if_signalled()

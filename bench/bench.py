@@ -318,8 +318,7 @@ class OnlineTrainer(OurTrainer):
         return rows, np.array(scores)
 
     def token_scores(self, model, rows):
-        logps, _ = token_scores(model, rows, GRPO, torch.device("cpu"))
-        return logps
+        return token_scores(model, rows, GRPO, torch.device("cpu"))["logps"]
 
     def grpo_round(self):
         rows, scores = self.sample()

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py config/spin_k3.py
 
-Not run at this size yet. On paper, on 8 x 80 GB GPUs, a round takes half as long again as in
-spin_k2: three minutes, and the samples. Every round starts at ln 6 = 1.7918 + nll_coef x
-next-token loss.
+Not run at this size yet. On paper, on 8 x 80 GB GPUs, training takes half as long again as in
+spin_k2: from the second round on 3 minutes, and the samples. Every round starts at ln 6 = 1.7918 +
+nll_coef x next-token loss.
 
 Before it: config/pretrain_gpt2.py and config/sft_ultrachat.py. The teacher's responses come from
 any model, as a ranked file with {"prompt", "responses": [text]} for every prompt, or from one of

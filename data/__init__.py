@@ -21,6 +21,7 @@ Optional fields:
     "ids"        token ids of sampled responses, used as they are; "tokenizer" is the checksum of
                  the tokenizer that made them, and what its template writes beside a response. With
                  another tokenizer, or a template that writes something else, the text is encoded
+    "players"    in the files of a round: who gave each response
     "ended"      false: the response was cut, and gets no end-of-text. A list for several responses
     "lengths"    in the files of a round, if a response was cut to the run's limits: the tokens left
     "same_as"    in the files of a round: which response an absent one is equal to, or null
@@ -36,6 +37,7 @@ template.
     rows.py         read, check, write and encode ranked rows
     folder.py       read and write data folders and token streams
     batch.py        encoded rows and token streams -> batches
+    generated.py    folders of data.addition and data.countdown
     formats.py      rows of other projects -> ranked rows
     hub/            data sets of the Hugging Face hub -> data folders, resumable
     NAME/prepare.py makes data/NAME: python -m data.NAME.prepare

@@ -33,13 +33,13 @@ class Batch:
     ranks: Tensor | None = None  # (B, K) smaller is better, equal is a tie
     lengths: Tensor | None = None  # (B, K) supervised tokens of each response
 
-    # preference and spin
+    # preference, spin and reward
     ref_logps: Tensor | None = None  # (B, K) log-probability of each response under the reference
+    data_scores: Tensor | None = None  # (B, K) the data's own scores, for score_margin
 
-    # reward
+    # reward and ppo
     value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read
     value_seq: Tensor | None = None  # (r,) b K + k of each
-    data_scores: Tensor | None = None  # (B, K) the data's own scores
 
     # ppo, by token, from when the tokens were sampled; values and returns with gae
     old_logps: Tensor | None = None  # (m,)
@@ -102,7 +102,7 @@ def batch_rows(rows: list[dict], layout: str = "packed", multiple: int | None = 
 
     The last token of a response is predicted but not read. The first token of a text without a
     prompt is read but not predicted. `multiple`: packed tokens are padded to a multiple of this, by
-    default 64, and 128 for a GPU, the block size of its attention kernel.
+    default 64, and 128 on a machine with a GPU, the block size of its attention kernel.
     """
     B, K = len(rows), max(len(row["responses"]) for row in rows)
     response_mask = np.zeros((B, K), bool)

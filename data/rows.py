@@ -5,15 +5,9 @@ import json
 import operator
 import os
 
-from data import cli, tokenizer
-from data.files import atomic_write, check_output, parse_json
-from data.folder import (
-    check_other_data,
-    lock_folder,
-    lock_folders,
-    prepare_command,
-    write_meta,
-)
+from data import tokenizer
+from data.files import atomic_write, parse_json
+from data.folder import prepare_command, write_meta
 from data.template import cut_prompt_ids, response_form, written_ids
 
 # fields that a whole text, {"text": ...}, cannot have
@@ -68,51 +62,6 @@ def write_ranked_folder(folder: str, tokenizer_name: str, source: str, train: li
     sizes = {"train_rows": len(train), "val_rows": len(val)}
     write_meta(folder, tokenizer_name, source, **sizes)
     print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
-
-
-def answer_folders(out: str, answers: int) -> list[str]:
-    """The folders that a data set with that many answers is written to; 0: all answers, in one."""
-    return [os.path.join(out, "answers"), os.path.join(out, "prompts")] if answers else [out]
-
-
-def add_answer_arguments(parser):
-    """--answers and --seed of a generated data set."""
-    parser.add_argument(
-        "--answers",
-        type=cli.number_type(int, 0, 10**8),
-        default=0,
-        help="training rows that keep their answer; 0: all",
-    )
-    parser.add_argument(
-        "--seed", type=cli.number_type(int, 0), default=0, help="of the draws; 1 gives other rows"
-    )
-
-
-def check_answer_folders(out: str, answers: int):
-    """Exit with one line if the folders cannot be written."""
-    for folder in answer_folders(out, answers):
-        check_output(os.path.join(folder, "meta.json"), is_data=True)
-        check_other_data(folder, (".jsonl",))
-
-
-def write_answer_folders(out: str, answers: int, source: str, train: list, val: list):
-    """Write rows for the tokenizer "bytes" to OUT, or, with `answers`, to two folders with the same
-    val.jsonl: OUT/answers has that many training rows, and OUT/prompts the prompts of the others,
-    without responses. A problem whose numbers are in another order is another row, so a few groups
-    are in both."""
-    folders = answer_folders(out, answers)
-    if not answers:
-        with lock_folder(out):
-            write_ranked_folder(out, "bytes", source, train, val)
-        return
-    if answers >= len(train):
-        raise SystemExit(
-            f"--answers must be below the number of training rows, {len(train)}, not {answers}"
-        )
-    prompts = [{"prompt": row["prompt"], "group": row["group"]} for row in train[answers:]]
-    with lock_folders(folders):
-        for folder, rows in zip(folders, (train[:answers], prompts)):
-            write_ranked_folder(folder, "bytes", source, rows, val)
 
 
 # ---- checking
@@ -421,11 +370,6 @@ def sampled_row(row: dict, text: str, ids: list[int], enc, template: str) -> dic
     """A sample as a ranked row that names its tokenizer and says whether it ended."""
     ended = tokenizer.is_end(enc, ids[-1])
     return row_with_ids(row, [text], [ids], enc, template) | {"ended": ended}
-
-
-def name_tokenizer(rows: list[dict], enc, template: str) -> list[dict]:
-    """Rows that this run wrote, which name their tokenizer. Files of older versions do not."""
-    return [{"tokenizer": ids_source(enc, template)} | row for row in rows]
 
 
 def ids_source(enc, template: str) -> str:

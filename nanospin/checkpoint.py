@@ -510,7 +510,7 @@ def state_tensors(optimizer_states) -> dict:
 # ---------------------------------------------------------------------------------------- loading
 
 
-def resume(path, model, optimizers):
+def load_optimizers(path, model, optimizers):
     """Load the optimizers' state from a checkpoint, which may be from another number of ranks. The
     weights are loaded by `load_weights`."""
     weights, states = get_state_dict(model, optimizers)

@@ -77,7 +77,7 @@ class Config:
     ranked_by: str = ""
     top_players: list[str] = field(default_factory=list)  # stay on top, whatever the scorer says
     best_and_worst: bool = False  # of what a scorer ranks, train on these two only
-    judge_length_normalize: bool = True  # a judge's log-probability per token; else of the whole
+    judge_length_normalize: bool = True  # divide a judge's log-probability by the tokens
     teacher: str = ""  # checkpoint, ranked .jsonl file, or "rows": each row's second response
     replay_rounds: int = 0  # train on the rows of this many earlier rounds too (SPIN: 1)
     temperature: float = 1.0
@@ -223,27 +223,6 @@ MAX_FLOAT = 1e30  # of a setting: float32 ends at 3.4e38
 # every other number must be at least 0; these have a range of their own, which `check` tests
 OWN_RANGE = ["lr", "beta", "margin"]
 
-# old names of settings -> new names
-RENAMED = {
-    "kind": "loss_type",
-    "recompute": "activation_checkpointing",
-    "documents_apart": "document_mask",
-    "shards": "hsdp_shard_size",
-    "spike": "loss_spike_factor",
-    "nonfinite": "on_nonfinite",
-    "warmup": "warmup_ratio",
-    "min_lr": "min_lr_ratio",
-    "eot_penalty": "missing_eos_penalty",
-    "mix_rounds": "replay_rounds",
-    "prefetch": "fsdp_prefetch",
-    "depth": "rank_depth",
-    "clip": "clip_range",
-    "value_clip": "value_clip_range",
-    "tie": "tie_embeddings",
-    "softcap": "logit_softcap",
-    "window": "sliding_window",
-}
-
 # names that other codebases use -> ours
 ELSEWHERE = {
     "learning_rate": "lr",
@@ -260,6 +239,8 @@ ELSEWHERE = {
     "gradient_checkpointing": "activation_checkpointing",
     "max_grad_norm": "grad_clip",
     "lr_scheduler_type": "schedule",
+    "min_lr": "min_lr_ratio",
+    "warmup": "warmup_ratio",
     "warmup_iters": "warmup_ratio",
     "warmup_steps": "warmup_ratio",
     "eval_iters": "eval_batches",
@@ -374,8 +355,6 @@ def read_file(path: str) -> dict:
 
 def unknown_setting(name: str, known: list[str], where: str) -> str:
     """The error message for a setting that does not exist."""
-    if name in RENAMED:
-        return f"{where}: the setting {name!r} is now called {RENAMED[name]!r}"
     if name in ELSEWHERE:
         return f"{where}: unknown setting {name!r}; here it is {ELSEWHERE[name]!r}"
     message = f"{where}: unknown setting {name!r}"
@@ -740,6 +719,11 @@ def scorer_name(cfg: Config) -> str:
     return "" if cfg.ranked_by in ("order", "data") else cfg.ranked_by
 
 
+def is_function(scorer: str) -> bool:
+    """Whether a scorer is named as module:function. Else it is a checkpoint, or ""."""
+    return ":" in scorer
+
+
 def scorer_setting(cfg: Config) -> str:
     """What messages call the scorer: "reward NAME" or "ranked_by NAME", as the config sets it."""
     return f"{'reward' if cfg.reward else 'ranked_by'} {scorer_name(cfg)}"
@@ -820,7 +804,6 @@ OF_PPO = [
     "kl_in",
     "kl_coef",
     "kl_target",
-    "missing_eos_penalty",
     "clip_range",
     "clip_range_high",
     "entropy_coef",
@@ -836,8 +819,9 @@ OF_GAE = [
 
 
 def settings_without_effect(cfg: Config) -> list[str]:
-    """The settings that are not at their default and that this run does not read, each with what it
-    needs. A config that imports another one may have such settings, so they are not refused."""
+    """Settings of another stage or method: those that are not at their default and that this run
+    does not read, each with what it needs. A config that imports another one may have some, so they
+    are not refused."""
     is_ppo, ranks = cfg.stage == "ppo", cfg.stage in ("preference", "spin")
     reads_stream = cfg.stage == "pretrain" or cfg.pretrain_coef
     rules = [  # settings, whether this run reads them, what they need
@@ -847,6 +831,7 @@ def settings_without_effect(cfg: Config) -> list[str]:
         (["teacher"], cfg.stage == "spin" or is_ppo, "stage spin or ppo"),
         (["judge_length_normalize"], is_scored(cfg), "a scorer in ranked_by"),
         (OF_PPO, is_ppo, "stage ppo"),
+        (["missing_eos_penalty"], cfg.reward, "a reward"),
         (OF_GAE, is_ppo and cfg.advantage == "gae", "stage ppo with advantage gae"),
         (["kl_adapt"], cfg.kl_target, "kl_target"),
         (["lora_alpha", "lora_targets"], cfg.lora_rank, "lora_rank"),

@@ -16,7 +16,7 @@ from nanospin.attention import on_gpu
 
 # Logits of one chunk: on a CPU about what its last cache level holds, on a GPU enough to fill it.
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 29}
-# Probabilities that a CPU keeps. Recomputing the rest costs a quarter of the head's work.
+# Elements of nll_grad that a CPU keeps. Recomputing the rest costs a quarter of the head's work.
 KEPT_ELEMENTS = 1 << 24
 
 
@@ -84,7 +84,7 @@ def tokens_of_chunk(hidden, vocab_size: int) -> int:
 
 
 def room_for_kept(hidden, dtype) -> int:
-    """Number of probabilities to keep for backward; on a GPU half of the free memory."""
+    """Number of elements to keep for backward; on a GPU half of the free memory."""
     if hidden.device.type != "cuda":
         return KEPT_ELEMENTS
     free, _ = torch.cuda.mem_get_info(hidden.device)
@@ -102,8 +102,9 @@ def check_targets(targets, vocab_size):
 class LinearLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target], a chunk of tokens at a time.
 
-    nll_grad (n, V) is the gradient of -logp by the logits, p_v - [v = target]. It is kept for the
-    first num_kept tokens: all of them, or a whole number of chunks.
+    nll_grad (n, V) is the gradient of -logp by the logits, p_v - [v = target], times the slope of
+    the soft cap if there is one. It is kept for the first num_kept tokens: all of them, or a whole
+    number of chunks.
     """
 
     @staticmethod

@@ -22,7 +22,13 @@ from dataclasses import replace
 from data import tokenizer
 from data.files import read_json, write_json
 from nanospin import checkpoint, distributed
-from nanospin.config import import_function, pretrain_config, scorer_name, scorer_setting
+from nanospin.config import (
+    import_function,
+    is_function,
+    pretrain_config,
+    scorer_name,
+    scorer_setting,
+)
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 
 # Stages whose `init` is the reference too, for as long as the run lasts.
@@ -135,7 +141,7 @@ def record(cfg, data_sha256: dict) -> dict:
             if is_read(cfg, role):
                 raise
     entries = {"players_sha256": hashes, "checkpoints": checkpoints}
-    if ":" in scorer_name(cfg):
+    if is_function(scorer_name(cfg)):
         entries["reward_source_sha256"] = source_sha256(scorer_name(cfg))
     if cfg.tokenizer not in ("", "gpt2", "bytes"):
         entries["tokenizer_sha256"] = tokenizer.fingerprint(tokenizer.load(cfg.tokenizer))
@@ -189,7 +195,7 @@ def file_of_function(function) -> str | None:
 
 def scorer_sha256(scorer: str) -> str | None:
     """The sha256 of a function's source, or of the weights of a model that scores."""
-    return source_sha256(scorer) if ":" in scorer else checkpoint.weights_sha256(scorer)
+    return source_sha256(scorer) if is_function(scorer) else checkpoint.weights_sha256(scorer)
 
 
 def pin(cfg, settings: dict):
@@ -203,7 +209,7 @@ def pin(cfg, settings: dict):
 # ------------------------------------------------------------------------------------- comparing
 
 
-def same_inputs(cfg, before: dict, settings: dict) -> set[str]:
+def match_inputs(cfg, before: dict, settings: dict) -> set[str]:
     """Which settings need not be equal as text: inputs that are what the run began with, wherever
     they are now.
 
@@ -224,8 +230,7 @@ def same_inputs(cfg, before: dict, settings: dict) -> set[str]:
 
     if before.get("reward_source_sha256"):
         settings["reward_source_sha256"] = before["reward_source_sha256"]
-    if "players_sha256" in before:
-        before["players_sha256"] = hashes_by_role(before)
+    if isinstance(before.get("players_sha256"), dict):
         for role, expected in before["players_sha256"].items():
             if role in same and settings["players_sha256"].get(role) != expected:
                 use_recorded_checkpoint(role, expected, before, settings)
@@ -243,19 +248,6 @@ def same_path(one, other) -> bool:
     if not isinstance(one, str) or not isinstance(other, str) or not one or not other:
         return one == other
     return os.path.abspath(one) == os.path.abspath(other)
-
-
-def hashes_by_role(before: dict) -> dict:
-    """players_sha256 by role. Older runs have it by path."""
-    hashes = before["players_sha256"]
-    if not isinstance(hashes, dict):
-        return {}
-    found = {}
-    for role in ROLES:
-        value = hashes.get(role, hashes.get(str(before.get(role))))
-        if value is not None:
-            found[role] = value
-    return found
 
 
 def use_recorded_checkpoint(role: str, expected: str, before: dict, settings: dict):
@@ -348,7 +340,7 @@ def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):
     """Say that a reward function has another source than when the run began. This is not refused:
     once a function is mended, the same command must continue."""
     name = scorer_name(cfg)
-    if ":" not in name or source_sha256(name) == settings.get("reward_source_sha256"):
+    if not is_function(name) or source_sha256(name) == settings.get("reward_source_sha256"):
         return
     text = f"the source of {scorer_setting(cfg)} has changed since this run began"
     log.warning(start[0], max(0, start[1]), text)

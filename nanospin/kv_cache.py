@@ -59,8 +59,8 @@ class Prompt:
 class KVCache:
     """Keys and values of every layer. Row b of the batch is the b-th row of all groups in order.
 
-    ends: the column after the last tokens of each group. The caller gives the lengths of the rows
-    here if the model is to `store` prompts.
+    ends: the column after the last tokens of each group. For a cache that the model fills with
+    prompts (`store`), pass the length of each.
     """
 
     def __init__(self, ends=()):

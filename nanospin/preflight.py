@@ -18,8 +18,8 @@ from nanospin import checkpoint, config, distributed, inputs, lock, rounds
 from nanospin.distributed import run_on_rank0
 from nanospin.inputs import POLICY_STAGES
 
-# Settings that may differ when a run is resumed: they do not change its results, but for rounding,
-# or say that they do. Of lists with one value per round see `is_same_so_far`.
+# Settings that may differ when a run is resumed: results change at most by rounding, or a line says
+# so. Of lists with one value per round see `is_same_so_far`.
 MAY_CHANGE = {
     "out_dir",
     "device",
@@ -47,10 +47,6 @@ MAY_CHANGE = {
     "layout",
     "rounds",
 }
-
-# An entry of config.json: the prompts of a round differ. Older versions did not write it; there a
-# round that began the data again could have a prompt twice.
-PROMPTS_DIFFER = "prompts_differ"
 
 
 def resolve_template(cfg):
@@ -192,7 +188,7 @@ def check_scorer(cfg):
     """`reward` and `ranked_by` must be a function that can be imported, or a checkpoint; `reward`
     that of a reward model."""
     name = config.scorer_name(cfg)
-    if ":" in name:
+    if config.is_function(name):
         config.import_function(name)
     elif name and inputs.is_read(cfg, "reward" if cfg.reward else "ranked_by"):
         found = checkpoint.resolve(name)
@@ -259,14 +255,12 @@ def check_same_run(cfg, settings: dict, newest: str | None):
         before |= saved | paths
     if not newest and not has_rows(cfg.out_dir):
         return
-    if before and PROMPTS_DIFFER not in before:
-        settings.pop(PROMPTS_DIFFER, None)
     if not before:
         before = collected_settings(cfg.out_dir, settings)
     if not before:
         refuse_if_samples(cfg.out_dir)
         return
-    same = inputs.same_inputs(cfg, before, settings)
+    same = inputs.match_inputs(cfg, before, settings)
     for name in settings | before:
         if name in MAY_CHANGE or name in same:
             continue
@@ -338,16 +332,6 @@ def refuse_if_samples(out_dir: str):
                     "with which settings they were made: put its config.json back, or use another "
                     "out_dir"
                 )
-
-
-def check_prompts_differ(out_dir: str, round_id: int):
-    """Exit with one line if a run was begun by a version whose rounds could have a prompt twice."""
-    settings = read_run_settings(out_dir)
-    if settings and PROMPTS_DIFFER not in settings:
-        raise SystemExit(
-            f"{out_dir} was begun by an older version, which would draw other prompts for round "
-            f"{round_id}: one of them more than once; use another out_dir"
-        )
 
 
 def say_shared_prompts(train: list[dict], val: list[dict], say):
@@ -534,7 +518,7 @@ def unknown_keep_best(cfg, names: list[str]) -> str:
 def resolve_dropout(cfg, inherited: float, resumes: bool) -> float:
     """The dropout of a model that starts from a checkpoint: what the config sets, else the
     checkpoint's. A stage that compares the policy with its reference, which is scored without
-    dropout, takes none from `init`. Either is said."""
+    dropout, takes none from `init`. Both cases print a line."""
     dropout = cfg.model.get("dropout", inherited)
     if cfg.stage not in POLICY_STAGES or not inherited and not dropout:
         return dropout
@@ -578,6 +562,4 @@ def run_settings(cfg) -> dict:
         stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
         for name in ("train.bin", "val.bin"):
             settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
-    if cfg.stage == "ppo" or cfg.stage == "spin" and config.is_scored(cfg):
-        settings[PROMPTS_DIFFER] = True
     return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"])

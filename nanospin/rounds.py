@@ -22,7 +22,8 @@ from nanospin.distributed import broadcast_from_rank0
 
 PART_SIZE = 1024  # rows that are sampled or scored before they are written to disk
 
-# What is made from the scores of a round's samples. scorer.json is the last: see `check_scorer`.
+# What is made from the scores of a round's samples. scorer.json is the last: `discard_old_scores`
+# compares it.
 SCORED_FILES = (
     "collect.json",
     "train.jsonl",
@@ -80,7 +81,7 @@ def reference_checkpoint(cfg, round_id: int) -> str:
     return previous or checkpoint.resolve(cfg.init)
 
 
-def check_policy(cfg, round_id: int):
+def set_aside_round(cfg, round_id: int):
     """Set the files of a round aside if another policy made them than the one that there is now:
     its checkpoint was damaged or removed, and the steps that were repeated since are not the same,
     on another number of ranks say. policy.json names it."""
@@ -105,8 +106,8 @@ def check_policy(cfg, round_id: int):
 
 
 def policy_sha256(cfg, round_id: int) -> str:
-    """The sha256 of the policy that made a round: that in policy.json, which older versions did not
-    write, or that of its reference."""
+    """The sha256 of the policy that made a round: that in policy.json, or if it is missing, that of
+    the round's reference now."""
     path = os.path.join(round_folder(cfg, round_id), "policy.json")
     if os.path.exists(path):
         return str(read_json(path, ("weights_sha256",))["weights_sha256"])
@@ -115,19 +116,23 @@ def policy_sha256(cfg, round_id: int) -> str:
 
 def write_scorer(cfg, round_id: int):
     """Write the source of the function that scores to scorer.json, before the rows of a round."""
-    if ":" in config.scorer_name(cfg):
+    if config.is_function(config.scorer_name(cfg)):
         path = os.path.join(round_folder(cfg, round_id), "scorer.json")
         write_json(path, {"sha256": inputs.source_sha256(config.scorer_name(cfg))})
 
 
-def check_scorer(cfg, round_id: int):
+def discard_old_scores(cfg, round_id: int):
     """Remove the rows of a round, and what was made from them, if the function that scored them has
     another source now and nothing of the round is trained on. Its samples stay, and are scored
     again."""
     folder = round_folder(cfg, round_id)
     path = os.path.join(folder, "scorer.json")
     name = config.scorer_name(cfg)
-    if ":" not in name or not os.path.exists(path) or checkpoint.latest(cfg.out_dir, round_id):
+    if (
+        not config.is_function(name)
+        or not os.path.exists(path)
+        or checkpoint.latest(cfg.out_dir, round_id)
+    ):
         return
     if read_json(path, ("sha256",))["sha256"] == inputs.source_sha256(name):
         return
@@ -237,7 +242,7 @@ def rows_sha256(weights: str, rows: list[dict]) -> str:
 # ------------------------------------------------------------------------------------ manifest
 
 
-def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: float):
+def write_manifest(cfg, round_id, enc, device, encoded, report, start: float):
     """collect.json: the report, and everything that the files of a round were made from."""
     folder = round_folder(cfg, round_id)
     path = os.path.join(folder, "collect.json")
@@ -260,7 +265,7 @@ def write_manifest(cfg, round_id, enc, device, dtype, encoded, report, start: fl
         "config": asdict(cfg),
         "tokenizer": tokenizer.fingerprint(enc),
         "made_of": made_of,
-        "made_by": metrics_logger.versions(device, dtype),
+        "made_by": metrics_logger.versions(device, distributed.compute_dtype(cfg, device)),
         "rows": {split: len(rows) for split, rows in encoded.items()},
         "files": {name: sha256(os.path.join(folder, name)) for name in files},
         "teacher_files": {name: sha256(os.path.join(cfg.out_dir, name)) for name in teacher_files},
@@ -278,7 +283,7 @@ def input_files(cfg, round_id: int, reference: str) -> dict[str, str]:
         paths["base"] = cfg.init
     for split in ("train", "val"):
         paths[f"{split}.jsonl"] = f"{cfg.data}/{split}.jsonl"
-    if config.is_scored(cfg) and ":" not in cfg.ranked_by:
+    if config.is_scored(cfg) and not config.is_function(cfg.ranked_by):
         paths["ranked_by"] = cfg.ranked_by
     if cfg.stage != "spin":
         return paths
@@ -347,15 +352,14 @@ def manifest_hashes(folder: str, entry: str) -> dict | None:
 def read_manifest(folder: str, types: dict, advice: str = "") -> dict:
     """collect.json of a round. types: {name: type} of the fields that it must have.
 
-    Exits with one line, which can end in `advice`, if it is damaged or was edited. PPO's has no
-    sha256 if an older version wrote it.
+    Exits with one line, which can end in `advice`, if it is damaged or was edited.
     """
     path = os.path.join(folder, "collect.json")
     manifest = read_json(path, types, advice)
     for name, expected in types.items():
         config.convert(name, manifest[name], expected, path)
     contents = {name: value for name, value in manifest.items() if name != "sha256"}
-    if "sha256" in manifest and with_checksum(contents) != manifest:
+    if with_checksum(contents) != manifest:
         raise SystemExit(f"{path} was edited: its contents do not match its sha256")
     return manifest
 

@@ -32,7 +32,7 @@ from nanospin import config
 DOCUMENTS = ["README.md", *sorted(glob.glob("docs/*.md"))]
 
 # what the reader brings: rows, a text, a folder with a model or with several files of rows
-GIVEN = ["chats.jsonl.gz", "ranked.jsonl.gz", "input.txt", "FOLDER", "folder"]
+GIVEN = ["chats.jsonl.gz", "ranked.jsonl.gz", "input.txt", "FOLDER", "folder", "RUN"]
 INPUT_FOLDERS = ("bench", "config", "data", "out", "studies", "tests")
 INPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".py")
 OUTPUT_OPTIONS = ("--out", "--out_dir")

@@ -13,7 +13,6 @@ from model import GPTConfig
 from nanospin.config import (
     CHOICES,
     ELSEWHERE,
-    RENAMED,
     Config,
     command_for_run,
     field_hints,
@@ -137,15 +136,9 @@ def test_mistakes_are_one_line(args, message):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("old, new", RENAMED.items())
-def test_a_renamed_setting_names_the_new_one(old, new):
-    with pytest.raises(SystemExit, match=f"{old!r} is now called {new!r}"):
-        load_config([f"--{old}=1"])
-
-
 def test_suggested_names_exist():
     known = [*field_hints(Config), *field_hints(GPTConfig)]
-    for name in [*RENAMED.values(), *ELSEWHERE.values()]:
+    for name in ELSEWHERE.values():
         assert name in known, name
     with pytest.raises(SystemExit, match="'learning_rate'; here it is 'lr'"):
         load_config(["--learning_rate=1"])

@@ -34,7 +34,7 @@ from data.batch import ppo_batch
 from data.files import read_json
 from data.folder import write_meta, write_stream
 from data.rows import check_row, encode_rows, prompt_key, read_rows, write_rows
-from loss import kl_estimates
+from loss import kl_k3
 from model import GPT, GPTConfig
 from nanospin import checkpoint, rounds
 
@@ -425,7 +425,7 @@ def slow_policy_gradient(runs, out, advantages_of, average, max_response, kl_to=
             if kl_to is not None:
                 with torch.no_grad():
                     refs = kl_to(idx)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-                _, _, k3 = kl_estimates(logps, refs.gather(1, targets)[:, 0])
+                k3 = kl_k3(logps, refs.gather(1, targets)[:, 0])
                 total = total + weight * 0.3 * k3.sum()
                 value += weight * 0.3 * k3.sum().item()
     return value, torch.autograd.grad(total, list(model.parameters()))

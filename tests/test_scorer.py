@@ -181,7 +181,7 @@ def test_a_group_of_equal_samples_has_no_advantage(
     os.makedirs(f"{tmp_path}/g/round_0")
     model, enc, _ = GPT.from_checkpoint(out, "cpu", getattr(torch, dtype))
     path = f"{tmp_path}/g/round_0/self_train.jsonl"
-    more = (rows, model, enc, torch.device("cpu"), getattr(torch, dtype), 6)
+    more = (rows, model, enc, torch.device("cpu"), 6)
     samples = ppo.sample_trajectories(cfg, path, "name", *more)
     samples = ppo.best_first(samples)
     kl = [np.sum(a - b) for a, b in zip(samples.logps, samples.refs)]
@@ -406,7 +406,7 @@ def test_a_part_has_at_most_256_calls_of_a_function(monkeypatch, tmp_path, K, si
     rows, texts = [{"prompt": "p"}], [["a"] * K]
     for name in ("conftest:letters", "a/run"):
         cfg = load_config(["--stage=spin", "--init=x", f"--ranked_by={name}"])
-        scorer.score_rows(cfg, f"{tmp_path}/x", rows, texts, texts, BYTES, "cpu", None)
+        scorer.score_rows(cfg, f"{tmp_path}/x", rows, texts, texts, BYTES, torch.device("cpu"))
     assert sizes == [size, 1024]
 
 

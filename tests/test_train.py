@@ -852,23 +852,6 @@ def test_rows_of_a_round_name_their_tokenizer(spin_run):
         assert {row.get("tokenizer") for row in read_rows(path)} == {fingerprint}
 
 
-def test_rows_of_an_older_version_name_no_tokenizer(tiny_runs, tiny_data, tmp_path, monkeypatch):
-    """They are the run's own: it goes on with them."""
-    whole, out = f"{tmp_path}/whole", f"{tmp_path}/r"
-    train.main(spin_args(tiny_runs, tiny_data, whole, "--max_steps=2"))
-    with monkeypatch.context() as m:
-        m.setattr(rollout, "row_logps", killing(rollout.row_logps, 0))
-        with pytest.raises(Killed):
-            train.main(spin_args(tiny_runs, tiny_data, out, "--max_steps=2"))
-    path = f"{out}/round_0/train.jsonl"
-    rows = read_rows(path)
-    for row in rows:
-        del row["tokenizer"]
-    write_rows(path, rows)
-    train.main(spin_args(tiny_runs, tiny_data, out, "--max_steps=2"))
-    assert_same_run(whole, out)
-
-
 # ------------------------------------------------------------------- one run, one configuration
 
 
@@ -893,30 +876,6 @@ def test_changed_data_is_noticed(tiny_runs, tiny_data, tmp_path):
     assert "begun with data_sha256" in refused(args)
     shutil.rmtree(checkpoint.latest(out))
     assert "other rows or another reference" in refused(args)
-
-
-def test_rows_of_an_older_version_are_the_runs_own(tiny_runs, tiny_data, tmp_path):
-    """Their ids did not name the tokenizer. They are used as before, and a run with them resumes
-    with the same weights."""
-    out = str(tmp_path / "run")
-    args = spin_args(tiny_runs, tiny_data, out, "--max_steps=4", "--keep_last=2")
-    train.main(args)
-    last = checkpoint.latest(out)
-    expected = checkpoint.read_meta(last)["weights_sha256"]
-    shutil.rmtree(last)
-    paths = {split: f"{out}/round_0/{split}.jsonl" for split in ("train", "val")}
-    for path in paths.values():
-        rows = read_rows(path)
-        for row in rows:
-            assert row.pop("tokenizer") == tokenizer.fingerprint(tokenizer.load("bytes"))
-        write_rows(path, rows)
-    manifest = read_json(f"{out}/round_0/collect.json")
-    del manifest["sha256"]
-    manifest["files"] |= {f"{split}.jsonl": sha256(path) for split, path in paths.items()}
-    write_json(f"{out}/round_0/collect.json", rounds.with_checksum(manifest))
-    train.main(args)
-    assert checkpoint.latest(out) == last
-    assert checkpoint.read_meta(last)["weights_sha256"] == expected
 
 
 def test_data_that_did_not_end_has_no_end_token_in_self_play(tiny_runs, tiny_data, tmp_path):

@@ -18,7 +18,7 @@ import sys
 
 from data import cli
 from data.folder import split_of
-from data.rows import add_answer_arguments, check_answer_folders, write_answer_folders
+from data.generated import add_answer_arguments, check_answer_folders, write_answer_folders
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

@@ -52,9 +52,9 @@ class TaylorConfig(Config):
 FIRST_VERSION_PADS = 9  # that the first version feeds at the end of a full row
 
 
-def collect(cfg, round_id: int, model, enc, device, dtype, say):
+def collect(cfg, round_id: int, model, enc, device, say):
     """Encoded rows; those of a model of the write-up as the write-up feeds them."""
-    train_rows, val_rows, report = rollout.collect(cfg, round_id, model, enc, device, dtype, say)
+    train_rows, val_rows, report = rollout.collect(cfg, round_id, model, enc, device, say)
     if not model.config.write_up:
         return train_rows, val_rows, report
     sides = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from data.batch import Batch, batch_rows, permutation, reward_batch, stream_batch, target_positions
 from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
-from data.rows import drop_equal_responses, encode_rows, name_tokenizer, prompt_key, read_rows
+from data.rows import drop_equal_responses, encode_rows, prompt_key, read_rows
 from data.tokenizer import is_end
 from nanospin import checkpoint
 from nanospin.config import Config, is_scored, player_columns
@@ -319,8 +319,6 @@ def training_batch(run: Run) -> tuple | None:
     if run.stage == "pretrain":
         return stream_window(run, block_size)
     rows = training_rows(run)
-    if run.stage in ("spin", "ppo"):
-        rows = name_tokenizer(rows, run.enc, cfg["template"])
     for row in rows:
         if run.stage == "sft":
             row = row | {"responses": row["responses"][:1], "scores": None}
