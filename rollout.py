@@ -94,8 +94,8 @@ def collect(cfg, round_id: int, model, enc, device, say):
         if played:
             if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
                 answers = encode_answers(cfg, rows, enc, model.config.block_size)
-            rows, of_data = played[split]
-            report[split] = round_report(cfg, rows, of_data, enc)
+            rows, data_rows = played[split]
+            report[split] = round_report(cfg, rows, data_rows, enc)
             if split == "train":
                 rows = rows + earlier_rows(cfg, round_id)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)

@@ -521,8 +521,8 @@ def respond_to_file(model, enc, weights: str, prompts_path, out_path, count: int
             f"{prompts_path}: nothing to respond to: {num_texts} of its {len(rows)} rows are whole "
             f"texts, and {no_room} prompts leave no room"
         )
-    of = json.dumps([weights, tokenizer.fingerprint(enc), count, settings, prompts])
-    partial = PartialSamples(out_path, hashlib.sha256(of.encode()).hexdigest())
+    sources = json.dumps([weights, tokenizer.fingerprint(enc), count, settings, prompts])
+    partial = PartialSamples(out_path, hashlib.sha256(sources.encode()).hexdigest())
     left = [number for number in numbers if number not in partial.ids]
     if len(left) < len(numbers):
         print(f"{partial.path}: {len(numbers) - len(left)} of {len(numbers)} samples are there")

@@ -50,10 +50,10 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device) -> np.
         size = min(size, max(1, CALLS_OF_PART // len(texts[0])))
     else:
         dtype = distributed.compute_dtype(cfg, device)
-        judge, *of_judge = GPT.from_checkpoint(name, device, dtype)
-        encoded = encode_for_judge(cfg, judge, *of_judge, rows, texts, ids, enc)
+        judge, judge_enc, meta = GPT.from_checkpoint(name, device, dtype)
+        encoded = encode_for_judge(cfg, judge, judge_enc, meta, rows, texts, ids, enc)
     weights = run_on_rank0(inputs.scorer_sha256, name)
-    of = f"{weights} {'per token' if cfg.judge_length_normalize else 'sum'}"
+    scorer_id = f"{weights} {'per token' if cfg.judge_length_normalize else 'sum'}"
     hashed = []
     for row, row_texts in zip(rows, texts):
         hashed.append(prompt_fields(row) | {"responses": row_texts})
@@ -63,7 +63,7 @@ def score_rows(cfg, path: str, rows: list[dict], texts, ids, enc, device) -> np.
         scores = score_responses(cfg, judge, rows[part], texts[part], encoded[part], device)
         return {"scores": scores}
 
-    return score_in_parts(path, hashed, of, score, size)["scores"]
+    return score_in_parts(path, hashed, scorer_id, score, size)["scores"]
 
 
 def score_responses(cfg, judge, rows, texts, encoded, device) -> np.ndarray:
@@ -100,16 +100,16 @@ def encode_for_judge(cfg, judge, judge_enc, meta, rows, texts, ids, enc) -> list
     """Rows as a judge reads them, with the responses that are there. Prints what is cut to its
     limits. judge_enc, meta: its tokenizer and the meta.json of its checkpoint."""
     config = meta["config"]
-    of_judge = (judge_enc, config["template"])
+    judge_format = (judge_enc, config["template"])
     sampled = []
     for row, row_texts, row_ids in zip(rows, texts, ids):
         its_texts, its_ids = [], []
         for k in columns_there(row_texts):
             its_texts.append(row_texts[k])
-            its_ids.append(retokenize(*of_judge, enc, cfg.template, row_texts[k], row_ids[k]))
-        sampled.append(row_with_ids(row, its_texts, its_ids, *of_judge))
+            its_ids.append(retokenize(*judge_format, enc, cfg.template, row_texts[k], row_ids[k]))
+        sampled.append(row_with_ids(row, its_texts, its_ids, *judge_format))
     limits = (judge.config.block_size, config["max_prompt"], config["max_response"])
-    encoded, counts = encode_rows(sampled, *of_judge, *limits)
+    encoded, counts = encode_rows(sampled, *judge_format, *limits)
     cut = counts["prompts cut"] + counts["responses cut"]
     if cut and distributed.rank() == 0:
         num_responses = sum(len(row["responses"]) for row in sampled)

@@ -811,9 +811,9 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device)
     model = build_model(cfg, model_class, model_config, path, device, dtype, bool(start.path))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    of_them = f"{trained / 1e6:.2f}M of them trained, " if cfg.lora_rank else ""
+    trained_part = f"{trained / 1e6:.2f}M of them trained, " if cfg.lora_rank else ""
     say(
-        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {of_them}"
+        f"{cfg.out_dir}: {cfg.stage}, {model.num_params() / 1e6:.2f}M parameters, {trained_part}"
         f"{device.type} x {world_size()}, {dtype}, "
         f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     )

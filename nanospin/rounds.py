@@ -168,22 +168,22 @@ def remove_parts(path: str):
 
 
 def score_in_parts(
-    path: str, rows: list[dict], of: str, score, size: int = 0
+    path: str, rows: list[dict], scorer_id: str, score, size: int = 0
 ) -> dict[str, np.ndarray]:
     """Score encoded rows, `size` at a time (0: PART_SIZE), and keep each part: {name: array} on
     every rank.
 
     score(numbers) -> {name: array} of the rows `numbers`, on every rank; the arrays of the parts
-    are concatenated. of: a hash of what scores them; a part of other rows, or of another `of`, is
-    made again. After each part the run stops if a signal asks it to. The caller calls
+    are concatenated. scorer_id: a hash of what scores them; a part of other rows or of another
+    scorer is made again. After each part the run stops if a signal asks it to. The caller calls
     `remove_parts`.
     """
     make_round_folder(path)
     parts = part_files(path, len(rows), size or PART_SIZE)
     hashes = {}
     for part, numbers in parts.items():
-        hashes[part] = rows_sha256(of, [rows[n] for n in numbers])
-    kept = broadcast_from_rank0([part for part in parts if is_part_of(part, hashes[part])])
+        hashes[part] = rows_sha256(scorer_id, [rows[n] for n in numbers])
+    kept = broadcast_from_rank0([part for part in parts if has_hash(part, hashes[part])])
     num_kept = sum(len(parts[part]) for part in kept)
     if num_kept and distributed.rank() == 0:
         print(f"{path}: {num_kept} of {len(rows)} rows are scored already", flush=True)
@@ -220,12 +220,12 @@ def check_finite(values, rows: list[dict], enc, what: str):
             )
 
 
-def is_part_of(part: str, of: str) -> bool:
+def has_hash(part: str, expected: str) -> bool:
     """Whether a part is there, can be read, and has this hash."""
     if not os.path.exists(part):
         return False
     try:
-        return str(read_arrays(part).get("of")) == of
+        return str(read_arrays(part).get("of")) == expected
     except SystemExit:
         return False
 
