@@ -43,8 +43,8 @@ SETTLED = 2.0  # seconds; the hash of a file that changed more recently is not k
 # Entries of config.json that are, or hold, paths. What is there is compared by its hash.
 PATHS = ("data", "pretrain_data", "tokenizer", *ROLES, "checkpoints")
 
-# Entries of config.json that say where an input was found. They are not compared.
-NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256")
+# Entries of config.json that are not compared: where an input was found, and one of older runs.
+NOT_COMPARED = ("data_source", "checkpoints", "reward_source_sha256", "prompts_differ")
 
 imported_sources = weakref.WeakKeyDictionary()  # module of a scorer -> {function: sha256}
 watched = {}  # out_dir -> {path: sha256} of what its current round reads

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "timeout",
     "keep_last",
     "keep_best",
+    "keep_rounds",
     "on_nonfinite",
     "loss_spike_factor",
     "log_interval",

@@ -14,6 +14,7 @@ import contextlib
 import glob
 import netrc
 import os
+import re
 import secrets
 from dataclasses import asdict
 from urllib.parse import urlsplit
@@ -72,9 +73,8 @@ class WandbSender:
         self.run_per_round = cfg.wandb_runs == "rounds"
         self.mode = cfg.wandb  # online, offline, or failed: nothing is sent any more
         self.run = None  # the open W&B run
-        self.sent_file = (
-            None  # wandb.txt: the run's id, then the index of each record that was sent
-        )
+        # wandb.txt: the run's id and the inode of this file, then the index of each record sent
+        self.sent_file = None
         self.run_id = ""
         self.last_sent = -1  # the highest index in wandb.txt
         self.first_to_send = 0  # the first index that the open run does not have yet
@@ -104,14 +104,20 @@ class WandbSender:
         path = os.path.join(self.cfg.out_dir, "wandb.txt")
         if not os.path.exists(path):
             with open(path, "w", encoding="utf-8") as f:
-                f.write(secrets.token_hex(4) + "\n")
+                f.write(f"{secrets.token_hex(4)}-{os.fstat(f.fileno()).st_ino}\n")
         with open(path, encoding="utf-8") as f:
             words = f.read().split()
-        if not words or not words[0].isalnum() or not all(w.isdecimal() for w in words[1:]):
+        first = re.fullmatch("([0-9A-Za-z]+)(-[0-9]+)?", words[0]) if words else None
+        if not first or not all(w.isdecimal() for w in words[1:]):
             raise SystemExit(
                 printable(f"{path} is damaged; without it the run would get another W&B id")
             )
-        self.run_id = words[0]
+        self.run_id, inode = first.groups()
+        if inode and inode != f"-{os.stat(path).st_ino}":
+            report(
+                f"{path} was copied: both folders have the W&B run {self.run_id}, which keeps what "
+                "it gets first; to log this one by itself, remove the file"
+            )
         self.last_sent = max([int(word) for word in words[1:]], default=-1)
         self.sent_file = open(path, "a", encoding="utf-8", buffering=1)
 
@@ -283,8 +289,9 @@ def wandb_name(name: str, names: dict) -> str:
 
 def sample_table(cfg, record: dict) -> dict:
     """{"samples": a table of validation prompts with their responses}, for the samples of a spin
-    round and for an evaluation of ppo; otherwise {}. Under a scorer a player's samples are numbered
-    from its best one on, and "scores" has the scores in the order of the columns."""
+    round and for an evaluation of ppo; otherwise {}, and if their file is gone. Under a scorer a
+    player's samples are numbered from its best one on, and "scores" has the scores in the order of
+    the columns."""
     folder = os.path.join(cfg.out_dir, f"round_{record['round']}")
     if cfg.stage == "spin" and record["kind"] == "collect":
         path = os.path.join(folder, "val.jsonl")
@@ -296,6 +303,8 @@ def sample_table(cfg, record: dict) -> dict:
         return {}
     import wandb
 
+    if not os.path.exists(path):
+        return {}  # the folder of an old round was removed
     rows = read_rows(path)[:TABLE_ROWS]
     has_scores = "players" in rows[0]
     cells = [table_row(row, columns) for row in rows]

@@ -899,6 +899,13 @@ def test_a_run_keeps_its_settings(tiny_data, tmp_path):
     args = small_args("pretrain", tiny_data, None, tmp_path / "r", *TINY)
     train.main(args)
     assert "begun with lr = 0.0003, now it is 0.1" in refused([*args, "--lr=0.1"])
+    train.main([*args, "--keep_last=2", "--keep_rounds=1"])  # they change no result
+
+    # an entry of config.json and of checkpoints that older versions wrote
+    settings = read_json(f"{tmp_path}/r/config.json")
+    settings["config"]["prompts_differ"] = True
+    write_json(f"{tmp_path}/r/config.json", settings)
+    train.main(args)
 
 
 def test_the_template_is_the_checkpoints_unless_the_config_sets_it(tiny_runs, tiny_data, tmp_path):

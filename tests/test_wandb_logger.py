@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import shutil
 import struct
 import sys
 import threading
@@ -110,7 +111,7 @@ def read_offline_runs(out):
 
 def read_id(out):
     with open(f"{out}/wandb.txt", encoding="utf-8") as f:
-        return f.readline().strip()
+        return f.readline().partition("-")[0]
 
 
 def read_records(out):
@@ -378,6 +379,33 @@ def test_online_continues_after_what_the_server_has(tiny_data, tmp_path, monkeyp
     assert [line["_step"] for line in lines] == list(range(len(records)))
     losses = [record["loss"] for record in records if record["kind"] == "step"]
     assert [line["train/loss"] for line in lines if "train/loss" in line] == losses
+
+
+def test_a_copied_run_is_told_that_it_has_the_id_of_another(tiny_data, tmp_path, server, capsys):
+    out, copy = f"{tmp_path}/r", f"{tmp_path}/copy"
+    train.main(pretrain_args(tiny_data, out, "--max_steps=1", "--wandb=online"))
+    os.rename(out, f"{out}_moved")
+    train.main(pretrain_args(tiny_data, f"{out}_moved", "--max_steps=1", "--wandb=online"))
+    assert "was copied" not in capsys.readouterr().out
+    shutil.copytree(f"{out}_moved", copy, symlinks=True)
+    train.main(pretrain_args(tiny_data, copy, "--max_steps=1", "--wandb=online"))
+    line = f"wandb: {copy}/wandb.txt was copied: both folders have the W&B run {read_id(copy)}"
+    assert line in capsys.readouterr().out
+    os.remove(f"{copy}/wandb.txt")
+    train.main(pretrain_args(tiny_data, copy, "--max_steps=1", "--wandb=online"))
+    assert read_id(copy) != read_id(f"{out}_moved")
+    assert len(Server.runs[read_id(copy)]) == len(read_records(copy))
+
+
+def test_a_round_whose_folder_was_removed_is_sent_without_its_table(tiny_runs, tiny_data, tmp_path):
+    out = f"{tmp_path}/r"
+    train.main(spin_args(tiny_runs, tiny_data, out, "--rounds=2", "--max_steps=1"))
+    shutil.rmtree(f"{out}/round_0")
+    more = ["--rounds=2", "--max_steps=1", "--wandb=offline"]
+    train.main(spin_args(tiny_runs, tiny_data, out, *more))
+    ((_, values),) = read_offline_runs(out)
+    assert list(values) == list(range(len(read_records(out))))
+    assert sum("samples/path" in sent for sent in values.values()) == 1
 
 
 # ----------------------------------------------------------------------------------------- errors
