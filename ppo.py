@@ -27,8 +27,7 @@ each token. With gae the reward is first normalized by mean and deviation of the
 samples if `whiten_rewards`. pi_ref is `init`.
 
 With kl_in "loss" the penalty is not in the advantages: the loss has kl_coef x `loss.kl_k3` at
-each token (2402.03300, eq. 4). The loss is `loss.ppo_loss` for gae, else
-`loss.grpo_loss`.
+each token (2402.03300, eq. 4). The loss is `loss.ppo_loss` for gae, else `loss.grpo_loss`.
 
 RUN/round_R/ holds self_train.jsonl (samples, those of a prompt are K lines after each other),
 train.jsonl (a row for each prompt: its samples with their scores, best first), rollout.npz
@@ -50,12 +49,7 @@ from data import tokenizer
 from data.batch import Batch, ppo_batch
 from data.files import atomic_write, read_arrays, sha256, write_json
 from data.gsm8k.scorer import same_answer
-from data.rows import (
-    encode_rows,
-    read_rows,
-    row_with_ids,
-    write_rows,
-)
+from data.rows import encode_rows, read_rows, row_with_ids, write_rows
 from eval import map_batches, response_lengths, validation_rows
 from loss import kl_k3
 from model import GPT
@@ -423,8 +417,8 @@ def remove_score_parts(path: str):
 
 
 def token_arrays(model, cfg, rows, enc, device, scorer: str) -> dict[str, np.ndarray]:
-    """`token_scores` in one array each, (tokens,) float32. Exits with one line, which
-    names `scorer`, if one is not finite."""
+    """`token_scores` in one array each, (tokens,) float32. Exits with one line, which names
+    `scorer`, if one is not finite."""
     names = {"logps": "log-probabilities under", "values": "values of"}
     arrays = {}
     for name, scores in token_scores(model, rows, cfg, device).items():

@@ -27,13 +27,7 @@ from data import tokenizer
 from data.batch import permutation
 from data.files import atomic_write, read_arrays
 from data.folder import read_stream
-from data.rows import (
-    drop_equal_responses,
-    encode_rows,
-    prompt_key,
-    read_rows,
-    write_rows,
-)
+from data.rows import drop_equal_responses, encode_rows, prompt_key, read_rows, write_rows
 from eval import is_ranked, row_logps, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed, inputs

@@ -3,9 +3,9 @@
     python -m studies.smollm2.table out/commands/1 out/commands/2
     python -m studies.smollm2.table studies/smollm2/logs/*.scores.jsonl
 
-A table for each seed, and one of their mean. ± is a 95 % interval of the paired difference from SFT
-continued over the held-out prompts. It says nothing about another seed. Writes the scores of every
-prompt to SEED/scores.jsonl, a line for each method.
+Prints a table for each seed, and one of their mean. ± is a 95 % interval of the paired difference
+from SFT continued over the held-out prompts. It says nothing about another seed. Writes the scores
+of every prompt to SEED/scores.jsonl, a line for each method.
 """
 
 import json
@@ -74,7 +74,7 @@ def read_scores(path: str) -> dict[str, dict]:
     scored = {}
     for line in read_text(path).splitlines():
         scores = json.loads(line)
-        scored[scores["method"]] = scores
+        scored[scores.pop("method")] = scores
     return scored
 
 
@@ -83,7 +83,7 @@ def mean_over_seeds(all_scored: list[dict]) -> dict[str, dict]:
     means = {}
     for name in TITLES:
         means[name] = {}
-        for metric in all_scored[0][name].keys() - {"method"}:
+        for metric in all_scored[0][name]:
             means[name][metric] = np.mean([scored[name][metric] for scored in all_scored], axis=0)
     return means
 
@@ -115,12 +115,12 @@ def make_table(scored: dict[str, dict]) -> list[str]:
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl")
-    tables = {}
+    by_title = {}
     for path in parser.parse_args(argv).paths:
-        tables[path] = read_scores(path) if path.endswith(".jsonl") else score_all(path)
-    if len(tables) > 1:
-        tables["mean"] = mean_over_seeds(list(tables.values()))
-    for title, scored in tables.items():
+        by_title[path] = read_scores(path) if path.endswith(".jsonl") else score_all(path)
+    if len(by_title) > 1:
+        by_title["mean"] = mean_over_seeds(list(by_title.values()))
+    for title, scored in by_title.items():
         print(f"{title}\n")
         print("\n".join(make_table(scored)) + "\n")
 
