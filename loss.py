@@ -374,14 +374,16 @@ def chosen_rejected_metrics(
 # ----------------------------------------------------------------------------------- sequences
 
 
-def sequence_logprobs(logps: Tensor, seq: Tensor, n_seq: int) -> Tensor:
+def sequence_logprobs(logps: Tensor, response_index: Tensor, num_responses: int) -> Tensor:
     """log pi(y|x) of each sequence: the sum of the log-probabilities of its tokens.
 
-    logps (...) float; seq (...) int64, the sequence of each token, -1 for none. Returns (n_seq,).
+    logps (...) float; response_index (...) int64, the response of each token, -1 for none. Returns
+    (num_responses,).
     """
     # not by a boolean mask, for whose size the CPU would have to wait for a GPU
-    logps, seq = logps.masked_fill(seq < 0, 0.0).flatten(), seq.clamp(min=0).flatten()
-    return logps.new_zeros(n_seq).index_add(0, seq, logps)
+    logps = logps.masked_fill(response_index < 0, 0.0)
+    index = response_index.clamp(min=0)
+    return logps.new_zeros(num_responses).index_add(0, index.flatten(), logps.flatten())
 
 
 def mean_logprobs(logps: Tensor, response_mask: Tensor, lengths: Tensor) -> Tensor:
@@ -472,7 +474,7 @@ def grpo_loss(
     logps: Tensor,
     old_logps: Tensor,
     advantages: Tensor,
-    seq: Tensor,
+    response_index: Tensor,
     lengths: Tensor,
     ref_logps: Tensor | None = None,
     *,
@@ -487,7 +489,7 @@ def grpo_loss(
     RLOO and on-policy distillation, by their advantages and averages.
 
     logps, old_logps, advantages, ref_logps  (m,) of each token
-    seq                                      (m,) int64 in [0, n), the response of each token
+    response_index                           (m,) int64 in [0, n), the response of each token
     lengths                                  (n,) tokens of each response, 0 where there is none
 
     The loss of a token is that of `clipped_surrogate`, plus kl_coef x `kl_k3` to the reference
@@ -515,7 +517,7 @@ def grpo_loss(
     def mean(x: Tensor) -> Tensor:
         if average == "token":
             return x.mean()
-        return (x / lengths[seq]).sum() / num_responses
+        return (x / lengths[response_index]).sum() / num_responses
 
     def loss_mean(x: Tensor) -> Tensor:
         if average == "constant":

@@ -569,11 +569,11 @@ def response_logps(model: GPT, batch) -> Tensor:
     Training, reference and evaluation all use this function."""
     B, K = batch.response_mask.shape
     logps = model(batch.idx, batch.targets, **batch.layout())
-    return sequence_logprobs(logps, batch.seq, B * K).view(B, K)
+    return sequence_logprobs(logps, batch.response_index, B * K).view(B, K)
 
 
 def response_scores(model: GPT, batch) -> Tensor:
     """A reward model's score of every response -> (B, K), 0 where it is absent."""
     B, K = batch.response_mask.shape
     scores = model.values(batch.idx, batch.value_positions, **batch.layout())
-    return scores.new_zeros(B * K).index_put((batch.value_seq,), scores).view(B, K)
+    return scores.new_zeros(B * K).index_put((batch.value_response_index,), scores).view(B, K)

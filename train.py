@@ -183,14 +183,14 @@ def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
             loss = loss + kl_coef * kl
             metrics["kl"] = kl.detach()
     else:
-        seq = batch.seq
+        response_index = batch.response_index
         if batch.logit_positions is None:  # padded: (N, T)
-            seq = seq.flatten().index_select(0, batch.value_positions)
+            response_index = response_index.flatten().index_select(0, batch.value_positions)
         loss, metrics = grpo_loss(
             logps,
             batch.old_logps,
             batch.advantages,
-            seq,
+            response_index,
             batch.lengths.flatten(),
             batch.token_refs,
             kl_coef=kl_coef,

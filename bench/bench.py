@@ -266,7 +266,7 @@ class OurTrainer:
         """Plackett-Luce, summed over the rows of a micro-batch; the reference is uniform."""
         B, K = batch.response_mask.shape
         logps = self.model(batch.idx, batch.targets, **batch.layout())
-        scores = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
+        scores = sequence_logprobs(logps, batch.response_index, B * K).view(B, K)
         ref = uniform_logps(batch.lengths, self.model.config.vocab_size)
         loss, _ = preference_loss(scores, ref, batch.response_mask)
         return loss * B

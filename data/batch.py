@@ -28,7 +28,7 @@ class Batch:
 
     # what is predicted
     targets: Tensor | None = None  # (m,) or (N, T); -1 where not supervised
-    seq: Tensor | None = None  # like targets: b K + k of each target, -1 for none
+    response_index: Tensor | None = None  # like targets: b K + k of each target, -1 for none
     response_mask: Tensor | None = None  # (B, K) bool: the response is there
     ranks: Tensor | None = None  # (B, K) smaller is better, equal is a tie
     lengths: Tensor | None = None  # (B, K) supervised tokens of each response
@@ -39,7 +39,7 @@ class Batch:
 
     # reward and ppo
     value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read
-    value_seq: Tensor | None = None  # (r,) b K + k of each
+    value_response_index: Tensor | None = None  # (r,) b K + k of each
 
     # ppo, by token, from when the tokens were sampled; values and returns with gae
     old_logps: Tensor | None = None  # (m,)
@@ -137,16 +137,16 @@ def reward_batch(rows: list[dict], layout: str = "packed") -> Batch:
         responses = [None if y is None else [*y, 0] for y in row["responses"]]
         longer.append(row | {"responses": responses})
     batch = batch_rows(longer, layout)
-    seq = batch.seq[batch.targets >= 0]
-    is_last = torch.cat([seq[1:] != seq[:-1], torch.ones(1, dtype=torch.bool)])
+    index = batch.response_index[batch.targets >= 0]
+    is_last = torch.cat([index[1:] != index[:-1], torch.ones(1, dtype=torch.bool)])
     return replace(
         batch,
         value_positions=target_positions(batch)[is_last],
-        value_seq=seq[is_last],
+        value_response_index=index[is_last],
         lengths=batch.lengths - batch.response_mask.long(),
         logit_positions=None,
         targets=None,
-        seq=None,
+        response_index=None,
         num_targets=0,
     ).pin_memory()
 
@@ -186,7 +186,7 @@ def pack_rows(rows: list[dict], K: int, multiple: int) -> dict:
     response continue those of the prompt. A prompt's last token predicts the first token of every
     response. The end is padded to a multiple of `multiple` tokens, which belong to no row."""
     idx, pos, sequence_id, response_id = [], [], [], []
-    logit_positions, targets, seq = [], [], []
+    logit_positions, targets, response_index = [], [], []
     for b, row in enumerate(rows):
         prompt = row["prompt"]
         end_of_prompt = len(idx) + len(prompt)
@@ -203,7 +203,7 @@ def pack_rows(rows: list[dict], K: int, multiple: int) -> dict:
                 logit_positions.append(end_of_prompt - 1)
             logit_positions += range(start, start + read)
             targets += predicted
-            seq += [b * K + k] * len(predicted)
+            response_index += [b * K + k] * len(predicted)
             idx += response[:-1]
             pos += range(len(prompt), len(prompt) + read)
             response_id += [k + 1] * read
@@ -216,7 +216,7 @@ def pack_rows(rows: list[dict], K: int, multiple: int) -> dict:
         "response_id": response_id + [0] * padding,
         "logit_positions": np.array(logit_positions, int),
         "targets": np.array(targets, int),
-        "seq": np.array(seq, int),
+        "response_index": np.array(response_index, int),
         "num_tokens": num_tokens,
     }
 
@@ -233,16 +233,17 @@ def pad_rows(rows: list[dict], K: int) -> dict:
     N = len(sequences)
     idx = np.zeros((N, T), int)
     targets = np.full((N, T), -1)
-    seq = np.full((N, T), -1)
+    response_index = np.full((N, T), -1)
     num_tokens = 0
     for n, (slot, prompt, response) in enumerate(sequences):
         ids = prompt + response
         start, end = max(len(prompt) - 1, 0), len(ids) - 1
         idx[n, :end] = ids[:-1]
         targets[n, start:end] = ids[start + 1 :]
-        seq[n, start:end] = slot
+        response_index[n, start:end] = slot
         num_tokens += end
-    return {"idx": idx, "targets": targets, "seq": seq, "num_tokens": num_tokens}
+    arrays = {"idx": idx, "targets": targets, "response_index": response_index}
+    return arrays | {"num_tokens": num_tokens}
 
 
 # ------------------------------------------------------------- which rows are in which batch

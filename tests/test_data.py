@@ -93,7 +93,7 @@ def test_padded_layout_row_by_row():
         [-1, -1, -1, y, z, EOT],
         [-1, -1, EOT, -1, -1, -1],
     ]
-    assert batch.seq.tolist() == [
+    assert batch.response_index.tolist() == [
         [-1, -1, -1, 0, 0, -1],
         [-1, -1, -1, 1, 1, 1],
         [-1, -1, 2, -1, -1, -1],
@@ -123,7 +123,7 @@ def test_packed_layout_row_by_row():
     assert batch.response_id.tolist() == [0, 0, 0, 0, 1, 3, 3] + [0] * 9
     assert batch.logit_positions.tolist() == [3, 4, 3, 5, 6, 9]
     assert batch.targets.tolist() == [x, EOT, y, z, EOT, EOT]
-    assert batch.seq.tolist() == [0, 0, 2, 2, 2, 3]
+    assert batch.response_index.tolist() == [0, 0, 2, 2, 2, 3]
     assert batch.lengths.tolist() == [[2, 0, 3], [1, 0, 0]]
     assert batch.num_tokens == 10
     assert sum(count_row_tokens(row) for row in rows) == 10

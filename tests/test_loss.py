@@ -578,8 +578,8 @@ def test_options_that_a_loss_cannot_have_are_refused(loss_type, name):
 
 def test_sequence_logprobs():
     logps = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], requires_grad=True)
-    seq = torch.tensor([[-1, 0, 0], [2, -1, 2]])
-    total = sequence_logprobs(logps, seq, 4)
+    response_index = torch.tensor([[-1, 0, 0], [2, -1, 2]])
+    total = sequence_logprobs(logps, response_index, 4)
     assert total.tolist() == [6.0, 0.0, 40.0, 0.0]
     total.sum().backward()
     assert logps.grad.tolist() == [[0, 1, 1], [1, 0, 1]]
@@ -595,7 +595,7 @@ class Tokens:
     logps: torch.Tensor
     old_logps: torch.Tensor
     advantages: torch.Tensor
-    seq: torch.Tensor
+    response_index: torch.Tensor
     lengths: torch.Tensor
     ref_logps: torch.Tensor
 
@@ -604,7 +604,7 @@ class Tokens:
             self.logps,
             self.old_logps,
             self.advantages,
-            self.seq,
+            self.response_index,
             self.lengths,
             self.ref_logps,
             **options,
@@ -616,16 +616,16 @@ def random_tokens(lengths=(3, 1, 0, 5, 2), seed=0):
     range of clip 0.2."""
     g = seeded(seed)
     lengths = torch.tensor(lengths)
-    seq = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    seq = seq[torch.randperm(len(seq), generator=g)]
-    logps = -3 * torch.rand(len(seq), generator=g, dtype=torch.float64) - 0.5
-    old_logps = logps - 0.3 * torch.randn(len(seq), generator=g, dtype=torch.float64)
-    advantages = torch.randn(len(seq), generator=g, dtype=torch.float64)
-    ref_logps = logps + 0.5 * torch.randn(len(seq), generator=g, dtype=torch.float64)
-    return Tokens(logps.requires_grad_(), old_logps, advantages, seq, lengths, ref_logps)
+    response_index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    response_index = response_index[torch.randperm(len(response_index), generator=g)]
+    logps = -3 * torch.rand(len(response_index), generator=g, dtype=torch.float64) - 0.5
+    old_logps = logps - 0.3 * torch.randn(len(response_index), generator=g, dtype=torch.float64)
+    advantages = torch.randn(len(response_index), generator=g, dtype=torch.float64)
+    ref_logps = logps + 0.5 * torch.randn(len(response_index), generator=g, dtype=torch.float64)
+    return Tokens(logps.requires_grad_(), old_logps, advantages, response_index, lengths, ref_logps)
 
 
-def slow_average(values, seq, lengths, average, max_length):
+def slow_average(values, response_index, lengths, average, max_length):
     if average == "token":
         return sum(values) / len(values)
     num_responses, total = 0, 0.0
@@ -633,7 +633,7 @@ def slow_average(values, seq, lengths, average, max_length):
         if length == 0:
             continue
         num_responses += 1
-        tokens = sum(value for value, i in zip(values, seq.tolist()) if i == response)
+        tokens = sum(value for value, i in zip(values, response_index.tolist()) if i == response)
         total += tokens / (length if average == "sequence" else max_length)
     return total / num_responses
 
@@ -659,16 +659,18 @@ def slow_grpo(t, average, max_length, clip, clip_high, kl_coef, entropy_coef):
         losses.append(policy_losses[-1] + kl_coef * kls[-1] - entropy_coef * entropies[-1])
 
     of_metrics = "token" if average == "token" else "sequence"
-    metrics = {"policy_loss": slow_average(policy_losses, t.seq, t.lengths, average, max_length)}
+    metrics = {
+        "policy_loss": slow_average(policy_losses, t.response_index, t.lengths, average, max_length)
+    }
     for name, values in [
         ("entropy", entropies),
         ("clip_fraction", outside),
         ("approx_kl", approx_kls),
         ("kl", kls),
     ]:
-        metrics[name] = slow_average(values, t.seq, t.lengths, of_metrics, 0)
+        metrics[name] = slow_average(values, t.response_index, t.lengths, of_metrics, 0)
     metrics = {name: torch.as_tensor(value).item() for name, value in metrics.items()}
-    return slow_average(losses, t.seq, t.lengths, average, max_length), metrics
+    return slow_average(losses, t.response_index, t.lengths, average, max_length), metrics
 
 
 @pytest.mark.parametrize("average", ["token", "sequence", "constant"])
@@ -704,7 +706,7 @@ def test_grpo_worked_example():
     old_logps = float64([-1, -1, -1, -1])
     logps = old_logps + float64([1.5, 1.5, 0.5, 0.5]).log()
     advantages = float64([1, -1, 1, -1])
-    seq, lengths = torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1])
+    response_index, lengths = torch.tensor([0, 0, 0, 1]), torch.tensor([3, 1])
     options = {"clip": 0.2, "clip_high": 0.28}
     per_token = float64([-1.28, 1.5, -0.5, 0.8])
     expected = {
@@ -714,7 +716,14 @@ def test_grpo_worked_example():
     }
     for average, value in expected.items():
         loss, metrics = grpo_loss(
-            logps, old_logps, advantages, seq, lengths, average=average, max_length=5, **options
+            logps,
+            old_logps,
+            advantages,
+            response_index,
+            lengths,
+            average=average,
+            max_length=5,
+            **options,
         )
         torch.testing.assert_close(loss, value, rtol=1e-14, atol=1e-15)
         assert metrics["clip_fraction"] == 1 and "kl" not in metrics
@@ -753,20 +762,20 @@ def test_micro_batches_add_up_to_the_whole_batch(average):
     whole = random_tokens(lengths=(3, 1, 0, 5, 2, 4, 7))
     options = {"average": average, "max_length": 8, "kl_coef": 0.1, "entropy_coef": 0.01}
     loss, metrics = whole.loss(**options)
-    total_units = len(whole.seq) if average == "token" else 6
+    total_units = len(whole.response_index) if average == "token" else 6
     total, totals = 0.0, dict.fromkeys(metrics, 0.0)
     for first, last in [(0, 3), (3, 5), (5, 7)]:
-        here = (whole.seq >= first) & (whole.seq < last)
+        here = (whole.response_index >= first) & (whole.response_index < last)
         lengths = whole.lengths[first:last]
         part = Tokens(
             whole.logps[here],
             whole.old_logps[here],
             whole.advantages[here],
-            whole.seq[here] - first,
+            whole.response_index[here] - first,
             lengths,
             whole.ref_logps[here],
         )
-        units = len(part.seq) if average == "token" else (lengths > 0).sum().item()
+        units = len(part.response_index) if average == "token" else (lengths > 0).sum().item()
         part_loss, part_metrics = part.loss(**options)
         total = total + part_loss * units / total_units
         for name, value in part_metrics.items():
@@ -790,7 +799,7 @@ def test_an_on_policy_step_is_reinforce(average, clip):
     (grad,) = torch.autograd.grad(loss, t.logps)
     weights = {
         "token": torch.full((11,), 1 / 11, dtype=torch.float64),
-        "sequence": 1 / (4 * t.lengths[t.seq].double()),
+        "sequence": 1 / (4 * t.lengths[t.response_index].double()),
         "constant": torch.full((11,), 1 / (4 * 6), dtype=torch.float64),
     }
     expected = -t.advantages * weights[average]
@@ -813,9 +822,15 @@ def toy_group_loss(logits, group, advantages):
     """grpo_loss of the texts of a group: the sum over tokens, mean over texts."""
     logps = torch.cat([toy_logps(logits, text) for text in group])
     lengths = torch.tensor([len(text) for text in group])
-    seq = torch.repeat_interleave(torch.arange(len(group)), lengths)
+    response_index = torch.repeat_interleave(torch.arange(len(group)), lengths)
     loss, _ = grpo_loss(
-        logps, logps.detach(), advantages[seq], seq, lengths, average="constant", max_length=1
+        logps,
+        logps.detach(),
+        advantages[response_index],
+        response_index,
+        lengths,
+        average="constant",
+        max_length=1,
     )
     return loss
 

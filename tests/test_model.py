@@ -119,7 +119,7 @@ def test_packed_layout_equals_padded(config, dtype, tolerance, max_queries, long
         batch = batch_rows(rows, layout)
         B, K = batch.response_mask.shape
         logps = model(batch.idx, batch.targets, **batch.layout())
-        scores = sequence_logprobs(logps, batch.seq, B * K).view(B, K)
+        scores = sequence_logprobs(logps, batch.response_index, B * K).view(B, K)
         weights = torch.linspace(-1, 1, B * K).view(B, K).to(scores)
         grads = torch.autograd.grad((scores * weights).sum(), list(model.parameters()))
         results[layout] = [scores.detach(), *grads]

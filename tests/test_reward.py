@@ -140,7 +140,11 @@ def test_the_score_is_read_at_the_last_token(layout):
 
     batch = reward_batch(rows, layout)
     values = model.values(batch.idx, batch.value_positions, **batch.layout())
-    scores = torch.zeros(15, dtype=torch.float64).index_put((batch.value_seq,), values).view(5, 3)
+    scores = (
+        torch.zeros(15, dtype=torch.float64)
+        .index_put((batch.value_response_index,), values)
+        .view(5, 3)
+    )
     for b, row in enumerate(rows):
         for k, response in enumerate(row["responses"]):
             if response is None:

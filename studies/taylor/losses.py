@@ -49,30 +49,31 @@ def count_units(batch: Batch, cfg) -> int:
 
 
 def token_losses(model: GPT, batch: Batch, cfg) -> tuple[Tensor, Tensor | None]:
-    """The loss of each token, T_n or the one of the other losses that is set, and batch.seq of
-    these tokens. T_n is 0 where there is no target; the others are of tokens with a target only.
+    """The loss of each token, T_n or the one of the other losses that is set, and the
+    batch.response_index of these tokens. T_n is 0 where there is no target; the others are of
+    tokens with a target only.
     """
     if not (cfg.token_label_smoothing or cfg.confidence_penalty or cfg.focal):
         logps = model(batch.idx, batch.targets, **batch.layout())
-        return taylor_nll(logps, cfg.taylor_order), batch.seq
+        return taylor_nll(logps, cfg.taylor_order), batch.response_index
 
     supervised = batch.targets >= 0
-    seq = None if batch.seq is None else batch.seq[supervised]
+    response_index = None if batch.response_index is None else batch.response_index[supervised]
     if cfg.focal:
         logps = model(batch.idx, batch.targets, **batch.layout())
-        return focal_nll(logps[supervised], cfg.focal), seq
+        return focal_nll(logps[supervised], cfg.focal), response_index
     losses = smoothed_nll(
         model(batch.idx, **batch.layout())[supervised],
         batch.targets[supervised],
         cfg.token_label_smoothing,
         cfg.confidence_penalty,
     )
-    return losses, seq
+    return losses, response_index
 
 
 def token_objective(model: GPT, batch: Batch, cfg):
     """The token losses, summed. With a model of the write-up: their mean over each row, summed."""
-    losses, seq = token_losses(model, batch, cfg)
+    losses, response_index = token_losses(model, batch, cfg)
     if model.config.write_up:
-        losses = losses / batch.lengths.flatten()[seq]
+        losses = losses / batch.lengths.flatten()[response_index]
     return losses.sum(), {}

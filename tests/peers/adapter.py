@@ -107,8 +107,10 @@ class NanoSpinLM(TemplateLM):
         logits = self.model(batch.idx, **batch.layout())  # (m, V)
         logps = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
         not_greedy = (logits.argmax(-1) != batch.targets).float()
-        logps = sequence_logprobs(logps, batch.seq, B * K).view(B, K).tolist()
-        num_not_greedy = sequence_logprobs(not_greedy, batch.seq, B * K).view(B, K).tolist()
+        logps = sequence_logprobs(logps, batch.response_index, B * K).view(B, K).tolist()
+        num_not_greedy = (
+            sequence_logprobs(not_greedy, batch.response_index, B * K).view(B, K).tolist()
+        )
         scores = []
         for row_logps, row_counts in zip(logps, num_not_greedy):
             scores.append([(logp, count == 0) for logp, count in zip(row_logps, row_counts)])

@@ -241,11 +241,13 @@ def liger_head_loss(case, inputs, hidden, weight):
 def our_head_loss(case, inputs, hidden, weight):
     pair = torch.arange(2 * B) % B
     response = torch.arange(2 * B) // B
-    seq = (2 * pair + response)[:, None].expand(-1, T).masked_fill(inputs.targets < 0, -1)
+    response_index = (
+        (2 * pair + response)[:, None].expand(-1, T).masked_fill(inputs.targets < 0, -1)
+    )
 
     def response_logps(hidden, weight):
         logps = linear_logprobs(hidden, weight, inputs.targets)
-        return sequence_logprobs(logps, seq, 2 * B).view(B, 2)
+        return sequence_logprobs(logps, response_index, 2 * B).view(B, 2)
 
     policy = response_logps(hidden, weight)
     ref = response_logps(inputs.ref_hidden, inputs.weight)

@@ -362,7 +362,7 @@ def supervised_tokens(batch: Batch) -> list[tuple]:
     idx, length = batch.idx.flatten().tolist(), batch.idx.shape[-1]
     if batch.targets is None:
         parts, start = [], 0
-        for slot, end in zip(batch.value_seq.tolist(), batch.value_positions.tolist()):
+        for slot, end in zip(batch.value_response_index.tolist(), batch.value_positions.tolist()):
             if batch.idx.ndim == 2:
                 start = end // length * length
             parts.append((slot, [(idx[n], n == end) for n in range(start, end + 1)]))
@@ -370,7 +370,9 @@ def supervised_tokens(batch: Batch) -> list[tuple]:
         return parts
     is_target = batch.targets >= 0
     targets = batch.targets[is_target].tolist()
-    slots = [0] * len(targets) if batch.seq is None else batch.seq[is_target].tolist()
+    slots = [0] * len(targets)
+    if batch.response_index is not None:
+        slots = batch.response_index[is_target].tolist()
     first = int(target_positions(batch)[0])
     parts = {-1: [(token, False) for token in idx[: first + 1]]}
     for slot, token in zip(slots, targets):
