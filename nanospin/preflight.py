@@ -1,53 +1,28 @@
 """Checks before a run's first step: the ranks agree, the inputs exist, out_dir is this run's."""
 
 import glob
-import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from data import tokenizer
-from data.files import RUN_FOLDER_MARKS, check_input, sha256
+from data.files import RUN_FOLDER_MARKS, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.rows import prompt_key
 from data.template import TEMPLATE
-from nanospin import checkpoint, config, distributed, inputs, lock, rounds
+from nanospin import checkpoint, config, distributed, inputs, lock
 from nanospin.distributed import run_on_rank0
 from nanospin.inputs import POLICY_STAGES
-
-# Settings that may differ when a run is resumed: results change at most by rounding, or a line says
-# so. Of lists with one value per round see `is_same_so_far`.
-MAY_CHANGE = {
-    "out_dir",
-    "device",
-    "compile",
-    "cuda_graphs",
-    "activation_checkpointing",
-    "deterministic",
-    "hsdp_shard_size",
-    "reshard_after_forward",
-    "fsdp_prefetch",
-    "sample_sharded",
-    "timeout",
-    "keep_last",
-    "keep_best",
-    "keep_rounds",
-    "on_nonfinite",
-    "loss_spike_factor",
-    "log_interval",
-    "save_interval",
-    "wandb",
-    "wandb_project",
-    "wandb_runs",
-    "tensorboard",
-    "gen_batch_size",
-    "micro_batch_tokens",
-    "layout",
-    "rounds",
-}
+from nanospin.same_run import (
+    check_same_run,
+    flat_settings,
+    read_config_json,
+    read_run_settings,
+    run_settings,
+)
 
 
 def resolve_template(cfg):
@@ -245,96 +220,6 @@ def is_round_of_run(path: str) -> bool:
     return bool(settings or checkpoint.list_steps(path))
 
 
-def check_same_run(cfg, settings: dict, newest: str | None):
-    """If out_dir has results, they must come from the same settings, except for MAY_CHANGE. Those
-    in a checkpoint are protected by its manifest, so they count more than config.json, which knows
-    better only where inputs that were moved are now."""
-    before = read_run_settings(cfg.out_dir, print)
-    if newest:
-        saved = checkpoint.read_meta(newest).get("settings") or {}
-        paths = {name: before[name] for name in inputs.PATHS if name in before}
-        before |= saved | paths
-    if not newest and not has_rows(cfg.out_dir):
-        return
-    if not before:
-        before = collected_settings(cfg.out_dir, settings)
-    if not before:
-        refuse_if_samples(cfg.out_dir)
-        return
-    same = inputs.match_inputs(cfg, before, settings)
-    for name in settings | before:
-        if name in MAY_CHANGE or name in same:
-            continue
-        if name not in before and name not in cfg.model and has_default(cfg, settings, name):
-            continue  # a setting that did not exist yet
-        if name in config.PER_ROUND and is_same_so_far(cfg, before.get(name), settings[name]):
-            continue
-        if before.get(name) != settings.get(name):
-            raise SystemExit(
-                f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
-                f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
-            )
-    say_schedule_change(cfg, before.get("rounds"))
-    if newest:
-        say_dropout_change(before, settings, checkpoint.read_meta(newest)["model"])
-
-
-def has_default(cfg, settings: dict, name: str) -> bool:
-    """Whether a setting has its default. Entries of config.json that are no settings have none, and
-    count as if they had."""
-    defaults = settings_as_json(type(cfg)())
-    return name not in defaults or settings[name] == defaults[name]
-
-
-def is_same_so_far(cfg, before, now) -> bool:
-    """Whether a setting that may be a list with one value per round has the same values in all
-    rounds that have begun. Those of later rounds may change, and there may be more of them."""
-    folders = checkpoint.list_numbered(cfg.out_dir, "round")
-    begun = 1
-    if folders:
-        begun += int(os.path.basename(folders[-1]).removeprefix("round_"))
-    values = [value if isinstance(value, list) else [value] for value in (before, now)]
-    begun = min(begun, cfg.rounds, max(map(len, values)))
-    for n, listed in enumerate(values):
-        values[n] = listed * begun if len(listed) == 1 else listed[:begun]
-    return values[0] == values[1]
-
-
-def collected_settings(out_dir: str, settings: dict) -> dict:
-    """The settings in collect.json of the latest round that has them, {} if none does.
-
-    They name the checkpoints that init, teacher and reward were: where that is what `settings` have
-    found, it is the same setting.
-    """
-    for folder in reversed(checkpoint.list_numbered(out_dir, "round")):
-        path = os.path.join(folder, "collect.json")
-        if not os.path.exists(path):
-            continue
-        manifest = rounds.read_manifest(folder, {})
-        if not isinstance(manifest.get("config"), dict):
-            continue  # stage ppo
-        before = saved_settings(manifest)
-        for role, found in settings["checkpoints"].items():
-            if inputs.same_path(before.get(role), found):
-                before[role] = settings[role]
-        print(f"{out_dir} has no config.json: its settings are taken from {path}", flush=True)
-        return before
-    return {}
-
-
-def refuse_if_samples(out_dir: str):
-    """Exit with one line if a run's folder has samples or scores. Nothing says with which settings
-    they were made."""
-    for pattern in ("round_*/*.jsonl*", "round_*/*.npz*", "teacher_*.jsonl*"):
-        for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern))):
-            if os.path.getsize(path):
-                raise SystemExit(
-                    f"{out_dir} has samples ({path}), and no config.json or checkpoint that says "
-                    "with which settings they were made: put its config.json back, or use another "
-                    "out_dir"
-                )
-
-
 def say_shared_prompts(train: list[dict], val: list[dict], say):
     """Say how many validation rows have the prompt of a training row, or its text if they are whole
     texts."""
@@ -350,91 +235,6 @@ def say_shared_prompts(train: list[dict], val: list[dict], say):
 
 def row_key(row: dict) -> tuple:
     return prompt_key(row) if row["prompt"] else (row["responses"][0],)
-
-
-def say_schedule_change(cfg, rounds_before):
-    """Say that another number of rounds changes the learning rate, where it does."""
-    constant = cfg.schedule == "constant" and not cfg.warmup_ratio
-    if cfg.stage != "ppo" or constant or rounds_before in (None, cfg.rounds):
-        return
-    print(
-        f"rounds was {rounds_before}, now it is {cfg.rounds}: the learning-rate schedule of "
-        "stage ppo spans all rounds, so the learning rate changes from here on",
-        flush=True,
-    )
-
-
-def say_dropout_change(before: dict, settings: dict, model: dict):
-    """Say that other micro-batches have other dropout masks, if the model has dropout."""
-    for name in ("micro_batch_tokens", "layout"):
-        if model.get("dropout") and before.get(name, settings[name]) != settings[name]:
-            print(
-                f"{name} was {before[name]}, now it is {settings[name]}: the dropout masks of the "
-                "coming steps are others, so the steps are not the same",
-                flush=True,
-            )
-
-
-def read_run_settings(out_dir: str, say=None) -> dict:
-    """The settings that a run was begun with, {} if there is no run yet: those of config.json, or
-    of the newest checkpoint if config.json was lost. say(text): called if it was."""
-    path = os.path.join(out_dir, "config.json")
-    settings, problem = read_config_json(path)
-    if settings:
-        return settings
-    for checkpoint_path in checkpoint.list_checkpoints(out_dir):
-        try:
-            meta = checkpoint.read_meta(checkpoint_path)
-        except SystemExit:
-            continue  # a damaged one, which is found later
-        if say:
-            say(f"{path} is {problem}: its settings are taken from {checkpoint_path}")
-        return saved_settings(meta)
-    if problem == "damaged":
-        raise SystemExit(f"{path} is damaged; it does not belong to a run: use another out_dir")
-    return {}
-
-
-def read_config_json(path: str) -> tuple[dict, str]:
-    """(the settings in a config.json, "") or ({}, "missing", "empty" or "damaged")."""
-    try:
-        check_input(path)
-        with open(path, "rb") as f:
-            content = f.read()
-    except FileNotFoundError:
-        return {}, "missing"
-    except OSError as e:
-        raise SystemExit(f"{path} cannot be read now ({e.strerror})")
-    if not content.strip():
-        return {}, "empty"
-    try:
-        values = json.loads(content)
-        settings, starts = values["config"], values["starts"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}, "damaged"
-    if not settings or not isinstance(settings, dict) or not isinstance(starts, list):
-        return {}, "damaged"
-    return settings, ""
-
-
-def saved_settings(meta: dict) -> dict:
-    """The settings of a run from the meta.json of its checkpoint."""
-    if "settings" in meta:
-        return meta["settings"]
-    settings = dict(meta["config"])  # an older checkpoint: the hashes of the inputs are not there
-    model_settings = settings.pop("model", {})
-    return settings | model_settings
-
-
-def has_rows(out_dir: str) -> bool:
-    """Whether a run has written samples, scores or metrics: a .jsonl or .npz file, or part of one,
-    with content."""
-    files = []
-    for pattern in ("*.jsonl*", "*.npz*"):
-        path = os.path.join(glob.escape(out_dir), "**", pattern)
-        files += glob.glob(path, recursive=True)
-    there = filter(os.path.exists, files)  # a link may dangle
-    return any(os.path.getsize(file) for file in there)
 
 
 def check_tokenizer(cfg, path, meta):
@@ -532,35 +332,3 @@ def resolve_dropout(cfg, inherited: float, resumes: bool) -> float:
     if distributed.rank() == 0 and (dropout or "dropout" not in cfg.model):
         print(text, flush=True)
     return dropout
-
-
-# --------------------------------------------------------------------------------------- settings
-
-
-def flat_settings(cfg) -> dict:
-    """{setting: value}. The settings of the model that the config sets are among the others."""
-    settings = asdict(cfg)
-    model_settings = settings.pop("model")
-    return settings | model_settings
-
-
-def settings_as_json(cfg) -> dict:
-    """`flat_settings` as JSON has them: tuples become lists."""
-    return json.loads(json.dumps(flat_settings(cfg)))
-
-
-def run_settings(cfg) -> dict:
-    """What a run must keep from its first start to its last: the settings as JSON has them, the
-    sha256 of the data, and that of the weights that it samples from or compares with. All ranks
-    call this together."""
-    settings = settings_as_json(cfg)
-    kind = "bin" if cfg.stage == "pretrain" else "jsonl"
-    names = [f"train.{kind}", f"val.{kind}"]
-    meta = read_meta(cfg.data, names)
-    settings["data_source"] = meta["source"]
-    settings["data_sha256"] = {name: meta["files"][name]["sha256"] for name in names}
-    if cfg.pretrain_coef:
-        stream = read_meta(config.pretrain_config(cfg).data, ["train.bin", "val.bin"])["files"]
-        for name in ("train.bin", "val.bin"):
-            settings["data_sha256"][f"pretrain/{name}"] = stream[name]["sha256"]
-    return settings | run_on_rank0(inputs.record, cfg, settings["data_sha256"])

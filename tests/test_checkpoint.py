@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import train
 from data.files import atomic_write, sha256, write_json
 from model import GPT
-from nanospin import checkpoint, lock, preflight
+from nanospin import checkpoint, lock, preflight, same_run
 
 
 def pretrain_args(data, out, *more):
@@ -838,7 +838,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tiny_data, tmp_path):
 
 def test_settings_of_older_checkpoints():
     meta = {"config": {"lr": 1.0, "model": {"n_layer": 2}}}
-    assert preflight.saved_settings(meta) == {"lr": 1.0, "n_layer": 2}
+    assert same_run.saved_settings(meta) == {"lr": 1.0, "n_layer": 2}
 
 
 def test_a_folder_of_transformers_is_no_run(tmp_path):

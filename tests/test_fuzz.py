@@ -30,7 +30,7 @@ from data.jsonl import prepare
 from data.rows import check_row, encode_rows, read_rows
 from data.template import TEMPLATE, is_template
 from model import GPT, GPTConfig
-from nanospin import checkpoint, config, preflight
+from nanospin import checkpoint, config, preflight, same_run
 from tests.mutations import (
     CONTROL,
     duplicate_key,
@@ -235,7 +235,7 @@ def read_folder(folder: str, content: bytes, good: dict) -> str:
     meta = read_meta(folder, ["train.jsonl", "val.jsonl", "train.bin", "val.bin"])
     preflight.check_stream(folder, tokenizer.load("bytes"), "bytes")
     cfg = config.Config(data=folder, max_steps=1, out_dir=f"{folder}_run")
-    preflight.run_settings(cfg)  # a run compares its token streams with meta.json here
+    same_run.run_settings(cfg)  # a run compares its token streams with meta.json here
     for split in ("train", "val"):
         expected = np.fromfile(f"{folder}/{split}.bin", token_dtype(257))
         if not np.array_equal(read_stream(folder, split), expected):

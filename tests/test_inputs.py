@@ -18,7 +18,7 @@ from data import tokenizer
 from data.files import read_json, sha256, write_json
 from data.folder import write_meta
 from data.rows import read_rows, write_rows
-from nanospin import checkpoint, inputs, preflight
+from nanospin import checkpoint, inputs, same_run
 
 
 def write_text(path, text):
@@ -569,7 +569,7 @@ def test_an_out_dir_inside_a_run_is_refused(tiny_runs, tmp_path):
 
 def test_a_dangling_link_is_no_content(tmp_path):
     os.symlink(tmp_path / "nothing", tmp_path / "metrics.jsonl")
-    assert not preflight.has_rows(str(tmp_path))
+    assert not same_run.has_rows(str(tmp_path))
     (tmp_path / "round_0").mkdir()
     (tmp_path / "round_0" / "train.jsonl.part").write_text("{}")
-    assert preflight.has_rows(str(tmp_path))
+    assert same_run.has_rows(str(tmp_path))
