@@ -19,7 +19,7 @@ import secrets
 from dataclasses import asdict
 from urllib.parse import urlsplit
 
-from data.files import printable
+from data.files import atomic_write, printable
 from data.rows import read_rows
 from nanospin import distributed
 from nanospin.config import player_columns
@@ -103,7 +103,7 @@ class WandbSender:
     def open_sent_file(self):
         path = os.path.join(self.cfg.out_dir, "wandb.txt")
         if not os.path.exists(path):
-            with open(path, "w", encoding="utf-8") as f:
+            with atomic_write(path) as f:  # the inode stays when the file gets its name
                 f.write(f"{secrets.token_hex(4)}-{os.fstat(f.fileno()).st_ino}\n")
         with open(path, encoding="utf-8") as f:
             words = f.read().split()

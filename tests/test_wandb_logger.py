@@ -447,6 +447,20 @@ def test_a_damaged_id_is_refused(tmp_path):
                 pass
 
 
+def test_a_start_that_is_killed_before_the_id_is_written_leaves_no_file(tmp_path, monkeypatch):
+    def killed(size):
+        raise KeyboardInterrupt
+
+    cfg = config.load(["--max_steps=1", f"--out_dir={tmp_path}", "--wandb=offline"], GPTConfig)
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb_logger.secrets, "token_hex", killed)
+        with pytest.raises(KeyboardInterrupt), wandb_logger.wandb_sender(cfg):
+            pass
+    assert os.listdir(tmp_path) == []
+    with wandb_logger.wandb_sender(cfg):
+        assert read_id(tmp_path)
+
+
 def test_a_key_is_found(tmp_path, monkeypatch):
     settings = types.SimpleNamespace(
         api_key=None, identity_token_file=None, base_url="https://api.wandb.ai"

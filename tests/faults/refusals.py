@@ -127,8 +127,8 @@ SETTINGS = {
     "unknown setting": Mistake(
         "did you mean 'batch_size'", lambda place: pretrain(place, "--batch_sizes=8")
     ),
-    "old name of a setting": Mistake(
-        "is now called 'loss_type'", lambda place: preference(place, "--kind=pairs")
+    "method that is another stage": Mistake(
+        "GRPO is stage=ppo with advantage=grpo", lambda place: preference(place, "--stage=grpo")
     ),
     "no value": Mistake("--compile needs a value", lambda place: pretrain(place, "--compile")),
     "text for a number": Mistake("lr must be float", lambda place: pretrain(place, "--lr=fast")),
