@@ -7,13 +7,14 @@ this size yet. Every sample of a prompt has the advantage (R - mean) / std of it
 value head.
 
 Batch arithmetic: 1,024 prompts x 8 samples a round, 1,024 / 128 = 8 steps of 128 prompts, 166k
-packed tokens a step, 21k a rank. With one epoch a sample is at most 8 steps old.
+packed tokens a step, 21k a rank. With one epoch a sample is at most 7 steps old.
 
-On paper, on 8 x 80 GB GPUs, a round takes what one of online_pl takes, 12 s, 3 of them for the
-steps: 32 rounds in 8 minutes.
+On paper, on 8 x 80 GB GPUs, a round takes 12 s: 10 for the samples, as in online_pl, and 2 for
+the steps, which have twice its tokens: 32 rounds in 7 minutes with evaluations.
 
-Dr. GRPO: advantage = "dr_grpo", loss_average = "constant". RLOO: advantage = "rloo". DAPO's range:
-clip_range_high = 0.28, loss_average = "token".
+Dr. GRPO: advantage = "dr_grpo", loss_average = "constant". RLOO: advantage = "rloo",
+loss_average = "constant", kl_in = "reward". DAPO's range: clip_range_high = 0.28,
+loss_average = "token".
 """
 
 stage = "ppo"

@@ -11,8 +11,8 @@ Batch arithmetic: 1,024 prompts x 8 samples a round; if half of the prompts have
 tokens, so 83k tokens a step, 10k a rank.
 
 On paper, on 8 x 80 GB GPUs, a round is 8,192 samples of 150 tokens (128 at a time on a rank: 8
-batches of 320 steps of 4 ms, 10 s), one forward pass for the reference and 8 steps (1.3M tokens x
-4e9 FLOPs at 40 % of 8 x 989 TFLOP/s, 2 s): 32 rounds take 7 minutes with evaluations.
+batches of 320 steps of 4 ms, 10 s), one forward pass for the reference and 8 steps (0.66M tokens x
+5e9 FLOPs at 40 % of 8 x 989 TFLOP/s, 1 s): 32 rounds take 6 minutes with evaluations.
 """
 
 stage = "spin"
@@ -31,7 +31,7 @@ gen_batch_size = 128
 
 loss_type = "pl"
 beta = 0.1
-nll_coef = 1.0  # without it the likelihood of the right samples falls with that of the wrong ones
+nll_coef = 1.0  # against the fall of the likelihood of right samples
 batch_size = 64  # prompts a step
 epochs = 1.0
 optimizer = "adamw"

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py config/spin_k3.py
 
-Not run at this size yet. On paper, on 8 x 80 GB GPUs, training takes half as long again as in
+Not run at this size yet. On paper, on 8 x 80 GB GPUs, training takes 1.4 times as long as in
 spin_k2: from the second round on 3 minutes, and the samples. Every round starts at ln 6 = 1.7918 +
 nll_coef x next-token loss.
 

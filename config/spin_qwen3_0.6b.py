@@ -13,7 +13,7 @@ Batch arithmetic: 32 prompts of 180 tokens with 2 responses of 330 are 27k packe
 micro-batches of at most 8k. 10k rows x 2 epochs are 625 steps in round 0, 20k are 1,250 in the
 others.
 
-Memory while training, 12 GB: 596M weights (28 blocks of 15.7M, and a tied embedding of 151,936 x
+Memory while training, 11 GB: 596M weights (28 blocks of 15.7M, and a tied embedding of 151,936 x
 1,024), their gradients and RMSProp's squares in float32, 3 x 2.4 GB; copies in bfloat16, 1.2 GB;
 the head's gradient in float32, 0.6 GB; for micro-batches of 8k tokens with every block recomputed,
 0.5 GB of block inputs and 1 GB inside one; 0.5 GB of logits. Probabilities are kept in half of what

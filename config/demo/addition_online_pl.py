@@ -22,7 +22,7 @@ max_response = 8
 gen_batch_size = 1024
 
 beta = 1.0
-nll_coef = 1.0  # without it right samples become less likely together with wrong ones
+nll_coef = 1.0  # against the fall of the likelihood of right samples
 batch_size = 32  # prompts that have both kinds, about four in ten
 optimizer = "adamw"
 lr = [2e-4] * 4 + [1e-4] * 2 + [4e-5] * 2

@@ -2,8 +2,8 @@
 
     python train.py config/demo/addition_sft_more.py
 
-One CPU core, 3 to 5 minutes. The training loss goes to 0, the validation loss rises from 0.5 to
-1.2.
+One CPU core, 3 to 5 minutes. The training loss goes to 0, the validation loss rises from 0.5 to 1.2
+with --seed=1.
 """
 
 from config.demo.addition_sft import *

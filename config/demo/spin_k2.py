@@ -19,7 +19,7 @@ batch_size = 32  # prompts a step
 max_steps = 32  # one epoch
 
 beta = 0.1
-nll_coef = 0.2  # without it the data's likelihood falls with the sample's
+nll_coef = 0.2  # against the fall of the data's likelihood
 optimizer = "adamw"
 lr = 1.5e-4  # of four tried, where SFT continued does least harm; all three arms have it
 warmup_ratio = 0.1

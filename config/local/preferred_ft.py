@@ -1,6 +1,6 @@
 """Preferred-FT: supervised fine-tuning on the best response of each ranked row.
 
-The DPO paper (arXiv 2305.18290, section 5) uses it as the reference where there is no SFT model:
+The DPO paper (arXiv 2305.18290, section 6) uses it as the reference where there is no SFT model:
 then train config/local/dpo.py with --init=out/preferred_ft_local.
 
     python train.py config/local/preferred_ft.py     # data: config/local/reward.py

@@ -6,8 +6,8 @@
 # The data is downloaded (README.md); or FOLDER has pretrain.jsonl.gz, sft.jsonl.gz and
 # ranked.jsonl.gz. Runs go to out/rlhf; their logs and a table of them, report.md, go to
 # studies/rlhf/logs. After an interruption, run it again: finished runs are skipped. Two
-# environment variables: JOBS, runs at a time with one thread each (default 2), and PY, the Python to
-# use (default .venv/bin/python).
+# environment variables: JOBS, runs at a time with one thread each (default 2), and PY, the Python
+# to use (default .venv/bin/python).
 set -euo pipefail
 
 folder=${1:+$(realpath "$1")}
