@@ -2,9 +2,8 @@
 
 B rows (a prompt and its responses), K responses a row, best first. Scores and log-probabilities are
 (B, K); response_mask (B, K) is False where a row has no k-th response. Everything is float32 from
-the log-sum-exp on (float64 if the input is). What a step of
-training calls returns (loss, metrics): the loss is a mean over rows or tokens, the metrics are
-detached means.
+the log-sum-exp on (float64 if the input is). What a step of training calls returns (loss, metrics):
+the loss is a mean over rows or tokens, the metrics are detached means.
 """
 
 import math

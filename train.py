@@ -214,7 +214,8 @@ class LossTerm:
     """A summand of the loss. There is one, and the pretraining loss beside it if pretrain_coef."""
 
     cfg: Config
-    data: list | np.ndarray  # encoded rows, or a token stream
+    train: list | np.ndarray  # encoded rows, or a token stream
+    val: list | np.ndarray  # held out
     weight: float
     stage: "Stage"
     objective: Callable
@@ -224,14 +225,17 @@ class LossTerm:
         return self.stage.num_units(batch, self.cfg)
 
 
-def loss_terms(cfg: Config, train, stages: dict) -> list[LossTerm]:
+def loss_terms(cfg: Config, train, val, stages: dict) -> list[LossTerm]:
+    """The terms of a round. Token streams are opened once: what is put in their place while the
+    round lasts is neither trained on nor evaluated."""
     stage = stages[cfg.stage]
-    terms = [LossTerm(cfg, train, 1.0, stage, stage.objective)]
+    terms = [LossTerm(cfg, train, val, 1.0, stage, stage.objective)]
     if cfg.pretrain_coef:
         other = pretrain_config(cfg)
-        stream = read_stream(other.data, "train")
-        weight = cfg.pretrain_coef
-        terms.append(LossTerm(other, stream, weight, stages["pretrain"], added_pretrain_objective))
+        streams = [read_stream(other.data, split) for split in ("train", "val")]
+        pretrain = stages["pretrain"]
+        term = LossTerm(other, *streams, cfg.pretrain_coef, pretrain, added_pretrain_objective)
+        terms.append(term)
     return terms
 
 
@@ -261,13 +265,13 @@ def window_batches(run: "Run", term: LossTerm, round_id: int, step: int):
     document_end = run.enc.eot_token if cfg.document_mask else None
     for part in window_slices(cfg, length, run.device):
         yield stream_batch(
-            term.data, length, cfg.batch_size, seed, step, vocab_size, part, document_end
+            term.train, length, cfg.batch_size, seed, step, vocab_size, part, document_end
         )
 
 
 def row_batches(run: "Run", term: LossTerm, round_id: int, step: int):
     """Encoded rows, those of similar length together."""
-    cfg, rows = term.cfg, term.data
+    cfg, rows = term.cfg, term.train
     budget = distributed.micro_batch_tokens(cfg, run.device)
     chosen = batch_indices(len(rows), cfg.batch_size, round_seed(cfg, round_id), step)
     tokens = {i: count_row_tokens(rows[i], cfg.layout) for i in chosen}
@@ -334,7 +338,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
     num_steps = num_steps_of_round(cfg, train)
     optimizers = make_optimizers(model, cfg, lr, device)
     history = resume_optimization(run, round_id, start, optimizers) | {"num_steps": num_steps}
-    terms = loss_terms(cfg, train, run.stages)
+    terms = loss_terms(cfg, train, val, run.stages)
     params = list(model.parameters())
     loader = prefetch(
         lambda step: step_batches(run, terms, round_id, step), range(start, num_steps)
@@ -345,7 +349,7 @@ def fit(run: Run, round_id: int, train, val, start: int):
         eval_metrics = {}
         resumed_here = step == start > 0  # then it was evaluated before the checkpoint
         if should_evaluate(cfg, round_id, step, num_steps) and not resumed_here:
-            eval_metrics = evaluate(run, round_id, step, train, val)
+            eval_metrics = evaluate(run, round_id, step, terms)
             run.log.eval(round_id, step, eval_metrics)
             stop_if_not_finite(run, round_id, step, eval_metrics)
         last = step == num_steps or stop
@@ -624,14 +628,13 @@ def should_evaluate(cfg, round_id, step, num_steps) -> bool:
     return step % cfg.eval_interval == 0 or step == num_steps
 
 
-def evaluate(run: Run, round_id: int, step: int, train, val) -> dict:
+def evaluate(run: Run, round_id: int, step: int, terms: list[LossTerm]) -> dict:
     """The held-out metrics of a stage, and of the pretraining stream beside it."""
     cfg = run.cfg
-    metrics = run.stages[cfg.stage].evaluate(run, round_id, step, train, val)
-    if cfg.pretrain_coef:
-        other = pretrain_config(cfg)
-        stream = read_stream(other.data, "val")
-        metrics["pretrain_loss"] = validation_stream_loss(run, other, stream)
+    main_term, *added = terms
+    metrics = main_term.stage.evaluate(run, round_id, step, main_term.train, main_term.val)
+    for term in added:
+        metrics["pretrain_loss"] = validation_stream_loss(run, term.cfg, term.val)
     if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
         ranks = cfg.stage in ("reward", "preference", "spin")
         if not (ranks and run.stages[cfg.stage].metrics):

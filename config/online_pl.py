@@ -12,7 +12,8 @@ tokens, so 83k tokens a step, 10k a rank.
 
 On paper, on 8 x 80 GB GPUs, a round is 8,192 samples of 150 tokens (128 at a time on a rank: 8
 batches of 320 steps of 4 ms, 10 s), one forward pass for the reference and 8 steps (0.66M tokens x
-5e9 FLOPs at 40 % of 8 x 989 TFLOP/s, 1 s): 32 rounds take 6 minutes with evaluations.
+4e9 FLOPs at 40 % of 8 x 989 TFLOP/s, 1 s), and 3 s for validation samples: 32 rounds take 8
+minutes.
 """
 
 stage = "spin"

@@ -99,6 +99,15 @@ def require_regular(path: str):
         raise SystemExit(printable(f"{path} is {kind}: it is neither followed nor replaced"))
 
 
+def write_line(file, line: str):
+    """Append a line to an open file. An error, such as that of a full disk, names the file."""
+    try:
+        file.write(line + "\n")
+    except OSError as e:
+        e.filename = file.name
+        raise
+
+
 def fsync_file(path: str):
     """Wait until the content of a file is on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

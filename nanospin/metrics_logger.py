@@ -22,7 +22,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from data.files import atomic_write, printable, require_regular, write_json
+from data.files import atomic_write, printable, require_regular, write_json, write_line
 from nanospin import distributed
 
 SHOWN_OF_RANKINGS = ["val_loss", "rank_nll", "acc", "margin", "kl_from_ref"]
@@ -166,7 +166,7 @@ class MetricsLogger:
         record["seconds"] = now - self.last_time
         self.last_time = now
         self.clock.add(record, now)
-        self.file.write(json.dumps(record) + "\n")
+        write_line(self.file, json.dumps(record))
         if kind != "step":
             print(format_record(record, self.cfg.stage), flush=True)
         elif (step + 1) % self.cfg.log_interval == 0:

@@ -78,6 +78,7 @@ def prepare_run(cfg) -> Start:
             print(f"could not be removed: {problem}", flush=True)
         checkpoint.removal_problems.clear()
     say_what_keep_best_misses(cfg)
+    say_literal_line_break(cfg)
     path = checkpoint.latest_valid(cfg.out_dir)
     run_on_rank0(check_same_run, cfg, settings, path)
     start = Start(cfg, settings, path)
@@ -305,6 +306,16 @@ def say_what_keep_best_misses(cfg):
         print(
             f"keep_best: the steps are evaluated every {cfg.eval_interval} and saved every "
             f"{cfg.save_interval}, and only one that is both can be kept as the best",
+            flush=True,
+        )
+
+
+def say_literal_line_break(cfg):
+    """Say that a template has a backslash and an n, which a shell has not made a line break."""
+    if "\\n" in cfg.template and distributed.rank() == 0:
+        print(
+            "the template has a backslash and an n; for a line break write it in a config file, or "
+            "in bash as --template=$'...\\n...'",
             flush=True,
         )
 

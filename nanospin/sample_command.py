@@ -6,7 +6,7 @@ import os
 import sys
 
 from data import cli
-from data.files import check_output, require_regular
+from data.files import atomic_write, check_output, require_regular, write_line
 
 
 def make_parser(description: str) -> cli.ArgumentParser:
@@ -87,16 +87,6 @@ def check_arguments(parser, args):
         check_output(f"{args.out}.partial", [args.prompts])
 
 
-def is_begun(path: str, head: str) -> bool:
-    """Whether there is a file at a path with more than a part of its first line: a command may have
-    been killed while it wrote that."""
-    if not os.path.exists(path):
-        return False
-    with open(path, "rb") as f:
-        content = f.read()
-    return content == head.encode() or not head.encode().startswith(content)
-
-
 class PartialSamples:
     """OUT.partial: a line with `of`, a hash of what is sampled from, then a line for each finished
     sample, {"sample": number, "text": ..., "ids": [...]}, in the order in which they end.
@@ -110,10 +100,10 @@ class PartialSamples:
         require_regular(self.path)
         self.ids = {}
         head = json.dumps({"of": of}) + "\n"
-        if is_begun(self.path, head):
+        if os.path.exists(self.path):
             self.read(of)
         else:
-            with open(self.path, "w", encoding="utf-8") as f:
+            with atomic_write(self.path) as f:
                 f.write(head)
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
 
@@ -139,7 +129,7 @@ class PartialSamples:
     def add(self, number: int, text: str, ids: list[int]):
         self.ids[number] = ids
         line = {"sample": number, "text": text, "ids": ids}
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        write_line(self.file, json.dumps(line, ensure_ascii=False))
 
     def remove(self):
         self.file.close()

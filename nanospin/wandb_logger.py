@@ -19,7 +19,7 @@ import secrets
 from dataclasses import asdict
 from urllib.parse import urlsplit
 
-from data.files import atomic_write, printable
+from data.files import atomic_write, printable, write_line
 from data.rows import read_rows
 from nanospin import distributed
 from nanospin.config import player_columns
@@ -106,7 +106,11 @@ class WandbSender:
             with atomic_write(path) as f:  # the inode stays when the file gets its name
                 f.write(f"{secrets.token_hex(4)}-{os.fstat(f.fileno()).st_ino}\n")
         with open(path, encoding="utf-8") as f:
-            words = f.read().split()
+            lines = f.read().splitlines(keepends=True)
+        if len(lines) > 1 and not lines[-1].endswith("\n"):  # cut short by a full disk
+            lines.pop()
+            os.truncate(path, len("".join(lines).encode()))
+        words = "".join(lines).split()
         first = re.fullmatch("([0-9A-Za-z]+)(-[0-9]+)?", words[0]) if words else None
         if not first or not all(w.isdecimal() for w in words[1:]):
             raise SystemExit(
@@ -174,7 +178,7 @@ class WandbSender:
         values["train/global_step"] = self.steps_before + self.step
         self.run.log(values, step=self.index, commit=True)
         self.last_sent = max(self.last_sent, self.index)
-        self.sent_file.write(f"{self.index}\n")
+        write_line(self.sent_file, str(self.index))
 
 
 # ----------------------------------------------------------------------------------- a run at W&B

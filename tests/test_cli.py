@@ -15,7 +15,7 @@ from test_help import scripts
 from tqdm import tqdm
 
 from data import cli
-from data.files import atomic_write, check_output, one_line, printable, read_json
+from data.files import atomic_write, check_output, one_line, printable, read_json, write_line
 from nanospin import checkpoint
 
 EVIL = "a\x1b]0;owned\x07\r\u202eb\u2066\u200f\ud800"
@@ -144,6 +144,15 @@ def test_a_full_standard_output():
     done = shell(f"{sys.executable} -c '{PRINTS.format('print(1)')}' > /dev/full")
     assert done.returncode == 1
     assert done.stderr == "standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_line_for_a_full_disk_names_the_file():
+    def main(argv):
+        write_line(open("/dev/full", "a", encoding="utf-8", buffering=1), "text")
+
+    status, _, err = run_guarded(main)
+    assert (status, err) == (1, "/dev/full: No space left on device\n")
 
 
 def test_closed_descriptors_are_not_given_to_files(tmp_path):

@@ -1,5 +1,8 @@
 """A pretraining loss beside another stage's, and SFT on preferred responses as DPO's reference."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from conftest import (
@@ -105,6 +108,42 @@ def test_it_resumes_bit_for_bit(tiny_runs, tiny_data, tmp_path, monkeypatch):
             train.main(args("killed"))
     train.main(args("killed"))
     assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
+
+
+def test_a_stream_that_is_replaced_during_a_round_changes_nothing(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    folder = f"{tmp_path}/data"
+
+    def args(out):
+        options = ["--pretrain_coef=0.3", "--max_steps=4", "--eval_interval=1"]
+        return sft_args(tiny_runs, tiny_data, out, f"--pretrain_data={folder}", *options)
+
+    def replace_stream():
+        os.rename(folder, f"{tmp_path}/old")
+        shutil.copytree(tiny_data, folder)
+        for split in ("train", "val"):
+            write_stream(f"{folder}/{split}.bin", ["other text"] * 90, tokenizer.load("bytes"))
+        write_meta(folder, "bytes", "made up")
+
+    def evaluate(*arguments):
+        metrics = measure(*arguments)
+        if os.path.exists(folder) and not os.path.exists(f"{tmp_path}/old"):
+            replace_stream()
+        return metrics
+
+    shutil.copytree(tiny_data, folder)
+    train.main(args(f"{tmp_path}/whole"))
+    measure = train.evaluate
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    train.main(args(f"{tmp_path}/replaced"))
+    assert os.path.exists(f"{tmp_path}/old")
+    for kind in ("step", "eval"):
+        losses = []
+        for out in ("whole", "replaced"):
+            records = read_metrics(f"{tmp_path}/{out}", kind)
+            losses.append([record["pretrain_loss"] for record in records])
+        assert losses[0] == losses[1] and len(losses[0]) >= 4
 
 
 def test_a_stream_of_another_tokenizer_is_refused(tiny_runs, tiny_data, tmp_path):

@@ -3,6 +3,7 @@ distribution."""
 
 import functools
 import json
+import os
 
 import pytest
 import torch
@@ -542,9 +543,12 @@ def test_a_chat_without_standard_input_is_one_line(tiny_runs, monkeypatch):
     assert e.value.code == "--chat reads from standard input, and that is closed"
 
 
-@pytest.mark.parametrize("left", ["", '{"o'])
-def test_samples_killed_before_the_first_line_begin_again(tmp_path, left):
-    (tmp_path / "x.jsonl.partial").write_text(left)
+def test_samples_killed_before_the_first_line_begin_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killing(os.fsync, 0))  # the line is written, not yet in place
+        with pytest.raises(Killed):
+            sample.PartialSamples(f"{tmp_path}/x.jsonl", "hash")
+    assert not os.path.exists(f"{tmp_path}/x.jsonl.partial")
     partial = sample.PartialSamples(f"{tmp_path}/x.jsonl", "hash")
     partial.add(0, "a", [97])
     partial.file.close()

@@ -908,6 +908,15 @@ def test_a_run_keeps_its_settings(tiny_data, tmp_path):
     train.main(args)
 
 
+def test_a_template_with_a_backslash_and_an_n_is_said(tiny_runs, tiny_data, tmp_path, capsys):
+    for name, line_break in (("right", "\n"), ("wrong", "\\n")):
+        options = [f"--out_dir={tmp_path}/{name}", f"--init={tiny_runs['pretrain']}"]
+        options += [f"--data={tiny_data}", "--device=cpu", "--max_steps=1", "--batch_size=2"]
+        train.main(["--stage=sft", *options, f"--template=Q: {{prompt}}{line_break}A: "])
+        said = "the template has a backslash and an n" in capsys.readouterr().out
+        assert said == (name == "wrong")
+
+
 def test_the_template_is_the_checkpoints_unless_the_config_sets_it(tiny_runs, tiny_data, tmp_path):
     """A later stage takes the template of its init. The run keeps it, and refuses another."""
     out = str(tmp_path / "spin")

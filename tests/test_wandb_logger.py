@@ -447,6 +447,16 @@ def test_a_damaged_id_is_refused(tmp_path):
                 pass
 
 
+def test_a_last_index_that_was_cut_short_is_removed(tmp_path):
+    cfg = config.load(["--max_steps=1", f"--out_dir={tmp_path}", "--wandb=offline"], GPTConfig)
+    path = tmp_path / "wandb.txt"
+    path.write_text("ab12\n0\n1")  # of 12, say: the next index would be joined to it
+    sender = wandb_logger.WandbSender(cfg)
+    with sender:
+        assert sender.last_sent == 0
+    assert path.read_text() == "ab12\n0\n"
+
+
 def test_a_start_that_is_killed_before_the_id_is_written_leaves_no_file(tmp_path, monkeypatch):
     def killed(size):
         raise KeyboardInterrupt
