@@ -798,10 +798,11 @@ def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, 
 
 
 def check_arguments(args, rows_path: str, entries: dict[str, Entry]):
-    """Exit with one line if something cannot work, before anything is computed."""
-    for path in (args.judge, args.reference):
-        if path:
-            checkpoint.resolve(path)
+    """Exit with one line if something cannot work, before anything is computed. --judge and
+    --reference become the checkpoints that they are now: a run may go on and have newer ones."""
+    for name in ("judge", "reference"):
+        if getattr(args, name):
+            setattr(args, name, checkpoint.resolve(getattr(args, name)))
     if args.reference and is_reward_model(args.reference):
         raise SystemExit(f"--reference {args.reference} is a reward model, not a policy")
     if args.scorer:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import types
 from unittest import mock
 
@@ -597,6 +598,27 @@ def test_a_judge_that_has_no_system_messages(tiny_runs):
     with pytest.raises(SystemExit, match="system messages, and the template of --judge"):
         check_judge(tiny_runs["sft"], rows, "x/val.jsonl")
     check_judge(tiny_runs["sft"], [{"prompt": "a", "responses": ["b"]}], "x/val.jsonl")
+
+
+def test_a_reference_that_is_being_trained_is_the_same_for_all(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    reference, sft = f"{tmp_path}/reference", checkpoint.resolve(tiny_runs["sft"])
+    shutil.copytree(checkpoint.resolve(tiny_runs["pretrain"]), f"{reference}/round_0/step_000001")
+
+    def evaluate_checkpoint(*arguments):
+        result = measure(*arguments)
+        if not os.path.exists(f"{reference}/round_0/step_000002"):
+            shutil.copytree(sft, f"{reference}/round_0/step_000002")
+        return result
+
+    measure = eval_module.evaluate_checkpoint
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate_checkpoint)
+    options = [f"--reference={reference}", f"--data={tiny_data}", "--rows=8", "--device=cpu"]
+    eval_module.main([f"a={sft}@0", f"b={sft}@0", *options, f"--out={tmp_path}/e.json"])
+    table = read_json(f"{tmp_path}/e.json")
+    assert table["a"]["margin"] == table["b"]["margin"]
+    assert table["a"]["settings"]["reference"] == f"{reference}/round_0/step_000001"
 
 
 def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
