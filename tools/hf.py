@@ -540,8 +540,8 @@ def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) ->
 # ----------------------------------------------------------------------------------------- export
 
 
-def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = math.inf) -> None:
-    """Write a run's checkpoint as a folder that transformers loads.
+def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = math.inf) -> str:
+    """Write a run's checkpoint as a folder that transformers loads. Returns the checkpoint.
 
     Files have at most shard_gb * 10^9 bytes, unless one tensor alone is larger. config.json is
     written last: an unfinished folder is no model.
@@ -568,6 +568,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         f.write(model_card(name, model_type, model, meta, enc, dtype))
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
     print(f"{out}: {model_type}, {model.num_params() / 1e6:.2f}M parameters, of {path}")
+    return path
 
 
 def hf_weights(model, model_type, vocab_rows):
@@ -778,11 +779,11 @@ def main(argv=None):
                     if not args.template:
                         check_chat(folder, args.out, kwargs)
             else:
-                export_model(args.run, args.out, args.dtype, args.shard_gb)
+                path = export_model(args.run, args.out, args.dtype, args.shard_gb)
                 if args.check:
                     tolerance = 1e-4 if args.dtype == "float32" else 0.05
-                    check_logits(args.out, args.run, tolerance)
-                    check_chat(args.out, args.run)
+                    check_logits(args.out, path, tolerance)  # the run may have a newer one by now
+                    check_chat(args.out, path)
     except (OSError, SafetensorError, ValueError) as e:  # ValueError: GPTConfig's
         raise SystemExit(printable(f"{args.out}: {type(e).__name__}: {e}"))
 
