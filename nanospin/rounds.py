@@ -183,7 +183,7 @@ def score_in_parts(
     hashes = {}
     for part, numbers in parts.items():
         hashes[part] = rows_sha256(scorer_id, [rows[n] for n in numbers])
-    kept = broadcast_from_rank0([part for part in parts if has_hash(part, hashes[part])])
+    kept = broadcast_from_rank0([part for part in parts if is_whole(part, hashes[part])])
     num_kept = sum(len(parts[part]) for part in kept)
     if num_kept and distributed.rank() == 0:
         print(f"{path}: {num_kept} of {len(rows)} rows are scored already", flush=True)
@@ -198,7 +198,7 @@ def score_in_parts(
         results.append(score(numbers))
         if distributed.rank() == 0:
             with atomic_write(part, "wb") as f:
-                np.savez(f, of=hashes[part], **results[-1])
+                np.savez(f, of=part_stamp(hashes[part], results[-1]), **results[-1])
         elastic.exit_if_signalled()
     merged = {}
     for name in results[0]:
@@ -220,14 +220,22 @@ def check_finite(values, rows: list[dict], enc, what: str):
             )
 
 
-def has_hash(part: str, expected: str) -> bool:
-    """Whether a part is there, can be read, and has this hash."""
+def is_whole(part: str, expected: str) -> bool:
+    """Whether a part is there, can be read, is of these rows and their scorer (`rows_sha256`), and
+    has all its arrays: one bit in the directory of a zip file can hide some."""
     if not os.path.exists(part):
         return False
     try:
-        return str(read_arrays(part).get("of")) == expected
+        arrays = read_arrays(part)
     except SystemExit:
         return False
+    stamp = arrays.pop("of", None)
+    return str(stamp) == part_stamp(expected, arrays)
+
+
+def part_stamp(rows_hash: str, arrays: dict) -> str:
+    """What a part says of itself: whose scores it has, and the names of its arrays."""
+    return " ".join([rows_hash, *sorted(arrays)])
 
 
 def rows_sha256(weights: str, rows: list[dict]) -> str:

@@ -410,6 +410,34 @@ def test_a_part_has_at_most_256_calls_of_a_function(monkeypatch, tmp_path, K, si
     assert sizes == [size, 1024]
 
 
+def test_a_part_without_one_of_its_arrays_is_scored_again(tmp_path, monkeypatch):
+    """One bit of a zip file's directory can hide its last array: the length of the comment of the
+    entry before it."""
+    rows = [{"prompt": [n], "responses": [[1]], "ranks": [0]} for n in range(4)]
+    scored = []
+
+    def score(numbers):
+        scored.extend(numbers)
+        return {"logps": np.array(numbers, float), "values": np.array(numbers, float)}
+
+    path = f"{tmp_path}/round_0/x.npz"
+    whole = rounds.score_in_parts(path, rows, "scorer", score, 2)
+    assert rounds.score_in_parts(path, rows, "scorer", score, 2).keys() == whole.keys()
+    assert scored == [0, 1, 2, 3]
+    part = sorted(glob.glob(f"{path}.part*"))[0]
+    with open(part, "rb") as f:
+        content = bytearray(f.read())
+    last_entry = content.rindex(b"PK\x01\x02")
+    content[content.rindex(b"PK\x01\x02", 0, last_entry) + 32] ^= 64
+    with open(part, "wb") as f:
+        f.write(content)
+    again = rounds.score_in_parts(path, rows, "scorer", score, 2)
+    assert scored == [0, 1, 2, 3, 0, 1]
+    assert {name: values.tolist() for name, values in again.items()} == {
+        name: values.tolist() for name, values in whole.items()
+    }
+
+
 @pytest.mark.parametrize("stage", ["spin", "ppo"])
 def test_a_signal_is_heard_while_a_function_scores(
     tiny_runs, tiny_data, tmp_path, monkeypatch, stage
