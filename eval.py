@@ -611,7 +611,9 @@ def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
     return kept
 
 
-def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple[dict, Samples]:
+def evaluate_checkpoint(
+    name: str, entry: Entry, seed: int, rows, args, reference: GPT | None
+) -> tuple[dict, Samples]:
     """(metrics, samples) of a checkpoint on held-out rows, which it can take."""
     device, enc = args.device, entry.enc
     model, _, meta = GPT.from_checkpoint(entry.path, device, args.dtype)
@@ -636,8 +638,8 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
     metrics = loss_metrics(row_logps(model, best, EVAL_TOKENS, device, f"{name}: scoring"), best)
     metrics |= harness_metrics(model, enc, rows, encoded, device)
-    if args.reference:
-        metrics |= reference_metrics(name, entry, model, encoded, args)
+    if reference is not None:
+        metrics |= reference_metrics(name, entry, model, encoded, args, reference)
 
     limits = {name: entry.limits[name] for name in ("template", "max_prompt", "max_response")}
     count = args.samples if entry.temperature else 1  # greedy samples are all the same
@@ -665,23 +667,22 @@ def evaluate_checkpoint(name: str, entry: Entry, seed: int, rows, args) -> tuple
         count,
         function_scores(args.scorer, of_rows, its_texts) if args.scorer else None,
     )
-    if args.reference and entry.temperature == 1:  # these are samples of pi itself
+    if reference is not None and entry.temperature == 1:  # these are samples of pi itself
         sampled = [encoded[repeated[n]] | {"responses": [ids[n]], "ranks": [0]} for n in answered]
-        metrics |= sampled_kl(name, model, sampled, args)
+        metrics |= sampled_kl(name, model, reference, sampled, device)
     first = answered[::count]  # the first sample of each row is judged and written
     return metrics, Samples(
         {repeated[n]: (texts[n], ids[n]) for n in first}, enc, entry.limits["template"]
     )
 
 
-def sampled_kl(name: str, model, rows: list[dict], args) -> dict[str, float]:
+def sampled_kl(name: str, model, reference, rows: list[dict], device) -> dict[str, float]:
     """{"kl": KL(pi || pi_ref)} in nats per response, from pi's own samples: the mean of log pi(y|x)
-    - log pi_ref(y|x). rows: encoded, each with one sample. pi_ref is --reference.
+    - log pi_ref(y|x). rows: encoded, each with one sample.
 
     {} and a line if pi_ref cannot take one of the samples: to leave out the long ones would be
     another mean.
     """
-    reference, _, _ = GPT.from_checkpoint(args.reference, args.device, args.dtype)
     block_size = reference.config.block_size
     too_long = [row for row in rows if num_tokens(row) > block_size]
     if too_long:
@@ -690,8 +691,8 @@ def sampled_kl(name: str, model, rows: list[dict], args) -> dict[str, float]:
             f" block_size of --reference, {block_size}"
         )
         return {}
-    logps = row_logps(model, rows, EVAL_TOKENS, args.device)
-    return {"kl": float((logps - row_logps(reference, rows, EVAL_TOKENS, args.device)).mean())}
+    logps = row_logps(model, rows, EVAL_TOKENS, device)
+    return {"kl": float((logps - row_logps(reference, rows, EVAL_TOKENS, device)).mean())}
 
 
 def num_tokens(row: dict) -> int:
@@ -716,12 +717,13 @@ def is_ranked(row: dict) -> bool:
     return len(ranks) >= 2
 
 
-def reference_metrics(name: str, entry: Entry, model, rows, args) -> dict[str, float]:
+def reference_metrics(
+    name: str, entry: Entry, model, rows, args, reference: GPT
+) -> dict[str, float]:
     """Ranking metrics of the data's own responses, with implicit rewards against --reference."""
     K = max(len(row["responses"]) for row in rows)
     rows = pad_rows_to_K(rows, K)
     entry.counts["equal_responses"] = drop_all_equal(name, rows)
-    reference, _, _ = GPT.from_checkpoint(args.reference, args.device, args.dtype)
     longest = max(map(num_tokens, rows))
     if longest > reference.config.block_size:
         raise SystemExit(
@@ -919,11 +921,15 @@ def main(argv=None):
         check_judge(args.judge, all_rows, rows_path)
     rows = rows_for_all(entries, all_rows)
 
+    reference = None
+    if args.reference:
+        reference, _, _ = GPT.from_checkpoint(args.reference, args.device, args.dtype)
     table = {}
     with_prompt = [i for i, row in enumerate(rows) if row["prompt"]]
     samples = {"data": Samples({i: (rows[i]["responses"][0], None) for i in with_prompt})}
     for n, (name, entry) in enumerate(entries.items()):
-        metrics, samples[name] = evaluate_checkpoint(name, entry, args.seed + n, rows, args)
+        seed = args.seed + n
+        metrics, samples[name] = evaluate_checkpoint(name, entry, seed, rows, args, reference)
         table[name] = {
             "checkpoint": entry.path,
             "temperature": entry.temperature,

@@ -319,6 +319,7 @@ def evaluate(cfg, round_id: int, step: int, model, rows, enc, device) -> dict[st
     path = os.path.join(round_folder(cfg, round_id), f"val_step_{step:06d}.jsonl")
     samples = sample_trajectories(cfg, path, "held out", rows, model, enc, device)
     remove_score_parts(path)
+    inputs.check_again(cfg)  # the reward model and the reference are read at each evaluation
     return sample_report(samples, rows)
 
 

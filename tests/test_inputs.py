@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_distributed import ENV, torchrun_command
 
 import players
+import ppo
 import train
 from data import tokenizer
 from data.files import read_json, sha256, write_json
@@ -184,6 +185,29 @@ def test_samples_of_another_policy_are_drawn_again(tiny_runs, tiny_data, tmp_pat
         assert sha256(f"{whole}/round_1/{name}") == sha256(f"{out}/round_1/{name}")
     if stage == "ppo":
         assert sha256(f"{whole}/{evaluation}") == sha256(f"{out}/{evaluation}")
+
+
+def test_a_reward_model_that_changes_while_ppo_evaluates(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    """What was measured with it is not logged."""
+    out, reward = f"{tmp_path}/r", f"{tmp_path}/reward"
+    options = ["--stage=reward", f"--out_dir={reward}", "--max_steps=1"]
+    train.main(spin_args(tiny_runs, tiny_data, reward, *options))
+    weights = f"{checkpoint.resolve(reward)}/model.safetensors"
+
+    def changing(*arguments):
+        if os.path.exists(f"{out}/round_0/val_step_000000.jsonl"):  # an evaluation
+            with open(weights, "ab") as f:
+                f.write(b"x")
+        return sample_report(*arguments)
+
+    sample_report = ppo.sample_report
+    args = spin_args(tiny_runs, tiny_data, out, "--stage=ppo", f"--reward={reward}")
+    args += ["--max_rows=8", "--rounds=1", "--max_steps=1"]
+    monkeypatch.setattr(ppo, "sample_report", changing)
+    assert f"{weights} was changed" in refused(args)
+    assert read_metrics(out, "eval") == []
 
 
 def test_samples_of_the_same_policy_are_kept(tiny_runs, tiny_data, tmp_path):
