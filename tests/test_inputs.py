@@ -196,16 +196,17 @@ def test_a_reward_model_that_changes_while_ppo_evaluates(
     train.main(spin_args(tiny_runs, tiny_data, reward, *options))
     weights = f"{checkpoint.resolve(reward)}/model.safetensors"
 
-    def changing(*arguments):
-        if os.path.exists(f"{out}/round_0/val_step_000000.jsonl"):  # an evaluation
+    def changing(cfg, path, *arguments):
+        samples = sample_trajectories(cfg, path, *arguments)
+        if "val_step" in path:
             with open(weights, "ab") as f:
                 f.write(b"x")
-        return sample_report(*arguments)
+        return samples
 
-    sample_report = ppo.sample_report
+    sample_trajectories = ppo.sample_trajectories
     args = spin_args(tiny_runs, tiny_data, out, "--stage=ppo", f"--reward={reward}")
     args += ["--max_rows=8", "--rounds=1", "--max_steps=1"]
-    monkeypatch.setattr(ppo, "sample_report", changing)
+    monkeypatch.setattr(ppo, "sample_trajectories", changing)
     assert f"{weights} was changed" in refused(args)
     assert read_metrics(out, "eval") == []
 
