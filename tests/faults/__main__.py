@@ -1,6 +1,6 @@
 """The fault tests: runs are killed, starved and given wrong or malicious input.
 
-    make test-faults                                        everything, 28 to 45 minutes on 2 cores
+    make test-faults                                        everything, 27 to 45 minutes on 2 cores
     python -m tests.faults --seed=2 bitwise faults          some sections
     python -m tests.faults --short                          a sample of each section
 
