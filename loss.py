@@ -30,11 +30,12 @@ LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo", 
 PLACKETT_LUCE_TYPES = ("pl", "simpo", "orpo")
 MEAN_LOGPROB_TYPES = ("simpo", "orpo", "best_of_n")  # these have no reference
 OPTION_TYPES = {  # the loss types that take each option
-    "depth": PLACKETT_LUCE_TYPES,
+    "rank_depth": PLACKETT_LUCE_TYPES,
     "label_smoothing": PLACKETT_LUCE_TYPES,
     "taylor_order": PLACKETT_LUCE_TYPES,
     "length_normalize": ("pl", "pairs", "ipo", "hinge", "linear", "sppo"),
     "score_margin": ("pl", "pairs"),
+    "margin": ("simpo",),
     "nll_coef": ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo"),
 }
 REWARD_LOSS_TYPES = ("pairs", "pl")
@@ -86,7 +87,7 @@ def preference_loss(
     loss_type: str = "pl",
     *,
     ranks: Tensor | None = None,
-    depth: int | None = None,
+    rank_depth: int = 0,
     label_smoothing: float = 0.0,
     taylor_order: float = 0.0,
     nll_coef: float = 0.0,
@@ -105,8 +106,8 @@ def preference_loss(
     With implicit rewards s_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `loss_type` is
 
     pl      Plackett-Luce on s. K = 2 is DPO (arXiv 2305.18290, eq. 7; K > 2: appendix A.3), and
-            SPIN when y_2 is a sample of the reference (2401.01335, eq. 4.7). depth 1 is S-DPO
-            (2406.09215)
+            SPIN when y_2 is a sample of the reference (2401.01335, eq. 4.7). rank_depth 1 is
+            S-DPO (2406.09215)
     pairs   mean over ordered pairs of -log sigmoid(s_i - s_j): Bradley-Terry
     hinge   mean over ordered pairs of max(0, 1 - (s_i - s_j)): SPIN with the hinge loss; SLiC
             (2305.10425) on implicit rewards
@@ -124,9 +125,9 @@ def preference_loss(
 
     simpo, orpo and best_of_n have no reference. Options:
 
-    depth, label_smoothing, taylor_order  of pl, simpo and orpo. label_smoothing eps is (1 - eps)
-                      PL(ranking) + eps PL(reversed), cDPO at K = 2; taylor_order n is T_n of the
-                      ranking's probability instead of -log
+    rank_depth        of pl, simpo and orpo: `depth` of `plackett_luce`; 0: the whole ranking
+    label_smoothing   of the same: eps is (1 - eps) PL(ranking) + eps PL(reversed), cDPO at K = 2
+    taylor_order      of the same: n is T_n of the ranking's probability instead of -log
     length_normalize  of the types with a reference: s_k / |y_k|, rewards per token. pl at K = 2 is
                       then Tulu 3's loss (2411.15124; TRL's sigmoid_norm), ipo is TRL's ipo
     score_margin      of pl and pairs: s_i - s_j - score_margin (data_scores_i - data_scores_j) in
@@ -140,14 +141,21 @@ def preference_loss(
     ValueError for an unknown loss_type and for options that it cannot have.
     """
     options = {
-        "depth": depth,
+        "rank_depth": rank_depth,
         "label_smoothing": label_smoothing,
         "taylor_order": taylor_order,
         "length_normalize": length_normalize,
         "score_margin": score_margin,
         "nll_coef": nll_coef,
+        "margin": margin,
     }
-    check_options(loss_type, options, lengths, data_scores)
+    check_options(loss_type, options)
+    if lengths is None and (loss_type in MEAN_LOGPROB_TYPES or length_normalize or nll_coef):
+        raise ValueError(
+            "nll_coef, length_normalize, simpo, orpo and best_of_n need lengths of the responses"
+        )
+    if score_margin and data_scores is None:
+        raise ValueError("score_margin needs data_scores")
 
     mask, ranks, worse = pair_mask(policy_logps, response_mask, ranks)
     if loss_type in MEAN_LOGPROB_TYPES:
@@ -170,6 +178,7 @@ def preference_loss(
         margins = score_margins(data_scores, mask, score_margin)
 
     if loss_type in PLACKETT_LUCE_TYPES:
+        depth = rank_depth or None
         nll = plackett_luce(scores, mask, depth, ranks, margins)
         loss = taylor_nll(-nll, taylor_order)
         if label_smoothing:
@@ -220,23 +229,15 @@ def comparison_loss(
     return -scores[:, 0].masked_fill(~response_mask[:, 0], 0.0)
 
 
-def check_options(
-    loss_type: str, options: dict[str, float], lengths: Tensor | None, data_scores: Tensor | None
-):
-    """Raise ValueError for an unknown loss_type, and for options that it cannot have."""
+def check_options(loss_type: str, options: dict[str, float]):
+    """Raise ValueError for an unknown loss_type of `preference_loss`, and for options that are set
+    and that it cannot have. options: {name: value}, the names of OPTION_TYPES."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
     for name, value in options.items():
+        have_it = ", ".join(OPTION_TYPES[name])
         if value and loss_type not in OPTION_TYPES[name]:
-            raise ValueError(f"{loss_type} takes no {name}: {', '.join(OPTION_TYPES[name])} do")
-    if lengths is None:
-        if loss_type in MEAN_LOGPROB_TYPES or options["length_normalize"] or options["nll_coef"]:
-            raise ValueError(
-                "nll_coef, length_normalize, simpo, orpo and best_of_n need the lengths of the"
-                " responses"
-            )
-    if options["score_margin"] and data_scores is None:
-        raise ValueError("score_margin needs data_scores")
+            raise ValueError(f"loss_type {loss_type} has no {name}, only {have_it} have")
 
 
 def reward_loss(

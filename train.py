@@ -47,6 +47,9 @@ from eval import (
     window_slices,
 )
 from loss import (
+    OPTION_TYPES,
+    REWARD_LOSS_TYPES,
+    check_options,
     grpo_loss,
     kl_k3,
     ppo_loss,
@@ -132,17 +135,16 @@ def ranking_loss(policy_logps, batch: Batch, cfg: Config):
         cfg.beta,
         cfg.loss_type,
         ranks=batch.ranks,
-        depth=cfg.rank_depth or None,
-        label_smoothing=cfg.label_smoothing,
-        taylor_order=cfg.taylor_order,
-        nll_coef=cfg.nll_coef,
-        margin=cfg.margin,
         lengths=batch.lengths,
-        length_normalize=cfg.length_normalize,
         data_scores=batch.data_scores,
-        score_margin=cfg.score_margin,
+        **loss_options(cfg),
     )
     return times(batch.num_rows, loss, metrics)
+
+
+def loss_options(cfg: Config) -> dict[str, float]:
+    """The settings that are options of `preference_loss`."""
+    return {name: getattr(cfg, name) for name in OPTION_TYPES}
 
 
 def reward_model_loss(scores, batch: Batch, cfg: Config):
@@ -774,6 +776,21 @@ def build_model(cfg, model_class: type, model_config, path, device, dtype, resum
     return model
 
 
+def check_loss_type(cfg: Config):
+    """Exit with one line if loss.py does not have the loss, or the loss not an option that is set:
+    before responses are sampled for it."""
+    if cfg.stage == "reward" and cfg.loss_type not in REWARD_LOSS_TYPES:
+        raise SystemExit(
+            f"config: stage reward has loss_type {' or '.join(REWARD_LOSS_TYPES)}, not"
+            f" {cfg.loss_type!r}"
+        )
+    if cfg.stage in ("preference", "spin"):
+        try:
+            check_options(cfg.loss_type, loss_options(cfg))
+        except ValueError as e:
+            raise SystemExit(f"config: {e}")
+
+
 def main(
     argv: list[str],
     config_class: type = Config,
@@ -783,6 +800,7 @@ def main(
     """Run all rounds of a config. A study may pass its own settings, model and stages."""
     began = time.perf_counter()
     cfg = config_module.load(argv, model_class.config_class, config_class)
+    check_loss_type(cfg)
     preflight.check_keep_best(cfg, stages[cfg.stage].metrics)
     device = distributed.setup_device(cfg)
     elastic.join_process_group(device, cfg.timeout)

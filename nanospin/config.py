@@ -178,17 +178,6 @@ METHODS = {  # that others have as a stage or a trainer of its own
 CHOICES = {
     "stage": ["pretrain", "sft", "reward", "preference", "spin", "ppo"],
     "device": ["", "cpu", "cuda"],
-    "loss_type": [
-        "pl",
-        "pairs",
-        "ipo",
-        "simpo",
-        "orpo",
-        "hinge",
-        "linear",
-        "sppo",
-        "best_of_n",
-    ],
     "advantage": ["gae", "grpo", "dr_grpo", "rloo", "reverse_kl"],
     "loss_average": ["token", "sequence", "constant"],
     "kl_in": ["reward", "loss"],
@@ -512,46 +501,18 @@ def check_values(cfg: Config):
 
 
 def check_objective(cfg: Config):
-    """The settings of losses, and which stage has which."""
-    stage, loss_type = cfg.stage, cfg.loss_type
+    """The settings of losses, and which stage has which. Which loss_type has which is known to
+    loss.py, and checked by train.py."""
+    stage = cfg.stage
     require(cfg.taylor_order <= 20, f"taylor_order must be at most 20, got {cfg.taylor_order}")
     require(
         cfg.label_smoothing < 0.5, f"label_smoothing must be in [0, 0.5), got {cfg.label_smoothing}"
     )
-    require(
-        not cfg.label_smoothing or stage in ("preference", "spin"),
-        f"stage {stage} has no label_smoothing, only preference and spin",
-    )
-    require(not cfg.margin or loss_type == "simpo", "only loss_type simpo has a margin")
-    require(
-        not cfg.length_normalize or loss_type not in ("simpo", "orpo", "best_of_n"),
-        f"loss_type {loss_type} has no reference, so no length_normalize",
-    )
-    require(
-        not cfg.length_normalize or stage in ("preference", "spin"),
-        f"stage {stage} has no length_normalize, only preference and spin",
-    )
-    require(
-        not cfg.nll_coef or loss_type != "best_of_n",
-        "loss_type best_of_n is the next-token loss itself, so it has no nll_coef",
-    )
-    if loss_type not in ("pl", "simpo", "orpo"):  # loss.PLACKETT_LUCE_TYPES
-        ranking = stage in ("preference", "spin")
-        unused = cfg.rank_depth or cfg.label_smoothing or (ranking and cfg.taylor_order)
-        require(
-            not unused, f"loss_type {loss_type} has no rank_depth, label_smoothing or taylor_order"
-        )
-    if stage == "reward":
-        require(
-            loss_type in ("pl", "pairs"),
-            f"stage reward has loss_type pl or pairs, not {loss_type}",
-        )
-    else:
+    if stage != "reward":
         require(not cfg.center_coef, "only stage reward has center_coef")
-        ranks_pairs = stage in ("preference", "spin") and loss_type in ("pl", "pairs")
         require(
-            not cfg.score_margin or ranks_pairs,
-            "score_margin is for stages reward, preference and spin with loss_type pl or pairs",
+            not cfg.score_margin or stage in ("preference", "spin"),
+            "score_margin is for stages reward, preference and spin",
         )
     require(
         not cfg.pretrain_coef or stage in ("sft", "ppo"),
@@ -560,7 +521,7 @@ def check_objective(cfg: Config):
     if stage in ("reward", "ppo"):
         require(not cfg.taylor_order, f"stage {stage} has no taylor_order")
     if stage not in ("preference", "spin"):
-        for name in ("rank_depth", "nll_coef"):
+        for name in ("rank_depth", "label_smoothing", "length_normalize", "nll_coef"):
             require(not getattr(cfg, name), f"only stages preference and spin have {name}")
     require(not cfg.replay_rounds or stage == "spin", "only stage spin has replay_rounds")
     needs_reward = stage == "ppo" and cfg.advantage != "reverse_kl"
@@ -825,7 +786,7 @@ def settings_without_effect(cfg: Config) -> list[str]:
     is_ppo, ranks = cfg.stage == "ppo", cfg.stage in ("preference", "spin")
     reads_stream = cfg.stage == "pretrain" or cfg.pretrain_coef
     rules = [  # settings, whether this run reads them, what they need
-        (["beta"], ranks, "stage preference or spin"),
+        (["beta", "margin"], ranks, "stage preference or spin"),
         (["loss_type"], ranks or cfg.stage == "reward", "stage reward, preference or spin"),
         (["players", "temperature", "top_k", "top_p"], cfg.stage == "spin", "stage spin"),
         (["teacher"], cfg.stage == "spin" or is_ppo, "stage spin or ppo"),

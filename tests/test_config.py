@@ -8,10 +8,10 @@ import sys
 import pytest
 from conftest import load_config
 
+import train
 from loss import LOSS_TYPES, OPTION_TYPES
 from model import GPTConfig
 from nanospin.config import (
-    CHOICES,
     ELSEWHERE,
     Config,
     command_for_run,
@@ -114,7 +114,7 @@ def test_fewer_rounds_take_the_first_values():
         ([*SPIN, "--players=data,selfie"], "players are"),
         ([*SPIN, "--players=data,self-1"], "must include self"),
         ([*SPIN, "--label_smoothing=0.5"], "label_smoothing must be in"),
-        (["--max_steps=1", "--label_smoothing=0.1"], "stage pretrain has no label_smoothing"),
+        (["--max_steps=1", "--label_smoothing=0.1"], "preference and spin have label_smoothing"),
         ([*SPIN, "--optimizer=muon", "--rounds=2", "--lr=[1e-3,1e-4]"], "muon has one muon_lr"),
         ([*PPO, "--taylor_order=1"], "stage ppo has no taylor_order"),
         ([*PPO, "--nll_coef=1"], "only stages preference and spin have nll_coef"),
@@ -122,7 +122,6 @@ def test_fewer_rounds_take_the_first_values():
         ([*PPO, "--replay_rounds=1"], "only stage spin has replay_rounds"),
         (["--seed=-1"], "seed must not"),
         (["--taylor_order=21"], "at most 20"),
-        (["--stage=preference", "--init=x", "--loss_type=ipo", "--rank_depth=1"], "no rank_depth"),
         (["nothing.py"], "No such file"),
         (["--lr=0", "--max_steps=1"], "above 0"),
         (["--model={}"], "here it is 'init'"),
@@ -186,7 +185,10 @@ def test_every_config_says_how_it_is_run(path):
 @pytest.mark.parametrize(
     ("args", "names"),
     [
-        (["--stage=sft", "--beta=0.5", "--loss_type=simpo", "--margin=0.7"], ["beta", "loss_type"]),
+        (
+            ["--stage=sft", "--beta=0.5", "--loss_type=simpo", "--margin=0.7"],
+            ["beta", "margin", "loss_type"],
+        ),
         (["--stage=preference", "--init=x", "--teacher=rows", "--beta=0.5"], ["teacher"]),
         (["--stage=reward", "--init=x", "--loss_type=pairs", "--temperature=0.7"], ["temperature"]),
         (["--stage=sft", "--lora_alpha=64", "--muon_lr=0.1"], ["lora_alpha", "muon_lr"]),
@@ -204,22 +206,33 @@ def test_settings_that_a_run_does_not_read_are_said(args, names):
     assert [text.split()[0] for text in said] == names
 
 
-def test_every_loss_type_is_a_choice():
-    assert CHOICES["loss_type"] == list(LOSS_TYPES)
-
-
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("option", OPTION_TYPES)
 def test_an_option_that_a_loss_cannot_have_is_refused_at_once(loss_type, option):
     """Where `preference_loss` would raise ValueError after the responses were sampled."""
-    setting = {"depth": "rank_depth"}.get(option, option)
-    value = {"depth": 1, "length_normalize": True}.get(option, 0.1)
-    args = ["--stage=preference", "--init=x", f"--loss_type={loss_type}", f"--{setting}={value}"]
+    value = {"rank_depth": 1, "length_normalize": True}.get(option, 0.1)
+    args = ["--stage=preference", "--init=x", f"--loss_type={loss_type}", f"--{option}={value}"]
+    cfg = load_config(args)
     if loss_type in OPTION_TYPES[option]:
-        load_config(args)
+        train.check_loss_type(cfg)
     else:
-        with pytest.raises(SystemExit, match=setting):
-            load_config(args)
+        with pytest.raises(SystemExit, match=f"^config: loss_type {loss_type} has no {option}, "):
+            train.check_loss_type(cfg)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            ["--stage=preference", "--loss_type=dpo"],
+            "config: unknown loss_type 'dpo': use one of pl",
+        ),
+        (["--stage=reward", "--loss_type=ipo"], "config: stage reward has loss_type pairs or pl"),
+    ],
+)
+def test_an_unknown_loss_is_refused_at_once(args, message):
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        train.main([*args, "--init=nowhere"])
 
 
 def test_command_for_run():

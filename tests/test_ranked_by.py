@@ -1129,8 +1129,8 @@ def test_two_ranks_rank_as_one(tiny_runs, tiny_data, reward_run, tmp_path):
         ),
         (["--score_margin=1"], "score_margin in stage spin needs a scorer in ranked_by"),
         (
-            [LETTERS, "--score_margin=1", "--loss_type=ipo"],
-            "score_margin is for stages reward, preference and spin with loss_type pl or pairs",
+            ["--stage=sft", "--score_margin=1"],
+            "score_margin is for stages reward, preference and spin",
         ),
         (["--players=data,self:0"], "players are data, teacher, self, self:2"),
         (["--players=data,self:-1"], "players are data, teacher, self, self:2"),
@@ -1152,9 +1152,7 @@ def test_two_ranks_rank_as_one(tiny_runs, tiny_data, reward_run, tmp_path):
         ([LETTERS, "--top_players=teacher"], "top_players teacher is not among the players"),
         ([LETTERS, "--top_players=data,data"], "top_players must differ"),
         ([LETTERS, "--top_players=data", "--score_margin=1"], "set one of the two"),
-        (["--loss_type=best_of_n", "--length_normalize=True"], "has no reference"),
-        (["--loss_type=sppo", "--rank_depth=1"], "loss_type sppo has no rank_depth"),
-        (["--stage=sft", "--length_normalize=True"], "stage sft has no length_normalize"),
+        (["--stage=sft", "--length_normalize=True"], "preference and spin have length_normalize"),
     ],
 )
 def test_settings_that_contradict_each_other(options, message):

@@ -281,7 +281,7 @@ def test_options_that_do_not_fit_are_refused(tiny_runs, graded, tiny_data, tmp_p
     message = refused(reward_args(tiny_runs, tiny_data, out, "--score_margin=0.5"))
     assert "score_margin needs scores" in message
     message = refused(reward_args(tiny_runs, graded, out, "--loss_type=ipo"))
-    assert "loss_type pl or pairs, not ipo" in message
+    assert "loss_type pairs or pl, not 'ipo'" in message
     assert "only stage reward has center_coef" in refused(["--stage=sft", "--center_coef=0.1"])
 
 
