@@ -735,10 +735,10 @@ def reference_metrics(
     return ranking_metrics(logps, refs, rows, args.beta, [str(k + 1) for k in range(K)])
 
 
-def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
+def judged_pairs(judge, judge_enc, config, rows, first: Samples, second: Samples):
     """(encoded rows of two responses, counts) for the prompts that both players answered. Rows that
-    leave the judge no room are dropped and counted."""
-    template = meta["config"]["template"]
+    leave the judge no room are dropped and counted. config: the judge's settings."""
+    template = config["template"]
     pairs = []
     for i, row in enumerate(rows):
         if i in first.answers and i in second.answers:
@@ -752,7 +752,6 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
                 responses.append(text)
                 all_ids.append(ids)
             pairs.append(row_with_ids(row, responses, all_ids, judge_enc, template))
-    config = meta["config"]
     encoded, counts = encode_rows(
         pairs,
         judge_enc,
@@ -764,14 +763,16 @@ def judged_pairs(judge, judge_enc, meta, rows, first: Samples, second: Samples):
     return [row for row in encoded if row is not None], counts
 
 
-def judge_all(args, rows, samples: dict[str, Samples], first: str) -> dict[str, dict]:
-    """Win rates under --judge of every player against the first checkpoint -> {player: metrics}."""
-    judge, judge_enc, meta = GPT.from_checkpoint(args.judge, args.device, args.dtype)
+def judge_all(
+    args, judge, judge_enc, config, rows, samples: dict[str, Samples], first: str
+) -> dict[str, dict]:
+    """Win rates under --judge of every player against the first checkpoint -> {player: metrics}.
+    config: the judge's settings."""
     results = {}
     for name, player in samples.items():
         if name == first:
             continue
-        pairs, counts = judged_pairs(judge, judge_enc, meta, rows, player, samples[first])
+        pairs, counts = judged_pairs(judge, judge_enc, config, rows, player, samples[first])
         if not pairs:
             raise SystemExit(
                 f"{args.judge}: no prompt was answered by both {name} and {first} and leaves the "
@@ -921,9 +922,12 @@ def main(argv=None):
         check_judge(args.judge, all_rows, rows_path)
     rows = rows_for_all(entries, all_rows)
 
-    reference = None
+    # both are loaded at once: a run that goes on may remove its older checkpoints meanwhile
+    reference = judge = None
     if args.reference:
         reference, _, _ = GPT.from_checkpoint(args.reference, args.device, args.dtype)
+    if args.judge:
+        judge = GPT.from_checkpoint(args.judge, args.device, args.dtype)
     table = {}
     with_prompt = [i for i, row in enumerate(rows) if row["prompt"]]
     samples = {"data": Samples({i: (rows[i]["responses"][0], None) for i in with_prompt})}
@@ -944,8 +948,11 @@ def main(argv=None):
         }
         shown = [f"{metric} {value:.4f}" for metric, value in metrics.items()]
         print(f"{name}: " + ", ".join(shown), flush=True)
-    if args.judge:
-        for name, metrics in judge_all(args, rows, samples, next(iter(entries))).items():
+    if judge is not None:
+        model, enc, meta = judge
+        first = next(iter(entries))
+        win_rates = judge_all(args, model, enc, meta["config"], rows, samples, first)
+        for name, metrics in win_rates.items():
             table[name] = table.get(name, {}) | metrics
     check_out(args, rows_path, entries)  # another command may have written there since the start
     if args.out and eval_command.is_table(args.out):

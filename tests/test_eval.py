@@ -618,6 +618,26 @@ def test_a_reference_that_is_being_trained_is_the_same_for_all(
     assert table["a"]["settings"]["reference"] == f"{reference}/round_0/step_000001"
 
 
+def test_a_judge_and_a_reference_that_are_removed_meanwhile(
+    tiny_runs, tiny_data, tmp_path, monkeypatch
+):
+    """A run that is being trained removes its older checkpoints."""
+    sft, path = checkpoint.resolve(tiny_runs["sft"]), f"{tmp_path}/round_0/step_000001"
+    shutil.copytree(sft, path)
+
+    def evaluate_checkpoint(*arguments):
+        shutil.rmtree(path, ignore_errors=True)
+        return measure(*arguments)
+
+    measure = eval_module.evaluate_checkpoint
+    monkeypatch.setattr(eval_module, "evaluate_checkpoint", evaluate_checkpoint)
+    options = [f"--reference={path}", f"--judge={path}", f"--data={tiny_data}", "--rows=8"]
+    eval_module.main([f"a={sft}", f"b={sft}", *options, "--device=cpu", f"--out={tmp_path}/e.json"])
+    table = read_json(f"{tmp_path}/e.json")
+    assert table["b"]["judged"] > 0
+    assert table["a"]["reward_chosen"] == table["b"]["reward_chosen"] == 0
+
+
 def test_several_samples_and_their_kl(tiny_runs, tiny_data, tmp_path):
     """The first of several samples is the one that is written, and the KL to the model itself is 0,
     to another one what one sequence at a time gives."""
