@@ -423,7 +423,9 @@ def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, s
             print(f"(the {reason} for this)", flush=True)
             continue
         if was_cut and not said:
-            print("(the oldest part of the text no longer fits, and is cut)", file=sys.stderr)
+            setting = ", max_prompt" if limit == max_prompt else ""
+            text = f"(the oldest part is cut: the text has room for {limit} tokens{setting})"
+            print(text, file=sys.stderr)
             said = True
         stream = StreamPrinter(enc)
         (new_ids,) = generate(

@@ -547,7 +547,7 @@ def test_on_token_gets_every_token():
         assert seen[i] == [ids[i][:n] for n in range(1, 13)]
 
 
-def test_a_long_chat_drops_its_oldest_turns(monkeypatch):
+def test_a_long_chat_drops_its_oldest_turns(monkeypatch, capsys):
     enc = tokenizer.load("bytes")
     prompts_seen = record_prompts(monkeypatch, [[*b"yes", 256]])
     model = tiny_gpt(enc, 64)
@@ -560,6 +560,14 @@ def test_a_long_chat_drops_its_oldest_turns(monkeypatch):
     # a prompt that is too long itself is cut at its start, and keeps the template around it
     assert texts[6] == "<begin>Q:" + "z" * 32 + "\nA:"
     assert max(map(len, prompts_seen)) == 44
+    said = "(the oldest part is cut: the text has room for 44 tokens)\n"
+    assert capsys.readouterr().err == said
+
+    sample.chat(model, enc, template, ["z" * 70], max_prompt=40)
+    said = "(the oldest part is cut: the text has room for 32 tokens)\n"
+    assert capsys.readouterr().err == said
+    sample.chat(model, enc, template, ["z" * 70], max_prompt=30)
+    assert capsys.readouterr().err == said.replace("32 tokens", "30 tokens, max_prompt")
 
     prompts_seen.clear()
     sample.chat(model, enc, template, ["a" * 12, "b" * 12, "c" * 12])
