@@ -235,9 +235,11 @@ def check_options(loss_type: str, options: dict[str, float]):
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
     for name, value in options.items():
-        have_it = ", ".join(OPTION_TYPES[name])
-        if value and loss_type not in OPTION_TYPES[name]:
-            raise ValueError(f"loss_type {loss_type} has no {name}, only {have_it} have")
+        allowed = OPTION_TYPES[name]
+        if value and loss_type not in allowed:
+            raise ValueError(
+                f"loss_type {loss_type} has no {name}, only these: {', '.join(allowed)}"
+            )
 
 
 def reward_loss(

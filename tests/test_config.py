@@ -216,7 +216,9 @@ def test_an_option_that_a_loss_cannot_have_is_refused_at_once(loss_type, option)
     if loss_type in OPTION_TYPES[option]:
         train.check_loss_type(cfg)
     else:
-        with pytest.raises(SystemExit, match=f"^config: loss_type {loss_type} has no {option}, "):
+        with pytest.raises(
+            SystemExit, match=f"^config: loss_type {loss_type} has no {option}, only these: "
+        ):
             train.check_loss_type(cfg)
 
 

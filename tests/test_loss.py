@@ -571,7 +571,7 @@ def test_options_that_a_loss_cannot_have_are_refused(loss_type, name):
         loss, _ = preference_loss(logps, logps, loss_type=loss_type, **options)
         assert torch.isfinite(loss)
     else:
-        with pytest.raises(ValueError, match=f"{loss_type} has no {name}, only"):
+        with pytest.raises(ValueError, match=f"{loss_type} has no {name}, only these: "):
             preference_loss(logps, logps, loss_type=loss_type, **options)
 
 
