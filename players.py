@@ -15,6 +15,7 @@ import os
 import numpy as np
 
 from data import tokenizer
+from data.files import is_there
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
@@ -262,7 +263,7 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
     for row in unique_prompts(rows):
         repeated += [row] * count
     rows = repeated
-    if broadcast_from_rank0(os.path.exists(path)):
+    if broadcast_from_rank0(is_there(path)):
         if not run_on_rank0(is_sampled, path, rows, enc, cfg.template):
             raise SystemExit(
                 f"{path} is not as it was sampled: it was damaged or edited; put the original "

@@ -47,7 +47,7 @@ import torch
 
 from data import tokenizer
 from data.batch import Batch, ppo_batch
-from data.files import atomic_write, read_arrays, sha256, write_json
+from data.files import atomic_write, is_there, read_arrays, sha256, write_json
 from data.gsm8k.scorer import same_answer
 from data.rows import encode_rows, read_rows, row_with_ids, write_rows
 from eval import map_batches, response_lengths, validation_rows
@@ -137,7 +137,7 @@ def collect(cfg, round_id: int, model, enc, device, say):
     run_on_rank0(discard_old_scores, cfg, round_id)
     run_on_rank0(remove_later_evaluations, cfg, round_id)
     manifest_path = os.path.join(folder, "collect.json")
-    if not broadcast_from_rank0(os.path.exists(manifest_path)):
+    if not broadcast_from_rank0(is_there(manifest_path)):
         if broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):
             raise SystemExit(
                 f"{manifest_path} is missing, and the policy of round {round_id} has been trained, "
@@ -291,7 +291,7 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
     arrays_path = os.path.join(folder, "rollout.npz")
     for path in (rows_path, arrays_path):
         expected = manifest["files"].get(os.path.basename(path))
-        if not os.path.exists(path) or sha256(path) != expected:
+        if not is_there(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
     train, _ = encode_rows(
         read_rows(rows_path),

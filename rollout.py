@@ -25,7 +25,7 @@ import numpy as np
 
 from data import tokenizer
 from data.batch import permutation
-from data.files import atomic_write, read_arrays
+from data.files import atomic_write, is_there, read_arrays
 from data.folder import read_stream
 from data.rows import drop_equal_responses, encode_rows, prompt_key, read_rows, write_rows
 from eval import is_ranked, row_logps, validation_rows
@@ -162,7 +162,7 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[st
     for split, rows in rows_by_split.items():
         paths[split] = os.path.join(folder, f"{split}.jsonl")
         rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
-        is_made = broadcast_from_rank0(os.path.exists(paths[split]))
+        is_made = broadcast_from_rank0(is_there(paths[split]))
         if not is_made:
             rows = drop_unscorable_prompts(cfg, rows, say_once, split)
         is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
@@ -342,7 +342,7 @@ def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.nda
     path = os.path.join(round_folder(cfg, round_id), f"{split}.ref.npz")
     weights = run_on_rank0(policy_sha256, cfg, round_id)
     fingerprint = rows_sha256(weights, rows)
-    if broadcast_from_rank0(os.path.exists(path)):
+    if broadcast_from_rank0(is_there(path)):
         remove_parts(path)
         return read_reference_logprobs(path, fingerprint, rows)
     if broadcast_from_rank0(checkpoint.latest(cfg.out_dir, round_id)):

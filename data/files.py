@@ -7,9 +7,11 @@ import json
 import os
 import re
 import stat
+import time
 
 import numpy as np
 
+RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before what cannot be read is tried again
 MAX_TEXT_BYTES = 2**28  # of a JSON file; a large tokenizer.json has 2**25
 
 
@@ -17,6 +19,39 @@ def sha256(path):
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def retried(function, *args):
+    """function(*args), tried again for three seconds if the disk or the network is at fault."""
+    for pause in RETRY_SECONDS:
+        try:
+            return function(*args)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError:
+            time.sleep(pause)
+    return function(*args)
+
+
+def is_there(path: str) -> bool:
+    """Whether a path exists. If that cannot be said now it is tried again, then OSError is raised:
+    `os.path.exists` would say no, and a run would make again what it has."""
+    try:
+        retried(os.stat, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def list_folder(folder: str) -> list[str]:
+    """The names in a folder; none if there is no folder. Raises OSError as `is_there` does, and for
+    a link to a folder that is not there, on a disk that is not mounted, say."""
+    try:
+        return retried(os.listdir, folder)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(folder):
+            raise
+        return []
 
 
 @contextlib.contextmanager

@@ -55,7 +55,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from data import tokenizer
-from data.files import fsync_file, fsync_folder, printable, sha256, write_json
+from data.files import (
+    RETRY_SECONDS,
+    fsync_file,
+    fsync_folder,
+    is_there,
+    list_folder,
+    printable,
+    retried,
+    sha256,
+    write_json,
+)
 from data.template import is_template
 from nanospin import config, distributed, lock, lora
 
@@ -88,7 +98,6 @@ SAVE_ERRORS = (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, 
 
 MAX_JSON_BYTES = 2**26  # of a meta.json or manifest.json
 MAX_SIZE = 2**28  # of a number in a model's config
-RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before a file that cannot be read is tried again
 NOT_FINITE = "weights are not finite"
 
 tokenizers = {}  # those that were loaded: `tokenizer_content` -> tokenizer
@@ -706,18 +715,6 @@ def read_small_file(path) -> bytes:
         return f.read()
 
 
-def retried(function, *args):
-    """function(*args), tried again for three seconds if the disk or the network is at fault."""
-    for pause in RETRY_SECONDS:
-        try:
-            return function(*args)
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError:
-            time.sleep(pause)
-    return function(*args)
-
-
 def weights_sha256(path) -> str:
     """sha256 of a file, or of the weights of a run or checkpoint."""
     if os.path.isdir(path):
@@ -755,15 +752,14 @@ def tokenizer_content(file: str) -> tuple[str, ...]:
 
 
 def list_steps(folder) -> list[str]:
-    """The checkpoints in a round's folder, in the order of their steps."""
+    """The checkpoints in a round's folder, in the order of their steps. Raises OSError if it cannot
+    be read now: a run would begin again at step 0."""
     return list_numbered(folder, "step")
 
 
 def list_numbered(folder, name: str) -> list[str]:
     """The paths NAME_N in a folder, in the order of N."""
-    if not os.path.isdir(folder):
-        return []
-    names = [n for n in os.listdir(folder) if re.fullmatch(rf"{name}_[0-9]+", n)]
+    names = [n for n in list_folder(folder) if re.fullmatch(rf"{name}_[0-9]+", n)]
     names.sort(key=lambda n: int(n.removeprefix(f"{name}_")))
     return [os.path.join(folder, n) for n in names]
 
@@ -834,7 +830,7 @@ def check_is_last_of_round(folder, steps: list[str]):
 
 def is_checkpoint(path) -> bool:
     names = ("meta.json", "model.safetensors")
-    return all(os.path.exists(os.path.join(path, name)) for name in names)
+    return all(is_there(os.path.join(path, name)) for name in names)
 
 
 def latest_valid(run) -> str | None:
@@ -878,8 +874,8 @@ def unused_path(path) -> str:
 def list_damaged(run) -> list[str]:
     """The checkpoints of a run that were set aside, the latest first."""
     found = []
-    for folder in filter(os.path.isdir, list_numbered(run, "round")):
-        for name in sorted(os.listdir(folder)):
+    for folder in list_numbered(run, "round"):
+        for name in sorted(list_folder(folder)):
             if name.startswith("damaged_"):
                 found.append(os.path.join(folder, name))
     return found[::-1]

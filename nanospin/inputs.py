@@ -20,7 +20,7 @@ import weakref
 from dataclasses import replace
 
 from data import tokenizer
-from data.files import read_json, write_json
+from data.files import is_there, read_json, write_json
 from nanospin import checkpoint, distributed
 from nanospin.config import (
     import_function,
@@ -128,7 +128,7 @@ def record(cfg, data_sha256: dict) -> dict:
     checkpoints, hashes = {}, {}
     for role in ROLES:
         path = getattr(cfg, role)
-        if path in NO_PATHS or not os.path.exists(path):
+        if path in NO_PATHS or not is_there(path):
             continue  # a missing one is refused where it is needed
         if role == "teacher" and os.path.isfile(path):
             hashes[role] = file_sha256(path, cfg.out_dir)
@@ -329,7 +329,7 @@ def is_answered(cfg) -> bool:
     """Whether a run has all answers of a teacher that is a checkpoint."""
     if cfg.stage == "ppo" or cfg.teacher in ("", "rows") or os.path.isfile(cfg.teacher):
         return False
-    return all(os.path.exists(teacher_file(cfg, split)) for split in ("train", "val"))
+    return all(is_there(teacher_file(cfg, split)) for split in ("train", "val"))
 
 
 def teacher_file(cfg, split: str) -> str:

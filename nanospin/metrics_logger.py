@@ -22,7 +22,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from data.files import atomic_write, printable, require_regular, write_json, write_line
+from data.files import atomic_write, is_there, printable, require_regular, write_json, write_line
 from nanospin import distributed
 
 SHOWN_OF_RANKINGS = ["val_loss", "rank_nll", "acc", "margin", "kl_from_ref"]
@@ -233,7 +233,7 @@ class RoundClock:
 def keep_records(path: str, save_interval: int):
     """Before a run begins at step 0: if metrics.jsonl goes beyond a save, its checkpoints were lost
     or could not be saved. The file is renamed then, so that no metrics are lost with them."""
-    if not os.path.exists(path):
+    if not is_there(path):
         return
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
@@ -252,7 +252,7 @@ def keep_records(path: str, save_interval: int):
 
 def remove_later_records(path: str, start: tuple[int, int]) -> list[str]:
     """Keep only the lines of metrics.jsonl up to the checkpoint `start`. Returns them."""
-    if not os.path.exists(path):
+    if not is_there(path):
         return []
     kept = []
     number = 0

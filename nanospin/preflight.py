@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.files import RUN_FOLDER_MARKS, sha256
+from data.files import RUN_FOLDER_MARKS, is_there, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.rows import prompt_key
 from data.template import TEMPLATE
@@ -179,14 +179,14 @@ def check_scorer(cfg):
 def check_finite_at_first(cfg, path: str):
     """Before a run writes anything, the weights that it reads must be finite: its config.json will
     have their hash, and a mended checkpoint would be refused for it."""
-    if not os.path.exists(os.path.join(cfg.out_dir, "config.json")):
+    if not is_there(os.path.join(cfg.out_dir, "config.json")):
         checkpoint.check_finite(path)
 
 
 def check_out_dir(out_dir: str):
     """Make out_dir if it does not exist; it must be a folder that can be written to, and no part of
     a checkpoint or of another run's round."""
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+    if is_there(out_dir) and not os.path.isdir(out_dir):
         raise SystemExit(f"out_dir {out_dir} is a file")
     for path in (os.path.abspath(out_dir), os.path.realpath(out_dir)):
         refuse_if_inside_run(out_dir, path)

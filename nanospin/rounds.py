@@ -16,7 +16,7 @@ import numpy as np
 
 from data import tokenizer
 from data.batch import permutation
-from data.files import atomic_write, read_arrays, read_json, sha256, write_json
+from data.files import atomic_write, is_there, read_arrays, read_json, sha256, write_json
 from nanospin import checkpoint, config, distributed, elastic, inputs, metrics_logger
 from nanospin.distributed import broadcast_from_rank0
 
@@ -90,7 +90,7 @@ def set_aside_round(cfg, round_id: int):
     folder = round_folder(cfg, round_id)
     path = os.path.join(folder, "policy.json")
     weights = checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
-    if os.path.exists(path):
+    if is_there(path):
         if policy_sha256(cfg, round_id) == weights:
             return
         if os.listdir(folder) != ["policy.json"]:
@@ -109,7 +109,7 @@ def policy_sha256(cfg, round_id: int) -> str:
     """The sha256 of the policy that made a round: that in policy.json, or if it is missing, that of
     the round's reference now."""
     path = os.path.join(round_folder(cfg, round_id), "policy.json")
-    if os.path.exists(path):
+    if is_there(path):
         return str(read_json(path, ("weights_sha256",))["weights_sha256"])
     return checkpoint.weights_sha256(reference_checkpoint(cfg, round_id))
 
@@ -130,7 +130,7 @@ def discard_old_scores(cfg, round_id: int):
     name = config.scorer_name(cfg)
     if (
         not config.is_function(name)
-        or not os.path.exists(path)
+        or not is_there(path)
         or checkpoint.latest(cfg.out_dir, round_id)
     ):
         return
@@ -223,7 +223,7 @@ def check_finite(values, rows: list[dict], enc, what: str):
 def is_whole(part: str, expected: str) -> bool:
     """Whether a part is there, can be read, is of these rows and their scorer (`rows_sha256`), and
     has all its arrays: one bit in the directory of a zip file can hide some."""
-    if not os.path.exists(part):
+    if not is_there(part):
         return False
     try:
         arrays = read_arrays(part)
@@ -254,7 +254,7 @@ def write_manifest(cfg, round_id, enc, device, encoded, report, start: float):
     """collect.json: the report, and everything that the files of a round were made from."""
     folder = round_folder(cfg, round_id)
     path = os.path.join(folder, "collect.json")
-    if os.path.exists(path):
+    if is_there(path):
         return
     files = [name for name in sorted(os.listdir(folder)) if name.endswith((".jsonl", ".npz"))]
     teacher_files, before = [], {}  # what a teacher checkpoint answered, for all rounds
@@ -318,7 +318,7 @@ def check_files(cfg, round_id: int):
     for name, path in input_files(cfg, round_id, "").items():
         if name.startswith("round_"):
             folder, file = os.path.split(path)
-            if file == "train.jsonl" and not os.path.exists(path):
+            if file == "train.jsonl" and not is_there(path):
                 raise SystemExit(
                     f"{path} is missing, and replay_rounds trains on it again: put it back, or use "
                     "another out_dir"
@@ -341,7 +341,7 @@ def own_files(cfg, round_id: int) -> dict[str, str]:
     expected = {}
     for name, value in (manifest_hashes(folder, "files") or {}).items():
         path = os.path.join(folder, name)
-        if os.path.exists(path):
+        if is_there(path):
             expected[path] = value
     return expected
 
@@ -349,7 +349,7 @@ def own_files(cfg, round_id: int) -> dict[str, str]:
 def manifest_hashes(folder: str, entry: str) -> dict | None:
     """The hashes of files in a round's collect.json; None if there is none, as in a rebuilt run."""
     path = os.path.join(folder, "collect.json")
-    if not os.path.exists(path):
+    if not is_there(path):
         return None
     hashes = read_manifest(folder, {"files": dict, "sha256": str}).get(entry, {})
     if not isinstance(hashes, dict):

@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import asdict
 
-from data.files import check_input
+from data.files import check_input, is_there
 from data.folder import read_meta
 from nanospin import checkpoint, config, inputs, rounds
 from nanospin.distributed import run_on_rank0
@@ -133,7 +133,7 @@ def collected_settings(out_dir: str, settings: dict) -> dict:
     """
     for folder in reversed(checkpoint.list_numbered(out_dir, "round")):
         path = os.path.join(folder, "collect.json")
-        if not os.path.exists(path):
+        if not is_there(path):
             continue
         manifest = rounds.read_manifest(folder, {})
         if not isinstance(manifest.get("config"), dict):

@@ -19,7 +19,7 @@ import secrets
 from dataclasses import asdict
 from urllib.parse import urlsplit
 
-from data.files import atomic_write, printable, write_line
+from data.files import atomic_write, is_there, printable, write_line
 from data.rows import read_rows
 from nanospin import distributed
 from nanospin.config import player_columns
@@ -102,7 +102,7 @@ class WandbSender:
 
     def open_sent_file(self):
         path = os.path.join(self.cfg.out_dir, "wandb.txt")
-        if not os.path.exists(path):
+        if not is_there(path):
             with atomic_write(path) as f:  # the inode stays when the file gets its name
                 f.write(f"{secrets.token_hex(4)}-{os.fstat(f.fileno()).st_ino}\n")
         with open(path, encoding="utf-8") as f:

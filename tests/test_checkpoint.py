@@ -1,6 +1,7 @@
 """Saving, finding and removing checkpoints when disks, folders and numbers go wrong."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -17,9 +18,10 @@ from conftest import TINY, Killed, final_weights, killing, read_metrics, refused
 from safetensors.torch import load_file, save_file
 
 import train
+from data import files
 from data.files import atomic_write, sha256, write_json
 from model import GPT
-from nanospin import checkpoint, lock, preflight, same_run
+from nanospin import checkpoint, elastic, lock, preflight, same_run
 
 
 def pretrain_args(data, out, *more):
@@ -394,6 +396,52 @@ def test_unreadable_is_not_damaged(run, tiny_data, monkeypatch, error):
     limit = 7
     train.main(pretrain_args(tiny_data, run))
     assert step_names(run) == ["step_000003", "step_000004"]
+
+
+@pytest.mark.parametrize("name", ["", "round_0", "config.json", "metrics.jsonl"])
+@pytest.mark.parametrize("functions", [("stat",), ("listdir", "scandir"), ("stat", "open")])
+def test_what_cannot_be_read_now_is_not_missing(
+    run, tiny_data, monkeypatch, capsys, name, functions
+):
+    """`os.path.isdir` and `os.path.exists` say no then, and the run would begin again at step 0."""
+    monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    shutil.rmtree(f"{run}/round_0/step_000004")
+    path = os.path.abspath(os.path.join(run, name))
+    failures = []
+
+    def failing(original):
+        def function(argument=".", *args, **kwargs):
+            is_path = isinstance(argument, str) and os.path.abspath(argument) == path
+            if is_path and len(failures) < limit:
+                failures.append(path)
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+            return original(argument, *args, **kwargs)
+
+        return function
+
+    for function in functions:
+        monkeypatch.setattr(os, function, failing(getattr(os, function)))
+    for more in (10**9, 2):
+        limit = len(failures) + more
+        if elastic.run(train.main, pretrain_args(tiny_data, run)):
+            assert "Stale file handle" in capsys.readouterr().err
+        limit = 0
+        assert "step_000003" in step_names(run)
+        assert [record["step"] for record in read_metrics(run, "step")][:3] == [0, 1, 2]
+    train.main(pretrain_args(tiny_data, run))
+    assert [record["step"] for record in read_metrics(run, "step")] == [0, 1, 2, 3]
+    assert step_names(run) == ["step_000003", "step_000004"]
+    assert "metrics.jsonl.1" not in os.listdir(run)
+
+
+def test_a_round_on_a_disk_that_is_not_mounted(run, tiny_data, tmp_path):
+    os.rename(f"{run}/round_0", f"{tmp_path}/elsewhere")
+    os.symlink(f"{tmp_path}/mounted", f"{run}/round_0")
+    before = read_text(f"{run}/metrics.jsonl")
+    with pytest.raises(FileNotFoundError, match="round_0"):
+        train.main(pretrain_args(tiny_data, run))
+    assert read_text(f"{run}/metrics.jsonl") == before
 
 
 def test_a_run_never_begins_anew_by_itself(run, tiny_data, capsys):
