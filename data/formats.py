@@ -293,12 +293,29 @@ def listing(columns) -> str:
     return ", ".join(names) or "nothing"
 
 
-def unused_columns(one: Format, columns, args) -> list[str]:
-    """The columns that are no part of the rows of a recognised format."""
+def unused_columns(one: Format, row: dict, args) -> list[str]:
+    """The columns of a row, and the fields of its messages, that are no part of the rows of a
+    recognised format."""
     used = {one.prompt, one.verdict, one.score, one.listed, one.scores, one.messages, "history"}
     used |= {*one.responses, *one.scored, *INPUT.get(one.prompt, ())}
-    used |= {args.system or present(SYSTEM + "?", columns)}
-    return [name for name in columns if name not in used]
+    used |= {args.system or present(SYSTEM + "?", row), "ended"}
+    unused = []
+    for name, value in row.items():
+        if name not in used:
+            unused.append(name)
+        elif is_messages(value) and isinstance(value, list):
+            unused += [f"{name}.{key}" for key in unused_fields(value)]
+    return unused
+
+
+def unused_fields(messages: list) -> list[str]:
+    """The fields of messages that are not read, once each."""
+    known = ("role", "from", "content", "value", *HAS_LOSS, *OTHER_PARTS)
+    found = {}
+    for message in messages:
+        if isinstance(message, dict):
+            found |= dict.fromkeys(message)
+    return [name for name in found if name not in known]
 
 
 # ---- what is printed
@@ -385,6 +402,8 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
     system = read_system(row, args.system)
     if one.messages:
         check_no_history(row)
+        if row.get("ended") is False:
+            raise Unusable("conversations whose ended is false")
         return conversation_rows(row[one.messages], system, dropped, args.turns)
     if one.is_json:
         chats = [json_conversation(row[one.prompt], row[name], system) for name in one.responses]
@@ -393,15 +412,16 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
     elif one.listed:
         answers, scores = read_list(row, one)
         chats = [read_chat(row, one, answer, system) for answer in answers]
-        return ranked_rows(chats, scores, dropped)
+        return ranked_rows(chats, scores, read_ended(row, len(chats)), dropped)
     elif one.prompt or len(one.responses) == 1 or is_messages(row[one.responses[0]]):
         chats = [read_chat(row, one, row[name], system) for name in one.responses]
     else:
         if may_have_a_prompt(row, one) and not named_format(args):
             raise Unusable("texts beside columns of which none is known as their prompt")
         chats = implicit_prompt(*[row[name] for name in one.responses], system)
+    ended = read_ended(row, len(chats))
     if one.score:
-        return [row_of(chats[0], [chats[0].answer], [read_score(row[one.score])])]
+        return [row_of(chats[0], [chats[0].answer], [read_score(row[one.score])], ended)]
     scores = None
     if one.verdict:
         sign = read_verdict(row[one.verdict], one.verdict)
@@ -409,10 +429,10 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
     elif one.scored:
         scores = [read_score(row[name]) for name in one.scored]
     if len(chats) > 1:
-        return ranked_rows(chats, scores, dropped)
+        return ranked_rows(chats, scores, ended, dropped)
     if not chats[0].answer.strip():
         raise Unusable("rows with an empty response")
-    return [row_of(chats[0], [chats[0].answer])]
+    return [row_of(chats[0], [chats[0].answer], None, ended)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,6 +581,16 @@ def read_score(value) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def read_ended(row: dict, num_responses: int) -> list[bool]:
+    """Whether each response ended: a column `ended` says false of a sample that was cut, for all
+    responses or in a list."""
+    value = row.get("ended")
+    flags = value if isinstance(value, list) else [value] * num_responses
+    if len(flags) != num_responses or not all(flag in (True, False, None) for flag in flags):
+        raise Unusable("rows whose ended is not true or false for each response")
+    return [flag is not False for flag in flags]
+
+
 STRENGTHS = ("preference_strength", "overall_preference")  # of HelpSteer, -3 to 3
 WINNERS = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
 
@@ -585,22 +615,35 @@ def read_verdict(value, column: str) -> int:
     raise Unusable(f"rows whose {column} is {str(value)[:20]!r}{advice}")
 
 
-def ranked_rows(chats: list[Chat], scores: list | None, dropped: dict) -> list[dict]:
-    """One row of responses to the same prompt; without scores they are in order, best first."""
+def ranked_rows(
+    chats: list[Chat], scores: list | None, ended: list[bool], dropped: dict
+) -> list[dict]:
+    """One row of responses to the same prompt; without scores they are in order, best first. ended:
+    which of them did."""
     for chat in chats:
         if (chat.system, chat.turns) != (chats[0].system, chats[0].turns):
             raise Unusable("responses that differ before their last message")
+    answers = [chat.answer for chat in chats]
     if scores is None:
-        answers = [chat.answer for chat in chats]
         if not all(answer.strip() for answer in answers):
             raise Unusable("rows with an empty response")
         if len(set(answers)) < len(answers):
             raise Unusable("rows whose responses are equal")
-        return [row_of(chats[0], answers)]
-    best = best_answers([(chat.answer, score) for chat, score in zip(chats, scores)], dropped)
+        return [row_of(chats[0], answers, None, ended)]
+    best = best_answers(zip(answers, scores), dropped)
     if len(best) < 2:
         raise Unusable("rows without two different responses")
-    return [row_of(chats[0], list(best), list(best.values()))]
+    flags = ended_of(best, answers, ended)
+    return [row_of(chats[0], list(best), list(best.values()), flags)]
+
+
+def ended_of(best, answers: list[str], ended: list[bool]) -> list[bool]:
+    """Whether each of the texts `best` ended. Of equal answers one may have, and one been cut: the
+    text is whole then."""
+    of_text = {}
+    for text, flag in zip(answers, ended):
+        of_text[text] = of_text.get(text, False) or flag
+    return [of_text[text] for text in best]
 
 
 def best_answers(answers, dropped: dict) -> dict:
@@ -624,7 +667,12 @@ def best_answers(answers, dropped: dict) -> dict:
     return best
 
 
-def row_of(chat: Chat, responses: list | None = None, scores: list | None = None) -> dict:
+def row_of(
+    chat: Chat,
+    responses: list | None = None,
+    scores: list | None = None,
+    ended: list[bool] | None = None,
+) -> dict:
     """A ranked row. Its group is the opening of the conversation."""
     turns = chat.turns
     row = {"prompt": turns[-1], "group": turns[0].strip()}
@@ -632,6 +680,8 @@ def row_of(chat: Chat, responses: list | None = None, scores: list | None = None
         row["responses"] = responses
     if scores:
         row["scores"] = scores
+    if ended and not all(ended):
+        row["ended"] = ended
     if chat.system:
         row["system"] = chat.system
     if len(turns) > 1:
@@ -644,6 +694,7 @@ def merge_rated(rows, dropped: dict):
     merged = None
     for row in rows:
         if merged and prompt_key(merged) == prompt_key(row):
+            merged["ended"] = ended_flags(merged) + ended_flags(row)
             merged["responses"] += row["responses"]
             merged["scores"] += row["scores"]
             continue
@@ -658,14 +709,27 @@ def rank_merged(row: dict, dropped: dict) -> list[dict]:
     best = best_answers(zip(row["responses"], row["scores"]), dropped)
     if len(best) < 2:
         return drop(dropped, "prompts without two different responses")
-    return [row | {"responses": list(best), "scores": list(best.values())}]
+    ended = ended_of(best, row["responses"], [flag is not False for flag in ended_flags(row)])
+    row = row | {"responses": list(best), "scores": list(best.values())}
+    row.pop("ended", None)
+    return [row if all(ended) else row | {"ended": ended}]
 
 
 # ---- conversations
 
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-OTHER_PARTS = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")
+OTHER_PARTS = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "images",
+)
+# Fields that say whether a message has a loss: of OpenAI, of Axolotl, of ms-swift. Here the answers
+# have it, and nothing else.
+HAS_LOSS = ("weight", "train", "training", "loss")
 
 
 def is_messages(value) -> bool:
@@ -684,8 +748,6 @@ def read_messages(value) -> list[tuple[str, str]]:
         for name in OTHER_PARTS:
             if message.get(name):
                 raise Unusable(f"conversations with {name}")
-        if message.get("weight", 1) == 0:
-            raise Unusable("conversations with a message of weight 0")
         role = message.get("role") or message.get("from")
         text = message.get("content")
         if text is None:
@@ -693,6 +755,9 @@ def read_messages(value) -> list[tuple[str, str]]:
         role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant"):
             raise Unusable(f"conversations with the role {str(role)[:20]!r}")
+        for name in HAS_LOSS if role == "assistant" else ():
+            if message.get(name) not in (None, 1):  # True is 1
+                raise Unusable(f"conversations with an answer whose {name} is {message[name]!r:.9}")
         messages.append((role, read_text(text)))
     return messages
 

@@ -681,8 +681,9 @@ def scorer_name(cfg: Config) -> str:
 
 
 def is_function(scorer: str) -> bool:
-    """Whether a scorer is named as module:function. Else it is a checkpoint, or ""."""
-    return ":" in scorer
+    """Whether a scorer is named as module:function. Else it is a checkpoint, whose folder may have
+    a colon in its name, or ""."""
+    return ":" in scorer and not os.path.isdir(scorer)
 
 
 def scorer_setting(cfg: Config) -> str:

@@ -97,21 +97,25 @@ def make_parser(description: str) -> cli.ArgumentParser:
 
 def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
     """[NAME=]CHECKPOINT[@TEMPERATURE] arguments -> {name: (checkpoint, temperature)}. Without a
-    name it is that of the folder."""
+    name it is that of the folder. If there is a folder of the name CHECKPOINT@TEMPERATURE, it is
+    that one, at temperature 1."""
     checkpoints = {}
     for spec in specs:
         found = re.fullmatch(r"(?:([\w.@-]+)=)?(.+?)(?:@([0-9.][0-9.e+-]*))?", spec)
-        name = found and (found[1] or os.path.basename(os.path.abspath(found[2])))
+        path, temperature = found.group(2, 3) if found else ("", None)
+        if temperature and os.path.isdir(f"{path}@{temperature}"):
+            path, temperature = f"{path}@{temperature}", None
+        name = found and (found[1] or os.path.basename(os.path.abspath(path)))
         if not name or name in checkpoints or name == "data" or not re.fullmatch(r"[\w.@-]+", name):
             raise SystemExit(
                 f"{spec!r}: give a checkpoint as NAME=CHECKPOINT or NAME=CHECKPOINT@TEMPERATURE, "
                 "each NAME once and none of them data"
             )
         try:
-            temperature = cli.temperature_type(found[3] or "1")
+            temperature = cli.temperature_type(temperature or "1")
         except argparse.ArgumentTypeError as e:
             raise SystemExit(f"{spec!r}: the temperature {e}")
-        checkpoints[name] = (checkpoint.resolve(found[2]), temperature)
+        checkpoints[name] = (checkpoint.resolve(path), temperature)
     return checkpoints
 
 

@@ -597,6 +597,16 @@ def test_a_judge_that_has_no_system_messages(tiny_runs):
     check_judge(tiny_runs["sft"], [{"prompt": "a", "responses": ["b"]}], "x/val.jsonl")
 
 
+def test_a_folder_whose_name_ends_as_a_temperature_does(tiny_runs, tmp_path):
+    sft = checkpoint.resolve(tiny_runs["sft"])
+    shutil.copytree(sft, f"{tmp_path}/a@2/round_0/step_000001")
+    parsed = eval_command.parse_checkpoints(
+        [f"{tmp_path}/a@2", f"cold={tmp_path}/a@2@0.5", f"b={sft}@0"]
+    )
+    path = f"{tmp_path}/a@2/round_0/step_000001"
+    assert parsed == {"a@2": (path, 1.0), "cold": (path, 0.5), "b": (sft, 0.0)}
+
+
 def test_a_reference_that_is_being_trained_is_the_same_for_all(
     tiny_runs, tiny_data, tmp_path, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """Rows of other projects, each on a small set of the schema that its publisher has."""
 
+import copy
 import gzip
 import json
 import math
@@ -446,11 +447,15 @@ def test_published_schemas(tmp_path, capsys, name):
 # ---- forms of TRL and others
 
 
-def converted(row, *options):
-    """(ranked rows without group, {reason: number dropped}) of one row, by the options."""
+def options_of(*options):
     parser = cli.ArgumentParser()
     formats.add_arguments(parser)
-    args = parser.parse_args(list(options))
+    return parser.parse_args(list(options))
+
+
+def converted(row, *options):
+    """(ranked rows without group, {reason: number dropped}) of one row, by the options."""
+    args = options_of(*options)
     dropped = {}
     found = formats.recognise(row, "x:1", args)
     rows = formats.convert_checked(
@@ -630,6 +635,40 @@ def test_columns_that_options_name(options, row, expected):
     assert dropped == {}
 
 
+def test_a_sample_that_did_not_end_stays_one():
+    """It must get no end-of-text, whatever its columns are called and wherever it is ranked."""
+    rows, _ = converted({"prompt": "ask 0", "completion": "good", "ended": False})
+    assert rows == [ONE | {"ended": [False]}]
+    rows, _ = converted({"prompt": "ask 0", "completion": "good", "ended": True})
+    assert rows == [ONE]
+    named = ["--prompt=prompt", "--responses=a", "--scores=s"]
+    row = {"prompt": "ask 0", "a": ["bad", "good"], "s": [0, 1], "ended": [False, None]}
+    rows, _ = converted(row, *named)
+    assert rows == [plain(0, "good", "bad", scores=[1, 0], ended=[True, False])]
+    rows, _ = converted(row | {"ended": False}, *named)
+    assert rows == [plain(0, "good", "bad", scores=[1, 0], ended=[False, False])]
+
+    rated = []
+    for text, score, ended in (("a", 1, False), ("b", 3, True), ("c", 2, None), ("a", 0, True)):
+        row = {"prompt": "ask 0", "response": text, "score": score, "ended": ended}
+        rows, _ = converted(row, "--prompt=prompt", "--response=response", "--scores=score")
+        rated += rows
+    assert rated[0]["ended"] == [False]
+    three, all_of_them = rated[:3], rated
+    expected = plain(0, "b", "c", "a", scores=[3, 2, 1], ended=[True, True, False])
+    assert list(formats.merge_rated(copy.deepcopy(three), {})) == [expected]
+    del expected["ended"]  # the same text has ended once
+    assert list(formats.merge_rated(all_of_them, {})) == [expected]
+
+
+def test_fields_of_messages_that_are_not_read_are_named():
+    messages = [ASK[0] | {"name": "Ann"}, GOOD[0] | {"loss": True, "prefix": True, "name": "Bo"}]
+    args = options_of()
+    found = formats.recognise({"messages": messages}, "x:1", args)
+    row = {"messages": messages, "id": 3}
+    assert formats.unused_columns(found, row, args) == ["messages.name", "messages.prefix", "id"]
+
+
 @pytest.mark.parametrize("values", [(0, 1), (1, 2), (-1, 1), (True, False)])
 def test_a_number_that_may_be_a_position_or_a_strength_is_not_used(values):
     options = ["--prompt=q", "--chosen=a", "--rejected=b", "--better=choice"]
@@ -742,7 +781,13 @@ def test_turns_of_a_conversation():
             {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
             "responses that are whole transcripts",
         ),
-        ({"messages": [ASK[0], GOOD[0] | {"weight": 0}]}, "a message of weight 0"),
+        ({"messages": [ASK[0], GOOD[0] | {"weight": 0}]}, "an answer whose weight is 0"),
+        ({"messages": [ASK[0], GOOD[0] | {"train": False}]}, "an answer whose train is False"),
+        ({"messages": [ASK[0], GOOD[0] | {"loss": False}]}, "an answer whose loss is False"),
+        ({"messages": [ASK[0], GOOD[0] | {"reasoning": "so"}]}, "conversations with reasoning"),
+        ({"messages": ASK + GOOD, "ended": False}, "conversations whose ended is false"),
+        ({"prompt": "q", "completion": "a", "ended": [True, True]}, "ended is not true or false"),
+        ({"prompt": "q", "completion": "a", "ended": "no"}, "ended is not true or false"),
     ],
 )
 def test_what_cannot_be_used_is_counted(row, reason):

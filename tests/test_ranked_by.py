@@ -197,8 +197,9 @@ def test_a_judge_ranks(tiny_runs, tiny_data, tmp_path, normalize):
 
 def test_a_reward_model_ranks(tiny_runs, tiny_data, reward_run, tmp_path):
     """By its scalar head at the last token of prompt and response alone."""
-    out = f"{tmp_path}/r"
-    train.main(scored_args(tiny_runs, tiny_data, out, f"--ranked_by={reward_run}"))
+    out, colon = f"{tmp_path}/r", f"{tmp_path}/reward:10"  # no module:function
+    shutil.copytree(reward_run, colon)
+    train.main(scored_args(tiny_runs, tiny_data, out, f"--ranked_by={colon}"))
     model, enc, _ = GPT.from_checkpoint(reward_run)
 
     @torch.no_grad()
