@@ -637,12 +637,13 @@ def evaluate(run: Run, round_id: int, step: int, terms: list[LossTerm]) -> dict:
     metrics = main_term.stage.evaluate(run, round_id, step, main_term.train, main_term.val)
     for term in added:
         metrics["pretrain_loss"] = validation_stream_loss(run, term.cfg, term.val)
-    if cfg.keep_best and cfg.keep_best.lstrip("-") not in metrics:
+    wanted = cfg.keep_best.removeprefix("-")
+    if wanted and wanted not in metrics:
         ranks = cfg.stage in ("reward", "preference", "spin")
         if not (ranks and run.stages[cfg.stage].metrics):
             # else it may only be that no held-out row is ranked this time
             raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
-        text = f"this evaluation has no {cfg.keep_best.lstrip('-')}, so keep_best does not rate it"
+        text = f"this evaluation has no {wanted}, so keep_best does not rate it"
         run.log.warning(round_id, step, text)
     return metrics
 

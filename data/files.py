@@ -44,13 +44,13 @@ def is_there(path: str) -> bool:
 
 
 def list_folder(folder: str) -> list[str]:
-    """The names in a folder; none if there is no folder. Raises OSError as `is_there` does, and for
-    a link to a folder that is not there, on a disk that is not mounted, say."""
+    """The names in a folder; none if there is no folder. Raises OSError as `is_there` does. Exits
+    with one line for a link to what is not there, on a disk that is not mounted, say."""
     try:
         return retried(os.listdir, folder)
     except (FileNotFoundError, NotADirectoryError):
         if os.path.islink(folder):
-            raise
+            raise SystemExit(printable(f"{folder} is a link to a folder that is not there"))
         return []
 
 

@@ -410,9 +410,9 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
     elif not one.responses and not one.listed:
         return [row_of(read_prompt_chat(row, one, system))]
     elif one.listed:
-        answers, scores = read_list(row, one)
+        answers, scores, ended = read_list(row, one)
         chats = [read_chat(row, one, answer, system) for answer in answers]
-        return ranked_rows(chats, scores, read_ended(row, len(chats)), dropped)
+        return ranked_rows(chats, scores, ended, dropped)
     elif one.prompt or len(one.responses) == 1 or is_messages(row[one.responses[0]]):
         chats = [read_chat(row, one, row[name], system) for name in one.responses]
     else:
@@ -539,24 +539,29 @@ def check_no_history(row: dict):
         raise Unusable("rows with a history beside a conversation")
 
 
-def read_list(row: dict, one: Format) -> tuple[list, list]:
-    """The responses of a list and their scores."""
+def read_list(row: dict, one: Format) -> tuple[list, list, list[bool]]:
+    """The responses of a list, their scores, and which of them ended."""
     answers = row[one.listed]
     if not isinstance(answers, list) or not answers:
         raise Unusable("rows without a list of responses")
+    ended = read_ended(row, len(answers))
     if all(isinstance(answer, dict) for answer in answers) and not is_messages(answers):
         texts = [answer[first_key(answer, TEXT_KEYS)] for answer in answers]
+        if "ended" not in row:
+            flags = [answer.get("ended") for answer in answers]
+            ended = read_ended({"ended": flags}, len(answers))
         if all("rank" in answer for answer in answers) and not one.scores:
-            return texts, [-read_score(answer["rank"]) for answer in answers]
+            return texts, [-read_score(answer["rank"]) for answer in answers], ended
         if not one.scores:
-            return texts, [read_score(answer[first_key(answer, SCORE_KEYS)]) for answer in answers]
+            scores = [read_score(answer[first_key(answer, SCORE_KEYS)]) for answer in answers]
+            return texts, scores, ended
         answers = texts
     if not one.scores:
         raise Unusable("rows without scores: nothing says which response is better (--scores=)")
     scores = row[one.scores]
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise Unusable("rows without a score for each response")
-    return answers, [read_score(score) for score in scores]
+    return answers, [read_score(score) for score in scores], ended
 
 
 TEXT_KEYS = ("text", "response", "content", "completion", "answer")

@@ -1039,7 +1039,7 @@ def best_checkpoint(paths, keep_best: str) -> str | None:
     rated = []
     for path in paths:
         try:
-            value = read_meta(path)["metrics"].get(keep_best.lstrip("-"))
+            value = read_meta(path)["metrics"].get(keep_best.removeprefix("-"))
         except SystemExit:
             continue
         if isinstance(value, (int, float)) and math.isfinite(value):

@@ -290,7 +290,7 @@ def check_keep_best(cfg, metrics: list[str]):
             names.append(name)
     if not cfg.keep_best or not metrics:
         return
-    wanted = cfg.keep_best.lstrip("-")
+    wanted = cfg.keep_best.removeprefix("-")
     for name in names:
         if wanted == name or (name.endswith(("/", "@")) and wanted.startswith(name)):
             return

@@ -217,11 +217,13 @@ def has_default(cfg, settings: dict, name: str) -> bool:
 
 def is_same_so_far(cfg, before, now) -> bool:
     """Whether a setting that may be a list with one value per round has the same values in all
-    rounds that have begun. Those of later rounds may change, and there may be more of them."""
-    folders = checkpoint.list_numbered(cfg.out_dir, "round")
+    rounds up to that of the newest checkpoint. Those of later rounds may change, and there may be
+    more of them: nothing of these rounds that is kept depends on them."""
     begun = 1
-    if folders:
-        begun += int(os.path.basename(folders[-1]).removeprefix("round_"))
+    newest = checkpoint.latest(cfg.out_dir)
+    if newest:
+        round_name = os.path.basename(os.path.dirname(newest))
+        begun += int(round_name.removeprefix("round_"))
     values = [value if isinstance(value, list) else [value] for value in (before, now)]
     begun = min(begun, cfg.rounds, max(map(len, values)))
     for n, listed in enumerate(values):

@@ -439,9 +439,13 @@ def test_a_round_on_a_disk_that_is_not_mounted(run, tiny_data, tmp_path):
     os.rename(f"{run}/round_0", f"{tmp_path}/elsewhere")
     os.symlink(f"{tmp_path}/mounted", f"{run}/round_0")
     before = read_text(f"{run}/metrics.jsonl")
-    with pytest.raises(FileNotFoundError, match="round_0"):
-        train.main(pretrain_args(tiny_data, run))
+    message = f"{run}/round_0 is a link to a folder that is not there"
+    assert refused(pretrain_args(tiny_data, run)) == message
     assert read_text(f"{run}/metrics.jsonl") == before
+
+    os.symlink(f"{tmp_path}/mounted", f"{tmp_path}/linked")
+    message = f"{tmp_path}/linked is a link to a folder that is not there"
+    assert refused(pretrain_args(tiny_data, f"{tmp_path}/linked")) == message
 
 
 def test_a_run_never_begins_anew_by_itself(run, tiny_data, capsys):

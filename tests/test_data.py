@@ -1034,6 +1034,16 @@ def test_a_preparation_does_not_adopt_data_of_another_kind(tmp_path):
     read_meta(out, ["train.bin", "val.bin"])
 
 
+def test_jsonl_objects_say_which_samples_did_not_end():
+    objects = [{"text": "a", "rank": 2, "ended": False}, {"text": "b", "rank": 1}]
+    row = jsonl_prepare.to_row({"prompt": "q", "responses": objects}, "x:1")
+    assert row["responses"] == ["b", "a"] and row["ended"] == [None, False]
+    assert jsonl_prepare.ignored_fields({"prompt": "q", "responses": objects}) == []
+    objects[1]["ended"] = "no"
+    with pytest.raises(SystemExit, match="ended must be true, false or null"):
+        jsonl_prepare.to_row({"prompt": "q", "responses": objects}, "x:1")
+
+
 def test_jsonl_says_which_of_rank_and_score_it_ignores(tmp_path):
     """Ranks count if every response has one."""
     ranked = {"prompt": "q", "responses": [{"text": "a", "rank": 2, "score": 9}]}

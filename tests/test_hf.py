@@ -1394,6 +1394,20 @@ def test_a_tokenizer_with_more_tokens_than_the_model(turns, tmp_path, capsys):
     assert "vocabulary of 260, and prompts or responses can have ids from 259 on" in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_imported(value, exported, tmp_path):
+    """An overflow of a conversion to float16, say. The rows that no token has do not count."""
+    shutil.copytree(exported / "modern", tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors[name][0, 0] = value
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, path)
+    message = refused("import", tmp_path / "in", f"--out={tmp_path / 'a'}")
+    assert f"{name} or " in message or f" {name} has" in message
+    assert "not finite" in message and not os.path.exists(tmp_path / "a")
+
+
 def test_an_export_has_the_vocabulary_size_of_the_original(turns, tmp_path):
     """Rows that no token has become 0."""
     path = str(turns / "model.safetensors")

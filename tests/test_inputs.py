@@ -451,8 +451,9 @@ def test_rounds_may_change_and_the_schedule_is_said(tiny_runs, tiny_data, tmp_pa
     assert "rounds was" not in capsys.readouterr().out
 
 
-def test_lists_grow_with_the_rounds(tiny_runs, tiny_data, tmp_path):
-    """As if the run had had them from the start; the values of rounds that have begun stay."""
+def test_lists_grow_with_the_rounds(tiny_runs, tiny_data, tmp_path, monkeypatch):
+    """As if the run had had them from the start; the values of rounds that have begun stay. A round
+    that was killed before its first checkpoint begins again, with the same values or others."""
     out, whole = f"{tmp_path}/r", f"{tmp_path}/whole"
     args = spin_args(tiny_runs, tiny_data, out, "--max_steps=1")
     more = ["--rounds=2", "--lr=[1e-3,5e-4]", "--beta=[0.5,0.2]"]
@@ -460,6 +461,12 @@ def test_lists_grow_with_the_rounds(tiny_runs, tiny_data, tmp_path):
     for name, value in (("lr", "[5e-4,1e-3]"), ("beta", "[0.2,0.2]"), ("lr", "5e-4")):
         message = refused([*args, *more, f"--{name}={value}"])
         assert f"was begun with {name} = " in message
+    for options in ([*more, "--lr=[1e-3,9e-4]"], more):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "fit", killing(train.fit, 0))
+            with pytest.raises(Killed):
+                train.main([*args, *options])
+        assert os.path.exists(f"{out}/round_1/collect.json")
     train.main([*args, *more])
     train.main([*spin_args(tiny_runs, tiny_data, whole, "--max_steps=1"), *more])
     assert_same_run(whole, out)

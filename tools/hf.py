@@ -263,8 +263,16 @@ def import_weights(folder, hf_model, model, out):
             make = functools.partial(
                 import_parameter, name, parameter, tensors[name], stored, model.config.vocab_size
             )
+            make = functools.partial(require_finite, make, folder, tensors[name])
             makers[name] = parameter.shape, make
         checkpoint.write_safetensors(os.path.join(out, "model.safetensors"), makers)
+
+
+def require_finite(make, folder, hf_tensors):
+    """make(), a parameter; exits with one line if its numbers are not all finite."""
+    tensor = make()
+    checkpoint.require_finite(folder, " or ".join(hf_tensors.shapes), tensor)
+    return tensor
 
 
 def import_parameter(name, parameter, hf_tensors, stored, vocab_size):

@@ -104,11 +104,12 @@ def to_row(value, where, authors=None):
             responses = responses_of(authors, responses, where)
             if responses is None:
                 return None
-            row["responses"] = [r.get("text") for r in responses]
         else:
-            responses, scores = sort_responses(responses, where)
-            row["responses"] = [r.get("text") for r in responses]
-            row["scores"] = scores
+            responses, row["scores"] = sort_responses(responses, where)
+        row["responses"] = [response.get("text") for response in responses]
+        ended = [response.get("ended") for response in responses]
+        if any(flag is not None for flag in ended):
+            row["ended"] = ended
     elif authors:
         raise SystemExit(f"{where}: --authors needs responses that are objects with an author")
     else:
@@ -152,7 +153,7 @@ def ignored_fields(value) -> list[str]:
     responses = value.get("responses")
     objects = responses if isinstance(responses, list) else []
     objects = [response for response in objects if isinstance(response, dict)]
-    used = ("text", "author", ranking_field(objects))
+    used = ("text", "author", "ended", ranking_field(objects))
     for response in objects:
         ignored += [f"responses.{name}" for name in response if name not in used]
     return ignored
