@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 # before torch is imported
@@ -226,6 +227,8 @@ def start(argv, ranks: int = 1, fault=None, env=None, main=None, before=None) ->
         try:
             redirect_output(folder, rank)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+            # a pool whose thread is not in this process would wait for it for ever
+            checkpoint.save_thread = ThreadPoolExecutor(1, thread_name_prefix="save")
             os.environ.update(env)
             if ranks > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
