@@ -402,7 +402,7 @@ def convert(row: dict, one: Format, dropped: dict, args) -> list[dict]:
     system = read_system(row, args.system)
     if one.messages:
         check_no_history(row)
-        if row.get("ended") is False:
+        if not all(read_ended(row, 1)):
             raise Unusable("conversations whose ended is false")
         return conversation_rows(row[one.messages], system, dropped, args.turns)
     if one.is_json:
@@ -591,7 +591,8 @@ def read_ended(row: dict, num_responses: int) -> list[bool]:
     responses or in a list."""
     value = row.get("ended")
     flags = value if isinstance(value, list) else [value] * num_responses
-    if len(flags) != num_responses or not all(flag in (True, False, None) for flag in flags):
+    is_flag = [flag is None or isinstance(flag, bool) for flag in flags]
+    if len(flags) != num_responses or not all(is_flag):
         raise Unusable("rows whose ended is not true or false for each response")
     return [flag is not False for flag in flags]
 

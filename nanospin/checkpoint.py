@@ -758,10 +758,19 @@ def list_steps(folder) -> list[str]:
 
 
 def list_numbered(folder, name: str) -> list[str]:
-    """The paths NAME_N in a folder, in the order of N."""
-    names = [n for n in list_folder(folder) if re.fullmatch(rf"{name}_[0-9]+", n)]
-    names.sort(key=lambda n: int(n.removeprefix(f"{name}_")))
-    return [os.path.join(folder, n) for n in names]
+    """The paths NAME_N in a folder, in the order of N. A copy with another number of zeros before N
+    is not one of them: nothing here writes round_01 or step_7."""
+    numbers = []
+    for file in list_folder(folder):
+        found = re.fullmatch(f"{name}_([0-9]+)", file)
+        if found and file == numbered(name, int(found[1])):
+            numbers.append(int(found[1]))
+    return [os.path.join(folder, numbered(name, number)) for number in sorted(numbers)]
+
+
+def numbered(name: str, number: int) -> str:
+    """round_R, or, of a step, NAME_S with at least six digits."""
+    return f"round_{number}" if name == "round" else f"{name}_{number:06d}"
 
 
 def list_checkpoints(run) -> list[str]:

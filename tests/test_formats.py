@@ -789,8 +789,11 @@ def test_turns_of_a_conversation():
         ({"messages": [ASK[0], GOOD[0] | {"loss": False}]}, "an answer whose loss is False"),
         ({"messages": [ASK[0], GOOD[0] | {"reasoning": "so"}]}, "conversations with reasoning"),
         ({"messages": ASK + GOOD, "ended": False}, "conversations whose ended is false"),
+        ({"messages": ASK + GOOD, "ended": [False]}, "conversations whose ended is false"),
+        ({"messages": ASK + GOOD, "ended": 0.0}, "ended is not true or false"),
         ({"prompt": "q", "completion": "a", "ended": [True, True]}, "ended is not true or false"),
         ({"prompt": "q", "completion": "a", "ended": "no"}, "ended is not true or false"),
+        ({"prompt": "q", "completion": "a", "ended": 0}, "ended is not true or false"),
     ],
 )
 def test_what_cannot_be_used_is_counted(row, reason):
