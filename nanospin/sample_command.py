@@ -6,7 +6,7 @@ import os
 import sys
 
 from data import cli
-from data.files import atomic_write, check_output, require_regular, write_line
+from data.files import atomic_write, check_output, is_there, require_regular, write_line
 
 
 def make_parser(description: str) -> cli.ArgumentParser:
@@ -100,7 +100,7 @@ class PartialSamples:
         require_regular(self.path)
         self.ids = {}
         head = json.dumps({"of": of}) + "\n"
-        if os.path.exists(self.path):
+        if is_there(self.path):
             self.read(of)
         else:
             with atomic_write(self.path) as f:
