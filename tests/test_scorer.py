@@ -40,6 +40,7 @@ from data import tokenizer
 from data.rows import prompt_key, read_rows
 from model import GPT
 from nanospin import elastic, inputs, rounds
+from nanospin.user_function import call_once
 
 BYTES = tokenizer.load("bytes")
 STAGES = ["spin", "preference", "ppo"]
@@ -597,6 +598,29 @@ def test_a_function_that_misbehaves_is_one_line(
     assert message.startswith(f"ranked_by misbehaving:{function} {expected}")
     assert os.getcwd() == str(tmp_path)
     assert not os.path.exists("r/lock")
+
+
+def test_a_function_does_not_change_how_training_computes():
+    """It may load a model at its first call. A resumed run may not call it again."""
+
+    def settings():
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        return threads, precision, torch.get_default_dtype(), torch.is_grad_enabled()
+
+    def changes(row, text):
+        torch.set_num_threads(before[0] + 1)
+        torch.set_float32_matmul_precision("medium" if before[1] != "medium" else "highest")
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        if text == "raises":
+            raise ValueError("so")
+        return 1.0
+
+    before = settings()
+    assert call_once(changes, {}, "a") == (1.0, "", "")
+    assert settings() == before
+    assert call_once(changes, {}, "raises")[1] == "raised ValueError: so"
+    assert settings() == before
 
 
 @pytest.mark.parametrize(
