@@ -303,16 +303,16 @@ def unused_columns(one: Format, row: dict, args) -> list[str]:
     for name, value in row.items():
         if name not in used:
             unused.append(name)
-        elif is_messages(value) and isinstance(value, list):
+        elif is_messages(value):
             unused += [f"{name}.{key}" for key in unused_fields(value)]
     return unused
 
 
-def unused_fields(messages: list) -> list[str]:
-    """The fields of messages that are not read, once each."""
+def unused_fields(messages) -> list[str]:
+    """The fields of what `is_messages` takes that are not read, once each."""
     known = ("role", "from", "content", "value", *HAS_LOSS, *OTHER_PARTS)
     found = {}
-    for message in messages:
+    for message in messages if isinstance(messages, list) else [messages]:
         if isinstance(message, dict):
             found |= dict.fromkeys(message)
     return [name for name in found if name not in known]

@@ -758,25 +758,28 @@ def list_steps(folder) -> list[str]:
 
 
 def list_numbered(folder, name: str) -> list[str]:
-    """The paths NAME_N in a folder, in the order of N. A copy with another number of zeros before N
-    is not one of them: nothing here writes round_01 or step_7."""
-    numbers = []
-    for file in list_folder(folder):
-        found = re.fullmatch(f"{name}_([0-9]+)", file)
-        if found and file == numbered(name, int(found[1])):
-            numbers.append(int(found[1]))
-    return [os.path.join(folder, numbered(name, number)) for number in sorted(numbers)]
+    """The paths NAME_N in a folder, in the order of N."""
+    names = [n for n in list_folder(folder) if re.fullmatch(rf"{name}_[0-9]+", n)]
+    names.sort(key=lambda n: int(n.removeprefix(f"{name}_")))
+    return [os.path.join(folder, n) for n in names]
 
 
-def numbered(name: str, number: int) -> str:
-    """round_R, or, of a step, NAME_S with at least six digits."""
-    return f"round_{number}" if name == "round" else f"{name}_{number:06d}"
+def list_rounds(run) -> list[str]:
+    """The folders of a run's rounds, in order. A link to what is not there is left out if no run
+    writes its name, such as round_00; another one stops whoever lists its checkpoints."""
+    folders = []
+    for folder in list_numbered(run, "round"):
+        name = os.path.basename(folder)
+        is_ours = name == f"round_{int(name.removeprefix('round_'))}"
+        if is_ours or is_there(folder):
+            folders.append(folder)
+    return folders
 
 
 def list_checkpoints(run) -> list[str]:
     """All checkpoints of a run, the latest first."""
     paths = []
-    for folder in list_numbered(run, "round"):
+    for folder in list_rounds(run):
         paths += list_steps(folder)
     return paths[::-1]
 
@@ -883,7 +886,7 @@ def unused_path(path) -> str:
 def list_damaged(run) -> list[str]:
     """The checkpoints of a run that were set aside, the latest first."""
     found = []
-    for folder in list_numbered(run, "round"):
+    for folder in list_rounds(run):
         for name in sorted(list_folder(folder)):
             if name.startswith("damaged_"):
                 found.append(os.path.join(folder, name))
@@ -1070,7 +1073,7 @@ def prune_rounds(run, first: int, keep_best: str = ""):
 
 def remove_unfinished(run):
     """Remove what a killed run was writing or removing."""
-    for folder in list_numbered(run, "round"):
+    for folder in list_rounds(run):
         for name in ("writing", "removing"):
             for path in list_numbered(folder, name):
                 try_to_remove(path)

@@ -131,7 +131,7 @@ def collected_settings(out_dir: str, settings: dict) -> dict:
     They name the checkpoints that init, teacher and reward were: where that is what `settings` have
     found, it is the same setting.
     """
-    for folder in reversed(checkpoint.list_numbered(out_dir, "round")):
+    for folder in reversed(checkpoint.list_rounds(out_dir)):
         path = os.path.join(folder, "collect.json")
         if not is_there(path):
             continue

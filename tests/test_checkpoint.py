@@ -448,6 +448,23 @@ def test_a_round_on_a_disk_that_is_not_mounted(run, tiny_data, tmp_path):
     assert refused(pretrain_args(tiny_data, f"{tmp_path}/linked")) == message
 
 
+@pytest.mark.parametrize("of_rounds", [False, True])
+def test_renamed_checkpoints_are_not_taken_for_none(run, tiny_data, of_rounds, capsys):
+    """With fewer zeros, or more, in the number."""
+    before = read_text(f"{run}/metrics.jsonl")
+    if of_rounds:
+        os.rename(f"{run}/round_0", f"{run}/round_00")
+        folder = f"{run}/round_00"
+    else:
+        folder = f"{run}/round_0"
+        for step in (3, 4):
+            os.rename(f"{folder}/step_00000{step}", f"{folder}/step_{step}")
+    os.symlink("nowhere", f"{run}/round_000")  # what somebody left is in nobody's way
+    assert "has no checkpoint that can be used" in refused(pretrain_args(tiny_data, run))
+    assert sorted(os.listdir(folder))[0].startswith("damaged_")
+    assert read_text(f"{run}/metrics.jsonl") == before
+
+
 def test_a_run_never_begins_anew_by_itself(run, tiny_data, capsys):
     """When the last checkpoint is damaged, too, it stops. Nothing is lost."""
     metrics = read_text(f"{run}/metrics.jsonl")

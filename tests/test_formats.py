@@ -670,6 +670,11 @@ def test_fields_of_messages_that_are_not_read_are_named():
     found = formats.recognise({"messages": messages}, "x:1", args)
     row = {"messages": messages, "id": 3}
     assert formats.unused_columns(found, row, args) == ["messages.name", "messages.prefix", "id"]
+    lists = {"role": ["user", "assistant"], "content": ["a", "b"], "name": ["Ann", "Bo"]}
+    assert formats.unused_columns(found, {"messages": lists}, args) == ["messages.name"]
+    row = {"prompt": "a", "completion": GOOD[0] | {"trainable": False}}
+    found = formats.recognise(row, "x:1", args)
+    assert formats.unused_columns(found, row, args) == ["completion.trainable"]
 
 
 @pytest.mark.parametrize("values", [(0, 1), (1, 2), (-1, 1), (True, False)])
