@@ -858,7 +858,8 @@ def latest_valid(run) -> str | None:
     if damaged:
         raise SystemExit(
             f"{run} has no checkpoint that can be used; {', '.join(damaged)} are damaged: mend one "
-            f"and rename it to step_S, or remove {run} to begin again at step 0"
+            f"and rename it as it was, to step_ and six digits, or remove {run} to begin again at "
+            "step 0"
         )
     return None
 

@@ -460,7 +460,9 @@ def test_renamed_checkpoints_are_not_taken_for_none(run, tiny_data, of_rounds, c
         for step in (3, 4):
             os.rename(f"{folder}/step_00000{step}", f"{folder}/step_{step}")
     os.symlink("nowhere", f"{run}/round_000")  # what somebody left is in nobody's way
-    assert "has no checkpoint that can be used" in refused(pretrain_args(tiny_data, run))
+    message = refused(pretrain_args(tiny_data, run))
+    assert "has no checkpoint that can be used" in message
+    assert "rename it as it was, to step_ and six digits, or remove" in message
     assert sorted(os.listdir(folder))[0].startswith("damaged_")
     assert read_text(f"{run}/metrics.jsonl") == before
 
