@@ -745,8 +745,9 @@ def is_messages(value) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
-def read_messages(value) -> list[tuple[str, str]]:
-    """[(role, text)]. Raises Unusable for what is no text."""
+def read_messages(value, without_loss: set | None = None) -> list[tuple[str, str]]:
+    """[(role, text)]. Raises Unusable for what is no text, and for an answer that must have no
+    loss. With a set the places of such answers are added to it instead."""
     if isinstance(value, dict):
         value = unstack(value)
     messages = []
@@ -762,8 +763,11 @@ def read_messages(value) -> list[tuple[str, str]]:
         if role not in ("system", "user", "assistant"):
             raise Unusable(f"conversations with the role {str(role)[:20]!r}")
         for name in HAS_LOSS if role == "assistant" else ():
-            if message.get(name) not in (None, 1):  # True is 1
+            if message.get(name) in (None, 1):  # True is 1
+                continue
+            if without_loss is None:
                 raise Unusable(f"conversations with an answer whose {name} is {message[name]!r:.9}")
+            without_loss.add(len(messages))
         messages.append((role, read_text(text)))
     return messages
 
@@ -803,10 +807,14 @@ def read_turns(messages: list[tuple[str, str]], system: str = "") -> tuple[str, 
 
 
 def conversation_rows(value, system: str, dropped: dict, turns: str) -> list[dict]:
-    """A row for each answer of a conversation (or the first, or the last), with what is before."""
+    """A row for each answer of a conversation that has a loss (or the first of them, or the last),
+    with what is before."""
     if not is_messages(value):
         raise Unusable("conversations without a message")
-    system, texts = read_turns(read_messages(value), system)
+    without_loss = set()
+    messages = read_messages(value, without_loss)
+    system, texts = read_turns(messages, system)
+    offset = len(messages) - len(texts)  # 1 if the first one is the system message
     if len(texts) % 2:
         drop(dropped, "last messages of the user, without an answer")
         texts = texts[:-1]
@@ -815,7 +823,10 @@ def conversation_rows(value, system: str, dropped: dict, turns: str) -> list[dic
             drop(dropped, "turns from an empty one on", len(texts) // 2 - i // 2)
             texts = texts[:i]
             break
-    answers = range(1, len(texts), 2)
+    answers = [i for i in range(1, len(texts), 2) if i + offset not in without_loss]
+    num_without = len(texts) // 2 - len(answers)
+    if num_without:
+        drop(dropped, "answers that must have no loss (weight, train or loss)", num_without)
     if turns != "all" and len(answers) > 1:
         drop(dropped, f"turns that are not the {turns} (--turns)", len(answers) - 1)
         answers = answers[:1] if turns == "first" else answers[-1:]

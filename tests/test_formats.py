@@ -664,6 +664,23 @@ def test_a_sample_that_did_not_end_stays_one():
     assert list(formats.merge_rated(all_of_them, {})) == [expected]
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_answers_without_a_loss_are_context(mark, system):
+    messages = chat("a", "one", "b", "two", "c", "three")
+    messages[1] |= mark
+    messages[5] |= mark
+    messages[3] |= dict.fromkeys(mark, True)
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    expected = {"prompt": "b", "responses": ["two"], "history": [["a", "one"]]}
+    expected |= {"system": system} if system else {}
+    for turns in ("all", "first", "last"):
+        rows, dropped = converted({"messages": messages}, f"--turns={turns}")
+        assert rows == [expected]
+        assert dropped == {"answers that must have no loss (weight, train or loss)": 2}
+
+
 def test_fields_of_messages_that_are_not_read_are_named():
     messages = [ASK[0] | {"name": "Ann"}, GOOD[0] | {"loss": True, "prefix": True, "name": "Bo"}]
     args = options_of()
@@ -789,9 +806,12 @@ def test_turns_of_a_conversation():
             {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"},
             "responses that are whole transcripts",
         ),
-        ({"messages": [ASK[0], GOOD[0] | {"weight": 0}]}, "an answer whose weight is 0"),
-        ({"messages": [ASK[0], GOOD[0] | {"train": False}]}, "an answer whose train is False"),
-        ({"messages": [ASK[0], GOOD[0] | {"loss": False}]}, "an answer whose loss is False"),
+        ({"messages": [ASK[0], GOOD[0] | {"weight": 0}]}, "answers that must have no loss"),
+        (
+            {"prompt": "q", "completion": [GOOD[0] | {"train": False}]},
+            "an answer whose train is False",
+        ),
+        ({"prompt": "q", "completion": [GOOD[0] | {"loss": 0}]}, "an answer whose loss is 0"),
         ({"messages": [ASK[0], GOOD[0] | {"reasoning": "so"}]}, "conversations with reasoning"),
         ({"messages": ASK + GOOD, "ended": False}, "conversations whose ended is false"),
         ({"messages": ASK + GOOD, "ended": [False]}, "conversations whose ended is false"),
