@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 
 from data.files import parse_json
-from data.rows import check_row, ended_flags, prompt_key
+from data.rows import check_row, ended_flags, is_ended, prompt_key
 
 HUMAN = "\n\nHuman:"  # begins a transcript of Anthropic
 PROMPT = "prompt|question|instruction|query|input"
@@ -311,8 +311,10 @@ def unused_columns(one: Format, row: dict, args) -> list[str]:
 def unused_fields(messages) -> list[str]:
     """The fields of what `is_messages` takes that are not read, once each."""
     known = ("role", "from", "content", "value", *HAS_LOSS, *OTHER_PARTS)
+    if isinstance(messages, dict):
+        messages = [messages]
     found = {}
-    for message in messages if isinstance(messages, list) else [messages]:
+    for message in messages:
         if isinstance(message, dict):
             found |= dict.fromkeys(message)
     return [name for name in found if name not in known]
@@ -591,8 +593,7 @@ def read_ended(row: dict, num_responses: int) -> list[bool]:
     responses or in a list."""
     value = row.get("ended")
     flags = value if isinstance(value, list) else [value] * num_responses
-    is_flag = [flag is None or isinstance(flag, bool) for flag in flags]
-    if len(flags) != num_responses or not all(is_flag):
+    if not is_ended(flags, num_responses):
         raise Unusable("rows whose ended is not true or false for each response")
     return [flag is not False for flag in flags]
 
@@ -715,7 +716,7 @@ def rank_merged(row: dict, dropped: dict) -> list[dict]:
     best = best_answers(zip(row["responses"], row["scores"]), dropped)
     if len(best) < 2:
         return drop(dropped, "prompts without two different responses")
-    ended = ended_of(best, row["responses"], [flag is not False for flag in ended_flags(row)])
+    ended = ended_of(best, row["responses"], read_ended(row, len(row["responses"])))
     row = row | {"responses": list(best), "scores": list(best.values())}
     row.pop("ended", None)
     return [row if all(ended) else row | {"ended": ended}]
@@ -733,8 +734,7 @@ OTHER_PARTS = (
     "thinking",
     "images",
 )
-# Fields that say whether a message has a loss: of OpenAI, of Axolotl, of ms-swift. Here the answers
-# have it, and nothing else.
+# Fields that say whether a message has a loss: of OpenAI, of Axolotl (two), of ms-swift
 HAS_LOSS = ("weight", "train", "training", "loss")
 
 
@@ -762,14 +762,21 @@ def read_messages(value, without_loss: set | None = None) -> list[tuple[str, str
         role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant"):
             raise Unusable(f"conversations with the role {str(role)[:20]!r}")
-        for name in HAS_LOSS if role == "assistant" else ():
-            if message.get(name) in (None, 1):  # True is 1
-                continue
-            if without_loss is None:
-                raise Unusable(f"conversations with an answer whose {name} is {message[name]!r:.9}")
+        name = no_loss_field(message) if role == "assistant" else ""
+        if name and without_loss is None:
+            raise Unusable(f"conversations with an answer whose {name} is {message[name]!r:.9}")
+        if name:
             without_loss.add(len(messages))
         messages.append((role, read_text(text)))
     return messages
+
+
+def no_loss_field(message: dict) -> str:
+    """The field of a message that says that it has no loss, or ""."""
+    for name in HAS_LOSS:
+        if message.get(name) not in (None, 1):  # True is 1
+            return name
+    return ""
 
 
 def unstack(value: dict) -> list[dict]:

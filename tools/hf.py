@@ -260,29 +260,23 @@ def import_weights(folder, hf_model, model, out):
         os.makedirs(out)
         makers = {}
         for name, parameter in model.named_parameters():
-            make = functools.partial(
-                import_parameter, name, parameter, tensors[name], stored, model.config.vocab_size
-            )
-            make = functools.partial(require_finite, make, folder, tensors[name])
-            makers[name] = parameter.shape, make
+            vocab_size = model.config.vocab_size
+            arguments = (folder, name, parameter, tensors[name], stored, vocab_size)
+            makers[name] = parameter.shape, functools.partial(import_parameter, *arguments)
         checkpoint.write_safetensors(os.path.join(out, "model.safetensors"), makers)
 
 
-def require_finite(make, folder, hf_tensors):
-    """make(), a parameter; exits with one line if its numbers are not all finite."""
-    tensor = make()
-    checkpoint.require_finite(folder, " or ".join(hf_tensors.shapes), tensor)
-    return tensor
-
-
-def import_parameter(name, parameter, hf_tensors, stored, vocab_size):
-    """One of our parameters, float32. The padding of vocabulary tables is 0."""
+def import_parameter(folder, name, parameter, hf_tensors, stored, vocab_size):
+    """One of our parameters, float32. The padding of vocabulary tables is 0. Exits with one line if
+    a number that is kept is not finite."""
     parts = [stored[hf_name].load().float() for hf_name in hf_tensors.shapes]
     tensor = hf_tensors.join(parts)
     num_rows = parameter.shape[0]
+    # a smaller block_size shortens the position table
+    tensor = tensor[: vocab_size if name in VOCAB_TABLES else num_rows]
+    checkpoint.require_finite(folder, " or ".join(hf_tensors.shapes), tensor)
     if name not in VOCAB_TABLES:
-        return tensor[:num_rows]  # a smaller block_size shortens the position table
-    tensor = tensor[:vocab_size]
+        return tensor
     return F.pad(tensor, (0, 0, 0, num_rows - len(tensor)))
 
 
