@@ -11,6 +11,7 @@ Responses are compared at the last message only: all before it is the prompt and
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 
 from data.files import parse_json
@@ -381,6 +382,13 @@ def drop(dropped: dict, reason: str, n: int = 1) -> list:
 def describe_dropped(dropped: dict) -> str:
     counts = [f"{n:,} {reason}" for reason, n in sorted(dropped.items())]
     return "dropped: " + (", ".join(counts) or "nothing")
+
+
+def describe_ignored(ignored: Counter) -> str:
+    """The fields that no row keeps, with how many rows had them."""
+    names = [f"{name} ({n:,})" for name, n in ignored.most_common(10)]
+    more = f" and {len(ignored) - 10} more" if len(ignored) > 10 else ""
+    return f"ignored fields: {', '.join(names)}{more}"
 
 
 def convert_checked(row: dict, convert: Callable, dropped: dict) -> list[dict]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from data import cli
-from data.files import check_output, read_json, write_json
+from data.files import check_output, is_there, read_json, write_json
 from data.rows import ended_flags, prompt_fields, sampled_row, write_rows
 from nanospin import checkpoint
 
@@ -125,7 +125,7 @@ def find_rows(args, metas: list[dict]) -> str:
     folder = args.data
     if not folder:
         folders = [meta["config"]["data"] for meta in metas]
-        there = [path for path in folders if os.path.exists(f"{path}/val.jsonl")]
+        there = [path for path in folders if is_there(f"{path}/val.jsonl")]
         folder = there[0] if there else DATA
     return folder if folder.endswith(".jsonl") else f"{folder}/val.jsonl"
 
@@ -192,7 +192,7 @@ def check_table(path: str, rows_path: str, entries: dict[str, Entry], settings: 
     metrics that this command does not measure again, under the same settings. Makes the folder."""
     make_folder(os.path.dirname(path))
     check_output(path, [rows_path])
-    if not os.path.exists(path):
+    if not is_there(path):
         return
     for name, row in read_table(path).items():
         if row.get("against", next(iter(entries))) != next(iter(entries)):
@@ -222,7 +222,7 @@ def check_folder(out: str, rows_path: str, entries: dict[str, Entry], settings: 
     players = ["data", *entries]
     make_folder(out)
     for name in ("config.json", "collect.json", "manifest.json", "meta.json"):
-        if os.path.exists(os.path.join(out, name)):
+        if is_there(os.path.join(out, name)):
             raise SystemExit(
                 f"--out {out} has a {name}: it is a run's or a data folder; give another"
             )
@@ -244,7 +244,7 @@ def check_replaced(out: str, players: list[str]):
     earlier = earlier_players(out)
     for player in players:
         path = os.path.join(out, f"{player}.jsonl")
-        if os.path.exists(path) and player not in earlier:
+        if is_there(path) and player not in earlier:
             raise SystemExit(
                 f"{path} is there, and is not of an earlier eval.py in that folder: move it, or "
                 "give another --out"
@@ -254,8 +254,8 @@ def check_replaced(out: str, players: list[str]):
 def earlier_players(out: str) -> list[str]:
     """The players whose samples earlier commands wrote, or began to write, to a folder."""
     table, files = os.path.join(out, "eval.json"), os.path.join(out, FILES)
-    earlier = ["data", *read_table(table)] if os.path.exists(table) else []
-    if os.path.exists(files):
+    earlier = ["data", *read_table(table)] if is_there(table) else []
+    if is_there(files):
         players = read_json(files).get("players")
         if not isinstance(players, list):
             raise SystemExit(f"{files}: eval.py did not write it; give another --out")

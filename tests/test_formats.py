@@ -444,6 +444,23 @@ def test_published_schemas(tmp_path, capsys, name):
     assert read_json(f"{tmp_path}/lines/meta.json").get("dropped", {}) == DROPPED.get(name, {})
 
 
+@pytest.mark.parametrize("prepare", [hub_prepare, jsonl_prepare])
+def test_a_field_that_only_a_late_row_has_is_named(tmp_path, capsys, prepare):
+    """Of 300 conversations the last ten have it."""
+    rows = []
+    for i in range(300):
+        messages = [{"role": "user", "content": f"ask {i}"}]
+        messages.append({"role": "assistant", "content": "yes"})
+        if i >= 290:
+            messages[1]["trainable"] = False
+        rows.append({"messages": messages})
+    (tmp_path / "set").mkdir()
+    lines = write_lines(tmp_path / "set" / "train.jsonl", rows)
+    source = f"{tmp_path}/set" if prepare is hub_prepare else lines
+    prepare.main([source, f"--out={tmp_path}/out", "--val_share=0.4"])
+    assert "ignored fields: messages.trainable (10)" in capsys.readouterr().out
+
+
 # ---- forms of TRL and others
 
 

@@ -19,6 +19,7 @@ from data import cli
 from data.files import (
     STATE,
     check_output,
+    is_there,
     printable,
     put_in_place,
     read_json,
@@ -225,7 +226,7 @@ def collect(
     state = state or load_state(args)
     if state["part"] == len(splits):  # all is read; only `finish` is missing
         return state
-    if not os.path.exists(state_path(args)):
+    if not is_there(state_path(args)):
         check_partial(args.out)
         write_json(state_path(args), state)  # from now on, such files are of this preparation
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
@@ -295,7 +296,7 @@ def load_state(args) -> dict:
     options = {name: value for name, value in vars(args).items() if name != "out"}
     if os.path.isdir(args.hub):
         options["hub_files"] = describe_files(args.hub)
-    if os.path.exists(path):
+    if is_there(path):
         keys = ("asked", "commit", "part", "rows", "place", "bytes", "dropped")
         state = read_json(path, keys, f"; {START_AGAIN}")
         if state["asked"] is not None:
@@ -353,7 +354,7 @@ def partial_files(out: str) -> list[str]:
 def open_partial(out: str, name: str, size: int):
     """Open OUT/NAME.partial to append after its first `size` bytes."""
     path = os.path.join(out, name + ".partial")
-    if size and (not os.path.exists(path) or os.path.getsize(path) < size):
+    if size and (not is_there(path) or os.path.getsize(path) < size):
         raise SystemExit(f"{path} is shorter than {out}/state.json says; {START_AGAIN}")
     require_regular(path)
     f = open(path, "r+b" if size else "wb")
@@ -425,7 +426,7 @@ def finish_streams(args, state: dict, tokenizer_name: str, itemsize: int):
     require_both_sides(args, state, "bin")
     for side in ("train", "val"):
         path = os.path.join(args.out, f"{side}.bin")
-        if os.path.exists(path + ".partial"):  # else a run was killed after this line
+        if is_there(path + ".partial"):  # else a run was killed after this line
             put_in_place(path + ".partial", path)
         sizes[side] = os.path.getsize(path) // itemsize
     if not all(sizes.values()):

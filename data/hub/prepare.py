@@ -16,8 +16,10 @@ Some sets have a prepare.py of their own, which knows the traps of their schema.
 import itertools
 import os
 import sys
+from collections import Counter
 
 from data import cli, formats, hub
+from data.files import printable
 
 OWN = {
     "Anthropic/hh-rlhf": "hh_rlhf",
@@ -74,7 +76,11 @@ def main(argv=None):
     splits = choose_splits(args, hub.split_names(args.hub, args.config, commit))
     found = recognise_first(args, splits[0][0], commit)
 
+    ignored = Counter(state.get("ignored", {}))
+    state["ignored"] = ignored  # it is saved with the place in the data set
+
     def convert(row, dropped):
+        ignored.update(formats.unused_columns(found, row, args))
         return formats.convert(row, found, dropped, args)
 
     def merge(rows, side, dropped):
@@ -82,6 +88,8 @@ def main(argv=None):
 
     choose = merge if found.score else None
     hub.prepare_rows(args, splits, (), convert, choose, args.config, state)
+    if ignored:
+        print(printable(formats.describe_ignored(ignored)))
 
 
 def check_config(args, commit):

@@ -261,9 +261,7 @@ def main(argv=None):
         summary += f"; {formats.describe_dropped(dropped)}"
     print(f"{args.out}: {summary}")
     if ignored:
-        names = [f"{name} ({n:,})" for name, n in ignored.most_common(10)]
-        more = f" and {len(ignored) - 10} more" if len(ignored) > 10 else ""
-        print(printable(f"ignored fields: {', '.join(names)}{more}"))
+        print(printable(formats.describe_ignored(ignored)))
 
 
 def check_sides(args, rows, texts, dropped: dict):
