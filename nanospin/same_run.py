@@ -1,11 +1,10 @@
 """The settings that a run was begun with, and which of them may differ when it is resumed."""
 
-import glob
 import json
 import os
 from dataclasses import asdict
 
-from data.files import check_input, is_there
+from data.files import check_input, is_there, printable
 from data.folder import read_meta
 from nanospin import checkpoint, config, inputs, rounds
 from nanospin.distributed import run_on_rank0
@@ -39,6 +38,22 @@ MAY_CHANGE = {
     "micro_batch_tokens",
     "layout",
     "rounds",
+}
+
+# What the seeds of one setting may differ in: the seed, and where they read what
+OF_A_SEED = {
+    "seed",
+    "init",
+    "teacher",
+    "reward",
+    "ranked_by",
+    "data",
+    "pretrain_data",
+    "tokenizer",
+    "data_source",
+    "data_sha256",
+    "players_sha256",
+    "checkpoints",
 }
 
 
@@ -150,25 +165,31 @@ def collected_settings(out_dir: str, settings: dict) -> dict:
 def refuse_if_samples(out_dir: str):
     """Exit with one line if a run's folder has samples or scores. Nothing says with which settings
     they were made."""
-    for pattern in ("round_*/*.jsonl*", "round_*/*.npz*", "teacher_*.jsonl*"):
-        for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), pattern))):
-            if os.path.getsize(path):
-                raise SystemExit(
-                    f"{out_dir} has samples ({path}), and no config.json or checkpoint that says "
-                    "with which settings they were made: put its config.json back, or use another "
-                    "out_dir"
-                )
+    for path in files_with_rows(out_dir):
+        if os.path.relpath(path, out_dir).startswith(("round_", "teacher_")):
+            raise SystemExit(
+                f"{out_dir} has samples ({path}), and no config.json or checkpoint that says "
+                "with which settings they were made: put its config.json back, or use another "
+                "out_dir"
+            )
 
 
-def has_rows(out_dir: str) -> bool:
-    """Whether a run has written samples, scores or metrics: a .jsonl or .npz file, or part of one,
-    with content."""
-    files = []
-    for pattern in ("*.jsonl*", "*.npz*"):
-        path = os.path.join(glob.escape(out_dir), "**", pattern)
-        files += glob.glob(path, recursive=True)
-    there = filter(os.path.exists, files)  # a link may dangle
-    return any(os.path.getsize(file) for file in there)
+def files_with_rows(out_dir: str):
+    """The samples, scores and metrics that a run has written: .jsonl and .npz files, or parts of
+    them, with content. Hidden ones are not of the run. Raises OSError if a folder cannot be listed:
+    it would look empty."""
+
+    def stop(error):  # without it os.walk leaves the folder out
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, inside, names in os.walk(out_dir, onerror=stop, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            is_of_rows = (".jsonl" in name or ".npz" in name) and not name.startswith(".")
+            if is_of_rows and is_there(path) and os.path.getsize(path):  # a link may dangle
+                yield path
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -183,7 +204,7 @@ def check_same_run(cfg, settings: dict, newest: str | None):
         saved = checkpoint.read_meta(newest).get("settings") or {}
         paths = {name: before[name] for name in inputs.PATHS if name in before}
         before |= saved | paths
-    if not newest and not has_rows(cfg.out_dir):
+    if not newest and not any(files_with_rows(cfg.out_dir)):
         return
     if not before:
         before = collected_settings(cfg.out_dir, settings)
@@ -213,6 +234,26 @@ def has_default(cfg, settings: dict, name: str) -> bool:
     count as if they had."""
     defaults = settings_as_json(type(cfg)())
     return name not in defaults or settings[name] == defaults[name]
+
+
+def check_seeds(runs: list[str]):
+    """Exit with one line if runs that are averaged as the seeds of one setting were trained with
+    different settings. Compared are those that change results and name no file. A run without a
+    config.json, such as a copied log, is not compared."""
+    first = {}
+    for run in filter(os.path.isdir, runs):
+        settings, _ = read_config_json(os.path.join(run, "config.json"))
+        for name, value in settings.items():
+            if name in OF_A_SEED or name in MAY_CHANGE - {"rounds"}:
+                continue
+            of_run, expected = first.setdefault(name, (run, value))
+            if value != expected:
+                raise SystemExit(
+                    printable(
+                        f"{run} was trained with {name} = {value!r}, and {of_run} with "
+                        f"{expected!r}: they are no seeds of one setting"
+                    )
+                )
 
 
 def is_same_so_far(cfg, before, now) -> bool:

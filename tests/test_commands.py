@@ -107,15 +107,19 @@ def calls_of_script(path: str) -> list[tuple[str, list[str]]]:
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(os.path.dirname(f"{folder}/{path}"))
         shutil.copy(path, f"{folder}/{path}")
-        return calls_printed([f"{folder}/{path}", "folder"], "python ", PY="echo")
+        os.makedirs(f"{folder}/folder")
+        for name in ("pretrain", "sft", "ranked"):  # what studies/rlhf reads
+            open(f"{folder}/folder/{name}.jsonl.gz", "x").close()
+        return calls_printed([path, "folder"], "python ", folder, PY="echo")
 
 
-def calls_printed(command: list[str], prefix="", **env) -> list[tuple[str, list[str]]]:
+def calls_printed(command: list[str], prefix="", cwd=".", **env) -> list[tuple[str, list[str]]]:
     """Those in the lines that a command prints. Lines such as touch and for are left out."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, cwd=cwd)
     assert done.returncode == 0, done.stderr
     found = []
-    for line in done.stdout.replace("\\\n", " ").replace(f"{os.getcwd()}/", "").splitlines():
+    printed = done.stdout.replace("\\\n", " ").replace(f"{os.path.abspath(cwd)}/", "")
+    for line in printed.splitlines():
         program = "" if line.startswith("for ") else (words_of(prefix + line) or [""])[0]
         if "python" in program or program.endswith(".sh"):
             found += calls(prefix + line)
@@ -176,7 +180,8 @@ def files(name: str, args: list[str]) -> tuple[list[str], list[str]]:
         for path in value.split(","):
             path = path.partition("@")[0]
             in_folder = "/" in path and path.split("/")[0] in INPUT_FOLDERS
-            if option in OUTPUT_OPTIONS or path.endswith(OUTPUT_SUFFIXES):
+            is_output = name == "tools.plot" and option == "table"  # followed by its folder
+            if is_output or option in OUTPUT_OPTIONS or path.endswith(OUTPUT_SUFFIXES):
                 writes.append(path)
             elif in_folder or path.endswith(INPUT_SUFFIXES) or path in GIVEN:
                 reads.append(path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from data.files import read_json, write_json
 from data.pydocs.scorer import concrete
 from data.rows import read_rows
 from model import GPT
@@ -86,8 +87,20 @@ def test_the_reference_is_at_no_distance_from_itself(ranked, tiny_runs):
     assert measured.kl == 0
     assert set(measured.true_at) == {"0.0", "0.25", "0.5", "0.75", "1.0"}
     assert all(len(scores) == 12 for scores in measured.true_at.values())
-    again = frontier.measure(tiny_runs["sft"], "no such run", "no such run", data)
-    assert again == measured  # read from its file
+    path = tiny_runs["sft"] + ".json"
+    kept = read_json(path)
+    write_json(path, kept | {"measurement": kept["measurement"] | {"true": 7.0}})
+    again = frontier.measure(tiny_runs["sft"], tiny_runs["sft"], judge, data)
+    assert again.true == 7  # read from its file
+    write_json(path, read_json(path) | {"inputs": kept["inputs"] | {"policy": "trained anew"}})
+    assert frontier.measure(tiny_runs["sft"], tiny_runs["sft"], judge, data) == measured
+
+
+def test_samples_of_another_reference_are_not_ranked_again(ranked, tiny_runs):
+    data, _ = ranked
+    frontier.rank(data, tiny_runs["sft"])  # left as it is
+    with pytest.raises(SystemExit, match="samples of another model than .*pretrain is now"):
+        frontier.rank(data, tiny_runs["pretrain"])
 
 
 def test_kl_equals_one_sequence_at_a_time(ranked, tiny_runs):

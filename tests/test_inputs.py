@@ -1,5 +1,6 @@
 """What a run reads again at every round is what it began with; moved inputs are accepted."""
 
+import errno
 import importlib
 import os
 import shutil
@@ -601,7 +602,37 @@ def test_an_out_dir_inside_a_run_is_refused(tiny_runs, tmp_path):
 
 def test_a_dangling_link_is_no_content(tmp_path):
     os.symlink(tmp_path / "nothing", tmp_path / "metrics.jsonl")
-    assert not same_run.has_rows(str(tmp_path))
+    (tmp_path / ".metrics.jsonl.swp").write_text("an editor's")
+    assert list(same_run.files_with_rows(str(tmp_path))) == []
     (tmp_path / "round_0").mkdir()
     (tmp_path / "round_0" / "train.jsonl.part").write_text("{}")
-    assert same_run.has_rows(str(tmp_path))
+    found = list(same_run.files_with_rows(str(tmp_path)))
+    assert found == [f"{tmp_path}/round_0/train.jsonl.part"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "round_0").mkdir()
+    (tmp_path / "round_0" / "train.jsonl").write_text("{}")
+    scandir = os.scandir
+
+    def stale(path):
+        if str(path).endswith("round_0"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale"):
+        list(same_run.files_with_rows(str(tmp_path)))
+
+
+def test_seeds_of_different_settings_are_not_averaged(tmp_path):
+    runs = []
+    for seed, settings in enumerate(({"lr": 1e-3}, {"lr": 1e-3, "new": 1}, {"lr": 2e-3})):
+        runs.append(str(tmp_path / f"{seed}"))
+        os.makedirs(runs[-1])
+        inputs = {"seed": seed, "init": runs[-1], "log_interval": seed, "out_dir": runs[-1]}
+        config = {"config": settings | inputs, "starts": []}
+        write_json(f"{runs[-1]}/config.json", config)
+    same_run.check_seeds([*runs[:2], f"{tmp_path}/without"])
+    with pytest.raises(SystemExit, match="/2 was trained with lr = 0.002, and .*/0 with 0.001"):
+        same_run.check_seeds(runs)

@@ -1,5 +1,6 @@
 """TensorBoard, against a stand-in for its writer, which keeps what it gets in a JSON file."""
 
+import errno
 import json
 import os
 import sys
@@ -27,6 +28,9 @@ class Writer:
 
     def add_scalar(self, name, value, step):
         self.file.write(json.dumps([name, value, step]) + "\n")
+
+    def flush(self):
+        self.file.flush()
 
     def close(self):
         self.file.close()
@@ -101,6 +105,21 @@ def test_a_missing_package_is_one_line(tiny_data, tmp_path, monkeypatch):
     assert done.returncode == 0 and "run: done" in done.stdout
     (line,) = [line for line in done.stdout.splitlines() if "tensorboard" in line]
     assert "pip install tensorboard" in line
+
+
+def test_an_error_at_the_end_is_said(writer, tiny_data, tmp_path, monkeypatch):
+    """The package writes in a thread, which has noted an error by the second flush."""
+    calls = []
+
+    def flush(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "flush", flush)
+    done = pretrain(tiny_data, f"{tmp_path}/run")
+    assert done.returncode == 0 and "run: done" in done.stdout
+    assert "tensorboard: [Errno 28] No space left on device; steps are missing" in done.stdout
 
 
 def test_an_error_of_the_package_does_not_end_the_run(writer, tiny_data, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import time
 
 import numpy as np
@@ -151,6 +153,70 @@ def test_the_table_of_smollm2_follows_from_its_scores():
         text = f.read()
     scored = [smollm2.read_scores(f"{folder}/logs/{seed}.scores.jsonl") for seed in (1, 2, 3)]
     assert "\n".join(smollm2.make_table(smollm2.mean_over_seeds(scored))) in text
+
+
+def test_a_run_is_measured_again_only_if_it_is_another(tmp_path, monkeypatch):
+    """train.py is always asked: it refuses other settings. eval.py runs if something changed."""
+    commands = []
+    newest = "step_000008"
+
+    def note(command, log, list_only):
+        commands.append(command[1])
+        os.makedirs(f"{tmp_path}/1/spin/eval", exist_ok=True)
+
+    monkeypatch.setattr(run, "run", note)
+    monkeypatch.setattr(run.checkpoint, "resolve", lambda folder: f"{folder}/round_0/{newest}")
+
+    class Study(Args):
+        out = str(tmp_path)
+
+    run.train_and_measure(Study, "1", "spin", run.METHODS["spin"])
+    run.train_and_measure(Study, "1", "spin", run.METHODS["spin"])
+    assert commands == ["train.py", "eval.py", "train.py"]
+    newest = "step_000016"  # it was trained further
+    run.train_and_measure(Study, "1", "spin", run.METHODS["spin"])
+    assert commands[3:] == ["train.py", "eval.py"]
+    monkeypatch.setattr(Study, "task", "countdown")  # another command of eval.py
+    run.train_and_measure(Study, "1", "spin", run.METHODS["spin"])
+    assert commands[5:] == ["train.py", "eval.py"]
+
+
+def test_a_run_of_another_start_is_refused(tmp_path, monkeypatch):
+    spin, sft = f"{tmp_path}/spin", f"{tmp_path}/sft"
+    os.makedirs(spin)
+    write_json(f"{spin}/config.json", {"config": {"players_sha256": {"init": "a"}}})
+    monkeypatch.setattr(run.checkpoint, "weights_sha256", lambda path: weights)
+    weights = "a"
+    run.check_start(spin, sft)
+    weights = "b"
+    with pytest.raises(SystemExit, match="spin began with other weights than .*sft has now"):
+        run.check_start(spin, sft)
+
+
+def test_rlhf_does_not_take_the_runs_of_other_files(tmp_path):
+    """The data and the runs of one folder are not taken for those of another."""
+    script = os.path.join(os.path.dirname(smollm2.__file__), "..", "rlhf", "run.sh")
+    root = tmp_path / "copy"  # the script goes to the folder two above its own
+    os.makedirs(root / "studies" / "rlhf")
+    shutil.copy(script, root / "studies" / "rlhf")
+    for name in ("first", "second"):
+        os.makedirs(tmp_path / name)
+        for kind in ("pretrain", "sft", "ranked"):
+            (tmp_path / name / f"{kind}.jsonl.gz").write_text(name + kind)
+    outputs = []
+    for name in ("first", "first", "second"):
+        command = ["bash", root / "studies" / "rlhf" / "run.sh", tmp_path / name]
+        environment = {**os.environ, "PY": "echo"}  # prints the commands
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        outputs.append((done.returncode, sorted(done.stdout.splitlines()), done.stderr))
+    assert outputs[0] == outputs[1]
+    code, printed, _ = outputs[0]
+    assert code == 0
+    assert sum(line.startswith("train.py") for line in printed) == 13
+    assert "eval.py reward=out/rlhf/reward --data=out/rlhf/data/ranked --rows=1000" in printed
+    code, printed, error = outputs[2]
+    assert (code, printed) == (1, [])
+    assert error == f"{root}/out/rlhf was made from other files than these: move it away\n"
 
 
 def test_after_a_failure_nothing_is_started(tmp_path, monkeypatch):

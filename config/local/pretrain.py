@@ -7,7 +7,7 @@ r"""Pretrain a model of 1.8M parameters (11.4M with the embeddings of GPT-2's BP
 
 Two CPU cores, 8 minutes (14 on one), validation loss 5.4 on these threads and 42 books.
 The first of three stages: then config/local/sft_gsm8k.py and config/local/spin_k3_gsm8k.py.
-studies/rlhf runs it on data/local_bpe, with a vocabulary of 4,096.
+studies/rlhf runs it with a BPE of 4,096 tokens.
 """
 
 stage = "pretrain"

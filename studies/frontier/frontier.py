@@ -29,8 +29,8 @@ import torch
 import train
 from data import cli, tokenizer
 from data.batch import permutation
-from data.files import atomic_write, read_json, write_json
-from data.folder import write_meta
+from data.files import atomic_write, read_json, sha256, write_json
+from data.folder import read_meta, write_meta
 from data.pydocs.scorer import concrete, kinds
 from data.rows import encode_rows, ids_source, read_rows, sampled_row, write_rows
 from eval import row_logps, row_scores, validation_rows
@@ -136,9 +136,16 @@ def model_limits(meta):
 def rank(folder, reference, source="data/pydocs"):
     """Write the ranked data: K samples of the reference for each prompt, best true reward first.
 
-    The split is the source's own.
+    The split is the source's own. Exits with one line if the folder has samples of another
+    reference.
     """
+    policy_sha256 = checkpoint.weights_sha256(reference)
     if os.path.exists(os.path.join(folder, "meta.json")):
+        if read_meta(folder, []).get("policy_sha256") != policy_sha256:
+            raise SystemExit(
+                f"{folder} has samples of another model than {reference} is now: "
+                "use another --runs, or remove that one"
+            )
         return
     model, enc, meta = GPT.from_checkpoint(reference)
     limits = model_limits(meta)
@@ -163,9 +170,8 @@ def rank(folder, reference, source="data/pydocs"):
                 ranked.append(ranked_row | {"tokenizer": source})
         write_rows(os.path.join(folder, f"{split}.jsonl"), ranked)
     policy = checkpoint.resolve(reference)
-    write_meta(
-        folder, None, f"{K} samples a prompt of {policy}, ranked by data.pydocs.scorer:concrete"
-    )
+    source = f"{K} samples a prompt of {policy}, ranked by data.pydocs.scorer:concrete"
+    write_meta(folder, None, source, policy_sha256=policy_sha256)
 
 
 def rank_responses(row, responses):
@@ -240,13 +246,21 @@ def average(seeds, quantity):
 
 
 def measure(run, reference, judge, folder):
-    """Sample a policy on the held-out prompts -> Measurement, which is kept in RUN.json.
+    """Sample a policy on the held-out prompts -> Measurement, which is kept in RUN.json with the
+    sha256 of what it was measured with. If one of these is another, it is measured again.
 
     run, reference, judge: checkpoints of the policy, the reference and a reward model.
     """
     path = run + ".json"
-    if os.path.exists(path):
-        return Measurement(**read_json(path))
+    inputs = {
+        "policy": checkpoint.weights_sha256(run),
+        "reference": checkpoint.weights_sha256(reference),
+        "judge": checkpoint.weights_sha256(judge),
+        "prompts": sha256(f"{folder}/val.jsonl"),
+    }
+    kept = read_json(path) if os.path.exists(path) else {}
+    if kept.get("inputs") == inputs:
+        return Measurement(**kept["measurement"])
     rows = read_rows(f"{folder}/val.jsonl")
     model, enc, meta = GPT.from_checkpoint(run)
     ref_model = GPT.from_checkpoint(reference)[0]
@@ -285,7 +299,7 @@ def measure(run, reference, judge, folder):
         minutes=minutes(run),
         example=texts[0],
     )
-    write_json(path, asdict(measurement))
+    write_json(path, {"inputs": inputs, "measurement": asdict(measurement)})
     shown = ("true", "kl", "kl_se", "learnt", "length", "ended")
     text = ", ".join(f"{name} {getattr(measurement, name):.3f}" for name in shown)
     print(f"{run}: {text}", flush=True)

@@ -4,8 +4,8 @@
 #     studies/rlhf/run.sh [FOLDER]
 #
 # The data is downloaded (README.md); or FOLDER has pretrain.jsonl.gz, sft.jsonl.gz and
-# ranked.jsonl.gz. Runs go to out/rlhf; their logs and a table of them, report.md, go to
-# studies/rlhf/logs. After an interruption, run it again: finished runs are skipped. Two
+# ranked.jsonl.gz. All is written to out/rlhf: the data, the runs, and in logs/ a table of them
+# (report.md) with their logs. After an interruption, run it again: finished runs are skipped. Two
 # environment variables: JOBS, runs at a time with one thread each (default 2), and PY, the Python
 # to use (default .venv/bin/python).
 set -euo pipefail
@@ -15,11 +15,21 @@ cd "$(dirname "$0")/../.."
 PY=${PY:-.venv/bin/python}
 JOBS=${JOBS:-2}
 out=out/rlhf
-logs=studies/rlhf/logs
-mkdir -p $logs
+mkdir -p $out/logs
 
-prepare() { # prepare NAME [ARGUMENT...]: make data/NAME by data.jsonl.prepare, unless it exists
-    [ -e "data/$1/meta.json" ] || "$PY" -m data.jsonl.prepare --out="data/$1" "${@:2}"
+# the runs of one set of files must not be taken for those of another
+inputs="the downloaded data"
+if [ -n "$folder" ]; then
+    inputs=$(cat "$folder"/{pretrain,sft,ranked}.jsonl.gz | sha256sum)
+fi
+[ -s $out/inputs ] || echo "$inputs" > $out/inputs
+if [ "$(cat $out/inputs)" != "$inputs" ]; then
+    echo "$PWD/$out was made from other files than these: move it away" >&2
+    exit 1
+fi
+
+prepare() { # prepare NAME [ARGUMENT...]: make the data folder NAME by data.jsonl.prepare, once
+    [ -e "$out/data/$1/meta.json" ] || "$PY" -m data.jsonl.prepare --out="$out/data/$1" "${@:2}"
 }
 
 train_parallel() { # one run per line of standard input: the arguments of train.py
@@ -27,8 +37,8 @@ train_parallel() { # one run per line of standard input: the arguments of train.
 }
 
 if [ -n "$folder" ]; then
-    prepare local_bpe "$folder/pretrain.jsonl.gz" --tokenizer=bpe
-    prepare local_sft "$folder/sft.jsonl.gz"
+    prepare pretrain "$folder/pretrain.jsonl.gz" --tokenizer=bpe
+    prepare sft "$folder/sft.jsonl.gz"
     prepare ranked "$folder/ranked.jsonl.gz"
 else
     have() { [ -e "data/$1/meta.json" ]; }
@@ -36,19 +46,20 @@ else
     have gsm8k_solutions || "$PY" -m data.gsm8k.prepare --solutions=all --out=data/gsm8k_solutions
     have tldr_pages || "$PY" -m data.tldr_pages.prepare
     have stackexchange/threads || "$PY" -m data.stackexchange.prepare
-    prepare local_bpe data/stackexchange/threads/*.jsonl --tokenizer=bpe
-    prepare local_sft data/{gsm8k_sft,tldr_pages,stackexchange/sft}/*.jsonl
+    prepare pretrain data/stackexchange/threads/*.jsonl --tokenizer=bpe
+    prepare sft data/{gsm8k_sft,tldr_pages,stackexchange/sft}/*.jsonl
     prepare ranked data/{gsm8k_solutions,stackexchange/ranked}/*.jsonl
 fi
 
-"$PY" train.py config/local/pretrain.py --data=data/local_bpe --out_dir=$out/pretrain
-"$PY" train.py config/local/sft.py --init=$out/pretrain --out_dir=$out/sft
+"$PY" train.py config/local/pretrain.py --data=$out/data/pretrain --out_dir=$out/pretrain
+"$PY" train.py config/local/sft.py --data=$out/data/sft --init=$out/pretrain --out_dir=$out/sft
 
 # the reward model, SFT on the best responses, and every preference objective on the same rows
-dpo="config/local/dpo.py --init=$out/sft"
+ranked="--data=$out/data/ranked"
+dpo="config/local/dpo.py $ranked --init=$out/sft"
 train_parallel <<END
-config/local/reward.py --init=$out/sft --out_dir=$out/reward
-config/local/preferred_ft.py --init=$out/pretrain --out_dir=$out/preferred_ft
+config/local/reward.py $ranked --init=$out/sft --out_dir=$out/reward
+config/local/preferred_ft.py $ranked --init=$out/pretrain --out_dir=$out/preferred_ft
 $dpo --loss_type=pairs --out_dir=$out/dpo_pairs
 $dpo --loss_type=pl --out_dir=$out/pl
 $dpo --loss_type=pl --rank_depth=1 --out_dir=$out/pl_depth_1
@@ -59,11 +70,13 @@ $dpo --loss_type=orpo --beta=0.5 --nll_coef=1 --out_dir=$out/orpo
 END
 
 # PPO against that reward model, and DPO with Preferred-FT as its reference
-ppo="config/local/ppo.py --init=$out/sft --reward=$out/reward --pretrain_data=data/local_bpe"
+ppo="config/local/ppo.py $ranked --init=$out/sft --reward=$out/reward"
+ppo="$ppo --pretrain_data=$out/data/pretrain"
 train_parallel <<END
 $ppo --out_dir=$out/ppo
-config/local/dpo.py --init=$out/preferred_ft --out_dir=$out/dpo_of_preferred_ft
+config/local/dpo.py $ranked --init=$out/preferred_ft --out_dir=$out/dpo_of_preferred_ft
 END
 
-"$PY" -m tools.plot table $logs $out/*
-"$PY" eval.py reward=$out/reward --data=data/ranked --rows=1000 | tee $logs/reward.txt
+configs=($out/*/config.json)
+"$PY" -m tools.plot table $out/logs "${configs[@]%/config.json}"
+"$PY" eval.py reward=$out/reward $ranked --rows=1000 | tee $out/logs/reward.txt

@@ -18,6 +18,7 @@ from data import cli
 from data.files import atomic_write, read_json, read_text
 from data.rows import prompt_key, read_rows
 from eval import f1_score
+from nanospin.same_run import check_seeds
 from studies.smollm2.scorer import argument_f1
 from tools.plot import markdown_table
 
@@ -115,8 +116,11 @@ def make_table(scored: dict[str, dict]) -> list[str]:
 def main(argv=None):
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl")
+    paths = parser.parse_args(argv).paths
+    for name in TITLES:
+        check_seeds([f"{path}/{name}" for path in paths])
     by_title = {}
-    for path in parser.parse_args(argv).paths:
+    for path in paths:
         by_title[path] = read_scores(path) if path.endswith(".jsonl") else score_all(path)
     if len(by_title) > 1:
         by_title["mean"] = mean_over_seeds(list(by_title.values()))

@@ -23,6 +23,7 @@ import numpy as np
 
 from data import cli
 from data.files import atomic_write, printable
+from nanospin import same_run
 from tools.plot import (
     GREY,
     PALETTE,
@@ -89,7 +90,8 @@ def read_study(folder: str) -> dict:
 
     for (setting, split), methods in study.items():
         steps, seeds = set(), set()
-        for runs in methods.values():
+        for method, runs in methods.items():
+            same_run.check_seeds([f"{folder}/{setting}/{split}/{method}/{seed}" for seed in runs])
             seeds.add(tuple(runs))
             for evals in runs.values():
                 steps.add(tuple(record["step"] for record in evals))

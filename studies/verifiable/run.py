@@ -5,9 +5,10 @@
     python -m studies.verifiable.run --task=countdown --seeds 1 2 3 --jobs=2
     python -m studies.verifiable.summarize --seeds 1 2 3
 
-A finished run is skipped and an interrupted one resumes. --list prints the commands only.
-METHODS is the whole study: a config, and settings on top of it. TASKS says where a task's data and
-scorer are. All methods of a seed start from the same fine-tuned model.
+An interrupted run resumes. A finished one is looked at by train.py, which refuses other settings,
+and measured again only if it was trained further or the command of eval.py is another. --list
+prints the commands only. METHODS is the whole study: a config, and settings on top of it. TASKS
+says where a task's data and scorer are. All methods of a seed start from the same fine-tuned model.
 """
 
 import os
@@ -18,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from data import cli
-from data.files import read_json
+from data.files import read_json, write_json
+from nanospin import checkpoint
 
 SFT = "config/demo/addition_sft.py"
 SFT_MORE = "config/demo/addition_sft_more.py"
@@ -203,14 +205,29 @@ def run(command: list[str], log: str, list_only: bool):
         raise SystemExit(f"{shlex.join(command)}: exit {done.returncode}: {''.join(last)}")
 
 
+def check_start(run: str, init: str):
+    """Exit with one line if a run began with other weights than `init` has now. train.py says it,
+    and leaves a run with checkpoints as it is."""
+    settings = read_json(f"{run}/config.json", ["config"])["config"]
+    if settings["players_sha256"]["init"] != checkpoint.weights_sha256(init):
+        raise SystemExit(f"{run} began with other weights than {init} has now: remove that run")
+
+
 def train_and_measure(args, seed: str, name: str, settings: list[str], init: str = ""):
-    folder = f"{args.out}/{seed}"
-    if os.path.exists(f"{folder}/{name}/eval/eval.json"):
+    folder = f"{args.out}/{seed}/{name}"
+    run(train_command(args, seed, name, settings, init), f"{folder}.log", args.list)
+    measure = eval_command(args, seed, name)
+    if args.list:
+        run(measure, f"{folder}.log", True)
         return
-    run(train_command(args, seed, name, settings, init), f"{folder}/{name}.log", args.list)
-    run(eval_command(args, seed, name), f"{folder}/{name}.log", args.list)
-    if not args.list:
-        print(f"seed {seed}: {name} is done", flush=True)
+    if init:
+        check_start(folder, f"{args.out}/{seed}/{init}")
+    record = {"checkpoint": checkpoint.resolve(folder), "command": measure[1:]}
+    path = f"{folder}/eval/command.json"
+    if not os.path.exists(path) or read_json(path) != record:
+        run(measure, f"{folder}.log", False)
+        write_json(path, record)
+    print(f"seed {seed}: {name} is done", flush=True)
 
 
 def run_all(work: list[tuple], jobs: int):

@@ -14,6 +14,7 @@ import numpy as np
 
 from data import cli
 from data.files import printable, read_json, write_json
+from nanospin import same_run
 from studies.verifiable.run import METHODS, TASKS, Task, check_seeds
 from tools.plot import (
     GREY,
@@ -228,6 +229,7 @@ def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]
         if missing:
             print(f"{name} is left out: {missing[0]} is missing", file=sys.stderr)
             continue
+        same_run.check_seeds([f"{out}/{seed}/{name}" for seed in seeds])
         results[name] = [measured(task, out, seed, name) for seed in seeds]
     return results
 
