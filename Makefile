@@ -26,6 +26,8 @@ LOCAL ?=
 JOBS ?= 2
 LOG ?= log
 GPU_OUT ?= out/gpu
+SHELL = bash
+.SHELLFLAGS = -o pipefail -c
 
 .PHONY: demo demo-online demo-baselines student pipeline demo-text demo-seeds \
 	test test-slow test-faults test-peers lint format bench bench-online gpu \
@@ -164,7 +166,8 @@ frontier: .venv/ready data/pydocs/meta.json
 	$(PY) -m studies.frontier.frontier
 
 bench: .venv-bench/ready
-	.venv-bench/bin/python -m bench.bench --peers 2>bench/$(LOG).err | tee bench/$(LOG).txt
+	.venv-bench/bin/python -m bench.bench --peers 2>bench/$(LOG).err | tee bench/$(LOG).partial
+	mv bench/$(LOG).partial bench/$(LOG).txt
 
 bench-online: .venv-bench/ready
 	.venv-bench/bin/python -m bench.bench online --peers

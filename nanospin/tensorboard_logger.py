@@ -8,6 +8,7 @@ earlier starts had `tensorboard` off.
 import contextlib
 import glob
 import os
+import time
 
 from data.files import printable
 from nanospin import distributed
@@ -51,8 +52,15 @@ class TensorboardSender:
         return self.send
 
     def __exit__(self, error_type, error, traceback):
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
+            self.writer.flush()
+            time.sleep(0.1)  # the package's thread notes an error only after `flush` has returned
+            self.writer.flush()
             self.writer.close()
+        except Exception as e:  # whatever the package raises
+            report(f"{error_text(e)}; steps are missing, the same command writes all of them")
 
     def send(self, record: dict):
         if self.writer is None or record["kind"] == "warning":
