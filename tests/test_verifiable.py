@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data.files import write_json
+from data.rows import write_rows
 from model import GPTConfig
 from nanospin import config
 from studies.smollm2 import table as smollm2
@@ -238,3 +239,24 @@ def test_a_command_that_fails_says_its_last_line(tmp_path):
     command = [run.sys.executable, "train.py", "--no_such=1"]
     with pytest.raises(SystemExit, match="no_such"):
         run.run(command, f"{tmp_path}/a/log", False)
+
+
+def test_the_seeds_of_smollm2_have_the_same_prompts():
+    folder = os.path.dirname(smollm2.__file__)
+    scored = [smollm2.read_scores(f"{folder}/logs/{seed}.scores.jsonl") for seed in (1, 2)]
+    scored[1]["copied"]["f1"][7] += 0.5
+    with pytest.raises(SystemExit, match="not measured on the same prompts"):
+        smollm2.mean_over_seeds(scored)
+
+
+def test_an_answer_that_is_missing_in_the_table_of_smollm2(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "TITLES", ["copied", "sft"])
+    data = [{"prompt": f"`ls` for {n}", "responses": ["ls -l"]} for n in (1, 2)]
+    os.makedirs(f"{tmp_path}/eval")
+    write_json(f"{tmp_path}/eval/eval.json", {"sft": {"length": 3, "val_loss": 1}})
+    write_rows(f"{tmp_path}/eval/data.jsonl", data)
+    write_rows(f"{tmp_path}/eval/sft.jsonl", data)
+    assert smollm2.score_all(str(tmp_path))["sft"]["exact_match"] == [1, 1]
+    write_rows(f"{tmp_path}/eval/sft.jsonl", data[:1])
+    with pytest.raises(SystemExit, match="sft has not answered '`ls` for 2'"):
+        smollm2.score_all(str(tmp_path))

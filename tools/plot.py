@@ -617,8 +617,12 @@ def report(demos: list[str]):
         plot_rounds(os.path.join(folder, f"{stage}.png"), runs)
         for run in runs:
             starts += read_metrics(run, "start")
-    setup = read_json(os.path.join(demos[0], "spin_k3", "config.json"), ["starts"])["starts"][0]
-    threads = f"{setup['threads']} thread" + ("s" if setup["threads"] != 1 else "")
+    setups = {}  # each once, in the order of the seeds
+    for demo in demos:
+        setup = read_json(os.path.join(demo, "spin_k3", "config.json"), ["starts"])["starts"][0]
+        threads = f"{setup['threads']} thread" + ("s" if setup["threads"] != 1 else "")
+        text = f"torch {setup['torch']} on {setup['device']}, {threads}, commit {setup['git']}"
+        setups[text] = demo
     several = len(demos) > 1
 
     rows = []
@@ -638,8 +642,7 @@ def report(demos: list[str]):
         f"Values are mean ± standard deviation over {len(demos)} seeds."
         if several
         else "One seed.",
-        f"Made by `make {'demo-seeds' if several else 'demo-text'}` with torch {setup['torch']} on "
-        f"{setup['device']}, {threads}, commit {setup['git']}.",
+        f"Made by `make {'demo-seeds' if several else 'demo-text'}` with {'; '.join(setups)}.",
         "",
         DEFINITIONS,
         *([ONLINE] if "online_pl.round_1" in tables[0] else []),

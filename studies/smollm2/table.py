@@ -50,12 +50,15 @@ def score_all(folder: str) -> dict[str, dict]:
     data = read_rows(f"{folder}/eval/data.jsonl")
     scored = {}
     for name in TITLES:
-        texts = {prompt_key(row): program(row["prompt"]) for row in data}
-        if name != "copied":
-            for row in read_rows(f"{folder}/eval/{name}.jsonl"):
-                texts[prompt_key(row)] = row["responses"][0]
+        if name == "copied":
+            texts = {prompt_key(row): program(row["prompt"]) for row in data}
+        else:
+            rows = read_rows(f"{folder}/eval/{name}.jsonl")
+            texts = {prompt_key(row): row["responses"][0] for row in rows}
         scores = {"exact_match": [], "f1": [], "argument_f1": [], "only_name": []}
         for row in data:
+            if prompt_key(row) not in texts:
+                raise SystemExit(f"{folder}: {name} has not answered {row['prompt']!r}")
             text, answer = texts[prompt_key(row)], row["responses"][0]
             scores["exact_match"].append(int(text.strip() == answer.strip()))
             scores["f1"].append(round(f1_score(text, answer), 6))
@@ -80,7 +83,10 @@ def read_scores(path: str) -> dict[str, dict]:
 
 
 def mean_over_seeds(all_scored: list[dict]) -> dict[str, dict]:
-    """The scores of each method and prompt, averaged over seeds with the same prompts."""
+    """The scores of each method and prompt, averaged over seeds. Exits with one line if they do not
+    have the same prompts: the copied names, which no model writes, then have other scores."""
+    if any(scored["copied"] != all_scored[0]["copied"] for scored in all_scored):
+        raise SystemExit("the seeds were not measured on the same prompts")
     means = {}
     for name in TITLES:
         means[name] = {}
