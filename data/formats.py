@@ -101,7 +101,9 @@ FORMATS = (
         score="helpfulness",
         needed=("verbosity",),
     ),
-    Format("ranked responses", "prompt", listed="responses", scores="scores?", is_ours=True),
+    Format("ranked responses", "prompt", listed="responses", scores="scores", is_ours=True),
+    Format("rated responses", "prompt", listed="responses", scores="ratings|rating|rewards"),
+    Format("ranked responses", "prompt", listed="responses", is_ours=True),
     Format("prompt and response", "prompt", ("response",), is_ours=True),
     Format(
         "completions with scores",

@@ -445,6 +445,22 @@ def test_published_schemas(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("prepare", [hub_prepare, jsonl_prepare])
+@pytest.mark.parametrize("column", ["ratings", "rating", "rewards"])
+def test_responses_with_ratings_are_ranked_by_them(tmp_path, prepare, column):
+    """Our own rows have `responses`, too, best first, but no ratings."""
+    rows = []
+    for i in range(NUM_ROWS):
+        rows.append({"prompt": f"ask {i}", "responses": ["bad", "mid", "good"], column: [1, 2, 9]})
+    (tmp_path / "set").mkdir()
+    lines = write_lines(tmp_path / "set" / "train.jsonl", rows)
+    source = f"{tmp_path}/set" if prepare is hub_prepare else lines
+    prepare.main([source, f"--out={tmp_path}/out", "--val_share=0.4"])
+    for row in rows_of(f"{tmp_path}/out"):
+        assert row["responses"] == ["good", "mid", "bad"]
+        assert row["scores"] == [9, 2, 1]
+
+
+@pytest.mark.parametrize("prepare", [hub_prepare, jsonl_prepare])
 def test_a_field_that_only_a_late_row_has_is_named(tmp_path, capsys, prepare):
     """Of 300 conversations the last ten have it."""
     rows = []
