@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from data.files import one_line, printable
 
-# Errors of the file system that are reported in one line: disk full, no permission, read-only.
+# Errors of the file system that are reported in one line: disk full, no permission, read-only, a
+# name that is too long.
 DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -25,6 +26,8 @@ DISK_ERRORS = (
     errno.EPERM,
     errno.EIO,
     errno.ESTALE,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 
 # What writing to a pipe without a reader, or to a terminal that was closed, raises.

@@ -12,6 +12,8 @@ import time
 import numpy as np
 
 RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before what cannot be read is tried again
+# Errors that a path has for ever, whatever the disk and the network do
+OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 MAX_TEXT_BYTES = 2**28  # of a JSON file; a large tokenizer.json has 2**25
 
 
@@ -26,9 +28,9 @@ def retried(function, *args):
     for pause in RETRY_SECONDS:
         try:
             return function(*args)
-        except (FileNotFoundError, NotADirectoryError):
-            raise
-        except OSError:
+        except OSError as e:
+            if e.errno in OF_THE_PATH:
+                raise
             time.sleep(pause)
     return function(*args)
 
@@ -48,7 +50,9 @@ def list_folder(folder: str) -> list[str]:
     with one line for a link to what is not there, on a disk that is not mounted, say."""
     try:
         return retried(os.listdir, folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        return []
+    except FileNotFoundError:
         if os.path.islink(folder):
             raise SystemExit(printable(f"{folder} is a link to a folder that is not there"))
         return []

@@ -14,7 +14,15 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, Killed, final_weights, killing, read_metrics, refused, spin_args
+from conftest import (
+    TINY,
+    Killed,
+    final_weights,
+    killing,
+    read_metrics,
+    refused,
+    spin_args,
+)
 from safetensors.torch import load_file, save_file
 
 import train
@@ -446,6 +454,27 @@ def test_a_round_on_a_disk_that_is_not_mounted(run, tiny_data, tmp_path):
     os.symlink(f"{tmp_path}/mounted", f"{tmp_path}/linked")
     message = f"{tmp_path}/linked is a link to a folder that is not there"
     assert refused(pretrain_args(tiny_data, f"{tmp_path}/linked")) == message
+
+
+def test_a_stray_link_to_a_file_is_in_nobodys_way(run, tiny_data, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    os.symlink(tmp_path / "file", f"{run}/round_00")
+    train.main(pretrain_args(tiny_data, run))
+    assert "resumes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["too long", "a link to itself"])
+def test_a_name_that_no_folder_can_have_is_one_line_at_once(tiny_data, tmp_path, kind, capfd):
+    out = f"{tmp_path}/{'x' * 300}"
+    if kind == "a link to itself":
+        out = f"{tmp_path}/loop"
+        os.symlink(out, out)
+    start = time.monotonic()
+    assert elastic.run_main(train.main, pretrain_args(tiny_data, out)) == (1, False)
+    assert time.monotonic() - start < 2  # it is not tried again
+    error = {"too long": "File name too long", "a link to itself": "Too many levels of symbolic"}
+    printed = capfd.readouterr().err
+    assert re.fullmatch(rf".*{error[kind]}.*\n", printed), printed
 
 
 @pytest.mark.parametrize("of_rounds", [False, True])
