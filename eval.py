@@ -46,7 +46,7 @@ from data.rows import (
     row_with_ids,
     write_rows,
 )
-from data.template import split_template, written_ids
+from data.template import split_template, without_thoughts, written_ids
 from loss import chosen_rejected_metrics, gradient_weight, plackett_luce, wins
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, eval_command
@@ -558,11 +558,13 @@ def retokenize(
     judge_enc, judge_template: str, enc, template: str, text: str, ids: list[int] | None
 ) -> list[int]:
     """A response's ids for a judge: as they are if its tokenizer made them under a template of the
-    same form, else encoded again under the judge's template, with end-of-text if the response had
-    ended, or if it is no token of the judge's (white space). enc is None for texts of the data."""
+    same form, else encoded again under the judge's template (`without_thoughts`, if it has none),
+    with end-of-text if the response had ended, or if it is no token of the judge's (white space).
+    enc is None for texts of the data."""
     if enc is not None and ids_source(enc, template) == ids_source(judge_enc, judge_template):
         return ids
     ended = enc is None or tokenizer.is_end(enc, ids[-1])
+    text = without_thoughts(judge_template, text)
     encoded = written_ids(judge_enc, judge_template, text, ended=ended)
     return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
@@ -737,18 +739,26 @@ def reference_metrics(
 
 def judged_pairs(judge, judge_enc, config, rows, first: Samples, second: Samples):
     """(encoded rows of two responses, counts) for the prompts that both players answered. Rows that
-    leave the judge no room are dropped and counted. config: the judge's settings."""
+    leave the judge no room are dropped and counted, and so are thoughts that its template does not
+    have. config: the judge's settings."""
     template = config["template"]
     pairs = []
+    num_without_thoughts = 0
     for i, row in enumerate(rows):
         if i in first.answers and i in second.answers:
             responses, all_ids = [], []
             for player in (first, second):
                 text, ids = player.answers[i]
                 if player.enc is None:
-                    text, ids = row["responses"][0], response_ids(row, 0, judge_enc, template)
+                    text = without_thoughts(template, row["responses"][0])
+                    best = row | {"responses": [text, *row["responses"][1:]]}
+                    ids = response_ids(best, 0, judge_enc, template)
+                    num_without_thoughts += text != row["responses"][0]
                 else:
-                    ids = retokenize(judge_enc, template, player.enc, player.template, text, ids)
+                    judged = retokenize(judge_enc, template, player.enc, player.template, text, ids)
+                    is_own = judged is ids  # they stay as they are
+                    num_without_thoughts += not is_own and text != without_thoughts(template, text)
+                    ids = judged
                 responses.append(text)
                 all_ids.append(ids)
             pairs.append(row_with_ids(row, responses, all_ids, judge_enc, template))
@@ -760,6 +770,7 @@ def judged_pairs(judge, judge_enc, config, rows, first: Samples, second: Samples
         config["max_prompt"],
         config["max_response"],
     )
+    counts["without thoughts"] = num_without_thoughts
     return [row for row in encoded if row is not None], counts
 
 
@@ -793,6 +804,8 @@ def judge_all(
         for what in ("prompts", "responses"):
             if counts[f"{what} cut"]:
                 note += f"; {counts[f'{what} cut']} {what} are cut to the judge's limits"
+        if counts["without thoughts"]:
+            note += f"; {counts['without thoughts']} responses are judged without their thoughts"
         print(
             f"{name} beats {first} in {100 * share:.1f} +- {100 * error:.1f} % "
             f"of {len(pairs)} prompts{note}"

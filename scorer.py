@@ -19,10 +19,12 @@ from data.files import printable
 from data.rows import (
     drop_equal_responses,
     encode_rows,
+    ids_source,
     is_score,
     prompt_fields,
     row_with_ids,
 )
+from data.template import without_thoughts
 from eval import pad_rows_to_K, response_lengths, retokenize, row_logps, row_scores
 from model import GPT
 from nanospin import distributed, inputs, rounds
@@ -98,21 +100,32 @@ def function_scores(cfg, rows, texts) -> np.ndarray:
 
 def encode_for_judge(cfg, judge, judge_enc, meta, rows, texts, ids, enc) -> list[dict]:
     """Rows as a judge reads them, with the responses that are there. Prints what is cut to its
-    limits. judge_enc, meta: its tokenizer and the meta.json of its checkpoint."""
+    limits, and how many lose thoughts that its template does not have. judge_enc, meta: its
+    tokenizer and the meta.json of its checkpoint."""
     config = meta["config"]
     judge_format = (judge_enc, config["template"])
+    keeps_ids = ids_source(enc, cfg.template) == ids_source(*judge_format)
     sampled = []
+    num_without_thoughts = 0
     for row, row_texts, row_ids in zip(rows, texts, ids):
         its_texts, its_ids = [], []
         for k in columns_there(row_texts):
             its_texts.append(row_texts[k])
+            text = row_texts[k] if keeps_ids else without_thoughts(config["template"], row_texts[k])
+            num_without_thoughts += text != row_texts[k]
             its_ids.append(retokenize(*judge_format, enc, cfg.template, row_texts[k], row_ids[k]))
         sampled.append(row_with_ids(row, its_texts, its_ids, *judge_format))
     limits = (judge.config.block_size, config["max_prompt"], config["max_response"])
     encoded, counts = encode_rows(sampled, *judge_format, *limits)
     cut = counts["prompts cut"] + counts["responses cut"]
+    num_responses = sum(len(row["responses"]) for row in sampled)
+    if num_without_thoughts and distributed.rank() == 0:
+        print(
+            f"{scorer_setting(cfg)} has a template without thoughts: those of "
+            f"{num_without_thoughts} of {num_responses} responses are not scored",
+            flush=True,
+        )
     if cut and distributed.rank() == 0:
-        num_responses = sum(len(row["responses"]) for row in sampled)
         print(
             f"{scorer_setting(cfg)} cuts to its limits {counts['prompts cut']} of {len(sampled)} "
             f"prompts and {counts['responses cut']} of {num_responses} responses",

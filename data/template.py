@@ -113,6 +113,16 @@ def place_thoughts(lead: list[str], text: str, keeps_thoughts: bool) -> tuple[li
     return [start, thoughts, "\n</think>\n\n"], text
 
 
+def without_thoughts(template: str, text: str) -> str:
+    """A response of another model as this template can write it: without its thoughts, if the
+    template says that there are none, else as it is."""
+    try:
+        split_template(template).written(text)
+    except ValueError:
+        return text.split("</think>")[-1].lstrip("\n")
+    return text
+
+
 # for messages
 EXAMPLE = "System: {system}\n{turn}User: {prompt}\nAssistant:{response}\n"
 

@@ -45,6 +45,7 @@ from data.template import (
     split_template,
     template_problem,
     with_bos,
+    without_thoughts,
     written_ids,
 )
 from model import GPT, GPTConfig
@@ -338,6 +339,8 @@ def test_thoughts():
     assert written_ids(enc, without, "so") == [*b"so"]
     with pytest.raises(SystemExit, match="has thoughts"):
         written_ids(enc, without, thought)
+    assert without_thoughts(without, thought) == "so"
+    assert without_thoughts(template, thought) == without_thoughts("{prompt}", thought) == thought
 
 
 def test_chat_templates_without_an_equivalent():
