@@ -29,6 +29,7 @@ from data.rows import (
     sampled_row,
     write_rows,
 )
+from data.template import without_thoughts
 from eval import is_ranked, length_accuracy
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.config import (
@@ -157,6 +158,31 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     return kept
 
 
+def check_room(cfg, rows, enc, block_size: int):
+    """Exit with one line if a prompt leaves no room for a response in the teacher. cfg: with the
+    template of the teacher. enc, block_size: of the teacher."""
+    prompts = encode_for(
+        f"teacher {cfg.teacher}", rows, enc, cfg.template, block_size, cfg.max_prompt
+    )
+    without = [row["prompt"] for row, prompt in zip(rows, prompts) if not prompt]
+    if without:
+        raise SystemExit(
+            f"{cfg.data}: {len(without)} of {len(rows)} prompts leave no room for a response in "
+            f"the block_size {block_size} of teacher {cfg.teacher}, the first: "
+            f"{without[0][:60]!r}; set max_prompt"
+        )
+
+
+def encode_for(who: str, rows, enc, *limits) -> list[list[int] | None]:
+    """The ids of the prompts for another model than the policy, None where it has no room. Exits
+    with a line that names it for a prompt that it cannot take, such as one with a system message.
+    """
+    try:
+        return encode_prompts(rows, enc, *limits)[0]
+    except SystemExit as e:
+        raise SystemExit(f"{who}: {e}")
+
+
 def drop_unscorable_prompts(cfg, rows, say=None, split="") -> list[dict]:
     """The rows whose prompt leaves room for a response in the model that scores, if one does. Its
     weights are not needed."""
@@ -167,7 +193,8 @@ def drop_unscorable_prompts(cfg, rows, say=None, split="") -> list[dict]:
     meta = run_on_rank0(checkpoint.read_meta, path)
     block_size, config = meta["model"]["block_size"], meta["config"]
     enc = checkpoint.read_tokenizer(path, meta)
-    prompts, _ = encode_prompts(rows, enc, config["template"], block_size, config["max_prompt"])
+    limits = config["template"], block_size, config["max_prompt"]
+    prompts = encode_for(scorer_setting(cfg), rows, enc, *limits)
     kept = [row for row, prompt in zip(rows, prompts) if prompt]
     what = (
         f"{len(rows) - len(kept)} of {len(rows)} prompts leave no room for a response in the "
@@ -366,16 +393,28 @@ def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -
     """(text, ids) of the best response of the first `count` rows in a ranked file that have the
     prompt of each row.
 
-    Samples of this tokenizer and form keep their ids, see `data.rows.response_ids`.
+    Samples of this tokenizer and form keep their ids, see `data.rows.response_ids`. Others lose
+    thoughts that the template does not have; how many do is printed.
     """
     source = ids_source(enc, template)
     responses = {}
+    num_rows, num_without_thoughts = 0, 0
     for row in read_rows(path):
+        text = row["responses"][0]
         if row.get("tokenizer") == source:
             ids = own_ids(path, row, enc, template)
         else:
-            ids = response_ids(row, 0, enc, template)
-        responses.setdefault(prompt_key(row), []).append((row["responses"][0], ids))
+            text = without_thoughts(template, text)
+            num_without_thoughts += text != row["responses"][0]
+            ids = response_ids(row | {"responses": [text, *row["responses"][1:]]}, 0, enc, template)
+        responses.setdefault(prompt_key(row), []).append((text, ids))
+        num_rows += 1
+    if num_without_thoughts and distributed.rank() == 0:
+        print(
+            f"{path}: the template is one without thoughts, so those of {num_without_thoughts} of "
+            f"{num_rows} responses are left out",
+            flush=True,
+        )
     missing = []
     for row in rows:
         if len(responses.get(prompt_key(row), [])) < count:

@@ -49,6 +49,7 @@ from nanospin.rounds import (
     write_scorer,
 )
 from players import (
+    check_room,
     collect_candidates,
     drop_overlong_prompts,
     drop_unscorable_prompts,
@@ -158,17 +159,19 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[st
     that fails leaves no rows."""
     folder, block_size = round_folder(cfg, round_id), model.config.block_size
     say_once = say if round_id == 0 else None
-    paths, rows_of, ranked_of = {}, {}, {}
-    for split, rows in rows_by_split.items():
+    paths, rows_of, ranked_of, is_made = {}, {}, {}, {}
+    for split, rows in rows_by_split.items():  # of both, before one is sampled
         paths[split] = os.path.join(folder, f"{split}.jsonl")
-        rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
-        is_made = broadcast_from_rank0(is_there(paths[split]))
-        if not is_made:
-            rows = drop_unscorable_prompts(cfg, rows, say_once, split)
+        rows_of[split] = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
+        is_made[split] = broadcast_from_rank0(is_there(paths[split]))
+        if not is_made[split]:
+            rows_of[split] = drop_unscorable_prompts(cfg, rows_of[split], say_once, split)
+    for split, rows in rows_of.items():
         is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
-        if is_drawn and not (is_made and is_judged(cfg)):  # `read_ranked` finds those of a judge
+        finds_own = is_made[split] and is_judged(cfg)  # `read_ranked` does
+        if is_drawn and not finds_own:
             rows = prompts_of_round(cfg, rows, round_id)
-        if not is_made:
+        if not is_made[split]:
             ranked = rank_split(cfg, round_id, split, rows, model, enc, device, say)
             ranked_of[split] = ranked
         rows_of[split] = rows
@@ -247,7 +250,8 @@ def mark_equal_responses(cfg, ranked: list[dict], enc, block_size: int):
 
 def prepare_teacher(cfg, enc, block_size: int, device):
     """Write the responses of a teacher checkpoint to RUN/teacher_{train,val}.jsonl, with the
-    teacher's own template. A teacher that is a file must have a response to every prompt."""
+    teacher's own template. A teacher that is a file must have a response to every prompt. Exits
+    with one line, before anything is sampled, if the teacher lacks one or has no room for it."""
     if not cfg.teacher or broadcast_from_rank0(inputs.is_answered(cfg)):
         return
     if not os.path.isdir(cfg.teacher):
@@ -258,8 +262,11 @@ def prepare_teacher(cfg, enc, block_size: int, device):
     dtype = distributed.compute_dtype(cfg, device)
     teacher, teacher_enc, meta = GPT.from_checkpoint(cfg.teacher, device, dtype)
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
+    rows_by_split = {}
     for split, rows in load_rows(cfg).items():
-        rows = drop_overlong_prompts(cfg, rows, enc, block_size)
+        rows_by_split[split] = drop_overlong_prompts(cfg, rows, enc, block_size)
+        check_room(teacher_cfg, rows_by_split[split], teacher_enc, teacher.config.block_size)
+    for split, rows in rows_by_split.items():
         path = inputs.teacher_file(cfg, split)
         write_samples(path, teacher, teacher_enc, teacher_cfg, rows, f"teacher {split}")
 

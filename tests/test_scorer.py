@@ -37,9 +37,11 @@ import rollout
 import scorer
 import train
 from data import tokenizer
-from data.rows import prompt_key, read_rows
+from data.folder import write_meta
+from data.rows import prompt_key, read_rows, write_rows
 from model import GPT
-from nanospin import elastic, inputs, rounds
+from nanospin import elastic, inputs, rounds, same_run
+from nanospin.config import Config
 from nanospin.user_function import call_once
 
 BYTES = tokenizer.load("bytes")
@@ -531,6 +533,47 @@ def test_a_model_that_can_score_no_prompt_is_one_line(tiny_runs, reward_run, tmp
     message = refused(args)
     assert "40 of 40 prompts leave no room for a response in the block_size 64" in message
     assert not glob.glob(f"{tmp_path}/r/round_0/self*")
+
+
+def test_a_held_out_row_that_a_model_cannot_read_is_said_before_sampling(
+    tiny_runs, tiny_data, tmp_path
+):
+    """A system message, of which the policy's template knows and the model's does not."""
+    data, out = f"{tmp_path}/data", f"{tmp_path}/r"
+    shutil.copytree(tiny_data, data)
+    rows = read_rows(f"{data}/val.jsonl")
+    write_rows(f"{data}/val.jsonl", [*rows[1:], rows[0] | {"system": "Be brief."}])
+    write_meta(data, "bytes", "made up")
+    own = "--template=S{system}{turn}Q{prompt}A{response}."
+    args = [own, "--eval_rows=100", f"--ranked_by={tiny_runs['sft']}", "--players=self:2"]
+    message = refused(spin_args(tiny_runs, data, out, *args))
+    assert re.match(r"ranked_by .*: there is a system message, 'Be brief.'", message)
+    args = [own, "--eval_rows=100", f"--teacher={tiny_runs['sft']}"]
+    message = refused(spin_args(tiny_runs, data, out, *args, "--players=data,teacher,self"))
+    assert re.match(r"teacher .*: there is a system message, 'Be brief.'", message)
+    assert list(same_run.files_with_rows(out)) == []
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_model_whose_template_is_without_thoughts_scores_what_follows_them(
+    tiny_runs, capsys, is_own
+):
+    """A sample of the same form keeps its ids."""
+    judge, enc, meta = GPT.from_checkpoint(tiny_runs["sft"])
+    template = "Q{prompt}A{last}<think>\n\n</think>\n\n{response|thoughts}."
+    meta["config"] |= {"template": template, "max_prompt": 0, "max_response": 0}
+    cfg = Config(template=template if is_own else "Q{prompt}A", ranked_by="judge", stage="spin")
+    texts = ["<think>x</think>\nso", "plain"]
+    ids = [[*text.encode(), enc.eot_token] for text in texts]
+    rows = [{"prompt": "p"}]
+    (row,) = scorer.encode_for_judge(cfg, judge, enc, meta, rows, [texts], [ids], enc)
+    printed = capsys.readouterr().out
+    if is_own:
+        assert row["responses"] == ids
+        assert printed == ""
+    else:
+        assert row["responses"] == [[*b"so", enc.eot_token], ids[1]]
+        assert "thoughts: those of 1 of 2 responses are not scored" in printed
 
 
 # ------------------------------------------------------------------------- functions that misbehave

@@ -574,6 +574,47 @@ def test_samples_whose_text_was_edited_are_refused(tiny_data, tmp_path):
     assert players.match_responses(path, rows, enc, "{prompt}") == [("twelve", [*b"twelve", 256])]
 
 
+def test_a_teacher_without_room_for_a_prompt(tiny_runs, tiny_data, tmp_path):
+    """It is said before anything is sampled, so max_prompt may be set and the run goes on."""
+    teacher, out = f"{tmp_path}/teacher", f"{tmp_path}/r"
+    small = [arg for arg in TINY if not arg.startswith("--block_size")]
+    args = ["--stage=pretrain", f"--data={tiny_data}", f"--out_dir={teacher}", "--block_size=43"]
+    train.main([*args, *small, "--max_steps=1", "--batch_size=4", "--device=cpu"])
+    options = ["--players=data,teacher,self", f"--teacher={teacher}", "--max_steps=1"]
+    args = spin_args(tiny_runs, tiny_data, out, *options)
+    message = refused(args)
+    assert "prompts leave no room for a response in the block_size 43 of teacher" in message
+    assert message.endswith("set max_prompt")
+    assert not glob.glob(f"{out}/teacher_*")
+    train.main([*args, "--max_prompt=41"])
+    assert os.path.exists(f"{out}/round_0/step_000001")
+
+
+WITHOUT_THOUGHTS = "Q{prompt}A{last}<think>\n\n</think>\n\n{response|thoughts}."
+
+
+def test_thoughts_of_a_teacher_without_those_of_the_policy(tiny_data, tmp_path, capsys):
+    """A template without thoughts leaves them out of what another model wrote, and says so."""
+    enc, path = tokenizer.load("bytes"), f"{tmp_path}/teacher.jsonl"
+    rows = [
+        row | {"prompt": row["prompt"] + str(i)}
+        for i, row in enumerate(read_rows(f"{tiny_data}/train.jsonl"))
+    ]
+    texts = ["<think>\nwhy\n</think>\n\nso", "plain", "a </think> b"]
+    sampled = []
+    for row, text in zip(rows, texts):
+        sampled.append(sampled_row(row, text, [*text.encode(), 256], enc, "Q{prompt}A"))
+    write_rows(path, sampled)
+    found = players.match_responses(path, rows[:3], enc, WITHOUT_THOUGHTS)
+    for (text, ids), expected in zip(found, ("so", "plain", " b"), strict=True):
+        assert text == expected
+        assert ids == [*written_ids(enc, WITHOUT_THOUGHTS, expected), 256]
+    assert "those of 2 of 3 responses are left out" in capsys.readouterr().out
+    found = players.match_responses(path, rows[:3], enc, "Q{prompt}A")
+    assert [text for text, _ in found] == texts
+    assert "thoughts" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("of, own", [("{prompt}", " hm "), (" hm ", "{prompt}")])
 def test_a_teacher_of_another_template(tiny_data, tmp_path, of, own):
     """Its answers are encoded as those of the data are, under the policy's template."""
