@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 RETRY_SECONDS = (0.5, 1.0, 1.5)  # pauses before what cannot be read is tried again
-# Errors that a path has for ever, whatever the disk and the network do
+# Errors that say that there is no such file, whatever the disk and the network do
 OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 MAX_TEXT_BYTES = 2**28  # of a JSON file; a large tokenizer.json has 2**25
 
@@ -40,8 +40,10 @@ def is_there(path: str) -> bool:
     `os.path.exists` would say no, and a run would make again what it has."""
     try:
         retried(os.stat, path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as e:
+        if e.errno in OF_THE_PATH:
+            return False
+        raise
     return True
 
 
@@ -50,10 +52,10 @@ def list_folder(folder: str) -> list[str]:
     with one line for a link to what is not there, on a disk that is not mounted, say."""
     try:
         return retried(os.listdir, folder)
-    except NotADirectoryError:
-        return []
-    except FileNotFoundError:
-        if os.path.islink(folder):
+    except OSError as e:
+        if e.errno not in OF_THE_PATH:
+            raise
+        if e.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(folder):
             raise SystemExit(printable(f"{folder} is a link to a folder that is not there"))
         return []
 
