@@ -27,7 +27,7 @@ from data.rows import (
 from data.template import without_thoughts
 from eval import pad_rows_to_K, response_lengths, retokenize, row_logps, row_scores
 from model import GPT
-from nanospin import distributed, inputs, rounds
+from nanospin import distributed, elastic, inputs, rounds
 from nanospin.config import import_function, is_function, scorer_name, scorer_setting
 from nanospin.distributed import run_on_rank0
 from nanospin.rounds import score_in_parts
@@ -161,14 +161,33 @@ def judge_scores(cfg, judge, rows, texts, encoded, device) -> np.ndarray:
 
 def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
     """The scores (n,) float64 that the function gives to n pairs of row and text. Each is scored by
-    one rank, once: a function that is not deterministic must give all ranks the same."""
+    one rank, once: a function that is not deterministic must give all ranks the same.
+
+    A signal to all processes of a job, such as Ctrl-C, also stops a program that a function runs,
+    which then looks like a wrong answer. So the call that it came in is made again, and the call
+    before it, which may have been hit a moment before this process.
+    """
     function = import_function(scorer_name(cfg))
-    scores, error, shown = {}, "", ""
-    for n in range(distributed.rank(), len(calls), distributed.world_size()):
-        distributed.heartbeat.touch()  # a call may take a second: it is progress
-        scores[n], problem, shown = call_once(function, *calls[n])
-        if problem:
-            error = bad_score(cfg, problem, *calls[n])
+    scores = {}
+
+    def call(numbers) -> tuple[str, str]:
+        """Score these pairs. Returns (the first problem, its traceback), "" without one."""
+        for n in numbers:
+            distributed.heartbeat.touch()  # a call may take a second: it is progress
+            scores[n], problem, shown = call_once(function, *calls[n])
+            if problem:
+                return bad_score(cfg, problem, *calls[n]), shown
+        return "", ""
+
+    error, shown = "", ""
+    mine = range(distributed.rank(), len(calls), distributed.world_size())
+    for i in range(len(mine)):
+        num_heard = len(elastic.received_signals)
+        error, shown = call(mine[i : i + 1])
+        while len(elastic.received_signals) > num_heard:
+            num_heard = len(elastic.received_signals)
+            error, shown = call(mine[max(0, i - 1) : i + 1])
+        if error:
             break
     of_ranks = distributed.all_gather_object((error, shown))
     for rank, (error, shown) in enumerate(of_ranks):

@@ -392,6 +392,30 @@ def handle_signal(number, frame):
             os.write(1, f"{text}\n".encode())  # not print, which the signal may have interrupted
 
 
+def hold_signals():
+    """Before a scorer forks a process: a signal waits until `release_signals`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def release_signals():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def restore_signals():
+    """In the forked process: a signal ends it, as by itself. If it only noted the signal, who tells
+    a pool to end would wait for ever."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == handle_signal:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+    release_signals()
+
+
+os.register_at_fork(
+    before=hold_signals, after_in_parent=release_signals, after_in_child=restore_signals
+)
+
+
 def exit_if_signalled():
     """End all ranks if one has received a signal, with the status that a shell would give it.
 

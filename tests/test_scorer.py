@@ -4,10 +4,13 @@ that a model cannot score. In stages spin, preference and ppo."""
 import functools
 import glob
 import importlib
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 
 import conftest
@@ -445,15 +448,17 @@ def test_a_part_without_one_of_its_arrays_is_scored_again(tmp_path, monkeypatch)
 def test_a_signal_is_heard_while_a_function_scores(
     tiny_runs, tiny_data, tmp_path, monkeypatch, stage
 ):
-    """After a part of few calls, which the next start has."""
+    """After a part of few calls, which the next start has. The signal also stops a program that the
+    function runs, of this call and of the one before: their scores do not count."""
     monkeypatch.setattr(scorer, "CALLS_OF_PART", 9)
     calls = []
 
     def signalled(row, text):
         calls.append(text)
-        if len(calls) == 10:
+        if len(calls) == 11:
             elastic.received_signals.append(15)
-        return letters(row, text)
+            raise RuntimeError("the program was stopped")
+        return -1.0 if len(calls) == 10 else letters(row, text)
 
     monkeypatch.setattr(conftest, "scorer", signalled, raising=False)
     args = {}
@@ -465,12 +470,29 @@ def test_a_signal_is_heard_while_a_function_scores(
         with pytest.raises(SystemExit) as e:
             train.main(args["r"])
     assert e.value.code == 128 + 15
-    assert 10 <= len(calls) <= 18
+    assert 11 <= len(calls) <= 20
     assert len(glob.glob(f"{tmp_path}/r/round_0/*.part*")) >= 2
     calls = list(range(100))
     train.main(args["r"])
     train.main(args["whole"])
     assert_same_run(f"{tmp_path}/whole", f"{tmp_path}/r")
+
+
+def test_a_process_that_a_function_forks_is_ended_by_a_signal(monkeypatch):
+    """The run itself only notes it."""
+    monkeypatch.setattr(elastic, "received_signals", [])
+    before = signal.signal(signal.SIGTERM, elastic.handle_signal)
+    try:
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        process.terminate()
+        process.join(20)
+        assert process.exitcode == -signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert elastic.received_signals == [signal.SIGTERM]
+    finally:
+        process.kill()
+        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------ prompts left out
