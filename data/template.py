@@ -101,6 +101,11 @@ def place_thoughts(lead: list[str], text: str, keeps_thoughts: bool) -> tuple[li
 
     Raises ValueError if it has thoughts and the template says that there are none.
     """
+    is_cut = text.lstrip().startswith("<think>") and "</think>" not in text
+    if is_cut and keeps_thoughts:
+        if "</think>" not in lead[0]:
+            raise ValueError("it has thoughts (<think>), and the template is one without")
+        return ["" if lead[0].startswith("<think>") else lead[0]], text
     if "</think>" not in text:
         return lead, text.lstrip("\n") if keeps_thoughts else text
     thoughts = text.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
@@ -115,11 +120,11 @@ def place_thoughts(lead: list[str], text: str, keeps_thoughts: bool) -> tuple[li
 
 def without_thoughts(template: str, text: str) -> str:
     """A response of another model as this template can write it: without its thoughts, if the
-    template says that there are none, else as it is."""
+    template says that there are none, else as it is. It is empty if the thoughts were cut."""
     try:
         split_template(template).written(text)
     except ValueError:
-        return text.split("</think>")[-1].lstrip("\n")
+        return text.partition("</think>")[2].split("</think>")[-1].lstrip("\n")
     return text
 
 

@@ -340,6 +340,12 @@ def test_thoughts():
     with pytest.raises(SystemExit, match="has thoughts"):
         written_ids(enc, without, thought)
     assert without_thoughts(without, thought) == "so"
+    cut = "<think>\nwhy"  # a sample that did not end
+    assert without_thoughts(without, cut) == ""
+    assert without_thoughts(template, cut) == cut
+    with pytest.raises(SystemExit, match="has thoughts"):
+        written_ids(enc, without, cut)
+    assert enc.decode(written_ids(enc, template, cut, ended=False)) == cut
     assert without_thoughts(template, thought) == without_thoughts("{prompt}", thought) == thought
 
 

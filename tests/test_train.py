@@ -600,17 +600,17 @@ def test_thoughts_of_a_teacher_without_those_of_the_policy(tiny_data, tmp_path, 
         row | {"prompt": row["prompt"] + str(i)}
         for i, row in enumerate(read_rows(f"{tiny_data}/train.jsonl"))
     ]
-    texts = ["<think>\nwhy\n</think>\n\nso", "plain", "a </think> b"]
+    texts = ["<think>\nwhy\n</think>\n\nso", "plain", "a </think> b", "<think>\nwh"]
     sampled = []
     for row, text in zip(rows, texts):
         sampled.append(sampled_row(row, text, [*text.encode(), 256], enc, "Q{prompt}A"))
     write_rows(path, sampled)
-    found = players.match_responses(path, rows[:3], enc, WITHOUT_THOUGHTS)
-    for (text, ids), expected in zip(found, ("so", "plain", " b"), strict=True):
+    found = players.match_responses(path, rows[:4], enc, WITHOUT_THOUGHTS)
+    for (text, ids), expected in zip(found, ("so", "plain", " b", ""), strict=True):
         assert text == expected
         assert ids == [*written_ids(enc, WITHOUT_THOUGHTS, expected), 256]
-    assert "those of 2 of 3 responses are left out" in capsys.readouterr().out
-    found = players.match_responses(path, rows[:3], enc, "Q{prompt}A")
+    assert "those of 3 of 4 responses are left out" in capsys.readouterr().out
+    found = players.match_responses(path, rows[:4], enc, "Q{prompt}A")
     assert [text for text, _ in found] == texts
     assert "thoughts" not in capsys.readouterr().out
 
