@@ -11,6 +11,7 @@ A model scores with its own tokenizer, template and limits. To add another kind,
 `score_responses`.
 """
 
+import os
 import sys
 
 import numpy as np
@@ -163,32 +164,26 @@ def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
     """The scores (n,) float64 that the function gives to n pairs of row and text. Each is scored by
     one rank, once: a function that is not deterministic must give all ranks the same.
 
-    A signal to all processes of a job, such as Ctrl-C, also stops a program that a function runs,
-    which then looks like a wrong answer. So the call that it came in is made again, and the call
-    before it, which may have been hit a moment before this process.
+    A signal ends the call and the run, and none of these scores count. If it is sent to all
+    processes of a job, as Ctrl-C is, it also stops a program that a function runs, which then looks
+    like a wrong answer.
     """
     function = import_function(scorer_name(cfg))
-    scores = {}
-
-    def call(numbers) -> tuple[str, str]:
-        """Score these pairs. Returns (the first problem, its traceback), "" without one."""
-        for n in numbers:
-            distributed.heartbeat.touch()  # a call may take a second: it is progress
-            scores[n], problem, shown = call_once(function, *calls[n])
-            if problem:
-                return bad_score(cfg, problem, *calls[n]), shown
-        return "", ""
-
-    error, shown = "", ""
-    mine = range(distributed.rank(), len(calls), distributed.world_size())
-    for i in range(len(mine)):
-        num_heard = len(elastic.received_signals)
-        error, shown = call(mine[i : i + 1])
-        while len(elastic.received_signals) > num_heard:
-            num_heard = len(elastic.received_signals)
-            error, shown = call(mine[max(0, i - 1) : i + 1])
-        if error:
+    folder = os.getcwd()
+    scores, error, shown = {}, "", ""
+    for n in range(distributed.rank(), len(calls), distributed.world_size()):
+        distributed.heartbeat.touch()  # a call may take a second: it is progress
+        try:
+            with elastic.interrupted_by_signals():
+                scores[n], problem, shown = call_once(function, *calls[n])
+        except elastic.Interrupted:
+            os.chdir(folder)  # out_dir may be relative
+        if elastic.received_signals:
             break
+        if problem:
+            error = bad_score(cfg, problem, *calls[n])
+            break
+    elastic.exit_if_signalled()
     of_ranks = distributed.all_gather_object((error, shown))
     for rank, (error, shown) in enumerate(of_ranks):
         if error:

@@ -38,6 +38,7 @@ CONNECTION_WORDS = ("gloo", "NCCL", "Connection", "Timed out", "timeout", "peer"
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 received_signals = []  # signals that asked this process to stop
+interrupts = threading.Event()  # set within `interrupted_by_signals`
 
 
 # ------------------------------------------------------------------------------ joining the ranks
@@ -379,6 +380,21 @@ def leave_last():
             time.sleep(0.02)
 
 
+class Interrupted(BaseException):
+    """A signal came within `interrupted_by_signals`."""
+
+
+@contextlib.contextmanager
+def interrupted_by_signals():
+    """A signal raises Interrupted here, as Ctrl-C raises KeyboardInterrupt in other programs: a
+    function of the user may wait for processes that the signal has ended."""
+    interrupts.set()
+    try:
+        yield
+    finally:
+        interrupts.clear()
+
+
 def handle_signal(number, frame):
     """Note the signal; `exit_if_signalled` acts on it. A second Ctrl-C stops immediately."""
     if number == signal.SIGINT and signal.SIGINT in received_signals:
@@ -390,6 +406,8 @@ def handle_signal(number, frame):
             text += "; press Ctrl-C again to stop immediately"
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(1, f"{text}\n".encode())  # not print, which the signal may have interrupted
+    if interrupts.is_set():
+        raise Interrupted
 
 
 def hold_signals():
