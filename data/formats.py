@@ -102,7 +102,7 @@ FORMATS = (
         needed=("verbosity",),
     ),
     Format("ranked responses", "prompt", listed="responses", scores="scores", is_ours=True),
-    Format("rated responses", "prompt", listed="responses", scores="ratings|rating|rewards"),
+    Format("rated responses", "prompt", listed="responses", scores="ratings|rewards"),
     Format("ranked responses", "prompt", listed="responses", is_ours=True),
     Format("prompt and response", "prompt", ("response",), is_ours=True),
     Format(

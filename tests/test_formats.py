@@ -445,7 +445,7 @@ def test_published_schemas(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("prepare", [hub_prepare, jsonl_prepare])
-@pytest.mark.parametrize("column", ["ratings", "rating", "rewards"])
+@pytest.mark.parametrize("column", ["ratings", "rewards"])
 def test_responses_with_ratings_are_ranked_by_them(tmp_path, prepare, column):
     """Our own rows have `responses`, too, best first, but no ratings."""
     rows = []
