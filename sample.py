@@ -25,7 +25,7 @@ from data import cli, tokenizer
 from data.files import printable
 from data.progress import ProgressBar
 from data.rows import encode_prompt, encode_prompts, read_rows, sampled_row, write_rows
-from data.template import cut_prompt_ids, split_template, with_bos
+from data.template import cut_prompt_ids, split_template, with_bos, without_thoughts
 from model import GPT
 from nanospin import distributed, sample_command
 from nanospin.decoding import DecodeStep, prepacked_weights
@@ -442,7 +442,8 @@ def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, s
         if keeps_ids:
             history.append((line, [i for i in new_ids if not tokenizer.is_end(enc, i)]))
         else:
-            history.append((line, response_text(enc, new_ids, template)))
+            text = response_text(enc, new_ids, template)
+            history.append((line, without_thoughts(template, text)))
 
 
 class StreamPrinter:

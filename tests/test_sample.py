@@ -536,6 +536,19 @@ def test_bad_arguments_are_one_line(tiny_runs, args, message):
     assert message in found.stderr and found.stderr.count("\n") == 1
 
 
+def test_a_chat_goes_on_after_thoughts_of_a_model_without(tiny_runs, monkeypatch):
+    model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    prompts = []
+
+    def generate(model, asked, *args, **options):
+        prompts.append(enc.decode(asked[0]))
+        return [[*b"a</think>b", enc.eot_token]]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    sample.chat(model, enc, "{prompt}A{response|thoughts}.", ["x", "y"])
+    assert prompts == ["xA", "xAb.yA"]
+
+
 def test_a_chat_without_standard_input_is_one_line(tiny_runs, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(SystemExit) as e:
