@@ -809,8 +809,9 @@ def test_a_signal_is_heard_between_parts(tiny_runs, tiny_data, tmp_path, monkeyp
     score_responses = scoring.score_responses
 
     def signalled(*args):
+        scores = score_responses(*args)
         elastic.received_signals.append(15)
-        return score_responses(*args)
+        return scores
 
     with monkeypatch.context() as m:
         m.setattr(elastic, "received_signals", [])

@@ -1030,8 +1030,9 @@ def test_a_signal_between_two_parts_of_scores(
     call_function = scoring.call_function
 
     def signalled(*args):
+        scores = call_function(*args)
         elastic.received_signals.append(15)
-        return call_function(*args)
+        return scores
 
     with monkeypatch.context() as m:
         m.setattr(elastic, "received_signals", [])
