@@ -558,13 +558,11 @@ def retokenize(
     judge_enc, judge_template: str, enc, template: str, text: str, ids: list[int] | None
 ) -> list[int]:
     """A response's ids for a judge: as they are if its tokenizer made them under a template of the
-    same form, else encoded again under the judge's template (`without_thoughts`, if it has none),
-    with end-of-text if the response had ended, or if it is no token of the judge's (white space).
-    enc is None for texts of the data."""
+    same form, else encoded again under the judge's template, with end-of-text if the response had
+    ended, or if it is no token of the judge's (white space). enc is None for texts of the data."""
     if enc is not None and ids_source(enc, template) == ids_source(judge_enc, judge_template):
         return ids
     ended = enc is None or tokenizer.is_end(enc, ids[-1])
-    text = without_thoughts(judge_template, text)
     encoded = written_ids(judge_enc, judge_template, text, ended=ended)
     return encoded + [judge_enc.eot_token] if ended or not encoded else encoded
 
@@ -742,23 +740,22 @@ def judged_pairs(judge, judge_enc, config, rows, first: Samples, second: Samples
     leave the judge no room are dropped and counted, and so are thoughts that its template does not
     have. config: the judge's settings."""
     template = config["template"]
+    source = ids_source(judge_enc, template)
     pairs = []
     num_without_thoughts = 0
     for i, row in enumerate(rows):
         if i in first.answers and i in second.answers:
             responses, all_ids = [], []
             for player in (first, second):
-                text, ids = player.answers[i]
+                answer, ids = player.answers[i]
+                is_own = player.enc and ids_source(player.enc, player.template) == source
+                text = answer if is_own else without_thoughts(template, answer)
+                num_without_thoughts += text != answer
                 if player.enc is None:
-                    text = without_thoughts(template, row["responses"][0])
                     best = row | {"responses": [text, *row["responses"][1:]]}
                     ids = response_ids(best, 0, judge_enc, template)
-                    num_without_thoughts += text != row["responses"][0]
                 else:
-                    judged = retokenize(judge_enc, template, player.enc, player.template, text, ids)
-                    is_own = judged is ids  # they stay as they are
-                    num_without_thoughts += not is_own and text != without_thoughts(template, text)
-                    ids = judged
+                    ids = retokenize(judge_enc, template, player.enc, player.template, text, ids)
                 responses.append(text)
                 all_ids.append(ids)
             pairs.append(row_with_ids(row, responses, all_ids, judge_enc, template))

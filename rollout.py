@@ -168,8 +168,8 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[st
             rows_of[split] = drop_unscorable_prompts(cfg, rows_of[split], say_once, split)
     for split, rows in rows_of.items():
         is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
-        finds_own = is_made[split] and is_judged(cfg)  # `read_ranked` does
-        if is_drawn and not finds_own:
+        # once a judge has ranked them, `read_ranked` knows which rows they were
+        if is_drawn and not (is_made[split] and is_judged(cfg)):
             rows = prompts_of_round(cfg, rows, round_id)
         if not is_made[split]:
             ranked = rank_split(cfg, round_id, split, rows, model, enc, device, say)

@@ -11,7 +11,7 @@ A model scores with its own tokenizer, template and limits. To add another kind,
 `score_responses`.
 """
 
-import os
+import contextlib
 import sys
 
 import numpy as np
@@ -111,10 +111,10 @@ def encode_for_judge(cfg, judge, judge_enc, meta, rows, texts, ids, enc) -> list
     for row, row_texts, row_ids in zip(rows, texts, ids):
         its_texts, its_ids = [], []
         for k in columns_there(row_texts):
-            its_texts.append(row_texts[k])
             text = row_texts[k] if keeps_ids else without_thoughts(config["template"], row_texts[k])
             num_without_thoughts += text != row_texts[k]
-            its_ids.append(retokenize(*judge_format, enc, cfg.template, row_texts[k], row_ids[k]))
+            its_texts.append(text)
+            its_ids.append(retokenize(*judge_format, enc, cfg.template, text, row_ids[k]))
         sampled.append(row_with_ids(row, its_texts, its_ids, *judge_format))
     limits = (judge.config.block_size, config["max_prompt"], config["max_response"])
     encoded, counts = encode_rows(sampled, *judge_format, *limits)
@@ -169,15 +169,11 @@ def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
     like a wrong answer.
     """
     function = import_function(scorer_name(cfg))
-    folder = os.getcwd()
     scores, error, shown = {}, "", ""
     for n in range(distributed.rank(), len(calls), distributed.world_size()):
         distributed.heartbeat.touch()  # a call may take a second: it is progress
-        try:
-            with elastic.interrupted_by_signals():
-                scores[n], problem, shown = call_once(function, *calls[n])
-        except elastic.Interrupted:
-            os.chdir(folder)  # out_dir may be relative
+        with contextlib.suppress(elastic.Interrupted), elastic.interrupted_by_signals():
+            scores[n], problem, shown = call_once(function, *calls[n])
         if elastic.received_signals:
             break
         if problem:

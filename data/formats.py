@@ -101,6 +101,7 @@ FORMATS = (
         score="helpfulness",
         needed=("verbosity",),
     ),
+    # our own scores count more than ratings beside them, and ratings more than the order of a list
     Format("ranked responses", "prompt", listed="responses", scores="scores", is_ours=True),
     Format("rated responses", "prompt", listed="responses", scores="ratings|rewards"),
     Format("ranked responses", "prompt", listed="responses", is_ours=True),

@@ -124,7 +124,7 @@ def without_thoughts(template: str, text: str) -> str:
     try:
         split_template(template).written(text)
     except ValueError:
-        return text.partition("</think>")[2].split("</think>")[-1].lstrip("\n")
+        return text.split("</think>")[-1].lstrip("\n") if "</think>" in text else ""
     return text
 
 

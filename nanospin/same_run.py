@@ -236,7 +236,7 @@ def has_default(cfg, settings: dict, name: str) -> bool:
     return name not in defaults or settings[name] == defaults[name]
 
 
-def check_seeds(runs: list[str]):
+def check_same_settings(runs: list[str]):
     """Exit with one line if runs that are averaged as the seeds of one setting were trained with
     different settings. Compared are those that change results and name no file. A run without a
     config.json, such as a copied log, is not compared."""

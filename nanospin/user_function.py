@@ -26,8 +26,10 @@ def call_once(function, row: dict, text: str) -> tuple[float, str, str]:
         problem = f"raised {type(e).__name__}: {shorten(e, str)}"
         trace = e.__traceback__.tb_next  # without this function
         shown = "".join(traceback.format_exception(type(e), e, trace))
-    if os.getcwd() != folder:
+    finally:  # also if a signal has ended the call
+        has_moved = os.getcwd() != folder
         os.chdir(folder)  # out_dir may be relative
+    if has_moved:
         problem = problem or "changed the current folder, which it must not"
     return score, problem, shown
 

@@ -18,10 +18,12 @@ from data.files import read_json, write_json
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
 from eval import (
+    Samples,
     check_judge,
     f1_score,
     function_scores,
     harness_metrics,
+    judged_pairs,
     length_accuracy,
     main,
     ranking_metrics,
@@ -447,6 +449,25 @@ def test_a_judge_reads_samples_as_it_reads_the_data():
     assert retokenize(enc, lead, enc, "{prompt}", "the", [*b"the", EOT]) == of_data
     assert of_data == [*b" hm the", EOT]
     assert retokenize(enc, lead, enc, lead, "the", [7, EOT]) == [7, EOT]
+
+
+def test_a_judge_without_thoughts_reads_what_follows_them(tiny_runs):
+    """Of the data and of a policy with another template; samples of its own form stay."""
+    judge, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    template = "Q{prompt}A{last}<think>\n\n</think>\n\n{response|thoughts}."
+    config = {"template": template, "max_prompt": 0, "max_response": 0}
+    text = "<think>x</think>y"
+    ids = [*text.encode(), EOT]
+    rows = [{"prompt": "p", "responses": [text]}]
+    data = Samples({0: (text, None)})
+    policy = Samples({0: (text, ids)}, enc, "{prompt}")
+    (pair,), counts = judged_pairs(judge, enc, config, rows, data, policy)
+    assert pair["responses"] == [[*b"y", EOT]] * 2
+    assert counts["without thoughts"] == 2
+    own = Samples({0: (text, ids)}, enc, template)
+    (pair,), counts = judged_pairs(judge, enc, config, rows, own, policy)
+    assert pair["responses"] == [ids, [*b"y", EOT]]
+    assert counts["without thoughts"] == 1
 
 
 # ---------------------------------------------------------------------------------- command line

@@ -633,6 +633,6 @@ def test_seeds_of_different_settings_are_not_averaged(tmp_path):
         inputs = {"seed": seed, "init": runs[-1], "log_interval": seed, "out_dir": runs[-1]}
         config = {"config": settings | inputs, "starts": []}
         write_json(f"{runs[-1]}/config.json", config)
-    same_run.check_seeds([*runs[:2], f"{tmp_path}/without"])
+    same_run.check_same_settings([*runs[:2], f"{tmp_path}/without"])
     with pytest.raises(SystemExit, match="/2 was trained with lr = 0.002, and .*/0 with 0.001"):
-        same_run.check_seeds(runs)
+        same_run.check_same_settings(runs)

@@ -32,7 +32,7 @@ from data.files import (
     require_regular,
 )
 from nanospin.config import Config, player_columns
-from nanospin.same_run import check_seeds
+from nanospin.same_run import check_same_settings
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if the home folder is read-only
 import matplotlib.pyplot as plt  # noqa: E402
@@ -229,7 +229,7 @@ def seed_handles(n):
 def plot_loss(out: str, named: dict[str, list[str]]):
     """Validation loss of several settings. named: {label: [the run of each seed]}."""
     for runs in named.values():
-        check_seeds(runs)
+        check_same_settings(runs)
     with style():
         fig, ax = plt.subplots(figsize=(5.6, 3.8))
         for color, (label, runs) in zip(cycle(PALETTE), named.items()):
@@ -279,7 +279,7 @@ def plot_rounds(out: str, runs: list[str]):
 
     Each round has its own reference model and its own samples, so curves break between rounds.
     """
-    check_seeds(runs)
+    check_same_settings(runs)
     by_seed = [read_metrics(run, "eval") for run in runs]
     players = rewarded_players(runs[0], by_seed[0])
     for run, records in zip(runs, by_seed):
@@ -606,7 +606,7 @@ def report(demos: list[str]):
     """Write report.md and its figures into the demo's folder, or beside the folders of seeds."""
     tables = [demo_metrics(demo) for demo in demos]
     for name in os.listdir(demos[0]):
-        check_seeds([os.path.join(demo, name) for demo in demos])
+        check_same_settings([os.path.join(demo, name) for demo in demos])
     folder = demos[0] if len(demos) == 1 else os.path.dirname(os.path.normpath(demos[0]))
     path = os.path.join(folder, "report.md")
     check_report(path, REPORT_HEAD)

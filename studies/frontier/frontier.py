@@ -170,8 +170,8 @@ def rank(folder, reference, source="data/pydocs"):
                 ranked.append(ranked_row | {"tokenizer": source})
         write_rows(os.path.join(folder, f"{split}.jsonl"), ranked)
     policy = checkpoint.resolve(reference)
-    source = f"{K} samples a prompt of {policy}, ranked by data.pydocs.scorer:concrete"
-    write_meta(folder, None, source, policy_sha256=policy_sha256)
+    description = f"{K} samples a prompt of {policy}, ranked by data.pydocs.scorer:concrete"
+    write_meta(folder, None, description, policy_sha256=policy_sha256)
 
 
 def rank_responses(row, responses):

@@ -18,7 +18,7 @@ from data import cli
 from data.files import atomic_write, read_json, read_text
 from data.rows import prompt_key, read_rows
 from eval import f1_score
-from nanospin.same_run import check_seeds
+from nanospin.same_run import check_same_settings
 from studies.smollm2.scorer import argument_f1
 from tools.plot import markdown_table
 
@@ -124,7 +124,7 @@ def main(argv=None):
     parser.add_argument("paths", nargs="+", help="out/commands/SEED, or its scores.jsonl")
     paths = parser.parse_args(argv).paths
     for name in TITLES:
-        check_seeds([f"{path}/{name}" for path in paths])
+        check_same_settings([f"{path}/{name}" for path in paths])
     by_title = {}
     for path in paths:
         by_title[path] = read_scores(path) if path.endswith(".jsonl") else score_all(path)

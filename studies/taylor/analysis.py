@@ -91,7 +91,9 @@ def read_study(folder: str) -> dict:
     for (setting, split), methods in study.items():
         steps, seeds = set(), set()
         for method, runs in methods.items():
-            same_run.check_seeds([f"{folder}/{setting}/{split}/{method}/{seed}" for seed in runs])
+            same_run.check_same_settings(
+                [f"{folder}/{setting}/{split}/{method}/{seed}" for seed in runs]
+            )
             seeds.add(tuple(runs))
             for evals in runs.values():
                 steps.add(tuple(record["step"] for record in evals))

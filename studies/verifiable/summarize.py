@@ -229,7 +229,7 @@ def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]
         if missing:
             print(f"{name} is left out: {missing[0]} is missing", file=sys.stderr)
             continue
-        same_run.check_seeds([f"{out}/{seed}/{name}" for seed in seeds])
+        same_run.check_same_settings([f"{out}/{seed}/{name}" for seed in seeds])
         results[name] = [measured(task, out, seed, name) for seed in seeds]
     return results
 
