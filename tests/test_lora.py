@@ -542,6 +542,9 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"use_dora": True}, None, "use_dora = True is not supported"),
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights = 'pissa' is not supported"),
         ({"lora_alpha": None}, None, "lora_alpha must be float"),
+        ({"r": None}, None, "r must be int"),
+        ({"r": 12}, None, "q_proj has rank 4, which adapter_config.json has not"),
+        ({"rank_pattern": [12]}, None, "rank_pattern must be an object"),
         ({}, lambda t: t.pop(f"{FIRST}.lora_B.weight"), "has only one of lora_A and lora_B"),
         (
             {},

@@ -196,6 +196,9 @@ def check_settings(settings: dict, path: str):
         if not fine:
             raise SystemExit(printable(f"{path}: {name} = {value!r} is not supported"))
     config.convert("lora_alpha", settings.get("lora_alpha"), float, path)
+    config.convert("r", settings.get("r"), int, path)
+    if not isinstance(settings.get("rank_pattern") or {}, dict):
+        raise SystemExit(f"{path}: rank_pattern must be an object")
 
 
 def change_of(tensors: HFTensors, shape, adapters: dict, settings: dict, file: str):
@@ -220,6 +223,12 @@ def change_of(tensors: HFTensors, shape, adapters: dict, settings: dict, file: s
                     f"{file}: {module} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, "
                     f"the base's matrix is {(rows, shape[1])}"
                 )
+            )
+        # What peft.add_weighted_adapter makes of several ranks can have others than its settings.
+        ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
+        if len(A) not in ranks:
+            raise SystemExit(
+                printable(f"{file}: {module} has rank {len(A)}, which adapter_config.json has not")
             )
         rank = len(A) ** 0.5 if settings.get("use_rslora") else len(A)
         parts.append(settings["lora_alpha"] / rank * B @ A)
