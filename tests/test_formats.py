@@ -460,6 +460,17 @@ def test_responses_with_ratings_are_ranked_by_them(tmp_path, prepare, column):
         assert row["scores"] == [9, 2, 1]
 
 
+@pytest.mark.parametrize("column", ["score", "rating", "reward", "rank", "ranks", "ranking"])
+def test_strings_beside_what_may_be_another_order(tmp_path, column):
+    row = {"prompt": "ask", "responses": ["bad", "mid", "good"], column: [3, 2, 1]}
+    args = [write_lines(tmp_path / "a.jsonl", [row]), f"--out={tmp_path}/out"]
+    with pytest.raises(SystemExit, match=rf"a.jsonl:1: {column} is not read, and the responses"):
+        jsonl_prepare.main(args)
+    for known in (row | {column: 3}, row | {"scores": [9, 2, 1]}):
+        write_lines(tmp_path / "a.jsonl", [known | {"group": i} for i in range(20)])
+        jsonl_prepare.main([*args, "--val_share=0.4"])
+
+
 @pytest.mark.parametrize("prepare", [hub_prepare, jsonl_prepare])
 def test_a_field_that_only_a_late_row_has_is_named(tmp_path, capsys, prepare):
     """Of 300 conversations the last ten have it."""

@@ -19,6 +19,7 @@ from conftest import ROOT, run_killed_at
 from data import hub, tokenizer
 from data.files import read_json, write_json
 from data.folder import prepare_command, read_meta, read_stream
+from data.hub import prepare as hub_prepare
 from data.rows import read_rows
 from data.shp_ranked.prepare import is_close
 
@@ -766,6 +767,46 @@ def test_another_schema_is_one_line(tmp_path, name, rows, message):
     assert message in str(e.value)
     assert "\n" not in str(e.value)
     assert not os.path.exists(f"{tmp_path}/out/meta.json")
+
+
+CARD = """---
+configs:
+- {config_name: one, data_files: one.jsonl}
+- {config_name: two, data_files: more/two.jsonl}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    "names, card, unread",
+    [
+        (("train.jsonl", "more/b.jsonl"), "", "more/b.jsonl"),
+        (("a.jsonl", "more/b.jsonl"), "", ""),
+        (("one.jsonl", "more/two.jsonl"), CARD, ""),
+        (
+            ("one.jsonl", "more/two.jsonl", "three.jsonl", "more/four.csv"),
+            CARD,
+            "more/four.csv, three.jsonl",
+        ),
+    ],
+)
+def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread):
+    """`datasets` takes them by their type and the names of splits, and says nothing of others."""
+    folder = tmp_path / "set"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": f"{name} {i}", "completion": "yes"} for i in range(40)]
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    if card:
+        (folder / "README.md").write_text(card)
+    config = ["--config=one"] if card else []
+    hub_prepare.main([str(folder), f"--out={tmp_path}/out", "--val_share=0.4", *config])
+    out = capsys.readouterr().out
+    if unread:
+        num_files = unread.count(",") + 1
+        assert f"files in no split, not read ({num_files}): {unread}\n" in out
+    else:
+        assert "in no split" not in out
 
 
 def test_without_a_network_there_is_one_line(tmp_path):

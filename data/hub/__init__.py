@@ -32,6 +32,7 @@ from data.formats import (  # noqa: F401  # parse_transcript is for the prepare.
     convert_checked,
     describe_dropped,
     drop,
+    listing,
     parse_transcript,
 )
 from data.progress import ProgressBar
@@ -143,6 +144,29 @@ def split_names(hub: str, config: str | None, commit: str | None) -> list[str]:
         raise read_error(hub, e)
 
 
+def unread_files(folder: str) -> list[str]:
+    """The files of a folder that are in no split, but for its card. `datasets` reads files of one
+    type, and only those that are named after splits if there are any."""
+    import datasets
+
+    card = os.path.join(os.path.realpath(folder), "README.md")
+    read = {card}
+    for name in config_names(folder, None):
+        try:
+            builder = datasets.load_dataset_builder(folder, name if os.path.exists(card) else None)
+        except Exception as e:
+            raise read_error(folder, e)
+        for paths in builder.config.data_files.values():
+            read.update(os.path.realpath(path) for path in paths)
+    unread = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.realpath(path) not in read:
+                unread.append(os.path.relpath(path, folder))
+    return sorted(unread)
+
+
 def source_name(hub: str, commit: str | None) -> str:
     """The source as meta.json names it."""
     return f"{hub} @ {commit}" if commit else os.path.basename(os.path.abspath(hub))
@@ -228,6 +252,9 @@ def collect(
         return state
     if not is_there(state_path(args)):
         check_partial(args.out)
+        unread = unread_files(args.hub) if os.path.isdir(args.hub) else []
+        if unread:
+            print(printable(f"files in no split, not read ({len(unread):,}): {listing(unread)}"))
         write_json(state_path(args), state)  # from now on, such files are of this preparation
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
     while state["part"] < len(splits):

@@ -113,11 +113,25 @@ def to_row(value, where, authors=None):
     elif authors:
         raise SystemExit(f"{where}: --authors needs responses that are objects with an author")
     else:
+        check_order(value, responses, where)
         row |= given
     texts = row["responses"]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise SystemExit(f"{where}: a response must be a string, or an object with a text")
     return check_row(row, where)
+
+
+def check_order(value, responses, where):
+    """Exit with one line if strings have what may be another order beside them, without scores."""
+    if value.get("scores") is not None or not isinstance(responses, list) or len(responses) < 2:
+        return
+    for name in ("score", "rating", "reward", "rank", "ranks", "ranking"):
+        numbers = value.get(name)
+        if isinstance(numbers, list) and len(numbers) == len(responses):
+            raise SystemExit(
+                f"{where}: {name} is not read, and the responses are strings, best first. Call it "
+                f"scores if high is best; if they are in order, leave {name} out"
+            )
 
 
 def to_document(value, where) -> str:
