@@ -86,7 +86,25 @@ def test_the_mean_of_seeds_is_where_all_have_a_value():
 def test_steps_count_over_rounds():
     records = [{"round": r, "step": s} for r, s in ((0, 0), (0, 8), (1, 0), (1, 4), (2, 1))]
     assert plot.global_steps(records) == [0, 8, 8, 12, 13]
-    assert plot.round_spans(records) == {0: (0, 8), 1: (8, 12), 2: (13, 13)}
+    assert plot.round_spans([records]) == {0: (0, 8), 1: (8, 12), 2: (13, 13)}
+
+
+def test_rounds_of_unequal_length_are_compared_step_by_step():
+    """Where a scorer ranks, a tie of all samples drops a row, and seeds differ in steps."""
+    by_seed = []
+    for length in (7, 5):
+        records = []
+        for round_id in (0, 1):
+            for step in (0, 4, length):
+                records.append({"round": round_id, "step": step, "reward/self": 10 * length + step})
+        by_seed.append(records)
+    assert plot.round_spans(by_seed) == {0: (0, 7), 1: (7, 14)}
+    fig, ax = plot.plt.subplots()
+    plot.draw_rounds(ax, by_seed, "reward/self", "red", "self")
+    means = [line for line in ax.lines if line.get_linewidth() >= 1]
+    plot.plt.close(fig)
+    assert [list(line.get_xdata()) for line in means] == [[0, 4], [7, 11]]
+    assert [list(line.get_ydata()) for line in means] == [[60, 64], [60, 64]]
 
 
 def test_rounds_from_old_logs(tmp_path):
@@ -199,7 +217,7 @@ def test_a_round_that_a_seed_lacks_has_no_mean(longest):
     short = [record(0, 0), record(0, 4)]
     by_seed = [short, short]
     by_seed[longest] = [*short, record(1, 0), record(1, 4)]
-    assert list(plot.round_spans(plot.most_rounds(by_seed))) == [0, 1]
+    assert list(plot.round_spans(by_seed)) == [0, 1]
     fig, ax = plot.plt.subplots()
     plot.draw_rounds(ax, by_seed, "acc", "#000000", "all pairs")
     drawn = [(list(line.get_xdata()), line.get_linewidth() < 1) for line in ax.lines]

@@ -164,14 +164,22 @@ def read_metrics(run: str, kind: str | None = None) -> list[dict]:
 
 def global_steps(records: list[dict]) -> list[int]:
     """Steps since the start of the run, over all its rounds; in a record they count per round."""
+    start = round_starts([records])
+    return [start[r["round"]] + r["step"] for r in records]
+
+
+def round_starts(by_seed: list[list[dict]]) -> dict[int, int]:
+    """{round: the step at which it begins}. Of several seeds the longest counts: where a scorer
+    ranks, rounds differ in length, and a step is compared with the same step of the round."""
     length = {}  # of each round, in steps
-    for r in records:
-        length[r["round"]] = max(length.get(r["round"], 0), r["step"])
+    for records in by_seed:
+        for r in records:
+            length[r["round"]] = max(length.get(r["round"], 0), r["step"])
     start, total = {}, 0
     for round_id in sorted(length):
         start[round_id] = total
         total += length[round_id]
-    return [start[r["round"]] + r["step"] for r in records]
+    return start
 
 
 def minutes(run: str, last_round: int | None = None, last_step: float = np.inf) -> float:
@@ -303,7 +311,7 @@ def plot_rounds(out: str, runs: list[str]):
         if players == ["data", "self"] and not is_scored:
             draw_length_baseline(axes[2], runs)
         for ax in axes:
-            mark_rounds(ax, most_rounds(by_seed))
+            mark_rounds(ax, by_seed)
             ax.set_xlabel("step")
         panel_legend(axes[0])
         panel_legend(axes[1], seed_handles(len(runs)))
@@ -326,13 +334,13 @@ def rewarded_players(run: str, records: list[dict]) -> list[str]:
 def draw_rounds(ax, by_seed, metric, color, label, after=-1):
     """One metric over the evaluations, a piece per round; steps up to `after` are left out. A round
     that a seed lacks has thin lines only."""
-    for round_id in round_spans(most_rounds(by_seed)):
+    for round_id, start in round_starts(by_seed).items():
         curves = []
         for records in by_seed:
             points = {}
-            for x, r in zip(global_steps(records), records):
+            for r in records:
                 if r["round"] == round_id and r["step"] > after and metric in r:
-                    points[x] = r[metric]
+                    points[start + r["step"]] = r[metric]
             curves.append((list(points), list(points.values())))
         if all(x for x, _ in curves):
             draw_seeds(ax, curves, color, label)
@@ -385,7 +393,7 @@ def draw_accuracy(ax, by_seed, columns, players, colors):
 
 def draw_length_baseline(ax, runs):
     """How well the length of a response alone tells data from self, in each round."""
-    spans, by_round = round_spans(most_rounds([read_metrics(run, "eval") for run in runs])), {}
+    spans, by_round = round_spans([read_metrics(run, "eval") for run in runs]), {}
     for run in runs:
         for r in read_metrics(run, "collect"):
             if "length_acc/self" in r:  # not where all samples equal the data's response
@@ -398,23 +406,21 @@ def draw_length_baseline(ax, runs):
         label = None
 
 
-def most_rounds(by_seed):
-    """The evaluations of the seed that has most rounds."""
-    return max(by_seed, key=lambda records: len(round_spans(records)))
-
-
-def round_spans(records):
-    """{round: (first, last global step)} of some evaluations."""
+def round_spans(by_seed):
+    """{round: (first, last global step)} of the evaluations of several seeds."""
     spans = {}
-    for x, r in zip(global_steps(records), records):
-        first, _ = spans.get(r["round"], (x, x))
-        spans[r["round"]] = (first, x)
-    return spans
+    start = round_starts(by_seed)
+    for records in by_seed:
+        for r in records:
+            x = start[r["round"]] + r["step"]
+            first, last = spans.get(r["round"], (x, x))
+            spans[r["round"]] = (min(first, x), max(last, x))
+    return dict(sorted(spans.items()))
 
 
-def mark_rounds(ax, records):
+def mark_rounds(ax, by_seed):
     """A vertical line where a round starts, and the round's number above the panel."""
-    spans = round_spans(records)
+    spans = round_spans(by_seed)
     end = max(last for _, last in spans.values())
     ax.set_xlim(-0.03 * end, 1.03 * end)
     ax.set_title(ax.get_title(loc="left"), pad=16)
