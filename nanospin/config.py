@@ -770,6 +770,7 @@ OF_PPO = [
     "clip_range_high",
     "entropy_coef",
 ]
+OF_ROWS = ["template", "max_prompt", "max_response", "max_rows", "layout", "eval_rows"]
 OF_GAE = [
     "whiten_rewards",
     "whiten_advantages",
@@ -797,9 +798,14 @@ def settings_without_effect(cfg: Config) -> list[str]:
         (OF_GAE, is_ppo and cfg.advantage == "gae", "stage ppo with advantage gae"),
         (["kl_adapt"], cfg.kl_target, "kl_target"),
         (["lora_alpha", "lora_targets"], cfg.lora_rank, "lora_rank"),
+        (["epochs"], not cfg.max_steps, "max_steps 0"),
+        (["min_lr_ratio"], cfg.schedule != "constant", "schedule cosine or linear"),
+        (["adam_betas"], cfg.optimizer != "rmsprop", "optimizer adamw or muon"),
         (["muon_lr"], cfg.optimizer == "muon", "optimizer muon"),
+        (OF_ROWS, cfg.stage != "pretrain", "another stage than pretrain"),
+        (["gen_batch_size", "keep_rounds"], cfg.stage == "spin" or is_ppo, "stage spin or ppo"),
         (["pretrain_data", "pretrain_batch_size"], cfg.pretrain_coef, "pretrain_coef"),
-        (["document_mask"], reads_stream, "stage pretrain or pretrain_coef"),
+        (["document_mask", "eval_batches"], reads_stream, "stage pretrain or pretrain_coef"),
     ]
     default = Config()
     found = []

@@ -192,6 +192,16 @@ def test_every_config_says_how_it_is_run(path):
         (["--stage=preference", "--init=x", "--teacher=rows", "--beta=0.5"], ["teacher"]),
         (["--stage=reward", "--init=x", "--loss_type=pairs", "--temperature=0.7"], ["temperature"]),
         (["--stage=sft", "--lora_alpha=64", "--muon_lr=0.1"], ["lora_alpha", "muon_lr"]),
+        (["--stage=sft", "--max_steps=9", "--epochs=3"], ["epochs"]),
+        (
+            ["--stage=sft", "--schedule=constant", "--min_lr_ratio=0", "--optimizer=rmsprop"]
+            + ["--adam_betas=0.9,0.99", "--eval_batches=3"],
+            ["min_lr_ratio", "adam_betas", "eval_batches"],
+        ),
+        (
+            ["--stage=pretrain", "--max_steps=9", "--max_rows=9", "--keep_rounds=1"],
+            ["max_rows", "keep_rounds"],
+        ),
         (["--stage=sft", "--init=x", "--lora_rank=4", "--lora_alpha=64"], []),
         (["--stage=ppo", "--init=x", "--reward=m:f", "--gae_lambda=0.5", "--kl_coef=0.1"], []),
         (

@@ -799,6 +799,7 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread
         (folder / name).write_text("\n".join(map(json.dumps, rows)))
     if card:
         (folder / "README.md").write_text(card)
+        (folder / ".gitattributes").write_text("*.parquet filter=lfs")
     config = ["--config=one"] if card else []
     hub_prepare.main([str(folder), f"--out={tmp_path}/out", "--val_share=0.4", *config])
     out = capsys.readouterr().out

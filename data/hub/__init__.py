@@ -145,8 +145,8 @@ def split_names(hub: str, config: str | None, commit: str | None) -> list[str]:
 
 
 def unread_files(folder: str) -> list[str]:
-    """The files of a folder that are in no split, but for its card. `datasets` reads files of one
-    type, and only those that are named after splits if there are any."""
+    """The files of a folder that are in no split, but for its card and hidden files. `datasets`
+    reads files of one type, and only those that are named after splits if there are any."""
     import datasets
 
     card = os.path.join(os.path.realpath(folder), "README.md")
@@ -162,7 +162,7 @@ def unread_files(folder: str) -> list[str]:
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)
-            if os.path.realpath(path) not in read:
+            if not name.startswith(".") and os.path.realpath(path) not in read:
                 unread.append(os.path.relpath(path, folder))
     return sorted(unread)
 
