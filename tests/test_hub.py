@@ -810,6 +810,53 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread
         assert "in no split" not in out
 
 
+def test_linked_folders_are_not_read_and_named(tmp_path, capsys):
+    rows = [{"prompt": f"ask {i}", "completion": "yes"} for i in range(40)]
+    for folder in ("set", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    os.symlink(tmp_path / "elsewhere", tmp_path / "set/more")
+    hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/out", "--val_share=0.4"])
+    assert "files in no split, not read (1): more\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("card", ["", CARD.replace("one.jsonl", "one/*.jsonl")])
+def test_a_part_of_a_folder(tmp_path, card):
+    """Without a card `datasets` would mix the parts. The card names a file that is not there, as in
+    a copy of one part."""
+    parts = {}
+    for part, text in (("one", "a red fox."), ("two", "a blue bird.")):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        lines = [json.dumps({"text": f"{text} {i}"}) for i in range(30)]
+        parts[part] = tmp_path / "set" / part / "train.jsonl"
+        parts[part].write_text("\n".join(lines))
+    if card:
+        (tmp_path / "set/README.md").write_text(card)
+    args = [f"--hub={tmp_path}/set", "--tokenizer=bytes", "--val_share=0.3", f"--out={tmp_path}/a"]
+    run_main("fineweb", *args, "--config=one")
+    for side in ("train", "val"):
+        text = (tmp_path / f"a/{side}.bin").read_bytes()
+        assert b"f\0o\0x" in text and b"b\0i\0r\0d" not in text
+    if not card:
+        with pytest.raises(SystemExit, match="set has neither a folder three nor a README.md that"):
+            run_main("fineweb", *args, "--config=three")
+
+
+def test_gsm8k_does_not_mix_its_parts(tmp_path):
+    for part in ("main", "socratic"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = []
+            for i in range(3):
+                rows.append({"question": f"{part} {split} {i}?", "answer": f"{i}\n#### {i}"})
+            path = tmp_path / "set" / part / f"{split}-00000-of-00001.jsonl"
+            path.write_text("\n".join(map(json.dumps, rows)))
+    run_main("gsm8k", f"--hub={tmp_path}/set", f"--out={tmp_path}/out")
+    for side in ("train", "val"):
+        rows = read_rows(f"{tmp_path}/out/{side}.jsonl")
+        assert len(rows) == 3 and all(row["prompt"].startswith("main") for row in rows)
+
+
 def test_without_a_network_there_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "data.hh_rlhf.prepare", f"--out={tmp_path}/out"],

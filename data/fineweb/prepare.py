@@ -54,6 +54,11 @@ def main(argv=None):
     )
     hub.add_val_share(parser, 0.002)
     args = parser.parse_args(argv)
+    if args.config and os.path.isdir(args.hub):
+        if hub.find_part(args.hub, args.config) == (args.hub, None):
+            raise SystemExit(
+                f"{args.hub} has neither a folder {args.config} nor a README.md that defines it"
+            )
     enc = tokenizer.load(args.tokenizer)
     args.tokenizer_sha256 = tokenizer.fingerprint(enc)  # an option like the others: see load_state
     dtype = token_dtype(enc.n_vocab)

@@ -154,13 +154,14 @@ def unread_files(folder: str) -> list[str]:
     for name in config_names(folder, None):
         try:
             builder = datasets.load_dataset_builder(folder, name if os.path.exists(card) else None)
-        except Exception as e:
-            raise read_error(folder, e)
+        except Exception:  # a copy of one part has no files of the others
+            continue
         for paths in builder.config.data_files.values():
             read.update(os.path.realpath(path) for path in paths)
     unread = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in names + links:
             path = os.path.join(parent, name)
             if not name.startswith(".") and os.path.realpath(path) not in read:
                 unread.append(os.path.relpath(path, folder))
@@ -183,15 +184,23 @@ def open_split(hub: str, split: str, commit, fields, config=None, position=None)
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity_error()  # it retries for 20 seconds; we print one line
-    if os.path.isdir(hub) and not os.path.exists(os.path.join(hub, "README.md")):
-        config = None  # configs are defined in the README
+    path, config = find_part(hub, config)
     try:
-        dataset = datasets.load_dataset(hub, config, split=split, revision=commit, streaming=True)
+        dataset = datasets.load_dataset(path, config, split=split, revision=commit, streaming=True)
         if position:
             dataset.load_state_dict(position)
     except Exception as e:
         raise read_error(hub, e)
     return dataset, iterate(hub, dataset, fields)
+
+
+def find_part(hub: str, config: str | None) -> tuple[str, str | None]:
+    """(path, config) to load one part of a data set. A folder's card defines its parts; without a
+    card a part is the sub-folder of its name, or all files if there is none."""
+    if not config or not os.path.isdir(hub) or os.path.exists(os.path.join(hub, "README.md")):
+        return hub, config
+    part = os.path.join(hub, config)
+    return (part if os.path.isdir(part) else hub), None
 
 
 def iterate(hub: str, dataset, fields):
