@@ -964,6 +964,17 @@ def test_a_response_ends_in_the_token_of_the_template(turns, tmp_path, capsys):
     assert again["config"]["template"] == meta["config"]["template"]
 
 
+def test_sampling_settings_that_are_not_kept_are_named(turns, tmp_path, capsys):
+    import_model(turns, tmp_path / "a")
+    assert "not kept" not in capsys.readouterr().out  # an export's: temperature 1
+    update_json(turns / "generation_config.json", temperature=0.6, top_k=20, top_p=1.0, min_p=None)
+    import_model(turns, tmp_path / "b")
+    said = (
+        "not kept of generation_config.json: temperature 0.6, top_k 20; a run samples as it is set"
+    )
+    assert said in capsys.readouterr().out
+
+
 def test_a_token_that_the_model_does_not_list_ends_a_response_too(turns, tmp_path, capsys):
     """The template says how a response ends; samples stop there, and the export lists it."""
     update_json(turns / "generation_config.json", eos_token_id=256)

@@ -84,6 +84,7 @@ def import_model(
         if chat_template:
             template = follow(chat_template, enc, folder)
     enc = with_stop_tokens(folder, enc, template)
+    describe_sampling(folder)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
@@ -476,6 +477,24 @@ def read_eos_ids(folder) -> list[int]:
         if ids:
             return ids
     return []
+
+
+def describe_sampling(folder):
+    """Print the settings of generation_config.json that change the samples: they are not kept."""
+    path = os.path.join(folder, "generation_config.json")
+    if not os.path.exists(path):
+        return
+    settings = read_json(path)
+    plain = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    found = []
+    for name, value in plain.items():
+        if settings.get(name) not in (None, value):
+            found.append(f"{name} {settings[name]}")
+    if found:
+        listed = ", ".join(found)
+        print(
+            printable(f"not kept of generation_config.json: {listed}; a run samples as it is set")
+        )
 
 
 def check_logits(folder: str, run: str, tolerance: float = 1e-4) -> None:
