@@ -770,7 +770,6 @@ OF_PPO = [
     "clip_range_high",
     "entropy_coef",
 ]
-OF_ROWS = ["template", "max_prompt", "max_response", "max_rows", "layout", "eval_rows"]
 OF_GAE = [
     "whiten_rewards",
     "whiten_advantages",
@@ -802,7 +801,11 @@ def settings_without_effect(cfg: Config) -> list[str]:
         (["min_lr_ratio"], cfg.schedule != "constant", "schedule cosine or linear"),
         (["adam_betas"], cfg.optimizer != "rmsprop", "optimizer adamw or muon"),
         (["muon_lr"], cfg.optimizer == "muon", "optimizer muon"),
-        (OF_ROWS, cfg.stage != "pretrain", "another stage than pretrain"),
+        (
+            ["max_rows", "layout", "eval_rows"],
+            cfg.stage != "pretrain",
+            "another stage than pretrain",
+        ),
         (["gen_batch_size", "keep_rounds"], cfg.stage == "spin" or is_ppo, "stage spin or ppo"),
         (["pretrain_data", "pretrain_batch_size"], cfg.pretrain_coef, "pretrain_coef"),
         (["document_mask", "eval_batches"], reads_stream, "stage pretrain or pretrain_coef"),

@@ -199,7 +199,8 @@ def test_every_config_says_how_it_is_run(path):
             ["min_lr_ratio", "adam_betas", "eval_batches"],
         ),
         (
-            ["--stage=pretrain", "--max_steps=9", "--max_rows=9", "--keep_rounds=1"],
+            ["--stage=pretrain", "--max_steps=9", "--max_rows=9", "--keep_rounds=1"]
+            + ["--template={prompt} ", "--max_prompt=9"],  # of the later stages, which inherit them
             ["max_rows", "keep_rounds"],
         ),
         (["--stage=sft", "--init=x", "--lora_rank=4", "--lora_alpha=64"], []),
