@@ -328,6 +328,17 @@ def test_fields_that_gpt2_lacks_are_refused(field, value):
         hf_families.to_hf_config(GPTConfig(**CLASSIC | {field: value}))
 
 
+@pytest.mark.parametrize("name", ["qkv_bias", "modern"])
+def test_whose_tokenizer_autotokenizer_replaces(name, tmp_path, capsys):
+    """Of a qwen2, by Qwen's. tests/peers compares with transformers."""
+    make_run(str(tmp_path / "run"), MODELS[name])
+    export_model(tmp_path / "run", tmp_path / "export")
+    is_qwen = name == "qkv_bias"
+    assert ("load its tokenizer by PreTrainedTokenizerFast" in capsys.readouterr().out) == is_qwen
+    card = (tmp_path / "export/README.md").read_text()
+    assert ("PreTrainedTokenizerFast.from_pretrained" in card) == is_qwen
+
+
 def test_the_scalar_head_is_not_exported(tmp_path, capsys):
     model = make_run(str(tmp_path / "run"), MODERN | {"scalar_head": True}, stage="reward")
     export_model(tmp_path / "run", tmp_path / "export")

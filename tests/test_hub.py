@@ -820,6 +820,41 @@ def test_linked_folders_are_not_read_and_named(tmp_path, capsys):
     assert "files in no split, not read (1): more\n" in capsys.readouterr().out
 
 
+def test_shards_that_are_missing_are_named(tmp_path, capsys):
+    """A download that was cut short is smaller, and `datasets` reads what is there."""
+    (tmp_path / "set").mkdir()
+    for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl", "test-0-of-9.jsonl"):
+        rows = [{"prompt": f"{name} {i}", "completion": "yes"} for i in range(9)]
+        (tmp_path / "set" / name).write_text("\n".join(map(json.dumps, rows)))
+    hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/out"])
+    out = capsys.readouterr().out
+    assert "files that are missing (1): train-00001-of-00003.jsonl\n" in out
+    assert "in no split" not in out
+
+
+@pytest.mark.parametrize("name", ["set[12]", "s*t", "s?t"])
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path, name):
+    """`datasets` would read set1 and set2 for set[12]."""
+    for folder in (name, "set1"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    with pytest.raises(SystemExit, match="takes . . . . for patterns of names; rename the folder"):
+        hub_prepare.main([f"{tmp_path}/{name}", f"--out={tmp_path}/out"])
+
+
+@pytest.mark.parametrize("name", ["json", "parquet", "text"])
+def test_a_folder_that_is_called_like_a_type(tmp_path, monkeypatch, name):
+    """`datasets` would read all files of that type below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (name, "other"):
+        rows = [{"prompt": f"{folder} {i}", "completion": "yes"} for i in range(20)]
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    hub_prepare.main([name, "--out=out", "--val_share=0.3"])
+    rows = [*read_rows("out/train.jsonl"), *read_rows("out/val.jsonl")]
+    assert len(rows) == 20 and all(row["prompt"].startswith(name) for row in rows)
+
+
 @pytest.mark.parametrize("card", ["", CARD.replace("one.jsonl", "one/*.jsonl")])
 def test_a_part_of_a_folder(tmp_path, card):
     """Without a card `datasets` would mix the parts. The card names a file that is not there, as in

@@ -589,6 +589,11 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         f.write(model_card(name, model_type, model, meta, enc, dtype))
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
     print(f"{out}: {model_type}, {model.num_params() / 1e6:.2f}M parameters, of {path}")
+    if reads_qwen_only(model_type, enc):
+        print(
+            "load its tokenizer by PreTrainedTokenizerFast: AutoTokenizer of transformers 5 splits "
+            "texts for a qwen2 as Qwen does, not as this run"
+        )
     return path
 
 
@@ -662,6 +667,12 @@ def write_tokenizer(folder, enc, template, block_size):
     }
 
 
+def reads_qwen_only(model_type, enc) -> bool:
+    """Whether AutoTokenizer reads another tokenizer than what was written: for model type qwen2,
+    transformers 5 puts Qwen's way to split a text into the place of the one in tokenizer.json."""
+    return model_type == "qwen2" and not isinstance(enc, tokenizer.JsonTokenizer)
+
+
 def sampling_settings(run_config):
     return {
         "do_sample": run_config["temperature"] > 0,
@@ -692,6 +703,8 @@ def model_card(name, model_type, model, meta, enc, dtype):
     )
     if metrics:
         text += f"| validation metric | value |\n|---|---:|\n{''.join(metrics)}\n"
+    if reads_qwen_only(model_type, enc):
+        text += "Its tokenizer: `PreTrainedTokenizerFast.from_pretrained`, not `AutoTokenizer`.\n\n"
     text += (
         "The prompt format, which is also the tokenizer's chat template:\n\n"
         f"```\n{run_config['template']}\n```\n\n"

@@ -55,7 +55,7 @@ def main(argv=None):
     hub.add_val_share(parser, 0.002)
     args = parser.parse_args(argv)
     if args.config and os.path.isdir(args.hub):
-        if hub.find_part(args.hub, args.config) == (args.hub, None):
+        if hub.find_part(args.hub, args.config) == (hub.path_or_id(args.hub), None):
             raise SystemExit(
                 f"{args.hub} has neither a folder {args.config} nor a README.md that defines it"
             )

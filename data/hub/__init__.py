@@ -113,6 +113,7 @@ def read_error(hub: str, e: Exception) -> SystemExit:
 def resolve_commit(hub: str, revision: str | None = None) -> str | None:
     """The commit to read a data set at, so that all runs read the same rows; None for a folder."""
     if os.path.isdir(hub):
+        check_folder(hub)
         return None
     revision = revision or PINNED.get(hub, "main")
     if re.fullmatch("[0-9a-f]{40}", revision):
@@ -125,12 +126,26 @@ def resolve_commit(hub: str, revision: str | None = None) -> str | None:
         raise read_error(hub, e)
 
 
+def check_folder(folder: str):
+    """Exit with one line if `datasets` would take the path of a folder for a pattern."""
+    path = os.path.realpath(folder)
+    if set(path) & set("*?[]"):
+        raise SystemExit(
+            printable(f"{path}: datasets takes * ? [ ] for patterns of names; rename the folder")
+        )
+
+
+def path_or_id(hub: str) -> str:
+    """A data set as `datasets` takes it: a folder that is called json would be a type of files."""
+    return os.path.abspath(hub) if os.path.isdir(hub) else hub
+
+
 def config_names(hub: str, commit: str | None) -> list[str]:
     """The parts of a data set, ["default"] if it has no parts."""
     import datasets
 
     try:
-        return datasets.get_dataset_config_names(hub, revision=commit)
+        return datasets.get_dataset_config_names(path_or_id(hub), revision=commit)
     except Exception as e:
         raise read_error(hub, e)
 
@@ -139,7 +154,7 @@ def split_names(hub: str, config: str | None, commit: str | None) -> list[str]:
     import datasets
 
     try:
-        return datasets.get_dataset_split_names(hub, config, revision=commit)
+        return datasets.get_dataset_split_names(path_or_id(hub), config, revision=commit)
     except Exception as e:
         raise read_error(hub, e)
 
@@ -149,7 +164,8 @@ def unread_files(folder: str) -> list[str]:
     reads files of one type, and only those that are named after splits if there are any."""
     import datasets
 
-    card = os.path.join(os.path.realpath(folder), "README.md")
+    folder = os.path.realpath(folder)
+    card = os.path.join(folder, "README.md")
     read = {card}
     for name in config_names(folder, None):
         try:
@@ -166,6 +182,23 @@ def unread_files(folder: str) -> list[str]:
             if not name.startswith(".") and os.path.realpath(path) not in read:
                 unread.append(os.path.relpath(path, folder))
     return sorted(unread)
+
+
+def missing_shards(folder: str) -> list[str]:
+    """The names, as NAME-00001-of-00002, of files that others of a folder say there are."""
+    found, sets = set(), set()
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.relpath(os.path.join(parent, name), folder)
+            found.add(path)
+            shard = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", path)
+            if shard:
+                sets.add(shard.groups())
+    missing = []
+    for start, total, end in sorted(sets):
+        names = [f"{start}{i:05}-of-{total}{end}" for i in range(int(total))]
+        missing += [name for name in names if name not in found]
+    return missing
 
 
 def source_name(hub: str, commit: str | None) -> str:
@@ -197,10 +230,11 @@ def open_split(hub: str, split: str, commit, fields, config=None, position=None)
 def find_part(hub: str, config: str | None) -> tuple[str, str | None]:
     """(path, config) to load one part of a data set. A folder's card defines its parts; without a
     card a part is the sub-folder of its name, or all files if there is none."""
-    if not config or not os.path.isdir(hub) or os.path.exists(os.path.join(hub, "README.md")):
-        return hub, config
-    part = os.path.join(hub, config)
-    return (part if os.path.isdir(part) else hub), None
+    path = path_or_id(hub)
+    if not config or not os.path.isdir(path) or os.path.exists(os.path.join(path, "README.md")):
+        return path, config
+    part = os.path.join(path, config)
+    return (part if os.path.isdir(part) else path), None
 
 
 def iterate(hub: str, dataset, fields):
@@ -261,9 +295,9 @@ def collect(
         return state
     if not is_there(state_path(args)):
         check_partial(args.out)
-        unread = unread_files(args.hub) if os.path.isdir(args.hub) else []
-        if unread:
-            print(printable(f"files in no split, not read ({len(unread):,}): {listing(unread)}"))
+        if os.path.isdir(args.hub):
+            name_files("files in no split, not read", unread_files(args.hub))
+            name_files("files that are missing", missing_shards(args.hub))
         write_json(state_path(args), state)  # from now on, such files are of this preparation
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
     while state["part"] < len(splits):
@@ -290,6 +324,11 @@ def collect(
     for f in files.values():
         f.close()
     return state
+
+
+def name_files(what: str, names: list[str]):
+    if names:
+        print(printable(f"{what} ({len(names):,}): {listing(names)}"))
 
 
 def is_inside(path: str, folder: str) -> bool:

@@ -5,6 +5,7 @@ transformers is not installed; `make test-peers` installs it.
 """
 
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -539,6 +540,21 @@ def test_transformers_loads_an_export(name, tmp_path):
     prompt = [72, 105]
     sampled = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
     assert sampled[0, 2:].tolist() == generate(ours, [prompt], 8, 0.0, eot=enc.eot_token)[0]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", *hf_families.FAMILIES])
+def test_ids_of_an_export_of_a_trained_tokenizer(model_type, tmp_path):
+    """AutoTokenizer gives our ids, but for qwen2, of which the export says it."""
+    texts = ["don't go, it's 12345 + 3.14", "  two\n\n lines\tof 'RE and I'LL 2024"]
+    enc = tokenizer.train(texts * 50, 300)
+    hf.write_tokenizer(str(tmp_path), enc, "{prompt}", 64)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    expected = [enc.encode_ordinary(text) for text in texts]
+    fast = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert [fast(text).input_ids for text in texts] == expected
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    is_ours = [auto(text).input_ids for text in texts] == expected
+    assert is_ours != hf.reads_qwen_only(model_type, enc)
 
 
 TOKENIZERS = {
