@@ -832,6 +832,23 @@ def test_shards_that_are_missing_are_named(tmp_path, capsys):
     assert "in no split" not in out
 
 
+@pytest.mark.parametrize("num_examples", [20, 35])
+def test_a_split_that_is_shorter_than_its_card_says(tmp_path, capsys, num_examples):
+    info = f"  splits:\n  - name: train\n    num_examples: {num_examples}\n"
+    card = (
+        f"---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\ndataset_info:\n{info}---\n"
+    )
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/README.md").write_text(card)
+    rows = [{"prompt": f"ask {i}", "completion": "yes"} for i in range(20)]
+    (tmp_path / "set/a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/out", "--val_share=0.3"])
+    is_short = "split train has 20 rows, and 35 by the data set's card" in capsys.readouterr().out
+    assert is_short == (num_examples == 35)
+    hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/b", "--val_share=0.3", "--rows=9"])
+    assert "by the data set's card" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["set[12]", "s*t", "s?t"])
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path, name):
     """`datasets` would read set1 and set2 for set[12]."""

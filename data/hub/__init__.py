@@ -315,6 +315,8 @@ def collect(
                     state["read"] = state.get("read", 0) + len(chunk)
                     state["place"] = dataset.state_dict()
                     if is_full or len(chunk) < CHUNK:
+                        if not is_full and not args.rows:
+                            compare_with_card(dataset, split, state["rows"])
                         state["part"] = len(splits) if is_full else part + 1
                         state["rows"] = 0
                         state["place"] = None
@@ -338,10 +340,21 @@ def is_inside(path: str, folder: str) -> bool:
 
 def split_progress(args, state: dict, dataset, split: str) -> ProgressBar:
     """A progress bar over the rows of a split. The hub knows the total of some splits."""
-    total = args.rows
-    if not total and split in (dataset.info.splits or {}):
-        total = dataset.info.splits[split].num_examples
+    total = args.rows or rows_of_card(dataset, split)
     return ProgressBar(desc=split, unit=" rows", initial=state["rows"], total=total or None)
+
+
+def rows_of_card(dataset, split: str) -> int:
+    """How many rows a split has by the card of the data set; 0 if it does not say."""
+    splits = dataset.info.splits or {}
+    return splits[split].num_examples or 0 if split in splits else 0
+
+
+def compare_with_card(dataset, split: str, num_rows: int):
+    """Say if a split that was read to its end has not as many rows as its card says."""
+    expected = rows_of_card(dataset, split)
+    if expected and num_rows != expected:
+        print(f"split {split} has {num_rows:,} rows, and {expected:,} by the data set's card")
 
 
 @contextlib.contextmanager
