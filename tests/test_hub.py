@@ -800,6 +800,8 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread
     if card:
         (folder / "README.md").write_text(card)
         (folder / ".gitattributes").write_text("*.parquet filter=lfs")
+        (folder / ".cache").mkdir(exist_ok=True)
+        (folder / ".cache/a-00000-of-00002.parquet.metadata").write_text("of a download")
     config = ["--config=one"] if card else []
     hub_prepare.main([str(folder), f"--out={tmp_path}/out", "--val_share=0.4", *config])
     out = capsys.readouterr().out
@@ -808,6 +810,7 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread
         assert f"files in no split, not read ({num_files}): {unread}\n" in out
     else:
         assert "in no split" not in out
+    assert "missing" not in out
 
 
 def test_linked_folders_are_not_read_and_named(tmp_path, capsys):

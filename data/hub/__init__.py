@@ -160,8 +160,8 @@ def split_names(hub: str, config: str | None, commit: str | None) -> list[str]:
 
 
 def unread_files(folder: str) -> list[str]:
-    """The files of a folder that are in no split, but for its card and hidden files. `datasets`
-    reads files of one type, and only those that are named after splits if there are any."""
+    """The files of a folder that are in no split, but for its card. `datasets` reads files of one
+    type, and only those that are named after splits if there are any."""
     import datasets
 
     folder = os.path.realpath(folder)
@@ -174,31 +174,46 @@ def unread_files(folder: str) -> list[str]:
             continue
         for paths in builder.config.data_files.values():
             read.update(os.path.realpath(path) for path in paths)
-    unread = []
+    paths = visible_files(folder)
+    return [path for path in paths if os.path.realpath(os.path.join(folder, path)) not in read]
+
+
+def visible_files(folder: str) -> list[str]:
+    """The paths of the files below a folder, without hidden ones, as those of git and of downloads.
+    A link to a folder is one path, because `datasets` does not follow it."""
+    found = []
     for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in names + links:
-            path = os.path.join(parent, name)
-            if not name.startswith(".") and os.path.realpath(path) not in read:
-                unread.append(os.path.relpath(path, folder))
-    return sorted(unread)
+            if not name.startswith("."):
+                found.append(os.path.relpath(os.path.join(parent, name), folder))
+    return sorted(found)
 
 
 def missing_shards(folder: str) -> list[str]:
     """The names, as NAME-00001-of-00002, of files that others of a folder say there are."""
-    found, sets = set(), set()
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.relpath(os.path.join(parent, name), folder)
-            found.add(path)
-            shard = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", path)
-            if shard:
-                sets.add(shard.groups())
+    found = visible_files(folder)
+    sets = set()
+    for path in found:
+        shard = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", path)
+        if shard:
+            sets.add(shard.groups())
     missing = []
     for start, total, end in sorted(sets):
         names = [f"{start}{i:05}-of-{total}{end}" for i in range(int(total))]
         missing += [name for name in names if name not in found]
     return missing
+
+
+def name_left_out(folder: str):
+    """Print which files of a folder are not read, and which are missing."""
+    for what, names in (
+        ("files in no split, not read", unread_files(folder)),
+        ("files that are missing", missing_shards(folder)),
+    ):
+        if names:
+            print(printable(f"{what} ({len(names):,}): {listing(names)}"))
 
 
 def source_name(hub: str, commit: str | None) -> str:
@@ -296,8 +311,7 @@ def collect(
     if not is_there(state_path(args)):
         check_partial(args.out)
         if os.path.isdir(args.hub):
-            name_files("files in no split, not read", unread_files(args.hub))
-            name_files("files that are missing", missing_shards(args.hub))
+            name_left_out(args.hub)
         write_json(state_path(args), state)  # from now on, such files are of this preparation
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
     while state["part"] < len(splits):
@@ -326,11 +340,6 @@ def collect(
     for f in files.values():
         f.close()
     return state
-
-
-def name_files(what: str, names: list[str]):
-    if names:
-        print(printable(f"{what} ({len(names):,}): {listing(names)}"))
 
 
 def is_inside(path: str, folder: str) -> bool:
