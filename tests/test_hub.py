@@ -813,6 +813,18 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread
     assert "missing" not in out
 
 
+def test_the_files_of_each_split_are_named(tmp_path, capsys):
+    """`datasets` makes one split of train_prefs and train_sft."""
+    for name in ("train_sft", "train_prefs", "test_sft"):
+        rows = [{"prompt": f"{name} {i}", "completion": "yes"} for i in range(9)]
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "0000.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/out"])
+    out = capsys.readouterr().out
+    assert "split train: 2 files, train_prefs/0000.jsonl to train_sft/0000.jsonl\n" in out
+    assert "split test: test_sft/0000.jsonl\n" in out
+
+
 def test_linked_folders_are_not_read_and_named(tmp_path, capsys):
     rows = [{"prompt": f"ask {i}", "completion": "yes"} for i in range(40)]
     for folder in ("set", "elsewhere"):

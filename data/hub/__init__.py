@@ -206,8 +206,20 @@ def missing_shards(folder: str) -> list[str]:
     return missing
 
 
-def name_left_out(folder: str):
-    """Print which files of a folder are not read, and which are missing."""
+def describe_folder(folder: str, config: str | None = None):
+    """Print which files of a folder are in which split, are not read, and are missing. `datasets`
+    puts all whose names have the word train into one split, train_sft and train_prefs too."""
+    import datasets
+
+    path, config = find_part(folder, config)
+    try:
+        splits = datasets.load_dataset_builder(path, config).config.data_files
+    except Exception as e:
+        raise read_error(folder, e)
+    for split, files in splits.items():
+        names = sorted(os.path.relpath(name, os.path.realpath(folder)) for name in files)
+        text = f"split {split}: {len(names):,} files, {names[0]} to {names[-1]}"
+        print(printable(text if len(names) > 1 else f"split {split}: {names[0]}"))
     for what, names in (
         ("files in no split, not read", unread_files(folder)),
         ("files that are missing", missing_shards(folder)),
@@ -311,7 +323,7 @@ def collect(
     if not is_there(state_path(args)):
         check_partial(args.out)
         if os.path.isdir(args.hub):
-            name_left_out(args.hub)
+            describe_folder(args.hub, config)
         write_json(state_path(args), state)  # from now on, such files are of this preparation
     files = {name: open_partial(args.out, name, size) for name, size in state["bytes"].items()}
     while state["part"] < len(splits):

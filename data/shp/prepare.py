@@ -40,7 +40,7 @@ def hub_pairs(source, commit):
     source: a hub id, or a folder with the files.
     """
     if os.path.isdir(source):
-        hub.name_left_out(source)
+        hub.describe_folder(source)
     fields = ("history", "human_ref_A", "human_ref_B", "labels", "post_id")
     _, rows = hub.open_split(source, "train", commit, fields)
     for row in rows:
