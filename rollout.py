@@ -88,7 +88,7 @@ def collect(cfg, round_id: int, model, enc, device, say):
         answers = []
         if played:
             if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
-                answers = encode_answers(cfg, rows, enc, model.config.block_size)
+                answers = encode_answers(cfg, enc, model.config.block_size)
             rows, data_rows = played[split]
             report[split] = round_report(cfg, rows, data_rows, enc)
             if split == "train":
@@ -107,19 +107,19 @@ def collect(cfg, round_id: int, model, enc, device, say):
 
 def load_rows(cfg, round_id: int = 0, say=None) -> dict[str, list[dict]]:
     """The data's rows: a seeded choice of max_rows to train on, and the same validation rows for
-    every run. Under a scorer spin has all prompts, none twice; `play_round` draws those of a round.
-    say: says in the first round how many rows are left out."""
+    every run. Under a scorer spin has all prompts, none twice on a side; `play_round` draws those
+    of a round. say: says in the first round how many rows are left out."""
     prompt_only = not needs_responses(cfg)
-    rows = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
+    train = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
+    val = validation_rows(cfg.data, cfg.eval_rows, prompt_only)
     if cfg.stage == "spin" and is_scored(cfg):
-        rows = unique_prompts(rows, say if round_id == 0 else None, "train")
+        say_once = say if round_id == 0 else None
+        train = unique_prompts(train, say_once, "train")
+        val = unique_prompts(val, say_once, "val")
     else:
-        chosen = permutation(len(rows), cfg.seed, 0)
-        rows = [rows[i] for i in chosen[: cfg.max_rows or None]]
-    return {
-        "train": rows,
-        "val": validation_rows(cfg.data, cfg.eval_rows, prompt_only),
-    }
+        chosen = permutation(len(train), cfg.seed, 0)
+        train = [train[i] for i in chosen[: cfg.max_rows or None]]
+    return {"train": train, "val": val}
 
 
 def needs_responses(cfg) -> bool:
@@ -130,10 +130,11 @@ def needs_responses(cfg) -> bool:
     return cfg.stage != "ppo"
 
 
-def encode_answers(cfg, rows, enc, block_size: int) -> list[dict]:
-    """The data's best responses, unranked: for the validation loss where the data is no player."""
+def encode_answers(cfg, enc, block_size: int) -> list[dict]:
+    """The data's best responses, unranked, for the validation loss where the data is no player: of
+    all held-out rows, as other runs have it, not only the first of each prompt."""
     answered = []
-    for row in rows:
+    for row in validation_rows(cfg.data, cfg.eval_rows, prompt_only=True):
         if row.get("responses"):
             answered.append(row | {"responses": row["responses"][:1], "scores": None})
     encoded, _ = encode_rows(
@@ -302,10 +303,11 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
         elif cfg.stage != "spin" and not ranked:
             kept = []  # nothing to evaluate; spin still has the validation loss
     if not kept and is_scored(cfg) and split == "train":
+        advice = f"; --rounds={round_id} ends the run with the rounds before" if round_id else ""
         raise SystemExit(
             f"round {round_id}: {scorer_setting(cfg)} gives all responses to a prompt the same "
             f"score, for each of {len(rows)} prompts, so there is nothing to learn "
-            f"({list_counts(counts)})"
+            f"({list_counts(counts)}){advice}"
         )
     if not kept:
         raise SystemExit(

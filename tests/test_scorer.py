@@ -541,11 +541,17 @@ def test_of_rows_with_one_prompt_the_first_is_used(tiny_runs, tmp_path, capsys, 
     printed = capsys.readouterr().out
     line = "data train: 5 rows with the prompt of an earlier row are left out"
     assert printed.count(line) == 1
-    assert printed.count("data val: 5 rows with the prompt of an earlier") == (stage == "ppo")
+    assert printed.count("data val: 5 rows with the prompt of an earlier") == 1
     rows = read_rows(f"{out}/round_0/train.jsonl")
     assert len(rows) == 40
     if stage == "spin":
         assert not any("second" in row["responses"] for row in rows)
+        prompts = [row["prompt"] for row in read_rows(f"{out}/round_0/val.jsonl")]
+        num_rows = len(read_rows(f"{data}/val.jsonl"))
+        assert len(prompts) == len(set(prompts)) == num_rows - 5
+        cfg = load_config(stage_args(stage, tiny_runs, data, out, "conftest:letters", *more))
+        answers = rollout.encode_answers(cfg, tokenizer.load("bytes"), 64)
+        assert len(answers) == num_rows  # of the validation loss, as in other runs
 
 
 def make_long_prompts(folder):
