@@ -128,8 +128,6 @@ def save(enc, path: str):
         config = {"eos_token": enc.eos, "tokenizer_class": "PreTrainedTokenizerFast"}
         if enc.stop_tokens != [enc.eos]:
             config["stop_tokens"] = enc.stop_tokens
-        if enc.vocab_rows:
-            config["vocab_rows"] = enc.vocab_rows
         write_json(config_path(path), config)
         return
     with atomic_write(path, "wb") as f:
@@ -320,9 +318,6 @@ class JsonTokenizer:
         self.text = text
         self.eos = eos
         self.stop_tokens = stop_tokens or [eos]
-        self.vocab_rows = (
-            0  # rows of the embedding of the model it was imported with, for an export
-        )
         self.full, self.bare, only_first, self.n_vocab = parse_backends(text)
         # "first": the space comes before the whole text only, else also after each special token
         self.backends = {
@@ -488,7 +483,6 @@ def load_json(path: str) -> JsonTokenizer:
             )
         with no_panic_pages():
             enc = JsonTokenizer(text, eos, settings.get("stop_tokens"))
-            enc.vocab_rows = settings.get("vocab_rows", 0)
             begin(enc)  # some broken files fail only when they encode
             enc.encode_ordinary("a 1")
     except OSError as e:
@@ -504,8 +498,6 @@ def load_json(path: str) -> JsonTokenizer:
         raise SystemExit(
             f"tokenizer {path}: its largest id is {enc.n_vocab - 1}, above {MAX_VOCAB - 1}"
         )
-    if type(enc.vocab_rows) is not int or not 0 <= enc.vocab_rows <= MAX_VOCAB:
-        raise SystemExit(f"tokenizer {path}: its vocab_rows are {enc.vocab_rows!r}")
     if not is_token_list(enc, enc.stop_tokens):
         raise SystemExit(f"tokenizer {path}: its stop_tokens are not a list of its tokens")
     return enc

@@ -835,10 +835,11 @@ def test_linked_folders_are_not_read_and_named(tmp_path, capsys):
     assert "files in no split, not read (1): more\n" in capsys.readouterr().out
 
 
-def test_shards_that_are_missing_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("hashes", ["", "-3a1b"])
+def test_shards_that_are_missing_are_named(tmp_path, capsys, hashes):
     """A download that was cut short is smaller, and `datasets` reads what is there."""
     (tmp_path / "set").mkdir()
-    for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl", "test-0-of-9.jsonl"):
+    for name in (f"train-00000-of-00003{hashes}.jsonl", "train-00002-of-00003.jsonl", "test.jsonl"):
         rows = [{"prompt": f"{name} {i}", "completion": "yes"} for i in range(9)]
         (tmp_path / "set" / name).write_text("\n".join(map(json.dumps, rows)))
     hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/out"])

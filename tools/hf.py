@@ -91,8 +91,6 @@ def import_model(
 
     block_size = choose_block_size(hf_model, block_size)
     vocab_size = choose_vocab_size(config_path, hf_model.vocab_rows, enc, template)
-    if isinstance(enc, tokenizer.JsonTokenizer):
-        enc.vocab_rows = hf_model.vocab_rows
     fields = hf_model.fields | {"block_size": block_size, "vocab_size": vocab_size}
     model_config = GPTConfig(**fields)
     check_size(folder, hf_model.model_type, model_config)
@@ -130,7 +128,7 @@ def choose_vocab_size(config_path, vocab_rows: int, enc, template: str) -> int:
     if vocab_rows > enc.n_vocab:
         print(
             f"dropping {vocab_rows - enc.n_vocab} of {vocab_rows} embedding rows:"
-            f" the tokenizer has {enc.n_vocab} ids; an export has rows of 0 in their place"
+            f" the tokenizer has {enc.n_vocab} ids, and so will an export"
         )
     if vocab_rows >= enc.n_vocab:
         return enc.n_vocab
@@ -577,9 +575,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         print("the scalar head (reward or value) is not exported, only the language model")
 
     torch_dtype = getattr(torch, dtype)
-    vocab_rows = max(model.config.vocab_size, getattr(enc, "vocab_rows", 0))
-    hf_config["vocab_size"] = vocab_rows
-    write_shards(out, hf_weights(model, model_type, vocab_rows), torch_dtype, 1e9 * shard_gb)
+    write_shards(out, hf_weights(model, model_type), torch_dtype, 1e9 * shard_gb)
     token_ids = write_tokenizer(out, enc, meta["config"]["template"], model.config.block_size)
     write_json(
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
@@ -597,17 +593,16 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
     return path
 
 
-def hf_weights(model, model_type, vocab_rows):
-    """{name: tensor} of a model under Hugging Face's names. Vocabulary tables have vocab_rows rows;
-    those of no token are 0."""
+def hf_weights(model, model_type):
+    """{name: tensor} of a model under Hugging Face's names. Vocabulary tables have a row for each
+    token and no other: a row of 0 would be a logit of 0, and get probability in transformers."""
     c = model.config
     params = dict(model.named_parameters())
     weights = {}
-    for name, hf_tensors in tensor_map(model, model_type, vocab_rows, c.block_size).items():
+    for name, hf_tensors in tensor_map(model, model_type, c.vocab_size, c.block_size).items():
         parameter = params[name].detach()
         if name in VOCAB_TABLES:
             parameter = parameter[: c.vocab_size]
-            parameter = F.pad(parameter, (0, 0, 0, vocab_rows - c.vocab_size))
         weights |= hf_tensors.split(parameter)
     return weights
 

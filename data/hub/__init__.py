@@ -193,16 +193,17 @@ def visible_files(folder: str) -> list[str]:
 
 def missing_shards(folder: str) -> list[str]:
     """The names, as NAME-00001-of-00002, of files that others of a folder say there are."""
-    found = visible_files(folder)
-    sets = set()
-    for path in found:
-        shard = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\..*)", path)
+    numbers = {}  # of the files that are there, by what is around the number
+    for path in visible_files(folder):
+        shard = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(?:-\w+)?(\..*)", path)  # may have a hash
         if shard:
-            sets.add(shard.groups())
+            start, number, total, end = shard.groups()
+            numbers.setdefault((start, total, end), set()).add(int(number))
     missing = []
-    for start, total, end in sorted(sets):
-        names = [f"{start}{i:05}-of-{total}{end}" for i in range(int(total))]
-        missing += [name for name in names if name not in found]
+    for (start, total, end), found in numbers.items():
+        for number in range(int(total)):
+            if number not in found:
+                missing.append(f"{start}{number:05}-of-{total}{end}")
     return missing
 
 
