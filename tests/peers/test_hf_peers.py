@@ -238,6 +238,22 @@ def sgd_step(model, grads, lr=0.1):
 # ----------------------------------------------------------------------------------------- import
 
 
+@pytest.mark.parametrize("name", [name for name in HF_CONFIGS if "padded" in name])
+def test_an_import_that_is_exported_gives_its_log_probabilities(name, tmp_path):
+    """The softmax of transformers is over all rows of the vocabulary, with or without a token."""
+    make_hf_model(tmp_path / "theirs", HF_CONFIGS[name])
+    run, exported = f"{tmp_path}/ours", f"{tmp_path}/export"
+    hf.main(["import", str(tmp_path / "theirs"), f"--out={run}"])
+    hf.main(["export", run, f"--out={exported}"])
+    ours, _, _ = GPT.from_checkpoint(run)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    idx, targets = make_batch(ours)
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
+        loss = -ours(idx, targets).mean()
+    assert abs(loss - expected) < TOLERANCE * expected
+
+
 @pytest.mark.parametrize("name", HF_CONFIGS)
 def test_import_matches_transformers(name, tmp_path):
     """Logits, losses and gradients in three steps of SGD.
