@@ -585,7 +585,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
         f.write(model_card(name, model_type, model, meta, enc, dtype))
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
     print(f"{out}: {model_type}, {model.num_params() / 1e6:.2f}M parameters, of {path}")
-    if reads_qwen_only(model_type, enc):
+    if autotokenizer_differs(model_type, enc):
         print(
             "load its tokenizer by PreTrainedTokenizerFast: AutoTokenizer of transformers 5 splits "
             "texts for a qwen2 as Qwen does, not as this run"
@@ -662,10 +662,24 @@ def write_tokenizer(folder, enc, template, block_size):
     }
 
 
-def reads_qwen_only(model_type, enc) -> bool:
-    """Whether AutoTokenizer reads another tokenizer than what was written: for model type qwen2,
-    transformers 5 puts Qwen's way to split a text into the place of the one in tokenizer.json."""
-    return model_type == "qwen2" and not isinstance(enc, tokenizer.JsonTokenizer)
+# How Qwen 2 splits a text, in its tokenizer.json and in Qwen2Tokenizer of transformers
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def autotokenizer_differs(model_type, enc) -> bool:
+    """Whether AutoTokenizer reads another tokenizer than was written: for model type qwen2,
+    transformers 5 puts Qwen's normalizer and split into the place of those in tokenizer.json."""
+    if model_type != "qwen2":
+        return False
+    if not isinstance(enc, tokenizer.JsonTokenizer):
+        return True
+    parts = parse_json(enc.text)
+    normalizer = (parts.get("normalizer") or {}).get("type")
+    steps = (parts.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+    return normalizer != "NFC" or steps[0].get("pattern") != {"Regex": QWEN_SPLIT}
 
 
 def sampling_settings(run_config):
@@ -698,7 +712,7 @@ def model_card(name, model_type, model, meta, enc, dtype):
     )
     if metrics:
         text += f"| validation metric | value |\n|---|---:|\n{''.join(metrics)}\n"
-    if reads_qwen_only(model_type, enc):
+    if autotokenizer_differs(model_type, enc):
         text += "Its tokenizer: `PreTrainedTokenizerFast.from_pretrained`, not `AutoTokenizer`.\n\n"
     text += (
         "The prompt format, which is also the tokenizer's chat template:\n\n"

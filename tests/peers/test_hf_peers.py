@@ -558,11 +558,26 @@ def test_transformers_loads_an_export(name, tmp_path):
     assert sampled[0, 2:].tolist() == generate(ours, [prompt], 8, 0.0, eot=enc.eot_token)[0]
 
 
+@pytest.mark.parametrize("kind", ["trained", "json", "json like Qwen's"])
 @pytest.mark.parametrize("model_type", ["gpt2", *hf_families.FAMILIES])
-def test_ids_of_an_export_of_a_trained_tokenizer(model_type, tmp_path):
-    """AutoTokenizer gives our ids, but for qwen2, of which the export says it."""
-    texts = ["don't go, it's 12345 + 3.14", "  two\n\n lines\tof 'RE and I'LL 2024"]
+def test_ids_of_an_export(model_type, kind, tmp_path):
+    """AutoTokenizer gives our ids, but for a qwen2 with another tokenizer than Qwen's, of which the
+    export says it."""
+    texts = ["don't go, it's 12345 + 3.14", "  two\n\n lines\tof 'RE and I'LL 2024 e\u0301"]
     enc = tokenizer.train(texts * 50, 300)
+    if kind != "trained":
+        os.mkdir(tmp_path / "json")
+        hf.write_tokenizer(str(tmp_path / "json"), enc, "{prompt}", 64)
+        path = tmp_path / "json/tokenizer.json"
+        parts = json.loads(path.read_text())
+        split = {"type": "Split", "behavior": "Isolated", "invert": False}
+        split["pattern"] = {"Regex": hf.QWEN_SPLIT if "Qwen" in kind else " ?[a-z]+"}
+        bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        steps = [split, bytes_only | {"trim_offsets": False}]
+        parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        parts["normalizer"] = {"type": "NFC"}
+        path.write_text(json.dumps(parts))
+        enc = tokenizer.load_json(str(path))
     hf.write_tokenizer(str(tmp_path), enc, "{prompt}", 64)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     expected = [enc.encode_ordinary(text) for text in texts]
@@ -570,7 +585,7 @@ def test_ids_of_an_export_of_a_trained_tokenizer(model_type, tmp_path):
     assert [fast(text).input_ids for text in texts] == expected
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     is_ours = [auto(text).input_ids for text in texts] == expected
-    assert is_ours != hf.reads_qwen_only(model_type, enc)
+    assert is_ours != hf.autotokenizer_differs(model_type, enc)
 
 
 TOKENIZERS = {
