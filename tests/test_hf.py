@@ -337,6 +337,8 @@ def test_whose_tokenizer_autotokenizer_replaces(name, tmp_path, capsys):
     assert ("load its tokenizer by PreTrainedTokenizerFast" in capsys.readouterr().out) == is_qwen
     card = (tmp_path / "export/README.md").read_text()
     assert ("PreTrainedTokenizerFast.from_pretrained" in card) == is_qwen
+    import_model(tmp_path / "export", tmp_path / "again")
+    assert ("load its tokenizer by PreTrainedTokenizerFast" in capsys.readouterr().out) == is_qwen
 
 
 def test_the_scalar_head_is_not_exported(tmp_path, capsys):

@@ -85,6 +85,8 @@ def import_model(
             template = follow(chat_template, enc, folder)
     enc = with_stop_tokens(folder, enc, template)
     describe_sampling(folder)
+    if autotokenizer_differs(hf_model.model_type, enc):
+        print(TOKENIZER_ADVICE)
     cfg = config.Config(out_dir=out, template=template)
     config.check(config.Config(max_steps=1, template=template))
     check_template(enc, template, folder)
@@ -586,10 +588,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
     write_json(os.path.join(out, "config.json"), hf_config | token_ids | {"dtype": dtype})
     print(f"{out}: {model_type}, {model.num_params() / 1e6:.2f}M parameters, of {path}")
     if autotokenizer_differs(model_type, enc):
-        print(
-            "load its tokenizer by PreTrainedTokenizerFast: AutoTokenizer of transformers 5 splits "
-            "texts for a qwen2 as Qwen does, not as this run"
-        )
+        print(TOKENIZER_ADVICE)
     return path
 
 
@@ -666,6 +665,12 @@ def write_tokenizer(folder, enc, template, block_size):
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+TOKENIZER_ADVICE = (
+    "load its tokenizer by PreTrainedTokenizerFast: for a qwen2 AutoTokenizer of transformers 5"
+    " splits texts as Qwen does, not as this tokenizer.json"
 )
 
 
