@@ -209,12 +209,18 @@ def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
     ranked = read_rows(path)
     keys = list(map(prompt_key, ranked))
-    if is_judged(cfg):
-        # the round's prompts: others left no room in the judge, which may be gone by now
+    if is_scored(cfg):
+        # The round's prompts: others left no room in the judge, which may be gone by now. A run of
+        # older code may have held-out prompts twice, each with the first row.
         rows_of = {}
         for row in rows:
             rows_of.setdefault(prompt_key(row), []).append(row)
-        rows = [rows_of[key].pop(0) for key in keys if rows_of.get(key)]
+        rows = []
+        for key in keys:
+            of_key = rows_of.get(key, [])
+            rows += of_key[:1]
+            if len(of_key) > 1:
+                of_key.pop(0)
     if keys != list(map(prompt_key, rows)):
         raise SystemExit(
             f"{path} has other prompts than the rows of {cfg.data} that are to be ranked: one of "

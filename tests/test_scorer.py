@@ -554,6 +554,19 @@ def test_of_rows_with_one_prompt_the_first_is_used(tiny_runs, tmp_path, capsys, 
         assert len(answers) == num_rows  # of the validation loss, as in other runs
 
 
+def test_a_round_of_older_code_has_held_out_prompts_twice(tiny_runs, tmp_path):
+    """Each is read with the first row of its prompt, and the run goes on."""
+    rows = [{"prompt": prompt, "responses": ["yes"]} for prompt in ("a", "b")]
+    path = f"{tmp_path}/val.jsonl"
+    write_rows(path, [rows[0], rows[1], rows[0]])
+    cfg = load_config(stage_args("spin", tiny_runs, "data", f"{tmp_path}/r", "conftest:letters"))
+    ranked, found = rollout.read_ranked(cfg, path, rows, tokenizer.load("bytes"))
+    assert len(ranked) == 3 and found == [rows[0], rows[1], rows[0]]
+    write_rows(path, [rows[0], rows[1] | {"prompt": "c"}])
+    with pytest.raises(SystemExit, match="has other prompts than the rows of data"):
+        rollout.read_ranked(cfg, path, rows, tokenizer.load("bytes"))
+
+
 def make_long_prompts(folder):
     """Data with one prompt of 80 bytes among the first rows of each split."""
     data = make_data(folder)
