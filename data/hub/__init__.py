@@ -322,15 +322,15 @@ def collect(
     if state["part"] == len(splits):  # all is read; only `finish` is missing
         return state
     is_part = find_part(args.hub, config)[0] != path_or_id(args.hub)
-    if is_there(state_path(args)):
-        if state.get("is_part", False) != is_part:  # its place is one among the rows of all parts
-            raise SystemExit(
-                f"{state_path(args)}: older code read all of {args.hub}, not only {config};"
-                f" {START_AGAIN}"
-            )
-    else:
+    has_read = state["part"] or state["rows"]
+    if has_read and state.get("is_part", False) != is_part:  # its place is among the rows of all
+        raise SystemExit(
+            f"{state_path(args)}: older code read all of {args.hub}, not only {config};"
+            f" {START_AGAIN}"
+        )
+    state["is_part"] = is_part
+    if not is_there(state_path(args)):
         check_partial(args.out)
-        state["is_part"] = is_part
         if os.path.isdir(args.hub):
             describe_folder(args.hub, config)
         write_json(state_path(args), state)  # from now on, such files are of this preparation
