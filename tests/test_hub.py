@@ -798,7 +798,8 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, names, card, unread
         rows = [{"prompt": f"{name} {i}", "completion": "yes"} for i in range(40)]
         (folder / name).write_text("\n".join(map(json.dumps, rows)))
     if card:
-        (folder / "README.md").write_text(card)
+        (tmp_path / "card").write_text(card)
+        os.symlink(tmp_path / "card", folder / "README.md")
         (folder / ".gitattributes").write_text("*.parquet filter=lfs")
         (folder / ".cache").mkdir(exist_ok=True)
         (folder / ".cache/a-00000-of-00002.parquet.metadata").write_text("of a download")

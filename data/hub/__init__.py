@@ -166,7 +166,7 @@ def unread_files(folder: str) -> list[str]:
 
     folder = os.path.realpath(folder)
     card = os.path.join(folder, "README.md")
-    read = {card}
+    read = {os.path.realpath(card)}  # in a snapshot of the hub's cache files are links
     for name in config_names(folder, None):
         try:
             builder = datasets.load_dataset_builder(folder, name if os.path.exists(card) else None)
