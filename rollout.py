@@ -210,8 +210,8 @@ def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     ranked = read_rows(path)
     keys = list(map(prompt_key, ranked))
     if is_scored(cfg):
-        # The round's prompts: others left no room in the judge, which may be gone by now. A run of
-        # older code may have held-out prompts twice, each with the first row.
+        # Only the prompts in the file: others left no room in the judge, which may be gone by now.
+        # A round of older code can have a held-out prompt twice, so its last row stays.
         rows_of = {}
         for row in rows:
             rows_of.setdefault(prompt_key(row), []).append(row)

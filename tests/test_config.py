@@ -199,9 +199,9 @@ def test_every_config_says_how_it_is_run(path):
             ["min_lr_ratio", "adam_betas", "eval_batches"],
         ),
         (
-            ["--stage=pretrain", "--max_steps=9", "--max_rows=9", "--keep_rounds=1"]
+            ["--stage=pretrain", "--max_steps=9", "--max_rows=9", "--keep_rounds=1", "--epochs=2"]
             + ["--template={prompt} ", "--max_prompt=9"],  # of the later stages, which inherit them
-            ["max_rows", "keep_rounds"],
+            ["epochs", "max_rows", "keep_rounds"],
         ),
         (["--stage=sft", "--init=x", "--lora_rank=4", "--lora_alpha=64"], []),
         (["--stage=ppo", "--init=x", "--reward=m:f", "--gae_lambda=0.5", "--kl_coef=0.1"], []),

@@ -467,8 +467,10 @@ def test_strings_beside_what_may_be_another_order(tmp_path, column):
     with pytest.raises(SystemExit, match=rf"a.jsonl:1: {column} is not read, and the responses"):
         jsonl_prepare.main(args)
     for known in (row | {column: 3}, row | {"scores": [9, 2, 1]}):
-        write_lines(tmp_path / "a.jsonl", [known | {"group": i} for i in range(20)])
+        write_lines(tmp_path / "a.jsonl", [known | {"prompt": f"ask {i}"} for i in range(20)])
         jsonl_prepare.main([*args, "--val_share=0.4"])
+        for kept in rows_of(f"{tmp_path}/out"):
+            assert kept["responses"] == row["responses"]
 
 
 @pytest.mark.parametrize("prepare", [hub_prepare, jsonl_prepare])

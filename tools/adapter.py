@@ -224,7 +224,8 @@ def change_of(tensors: HFTensors, shape, adapters: dict, settings: dict, file: s
                     f"the base's matrix is {(rows, shape[1])}"
                 )
             )
-        # What peft.add_weighted_adapter makes of several ranks can have others than its settings.
+        # peft.add_weighted_adapter can save tensors of a rank that its settings do not have. Then
+        # the scale is not known.
         ranks = [settings["r"], *(settings.get("rank_pattern") or {}).values()]
         if len(A) not in ranks:
             raise SystemExit(

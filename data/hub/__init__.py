@@ -193,7 +193,7 @@ def visible_files(folder: str) -> list[str]:
 
 def missing_shards(folder: str) -> list[str]:
     """The names, as NAME-00001-of-00002, of files that others of a folder say there are."""
-    numbers = {}  # of the files that are there, by what is around the number
+    numbers = {}  # {(before the number, total, ending): numbers of the files that are there}
     for path in visible_files(folder):
         shard = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(?:-\w+)?(\..*)", path)  # may have a hash
         if shard:
@@ -321,9 +321,11 @@ def collect(
     state = state or load_state(args)
     if state["part"] == len(splits):  # all is read; only `finish` is missing
         return state
-    is_part = find_part(args.hub, config)[0] != path_or_id(args.hub)
+    path, _ = find_part(args.hub, config)
+    is_part = path != path_or_id(args.hub)
     has_read = state["part"] or state["rows"]
-    if has_read and state.get("is_part", False) != is_part:  # its place is among the rows of all
+    # A place among the rows of all parts would be another row of this part.
+    if has_read and state.get("is_part", False) != is_part:
         raise SystemExit(
             f"{state_path(args)}: older code read all of {args.hub}, not only {config};"
             f" {START_AGAIN}"
@@ -377,11 +379,14 @@ def split_progress(args, state: dict, dataset, split: str) -> ProgressBar:
 def rows_of_card(dataset, split: str) -> int:
     """How many rows a split has by the card of the data set; 0 if it does not say."""
     splits = dataset.info.splits or {}
-    return splits[split].num_examples or 0 if split in splits else 0
+    if split not in splits:
+        return 0
+    return splits[split].num_examples or 0
 
 
 def compare_with_card(dataset, split: str, num_rows: int):
-    """Say if a split that was read to its end has not as many rows as its card says."""
+    """Print a line if a split that was read to its end has another number of rows than its card
+    says: a copy may be incomplete."""
     expected = rows_of_card(dataset, split)
     if expected and num_rows != expected:
         print(f"split {split} has {num_rows:,} rows, and {expected:,} by the data set's card")

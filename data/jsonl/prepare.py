@@ -122,7 +122,8 @@ def to_row(value, where, authors=None):
 
 
 def check_order(value, responses, where):
-    """Exit with one line if strings have what may be another order beside them, without scores."""
+    """Exit with one line if a field beside strings, which are best first, may give another order.
+    With scores there is no doubt."""
     if value.get("scores") is not None or not isinstance(responses, list) or len(responses) < 2:
         return
     for name in ("score", "rating", "reward", "rank", "ranks", "ranking"):
