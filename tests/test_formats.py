@@ -1107,9 +1107,10 @@ def test_a_branch_is_pinned_to_a_commit(tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "open_split", open_local)
-    monkeypatch.setattr(hub, "config_names", lambda name, commit: ["default"])
-    monkeypatch.setattr(hub, "split_names", lambda name, config, commit: ["train"])
+    for module in (hub, hub_prepare):
+        monkeypatch.setattr(module, "open_split", open_local)
+    monkeypatch.setattr(hub_prepare, "config_names", lambda name, commit: ["default"])
+    monkeypatch.setattr(hub_prepare, "split_names", lambda name, config, commit: ["train"])
     for name, branch in (("org/name", "main"), ("org/name@refs/pr/1", "refs/pr/1")):
         read_at.clear()
         out = tmp_path / branch.replace("/", "_")

@@ -20,6 +20,7 @@ from data import hub, tokenizer
 from data.files import read_json, write_json
 from data.folder import prepare_command, read_meta, read_stream
 from data.hub import prepare as hub_prepare
+from data.hub.read import PINNED, resolve_commit
 from data.rows import read_rows
 from data.shp_ranked.prepare import is_close
 
@@ -719,10 +720,10 @@ def test_the_commit_is_resolved_once_and_kept(tmp_path, monkeypatch):
 
 
 def test_pinned_and_given_commits_need_no_network():
-    assert all(len(commit) == 40 for commit in hub.PINNED.values())
-    assert hub.resolve_commit("Anthropic/hh-rlhf") == hub.PINNED["Anthropic/hh-rlhf"]
-    assert hub.resolve_commit("some/set", "ab" * 20) == "ab" * 20
-    assert hub.resolve_commit("data") is None  # a folder
+    assert all(len(commit) == 40 for commit in PINNED.values())
+    assert resolve_commit("Anthropic/hh-rlhf") == PINNED["Anthropic/hh-rlhf"]
+    assert resolve_commit("some/set", "ab" * 20) == "ab" * 20
+    assert resolve_commit("data") is None  # a folder
 
 
 SAME_PROMPT = [

@@ -28,6 +28,7 @@ import numpy as np
 
 from data import cli, hub, tokenizer
 from data.folder import check_other_data, split_of, token_dtype
+from data.hub.read import find_part, path_or_id
 
 CONFIGS = {
     "HuggingFaceFW/fineweb-edu": "sample-10BT",
@@ -55,7 +56,7 @@ def main(argv=None):
     hub.add_val_share(parser, 0.002)
     args = parser.parse_args(argv)
     if args.config and os.path.isdir(args.hub):
-        if hub.find_part(args.hub, args.config) == (hub.path_or_id(args.hub), None):
+        if find_part(args.hub, args.config) == (path_or_id(args.hub), None):
             raise SystemExit(
                 f"{args.hub} has neither a folder {args.config} nor a README.md that defines it"
             )

@@ -20,6 +20,7 @@ from collections import Counter
 
 from data import cli, formats, hub
 from data.files import printable
+from data.hub.read import config_names, open_split, source_name, split_names
 
 OWN = {
     "Anthropic/hh-rlhf": "hh_rlhf",
@@ -73,7 +74,7 @@ def main(argv=None):
     state = hub.load_state(args)
     commit = state["commit"]
     check_config(args, commit)
-    splits = choose_splits(args, hub.split_names(args.hub, args.config, commit))
+    splits = choose_splits(args, split_names(args.hub, args.config, commit))
     found = recognise_first(args, splits[0][0], commit)
 
     ignored = Counter(state.get("ignored", {}))
@@ -94,7 +95,7 @@ def main(argv=None):
 
 def check_config(args, commit):
     """Exit if the data set has several parts and none is chosen, or another one."""
-    names = hub.config_names(args.hub, commit)
+    names = config_names(args.hub, commit)
     if args.config:
         if args.config not in names:
             raise SystemExit(
@@ -131,11 +132,11 @@ def listed(names) -> str:
 
 def recognise_first(args, split: str, commit) -> formats.Format:
     """The format of a split, by its first row. Prints it with the first row that can be used."""
-    _, rows = hub.open_split(args.hub, split, commit, (), args.config)
+    _, rows = open_split(args.hub, split, commit, (), args.config)
     first = next(rows, None)
     if first is None:
         raise SystemExit(f"{args.hub}: the split {split} has no row")
-    source = hub.source_name(args.hub, commit)
+    source = source_name(args.hub, commit)
     found = formats.recognise(first, source, args)
     if found.needed == ("text",):
         raise SystemExit(

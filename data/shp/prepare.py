@@ -25,9 +25,10 @@ import itertools
 import os
 import sys
 
-from data import cli, hub, tokenizer
+from data import cli, tokenizer
 from data.files import check_output
 from data.folder import check_other_data, lock_folders, split_of, write_meta
+from data.hub.read import describe_folder, open_split, resolve_commit, source_name
 from data.progress import ProgressBar
 from data.rows import longest_shared_prefix, write_rows
 
@@ -40,9 +41,9 @@ def hub_pairs(source, commit):
     source: a hub id, or a folder with the files.
     """
     if os.path.isdir(source):
-        hub.describe_folder(source)
+        describe_folder(source)
     fields = ("history", "human_ref_A", "human_ref_B", "labels", "post_id")
-    _, rows = hub.open_split(source, "train", commit, fields)
+    _, rows = open_split(source, "train", commit, fields)
     for row in rows:
         preferred = row["human_ref_A"] if row["labels"] == 1 else row["human_ref_B"]
         yield row["history"], preferred, row["post_id"]
@@ -140,8 +141,8 @@ def main(argv=None):
     elif args.files:
         pairs, source = ranked_pairs(args.files), ", ".join(map(os.path.basename, args.files))
     else:
-        commit = hub.resolve_commit(args.hub, args.revision)
-        pairs, source = hub_pairs(args.hub, commit), hub.source_name(args.hub, commit)
+        commit = resolve_commit(args.hub, args.revision)
+        pairs, source = hub_pairs(args.hub, commit), source_name(args.hub, commit)
     total = args.rows * max(1, args.sets)
     pairs = iter(ProgressBar(pairs, total=total, desc="pairs"))
     outs = [os.path.join(args.out, str(n + 1)) for n in range(args.sets)] or [args.out]
