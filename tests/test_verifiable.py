@@ -148,6 +148,19 @@ def test_the_table_by_hand(tmp_path, capsys):
         summarize.main(["--task=countdown", *options])
 
 
+def test_a_run_that_has_gone_on_is_not_in_the_table(tmp_path):
+    """Its validation loss and number of steps would be of two different checkpoints."""
+    task = run.TASKS["sums"]
+    write_run(f"{tmp_path}/1", "spin", 0.5)
+    spin = f"{tmp_path}/1/spin"
+    os.makedirs(f"{spin}/round_1/step_000007")
+    write_json(f"{spin}/eval/command.json", {"checkpoint": "elsewhere/round_1/step_000007"})
+    assert summarize.measured(task, tmp_path, "1", "spin")["greedy"] == 50
+    os.makedirs(f"{spin}/round_2/step_000003")
+    with pytest.raises(SystemExit, match="spin has gone on since .*step_000007 was measured"):
+        summarize.measured(task, tmp_path, "1", "spin")
+
+
 def test_the_table_of_smollm2_follows_from_its_scores():
     folder = os.path.dirname(smollm2.__file__)
     with open(f"{folder}/README.md", encoding="utf-8") as f:

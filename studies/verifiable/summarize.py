@@ -14,7 +14,7 @@ import numpy as np
 
 from data import cli
 from data.files import printable, read_json, write_json
-from nanospin import same_run
+from nanospin import checkpoint, same_run
 from studies.verifiable.run import METHODS, TASKS, Task, check_seeds
 from tools.plot import (
     GREY,
@@ -59,9 +59,22 @@ LABELS = {
 }
 
 
+def check_is_newest(run: str):
+    """Exit with one line if a run has gone on since eval.py measured it."""
+    newest = checkpoint.latest(run)
+    if not newest:  # its checkpoints were removed to save space
+        return
+    measured = read_json(f"{run}/eval/command.json", ("checkpoint",))["checkpoint"]
+    if newest.split("/")[-2:] != measured.split("/")[-2:]:
+        raise SystemExit(
+            printable(f"{run} has gone on since {measured} was measured; measure it with run.py")
+        )
+
+
 def measured(task: Task, out: str, seed: str, name: str) -> dict:
     """Metrics of one run: those of eval.py, greedily and sampled, and its steps."""
     run = f"{out}/{seed}/{name}"
+    check_is_newest(run)
     table = read_json(f"{run}/eval/eval.json")
     sampled = table[name]
     return {
