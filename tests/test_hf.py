@@ -389,6 +389,11 @@ BAD_SETTINGS = [
     BadSetting("modern", {"rope_scaling": {"type": "linear"}}, "rope_scaling must be list[float]"),
     BadSetting(
         "modern",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+        "rope_scaling and rope_parameters differ",
+    ),
+    BadSetting(
+        "modern",
         {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
         "with truncate = false are not supported",
     ),

@@ -457,8 +457,11 @@ def take_rope(settings, model_type, fields):
     """GPTConfig's fields of rotary positions. They are at the top level, or in a dictionary."""
     family = FAMILIES[model_type]
     rope = {"rope_type": "default"}
-    rope |= settings.take("rope_scaling", dict, {})
-    rope |= settings.take("rope_parameters", dict, {})
+    scaling = settings.take("rope_scaling", dict, {})
+    parameters = settings.take("rope_parameters", dict, {})
+    if scaling and parameters and scaling != parameters:  # transformers 5 would read only the first
+        settings.refuse("rope_scaling and rope_parameters differ: which of them is right?")
+    rope |= scaling or parameters
 
     theta_name = "rotary_emb_base" if model_type == "gpt_neox" else "rope_theta"
     theta = settings.take(theta_name, float, family.rope_theta)
