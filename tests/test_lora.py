@@ -511,6 +511,26 @@ def test_adapters_there_and_back(tuned, tiny_runs, tmp_path):
     sample.main([back, "--prompt=why?", "--temperature=0", "--max_new_tokens=4"])
 
 
+def test_the_base_that_an_adapter_names(tuned, tiny_runs, tmp_path, monkeypatch):
+    """What its base was imported from. A merge was not: PEFT would take the first adapter's base,
+    and silently compute with another model."""
+    first, merged = f"{tmp_path}/adapter", f"{tmp_path}/merged"
+    adapter.main(["export", tuned, f"--out={first}"])
+    adapter.main(["import", first, f"--base={tiny_runs['sft']}", f"--out={merged}"])
+    path = checkpoint.latest(merged)
+    assert adapter.base_model(path) == {"base_model_name_or_path": path}
+    assert adapter.base_model("gone") == {"base_model_name_or_path": "gone"}
+
+    llama, commit = f"{tmp_path}/llama", "ab" * 20
+    for source, expected in (
+        (first, {"base_model_name_or_path": path}),  # as older code wrote into a merge
+        (llama, {"base_model_name_or_path": llama}),
+        (f"org/name@{commit}", {"base_model_name_or_path": "org/name", "revision": commit}),
+    ):
+        monkeypatch.setattr(checkpoint, "read_meta", lambda _: {"source": source})
+        assert adapter.base_model(path) == expected
+
+
 def refused_adapter(*args):
     with pytest.raises(SystemExit) as e:
         adapter.main([str(arg) for arg in args])

@@ -9,6 +9,7 @@ counterpart here is an error that names it.
 """
 
 import os
+import re
 import sys
 
 import torch
@@ -84,7 +85,7 @@ def export_adapter(run: str, out: str):
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name(meta),
+        **base_model(meta["config"]["init"]),
         "r": rank,
         "lora_alpha": meta["config"]["lora_alpha"],
         "lora_dropout": 0.0,
@@ -117,14 +118,20 @@ def split_parts(layer: str, A, B, mapped, c: GPTConfig) -> dict:
     return {modules[0]: (A, B)}
 
 
-def base_name(meta: dict) -> str:
-    """Where the base of a run was imported from; the path of its checkpoint if that is not known
-    any more."""
-    base = meta["config"]["init"]
+def base_model(base: str) -> dict:
+    """PEFT's settings that name the base of a run: what it was imported from. The path of its
+    checkpoint, which transformers does not load, if it was not imported or is no longer there."""
     try:
-        return checkpoint.read_meta(base).get("source") or base
+        source = checkpoint.read_meta(base).get("source") or base
     except SystemExit:
-        return base
+        source = base
+    # A merge by an older version names the adapter, which is only a part of this base.
+    if os.path.exists(os.path.join(source, "adapter_config.json")):
+        source = base
+    name, _, commit = source.partition("@")
+    if re.fullmatch("[0-9a-f]{40}", commit) and not os.path.exists(source):  # of the hub
+        return {"base_model_name_or_path": name, "revision": commit}
+    return {"base_model_name_or_path": source}
 
 
 # ----------------------------------------------------------------------------------------- import
@@ -175,7 +182,7 @@ def import_adapter(folder: str, base: str, out: str):
     merged = {name: meta[name] for name in ("model", "tokenizer", "tokenizer_sha256")}
     merged["config"] = meta["config"] | {"out_dir": out, "lora_rank": 0}
     merged |= {"round": 0, "step": 0, "metrics": {}, "history": {"skipped": 0, "losses": []}}
-    merged["source"] = folder
+    merged["adapter"] = folder  # not `source`, from which a base is imported
     checkpoint.publish(unfinished, target, merged)
     print(f"{target}: {path} with the adapter {folder}, merged into {len(changes)} matrices")
 
