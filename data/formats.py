@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from data.files import parse_json
+from data.files import parse_json, printable
 from data.rows import check_row, ended_flags, is_ended, prompt_key
 
 HUMAN = "\n\nHuman:"  # begins a transcript of Anthropic
@@ -133,8 +133,8 @@ def add_arguments(parser):
     group.add_argument("--responses", help="column of a list of responses")
     group.add_argument(
         "--scores",
-        help="column of their scores, high is best; with --response: of its score, and rows of one"
-        " prompt that follow each other are ranked",
+        help="column of their scores, high is best; with --response: of its score, and all rows of"
+        " a prompt are ranked",
     )
     group.add_argument("--better", help="column that says which of two responses is better")
     group.add_argument("--messages", help="column of a conversation")
@@ -708,19 +708,25 @@ def row_of(
 
 
 def merge_rated(rows, dropped: dict):
-    """Rows with one rated response: those of one prompt that follow each other become a row."""
-    merged = None
+    """Rows with one rated response each: all of a prompt become one row, where the first of them
+    stands. Exits with one line if those of a prompt have different groups."""
+    merged = {}  # {prompt: row}
     for row in rows:
-        if merged and prompt_key(merged) == prompt_key(row):
-            merged["ended"] = ended_flags(merged) + ended_flags(row)
-            merged["responses"] += row["responses"]
-            merged["scores"] += row["scores"]
+        first = merged.setdefault(prompt_key(row), row)
+        if first is row:
             continue
-        if merged:
-            yield from rank_merged(merged, dropped)
-        merged = row
-    if merged:
-        yield from rank_merged(merged, dropped)
+        if first["group"] != row["group"]:
+            raise SystemExit(
+                printable(
+                    f"responses to {row['prompt']!r:.80} have the groups {first['group']!r} and "
+                    f"{row['group']!r}: those of a prompt are ranked together, so they need one"
+                )
+            )
+        first["ended"] = ended_flags(first) + ended_flags(row)
+        first["responses"] += row["responses"]
+        first["scores"] += row["scores"]
+    for row in merged.values():
+        yield from rank_merged(row, dropped)
 
 
 def rank_merged(row: dict, dropped: dict) -> list[dict]:

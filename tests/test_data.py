@@ -835,6 +835,48 @@ def test_jsonl_names_the_line(tmp_path, line, message):
     assert "Traceback" not in done.stderr
 
 
+RATED = ("--prompt=prompt", "--response=response", "--scores=score", "--val_share=0.3")
+
+
+def test_rated_lines_of_a_prompt_in_any_order(tmp_path):
+    """Samples of two policies in a file each make the rows of one sorted file, on the side of their
+    group."""
+    lines = []
+    for policy, score in (("a", 0), ("b", 2)):
+        for i in range(40):
+            for k in range(2):
+                line = {"prompt": f"q{i}", "response": f"{policy}{k}", "score": score + k}
+                lines.append(line | {"group": f"g{i // 4}", "url": f"answer {policy}{k}{i}"})
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, part in zip(files, (lines[:80], lines[80:])):
+        path.write_text("".join(json.dumps(line) + "\n" for line in part))
+    done = prepare("jsonl", *files, f"--out={tmp_path}/two", *RATED)
+    assert done.returncode == 0, done.stderr
+    assert "ignored fields: url (160)" in done.stdout
+    train, val = read_both(tmp_path / "two")
+    assert len(train + val) == 40
+    assert not {row["group"] for row in train} & {row["group"] for row in val}
+    for row in train + val:
+        assert row["group"] == f"g{int(row['prompt'][1:]) // 4}"
+        assert (row["responses"], row["scores"]) == (["b1", "b0", "a1", "a0"], [3, 2, 1, 0])
+
+    in_order = sorted(lines, key=lambda line: int(line["prompt"][1:]))
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in in_order))
+    prepare("jsonl", tmp_path / "sorted.jsonl", f"--out={tmp_path}/sorted", *RATED)
+    assert read_both(tmp_path / "sorted") == (train, val)
+
+
+def test_rated_lines_of_a_prompt_have_one_group(tmp_path):
+    line = {"prompt": "q", "response": "a", "score": 1, "group": "g"}
+    for other in ({"group": "h"}, {"group": None}):
+        lines = [line, line | {"response": "b"} | other]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/out", *RATED)
+        assert done.returncode == 1
+        assert "responses to 'q' have the groups 'g' and " in done.stderr
+        assert "Traceback" not in done.stderr and not os.path.exists(tmp_path / "out/meta.json")
+
+
 def test_jsonl_keeps_the_fields_of_a_row(tmp_path):
     """And says which fields no row keeps."""
     row = {

@@ -701,10 +701,10 @@ def test_a_sample_that_did_not_end_stays_one():
     for text, score, ended in (("a", 1, False), ("b", 3, True), ("c", 2, None), ("a", 0, True)):
         row = {"prompt": "ask 0", "response": text, "score": score, "ended": ended}
         rows, _ = converted(row, "--prompt=prompt", "--response=response", "--scores=score")
-        rated += rows
+        rated += [row | {"group": "g"} for row in rows]
     assert rated[0]["ended"] == [False]
     three, all_of_them = rated[:3], rated
-    expected = plain(0, "b", "c", "a", scores=[3, 2, 1], ended=[True, True, False])
+    expected = plain(0, "b", "c", "a", scores=[3, 2, 1], ended=[True, True, False], group="g")
     assert list(formats.merge_rated(copy.deepcopy(three), {})) == [expected]
     del expected["ended"]  # the same text has ended once
     assert list(formats.merge_rated(all_of_them, {})) == [expected]

@@ -303,7 +303,7 @@ def read_files(args):
     """Returns ({side: rows}, {side: texts}, {reason: how many were dropped}, {field that was
     ignored: how often})."""
     rows = {"train": [], "val": []}
-    rated = {"train": [], "val": []}  # a response each, to be merged
+    rated = []  # rows with one response and its score, to be merged
     texts = {"train": [], "val": []}
     dropped = {}
     ignored = Counter()
@@ -330,18 +330,22 @@ def read_files(args):
             else:
                 items = foreign_rows(value, where, found, args, dropped)
                 unused = formats.unused_columns(found, value, args)
-                if not found.score:  # they decide the side
-                    unused = [name for name in unused if name not in ("group", "url")]
+                # they decide the side; answers to one prompt may each have their own url
+                groups = ("group",) if found.score else ("group", "url")
+                unused = [name for name in unused if name not in groups]
             if items and found not in first:
                 row = {"prompt": "", "responses": items} if is_text else items[0]
                 first[found] = (value, unused, row)
-            sides = texts if is_text else rated if found.score else rows
-            for item in items:
-                group = group_of(value, where) if is_text else item["group"]
-                sides[split_of(group, args.val_share)].append(item)
+            if found.score:
+                rated += items
+            elif is_text:
+                texts[split_of(group_of(value, where), args.val_share)] += items
+            else:
+                for row in items:
+                    rows[split_of(row["group"], args.val_share)].append(row)
             ignored.update(name for name in unused if name != key)
-    for side in rows:
-        rows[side] += formats.merge_rated(rated[side], dropped)
+    for row in formats.merge_rated(rated, dropped):
+        rows[split_of(row["group"], args.val_share)].append(row)
     print_recognised(first, rows["train"] + rows["val"])
     print(f"{num_lines:,} lines")
     return rows, texts, dropped, ignored
@@ -389,8 +393,7 @@ def foreign_rows(value, where, found: formats.Format, args, dropped: dict) -> li
         return formats.convert(line, found, counts, args)
 
     rows = formats.convert_checked(value, convert, dropped)
-    # rated responses are merged by their prompt, so they must stand on the same side
-    if not found.score and (value.get("group") is not None or value.get("url")):
+    if value.get("group") is not None or (value.get("url") and not found.score):
         rows = [row | {"group": group_of(value, where)} for row in rows]
     return rows
 
