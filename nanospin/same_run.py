@@ -224,9 +224,27 @@ def check_same_run(cfg, settings: dict, newest: str | None):
                 f"{cfg.out_dir} was begun with {name} = {before.get(name)!r}, "
                 f"now it is {settings.get(name)!r}; use another out_dir, or remove that one"
             )
+    if newest:
+        check_rounds(cfg, newest)
     say_schedule_change(cfg, before.get("rounds"))
     if newest:
         say_dropout_change(before, settings, checkpoint.read_meta(newest)["model"])
+
+
+def check_rounds(cfg, newest: str):
+    """Exit with one line if a run is in a round already that `rounds` leaves out. Its newest
+    checkpoint, perhaps of half a round, would be taken for the end."""
+    begun = round_of(newest) + 1
+    if cfg.rounds < begun:
+        raise SystemExit(
+            f"{cfg.out_dir} has begun {begun} rounds, more than rounds = {cfg.rounds}: "
+            f"use rounds = {begun}, or another out_dir"
+        )
+
+
+def round_of(path: str) -> int:
+    """The round of a checkpoint RUN/round_R/step_S."""
+    return int(os.path.basename(os.path.dirname(path)).removeprefix("round_"))
 
 
 def has_default(cfg, settings: dict, name: str) -> bool:
@@ -260,11 +278,8 @@ def is_same_so_far(cfg, before, now) -> bool:
     """Whether a setting that may be a list with one value per round has the same values in all
     rounds up to that of the newest checkpoint. Those of later rounds may change, and there may be
     more of them: nothing of these rounds that is kept depends on them."""
-    begun = 1
     newest = checkpoint.latest(cfg.out_dir)
-    if newest:
-        round_name = os.path.basename(os.path.dirname(newest))
-        begun += int(round_name.removeprefix("round_"))
+    begun = round_of(newest) + 1 if newest else 1
     values = [value if isinstance(value, list) else [value] for value in (before, now)]
     begun = min(begun, cfg.rounds, max(map(len, values)))
     for n, listed in enumerate(values):

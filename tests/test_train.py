@@ -135,6 +135,20 @@ def spin_run(tiny_runs, tiny_data, tmp_path_factory):
     return out
 
 
+def test_a_run_cannot_have_fewer_rounds_than_it_has_begun(tiny_runs, tiny_data, tmp_path):
+    """Its newest checkpoint, of half a round, would be taken for the end of the run."""
+    out = tmp_path / "run"
+    args = spin_args(tiny_runs, tiny_data, str(out), "--max_steps=2", "--save_interval=1")
+    train.main([*args, "--rounds=2"])
+    shutil.rmtree(out / "round_1" / "step_000002")  # it was killed here
+    before = (out / "config.json").read_bytes()
+    with pytest.raises(SystemExit, match="has begun 2 rounds, more than rounds = 1"):
+        train.main([*args, "--rounds=1"])
+    assert (out / "config.json").read_bytes() == before
+    train.main([*args, "--rounds=2"])
+    assert checkpoint.latest(out).endswith("round_1/step_000002")
+
+
 def test_a_round_starts_at_ln_k_factorial(spin_run):
     """The first round has no earlier self: K = 3. The second has four players."""
     assert max(numbers(spin_run, "start", "off")) < 1e-4
