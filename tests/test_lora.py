@@ -527,7 +527,7 @@ def test_the_base_that_an_adapter_names(tuned, tiny_runs, tmp_path, monkeypatch)
         (llama, {"base_model_name_or_path": llama}),
         (f"org/name@{commit}", {"base_model_name_or_path": "org/name", "revision": commit}),
     ):
-        monkeypatch.setattr(checkpoint, "read_meta", lambda _: {"source": source})
+        monkeypatch.setattr(checkpoint, "read_meta", lambda _, source=source: {"source": source})
         assert adapter.base_model(path) == expected
 
 

@@ -100,6 +100,13 @@ def write_run(folder: str, name: str, greedy: float):
             f.write(json.dumps({"kind": "eval", "round": round_id, "step": step}) + "\n")
 
 
+def test_a_method_is_needed_beside_the_baseline(tmp_path):
+    for name in ("sft", "sft_more"):
+        write_run(f"{tmp_path}/1", name, 0.3)
+    with pytest.raises(SystemExit, match="has no method to compare to sft_more"):
+        summarize.main([f"--out={tmp_path}", "--seeds", "1"])
+
+
 def test_the_table_by_hand(tmp_path, capsys):
     """Differences are paired by seed, and their interval is Student's: 12.706 s / sqrt(2) for 2."""
     for seed, start, more, spin in ((1, 0.2, 0.3, 0.5), (2, 0.4, 0.6, 0.7)):

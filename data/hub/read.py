@@ -185,8 +185,8 @@ def describe_folder(folder: str, config: str | None = None):
         text = f"split {split}: {len(names):,} files, {names[0]} to {names[-1]}"
         print(printable(text if len(names) > 1 else f"split {split}: {names[0]}"))
     for what, names in (
-        ("files in no split, not read", unread_files(folder)),
-        ("files that are missing", missing_shards(folder)),
+        ("files in no split, not read", unread_files(path)),
+        ("files that are missing", missing_shards(path)),
     ):
         if names:
             print(printable(f"{what} ({len(names):,}): {listing(names)}"))

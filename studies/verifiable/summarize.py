@@ -295,6 +295,8 @@ def main(argv=None):
     results = all_results(task, args.out, args.seeds)
     if BASELINE not in results:
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
+    if set(results) <= {"sft", BASELINE}:
+        raise SystemExit(f"{args.out} has no method to compare to {BASELINE}")
     print("\n".join(make_table(results)))
     os.makedirs(figures, exist_ok=True)
     write_json(f"{figures}/results.json", {"task": args.task} | results)
