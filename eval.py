@@ -34,7 +34,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import check_output, printable, write_json
+from data.files import check_output, is_there, printable, write_json
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
@@ -44,6 +44,7 @@ from data.rows import (
     read_rows,
     response_ids,
     row_with_ids,
+    shared_rows,
     write_rows,
 )
 from data.template import split_template, without_thoughts, written_ids
@@ -585,6 +586,27 @@ class Samples:
     template: str = ""
 
 
+def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
+    """Say how many of the rows are in the training data of a checkpoint, if that is still there. A
+    run knows it of its own held-out rows; those of another run may be among its training rows."""
+    for name, entry in entries.items():
+        path = os.path.join(entry.meta["config"]["data"], "train.jsonl")
+        is_imported = "source" in entry.meta  # its config has the default of data
+        if is_imported or not is_there(path):
+            continue
+        try:
+            shared = shared_rows(read_rows(path, prompt_only=True), rows)
+        except SystemExit as e:
+            print(f"{name}: its training data is not looked at: {e}")
+            continue
+        entry.counts["rows_trained_on"] = len(shared)
+        if shared:
+            print(
+                f"warning: {len(shared)} of {len(rows)} rows are among the training rows of {name} "
+                f"too (the same prompt in {printable(path)})"
+            )
+
+
 def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
     """The rows that every checkpoint can take. Says how many are left out, and by which."""
     left_out = {}
@@ -931,6 +953,7 @@ def main(argv=None):
     if args.judge:
         check_judge(args.judge, all_rows, rows_path)
     rows = rows_for_all(entries, all_rows)
+    say_trained_on(entries, rows)
 
     # both are loaded at once: a run that goes on may remove its older checkpoints meanwhile
     reference = judge = None

@@ -236,6 +236,16 @@ def prompt_key(row: dict) -> tuple:
     return (*system, *history, row["prompt"])
 
 
+def shared_rows(train: list[dict], val: list[dict]) -> list[dict]:
+    """The rows of val whose prompt a row of train has, or whose text if they are whole texts."""
+
+    def key(row):
+        return prompt_key(row) if row["prompt"] else (row["responses"][0],)
+
+    known = set(map(key, train))
+    return [row for row in val if key(row) in known]
+
+
 def prompt_fields(row: dict) -> dict:
     """The row without its responses: prompt, system, history and group."""
     return {name: row[name] for name in ("prompt", "system", "history", "group") if name in row}

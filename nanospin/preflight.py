@@ -11,7 +11,7 @@ import torch
 from data import tokenizer
 from data.files import RUN_FOLDER_MARKS, is_there, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
-from data.rows import prompt_key
+from data.rows import shared_rows
 from data.template import TEMPLATE
 from nanospin import checkpoint, config, distributed, inputs, lock
 from nanospin.distributed import run_on_rank0
@@ -224,18 +224,13 @@ def is_round_of_run(path: str) -> bool:
 def say_shared_prompts(train: list[dict], val: list[dict], say):
     """Say how many validation rows have the prompt of a training row, or its text if they are whole
     texts."""
-    known = {row_key(row) for row in train}
-    shared = [row for row in val if row_key(row) in known]
+    shared = shared_rows(train, val)
     if shared:
         first = shared[0]["prompt"] or shared[0]["responses"][0]
         say(
             f"warning: {len(shared)} of {len(val)} validation rows are among the training rows too "
             f"(the same prompt), the first: {first[:60]!r}"
         )
-
-
-def row_key(row: dict) -> tuple:
-    return prompt_key(row) if row["prompt"] else (row["responses"][0],)
 
 
 def check_tokenizer(cfg, path, meta):

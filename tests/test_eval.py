@@ -711,6 +711,36 @@ def sft_run(out, folder, *options):
     return out
 
 
+def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_path, capsys):
+    """What one run holds out may be among the training rows of another."""
+    data = f"{tmp_path}/data"
+    shutil.copytree(tiny_data, data)
+    held_out = read_rows(f"{tiny_data}/val.jsonl")
+    write_rows(f"{data}/train.jsonl", read_rows(f"{data}/train.jsonl") + held_out[:2])
+    write_meta(data, "bytes", "made up")
+    args = ["--stage=sft", f"--init={tiny_runs['sft']}", f"--data={data}", "--max_steps=1"]
+    train.main([*args, f"--out_dir={tmp_path}/run", "--eval_rows=2"])
+    checkpoints = [f"before={tiny_runs['sft']}", f"after={tmp_path}/run"]
+    capsys.readouterr()
+    eval_module.main([*checkpoints, "--rows=100", f"--out={tmp_path}/table.json"])
+    table = read_json(f"{tmp_path}/table.json")
+    assert [table[name]["rows_trained_on"] for name in ("before", "after")] == [0, 2]
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    n = len(held_out)
+    assert said == [
+        f"warning: 2 of {n} rows are among the training rows of after too (the same prompt in "
+        f"{data}/train.jsonl)"
+    ]
+
+    with open(f"{data}/train.jsonl", "a") as f:
+        f.write("no row")
+    eval_module.main([*checkpoints, "--rows=2"])
+    assert "after: its training data is not looked at: " in capsys.readouterr().out
+    shutil.rmtree(data)
+    eval_module.main([*checkpoints, f"--data={tiny_data}", "--rows=2"])
+    assert "training" not in capsys.readouterr().out
+
+
 def test_every_checkpoint_is_measured_on_the_same_rows(tmp_path):
     """Those that fit all of them; how many are left out, and by which, is said, and what is cut."""
     rows = [{"prompt": "q" * n, "responses": ["answer", "no"]} for n in (1, 2, 3, 30, 31)]
