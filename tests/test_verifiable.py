@@ -92,6 +92,7 @@ def test_the_groups_have_every_method_once():
 def write_run(folder: str, name: str, greedy: float):
     os.makedirs(f"{folder}/{name}/eval")
     sampled = {"exact_match": greedy / 2, "pass_at_8": greedy, "val_loss": 1.0, "kl": 0.5}
+    sampled["checkpoint"] = f"elsewhere/{name}/round_1/step_000007"
     table = {name: sampled, f"{name}_greedy": {"exact_match": greedy}}
     with open(f"{folder}/{name}/eval/eval.json", "w") as f:
         json.dump(table, f)
@@ -161,7 +162,6 @@ def test_a_run_that_has_gone_on_is_not_in_the_table(tmp_path):
     write_run(f"{tmp_path}/1", "spin", 0.5)
     spin = f"{tmp_path}/1/spin"
     os.makedirs(f"{spin}/round_1/step_000007")
-    write_json(f"{spin}/eval/command.json", {"checkpoint": "elsewhere/round_1/step_000007"})
     assert summarize.measured(task, tmp_path, "1", "spin")["greedy"] == 50
     os.makedirs(f"{spin}/round_2/step_000003")
     with pytest.raises(SystemExit, match="spin has gone on since .*step_000007 was measured"):

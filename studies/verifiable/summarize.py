@@ -59,12 +59,11 @@ LABELS = {
 }
 
 
-def check_is_newest(run: str):
-    """Exit with one line if a run has gone on since eval.py measured it."""
+def check_is_newest(run: str, measured: str):
+    """Exit with one line if a run has gone on since eval.py measured a checkpoint of it."""
     newest = checkpoint.latest(run)
     if not newest:  # its checkpoints were removed to save space
         return
-    measured = read_json(f"{run}/eval/command.json", ("checkpoint",))["checkpoint"]
     if newest.split("/")[-2:] != measured.split("/")[-2:]:
         raise SystemExit(
             printable(f"{run} has gone on since {measured} was measured; measure it with run.py")
@@ -74,9 +73,9 @@ def check_is_newest(run: str):
 def measured(task: Task, out: str, seed: str, name: str) -> dict:
     """Metrics of one run: those of eval.py, greedily and sampled, and its steps."""
     run = f"{out}/{seed}/{name}"
-    check_is_newest(run)
     table = read_json(f"{run}/eval/eval.json")
     sampled = table[name]
+    check_is_newest(run, sampled["checkpoint"])
     return {
         "greedy": 100 * table[f"{name}_greedy"][task.metric],
         "sampled": 100 * sampled[task.metric],
