@@ -20,7 +20,7 @@ from data import hub, tokenizer
 from data.files import read_json, write_json
 from data.folder import prepare_command, read_meta, read_stream
 from data.hub import prepare as hub_prepare
-from data.hub.read import PINNED, resolve_commit
+from data.hub.read import PINNED, describe_folder, resolve_commit
 from data.rows import read_rows
 from data.shp_ranked.prepare import is_close
 
@@ -910,6 +910,26 @@ def test_a_part_of_a_folder(tmp_path, card):
     if not card:
         with pytest.raises(SystemExit, match="set has neither a folder three nor a README.md that"):
             run_main("fineweb", *args, "--config=three")
+
+
+@pytest.mark.parametrize("has_card", [False, True])
+def test_the_files_of_a_part_are_named(tmp_path, capsys, has_card):
+    """By their paths in the folder. What other parts lack is of no interest."""
+    rows = [{"prompt": f"ask {i}", "completion": "yes"} for i in range(20)]
+    for part, total in (("one", 2), ("two", 9)):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        path = tmp_path / "set" / part / f"train-00000-of-0000{total}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "set/one/notes.csv").write_text("a,b")
+    if has_card:
+        card = CARD.replace("one.jsonl", "one/*.jsonl").replace("more/two.jsonl", "two/*.jsonl")
+        (tmp_path / "set/README.md").write_text(card)
+    describe_folder(f"{tmp_path}/set", "one")
+    assert capsys.readouterr().out.splitlines() == [
+        "split train: one/train-00000-of-00002.jsonl",
+        "files in no split, not read (1): one/notes.csv",
+        "files that are missing (1): one/train-00001-of-00002.jsonl",
+    ]
 
 
 def test_gsm8k_does_not_mix_its_parts(tmp_path, monkeypatch):

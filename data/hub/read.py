@@ -180,21 +180,25 @@ def describe_folder(folder: str, config: str | None = None):
         splits = datasets.load_dataset_builder(path, config).config.data_files
     except Exception as e:
         raise read_error(folder, e)
+    root = os.path.realpath(folder)
+    read = []
     for split, files in splits.items():
-        names = sorted(os.path.relpath(name, os.path.realpath(folder)) for name in files)
+        names = sorted(os.path.relpath(name, root) for name in files)
+        read += names
         text = f"split {split}: {len(names):,} files, {names[0]} to {names[-1]}"
         print(printable(text if len(names) > 1 else f"split {split}: {names[0]}"))
+    unread = [os.path.relpath(name, root) for name in unread_files(path)]
     for what, names in (
-        ("files in no split, not read", unread_files(path)),
-        ("files that are missing", missing_shards(path)),
+        ("files in no split, not read", unread),
+        ("files that are missing", missing_shards(read)),
     ):
         if names:
             print(printable(f"{what} ({len(names):,}): {listing(names)}"))
 
 
 def unread_files(folder: str) -> list[str]:
-    """The files of a folder that are in no split, but for its card. `datasets` reads files of one
-    type, and only those that are named after splits if there are any."""
+    """The paths of a folder's files that are in no split, but for its card. `datasets` reads files
+    of one type, and only those that are named after splits if there are any."""
     import datasets
 
     folder = os.path.realpath(folder)
@@ -207,8 +211,7 @@ def unread_files(folder: str) -> list[str]:
             continue
         for paths in builder.config.data_files.values():
             read.update(os.path.realpath(path) for path in paths)
-    paths = visible_files(folder)
-    return [path for path in paths if os.path.realpath(os.path.join(folder, path)) not in read]
+    return [path for path in visible_files(folder) if os.path.realpath(path) not in read]
 
 
 def visible_files(folder: str) -> list[str]:
@@ -220,14 +223,14 @@ def visible_files(folder: str) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in names + links:
             if not name.startswith("."):
-                found.append(os.path.relpath(os.path.join(parent, name), folder))
+                found.append(os.path.join(parent, name))
     return sorted(found)
 
 
-def missing_shards(folder: str) -> list[str]:
-    """The names, as NAME-00001-of-00002, of files that others of a folder say there are."""
+def missing_shards(paths: list[str]) -> list[str]:
+    """The files that the names of others say there are, such as NAME-00001-of-00002."""
     numbers = {}  # {(before the number, total, ending): numbers of the files that are there}
-    for path in visible_files(folder):
+    for path in paths:
         shard = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(?:-\w+)?(\..*)", path)  # may have a hash
         if shard:
             start, number, total, end = shard.groups()
