@@ -522,9 +522,11 @@ def test_the_base_that_an_adapter_names(tuned, tiny_runs, tmp_path, monkeypatch)
     assert adapter.base_model("gone") == {"base_model_name_or_path": "gone"}
 
     llama, commit = f"{tmp_path}/llama", "ab" * 20
+    os.mkdir(llama)
     for source, expected in (
         (first, {"base_model_name_or_path": path}),  # as older code wrote into a merge
         (llama, {"base_model_name_or_path": llama}),
+        (f"{tmp_path}/gone", {"base_model_name_or_path": path}),
         (f"org/name@{commit}", {"base_model_name_or_path": "org/name", "revision": commit}),
     ):
         monkeypatch.setattr(checkpoint, "read_meta", lambda _, source=source: {"source": source})

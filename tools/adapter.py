@@ -119,18 +119,19 @@ def split_parts(layer: str, A, B, mapped, c: GPTConfig) -> dict:
 
 
 def base_model(base: str) -> dict:
-    """PEFT's settings that name the base of a run: what it was imported from. The path of its
-    checkpoint, which transformers does not load, if it was not imported or is no longer there."""
+    """PEFT's settings that name the base of a run: what it was imported from. If that is not known
+    or not there, the path of its checkpoint, which transformers refuses to load."""
     try:
         source = checkpoint.read_meta(base).get("source") or base
     except SystemExit:
         source = base
-    # A merge by an older version names the adapter, which is only a part of this base.
-    if os.path.exists(os.path.join(source, "adapter_config.json")):
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
+    if hub and not os.path.exists(source):
+        return {"base_model_name_or_path": hub[1], "revision": hub[2]}
+    # A merge by an older version names its adapter, which is only a part of this base.
+    is_adapter = os.path.exists(os.path.join(source, "adapter_config.json"))
+    if is_adapter or not os.path.exists(source):
         source = base
-    name, _, commit = source.partition("@")
-    if re.fullmatch("[0-9a-f]{40}", commit) and not os.path.exists(source):  # of the hub
-        return {"base_model_name_or_path": name, "revision": commit}
     return {"base_model_name_or_path": source}
 
 
