@@ -104,8 +104,16 @@ def write_run(folder: str, name: str, greedy: float):
 def test_a_method_is_needed_beside_the_baseline(tmp_path):
     for name in ("sft", "sft_more"):
         write_run(f"{tmp_path}/1", name, 0.3)
+    options = [f"--out={tmp_path}", "--seeds", "1"]
     with pytest.raises(SystemExit, match="has no method to compare to sft_more"):
-        summarize.main([f"--out={tmp_path}", "--seeds", "1"])
+        summarize.main(options)
+    write_run(f"{tmp_path}/1", "spin", 0.4)
+    for name, message in (("sft_more", "b has no sft, where"), ("sft", "no method is in all of")):
+        write_run(f"{tmp_path}/b/1", name, 0.4)
+        with pytest.raises(SystemExit, match=message):
+            summarize.main([*options, "--map", f"120={tmp_path}", f"240={tmp_path}/b"])
+        shutil.rmtree(f"{tmp_path}/b")
+    assert not os.path.exists(f"{tmp_path}/results.json")
 
 
 def test_the_table_by_hand(tmp_path, capsys):

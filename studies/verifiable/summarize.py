@@ -246,6 +246,18 @@ def all_results(task: Task, out: str, seeds: list[str]) -> dict[str, list[dict]]
     return results
 
 
+def map_results(task: Task, folders: dict[str, str], seeds: list[str]) -> dict[str, dict]:
+    """{steps: results} of all folders. Exits with one line if nothing can be compared."""
+    by_steps = {}
+    for steps, folder in folders.items():
+        by_steps[steps] = all_results(task, folder, seeds)
+        if "sft" not in by_steps[steps]:
+            raise SystemExit(printable(f"--map: {folder} has no sft, where all start"))
+    if not any(methods_of_map(by_steps, group) for group in GROUPS):
+        raise SystemExit("--map: no method is in all of these folders")
+    return by_steps
+
+
 def read_map(pairs: list[str]) -> dict[str, str]:
     """{steps: folder} of STEPS=OUT. Exits with one line if steps are given twice."""
     folders = {}
@@ -296,12 +308,12 @@ def main(argv=None):
         raise SystemExit(f"{args.out} has no {BASELINE}, to which all is compared")
     if set(results) <= {"sft", BASELINE}:
         raise SystemExit(f"{args.out} has no method to compare to {BASELINE}")
+    by_steps = map_results(task, folders, args.seeds) if folders else {}
     print("\n".join(make_table(results)))
     os.makedirs(figures, exist_ok=True)
     write_json(f"{figures}/results.json", {"task": args.task} | results)
     draw(results, os.path.join(figures, "methods.png"))
     if folders:
-        by_steps = {steps: all_results(task, folders[steps], args.seeds) for steps in folders}
         print("\n".join(make_map_table(by_steps)))
         write_json(f"{figures}/map.json", {"task": args.task} | by_steps)
         draw_map(by_steps, os.path.join(figures, "map.png"))
