@@ -245,8 +245,8 @@ def written_ids(
     if not ended:
         pieces[-1] = ""
     *_, special, text = ["", *split_specials(enc, parts.after if is_last else parts.history_after)]
-    takes_text = text == "" or text.isspace() and tokenizer.strips(enc, special)[1]
-    if special and takes_text:  # it changes how the first word is encoded
+    if special and (text == "" or text.isspace() and tokenizer.strips(enc, special)[1]):
+        # it changes how the first word is encoded
         return encode_pieces(enc, [special + pieces[0], *pieces[1:]], "within")[1:]
     return encode_pieces(enc, pieces, "within")
 

@@ -419,6 +419,20 @@ def test_odd_chat_templates(tmp_path):
 # ---- the same ids everywhere
 
 
+@pytest.mark.parametrize("template", ["{prompt} ", "{prompt}\n", "{prompt}\n{response}\n{turn}"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_white_space_between_prompt_and_response(kind, template, models):
+    """No special token is there that could take it, as in a base model's template."""
+    enc, _, _ = models[kind]
+    row = {"prompt": "how many", "responses": ["two of them"], "history": [["so", "yes"]]}
+    rows = [row] if "{turn}" in template else [{"prompt": "one", "responses": ["two of them"]}]
+    (encoded,), _ = encode_rows(rows, enc, template, 256)
+    (ids,) = encoded["responses"]
+    assert ids == [*tokenizer.encode(enc, "two of them", "within"), enc.eot_token]
+    space = split_template(template).after
+    assert enc.decode(encoded["prompt"] + ids[:-1]).endswith(f"{space}two of them")
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_the_same_ids_everywhere(kind, models, monkeypatch):
     """500 prompts, compared with the `tokenizers` package on the whole text."""
