@@ -47,7 +47,7 @@ from data.rows import (
     shared_rows,
     write_rows,
 )
-from data.template import split_template, without_thoughts, written_ids
+from data.template import split_template, without_thoughts, written_ids, written_text
 from loss import chosen_rejected_metrics, gradient_weight, plackett_luce, wins
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, eval_command
@@ -455,7 +455,7 @@ def rolling_windows(ids: list[int], first: int, length: int) -> list[dict]:
     return rows
 
 
-def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
+def harness_metrics(model, enc, template: str, rows, encoded, device) -> dict[str, float]:
     """What lm-evaluation-harness reports of an exported checkpoint, on the same rows. There is no
     reference, and responses are scored without their end-of-text.
 
@@ -480,7 +480,7 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
             scored += windows
             sizes += [[len(text.encode())]] + [[0]] * (len(windows) - 1)
         elif ids is not None:
-            responses, num_bytes = without_end(enc, row, ids)
+            responses, num_bytes = without_end(enc, template, row, ids)
             if [] not in responses:
                 scored.append(ids | {"responses": responses})
                 sizes.append(num_bytes)
@@ -509,7 +509,7 @@ def harness_metrics(model, enc, rows, encoded, device) -> dict[str, float]:
     return metrics
 
 
-def without_end(enc, row: dict, encoded: dict) -> tuple[list, list[int]]:
+def without_end(enc, template: str, row: dict, encoded: dict) -> tuple[list, list[int]]:
     """The responses of an encoded row without end-of-text, and the UTF-8 bytes of each (0: absent).
     A response that was cut counts as far as it goes."""
     responses, num_bytes = [], []
@@ -522,15 +522,15 @@ def without_end(enc, row: dict, encoded: dict) -> tuple[list, list[int]]:
             num_bytes.append(len(text.encode()))
         else:
             responses.append(ids)
-            num_bytes.append(count_bytes(enc, ids))
+            num_bytes.append(count_bytes(enc, template, ids))
     return responses, num_bytes
 
 
-def count_bytes(enc, ids: list[int]) -> int:
-    """The UTF-8 bytes of ids, which may end within a character."""
+def count_bytes(enc, template: str, ids: list[int]) -> int:
+    """The UTF-8 bytes of a response's ids, which may end within a character."""
     if hasattr(enc, "decode_bytes"):
         return len(enc.decode_bytes(ids))
-    return len(enc.decode(ids).encode())
+    return len(written_text(enc, template, ids).encode())
 
 
 # --------------------------------------------------------------------------------- win rates
@@ -659,7 +659,7 @@ def evaluate_checkpoint(
 
     best = [row | {"responses": row["responses"][:1]} for row in encoded]
     metrics = loss_metrics(row_logps(model, best, EVAL_TOKENS, device, f"{name}: scoring"), best)
-    metrics |= harness_metrics(model, enc, rows, encoded, device)
+    metrics |= harness_metrics(model, enc, entry.limits["template"], rows, encoded, device)
     if reference is not None:
         metrics |= reference_metrics(name, entry, model, encoded, args, reference)
 

@@ -25,7 +25,13 @@ from data import cli, tokenizer
 from data.files import printable
 from data.progress import ProgressBar
 from data.rows import encode_prompt, encode_prompts, read_rows, sampled_row, write_rows
-from data.template import cut_prompt_ids, split_template, with_bos, without_thoughts
+from data.template import (
+    cut_prompt_ids,
+    split_template,
+    with_bos,
+    without_thoughts,
+    written_text,
+)
 from model import GPT
 from nanospin import distributed, sample_command
 from nanospin.decoding import DecodeStep, prepacked_weights
@@ -390,11 +396,12 @@ def respond(
     return texts, ids
 
 
-def response_text(enc, ids: list[int], template: str = "") -> str:
+def response_text(enc, ids: list[int], template: str) -> str:
     """The text of a response, without the token that ends it, and without what the template says
     that the model writes around it."""
-    text = enc.decode(ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids)
-    return split_template(template).text_of(text) if template else text
+    if tokenizer.is_end(enc, ids[-1]):
+        ids = ids[:-1]
+    return split_template(template).text_of(written_text(enc, template, ids))
 
 
 def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, seed=0, **sampling):
@@ -427,7 +434,7 @@ def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, s
             text = f"(the oldest part is cut: the text has room for {limit} tokens{setting})"
             print(text, file=sys.stderr)
             said = True
-        stream = StreamPrinter(enc)
+        stream = StreamPrinter(enc, template)
         (new_ids,) = generate(
             model,
             [prompt],
@@ -447,20 +454,27 @@ def chat(model, enc, template, lines, system="", max_prompt=0, max_response=0, s
 
 
 class StreamPrinter:
-    """Prints a response while it is sampled."""
+    """Prints a response while it is sampled, with what the template says that the model writes
+    around it."""
 
-    def __init__(self, enc):
+    def __init__(self, enc, template: str):
         self.enc = enc
+        self.template = template
         self.num_printed = 0  # characters
+
+    def text_of(self, ids) -> str:
+        if tokenizer.is_end(self.enc, ids[-1]):
+            ids = ids[:-1]
+        return written_text(self.enc, self.template, ids)
 
     def on_token(self, _, ids):
         # A character of several tokens decodes to U+FFFD until its last token has come.
-        text = response_text(self.enc, ids).rstrip("\ufffd")
+        text = self.text_of(ids).rstrip("\ufffd")
         print(printable(text[self.num_printed :]), end="", flush=True)
         self.num_printed = max(self.num_printed, len(text))
 
     def finish(self, ids):
-        print(printable(response_text(self.enc, ids)[self.num_printed :]), flush=True)
+        print(printable(self.text_of(ids)[self.num_printed :]), flush=True)
 
 
 # ---- command line

@@ -244,11 +244,25 @@ def written_ids(
         raise SystemExit(f"the response {response[:60]!r}: {e}")
     if not ended:
         pieces[-1] = ""
-    *_, special, text = ["", *split_specials(enc, parts.after if is_last else parts.history_after)]
-    if special and (text == "" or text.isspace() and tokenizer.strips(enc, special)[1]):
-        # it changes how the first word is encoded
+    special = special_before(enc, parts.after if is_last else parts.history_after)
+    if special:  # it changes how the first word is encoded
         return encode_pieces(enc, [special + pieces[0], *pieces[1:]], "within")[1:]
     return encode_pieces(enc, pieces, "within")
+
+
+def written_text(enc, template: str, ids: list[int]) -> str:
+    """The text of ids that the model writes after a prompt. It is that of `written_ids`."""
+    special = special_before(enc, split_template(template).after)
+    return tokenizer.decode(enc, ids, "special" if special else "within")
+
+
+def special_before(enc, text: str) -> str:
+    """The special token that stands right before what follows a text of the template, as far as the
+    tokenizer sees it: some take the white space behind them. "" if there is none."""
+    *_, special, last = ["", *split_specials(enc, text)]
+    if special and (last == "" or last.isspace() and tokenizer.strips(enc, special)[1]):
+        return special
+    return ""
 
 
 def end_token(enc, template: str) -> str:

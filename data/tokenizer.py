@@ -206,6 +206,12 @@ def encode(enc, text: str, where: str = "start") -> list[int]:
     return ids
 
 
+def decode(enc, ids: list[int], where: str = "within") -> str:
+    """The text of ids that `encode` made with the same `where`, or that a model sampled there: a
+    space that was put before a beginning is taken away."""
+    return enc.decode(ids, where) if isinstance(enc, JsonTokenizer) else enc.decode(ids)
+
+
 def encode_piece(enc, text: str, where: str) -> list[int]:
     try:
         if isinstance(enc, JsonTokenizer):
@@ -345,9 +351,8 @@ class JsonTokenizer:
         self.full.encode_special_tokens = True
         return ids
 
-    def decode(self, ids) -> str:
-        """The text of ids that continue another text."""
-        return self.bare.decode(ids, skip_special_tokens=False)
+    def decode(self, ids, where: str = "within") -> str:
+        return self.backends[where].decode(ids, skip_special_tokens=False)
 
 
 def check_growth(spec: dict):

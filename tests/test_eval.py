@@ -381,7 +381,7 @@ def test_harness_metrics_one_sequence_at_a_time(tiny_runs):
             right_by_bytes += np.argmax(np.divide(logps, sizes)) in best
 
     encoded, _ = encode_rows(rows, enc, TEMPLATE, BLOCK_SIZE)
-    m = harness_metrics(model, enc, rows, encoded, CPU)
+    m = harness_metrics(model, enc, TEMPLATE, rows, encoded, CPU)
     assert m["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert num_choices == 22
     assert m["choice_acc"] == right / num_choices
@@ -398,12 +398,12 @@ def test_choices_between_which_nothing_is_ranked_do_not_count(tiny_runs):
         {"prompt": "3 the", "responses": ["the end", "the end", "\x01\x02"]},
     ]
     encoded, _ = encode_rows(rows, enc, TEMPLATE, BLOCK_SIZE)
-    metrics = harness_metrics(model, enc, rows[:2], encoded[:2], CPU)
+    metrics = harness_metrics(model, enc, TEMPLATE, rows[:2], encoded[:2], CPU)
     assert set(metrics) == {"bits_per_byte"}
 
     logps = np.array([[-3.0, -2.0, -4.0]] * 3)  # equal ones differ by rounding
     with mock.patch("eval.row_logps", lambda *args: logps):
-        metrics = harness_metrics(model, enc, rows, encoded, CPU)
+        metrics = harness_metrics(model, enc, TEMPLATE, rows, encoded, CPU)
     assert metrics["choice_acc"] == 1
 
 

@@ -42,6 +42,7 @@ from data.template import (
     end_token,
     is_template,
     prompt_ids,
+    special_before,
     split_template,
     template_problem,
     with_bos,
@@ -417,6 +418,28 @@ def test_odd_chat_templates(tmp_path):
 
 
 # ---- the same ids everywhere
+
+
+@pytest.mark.parametrize("scheme", ["bytes", "legacy", "first", "never"])
+@pytest.mark.parametrize("name", [name for name, model in PUBLISHED.items() if model.followed])
+def test_the_text_of_a_sample(name, scheme, tmp_path):
+    """The ids that training has for a text are that text as a sample, and as `tokenizers` decodes
+    them if the response begins after a special token: the space that it put there goes."""
+    model = PUBLISHED[name]
+    strips = name == "Phi-3"
+    if scheme == "bytes":
+        byte_level(tmp_path, model.specials, "", model.eos, model.bos, strips)
+    else:
+        sentencepiece(tmp_path, scheme, "", [*model.specials, model.eos], strips)
+    enc = load_json(tmp_path)
+    begins = special_before(enc, split_template(model.followed).after)
+    for text in ("405", "two of them", "a\nb", "naïve 日本語", "{'a': 1}"):
+        ids = written_ids(enc, model.followed, text) + [enc.eot_token]
+        assert sample.response_text(enc, ids, model.followed) == text
+        if begins and split_template(model.followed).is_verbatim():
+            assert enc.full.decode(ids[:-1], skip_special_tokens=False) == text
+    if strips:
+        assert begins == "<|assistant|>"
 
 
 @pytest.mark.parametrize("template", ["{prompt} ", "{prompt}\n", "{prompt}\n{response}\n{turn}"])

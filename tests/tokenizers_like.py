@@ -75,11 +75,11 @@ def byte_level(folder, specials, chat, eos, bos="", strips=False):
     return save(bpe, folder, chat, **tokens)
 
 
-def sentencepiece(folder, scheme="legacy", chat=ZEPHYR, specials=()):
+def sentencepiece(folder, scheme="legacy", chat=ZEPHYR, specials=(), strips=False):
     """Like Llama's and Mistral's: a BPE that falls back to bytes, with <s> before every text.
 
     scheme: "legacy": a space before a text and after a special token; "first": before the text
-    only; "never".
+    only; "never". strips: `specials` take the white space after them, as Phi-3's do.
     """
     vocab, merges = learn_words()
     bpe = Tokenizer(
@@ -96,7 +96,11 @@ def sentencepiece(folder, scheme="legacy", chat=ZEPHYR, specials=()):
         decode.append(decoders.Strip(" ", 1, 0))
     bpe.decoder = decoders.Sequence(decode)
     special = ("<unk>", "<s>", "</s>", *specials)
-    bpe.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in special])
+    added = []
+    for word in special:
+        takes_space = strips and word in specials
+        added.append(AddedToken(word, normalized=False, special=True, rstrip=takes_space))
+    bpe.add_special_tokens(added)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return save(bpe, folder, chat, bos_token="<s>", eos_token="</s>", add_bos_token=True)
 

@@ -163,7 +163,7 @@ class NanoSpinLM(TemplateLM):
             request_ids=request_ids,
         )
         stops = handle_stop_sequences(settings["until"], eos=None)
-        texts = [response_text(self.enc, ids) for ids in sampled]
+        texts = [response_text(self.enc, ids, "{prompt}") for ids in sampled]
         return [postprocess_generated_text(text, stops, None) for text in texts]
 
 

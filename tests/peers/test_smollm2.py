@@ -162,7 +162,7 @@ def test_three_evaluations_agree(folder):
     def our_metrics(rows):
         template, block_size = meta["config"]["template"], model.config.block_size
         encoded, _ = encode_rows(rows, enc, template, block_size)
-        return harness_metrics(model, enc, rows, encoded, torch.device("cpu"))
+        return harness_metrics(model, enc, template, rows, encoded, torch.device("cpu"))
 
     choice = our_metrics(questions)
     rolling = our_metrics([{"prompt": "", "responses": [TEXT]}])
