@@ -589,21 +589,24 @@ class Samples:
 def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
     """Say how many of the rows are in the training data of a checkpoint, if that is still there. A
     run knows it of its own held-out rows; those of another run may be among its training rows."""
+    trained_on = {}  # {file: names of checkpoints}
     for name, entry in entries.items():
         path = os.path.join(entry.meta["config"]["data"], "train.jsonl")
         is_imported = "source" in entry.meta  # its config has the default of data
-        if is_imported or not is_there(path):
-            continue
+        if not is_imported and is_there(path):
+            trained_on.setdefault(path, []).append(name)
+    for path, names in trained_on.items():
         try:
             shared = shared_rows(read_rows(path, prompt_only=True), rows)
         except SystemExit as e:
-            print(f"{name}: its training data is not looked at: {e}")
+            print(f"the training rows of {', '.join(names)} are not looked at: {e}")
             continue
-        entry.counts["rows_trained_on"] = len(shared)
+        for name in names:
+            entries[name].counts["rows_trained_on"] = len(shared)
         if shared:
             print(
-                f"warning: {len(shared)} of {len(rows)} rows are among the training rows of {name} "
-                f"too (the same prompt in {printable(path)})"
+                f"warning: {len(shared)} of {len(rows)} rows are among the training rows of "
+                f"{', '.join(names)} too (the same prompt in {printable(path)})"
             )
 
 

@@ -735,7 +735,7 @@ def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_pa
     with open(f"{data}/train.jsonl", "a") as f:
         f.write("no row")
     eval_module.main([*checkpoints, "--rows=2"])
-    assert "after: its training data is not looked at: " in capsys.readouterr().out
+    assert "the training rows of after are not looked at: " in capsys.readouterr().out
     shutil.rmtree(data)
     eval_module.main([*checkpoints, f"--data={tiny_data}", "--rows=2"])
     assert "training" not in capsys.readouterr().out
