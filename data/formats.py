@@ -714,6 +714,7 @@ def merge_rated(rows, dropped: dict):
     for row in rows:
         first = merged.setdefault(prompt_key(row), row)
         if first is row:
+            row["ended"] = list(ended_flags(row))
             continue
         if first["group"] != row["group"]:
             raise SystemExit(
@@ -722,7 +723,7 @@ def merge_rated(rows, dropped: dict):
                     f"{row['group']!r}: those of a prompt are ranked together, so they need one"
                 )
             )
-        first["ended"] = ended_flags(first) + ended_flags(row)
+        first["ended"] += ended_flags(row)
         first["responses"] += row["responses"]
         first["scores"] += row["scores"]
     for row in merged.values():
