@@ -592,8 +592,8 @@ def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
     trained_on = {}  # {file: names of checkpoints}
     for name, entry in entries.items():
         path = os.path.join(entry.meta["config"]["data"], "train.jsonl")
-        is_imported = "source" in entry.meta  # its config has the default of data
-        if not is_imported and is_there(path):
+        is_trained = entry.meta["step"] > 0  # else it was imported, and has the default of data
+        if is_trained and is_there(path):
             trained_on.setdefault(path, []).append(name)
     for path, names in trained_on.items():
         try:

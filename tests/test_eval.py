@@ -721,10 +721,16 @@ def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_pa
     args = ["--stage=sft", f"--init={tiny_runs['sft']}", f"--data={data}", "--max_steps=1"]
     train.main([*args, f"--out_dir={tmp_path}/run", "--eval_rows=2"])
     checkpoints = [f"before={tiny_runs['sft']}", f"after={tmp_path}/run"]
+    step = checkpoint.latest(f"{tmp_path}/run")
+    imported = f"{tmp_path}/imported/round_0/step_000000"
+    shutil.copytree(step, f"{imported}.copy")
+    checkpoint.publish(f"{imported}.copy", imported, checkpoint.read_meta(step) | {"step": 0})
+    checkpoints.append(f"imported={tmp_path}/imported")
     capsys.readouterr()
     eval_module.main([*checkpoints, "--rows=100", f"--out={tmp_path}/table.json"])
     table = read_json(f"{tmp_path}/table.json")
     assert [table[name]["rows_trained_on"] for name in ("before", "after")] == [0, 2]
+    assert "rows_trained_on" not in table["imported"]
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     n = len(held_out)
     assert said == [
