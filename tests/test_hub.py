@@ -914,7 +914,8 @@ def test_a_part_of_a_folder(tmp_path, card):
 
 @pytest.mark.parametrize("has_card", [False, True])
 def test_the_files_of_a_part_are_named(tmp_path, capsys, has_card):
-    """By their paths in the folder. What other parts lack is of no interest."""
+    """By their paths in the folder. What other parts lack is of no interest, and what they have is
+    not missing."""
     rows = [{"prompt": f"ask {i}", "completion": "yes"} for i in range(20)]
     for part, total in (("one", 2), ("two", 9)):
         (tmp_path / "set" / part).mkdir(parents=True)
@@ -930,6 +931,12 @@ def test_the_files_of_a_part_are_named(tmp_path, capsys, has_card):
         "files in no split, not read (1): one/notes.csv",
         "files that are missing (1): one/train-00001-of-00002.jsonl",
     ]
+    (tmp_path / "set/one/train-00001-of-00002.jsonl").write_text(json.dumps(rows[0]))
+    if has_card:  # the part is a sample of the other
+        card = CARD.replace("one.jsonl", "one/train-00000-of-00002.jsonl")
+        (tmp_path / "set/README.md").write_text(card.replace("more/two.jsonl", "one/*.jsonl"))
+    describe_folder(f"{tmp_path}/set", "one")
+    assert "missing" not in capsys.readouterr().out
 
 
 def test_gsm8k_does_not_mix_its_parts(tmp_path, monkeypatch):

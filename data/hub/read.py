@@ -188,9 +188,10 @@ def describe_folder(folder: str, config: str | None = None):
         text = f"split {split}: {len(names):,} files, {names[0]} to {names[-1]}"
         print(printable(text if len(names) > 1 else f"split {split}: {names[0]}"))
     unread = [os.path.relpath(name, root) for name in unread_files(path)]
+    there = [os.path.relpath(name, root) for name in visible_files(root)]
     for what, names in (
         ("files in no split, not read", unread),
-        ("files that are missing", missing_shards(read)),
+        ("files that are missing", missing_shards(read, there)),
     ):
         if names:
             print(printable(f"{what} ({len(names):,}): {listing(names)}"))
@@ -227,17 +228,27 @@ def visible_files(folder: str) -> list[str]:
     return sorted(found)
 
 
-def missing_shards(paths: list[str]) -> list[str]:
-    """The files that the names of others say there are, such as NAME-00001-of-00002."""
-    numbers = {}  # {(before the number, total, ending): numbers of the files that are there}
-    for path in paths:
-        shard = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(?:-\w+)?(\..*)", path)  # may have a hash
-        if shard:
-            start, number, total, end = shard.groups()
-            numbers.setdefault((start, total, end), set()).add(int(number))
+def missing_shards(read: list[str], there: list[str]) -> list[str]:
+    """The files, such as NAME-00001-of-00002, that belong to those of `read` and are not there."""
+    numbers = {}  # {series: numbers of the files that are there}
+    for path in there:
+        series, number = shard_of(path)
+        numbers.setdefault(series, set()).add(number)
     missing = []
-    for (start, total, end), found in numbers.items():
-        for number in range(int(total)):
-            if number not in found:
-                missing.append(f"{start}{number:05}-of-{total}{end}")
+    for series in dict.fromkeys(shard_of(path)[0] for path in read):
+        if series:
+            start, total, end = series
+            for number in range(int(total)):
+                if number not in numbers.get(series, ()):
+                    missing.append(f"{start}{number:05}-of-{total}{end}")
     return missing
+
+
+def shard_of(path: str) -> tuple[tuple | None, int]:
+    """(series, number) of a file that is one of several, as its name says. series: what stands
+    before the number, the total, and the ending; None of another file."""
+    shard = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(?:-\w+)?(\..*)", path)  # may have a hash
+    if not shard:
+        return None, 0
+    start, number, total, end = shard.groups()
+    return (start, total, end), int(number)
