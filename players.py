@@ -29,7 +29,7 @@ from data.rows import (
     sampled_row,
     write_rows,
 )
-from data.template import without_thoughts
+from data.template import split_template, without_thoughts
 from eval import is_ranked, length_accuracy
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.config import (
@@ -449,7 +449,9 @@ def own_ids(path: str, row: dict, enc, template: str) -> list[int]:
         )
     text = response_text(enc, ids, template)
     # Older versions kept the space that some tokenizers put after a special token.
-    if row["responses"][0] not in (text, " " + text):
+    written = ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids
+    older = split_template(template).text_of(tokenizer.decode(enc, written))
+    if row["responses"][0] not in (text, older):
         raise SystemExit(
             f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
             "its text: one of the two was edited; drop the ids to use the text"
