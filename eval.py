@@ -587,27 +587,48 @@ class Samples:
 
 
 def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
-    """Say how many of the rows are in the training data of a checkpoint, if that is still there. A
+    """Say how many of the rows a checkpoint was trained on, as far as its data is still there. A
     run knows it of its own held-out rows; those of another run may be among its training rows."""
-    trained_on = {}  # {file: names of checkpoints}
+    names_by_files = {}
     for name, entry in entries.items():
-        path = os.path.join(entry.meta["config"]["data"], "train.jsonl")
-        is_trained = entry.meta["step"] > 0  # else it was imported, and has the default of data
-        if is_trained and is_there(path):
-            trained_on.setdefault(path, []).append(name)
-    for path, names in trained_on.items():
+        files = tuple(training_files(entry.meta))
+        if files:
+            names_by_files.setdefault(files, []).append(name)
+    for files, names in names_by_files.items():
+        train = []
         try:
-            shared = shared_rows(read_rows(path, prompt_only=True), rows)
+            for path in files:
+                train += read_rows(path, prompt_only=True)
         except SystemExit as e:
             print(f"the training rows of {', '.join(names)} are not looked at: {e}")
             continue
+        shared = shared_rows(train, rows)
         for name in names:
             entries[name].counts["rows_trained_on"] = len(shared)
         if shared:
             print(
                 f"warning: {len(shared)} of {len(rows)} rows are among the training rows of "
-                f"{', '.join(names)} too (the same prompt in {printable(path)})"
+                f"{', '.join(names)} too (the same prompt in {printable(', '.join(files))})"
             )
+
+
+def training_files(meta: dict) -> list[str]:
+    """The files of training rows of a checkpoint, and of those that it began with, that are still
+    there. meta: its meta.json."""
+    files, inits = [], set()
+    while meta["step"] > 0:  # an imported or merged one has no data of its own
+        path = os.path.join(meta["config"]["data"], "train.jsonl")
+        if path not in files and is_there(path):
+            files.append(path)
+        init = meta["config"]["init"]
+        if not init or init in inits:  # two runs can have begun with each other
+            break
+        inits.add(init)
+        try:
+            meta = checkpoint.read_meta(checkpoint.resolve(init))
+        except SystemExit:  # it was removed
+            break
+    return files
 
 
 def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:

@@ -726,16 +726,21 @@ def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_pa
     shutil.copytree(step, f"{imported}.copy")
     checkpoint.publish(f"{imported}.copy", imported, checkpoint.read_meta(step) | {"step": 0})
     checkpoints.append(f"imported={tmp_path}/imported")
+    args = ["--stage=sft", f"--init={tmp_path}/run", f"--data={tiny_data}", "--max_steps=1"]
+    train.main([*args, f"--out_dir={tmp_path}/more", "--eval_rows=2"])
+    checkpoints.append(f"more={tmp_path}/more")
     capsys.readouterr()
     eval_module.main([*checkpoints, "--rows=100", f"--out={tmp_path}/table.json"])
     table = read_json(f"{tmp_path}/table.json")
-    assert [table[name]["rows_trained_on"] for name in ("before", "after")] == [0, 2]
+    assert [table[name]["rows_trained_on"] for name in ("before", "after", "more")] == [0, 2, 2]
     assert "rows_trained_on" not in table["imported"]
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     n = len(held_out)
+    both = f"{tiny_data}/train.jsonl"
+    start = f"warning: 2 of {n} rows are among the training rows of"
     assert said == [
-        f"warning: 2 of {n} rows are among the training rows of after too (the same prompt in "
-        f"{data}/train.jsonl)"
+        f"{start} after too (the same prompt in {data}/train.jsonl, {both})",
+        f"{start} more too (the same prompt in {both}, {data}/train.jsonl)",
     ]
 
     with open(f"{data}/train.jsonl", "a") as f:
