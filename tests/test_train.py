@@ -703,7 +703,7 @@ def test_equal_responses_count_in_a_round_report():
     from the ranking: short and right ones tie most, so a mean without them would be too long."""
     enc = tokenizer.load("bytes")
     end = enc.eot_token
-    cfg = Config(stage="spin", players=["data", "self:3"])
+    cfg = Config(stage="spin", players=["data", "self:3"], template=DEFAULT_TEMPLATE)
     row = {
         "responses": ["y", "y", "long", None],
         "ids": [[121, end], None, [108, 111, 110, 103], None],
@@ -719,7 +719,7 @@ def test_equal_responses_count_in_a_round_report():
     # a sample that equals what the limits leave of the data's answer is no exact match
     long = {"responses": ["yes, it is", None], "ids": [[*b"yes, it is", end], None]}
     long |= {"same_as": [None, 0], "lengths": [3, None]}
-    cut = Config(stage="spin", players=["data", "self"], max_response=3)
+    cut = dataclasses.replace(cfg, players=["data", "self"], max_response=3)
     report = players.round_report(cut, [long], [{"responses": ["yes, it is"]}], enc)
     assert (report["tie/self"], report["exact_match/self"], report["length/self"]) == (1, 0, 3)
     # what a teacher's answer is beyond the limits is not known
