@@ -836,6 +836,13 @@ def test_linked_folders_are_not_read_and_named(tmp_path, capsys):
     hub_prepare.main([f"{tmp_path}/set", f"--out={tmp_path}/out", "--val_share=0.4"])
     assert "files in no split, not read (1): more\n" in capsys.readouterr().out
 
+    os.rename(tmp_path / "elsewhere/a.jsonl", tmp_path / "elsewhere/a-00000-of-00001.jsonl")
+    (tmp_path / "set/README.md").write_text(CARD.replace("one.jsonl", "more/a-*.jsonl"))
+    (tmp_path / "set/a.jsonl").unlink()
+    describe_folder(f"{tmp_path}/set", "one")  # a card can name what is behind a link
+    out = capsys.readouterr().out
+    assert out == "split train: more/a-00000-of-00001.jsonl\n"
+
 
 @pytest.mark.parametrize("hashes", ["", "-3a1b"])
 def test_shards_that_are_missing_are_named(tmp_path, capsys, hashes):

@@ -191,7 +191,7 @@ def describe_folder(folder: str, config: str | None = None):
     there = [os.path.relpath(name, root) for name in visible_files(root)]
     for what, names in (
         ("files in no split, not read", unread),
-        ("files that are missing", missing_shards(read, there)),
+        ("files that are missing", missing_shards(read, read + there)),
     ):
         if names:
             print(printable(f"{what} ({len(names):,}): {listing(names)}"))
@@ -212,6 +212,7 @@ def unread_files(folder: str) -> list[str]:
             continue
         for paths in builder.config.data_files.values():
             read.update(os.path.realpath(path) for path in paths)
+            read.update(os.path.realpath(os.path.dirname(path)) for path in paths)  # may be a link
     return [path for path in visible_files(folder) if os.path.realpath(path) not in read]
 
 
