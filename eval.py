@@ -615,17 +615,19 @@ def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
 def training_files(meta: dict) -> list[str]:
     """The files of training rows of a checkpoint, and of those that it began with, that are still
     there. meta: its meta.json."""
-    files, inits = [], set()
-    while meta["step"] > 0:  # an imported or merged one has no data of its own
-        path = os.path.join(meta["config"]["data"], "train.jsonl")
-        if path not in files and is_there(path):
-            files.append(path)
-        init = meta["config"]["init"]
-        if not init or init in inits:  # two runs can have begun with each other
+    files, seen = [], set()
+    while True:
+        before = meta.get("base")  # of a checkpoint that was merged
+        if meta["step"] > 0:  # else its `data` is the default, or that of its base
+            path = os.path.join(meta["config"]["data"], "train.jsonl")
+            if path not in files and is_there(path):
+                files.append(path)
+            before = meta["config"]["init"]
+        if not before or before in seen:  # two runs can have begun with each other
             break
-        inits.add(init)
+        seen.add(before)
         try:
-            meta = checkpoint.read_meta(checkpoint.resolve(init))
+            meta = checkpoint.read_meta(checkpoint.resolve(before))
         except SystemExit:  # it was removed
             break
     return files

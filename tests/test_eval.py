@@ -729,24 +729,30 @@ def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_pa
     args = ["--stage=sft", f"--init={tmp_path}/run", f"--data={tiny_data}", "--max_steps=1"]
     train.main([*args, f"--out_dir={tmp_path}/more", "--eval_rows=2"])
     checkpoints.append(f"more={tmp_path}/more")
+    merged = f"{tmp_path}/merged/round_0/step_000000"
+    shutil.copytree(step, f"{merged}.copy")
+    meta = checkpoint.read_meta(step) | {"step": 0, "base": step}
+    checkpoint.publish(f"{merged}.copy", merged, meta)
+    checkpoints.append(f"merged={tmp_path}/merged")
     capsys.readouterr()
     eval_module.main([*checkpoints, "--rows=100", f"--out={tmp_path}/table.json"])
     table = read_json(f"{tmp_path}/table.json")
     assert [table[name]["rows_trained_on"] for name in ("before", "after", "more")] == [0, 2, 2]
+    assert table["merged"]["rows_trained_on"] == 2
     assert "rows_trained_on" not in table["imported"]
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     n = len(held_out)
     both = f"{tiny_data}/train.jsonl"
     start = f"warning: 2 of {n} rows are among the training rows of"
     assert said == [
-        f"{start} after too (the same prompt in {data}/train.jsonl, {both})",
+        f"{start} after, merged too (the same prompt in {data}/train.jsonl, {both})",
         f"{start} more too (the same prompt in {both}, {data}/train.jsonl)",
     ]
 
     with open(f"{data}/train.jsonl", "a") as f:
         f.write("no row")
     eval_module.main([*checkpoints, "--rows=2"])
-    assert "the training rows of after are not looked at: " in capsys.readouterr().out
+    assert "the training rows of after, merged are not looked at: " in capsys.readouterr().out
     shutil.rmtree(data)
     eval_module.main([*checkpoints, f"--data={tiny_data}", "--rows=2"])
     assert "training" not in capsys.readouterr().out

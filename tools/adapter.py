@@ -183,7 +183,7 @@ def import_adapter(folder: str, base: str, out: str):
     merged = {name: meta[name] for name in ("model", "tokenizer", "tokenizer_sha256")}
     merged["config"] = meta["config"] | {"out_dir": out, "lora_rank": 0}
     merged |= {"round": 0, "step": 0, "metrics": {}, "history": {"skipped": 0, "losses": []}}
-    merged["adapter"] = folder  # not `source`, from which a base is imported
+    merged |= {"base": path, "adapter": folder}  # not `source`, from which a base is imported
     checkpoint.publish(unfinished, target, merged)
     print(f"{target}: {path} with the adapter {folder}, merged into {len(changes)} matrices")
 
