@@ -403,6 +403,7 @@ def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -
         text = row["responses"][0]
         if row.get("tokenizer") == source:
             ids = own_ids(path, row, enc, template)
+            text = response_text(enc, ids, template)
         else:
             text = without_thoughts(template, text)
             num_without_thoughts += text != row["responses"][0]
