@@ -331,6 +331,7 @@ class JsonTokenizer:
             "special": self.bare if only_first else self.full,
             "within": self.bare,
         }
+        self.puts_space = self.encode_ordinary("a") != self.encode_ordinary("a", "within")
         self.eot_token = self.full.token_to_id(eos)
         self.specials = {}  # {text: id}
         self.strips = {eos: (False, False)}  # {text: whether it takes the space before, after it}
@@ -352,7 +353,9 @@ class JsonTokenizer:
         return ids
 
     def decode(self, ids, where: str = "within") -> str:
-        return self.backends[where].decode(ids, skip_special_tokens=False)
+        # a decoder may take a space away that its encoder never puts
+        backend = self.backends[where] if self.puts_space else self.bare
+        return backend.decode(ids, skip_special_tokens=False)
 
 
 def check_growth(spec: dict):

@@ -14,6 +14,7 @@ from test_hf import fuzzed
 from tokenizers import Tokenizer
 from tokenizers_like import byte_level, chatml, sentencepiece
 
+import players
 import sample
 import train
 from data import chat_template as chat_template_module
@@ -34,7 +35,7 @@ from data.chat_template import (
 )
 from data.files import write_json
 from data.folder import read_meta, read_stream
-from data.rows import check_row, encode_rows
+from data.rows import check_row, encode_rows, sampled_row, write_rows
 from data.template import (
     EXAMPLE,
     TEMPLATE,
@@ -440,6 +441,36 @@ def test_the_text_of_a_sample(name, scheme, tmp_path):
             assert enc.full.decode(ids[:-1], skip_special_tokens=False) == text
     if strips:
         assert begins == "<|assistant|>"
+
+
+def test_a_space_that_no_tokenizer_put_there_stays(tmp_path):
+    sentencepiece(tmp_path, "never", "", ["<|assistant|>"])
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    path.write_text(json.dumps(spec))
+    enc, template = load_json(tmp_path), "{prompt}<|assistant|>"
+    for text in (" two of them", "two of them"):
+        ids = written_ids(enc, template, text) + [enc.eot_token]
+        assert sample.response_text(enc, ids, template) == text
+
+
+@pytest.mark.parametrize("template", ["{prompt}<|user|>", "{prompt}<|user|>{answer}So: {response}"])
+def test_samples_of_older_versions_are_read(template, tmp_path):
+    """They kept the space that this tokenizer puts after a special token. Their text is now that of
+    their ids."""
+    sentencepiece(tmp_path, "legacy", "", ["<|user|>"])
+    enc = load_json(tmp_path)
+    ids = written_ids(enc, template, "405") + [enc.eot_token]
+    older = split_template(template).text_of(enc.decode(ids[:-1]))
+    assert older != "405"
+    row = {"prompt": "one", "responses": ["405"]}
+    path = f"{tmp_path}/samples.jsonl"
+    write_rows(path, [sampled_row(row, older, ids, enc, template)])
+    assert players.match_responses(path, [row], enc, template) == [("405", ids)]
+    write_rows(path, [sampled_row(row, "406", ids, enc, template)])
+    with pytest.raises(SystemExit, match="the ids are not those of its text"):
+        players.match_responses(path, [row], enc, template)
 
 
 @pytest.mark.parametrize("template", ["{prompt} ", "{prompt}\n", "{prompt}\n{response}\n{turn}"])
