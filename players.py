@@ -29,7 +29,7 @@ from data.rows import (
     sampled_row,
     write_rows,
 )
-from data.template import split_template, without_thoughts
+from data.template import split_template, without_thoughts, written_text
 from eval import is_ranked, length_accuracy
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.config import (
@@ -332,7 +332,7 @@ def is_sampled(path: str, rows: list[dict], enc, template: str) -> bool:
     rows, as it was written."""
     try:
         for row, sample in zip(rows, read_rows(path), strict=True):
-            ids = own_ids(path, sample, enc, template)
+            _, ids = own_sample(path, sample, enc, template)
             if sampled_row(row, sample["responses"][0], ids, enc, template) != sample:
                 return False
     except (SystemExit, ValueError):
@@ -402,8 +402,7 @@ def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -
     for row in read_rows(path):
         text = row["responses"][0]
         if row.get("tokenizer") == source:
-            ids = own_ids(path, row, enc, template)
-            text = response_text(enc, ids, template)
+            text, ids = own_sample(path, row, enc, template)
         else:
             text = without_thoughts(template, text)
             num_without_thoughts += text != row["responses"][0]
@@ -435,8 +434,9 @@ def match_responses(path: str, rows: list[dict], enc, template: str) -> list[tup
     return [responses[0] for responses in match_samples(path, rows, enc, 1, template)]
 
 
-def own_ids(path: str, row: dict, enc, template: str) -> list[int]:
-    """The ids of a row's first response, which this tokenizer made. Exits if they cannot be."""
+def own_sample(path: str, row: dict, enc, template: str) -> tuple[str, list[int]]:
+    """(text, ids) of a row's first response, whose ids this tokenizer made. Exits if the two do not
+    belong together."""
     ids = (row.get("ids") or [None])[0]
     if not ids:
         raise SystemExit(
@@ -450,14 +450,13 @@ def own_ids(path: str, row: dict, enc, template: str) -> list[int]:
         )
     text = response_text(enc, ids, template)
     # Older versions kept the space that some tokenizers put after a special token.
-    written = ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids
-    older = split_template(template).text_of(tokenizer.decode(enc, written))
+    older = split_template(template).text_of(written_text(enc, "{prompt}", ids))
     if row["responses"][0] not in (text, older):
         raise SystemExit(
             f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
             "its text: one of the two was edited; drop the ids to use the text"
         )
-    return ids
+    return text, ids
 
 
 # ------------------------------------------------------------------------------------------- report

@@ -399,8 +399,6 @@ def respond(
 def response_text(enc, ids: list[int], template: str) -> str:
     """The text of a response, without the token that ends it, and without what the template says
     that the model writes around it."""
-    if tokenizer.is_end(enc, ids[-1]):
-        ids = ids[:-1]
     return split_template(template).text_of(written_text(enc, template, ids))
 
 
@@ -462,19 +460,15 @@ class StreamPrinter:
         self.template = template
         self.num_printed = 0  # characters
 
-    def text_of(self, ids) -> str:
-        if tokenizer.is_end(self.enc, ids[-1]):
-            ids = ids[:-1]
-        return written_text(self.enc, self.template, ids)
-
     def on_token(self, _, ids):
         # A character of several tokens decodes to U+FFFD until its last token has come.
-        text = self.text_of(ids).rstrip("\ufffd")
+        text = written_text(self.enc, self.template, ids).rstrip("\ufffd")
         print(printable(text[self.num_printed :]), end="", flush=True)
         self.num_printed = max(self.num_printed, len(text))
 
     def finish(self, ids):
-        print(printable(self.text_of(ids)[self.num_printed :]), flush=True)
+        text = written_text(self.enc, self.template, ids)
+        print(printable(text[self.num_printed :]), flush=True)
 
 
 # ---- command line
@@ -530,7 +524,10 @@ def respond_to_file(model, enc, weights: str, prompts_path, out_path, count: int
     template, max_prompt = settings["template"], settings["max_prompt"]
     prompts, counts = encode_prompts(rows, enc, template, model.config.block_size, max_prompt)
     # the numbers of the samples: `count` for each prompt that leaves room
-    numbers = [i * count + k for i, ids in enumerate(prompts) if ids for k in range(count)]
+    numbers = []
+    for i, ids in enumerate(prompts):
+        if ids:
+            numbers += range(i * count, (i + 1) * count)
     num_texts = sum(not row["prompt"] for row in rows)
     no_room = counts["dropped"] - num_texts
     if not numbers:

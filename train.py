@@ -282,7 +282,8 @@ def row_batches(run: "Run", term: LossTerm, round_id: int, step: int):
     tokens_by_rank = [sum(map(tokens.get, indices)) for indices in by_rank]
     n = min(len(chosen) // world_size(), math.ceil(max(tokens_by_rank) / budget))
     mine = by_rank[distributed.rank()]
-    for part in split_by_tokens([tokens[i] for i in mine], n):
+    my_tokens = [tokens[i] for i in mine]
+    for part in split_by_tokens(my_tokens, n):
         yield term.stage.make_batch([rows[mine[i]] for i in part], cfg.layout)
 
 

@@ -1047,7 +1047,8 @@ def main(argv=None):
         del options.dtypes["bf16"]
         print("This chip emulates bfloat16: its rows are left out.")
     print(f"\n{TABLE_HEADER}")
-    for name in args.what or [name for name in BENCHMARKS if name not in ON_REQUEST]:
+    usual = [name for name in BENCHMARKS if name not in ON_REQUEST]
+    for name in args.what or usual:
         BENCHMARKS[name](options)
 
 

@@ -251,7 +251,10 @@ def written_ids(
 
 
 def written_text(enc, template: str, ids: list[int]) -> str:
-    """The text of ids that the model writes after a prompt. It is that of `written_ids`."""
+    """The text of ids that the model writes after a prompt, without the token that ends it: the
+    inverse of `written_ids`."""
+    if tokenizer.is_end(enc, ids[-1]):
+        ids = ids[:-1]
     special = special_before(enc, split_template(template).after)
     return tokenizer.decode(enc, ids, "special" if special else "within")
 

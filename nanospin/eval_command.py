@@ -226,7 +226,8 @@ def check_folder(out: str, rows_path: str, entries: dict[str, Entry], settings: 
             raise SystemExit(
                 f"--out {out} has a {name}: it is a run's or a data folder; give another"
             )
-    for name in (FILES, *(f"{player}.jsonl" for player in players)):
+    samples = [f"{player}.jsonl" for player in players]
+    for name in (FILES, *samples):
         check_output(os.path.join(out, name), [rows_path])
     check_replaced(out, players)
     check_table(os.path.join(out, "eval.json"), rows_path, entries, settings)

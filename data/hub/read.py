@@ -236,7 +236,8 @@ def missing_shards(read: list[str], there: list[str]) -> list[str]:
         series, number = shard_of(path)
         numbers.setdefault(series, set()).add(number)
     missing = []
-    for series in dict.fromkeys(shard_of(path)[0] for path in read):
+    all_series = [shard_of(path)[0] for path in read]
+    for series in dict.fromkeys(all_series):
         if series:
             start, total, end = series
             for number in range(int(total)):

@@ -411,7 +411,9 @@ def legend_below(fig, title, ncols=None):
 def curve(evals, name, scale=1.0):
     """(steps, values) of a metric."""
     records = [record for record in evals if name in record]
-    return [r["step"] for r in records], [scale * r[name] for r in records]
+    steps = [r["step"] for r in records]
+    values = [scale * r[name] for r in records]
+    return steps, values
 
 
 def plot_band(ax, runs, name, color, label, scale=1.0):
@@ -743,7 +745,8 @@ def setting_sections(setting: str, split: str, methods: dict) -> list[str]:
     seeds = f"{len(last)} seed" if len(last) == 1 else f"{len(last)} seeds"
     if "loss/0" not in last[0]:
         sections = []
-        for round_id in sorted({record["round"] for record in first_run(methods)}):
+        rounds = {record["round"] for record in first_run(methods)}
+        for round_id in sorted(rounds):
             title = f"## {setting}: round {round_id}, {last[0]['step']} steps, {seeds}"
             sections.append("\n".join([title, "", *self_play_table(methods, round_id), ""]))
         return sections

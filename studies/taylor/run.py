@@ -265,7 +265,8 @@ def main(argv: list[str]):
         prepare = data_commands(study, args.ranked)
 
     if args.list:
-        for command in [*prepare, *(run.command for run in runs)]:
+        commands = [run.command for run in runs]
+        for command in [*prepare, *commands]:
             print("python -m " + shlex.join(command))
         return
     if args.ranked and args.runs != "play":

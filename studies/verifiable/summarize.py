@@ -182,14 +182,17 @@ def gains_over(
 
 def methods_of_map(by_steps: dict[str, dict], group: str) -> list[str]:
     """The methods of a group that were run after every length of SFT."""
-    names = methods_of(group)
-    return [name for name in names if all(name in results for results in by_steps.values())]
+    in_all = set(METHODS).intersection(*by_steps.values())
+    return [name for name in methods_of(group) if name in in_all]
 
 
 def make_map_table(by_steps: dict[str, dict]) -> list[str]:
     """Markdown: what each method adds to SFT models of other lengths."""
-    starts = [np.mean([m["greedy"] for m in results["sft"]]) for results in by_steps.values()]
-    rows = [[LABELS["sft"], *[f"{start:.1f} %" for start in starts]]]
+    starts = []
+    for results in by_steps.values():
+        start = np.mean([m["greedy"] for m in results["sft"]])
+        starts.append(f"{start:.1f} %")
+    rows = [[LABELS["sft"], *starts]]
     for group in GROUPS:
         names = methods_of_map(by_steps, group)
         if names:

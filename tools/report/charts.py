@@ -140,7 +140,8 @@ def run_charts(run):
     borders = [(x, f"round {round_id}") for round_id, x in sorted(starts.items())][1:]
     levels = {"Ranking loss": equal_scores(run), "Ranking accuracy": (0.5, "chance")}
     charts = []
-    for title, unit in dict(metric[:2] for metric in CHARTED.values()).items():
+    units = dict(metric[:2] for metric in CHARTED.values())
+    for title, unit in units.items():
         if title in curves:
             series = dict(list(curves[title].items())[:12])
             charts.append(Chart(title, unit, series, run.span, borders, levels.get(title)))
