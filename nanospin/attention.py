@@ -310,8 +310,8 @@ def flex_attend(q, k, v, mask, softcap: float = 0.0):
     So one compiled kernel serves every length.
     """
     m = len(q)
-    q, k, v = (pad_tokens(x).transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, D)
-    return flex_attention(q, k, v, mask, softcap)[0].transpose(0, 1)[:m]
+    y = flex_attention(pad_tokens(q), pad_tokens(k), pad_tokens(v), mask, softcap)
+    return y if len(y) == m else y[:m]  # the gradient of a slice is a copy
 
 
 def pad_tokens(x):
@@ -358,19 +358,16 @@ def kernel_options(q):
 
 
 def flex_attention(q, k, v, mask, softcap: float = 0.0):
-    """The compiled kernels: q (B, H, m, D), k and v (B, Hkv, n, D) -> (B, H, m, D), m and n whole
-    blocks.
+    """The compiled kernels: q (m, H, D), k and v (n, Hkv, D) -> (m, H, D), m and n whole blocks.
 
     Heads are padded with zeros where they do not support the width: below 16, and between 128 and
     256.
     """
-    from torch.nn.attention import flex_attention as flex  # slow to import
-
     head_dim = q.shape[-1]
     width = max(16 if head_dim <= 128 else 256, head_dim)
     if head_dim < width:
         q, k, v = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
-    y = compile_dynamic(flex.flex_attention)(
+    y = compile_dynamic(flex_over_tokens)(
         q,
         k,
         v,
@@ -380,7 +377,16 @@ def flex_attention(q, k, v, mask, softcap: float = 0.0):
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options=kernel_options(q),
     )
-    return y[..., :head_dim]
+    return y if width == head_dim else y[..., :head_dim]
+
+
+def flex_over_tokens(q, k, v, **options):
+    """FlexAttention, which wants (B, heads, tokens, D). These views are compiled with it: else the
+    gradient of its output would be copied into that order."""
+    from torch.nn.attention import flex_attention as flex  # slow to import
+
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return flex.flex_attention(q, k, v, **options).squeeze(0).transpose(0, 1)
 
 
 @functools.cache  # a new function would be compiled anew

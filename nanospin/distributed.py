@@ -198,10 +198,25 @@ def compile_blocks(model, device, cfg):
         if compiled and has_plain_attention(model.config, device, cfg):
             block.forward = torch.compile(block.forward, dynamic=dynamic)
         elif compiled:
-            block.before_attention = torch.compile(block.before_attention, dynamic=dynamic)
+            before_attention = contiguous_heads(block.before_attention, device)
+            block.before_attention = torch.compile(before_attention, dynamic=dynamic)
             block.after_attention = torch.compile(block.after_attention, dynamic=dynamic)
         if cfg.activation_checkpointing and i % cfg.activation_checkpointing == 0:
             block.forward = functools.partial(checkpointed_forward, block.forward)
+
+
+def contiguous_heads(before_attention, device):
+    """FlexAttention needs contiguous queries, keys and values. Compiled with what makes them, the
+    copies read 16 bytes at a time; called alone, they read 2. Sampling, which runs eagerly, does
+    not need them."""
+
+    def contiguous(x, rope=None):
+        heads = before_attention(x, rope)
+        if device.type == "cuda" and torch.compiler.is_compiling():
+            heads = [y.contiguous() for y in heads]
+        return heads
+
+    return contiguous
 
 
 def has_plain_attention(model_config, device, cfg) -> bool:

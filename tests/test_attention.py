@@ -269,11 +269,11 @@ def test_flex_attention_is_compiled_once(compilations):
     """For every length, window and set of queries."""
     for seed in range(6):
         batch = batch_rows(random_rows(seed, 6, [80, 200, 40][seed % 3], 3), multiple=128)
-        k = torch.randn(len(batch.idx), 2, 16)
+        q, k, v = (torch.randn(len(batch.idx), 2, 16) for _ in range(3))
         for window in (0, 9):
             for queries in (None, batch.logit_positions):
                 packed = pack(batch, window, queries)
-                attention.flex_attend(packed.select(k), k, k, attention.flex_mask(packed))
+                attention.flex_attend(packed.select(q), k, v, attention.flex_mask(packed))
     assert compilations.frame_count == 1
 
 

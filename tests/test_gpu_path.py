@@ -56,10 +56,11 @@ def no_host_reads():
 def dense_attention(q, k, v, mask, softcap=0.0):
     """What `attention.flex_attention` computes, with all scores in memory: the pairs that a mask
     shows in the blocks that it lists."""
-    m, n = q.shape[2], k.shape[2]
+    m, n = len(q), len(k)
     visible = mask.mask_mod(0, 0, torch.arange(m)[:, None], torch.arange(n))
     listed = mask.to_dense()[0, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return masked_attention(q, k, v, visible & (listed > 0), softcap)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return masked_attention(q, k, v, visible & (listed > 0), softcap)[0].transpose(0, 1)
 
 
 def masked_attention(q, k, v, visible, softcap=0.0):
@@ -288,6 +289,30 @@ def test_six_graphs_are_compiled(checkpointing, monkeypatch):
             with torch.no_grad():
                 model(batch.idx, batch.targets, **batch.layout())
     assert len(graphs) == 6
+
+
+def test_heads_are_contiguous_where_they_are_compiled(gpu_path, monkeypatch):
+    """The copies are part of the graph. Sampling runs eagerly, and copies nothing."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = GPT(GPTConfig(**SHAPE))
+    block = model.h[0]
+    distributed.compile_blocks(model, torch.device("cuda"), Config(stage="spin"))
+    torch._dynamo.reset()
+    x = torch.randn(5, model.config.n_embd)
+    compiled = block.before_attention(x)
+    assert [y.is_contiguous() for y in compiled] == [True] * 3
+    assert graphs[0].code.count("contiguous()") == 3
+    with torch.compiler.set_stance("force_eager"):
+        eager = block.before_attention(x)
+    assert [y.is_contiguous() for y in eager] == [False] * 3
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("checkpointing", [0, 2])
