@@ -2,8 +2,9 @@
 
 B rows (a prompt and its responses), K responses a row, best first. Scores and log-probabilities are
 (B, K); response_mask (B, K) is False where a row has no k-th response. Everything is float32 from
-the log-sum-exp on (float64 if the input is). What a step of training calls returns (loss, metrics):
-the loss is a mean over rows or tokens, the metrics are detached means.
+the log-sum-exp on (float64 if the input is). `preference_loss`, `reward_loss`, `ppo_loss` and
+`grpo_loss` return (loss, metrics): the loss is a mean over rows or tokens, the metrics are detached
+means.
 """
 
 import math
@@ -444,8 +445,8 @@ def ppo_loss(
 
         policy   - min( r A, clip(r, 1 - clip, 1 + clip_high) A )    of `clipped_surrogate`
         value    max( (V - G)^2, (V_old + clip(V - V_old, -value_clip, value_clip) - G)^2 ) / 2
-        entropy  H = - E_old[ r log pi ], estimated on the sampled tokens: the log-probabilities of
-                 the whole vocabulary are never in memory
+        entropy  H = - E_old[ r log pi ], estimated on the sampled tokens: the LM head returns
+                 their log-probabilities only
         loss   = policy + value_coef x value - entropy_coef x H
 
     A clip of 0 does not clip; clip_high None is clip. Returns the loss () and metrics:

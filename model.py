@@ -342,6 +342,10 @@ class GPT(nn.Module):
         biases                      0, 0
         output projections          0, 0.02 / sqrt(2 n_layer)     added to the residual stream
         other matrices, embeddings  0, 0.02
+
+        A parameter that you add gets its value here, not from its module. Raises ValueError for a
+        vector or scalar that is none of these: a norm or a gate drawn from N(0, 0.02) would only
+        train badly.
         """
         if name.endswith("bias"):
             return 0.0, 0.0
@@ -349,6 +353,8 @@ class GPT(nn.Module):
             return 1.0, 0.0
         if name.endswith("c_proj.weight"):
             return 0.0, 0.02 / math.sqrt(2 * self.config.n_layer)
+        if len(shape) < 2:
+            raise ValueError(f"{name}: give its initial mean and deviation in init_mean_std")
         return 0.0, 0.02
 
     @classmethod
@@ -467,7 +473,7 @@ class GPT(nn.Module):
         windows = [c.window(layer) for layer in range(c.n_layer)]
         if sequence_id is None:  # decode
             cache.begin_step(pos, windows, c.n_head // c.n_kv_head, c.attention_softcap)
-            sequences = dict.fromkeys(windows, cache)
+            by_window = dict.fromkeys(windows, cache)
         else:
             packed = PackedSequences(
                 sequence_id,
@@ -477,19 +483,19 @@ class GPT(nn.Module):
                 kv_cache=cache,
                 softcap=c.attention_softcap,
             )
-            sequences = {window: packed.with_window(window) for window in set(windows)}
+            by_window = {window: packed.with_window(window) for window in set(windows)}
 
         x = self.block_input(idx.flatten(), pos)  # (n, C)
         rope = rotary_angles(c, pos) if c.position == "rotary" else None
         local_rope = rotary_angles(c, pos, local=True) if c.rope_local_theta else rope
         for layer, (block, window) in enumerate(zip(self.h, windows)):
-            layout = sequences[window]
+            sequences = by_window[window]
             if query_positions is not None and layer == c.n_layer - 1:
-                layout = layout.with_queries(query_positions)
+                sequences = sequences.with_queries(query_positions)
             angles = local_rope if window else rope
             if is_nth(layer, c.no_rope_layer_interval):
                 angles = None
-            x = block(x, layout, layer, angles)
+            x = block(x, sequences, layer, angles)
         # a scalar head wants float32
         x = self.ln_f(x) if c.scalar_head else normalize(self.ln_f, x)
         return x if query_positions is not None else x.view(*idx.shape, c.n_embd)
@@ -529,7 +535,7 @@ class GPT(nn.Module):
         return logits
 
     def logprobs(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities of targets (...) at x (..., C), without a (tokens, V) matrix."""
+        """Log-probabilities of targets (...) at x (..., C), a chunk of logits at a time."""
         c = self.config
         weight = self.wte.weight if c.tie_embeddings else self.lm_head.weight
         return linear_logprobs(x, weight, targets, c.logit_softcap, c.vocab_size)

@@ -19,6 +19,7 @@ from data.files import is_there
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
+    best_only,
     encode_prompts,
     encode_rows,
     ids_source,
@@ -141,7 +142,7 @@ def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -
     if not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to respond to")
     if all(row.get("responses") for row in rows):
-        best = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
+        best = [best_only(row) for row in rows]
         encoded, counts = encode_rows(
             best, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
         )

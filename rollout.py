@@ -11,8 +11,9 @@
 
 RUN/round_R/ holds self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows: text and token
 ids), {train,val}.ref.npz (reference log-probabilities) and collect.json (the manifest: report,
-settings, hashes of the inputs). Each file is written once and renamed into place, and samples are
-kept in parts on the way, so an interrupted collect resumes. Rank 0 decides what is there.
+settings, hashes of the inputs); docs/checkpoints.md has all files. Each file is written once and
+renamed into place, and samples are kept in parts on the way, so an interrupted collect resumes.
+Rank 0 decides what is there.
 
 `python -m tools.rebuild` makes a round again from its manifest.
 """
@@ -27,7 +28,14 @@ from data import tokenizer
 from data.batch import permutation
 from data.files import atomic_write, is_there, read_arrays
 from data.folder import read_stream
-from data.rows import drop_equal_responses, encode_rows, prompt_key, read_rows, write_rows
+from data.rows import (
+    best_only,
+    drop_equal_responses,
+    encode_rows,
+    prompt_key,
+    read_rows,
+    write_rows,
+)
 from eval import is_ranked, row_logps, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed, inputs
@@ -84,7 +92,7 @@ def collect(cfg, round_id: int, model, enc, device, say):
     encoded, report = {}, {}
     for split, rows in rows_by_split.items():
         if cfg.stage == "sft":
-            rows = [row | {"responses": row["responses"][:1], "scores": None} for row in rows]
+            rows = [best_only(row) for row in rows]
         answers = []
         if played:
             if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
@@ -136,7 +144,7 @@ def encode_answers(cfg, enc, block_size: int) -> list[dict]:
     answered = []
     for row in validation_rows(cfg.data, cfg.eval_rows, prompt_only=True):
         if row.get("responses"):
-            answered.append(row | {"responses": row["responses"][:1], "scores": None})
+            answered.append(best_only(row))
     encoded, _ = encode_rows(
         answered, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
     )
@@ -160,22 +168,16 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[st
     that fails leaves no rows."""
     folder, block_size = round_folder(cfg, round_id), model.config.block_size
     say_once = say if round_id == 0 else None
-    paths, rows_of, ranked_of, is_made = {}, {}, {}, {}
+    paths, is_made, rows_of = {}, {}, {}
     for split, rows in rows_by_split.items():  # of both, before one is sampled
         paths[split] = os.path.join(folder, f"{split}.jsonl")
-        rows_of[split] = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
         is_made[split] = broadcast_from_rank0(is_there(paths[split]))
-        if not is_made[split]:
-            rows_of[split] = drop_unscorable_prompts(cfg, rows_of[split], say_once, split)
+        rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
+        rows_of[split] = rows_to_rank(cfg, round_id, split, rows, is_made[split], say_once)
+    ranked_of = {}
     for split, rows in rows_of.items():
-        is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
-        # once a judge has ranked them, `read_ranked` knows which rows they were
-        if is_drawn and not (is_made[split] and is_judged(cfg)):
-            rows = prompts_of_round(cfg, rows, round_id)
         if not is_made[split]:
-            ranked = rank_split(cfg, round_id, split, rows, model, enc, device, say)
-            ranked_of[split] = ranked
-        rows_of[split] = rows
+            ranked_of[split] = rank_split(cfg, round_id, split, rows, model, enc, device, say)
     if ranked_of:
         inputs.check_again(cfg)
         if distributed.rank() == 0:
@@ -188,6 +190,18 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[st
         remove_parts(f"{paths[split]}.scores")
         played[split] = read_ranked(cfg, paths[split], rows, enc)
     return played
+
+
+def rows_to_rank(cfg, round_id, split, rows: list[dict], is_made: bool, say) -> list[dict]:
+    """Those of a split's rows that a round ranks: under a scorer the prompts that leave it room,
+    and of these, to train on, the round's share. is_made: the round is in the run's folder."""
+    if not is_made:
+        rows = drop_unscorable_prompts(cfg, rows, say, split)
+    is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
+    # once a judge has ranked them, `read_ranked` knows which rows they were
+    if is_drawn and not (is_made and is_judged(cfg)):
+        rows = prompts_of_round(cfg, rows, round_id)
+    return rows
 
 
 def rank_split(cfg, round_id, split, rows, model, enc, device, say) -> list[dict]:
@@ -282,8 +296,7 @@ def prepare_teacher(cfg, enc, block_size: int, device):
 
 
 def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
-    """Encode the rows of a round. Rows that leave no room for a response are dropped, and so are
-    those in which nothing is ranked, where the stage ranks. Both are counted and reported."""
+    """Encode the rows of a round, and say how many are left. Exits if none is."""
     encoded, counts = encode_rows(
         rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
     )
@@ -295,33 +308,42 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
                 encoded_row[name] = row[name]
     kept = [row for row in encoded if row is not None]
     if cfg.stage != "sft":
-        num_equal = sum(map(drop_equal_responses, kept))
-        for row in rows:  # and those that spin has made absent
-            num_equal += sum(same_as is not None for same_as in row.get("same_as") or [])
-        if cfg.best_and_worst and split == "train":
-            for row in kept:
-                keep_best_and_worst(row)
-        counts["responses equal to a better one"] = num_equal
-        ranked = [row for row in kept if is_ranked(row)]
-        counts["with nothing ranked"] = len(kept) - len(ranked)
-        if split == "train":
-            kept = ranked
-        elif cfg.stage != "spin" and not ranked:
-            kept = []  # nothing to evaluate; spin still has the validation loss
-    if not kept and is_scored(cfg) and split == "train":
+        kept = drop_unranked(cfg, split, rows, kept, counts)
+    if kept:
+        say(f"round {round_id} {split}: {list_counts(counts)}")
+        return kept
+    if is_scored(cfg) and split == "train":
         advice = f"; --rounds={round_id} ends the run with the rounds before" if round_id else ""
         raise SystemExit(
             f"round {round_id}: {scorer_setting(cfg)} gives all responses to a prompt the same "
             f"score, for each of {len(rows)} prompts, so there is nothing to learn "
             f"({list_counts(counts)}){advice}"
         )
-    if not kept:
-        raise SystemExit(
-            f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows can be used "
-            f"({list_counts(counts)})"
-        )
-    say(f"round {round_id} {split}: {list_counts(counts)}")
-    return kept
+    raise SystemExit(
+        f"{cfg.data}/{split}.jsonl: none of its {len(rows)} rows can be used "
+        f"({list_counts(counts)})"
+    )
+
+
+def drop_unranked(cfg, split, rows, encoded: list[dict], counts: dict) -> list[dict]:
+    """Make responses absent, in place, that equal a better one or are not to be ranked, and drop
+    the training rows in which nothing is ranked then. Adds both to `counts`.
+
+    Validation rows stay. If none of them is ranked, they are of use for the validation loss of
+    spin only.
+    """
+    num_equal = sum(map(drop_equal_responses, encoded))
+    for row in rows:  # and those that spin has made absent
+        num_equal += sum(same_as is not None for same_as in row.get("same_as") or [])
+    if cfg.best_and_worst and split == "train":
+        for row in encoded:
+            keep_best_and_worst(row)
+    counts["responses equal to a better one"] = num_equal
+    ranked = [row for row in encoded if is_ranked(row)]
+    counts["with nothing ranked"] = len(encoded) - len(ranked)
+    if split == "train" or (cfg.stage != "spin" and not ranked):
+        return ranked
+    return encoded
 
 
 def attach_scores(encoded, rows, where: str):

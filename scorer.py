@@ -7,8 +7,8 @@
     RUN                a language model, a judge: its mean log-probability of a token of the
                        response, or the sum if judge_length_normalize is off
 
-A model scores with its own tokenizer, template and limits. To add another kind, add a branch to
-`score_responses`.
+A model scores with its own tokenizer, template and limits. A server, or any other program, is a
+function that calls it.
 """
 
 import contextlib

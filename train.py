@@ -309,8 +309,10 @@ class Meter:
             value = torch.as_tensor(value).double() / denominator
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def all_reduce(self, device) -> dict[str, float]:
-        return dict(zip(self.sums, all_reduce_sum([*self.sums.values()], device)))
+    def all_reduce(self, device, flags: list) -> tuple[dict[str, float], list[bool]]:
+        """The metrics, and whether any rank has set each of the flags: in one message."""
+        sums = all_reduce_sum([*self.sums.values(), *flags], device)
+        return dict(zip(self.sums, sums)), [flag > 0 for flag in sums[len(self.sums) :]]
 
 
 def num_steps_of_round(cfg: Config, train) -> int:
@@ -337,7 +339,8 @@ class Run:
 def fit(run: Run, round_id: int, train, val, start: int):
     """Train one round from step `start` to its end. The only training loop there is."""
     beta, lr = per_round(run.cfg.beta, round_id), per_round(run.cfg.lr, round_id)
-    cfg, model, device = replace(run.cfg, beta=beta, lr=lr), run.model, run.device
+    run = replace(run, cfg=replace(run.cfg, beta=beta, lr=lr))
+    cfg, model, device = run.cfg, run.model, run.device
     num_steps = num_steps_of_round(cfg, train)
     optimizers = make_optimizers(model, cfg, lr, device)
     history = resume_optimization(run, round_id, start, optimizers) | {"num_steps": num_steps}
@@ -377,12 +380,10 @@ def fit(run: Run, round_id: int, train, val, start: int):
             backward(loss * (term.weight * world_size() / units[term]))
             meter.add({"loss": term.weight * loss.detach()} | sums, units[term])
         norm = distributed.clip_grad_norm_(params, cfg.grad_clip)
-        # all are summed over the ranks: the norm is the same on each
-        meter.add({"norm": norm / world_size(), "stop": len(elastic.received_signals)}, 1)
-        meter.add({"lock": lock.noticed()}, 1)
-        metrics = meter.all_reduce(device)
-        stop = metrics.pop("stop") > 0
-        if metrics.pop("lock") > 0:
+        meter.add({"norm": norm / world_size()}, 1)  # the same on all ranks, which are summed
+        flags = [len(elastic.received_signals), lock.noticed()]
+        metrics, (stop, lock_in_doubt) = meter.all_reduce(device, flags)
+        if lock_in_doubt:
             lock.check()
         accepted = accept_step(run, round_id, step, metrics, history, train)
         factor = schedule_factor(cfg, round_id, step, num_steps)
@@ -604,7 +605,7 @@ def evaluate_ranking(run: Run, round_id: int, step: int, train, val) -> dict:
     players = [str(k + 1) for k in range(K)]
     if cfg.stage == "spin":
         players = player_columns(cfg)
-    metrics = ranking_metrics(logps, refs, rows, per_round(cfg.beta, round_id), players)
+    metrics = ranking_metrics(logps, refs, rows, cfg.beta, players)
     if not samples_policy_itself(cfg):
         metrics.pop("kl_from_ref", None)  # it would be of other samples than the reference's
     return metrics

@@ -12,7 +12,7 @@ packed tokens a step, 21k a rank. With one epoch a sample is at most 7 steps old
 On paper, on 8 x 80 GB GPUs, a round takes 12 s: 10 for the samples, as in online_pl, and 2 for
 the steps, which have twice its tokens: 32 rounds in 7 minutes with evaluations.
 
-Dr. GRPO: advantage = "dr_grpo", loss_average = "constant". RLOO: advantage = "rloo",
+Dr. GRPO: advantage = "dr_grpo", loss_average = "constant", kl_coef = 0. RLOO: advantage = "rloo",
 loss_average = "constant", kl_in = "reward". DAPO's range: clip_range_high = 0.28,
 loss_average = "token".
 """

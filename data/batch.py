@@ -17,7 +17,8 @@ from torch import Tensor
 @dataclass
 class Batch:
     """One micro-batch. B rows (prompts) of K responses; n tokens, m of them supervised. Packed rows
-    are flat, (n,); padded ones and windows of a token stream are (N, T)."""
+    are flat, (n,); so are windows of a token stream whose documents are masked. Padded rows and
+    other windows are (N, T)."""
 
     # model inputs
     idx: Tensor  # (n,) or (N, T) token ids
@@ -278,8 +279,8 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Which of n samples are in the global batch of a step: one permutation after the other."""
     where = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(where, n)
-    return np.array([permutation(n, seed, int(e))[i] for e, i in zip(epochs, places)])
+    epochs, positions = np.divmod(where, n)
+    return np.array([permutation(n, seed, int(e))[i] for e, i in zip(epochs, positions)])
 
 
 # ------------------------------------------------------------------- token stream -> batches
@@ -325,14 +326,14 @@ def stream_batch(
     if document_end is not None:
         is_start = idx == document_end
         is_start[:, 0] = True
-        places = np.arange(idx.size)
-        last_start = np.maximum.accumulate(np.where(is_start.ravel(), places, 0))
+        index = np.arange(idx.size)
+        last_start = np.maximum.accumulate(np.where(is_start.ravel(), index, 0))
         arrays = {
             "idx": idx.ravel(),
             "targets": targets.ravel(),
-            "pos": places - last_start,
+            "pos": index - last_start,
             "sequence_id": is_start.ravel().cumsum(),
-            "response_id": np.zeros_like(places),
+            "response_id": np.zeros_like(index),
         }
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     return Batch(**tensors, num_tokens=idx.size).pin_memory()

@@ -64,6 +64,11 @@ def write_ranked_folder(folder: str, tokenizer_name: str, source: str, train: li
     print(f"{folder}: {len(train):,} train rows, {len(val):,} val rows")
 
 
+def best_only(row: dict) -> dict:
+    """A copy of a row with its best response alone."""
+    return row | {"responses": row["responses"][:1], "scores": None}
+
+
 # ---- checking
 
 

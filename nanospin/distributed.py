@@ -1,9 +1,9 @@
-"""Everything that knows about ranks: FSDP2, collective calls and sums over ranks.
+"""FSDP2, and all communication between ranks: collective calls and sums.
 
-The model's code does not know about ranks. `prepare_model` gives storage to a GPT that was built
-on the meta device and shards it if there are several ranks, `copy_parameter_` fills a parameter
-from a full tensor, and `gather_full_model` makes an unsharded copy for sampling. With one process
-the model is not wrapped, and the collective calls return their input.
+A model's forward pass does not know about ranks. `prepare_model` gives storage to a GPT that was
+built on the meta device and shards it if there are several ranks, `copy_parameter_` fills a
+parameter from a full tensor, and `gather_full_model` makes an unsharded copy for sampling. With one
+process the model is not wrapped, and the collective calls return their input.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""LM head and log-softmax in one function, which never holds a (tokens, V) matrix of logits.
+"""LM head and log-softmax in one function, without a (tokens, V) matrix of logits.
 
 Both are computed a chunk of tokens at a time. The backward pass needs the probabilities again:
-those of the first tokens are kept, as many as there is room for, and the rest is recomputed. Liger
+those of the first tokens are kept, of all if there is room, and the rest is recomputed. Liger
 Kernel and Cut Cross-Entropy (arXiv 2411.09009) recompute all of them.
 
 On a GPU a chunk is a matmul and one kernel (gpu_kernels.py), which reads the logits, computes in

@@ -23,6 +23,7 @@ import train
 from model import GPT, GPTConfig
 from nanospin import checkpoint, distributed, elastic, metrics_logger
 from nanospin.config import Config
+from nanospin.mfu import peak_flops
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -200,6 +201,20 @@ def pretrain_args(tiny_data, out, optimizer):
         "--weight_decay=0.1",
         *TINY,
     ]
+
+
+def test_peak_of_a_gpu_by_its_name():
+    """As NVIDIA's driver has it: boards of one chip differ."""
+    for name, peak in [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", None),
+    ]:
+        assert peak_flops(name) == peak
 
 
 def test_pretraining(tiny_data, tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from data.batch import batch_rows
 from loss import sequence_logprobs
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from nanospin import attention
 from nanospin.rotary import rotary_angles, rotary_frequencies
 from sample import generate
@@ -214,6 +214,27 @@ def test_initialization_follows_its_table(config):
     late.to_empty(device="cpu").init_weights()
     for a, b in zip(model.parameters(), late.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_parameter_of_a_fork_needs_an_initial_value():
+    """A gate that its module sets to 0 would be drawn from N(0, 0.02)."""
+
+    class GatedBlock(Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.gate = nn.Parameter(torch.zeros(config.n_embd))
+
+    class Gated(GPT):
+        def make_block(self, config):
+            return GatedBlock(config)
+
+    class WithValue(Gated):
+        def init_mean_std(self, name, shape):
+            return (0.0, 0.0) if name.endswith("gate") else super().init_mean_std(name, shape)
+
+    with pytest.raises(ValueError, match="h.0.gate: give its initial mean and deviation in init_m"):
+        Gated(GPTConfig(**CLASSIC))
+    assert not WithValue(GPTConfig(**CLASSIC)).h[1].gate.any()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -16,7 +16,7 @@ from data import cli, tokenizer
 from data.batch import batch_rows, stream_batch
 from data.files import printable
 from data.folder import read_meta, read_stream, tokenizer_path
-from data.rows import drop_equal_responses, encode_rows, read_rows
+from data.rows import best_only, drop_equal_responses, encode_rows, read_rows
 from data.template import TEMPLATE
 from nanospin import checkpoint, config
 from rollout import keep_best_and_worst
@@ -128,7 +128,7 @@ def show_row(path, rows, number, enc, settings, colour):
         raise SystemExit(f"{path} has {len(rows)} rows; --row counts from 0")
     row = rows[number]
     if settings["stage"] == "sft":  # it trains on the best response only
-        row = {**row, "responses": row["responses"][:1], "scores": None}
+        row = best_only(row)
     limits = {name: settings[name] for name in LIMITS}
     (encoded,), counts = encode_rows([row], enc, **limits)
     title = f"{printable(path)}, row {number} of {len(rows)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from data.batch import Batch, batch_rows, permutation, reward_batch, stream_batch, target_positions
 from data.files import printable, read_json, sha256
 from data.folder import read_meta, read_stream
-from data.rows import drop_equal_responses, encode_rows, prompt_key, read_rows
+from data.rows import best_only, drop_equal_responses, encode_rows, prompt_key, read_rows
 from data.tokenizer import is_end
 from nanospin import checkpoint
 from nanospin.config import Config, is_scored, player_columns
@@ -321,7 +321,7 @@ def training_batch(run: Run) -> tuple | None:
     rows = training_rows(run)
     for row in rows:
         if run.stage == "sft":
-            row = row | {"responses": row["responses"][:1], "scores": None}
+            row = best_only(row)
         limits = (block_size, cfg["max_prompt"], cfg["max_response"])
         (encoded,), _ = encode_rows([row], run.enc, cfg["template"], *limits)
         if not encoded:
