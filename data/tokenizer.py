@@ -24,6 +24,7 @@ from data.files import (
     atomic_write,
     check_foreign,
     check_input,
+    printable,
     read_json,
     read_text,
     write_json,
@@ -103,6 +104,32 @@ def make_encoding(name: str, ranks: dict) -> tiktoken.Encoding:
     return tiktoken.Encoding(
         name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
     )
+
+
+def load_for_data(name: str):
+    """`load` a tokenizer that a user names for new data.
+
+    Warns of tokens that GPT-2's regular expression cuts, such as those of cl100k_base: they were
+    made with another one, which a .tiktoken file does not hold.
+    """
+    enc = load(name)
+    if isinstance(enc, JsonTokenizer):
+        return enc
+    cut = []
+    for token, rank in enc._mergeable_ranks.items():
+        try:
+            text = token.decode()
+        except UnicodeDecodeError:  # a part of a character
+            continue
+        if enc.encode_ordinary(text) != [rank]:
+            cut.append(text)
+    if cut:
+        print(
+            f"warning: {printable(name)}: {len(cut):,} of {enc.n_vocab:,} tokens, as {cut[0]!r}, "
+            "are of another regular expression than GPT-2's, which cuts texts here: ids will not "
+            "be those of the tokenizer's authors; give a tokenizer.json for these"
+        )
+    return enc
 
 
 def train(texts, vocab_size: int) -> tiktoken.Encoding:

@@ -991,6 +991,27 @@ def test_nothing_encodes_around_the_cutting():
         assert path == "data/tokenizer.py" or "encode_ordinary(" not in text, path
 
 
+def test_a_tokenizer_of_another_regular_expression_is_said(tmp_path, capsys):
+    """cl100k_base has ";\\n", which GPT-2's cuts. What is trained here has no such token."""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {b"ab": 256, b";\n": 257, " é".encode(): 258}
+    path = f"{tmp_path}/x.tiktoken"
+    tokenizer.save(tokenizer.make_encoding("x", ranks), path)
+    rows = [f'{{"prompt": "{n};", "response": "b;\\n"}}\n' for n in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    jsonl_prepare.main([f"{tmp_path}/rows.jsonl", f"--out={tmp_path}/data", f"--tokenizer={path}"])
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and "1 of 260 tokens, as ';\\n', are of another" in said
+    assert tokenizer.load_for_data(path).decode([257]) == ";\n"
+
+    texts = ["L'été, it's 12,345 naïve — 你好，世界!!  \n\n\t don't\r\n x = [1];\n"] * 9
+    tokenizer.save(tokenizer.train(texts, 400), path)
+    capsys.readouterr()
+    assert tokenizer.load_for_data(path).n_vocab > 300
+    assert tokenizer.load_for_data("bytes").n_vocab == 257
+    assert not capsys.readouterr().out
+
+
 def test_a_failure_of_a_tokenizer_names_the_text(monkeypatch):
     class Panic(BaseException):
         pass

@@ -60,7 +60,7 @@ def main(argv=None):
             raise SystemExit(
                 f"{args.hub} has neither a folder {args.config} nor a README.md that defines it"
             )
-    enc = tokenizer.load(args.tokenizer)
+    enc = tokenizer.load_for_data(args.tokenizer)
     args.tokenizer_sha256 = tokenizer.fingerprint(enc)  # an option like the others: see load_state
     dtype = token_dtype(enc.n_vocab)
 

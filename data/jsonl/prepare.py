@@ -246,6 +246,8 @@ def main(argv=None):
 
     for name in OUTPUTS:
         check_output(os.path.join(args.out, name), args.files, is_data=True)
+    if args.tokenizer and args.tokenizer != "bpe":
+        tokenizer.load_for_data(args.tokenizer)  # exits before any work if it cannot
     with lock_folder(args.out):  # if it cannot be made, that is said before reading
         rows, texts, dropped, ignored = read_files(args)
         check_sides(args, rows, texts, dropped)

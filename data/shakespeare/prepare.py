@@ -34,7 +34,7 @@ def main(argv=None):
         check_output(os.path.join(args.out, name), [args.file], is_data=True)
     check_other_data(args.out, (".bin",))
     if args.tokenizer != "bpe":
-        tokenizer.load(args.tokenizer)  # exits before any work if it cannot
+        tokenizer.load_for_data(args.tokenizer)  # exits before any work if it cannot
     try:
         with open(args.file, encoding="utf-8") as f:
             text = f.read()

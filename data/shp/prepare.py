@@ -134,7 +134,7 @@ def main(argv=None):
     if args.surrogate and args.files:
         parser.error("either files or --surrogate")
     if args.tokenizer != "bpe":
-        tokenizer.load(args.tokenizer)  # exits before any work if it cannot
+        tokenizer.load_for_data(args.tokenizer)  # exits before any work if it cannot
 
     if args.surrogate:
         pairs, source = surrogate_pairs(), "docstrings"
