@@ -34,7 +34,7 @@ from data.batch import (
     split_by_tokens,
     stream_batch,
 )
-from data.files import check_output, is_there, printable, write_json
+from data.files import check_output, printable, write_json
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
@@ -44,7 +44,6 @@ from data.rows import (
     read_rows,
     response_ids,
     row_with_ids,
-    shared_rows,
     write_rows,
 )
 from data.template import split_template, without_thoughts, written_ids, written_text
@@ -586,53 +585,6 @@ class Samples:
     template: str = ""
 
 
-def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
-    """Say how many of the rows a checkpoint was trained on, as far as its data is still there. A
-    run knows it of its own held-out rows; those of another run may be among its training rows."""
-    names_by_files = {}
-    for name, entry in entries.items():
-        files = tuple(training_files(entry.meta))
-        if files:
-            names_by_files.setdefault(files, []).append(name)
-    for files, names in names_by_files.items():
-        train = []
-        try:
-            for path in files:
-                train += read_rows(path, prompt_only=True)
-        except SystemExit as e:
-            print(f"the training rows of {', '.join(names)} are not looked at: {e}")
-            continue
-        shared = shared_rows(train, rows)
-        for name in names:
-            entries[name].counts["rows_trained_on"] = len(shared)
-        if shared:
-            print(
-                f"warning: {len(shared)} of {len(rows)} rows are among the training rows of "
-                f"{', '.join(names)} too (the same prompt in {printable(', '.join(files))})"
-            )
-
-
-def training_files(meta: dict) -> list[str]:
-    """The files of training rows of a checkpoint, and of those that it began with, that are still
-    there. meta: its meta.json."""
-    files, seen = [], set()
-    while True:
-        before = meta.get("base")  # of a checkpoint that was merged
-        if meta["step"] > 0:  # else its `data` is the default, or that of its base
-            path = os.path.join(meta["config"]["data"], "train.jsonl")
-            if path not in files and is_there(path):
-                files.append(path)
-            before = meta["config"]["init"]
-        if not before or before in seen:  # two runs can have begun with each other
-            break
-        seen.add(before)
-        try:
-            meta = checkpoint.read_meta(checkpoint.resolve(before))
-        except SystemExit:  # it was removed
-            break
-    return files
-
-
 def rows_for_all(entries: dict[str, Entry], rows: list[dict]) -> list[dict]:
     """The rows that every checkpoint can take. Says how many are left out, and by which."""
     left_out = {}
@@ -979,7 +931,7 @@ def main(argv=None):
     if args.judge:
         check_judge(args.judge, all_rows, rows_path)
     rows = rows_for_all(entries, all_rows)
-    say_trained_on(entries, rows)
+    eval_command.say_trained_on(entries, rows)
 
     # both are loaded at once: a run that goes on may remove its older checkpoints meanwhile
     reference = judge = None

@@ -715,6 +715,23 @@ def read_small_file(path) -> bytes:
         return f.read()
 
 
+def path_of_init(meta: dict) -> str:
+    """What a checkpoint of a run began with, or what an adapter was merged into; else ""."""
+    return meta["config"]["init"] if meta["step"] > 0 else meta.get("base", "")
+
+
+def read_meta_of_init(meta: dict) -> dict | None:
+    """The meta.json of `path_of_init`; None if it is not there, or is another checkpoint now."""
+    expected = meta.get("base_sha256")
+    if meta["step"] > 0:
+        expected = meta.get("settings", {}).get("players_sha256", {}).get("init")
+    try:
+        found = read_meta(resolve(path_of_init(meta)))
+    except SystemExit:
+        return None
+    return None if expected and found["weights_sha256"] != expected else found
+
+
 def weights_sha256(path) -> str:
     """sha256 of a file, or of the weights of a run or checkpoint."""
     if os.path.isdir(path):

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from data import cli
-from data.files import check_output, is_there, read_json, write_json
-from data.rows import ended_flags, prompt_fields, sampled_row, write_rows
+from data.files import check_output, is_there, printable, read_json, sha256, write_json
+from data.rows import ended_flags, prompt_fields, read_rows, sampled_row, shared_rows, write_rows
 from nanospin import checkpoint
 
 DATA = "data/pydocs"
@@ -121,10 +121,10 @@ def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
 
 def find_rows(args, metas: list[dict]) -> str:
     """The file of the rows: --data, else the data of the first checkpoint that has held-out rows,
-    else DATA."""
+    else DATA. An imported model has no data: its setting is the default."""
     folder = args.data
     if not folder:
-        folders = [meta["config"]["data"] for meta in metas]
+        folders = [meta["config"]["data"] for meta in metas if meta["step"] > 0 or "base" in meta]
         there = [path for path in folders if is_there(f"{path}/val.jsonl")]
         folder = there[0] if there else DATA
     return folder if folder.endswith(".jsonl") else f"{folder}/val.jsonl"
@@ -170,6 +170,66 @@ def read_entry(name: str, path: str, temperature: float, args) -> Entry:
             " --max_response, --rows"
         )
     return entry
+
+
+# ------------------------------------------------------------------- what it was trained on
+
+
+def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
+    """Say how many of the rows a checkpoint was trained on, or what it began with, and note it in
+    its counts if that is known. A run knows it of its own held-out rows; those of another run may
+    be among its training rows."""
+    names_by_files = {}
+    for name, entry in entries.items():
+        files, unknown = training_files(entry.meta)
+        names_by_files.setdefault((tuple(files), tuple(unknown)), []).append(name)
+    for (files, unknown), names in names_by_files.items():
+        train = []
+        try:
+            for path in files:
+                train += read_rows(path, prompt_only=True)
+        except SystemExit as e:
+            unknown = (*unknown, str(e))
+        shared = shared_rows(train, rows)
+        if unknown:
+            print(
+                f"the training rows of {', '.join(names)} are not all known: "
+                f"{printable('; '.join(unknown))}"
+            )
+        elif files:
+            for name in names:
+                entries[name].counts["rows_trained_on"] = len(shared)
+        if shared:
+            print(
+                f"warning: {len(shared)} of {len(rows)} rows are among the training rows of "
+                f"{', '.join(names)} too (the same prompt in {printable(', '.join(files))})"
+            )
+
+
+def training_files(meta: dict) -> tuple[list[str], list[str]]:
+    """The files of training rows of a checkpoint, and of those that it began with, as they were
+    then; and why others are not known. meta: its meta.json."""
+    files, unknown, seen = [], [], set()
+    while True:
+        if meta["step"] > 0 and meta["config"]["stage"] != "pretrain":
+            path = os.path.join(meta["config"]["data"], "train.jsonl")
+            expected = meta.get("settings", {}).get("data_sha256", {}).get("train.jsonl")
+            if not is_there(path):
+                unknown.append(f"{path} is not there")
+            elif expected and sha256(path) != expected:
+                unknown.append(f"{path} was changed since")
+            elif path not in files:
+                files.append(path)
+        if "adapter" in meta:
+            unknown.append(f"{meta['adapter']} was merged into it")
+        before = checkpoint.path_of_init(meta)
+        if not before or before in seen:  # two runs can have begun with each other
+            return files, unknown
+        seen.add(before)
+        meta = checkpoint.read_meta_of_init(meta)
+        if meta is None:
+            unknown.append(f"{before} is not there, or is another checkpoint now")
+            return files, unknown
 
 
 # ---------------------------------------------------------------------------------- files

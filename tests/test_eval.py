@@ -749,13 +749,64 @@ def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_pa
         f"{start} more too (the same prompt in {both}, {data}/train.jsonl)",
     ]
 
-    with open(f"{data}/train.jsonl", "a") as f:
-        f.write("no row")
-    eval_module.main([*checkpoints, "--rows=2"])
-    assert "the training rows of after, merged are not looked at: " in capsys.readouterr().out
+
+def test_rows_of_a_training_file_that_was_changed_are_not_counted(tmp_path, tiny_data, capsys):
+    """Prepared again into the same folder, or moved; an init that is another run now. The rows that
+    are known are still said."""
+    data, other, first = f"{tmp_path}/data", f"{tmp_path}/other", f"{tmp_path}/first"
+    for folder in (data, other):
+        shutil.copytree(tiny_data, folder)
+    rows = read_rows(f"{data}/val.jsonl")
+    write_rows(f"{other}/train.jsonl", rows[:2])
+    write_meta(other, "bytes", "made up")
+    sft_run(first, data)
+    train.main(["--stage=sft", f"--init={first}", f"--data={other}", "--max_steps=1",
+                f"--out_dir={tmp_path}/second"])  # fmt: skip
+
+    def known():
+        """rows_trained_on of first and second, and what is said of them."""
+        table = f"{tmp_path}/table.json"
+        args = [first, f"{tmp_path}/second", f"--data={tiny_data}", f"--out={table}"]
+        capsys.readouterr()
+        eval_module.main([*args, "--max_response=4"])
+        said = [line for line in capsys.readouterr().out.splitlines() if "training rows" in line]
+        return [metrics.get("rows_trained_on") for metrics in read_json(table).values()], said
+
+    second = f"warning: 2 of {len(rows)} rows are among the training rows of second too (the same"
+    counts, said = known()
+    assert counts == [0, 2] and len(said) == 1 and said[0].startswith(second)
+
+    write_rows(f"{data}/train.jsonl", read_rows(f"{data}/train.jsonl")[1:])
+    counts, said = known()
+    changed = f"are not all known: {data}/train.jsonl was changed since"
+    assert counts == [None, None]
+    assert said[:2] == [f"the training rows of {name} {changed}" for name in ("first", "second")]
+    assert said[2].startswith(second) and len(said) == 3
+
     shutil.rmtree(data)
-    eval_module.main([*checkpoints, f"--data={tiny_data}", "--rows=2"])
-    assert "training" not in capsys.readouterr().out
+    assert f"not all known: {data}/train.jsonl is not there" in known()[1][0]
+    shutil.rmtree(first)
+    sft_run(first, other)
+    counts, said = known()
+    assert counts == [2, None]
+    assert f"{first}/round_0/step_000001 is not there, or is another checkpoint now" in said[1]
+
+
+def test_a_stage_that_reads_no_rows_was_trained_on_none(tmp_path, tiny_data, tiny_runs, capsys):
+    """Pretraining reads train.bin; a folder can have both. An import has no data of its own."""
+    meta = checkpoint.read_meta(checkpoint.latest(tiny_runs["sft"]))
+    config = meta["config"] | {"data": tiny_data, "init": ""}
+    for stage, files in (("sft", [f"{tiny_data}/train.jsonl"]), ("pretrain", [])):
+        trained = meta | {"config": config | {"stage": stage}, "settings": {}}
+        assert eval_command.training_files(trained) == (files, [])
+    assert eval_command.training_files(meta | {"step": 0}) == ([], [])
+    merged = meta | {"step": 0, "base": tiny_runs["sft"], "adapter": "folder"}
+    assert eval_command.training_files(merged)[1] == ["folder was merged into it"]
+
+    args = eval_command.make_parser("").parse_args(["x"])
+    imported = meta | {"step": 0, "config": config | {"data": tiny_data}}
+    assert eval_command.find_rows(args, [imported]) == "data/pydocs/val.jsonl"
+    assert eval_command.find_rows(args, [imported, meta]) == f"{meta['config']['data']}/val.jsonl"
 
 
 def test_every_checkpoint_is_measured_on_the_same_rows(tmp_path):

@@ -29,7 +29,7 @@ from nanospin import checkpoint, distributed, lora
 from nanospin.config import Config
 from nanospin.optim import make_optimizers
 from sample import generate
-from tools import adapter, rebuild
+from tools import adapter, hf, rebuild
 
 TARGETS = ["c_attn", "c_proj", "c_fc"]
 MODERN = {
@@ -511,15 +511,17 @@ def test_adapters_there_and_back(tuned, tiny_runs, tmp_path):
     sample.main([back, "--prompt=why?", "--temperature=0", "--max_new_tokens=4"])
 
 
-def test_the_base_that_an_adapter_names(tuned, tiny_runs, tmp_path, monkeypatch):
+def test_the_base_that_an_adapter_names(tuned, tiny_runs, tmp_path):
     """What its base was imported from. A merge was not: PEFT would take the first adapter's base,
     and silently compute with another model."""
     first, merged = f"{tmp_path}/adapter", f"{tmp_path}/merged"
     adapter.main(["export", tuned, f"--out={first}"])
     adapter.main(["import", first, f"--base={tiny_runs['sft']}", f"--out={merged}"])
     path = checkpoint.latest(merged)
-    assert adapter.base_model(path) == {"base_model_name_or_path": path}
-    assert adapter.base_model("gone") == {"base_model_name_or_path": "gone"}
+    meta = checkpoint.read_meta(path)
+    assert meta["base_sha256"] == checkpoint.weights_sha256(tiny_runs["sft"])
+    assert adapter.base_model(path, meta) == {"base_model_name_or_path": path}
+    assert adapter.base_model("gone", None) == {"base_model_name_or_path": "gone"}
 
     llama, commit = f"{tmp_path}/llama", "ab" * 20
     os.mkdir(llama)
@@ -529,8 +531,28 @@ def test_the_base_that_an_adapter_names(tuned, tiny_runs, tmp_path, monkeypatch)
         (f"{tmp_path}/gone", {"base_model_name_or_path": path}),
         (f"org/name@{commit}", {"base_model_name_or_path": "org/name", "revision": commit}),
     ):
-        monkeypatch.setattr(checkpoint, "read_meta", lambda _, source=source: {"source": source})
-        assert adapter.base_model(path) == expected
+        assert adapter.base_model(path, {"source": source}) == expected
+
+
+def test_an_adapter_does_not_name_another_base(tuned, tiny_runs, tiny_data, tmp_path, capsys):
+    """Another model may have been imported to the folder of `init` since."""
+    source, base, run = f"{tmp_path}/hf", f"{tmp_path}/base", f"{tmp_path}/run"
+    hf.main(["export", tiny_runs["sft"], f"--out={source}"])
+    hf.main(["import", source, f"--out={base}"])
+    train.main(sft_args({"sft": base}, tiny_data, run, "--max_steps=1"))
+
+    def named(out):
+        capsys.readouterr()
+        adapter.main(["export", run, f"--out={tmp_path}/{out}"])
+        with open(f"{tmp_path}/{out}/adapter_config.json", encoding="utf-8") as f:
+            return json.load(f)["base_model_name_or_path"], capsys.readouterr().out
+
+    assert named("a")[0] == source and "another checkpoint" not in named("b")[1]
+    hf.main(["export", tuned, f"--out={source}_2"])
+    shutil.rmtree(base)
+    hf.main(["import", f"{source}_2", f"--out={base}"])
+    name, said = named("c")
+    assert name == f"{base}/round_0/step_000000" and f"{name} is not there, or is another" in said
 
 
 def refused_adapter(*args):

@@ -85,7 +85,7 @@ def export_adapter(run: str, out: str):
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        **base_model(meta["config"]["init"]),
+        **base_model(meta["config"]["init"], checkpoint.read_meta_of_init(meta)),
         "r": rank,
         "lora_alpha": meta["config"]["lora_alpha"],
         "lora_dropout": 0.0,
@@ -118,13 +118,15 @@ def split_parts(layer: str, A, B, mapped, c: GPTConfig) -> dict:
     return {modules[0]: (A, B)}
 
 
-def base_model(base: str) -> dict:
+def base_model(base: str, meta: dict | None) -> dict:
     """PEFT's settings that name the base of a run: what it was imported from. If that is not known
-    or not there, the path of its checkpoint, which transformers refuses to load."""
-    try:
-        source = checkpoint.read_meta(base).get("source") or base
-    except SystemExit:
-        source = base
+    or not there, the path of its checkpoint, which transformers refuses to load.
+
+    meta: the base's meta.json; None if there is none, or another checkpoint is there now.
+    """
+    if meta is None:
+        print(f"{base} is not there, or is another checkpoint than the one this adapter belongs to")
+    source = base if meta is None else meta.get("source") or base
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
     if hub and not os.path.exists(source):
         return {"base_model_name_or_path": hub[1], "revision": hub[2]}
@@ -183,7 +185,8 @@ def import_adapter(folder: str, base: str, out: str):
     merged = {name: meta[name] for name in ("model", "tokenizer", "tokenizer_sha256")}
     merged["config"] = meta["config"] | {"out_dir": out, "lora_rank": 0}
     merged |= {"round": 0, "step": 0, "metrics": {}, "history": {"skipped": 0, "losses": []}}
-    merged |= {"base": path, "adapter": folder}  # not `source`, from which a base is imported
+    # not `source`, from which a base is imported
+    merged |= {"base": path, "base_sha256": meta["weights_sha256"], "adapter": folder}
     checkpoint.publish(unfinished, target, merged)
     print(f"{target}: {path} with the adapter {folder}, merged into {len(changes)} matrices")
 
