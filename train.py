@@ -830,6 +830,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
             print(text, flush=True)
 
     model_config, enc, tokenizer_name, path = resolve_model(cfg, model_class, start.path)
+    preflight.say_template(cfg, enc, say)
     if cfg.stage == "spin":
         # the teacher samples before the student is built: the two are never in memory together
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device)

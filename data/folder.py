@@ -93,7 +93,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_stream(path: str, documents, enc) -> int:
-    """Encode documents (strings) into one token stream, an end-of-text token after each.
+    """Encode documents (strings) into one token stream, as `tokenizer.document_ids`.
 
     Returns the number of tokens.
     """
@@ -101,7 +101,7 @@ def write_stream(path: str, documents, enc) -> int:
     num_tokens = 0
     with atomic_write(path, "wb") as f:
         for text in documents:
-            ids = tokenizer.encode(enc, text) + [enc.eot_token]
+            ids = tokenizer.document_ids(enc, text)
             np.array(ids, dtype=dtype).tofile(f)
             num_tokens += len(ids)
     return num_tokens

@@ -214,7 +214,6 @@ def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") ->
     text between two responses is encoded in one piece, each response by itself.
     """
     parts = split_template(template)
-    ids = []
     lead = [parts.begin + parts.before]
     if system:
         if parts.system is None:
@@ -223,7 +222,10 @@ def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") ->
                 f" train with one that has, such as {EXAMPLE!r}, or leave the message out"
             )
         lead = [parts.system[0], parts.trim("system", system), parts.system[1] + parts.before]
-    where = "start"
+    ids, where = [], "start"
+    bos = tokenizer.begin(enc)
+    if bos and [*lead, parts.after] == [bos, ""]:  # the text alone, as the tokenizer begins it
+        ids, lead = [*tokenizer.begin_ids(enc)], [""]
     for earlier_prompt, response in history:
         earlier_prompt = parts.trim("prompt", earlier_prompt)
         ids += encode_pieces(enc, [*lead, earlier_prompt, parts.history_after], where)
@@ -352,6 +354,19 @@ def split_specials(enc, text: str) -> list[str]:
     if not names:
         return [text]
     return re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+
+
+def lacks_bos(enc, template: str) -> str:
+    """A line about a template that leaves out the beginning-of-text token of its tokenizer; "" if
+    it does not."""
+    begin = tokenizer.begin_ids(enc)
+    if tuple(prompt_ids(enc, template, "a")[: len(begin)]) == begin:
+        return ""
+    bos = tokenizer.begin(enc)
+    line = f"the template {template!r} leaves out {bos}, which this tokenizer puts before a text"
+    if "{system}" in template or "{turn}" in template:
+        return line
+    return f"{line}: {bos + '{turn}' + template!r} has it"
 
 
 def with_bos(enc, template: str) -> str:

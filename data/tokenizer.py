@@ -325,12 +325,22 @@ def is_end(enc, token_id: int) -> bool:
 
 def begin(enc) -> str:
     """The text of the special tokens that the tokenizer itself puts before a text (such as <s>)."""
+    return "".join(enc.full.id_to_token(i) for i in begin_ids(enc))
+
+
+@functools.lru_cache(maxsize=4)  # each entry keeps its tokenizer in memory
+def begin_ids(enc) -> tuple[int, ...]:
+    """The ids of `begin`."""
     if not isinstance(enc, JsonTokenizer):
-        return ""
+        return ()
     with_bos = enc.full.encode("a", add_special_tokens=True).ids
     first_id = enc.full.encode("a", add_special_tokens=False).ids[0]
-    bos = with_bos[: with_bos.index(first_id)]
-    return "".join(enc.full.id_to_token(i) for i in bos)
+    return tuple(with_bos[: with_bos.index(first_id)])
+
+
+def document_ids(enc, text: str) -> list[int]:
+    """The ids of a whole text, as the tokenizer itself begins it, and the end-of-text token."""
+    return [*begin_ids(enc), *encode(enc, text), enc.eot_token]
 
 
 # ---- tokenizer.json

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.files import RUN_FOLDER_MARKS, is_there, sha256
+from data.files import RUN_FOLDER_MARKS, is_there, printable, sha256
 from data.folder import find_invalid_token, read_meta, read_stream
 from data.rows import shared_rows
-from data.template import TEMPLATE
+from data.template import TEMPLATE, lacks_bos
 from nanospin import checkpoint, config, distributed, inputs, lock
 from nanospin.distributed import run_on_rank0
 from nanospin.inputs import POLICY_STAGES
@@ -40,6 +40,25 @@ def find_template(cfg) -> str:
     if cfg.init:
         return checkpoint.read_meta(checkpoint.resolve(cfg.init))["config"]["template"]
     return ""
+
+
+def say_template(cfg, enc, say):
+    """Say that the template leaves out the tokenizer's beginning-of-text token. Not if `init` was
+    trained with it or imported: it may be of a chat template without that token."""
+    line = lacks_bos(enc, cfg.template)
+    if cfg.stage != "pretrain" and line and not run_on_rank0(is_template_of_init, cfg):
+        say(printable(line))
+
+
+def is_template_of_init(cfg) -> bool:
+    """Whether `init` has the same template, and was not pretrained here, which uses none. False if
+    it is not there any more: a run that resumes may not need it."""
+    try:
+        meta = checkpoint.read_meta(checkpoint.resolve(cfg.init))
+    except SystemExit:
+        return False
+    is_used = meta["step"] == 0 or meta["config"]["stage"] != "pretrain"
+    return is_used and meta["config"]["template"] == cfg.template
 
 
 @dataclass

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, run_killed_at
+from tokenizers_like import sentencepiece
 
 from data import hub, tokenizer
 from data.files import read_json, write_json
@@ -521,6 +522,28 @@ def test_a_killed_stream_continues_to_the_same_bytes(tmp_path, monkeypatch):
                     f.write(b"half a docu")
         run_main("fineweb", *args, f"--out={out}")
         assert contents(out) == contents(whole)
+
+
+def test_a_stream_is_not_continued_with_other_beginnings(tmp_path, monkeypatch):
+    """Older versions put no <s> before a document."""
+    write_documents(tmp_path / "set")
+    monkeypatch.setattr(hub, "CHUNK", 16)
+    name = f"{sentencepiece(str(tmp_path / 'llama'))}/tokenizer.json"
+    args = [f"--hub={tmp_path}/set", f"--tokenizer={name}", f"--out={tmp_path}/out"]
+    run_killed(monkeypatch, 2, "fineweb", *args, "--val_share=0.2")
+    state = read_json(f"{tmp_path}/out/state.json")
+    assert state["asked"]["document_begin"] == "<s>"
+    begun = {key: value for key, value in state["asked"].items() if key != "document_begin"}
+    write_json(f"{tmp_path}/out/state.json", state | {"asked": begun})
+    with pytest.raises(SystemExit, match="was begun with a version that puts no beginning-of-text"):
+        run_main("fineweb", *args, "--val_share=0.2")
+    write_json(f"{tmp_path}/out/state.json", state)
+    run_main("fineweb", *args, "--val_share=0.2")
+    stream = read_stream(f"{tmp_path}/out", "train")
+    enc = tokenizer.load(name)
+    bos, *_ = tokenizer.begin_ids(enc)
+    ends = np.flatnonzero(stream[:-1] == enc.eot_token)
+    assert stream[0] == bos and (stream[ends + 1] == bos).all() and len(ends) > 3
 
 
 def test_a_stream_killed_between_its_two_renames(tmp_path, monkeypatch):

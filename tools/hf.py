@@ -35,7 +35,7 @@ from data.chat_template import (
     to_jinja,
 )
 from data.files import atomic_write, parse_json, printable, read_json, write_json
-from data.template import TEMPLATE, end_token, with_bos
+from data.template import TEMPLATE, end_token, lacks_bos, with_bos
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 from tools.hf_families import (
@@ -83,6 +83,8 @@ def import_model(
         template = with_bos(enc, TEMPLATE)
         if chat_template:
             template = follow(chat_template, enc, folder)
+    elif lacks_bos(enc, template):
+        print(printable(lacks_bos(enc, template)))
     enc = with_stop_tokens(folder, enc, template)
     describe_sampling(folder)
     if autotokenizer_differs(hf_model.model_type, enc):

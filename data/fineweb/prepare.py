@@ -62,11 +62,13 @@ def main(argv=None):
             )
     enc = tokenizer.load_for_data(args.tokenizer)
     args.tokenizer_sha256 = tokenizer.fingerprint(enc)  # an option like the others: see load_state
+    if tokenizer.begin(enc):
+        args.document_begin = tokenizer.begin(enc)  # older versions left it out
     dtype = token_dtype(enc.n_vocab)
 
     def encode_or_none(text):
         with contextlib.suppress(SystemExit):  # the tokenizer fails on this text
-            return tokenizer.encode(enc, text)
+            return tokenizer.document_ids(enc, text)
 
     def convert(rows, side, dropped):
         texts = [row["text"] for row in rows if is_text(row["text"])]
@@ -77,7 +79,7 @@ def main(argv=None):
                 hub.drop(dropped, "documents that the tokenizer cannot encode")
                 continue
             name = f"{split_of(text, args.val_share)}.bin"
-            yield name, np.array(ids + [enc.eot_token], dtype).tobytes()
+            yield name, np.array(ids, dtype).tobytes()
 
     check_other_data(args.out, (".bin",))
     with hub.lock_output(args):

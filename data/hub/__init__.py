@@ -220,7 +220,11 @@ def check_options(path: str, begun: dict, options: dict):
     """Exit with one line if a preparation was begun with other options than those of now."""
     if begun == options:
         return
-    named = {"hub_files": "other files in --hub", "tokenizer_sha256": "another --tokenizer"}
+    named = {
+        "hub_files": "other files in --hub",
+        "tokenizer_sha256": "another --tokenizer",
+        "document_begin": "a version that puts no beginning-of-text token before a document",
+    }
     different = []
     for name in sorted(options | begun):
         if options.get(name) != begun.get(name):
