@@ -201,7 +201,7 @@ def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
                 entries[name].counts["rows_trained_on"] = len(shared)
         if shared:
             print(
-                f"warning: {len(shared)} of {len(rows)} rows are among the training rows of "
+                f"warning: {len(shared)} of {len(rows)} rows are in the training files of "
                 f"{', '.join(names)} too (the same prompt in {printable(', '.join(files))})"
             )
 

@@ -743,7 +743,7 @@ def test_rows_that_a_run_was_trained_on_are_counted(tiny_runs, tiny_data, tmp_pa
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     n = len(held_out)
     both = f"{tiny_data}/train.jsonl"
-    start = f"warning: 2 of {n} rows are among the training rows of"
+    start = f"warning: 2 of {n} rows are in the training files of"
     assert said == [
         f"{start} after, merged too (the same prompt in {data}/train.jsonl, {both})",
         f"{start} more too (the same prompt in {both}, {data}/train.jsonl)",
@@ -769,10 +769,10 @@ def test_rows_of_a_training_file_that_was_changed_are_not_counted(tmp_path, tiny
         args = [first, f"{tmp_path}/second", f"--data={tiny_data}", f"--out={table}"]
         capsys.readouterr()
         eval_module.main([*args, "--max_response=4"])
-        said = [line for line in capsys.readouterr().out.splitlines() if "training rows" in line]
+        said = [line for line in capsys.readouterr().out.splitlines() if "training" in line]
         return [metrics.get("rows_trained_on") for metrics in read_json(table).values()], said
 
-    second = f"warning: 2 of {len(rows)} rows are among the training rows of second too (the same"
+    second = f"warning: 2 of {len(rows)} rows are in the training files of second too (the same"
     counts, said = known()
     assert counts == [0, 2] and len(said) == 1 and said[0].startswith(second)
 
