@@ -947,6 +947,7 @@ def main(argv=None):
         metrics, samples[name] = evaluate_checkpoint(name, entry, seed, rows, args, reference)
         table[name] = {
             "checkpoint": entry.path,
+            "weights_sha256": entry.meta["weights_sha256"],
             "temperature": entry.temperature,
             "data": rows_path,
             "settings": eval_command.settings_of(args),

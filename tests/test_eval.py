@@ -491,6 +491,7 @@ def test_checkpoints_and_a_judge(tiny_runs, tiny_data, tmp_path):
         table = json.load(f)
     assert set(table) == {"sft", "cold", "data"}
     assert table["cold"]["temperature"] == 0
+    assert table["sft"]["weights_sha256"] == checkpoint.weights_sha256(tiny_runs["sft"])
     assert table["cold"]["against"] == "sft"
     assert 0 <= table["cold"]["win_rate"] <= 1
     val_loss = read_metrics(tiny_runs["sft"], "eval")[-1]["val_loss"]
