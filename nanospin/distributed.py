@@ -198,21 +198,23 @@ def compile_blocks(model, device, cfg):
         if compiled and has_plain_attention(model.config, device, cfg):
             block.forward = torch.compile(block.forward, dynamic=dynamic)
         elif compiled:
-            before_attention = contiguous_heads(block.before_attention, device)
+            before_attention = block.before_attention
+            if device.type == "cuda" and cfg.layout == "packed":
+                before_attention = contiguous_heads(before_attention)
             block.before_attention = torch.compile(before_attention, dynamic=dynamic)
             block.after_attention = torch.compile(block.after_attention, dynamic=dynamic)
         if cfg.activation_checkpointing and i % cfg.activation_checkpointing == 0:
             block.forward = functools.partial(checkpointed_forward, block.forward)
 
 
-def contiguous_heads(before_attention, device):
+def contiguous_heads(before_attention):
     """FlexAttention needs contiguous queries, keys and values. Compiled with what makes them, the
     copies read 16 bytes at a time; called alone, they read 2. Sampling, which runs eagerly, does
     not need them."""
 
     def contiguous(x, rope=None):
         heads = before_attention(x, rope)
-        if device.type == "cuda" and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             heads = [y.contiguous() for y in heads]
         return heads
 
