@@ -26,7 +26,7 @@ import numpy as np
 
 from data import tokenizer
 from data.batch import permutation
-from data.files import atomic_write, is_there, read_arrays
+from data.files import atomic_write, is_there, printable, read_arrays
 from data.folder import read_stream
 from data.rows import (
     best_only,
@@ -307,6 +307,9 @@ def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
             if encoded_row is not None and name in row:
                 encoded_row[name] = row[name]
     kept = [row for row in encoded if row is not None]
+    num_texts = sum(not row["prompt"] for row in kept)
+    if num_texts and tokenizer.begin(enc):
+        counts[f"whole texts without {printable(tokenizer.begin(enc))} before them"] = num_texts
     if cfg.stage != "sft":
         kept = drop_unranked(cfg, split, rows, kept, counts)
     if kept:

@@ -26,9 +26,9 @@ from data.files import printable
 from data.progress import ProgressBar
 from data.rows import encode_prompt, encode_prompts, read_rows, sampled_row, write_rows
 from data.template import (
+    RAW,
     cut_prompt_ids,
     split_template,
-    with_bos,
     without_thoughts,
     written_text,
 )
@@ -484,7 +484,7 @@ def main(argv=None):
         parser.error(f"{args.checkpoint} is a reward model. It scores responses (eval.py)")
     cfg = meta["config"]
     settings = {
-        "template": with_bos(enc, "{prompt}") if args.raw else cfg["template"],
+        "template": raw_template(enc) if args.raw else cfg["template"],
         "max_prompt": cfg["max_prompt"],
         "max_response": min(args.max_new_tokens, model.config.block_size) or cfg["max_response"],
         "temperature": args.temperature,
@@ -511,6 +511,11 @@ def main(argv=None):
         if sys.stdin.isatty():
             print("one prompt per line; end with Ctrl-D")
         chat(model, enc, lines=sys.stdin, system=args.system, **settings)
+
+
+def raw_template(enc) -> str:
+    """RAW, or what is the same with a tokenizer that puts no token before a text."""
+    return RAW if tokenizer.begin(enc) else "{prompt}"
 
 
 def respond_to_file(model, enc, weights: str, prompts_path, out_path, count: int, settings):

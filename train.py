@@ -729,7 +729,8 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
         )
     else:
         name = cfg.tokenizer or data_tokenizer(cfg.data)
-        enc = tokenizer.load(name)
+        load = tokenizer.load_for_data if distributed.rank() == 0 else tokenizer.load
+        enc = load(name)
         settings = cfg.model | {"vocab_size": enc.n_vocab}
     if cfg.stage == "pretrain" or cfg.pretrain_coef:
         preflight.check_stream(pretrain_config(cfg).data, enc, name)
@@ -830,7 +831,6 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
             print(text, flush=True)
 
     model_config, enc, tokenizer_name, path = resolve_model(cfg, model_class, start.path)
-    preflight.say_template(cfg, enc, say)
     if cfg.stage == "spin":
         # the teacher samples before the student is built: the two are never in memory together
         rollout.prepare_teacher(cfg, enc, model_config.block_size, device)
@@ -847,6 +847,8 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         say(f"without effect here: {', '.join(unread)}")
     if start.path:
         say(f"resumes after step {start.step} of round {start.round_id}")
+    else:
+        preflight.say_template(cfg, enc, say)
     collect = stages[cfg.stage].collect
     with wandb_sender(cfg) as to_wandb, tensorboard_sender(cfg) as to_tensorboard:
         log = metrics_logger.MetricsLogger(cfg, start.at, began, [to_wandb, to_tensorboard])

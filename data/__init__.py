@@ -3,7 +3,8 @@
 A data folder holds some of
 
     train.bin, val.bin        token streams, uint16, or uint32 for a vocabulary above 65,536 ids;
-                              every document ends in the end-of-text token
+                              every document ends in the end-of-text token, and begins with what
+                              the tokenizer puts before a text (such as <s>), if anything
     train.jsonl, val.jsonl    ranked rows, one JSON object a line, see below
     *.tiktoken, tokenizer.*   the tokenizer, if it is not "gpt2" or "bytes"
     meta.json                 written last: tokenizer and its checksum, vocabulary size, dtype,

@@ -271,9 +271,8 @@ def encode_rows(
     A prompt longer than max_prompt is cut, see `template.cut_prompt_ids`. A response is cut at its
     end, to max_response and to what the prompt leaves of block_size; it then has no end-of-text. 0
     means block_size. A row that is dropped is None: its prompt leaves no room for a response, its
-    best response has no token, or it is a whole text of fewer than two tokens, the first of which
-    (the tokenizer's beginning-of-text, if it has one) is never predicted. counts: rows, prompts
-    cut, responses cut, dropped.
+    best response has no token, or it is a whole text of fewer than two tokens, whose first one is
+    never predicted. counts: rows, prompts cut, responses cut, dropped.
     """
     max_response = max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
@@ -364,10 +363,10 @@ def response_ids(row: dict, k: int, enc, template: str) -> list[int] | None:
     if keeps_ids(row, k, enc, template):
         return row["ids"][k]
     ended = ended_flags(row)[k] is not False
-    if not template:
-        ids = tokenizer.document_ids(enc, text)
-        return (ids if ended else ids[:-1]) or None
-    ids = written_ids(enc, template, text, ended=ended)
+    if template:
+        ids = written_ids(enc, template, text, ended=ended)
+    else:
+        ids = tokenizer.encode(enc, text)
     if ended:
         ids = ids + [enc.eot_token]
     return ids or None

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from data import tokenizer
 
 TEMPLATE = "### Instruction: {prompt}\n\n### Response: "  # the default
+RAW = ""  # no template: a prompt is a text to continue, which begins as the tokenizer begins a text
 
 FIELDS = ["system", "no_system", "turn", "prompt", "answer", "last", "response", "end"]  # in order
 FIELD = re.compile(r"\{(" + "|".join(FIELDS) + r")((?:\|trim|\|thoughts)*)\}")
@@ -165,8 +166,8 @@ def template_problem(text: str) -> str:
 
 @functools.lru_cache
 def split_template(template: str) -> TemplateParts:
-    """The parts of a template, which `is_template` accepts."""
-    pieces = FIELD.split(template)
+    """The parts of a template, which `is_template` accepts, or of RAW."""
+    pieces = FIELD.split(template or "{prompt}")
     follows = dict(zip(pieces[1::3], pieces[3::3]))  # the text after each field
     filters = {}
     for name, names in zip(pieces[1::3], pieces[2::3]):
@@ -222,10 +223,8 @@ def prompt_ids(enc, template: str, prompt: str, history=(), system: str = "") ->
                 f" train with one that has, such as {EXAMPLE!r}, or leave the message out"
             )
         lead = [parts.system[0], parts.trim("system", system), parts.system[1] + parts.before]
-    ids, where = [], "start"
-    bos = tokenizer.begin(enc)
-    if bos and [*lead, parts.after] == [bos, ""]:  # the text alone, as the tokenizer begins it
-        ids, lead = [*tokenizer.begin_ids(enc)], [""]
+    ids = [*tokenizer.begin_ids(enc)] if template == RAW else []
+    where = "start"
     for earlier_prompt, response in history:
         earlier_prompt = parts.trim("prompt", earlier_prompt)
         ids += encode_pieces(enc, [*lead, earlier_prompt, parts.history_after], where)
@@ -363,10 +362,7 @@ def lacks_bos(enc, template: str) -> str:
     if tuple(prompt_ids(enc, template, "a")[: len(begin)]) == begin:
         return ""
     bos = tokenizer.begin(enc)
-    line = f"the template {template!r} leaves out {bos}, which this tokenizer puts before a text"
-    if "{system}" in template or "{turn}" in template:
-        return line
-    return f"{line}: {bos + '{turn}' + template!r} has it"
+    return f"the template {template!r} leaves out {bos}, which this tokenizer puts before a text"
 
 
 def with_bos(enc, template: str) -> str:

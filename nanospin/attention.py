@@ -349,7 +349,7 @@ def is_hopper(device) -> bool:
 
 
 def kernel_options(q):
-    """FlexAttention's options for queries (B, H, m, D). IS_DIVISIBLE promises whole blocks, which a
+    """FlexAttention's options for queries (m, H, D). IS_DIVISIBLE promises whole blocks, which a
     kernel for any length cannot know: it would check every index it loads."""
     options = {"IS_DIVISIBLE": True}
     if on_gpu(q) and is_hopper(q.device):

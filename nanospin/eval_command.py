@@ -121,13 +121,21 @@ def parse_checkpoints(specs: list[str]) -> dict[str, tuple[str, float]]:
 
 def find_rows(args, metas: list[dict]) -> str:
     """The file of the rows: --data, else the data of the first checkpoint that has held-out rows,
-    else DATA. An imported model has no data: its setting is the default."""
+    else DATA."""
     folder = args.data
     if not folder:
-        folders = [meta["config"]["data"] for meta in metas if meta["step"] > 0 or "base" in meta]
+        folders = [data_of(meta) for meta in metas]
         there = [path for path in folders if is_there(f"{path}/val.jsonl")]
         folder = there[0] if there else DATA
     return folder if folder.endswith(".jsonl") else f"{folder}/val.jsonl"
+
+
+def data_of(meta: dict) -> str:
+    """The data folder of a run, or of the run that an adapter was merged into. "" of an imported
+    model: its setting is the default."""
+    while meta is not None and meta["step"] == 0 and "base" in meta:
+        meta = checkpoint.read_meta_of_init(meta)
+    return meta["config"]["data"] if meta is not None and meta["step"] > 0 else ""
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -182,7 +190,8 @@ def say_trained_on(entries: dict[str, Entry], rows: list[dict]):
     names_by_files = {}
     for name, entry in entries.items():
         files, unknown = training_files(entry.meta)
-        names_by_files.setdefault((tuple(files), tuple(unknown)), []).append(name)
+        key = tuple(files), tuple(dict.fromkeys(unknown))
+        names_by_files.setdefault(key, []).append(name)
     for (files, unknown), names in names_by_files.items():
         train = []
         try:

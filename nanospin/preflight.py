@@ -43,22 +43,12 @@ def find_template(cfg) -> str:
 
 
 def say_template(cfg, enc, say):
-    """Say that the template leaves out the tokenizer's beginning-of-text token. Not if `init` was
-    trained with it or imported: it may be of a chat template without that token."""
+    """Say that the template leaves out the beginning-of-text token that the one of `init` has."""
     line = lacks_bos(enc, cfg.template)
-    if cfg.stage != "pretrain" and line and not run_on_rank0(is_template_of_init, cfg):
-        say(printable(line))
-
-
-def is_template_of_init(cfg) -> bool:
-    """Whether `init` has the same template, and was not pretrained here, which uses none. False if
-    it is not there any more: a run that resumes may not need it."""
-    try:
-        meta = checkpoint.read_meta(checkpoint.resolve(cfg.init))
-    except SystemExit:
-        return False
-    is_used = meta["step"] == 0 or meta["config"]["stage"] != "pretrain"
-    return is_used and meta["config"]["template"] == cfg.template
+    if line and cfg.init and cfg.stage != "pretrain":
+        init = run_on_rank0(checkpoint.read_meta, run_on_rank0(checkpoint.resolve, cfg.init))
+        if not lacks_bos(enc, init["config"]["template"]):
+            say(printable(line))
 
 
 @dataclass

@@ -804,10 +804,28 @@ def test_a_stage_that_reads_no_rows_was_trained_on_none(tmp_path, tiny_data, tin
     merged = meta | {"step": 0, "base": tiny_runs["sft"], "adapter": "folder"}
     assert eval_command.training_files(merged)[1] == ["folder was merged into it"]
 
+
+def test_the_data_of_an_import_and_of_a_merge(tmp_path, tiny_data, tiny_runs):
+    """An import's setting is the default. A merge has that of the run that it was merged into."""
+    run = checkpoint.latest(tiny_runs["sft"])
+    meta = checkpoint.read_meta(run)
+    assert meta["config"]["data"] == tiny_data
+    imported = {"step": 0, "config": meta["config"] | {"data": f"{tmp_path}/default"}}
+    merged = imported | {"base": run, "base_sha256": meta["weights_sha256"], "adapter": "folder"}
+    onto_import = f"{tmp_path}/onto/round_0/step_000000"
+    shutil.copytree(run, f"{onto_import}.copy")
+    checkpoint.publish(f"{onto_import}.copy", onto_import, meta | {"step": 0})
+    assert eval_command.data_of(meta) == eval_command.data_of(merged) == tiny_data
+    assert eval_command.data_of(imported) == ""
+    assert eval_command.data_of(merged | {"base": onto_import, "base_sha256": None}) == ""
+    assert eval_command.data_of(merged | {"base_sha256": "of another"}) == ""
     args = eval_command.make_parser("").parse_args(["x"])
-    imported = meta | {"step": 0, "config": config | {"data": tiny_data}}
     assert eval_command.find_rows(args, [imported]) == "data/pydocs/val.jsonl"
-    assert eval_command.find_rows(args, [imported, meta]) == f"{meta['config']['data']}/val.jsonl"
+    assert eval_command.find_rows(args, [imported, merged]) == f"{tiny_data}/val.jsonl"
+    files, unknown = eval_command.training_files(merged)
+    assert (files, unknown) == ([f"{tiny_data}/train.jsonl"], ["folder was merged into it"])
+    files, unknown = eval_command.training_files(merged | {"base_sha256": "of another"})
+    assert files == [] and unknown[1] == f"{run} is not there, or is another checkpoint now"
 
 
 def test_every_checkpoint_is_measured_on_the_same_rows(tmp_path):

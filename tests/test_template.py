@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -36,9 +37,10 @@ from data.chat_template import (
 )
 from data.files import write_json
 from data.folder import read_meta, read_stream, token_dtype, write_meta, write_stream
-from data.rows import check_row, encode_rows, sampled_row, write_rows
+from data.rows import check_row, encode_rows, ids_source, sampled_row, write_rows
 from data.template import (
     EXAMPLE,
+    RAW,
     TEMPLATE,
     cut_prompt_ids,
     end_token,
@@ -156,58 +158,75 @@ BEGINNING = ["Once upon a time", " a space", "\n\nlines", "é", "  two spaces  a
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_text_without_a_template_begins_as_its_tokenizer_begins_it(models, kind, tmp_path):
-    """`sample.py --raw`, whole texts and documents of a stream: <s> where there is one, and the
-    first word with the space that the tokenizer puts before a text. A special token of a template
-    takes that space away in tokenizers of the kind "first"."""
+    """`sample.py --raw`, and documents of a stream: <s> where there is one, and the first word with
+    the space that the tokenizer puts before a text. Behind a special token of a template there is
+    none in tokenizers of the kind "first", as in the chat template of an export."""
     enc, _, folder = models[kind]
     theirs = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    stream = []
     for text in BEGINNING:
         ids = theirs.encode(text).ids
-        assert prompt_ids(enc, with_bos(enc, "{prompt}"), text) == ids
+        assert prompt_ids(enc, sample.raw_template(enc), text) == ids
         assert tokenizer.document_ids(enc, text) == [*ids, enc.eot_token]
-        (row,), _ = encode_rows([check_row({"text": text}, "x")], enc, "", 64)
-        assert row["responses"] == [[*ids, enc.eot_token]]
-        (row,), _ = encode_rows([check_row({"text": text, "ended": False}, "x")], enc, "", 64)
-        assert row is None and len(ids) < 2 or row["responses"] == [ids]
+        stream += [*ids, enc.eot_token]
+        for after in ("", "!"):
+            whole = f"{tokenizer.begin(enc)}{text}{after}"
+            ids = theirs.encode(whole, add_special_tokens=False).ids
+            assert prompt_ids(enc, with_bos(enc, "{prompt}" + after), text) == ids
     write_stream(f"{tmp_path}/train.bin", BEGINNING, enc)
-    expected = []
-    for text in BEGINNING:
-        expected += [*theirs.encode(text).ids, enc.eot_token]
-    dtype = token_dtype(enc.n_vocab)
-    assert np.fromfile(f"{tmp_path}/train.bin", dtype).tolist() == expected
-    # text around the prompt is encoded as the chat template of an export has it
-    around = prompt_ids(enc, with_bos(enc, "{prompt}!"), "Once")
-    assert around == theirs.encode(f"{tokenizer.begin(enc)}Once!", add_special_tokens=False).ids
+    assert np.fromfile(f"{tmp_path}/train.bin", token_dtype(enc.n_vocab)).tolist() == stream
+
+
+def test_raw_prompts(models):
+    """Earlier turns, cuts and the marks of samples are those of the template {prompt}."""
+    enc, _, _ = models["first"]
+    bos = [*tokenizer.begin_ids(enc)]
+    turns = [("a b", "c")]
+    plain = prompt_ids(enc, "{prompt}", "d", turns)
+    assert prompt_ids(enc, RAW, "d", turns) == bos + plain
+    long = "the loss of a model " * 9
+    cut, was_cut = cut_prompt_ids(enc, RAW, long, (), 12)
+    assert (
+        was_cut and cut[0] == bos[0] and cut_prompt_ids(enc, "{prompt}", long, (), 11)[0] == cut[1:]
+    )
+    assert ids_source(enc, RAW) == ids_source(enc, "{prompt}")
+    text, ids = " of a", tokenizer.encode(enc, " of a", "within")
+    assert sample.response_text(enc, ids, RAW) == sample.response_text(enc, ids, "{prompt}") == text
 
 
 def test_a_template_without_the_beginning_of_text_is_said(models, tmp_path, capsys):
-    """By train.py, where `init` does not have the same template. Others have no such token."""
+    """By train.py, where the template of `init` has it; once. Also how many whole texts there are,
+    which have no template."""
     enc, _, folder = models["legacy"]
     line = "the template '{prompt}' leaves out <s>, which this tokenizer puts before a text"
-    assert lacks_bos(enc, "{prompt}") == f"{line}: '<s>{{turn}}{{prompt}}' has it"
-    for template in ("{turn}{prompt}", "{system}{turn}{prompt}"):
+    for template in ("{prompt}", "{turn}{prompt}", "{system}{turn}{prompt}"):
         assert lacks_bos(enc, template) == line.replace("{prompt}", template)
     for template in ("<s>{turn}{prompt}", "<s>{system}{no_system}<s>{turn}{prompt}"):
         assert lacks_bos(enc, template) == ""
     assert lacks_bos(tokenizer.load("bytes"), "{prompt}") == ""
 
-    rows = [check_row({"prompt": f"p {n}", "responses": ["r"]}, "x") for n in range(4)]
+    rows = [{"prompt": f"p {n}", "responses": ["r"]} for n in range(4)]
+    rows.append({"text": "a whole text"})
     for split in ("train", "val"):
         write_rows(f"{tmp_path}/{split}.jsonl", rows)
     _, name = tokenizer.load_into(str(tmp_path), f"{folder}/tokenizer.json")
     write_meta(str(tmp_path), name, "made up")
 
-    def said(name, *options):
+    def said(name, *options, steps=1):
         args = ["--stage=sft", f"--data={tmp_path}", f"--out_dir={tmp_path}/{name}", *TINY]
-        train.main([*args, "--max_steps=1", *options])
-        return [text for text in capsys.readouterr().out.splitlines() if "leaves out" in text]
+        train.main([*args, f"--max_steps={steps}", "--save_interval=1", *options])
+        printed = capsys.readouterr().out
+        assert printed.count("1 whole texts without <s> before them") == 2
+        return [text for text in printed.splitlines() if "leaves out" in text]
 
-    assert said("a", "--template={prompt}") == [lacks_bos(enc, "{prompt}")]
+    without, with_it = f"--init={tmp_path}/a", f"--init={tmp_path}/b"
+    assert said("a", "--template={prompt}") == []  # a model from scratch does not know <s>
     assert said("b", "--template=<s>{turn}{prompt}") == []
-    assert said("c", f"--init={tmp_path}/a") == []
-    for init in (f"{tmp_path}/b", ""):
-        options = [f"--init={init}", "--template={prompt}"]
-        assert said(f"d{len(init)}", *options) == [lacks_bos(enc, "{prompt}")]
+    assert said("c", with_it, "--template={prompt}", steps=2) == [line]
+    shutil.rmtree(f"{tmp_path}/c/round_0/step_000002")
+    args = [with_it, "--template={prompt}"]
+    assert said("d", without) == said("e", without, "--template=Q{prompt}") == []
+    assert said("c", *args, steps=2) == []
 
 
 @pytest.mark.parametrize(
