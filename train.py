@@ -849,6 +849,7 @@ def run_rounds(cfg: Config, model_class: type, stages: dict[str, Stage], device,
         say(f"resumes after step {start.step} of round {start.round_id}")
     else:
         preflight.say_template(cfg, enc, say)
+        preflight.say_stream(cfg, enc, say)
     collect = stages[cfg.stage].collect
     with wandb_sender(cfg) as to_wandb, tensorboard_sender(cfg) as to_tensorboard:
         log = metrics_logger.MetricsLogger(cfg, start.at, began, [to_wandb, to_tensorboard])

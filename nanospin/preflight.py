@@ -51,6 +51,19 @@ def say_template(cfg, enc, say):
             say(printable(line))
 
 
+def say_stream(cfg, enc, say):
+    """Say that documents lack the beginning-of-text token: older versions left it out."""
+    if not (cfg.stage == "pretrain" or cfg.pretrain_coef) or not tokenizer.begin(enc):
+        return
+    folder = config.pretrain_config(cfg).data
+    if tokenizer.begin_ids(enc)[0] not in read_stream(folder, "train")[: 2**20]:
+        bos = printable(tokenizer.begin(enc))
+        say(
+            f"the documents of {folder} begin without {bos}, which this tokenizer puts before a "
+            "text, as do eval.py and sample.py --raw; prepare them again to have it"
+        )
+
+
 @dataclass
 class Start:
     """Where a run starts, and with what."""

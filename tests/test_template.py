@@ -789,7 +789,7 @@ def test_training_and_sampling_cut_alike(monkeypatch):
 # ---- other models' tokenizers
 
 
-def test_another_models_tokenizer_for_a_stream(tmp_path):
+def test_another_models_tokenizer_for_a_stream(tmp_path, capsys):
     """It is copied to the data folder, used by a model from scratch, and kept in its checkpoint."""
     folder, out = sentencepiece(tmp_path / "model"), str(tmp_path / "data")
     with open(tmp_path / "texts.jsonl", "w") as f:
@@ -807,6 +807,19 @@ def test_another_models_tokenizer_for_a_stream(tmp_path):
     stream = read_stream(out, "train").tolist()
     text = enc.decode(stream[: stream.index(enc.eot_token)])
     assert text.startswith("<s> ") and "the loss of a model the loss" in text
+
+    begins_without = "begin without <s>, which this tokenizer puts before a text"
+    assert begins_without not in capsys.readouterr().out
+    bos, *_ = tokenizer.begin_ids(enc)
+    for split in ("train", "val"):  # as older versions wrote it
+        ids = read_stream(out, split).copy()
+        ids[ids != bos].tofile(f"{out}/{split}.bin")
+    write_meta(out, "tokenizer.json", "texts.jsonl")
+    run = ["--stage=pretrain", f"--data={out}", f"--out_dir={tmp_path / 'older'}"]
+    for count in (1, 0):  # not again when it resumes
+        train.main([*run, "--max_steps=2", "--batch_size=2", *TINY, "--save_interval=1"])
+        assert capsys.readouterr().out.count(begins_without) == count
+        shutil.rmtree(tmp_path / "older" / "round_0" / "step_000002")
 
 
 def test_broken_tokenizers_are_one_line(tmp_path):
