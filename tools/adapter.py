@@ -20,7 +20,7 @@ from data import cli, tokenizer
 from data.files import printable, read_json, write_json
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, lora
-from tools.hf import new_folder
+from tools.hf import new_folder, weights_sha256
 from tools.hf_families import HFTensors, tensor_map, to_hf_config
 
 PREFIX = "base_model.model."  # of the names in adapter_model.safetensors
@@ -134,7 +134,19 @@ def base_model(base: str, meta: dict | None) -> dict:
     is_adapter = os.path.exists(os.path.join(source, "adapter_config.json"))
     if is_adapter or not os.path.exists(source):
         source = base
+    elif source != base and is_other_model(source, meta.get("source_sha256")):
+        print(f"{source} has other weights than the model that was imported from it")
+        source = base
     return {"base_model_name_or_path": source}
+
+
+def is_other_model(folder: str, expected: str | None) -> bool:
+    """Whether a folder has other weights than at its import. expected: their checksum of then; None
+    in imports by older versions."""
+    try:
+        return expected is not None and weights_sha256(folder) != expected
+    except (SystemExit, OSError):  # files are missing
+        return True
 
 
 # ----------------------------------------------------------------------------------------- import

@@ -12,6 +12,7 @@ has no counterpart here is an error that names it.
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import math
 import os
@@ -34,7 +35,7 @@ from data.chat_template import (
     read_chat_template,
     to_jinja,
 )
-from data.files import atomic_write, parse_json, printable, read_json, write_json
+from data.files import atomic_write, parse_json, printable, read_json, sha256, write_json
 from data.template import TEMPLATE, end_token, lacks_bos, with_bos
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
@@ -117,6 +118,8 @@ def import_model(
         "tokenizer_sha256": tokenizer.fingerprint(enc),
         "source": source,
     }
+    if os.path.isdir(source):  # a model of the hub has a commit
+        meta["source_sha256"] = weights_sha256(source)
     checkpoint.publish(unfinished, path, meta)
     print(
         f"{path}: {hf_model.model_type}, {model.num_params() / 1e6:.2f}M parameters,"
@@ -324,6 +327,13 @@ def open_tensors(folder, model_type, stack):
     if index and len(index) != len(stored):
         raise SystemExit(f"{folder}/model.safetensors.index.json lists tensors that no file has")
     return stored
+
+
+def weights_sha256(folder) -> str:
+    """A checksum of the safetensors files of a folder."""
+    files = sorted(set(read_index(folder).values())) or ["model.safetensors"]
+    hashes = [sha256(os.path.join(folder, file)) for file in files]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_index(folder):
