@@ -1,11 +1,13 @@
 """Model FLOPs utilization: the share of a GPU's peak that a training step reaches."""
 
+import re
+
 import torch
 
 from nanospin.distributed import world_size
 
-# Dense bfloat16, by the first of these names that is part of the device's. A GPU that is not listed
-# has no MFU rather than a wrong one.
+# Dense bfloat16, by the first of these names whose words the device's name has. A GPU that is not
+# listed has no MFU rather than a wrong one.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -14,6 +16,8 @@ PEAK_FLOPS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
     "L40S": 362e12,
+    "RTX 4090 D": None,
+    "RTX 4090 Laptop": None,
     "RTX 4090": 165e12,
 }
 
@@ -27,7 +31,10 @@ def mfu(flops: float, seconds: float, device: torch.device) -> float | None:
 
 
 def peak_flops(device_name: str) -> float | None:
+    """None if the peak is not known, such as that of a MIG slice, which is a part of a GPU."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
     for chip, peak in PEAK_FLOPS.items():
-        if chip in device_name:
+        if re.search(rf"\b{chip}\b", device_name):  # an RTX A1000 is no A100
             return peak
     return None
