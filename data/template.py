@@ -281,8 +281,8 @@ def cut_prompt_ids(
     """The ids of `prompt_ids`, at most `limit` of them. Returns (ids, whether anything was cut).
 
     What the template adds stays: beginning-of-text, system message, role markers. The oldest turns
-    go first, then characters at the start of the prompt, hardly more than needed. The ids are [] if the
-    template leaves no room for any of the prompt.
+    go first, then characters at the start of the prompt, hardly more than needed. The ids are [] if
+    the template leaves no room for any of the prompt.
     """
     prompt = split_template(template).trim("prompt", prompt)
 

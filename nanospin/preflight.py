@@ -60,7 +60,7 @@ def say_stream(cfg, enc, say):
         bos = printable(tokenizer.begin(enc))
         say(
             f"the documents of {folder} begin without {bos}, which this tokenizer puts before a "
-            "text, as do bits_per_byte of eval.py and sample.py --raw; prepare them again to have it"
+            "text, as do bits_per_byte of eval.py and sample.py --raw; prepare them again"
         )
 
 
