@@ -514,7 +514,8 @@ def main(argv=None):
 
 
 def raw_template(enc) -> str:
-    """RAW, or what is the same with a tokenizer that puts no token before a text."""
+    """RAW. With a tokenizer that puts no token before a text {prompt} is the same, and what older
+    versions had: their unfinished samples are continued."""
     return RAW if tokenizer.begin(enc) else "{prompt}"
 
 

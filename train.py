@@ -729,6 +729,7 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
         )
     else:
         name = cfg.tokenizer or data_tokenizer(cfg.data)
+        # one rank warns
         load = tokenizer.load_for_data if distributed.rank() == 0 else tokenizer.load
         enc = load(name)
         settings = cfg.model | {"vocab_size": enc.n_vocab}

@@ -46,7 +46,8 @@ def say_template(cfg, enc, say):
     """Say that the template leaves out the beginning-of-text token that the one of `init` has."""
     line = lacks_bos(enc, cfg.template)
     if line and cfg.init and cfg.stage != "pretrain":
-        init = run_on_rank0(checkpoint.read_meta, run_on_rank0(checkpoint.resolve, cfg.init))
+        path = run_on_rank0(checkpoint.resolve, cfg.init)
+        init = run_on_rank0(checkpoint.read_meta, path)
         if not lacks_bos(enc, init["config"]["template"]):
             say(printable(line))
 

@@ -761,8 +761,8 @@ def test_rows_of_a_training_file_that_was_changed_are_not_counted(tmp_path, tiny
     write_rows(f"{other}/train.jsonl", rows[:2])
     write_meta(other, "bytes", "made up")
     sft_run(first, data)
-    train.main(["--stage=sft", f"--init={first}", f"--data={other}", "--max_steps=1",
-                f"--out_dir={tmp_path}/second"])  # fmt: skip
+    args = ["--stage=sft", f"--init={first}", f"--data={other}", "--max_steps=1"]
+    train.main([*args, f"--out_dir={tmp_path}/second"])
 
     def known():
         """rows_trained_on of first and second, and what is said of them."""
@@ -793,8 +793,28 @@ def test_rows_of_a_training_file_that_was_changed_are_not_counted(tmp_path, tiny
     assert f"{first}/round_0/step_000001 is not there, or is another checkpoint now" in said[1]
 
 
-def test_a_stage_that_reads_no_rows_was_trained_on_none(tmp_path, tiny_data, tiny_runs, capsys):
-    """Pretraining reads train.bin; a folder can have both. An import has no data of its own."""
+def test_a_training_file_that_cannot_be_read_is_said(tmp_path, tiny_data, tiny_runs, capsys):
+    """A run by an older version, which did not keep its hash: else the file would be another."""
+    data = f"{tmp_path}/data"
+    shutil.copytree(tiny_data, data)
+    run = checkpoint.latest(tiny_runs["sft"])
+    meta = checkpoint.read_meta(run)
+    older = meta | {"settings": {}, "config": meta["config"] | {"data": data, "init": ""}}
+    args = eval_command.make_parser("").parse_args([run])
+    entry = eval_command.read_entry("older", run, 1.0, args)
+    entry.meta = older
+    eval_command.say_trained_on({"older": entry}, read_rows(f"{data}/val.jsonl"))
+    assert entry.counts.pop("rows_trained_on") == 0 and not capsys.readouterr().out
+    with open(f"{data}/train.jsonl", "a") as f:
+        f.write("no row")
+    eval_command.say_trained_on({"older": entry}, read_rows(f"{data}/val.jsonl"))
+    said = capsys.readouterr().out
+    assert said.startswith(f"the training rows of older are not all known: {data}/train.jsonl:")
+    assert "rows_trained_on" not in entry.counts
+
+
+def test_a_stage_that_reads_no_rows_was_trained_on_none(tiny_data, tiny_runs):
+    """Pretraining reads train.bin; a folder can have both."""
     meta = checkpoint.read_meta(checkpoint.latest(tiny_runs["sft"]))
     config = meta["config"] | {"data": tiny_data, "init": ""}
     for stage, files in (("sft", [f"{tiny_data}/train.jsonl"]), ("pretrain", [])):

@@ -20,7 +20,7 @@ from data import cli, tokenizer
 from data.files import printable, read_json, write_json
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config, lora
-from tools.hf import new_folder, weights_sha256
+from tools.hf import new_folder, source_sha256
 from tools.hf_families import HFTensors, tensor_map, to_hf_config
 
 PREFIX = "base_model.model."  # of the names in adapter_model.safetensors
@@ -125,7 +125,10 @@ def base_model(base: str, meta: dict | None) -> dict:
     meta: the base's meta.json; None if there is none, or another checkpoint is there now.
     """
     if meta is None:
-        print(f"{base} is not there, or is another checkpoint than the one this adapter belongs to")
+        print(
+            f"{printable(base)} is not there, or is another checkpoint than the one that this "
+            "adapter belongs to"
+        )
     source = base if meta is None else meta.get("source") or base
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
     if hub and not os.path.exists(source):
@@ -135,7 +138,7 @@ def base_model(base: str, meta: dict | None) -> dict:
     if is_adapter or not os.path.exists(source):
         source = base
     elif source != base and is_other_model(source, meta.get("source_sha256")):
-        print(f"{source} has other weights than the model that was imported from it")
+        print(f"{printable(source)} has other weights than the model that was imported from it")
         source = base
     return {"base_model_name_or_path": source}
 
@@ -144,7 +147,7 @@ def is_other_model(folder: str, expected: str | None) -> bool:
     """Whether a folder has other weights than at its import. expected: their checksum of then; None
     in imports by older versions."""
     try:
-        return expected is not None and weights_sha256(folder) != expected
+        return expected is not None and source_sha256(folder) != expected
     except (SystemExit, OSError):  # files are missing
         return True
 

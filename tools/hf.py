@@ -119,7 +119,7 @@ def import_model(
         "source": source,
     }
     if os.path.isdir(source):  # a model of the hub has a commit
-        meta["source_sha256"] = weights_sha256(source)
+        meta["source_sha256"] = source_sha256(source)
     checkpoint.publish(unfinished, path, meta)
     print(
         f"{path}: {hf_model.model_type}, {model.num_params() / 1e6:.2f}M parameters,"
@@ -329,7 +329,7 @@ def open_tensors(folder, model_type, stack):
     return stored
 
 
-def weights_sha256(folder) -> str:
+def source_sha256(folder) -> str:
     """A checksum of the safetensors files of a folder."""
     files = sorted(set(read_index(folder).values())) or ["model.safetensors"]
     hashes = [sha256(os.path.join(folder, file)) for file in files]
