@@ -16,10 +16,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.varlen import VarlenLayout
 from loss import sequence_logprobs
-from nanospin import checkpoint, distributed
+from nanospin import checkpoint, distributed, flash_attention
 from nanospin.attention import PackedSequences, on_gpu, round_up
 from nanospin.config import model_config_from
+from nanospin.flash_attention import FlashSequences
 from nanospin.fused_head import linear_logprobs
 from nanospin.kv_cache import KVCache
 from nanospin.rotary import is_rope_scaling, rotary_angles, rotate
@@ -386,6 +388,7 @@ class GPT(nn.Module):
         sequence_id: Tensor | None = None,
         response_id: Tensor | None = None,
         logit_positions: Tensor | None = None,
+        varlen: VarlenLayout | None = None,
         cache=None,
     ) -> Tensor:
         """Log-probabilities of the targets, float32, 0 where the target is -1. Without targets the
@@ -394,18 +397,28 @@ class GPT(nn.Module):
         logit_positions (m,): compute only these positions of the flat list of tokens, which may
         repeat (a prompt's last token predicts the first token of each response). targets are then
         (m,), else of the shape of idx.
+        varlen: the lengths of packed tokens, for FlashAttention on a GPU.
         cache: a KVCache, filled from rows or extended by one token a row.
         """
         with self.autocast(idx.device):
-            x = self.hidden_at(logit_positions, idx, pos, sequence_id, response_id, cache)
+            layout = (pos, sequence_id, response_id, varlen)
+            x = self.hidden_at(logit_positions, idx, *layout, cache)
             return self.logits(x) if targets is None else self.logprobs(x, targets)
 
     def values(
-        self, idx: Tensor, value_positions: Tensor, *, pos=None, sequence_id=None, response_id=None
+        self,
+        idx: Tensor,
+        value_positions: Tensor,
+        *,
+        pos=None,
+        sequence_id=None,
+        response_id=None,
+        varlen=None,
     ) -> Tensor:
         """The scalar head at value_positions (r,) of the flat list of tokens -> (r,) float32."""
         with self.autocast(idx.device):
-            return self.scalars(self.hidden_at(value_positions, idx, pos, sequence_id, response_id))
+            layout = (pos, sequence_id, response_id, varlen)
+            return self.scalars(self.hidden_at(value_positions, idx, *layout))
 
     def logps_and_values(
         self,
@@ -417,15 +430,17 @@ class GPT(nn.Module):
         sequence_id=None,
         response_id=None,
         logit_positions=None,
+        varlen=None,
     ) -> tuple[Tensor, Tensor]:
         """`forward` with targets and `values` in one pass."""
+        layout = (pos, sequence_id, response_id, varlen)
         with self.autocast(idx.device):
             if logit_positions is None:
-                x = self.hidden(idx, pos, sequence_id, response_id)
+                x = self.hidden(idx, *layout)
                 values = self.scalars(x.flatten(0, -2).index_select(0, value_positions))
                 return self.logprobs(x, targets), values
             positions = torch.cat((logit_positions, value_positions))
-            x = self.hidden_at(positions, idx, pos, sequence_id, response_id)
+            x = self.hidden_at(positions, idx, *layout)
             m = len(logit_positions)
             return self.logprobs(x[:m], targets), self.scalars(x[m:])
 
@@ -450,6 +465,7 @@ class GPT(nn.Module):
         pos=None,
         sequence_id=None,
         response_id=None,
+        varlen=None,
         cache=None,
         query_positions=None,
     ) -> Tensor:
@@ -471,7 +487,12 @@ class GPT(nn.Module):
             response_id = torch.zeros_like(sequence_id)
             shape = (B, T)
         windows = [c.window(layer) for layer in range(c.n_layer)]
-        if sequence_id is None:  # decode
+        dtype = self.autocast_dtype or self.wte.weight.dtype
+        flash = flash_attention.can_attend(varlen, c, idx.device, dtype)
+        if flash:
+            idx, pos = idx.index_select(0, varlen.order), pos.index_select(0, varlen.order)
+            by_window = {0: FlashSequences(varlen)}
+        elif sequence_id is None:  # decode
             cache.begin_step(pos, windows, c.n_head // c.n_kv_head, c.attention_softcap)
             by_window = dict.fromkeys(windows, cache)
         else:
@@ -490,7 +511,7 @@ class GPT(nn.Module):
         local_rope = rotary_angles(c, pos, local=True) if c.rope_local_theta else rope
         for layer, (block, window) in enumerate(zip(self.h, windows)):
             sequences = by_window[window]
-            if query_positions is not None and layer == c.n_layer - 1:
+            if layer == c.n_layer - 1 and (flash or query_positions is not None):
                 sequences = sequences.with_queries(query_positions)
             angles = local_rope if window else rope
             if is_nth(layer, c.no_rope_layer_interval):

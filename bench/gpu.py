@@ -57,6 +57,7 @@ MEASUREMENTS = {
     "preference_padded": (gpu_speed.preference_padded, 120),
     "preference_each": (gpu_speed.preference_each, 120),
     "preference": (gpu_speed.preference, 120),
+    "preference_flex": (gpu_speed.preference_flex, 120),
     "pretrain_nanogpt": (gpu_speed.pretrain_nanogpt, 120),
     "pretrain": (gpu_speed.pretrain, 120),
     "pretrain_eager": (gpu_speed.pretrain_eager, 120),
@@ -82,6 +83,10 @@ RATIOS = {
     "preference to a forward each": (
         ("preference", "target tokens/s"),
         ("preference_each", "target tokens/s"),
+    ),
+    "preference, FlashAttention to FlexAttention": (
+        ("preference", "target tokens/s"),
+        ("preference_flex", "target tokens/s"),
     ),
     "decode to transformers": (("decode", "tokens/s"), ("decode_transformers", "tokens/s")),
     "decode to the floor": (("decode", "decode tokens/s"), ("decode", "floor tokens/s")),

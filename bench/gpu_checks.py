@@ -36,8 +36,9 @@ from data.folder import write_meta, write_stream
 from data.rows import write_rows
 from loss import preference_loss
 from model import GPT, GPTConfig, response_logps
-from nanospin import attention, decoding, distributed
+from nanospin import attention, decoding, distributed, flash_attention
 from nanospin.config import Config
+from nanospin.flash_attention import FlashSequences
 from nanospin.optim import make_optimizers
 from sample import generate
 
@@ -61,6 +62,8 @@ def attention_values(bench: Bench):
     batch = batch_rows(rows).to(bench.device)
     n = len(batch.idx)
     worst = {}
+    if bench.on_gpu:
+        require(flash_attention.is_right(bench.device, torch.bfloat16), "FlashAttention's trial")
     for heads, kv_heads, width, window, dtype, bound in ATTENTION_CASES:
         dtype = dtype if bench.on_gpu else torch.float32
         q, k, v = random_heads(bench, n, heads, kv_heads, width, dtype)
@@ -82,15 +85,20 @@ def attention_values(bench: Bench):
                 batch.pos,
                 window,
             )
-            errors = attention_errors(functools.partial(packed.attend, 0), q, k, v, i, visible)
             name = f"{heads}/{kv_heads} heads of {width}, window {window}, {dtype}".replace(
                 "torch.", ""
             )
             if positions is not None:
                 name += ", some queries"
-            print(name, [f"{error:.1e}" for error in errors], flush=True)
-            worst[str(dtype)[6:]] = max(worst.get(str(dtype)[6:], 0.0), *errors)
-            require(max(errors) < bound, f"{name}: errors {errors}")
+            works = {name: functools.partial(packed.attend, 0)}
+            if bench.on_gpu and dtype == torch.bfloat16 and not window:
+                works[f"{name}, FlashAttention"] = flash_work(batch, positions)
+            for name, attend in works.items():
+                errors = attention_errors(attend, q, k, v, i, visible)
+                print(name, [f"{error:.1e}" for error in errors], flush=True)
+                kind = "FlashAttention" if "Flash" in name else str(dtype)[6:]
+                worst[kind] = max(worst.get(kind, 0.0), *errors)
+                require(max(errors) < bound, f"{name}: errors {errors}")
 
     B, T = (4, 512) if bench.on_gpu else (2, 16)
     row = torch.arange(B, device=bench.device).repeat_interleave(T)
@@ -106,6 +114,12 @@ def attention_values(bench: Bench):
     if bench.on_gpu:
         worst["decoding"] = decoding_error(bench)
     return {f"error {name}": value for name, value in worst.items()}
+
+
+def flash_work(batch, positions):
+    """-> function(q, k, v): attention by FlashAttention, in the order of the batch."""
+    sequences = FlashSequences(batch.varlen).with_queries(positions)
+    return lambda *heads: sequences.attend(0, *[x[batch.varlen.order] for x in heads])
 
 
 def attention_errors(attend, q, k, v, positions, visible) -> list[float]:

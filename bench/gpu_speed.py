@@ -4,6 +4,7 @@ import contextlib
 import functools
 import sys
 import time
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -33,6 +34,7 @@ from eval import row_logps
 from loss import linear_logprobs, preference_loss
 from model import GPT, GPTConfig, response_logps
 from nanospin import attention, decoding
+from nanospin.flash_attention import FlashSequences
 from nanospin.mfu import mfu
 from sample import generate
 
@@ -145,6 +147,12 @@ def preference(bench: Bench):
     return found
 
 
+def preference_flex(bench: Bench):
+    """The same with FlexAttention in place of FlashAttention."""
+    rows = preference_rows(bench)
+    return preference_speed(bench, rows, packed_preference(bench, rows, flash=False))
+
+
 def preference_padded(bench: Bench):
     """The step of a plain model: padded forward passes with full logits, of all responses at
     once."""
@@ -164,10 +172,12 @@ def preference_speed(bench: Bench, rows, step):
     return {"ms": 1000 * seconds, "target tokens/s": num_targets / seconds, "GiB": gib}
 
 
-def packed_preference(bench: Bench, rows):
+def packed_preference(bench: Bench, rows, flash=True):
     """-> function: our step."""
     model, optimizers = our_model(bench, stage="spin")
     batches = cut_rows(rows, bench.size.micro_batch_tokens, "packed")
+    if not flash:
+        batches = [replace(batch, varlen=None) for batch in batches]
 
     def loss(batch):
         batch = batch.to(bench.device)
@@ -243,8 +253,9 @@ def head(bench: Bench):
 
 
 def attention_speed(bench: Bench):
-    """Attention of one layer. Forward and backward: SDPA's kernels on rectangles, FlexAttention on
-    the packed rows of a preference step. Without gradients: a decoding step."""
+    """Attention of one layer. Forward and backward: SDPA's kernels on rectangles, FlashAttention
+    and FlexAttention on the packed rows of a preference step. Without gradients: a decoding
+    step."""
     works = rectangular_works(bench) | packed_works(bench) | decode_works(bench)
     for work in works.values():
         work()
@@ -301,6 +312,8 @@ def packed_works(bench: Bench):
         attend = functools.partial(layout(positions).attend, 0)
         works[name] = functools.partial(forward_backward, attend, *heads_of_qkv)
     if bench.on_gpu:
+        attend = functools.partial(FlashSequences(batch.varlen).attend, 0)
+        works["packed, flash"] = functools.partial(forward_backward, attend, *heads_of_qkv)
         attend = functools.partial(layout().attend, 0)
         default = functools.partial(forward_backward, attend, *heads_of_qkv)
         works["packed, default options"] = functools.partial(with_default_options, default)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.varlen import VarlenLayout, varlen_layout
+
 
 @dataclass
 class Batch:
@@ -26,6 +28,7 @@ class Batch:
     sequence_id: Tensor | None = None  # (n,) the row
     response_id: Tensor | None = None  # (n,) 0 in the prompt, 1 + k in response k
     logit_positions: Tensor | None = None  # (m,) where in idx each target is predicted
+    varlen: VarlenLayout | None = None  # the lengths of packed prompts and responses
 
     # what is predicted
     targets: Tensor | None = None  # (m,) or (N, T); -1 where not supervised
@@ -63,9 +66,9 @@ class Batch:
     def num_rows(self) -> int:
         return len(self.response_mask)
 
-    def layout(self) -> dict[str, Tensor]:
+    def layout(self) -> dict[str, Tensor | VarlenLayout]:
         """The layout of the tokens, as keyword arguments of the model: model(idx, **layout())."""
-        names = ("pos", "sequence_id", "response_id", "logit_positions")
+        names = ("pos", "sequence_id", "response_id", "logit_positions", "varlen")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, function) -> "Batch":
@@ -75,6 +78,8 @@ class Batch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 changed[f.name] = function(value)
+            elif isinstance(value, VarlenLayout):
+                changed[f.name] = value.map_tensors(function)
         return replace(self, **changed)
 
     def to(self, device) -> "Batch":
@@ -120,13 +125,15 @@ def batch_rows(rows: list[dict], layout: str = "packed", multiple: int | None = 
         tokens = pack_rows(rows, K, multiple)
     else:
         tokens = pad_rows(rows, K)
-    num_tokens = tokens.pop("num_tokens")
+    num_tokens, varlen = tokens.pop("num_tokens"), None
+    if layout == "packed":
+        varlen = varlen_layout(tokens["sequence_id"], tokens["response_id"])
     arrays = tokens | {"response_mask": response_mask, "ranks": ranks, "lengths": lengths}
     tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
     for key, name in (("ref", "ref_logps"), ("scores", "data_scores")):
         if key in rows[0]:
             tensors[name] = pad_columns([row[key] for row in rows], K)
-    return Batch(**tensors, num_tokens=num_tokens).pin_memory()
+    return Batch(**tensors, varlen=varlen, num_tokens=num_tokens).pin_memory()
 
 
 def reward_batch(rows: list[dict], layout: str = "packed") -> Batch:
@@ -213,8 +220,8 @@ def pack_rows(rows: list[dict], K: int, multiple: int) -> dict:
     return {
         "idx": idx + [0] * padding,
         "pos": pos + [0] * padding,
-        "sequence_id": sequence_id + [len(rows)] * padding,
-        "response_id": response_id + [0] * padding,
+        "sequence_id": np.array(sequence_id + [len(rows)] * padding, int),
+        "response_id": np.array(response_id + [0] * padding, int),
         "logit_positions": np.array(logit_positions, int),
         "targets": np.array(targets, int),
         "response_index": np.array(response_index, int),
@@ -322,7 +329,7 @@ def stream_batch(
             f"vocabulary of {vocab_size}"
         )
     idx, targets = rows[:, :-1], rows[:, 1:]
-    arrays = {"idx": idx, "targets": targets}
+    arrays, varlen = {"idx": idx, "targets": targets}, None
     if document_end is not None:
         is_start = idx == document_end
         is_start[:, 0] = True
@@ -335,5 +342,6 @@ def stream_batch(
             "sequence_id": is_start.ravel().cumsum(),
             "response_id": np.zeros_like(index),
         }
+        varlen = varlen_layout(arrays["sequence_id"], arrays["response_id"])
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
-    return Batch(**tensors, num_tokens=idx.size).pin_memory()
+    return Batch(**tensors, varlen=varlen, num_tokens=idx.size).pin_memory()

@@ -25,11 +25,13 @@ A token sees the prompt of its own sequence and its own response, up to and incl
       c0   .  .  .  .  .  .  .  x  x  x
 
 The attention layers call `attend(layer, q, k, v)` of an object that knows this mask:
-`PackedSequences` here, or `KVCache` (kv_cache.py) while decoding. The queries are (n, H, D), the
+`PackedSequences` here, `FlashSequences` for most packed batches on a GPU, or `KVCache`
+(kv_cache.py) while decoding. The queries are (n, H, D), the
 keys and values (n, Hkv, D), the result (n, H, D).
 
 Three kernels compute it for whole sequences: `TiledAttention` on a CPU; on a GPU
-`scaled_dot_product_attention` for plain (B, T) batches, and FlexAttention for everything else.
+`scaled_dot_product_attention` for plain (B, T) batches, and FlexAttention for everything else that
+FlashSequences (flash_attention.py) does not take.
 """
 
 import contextlib
@@ -41,6 +43,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanospin.compiling import compile_dynamic
 
 
 class PackedSequences:
@@ -399,25 +403,6 @@ def softcap_score(softcap: float):
         return float(text) * torch.tanh(score / float(text))
 
     return score_mod
-
-
-def raise_limit_of_graphs():
-    """Dynamo compiles a function at most 8 times by default, and then runs it uncompiled."""
-    torch._dynamo.config.recompile_limit = 64
-
-
-@functools.cache
-def compile_dynamic(function):
-    """A function, compiled for any length. This holds in generate() too, which runs everything else
-    eagerly.
-
-    Beyond Dynamo's limit of graphs it would silently run uncompiled and hold all scores. Sizes that
-    happen to be equal are not taken to be always equal: as many queries as keys would be compiled
-    as a special case.
-    """
-    raise_limit_of_graphs()
-    torch.fx.experimental._config.use_duck_shape = False
-    return torch.compiler.set_stance("default")(torch.compile(function, dynamic=True))
 
 
 # ---- CPU: attention by tiles

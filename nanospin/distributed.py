@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from nanospin import decoding, lora
-from nanospin.attention import raise_limit_of_graphs
+from nanospin.compiling import raise_limit_of_graphs
 
 # Tokens of a micro-batch: about what the caches of a CPU hold, and what keeps a GPU busy.
 MICRO_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}

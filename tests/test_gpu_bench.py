@@ -89,6 +89,7 @@ def test_ratios_come_from_the_json_files(tmp_path):
         "preference": {"target tokens/s": 9.0},
         "preference_padded": {"target tokens/s": 6.0},
         "preference_each": {"target tokens/s": 3.0},
+        "preference_flex": {"target tokens/s": 4.5},
     }
     for name, found in numbers.items():
         write_json(f"{tmp_path}/{name}.json", found)
@@ -96,6 +97,7 @@ def test_ratios_come_from_the_json_files(tmp_path):
         "pretrain to nanoGPT": 1.5,
         "preference to padded": 1.5,
         "preference to a forward each": 3.0,
+        "preference, FlashAttention to FlexAttention": 2.0,
         "decode to the floor": 0.25,
     }
 

@@ -1,0 +1,252 @@
+"""FlashAttention over packed sequences whose responses share their prompt, on a GPU.
+
+A token of a response sees its prompt, and its own response up to itself. FlashAttention's kernels
+know no such mask. So they are called twice (data/varlen.py has the two lists of sequences):
+
+    segments   each prompt and each response alone, causal
+    rows       the responses of a row, all together, see all of its prompt
+
+Each call returns its outputs y and the logarithms lse of the sums of exp(score) that it divided by.
+The softmax over the keys of both calls is
+
+    lse = log(exp(lse_1) + exp(lse_2))
+    y = exp(lse_1 - lse) y_1 + exp(lse_2 - lse) y_2
+
+The backward kernel computes probabilities again as exp(score - lse). Called with the y and the lse
+of both, it returns the exact share of one call in the gradients, and the shares are added. Ring
+attention (arXiv 2310.01889) puts blocks of keys together in the same way.
+"""
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+
+from data.varlen import VarlenLayout, varlen_layout
+from nanospin.compiling import compile_dynamic
+
+SHORTEST_MEAN = 32  # tokens; a kernel's block has 128, and shorter segments would leave it empty
+
+
+def can_attend(varlen: VarlenLayout | None, config, device, dtype) -> bool:
+    """Whether FlashSequences takes a batch of a model with this GPTConfig, whose queries have this
+    dtype. FlexAttention does the rest: float32, windows, soft caps, heads of other widths, and
+    batches of very short segments."""
+    if varlen is None or device.type != "cuda":
+        return False
+    if config.sliding_window or config.attention_softcap:
+        return False
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if config.head_dim % 8 or config.head_dim > 256:
+        return False
+    if len(varlen.order) < SHORTEST_MEAN * (len(varlen.segment_starts) - 1):
+        return False
+    return is_right(device, dtype)
+
+
+class FlashSequences:
+    """The layout of a batch of packed sequences, in the order of a VarlenLayout, and attention over
+    it.
+
+    positions (m,): compute the output of the tokens at these places only; None: of all.
+    """
+
+    def __init__(self, varlen: VarlenLayout, positions: Tensor | None = None):
+        self.varlen = varlen
+        self.positions = positions
+
+    def with_queries(self, positions: Tensor | None) -> "FlashSequences":
+        """The same, with the output of these tokens of the batch only, or of all, in the order of
+        the batch."""
+        place = self.varlen.place
+        if positions is not None:
+            return FlashSequences(self.varlen, place.index_select(0, positions))
+        return FlashSequences(self.varlen, place) if self.varlen.num_response_tokens else self
+
+    def select(self, x: Tensor) -> Tensor:
+        """The tokens of x (n, ...) whose output is needed."""
+        return x if self.positions is None else x.index_select(0, self.positions)
+
+    @torch.compiler.disable
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (n, H, D), k and v (n, Hkv, D) -> (n, H, D), or (m, H, D) with positions."""
+        return self.select(FlashAttention.apply(q, k, v, self.varlen))
+
+
+class FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, varlen):
+        y, lse = packed_forward(q, k, v, varlen)
+        ctx.save_for_backward(q, k, v, y, lse)
+        ctx.varlen = varlen
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *packed_backward(dy, *ctx.saved_tensors, ctx.varlen), None
+
+
+def packed_forward(q, k, v, varlen):
+    """-> y (n, H, D), lse (H, n) float32."""
+    y, lse = flash_forward(q, k, v, *segments(varlen))
+    if varlen.num_response_tokens:
+        row_q, row_k, row_v = of_rows(q, k, v, varlen)
+        row_y, row_lse = flash_forward(row_q, row_k, row_v, *rows(varlen))
+        own_lse = responses_of(lse, varlen, dim=1)
+        weight = torch.sigmoid(row_lse - own_lse).T  # = exp(row_lse - log of the sum of both)
+        mix = compile_dynamic(mix_, dynamic=None) if y.is_cuda else mix_
+        mix(responses_of(y, varlen), row_y, weight)
+        torch.logaddexp(own_lse, row_lse, out=own_lse)
+    return y, lse
+
+
+def packed_backward(dy, q, k, v, y, lse, varlen):
+    """-> the gradients of q, k, v, given dy of y."""
+    dq, dk, dv = flash_backward(dy, q, k, v, y, lse, *segments(varlen))
+    if varlen.num_response_tokens:
+        more = flash_backward(
+            responses_of(dy, varlen),
+            *of_rows(q, k, v, varlen),
+            responses_of(y, varlen),
+            responses_of(lse, varlen, dim=1).contiguous(),
+            *rows(varlen),
+        )
+        for x, y in zip(of_rows(dq, dk, dv, varlen), more, strict=True):
+            x += y
+    return dq, dk, dv
+
+
+def mix_(y, row_y, weight):
+    """y becomes (1 - weight) y + weight row_y: y and row_y (r, H, D), weight (r, H) float32."""
+    weight = weight.unsqueeze(-1)
+    y.copy_((1 - weight) * y + weight * row_y)
+
+
+def of_rows(q, k, v, varlen):
+    """The part of q that belongs to responses of rows, and those of k and v that do to prompts."""
+    p = varlen.num_prompt_tokens
+    return responses_of(q, varlen), k.narrow(0, 0, p), v.narrow(0, 0, p)
+
+
+def responses_of(x, varlen, dim=0):
+    return x.narrow(dim, varlen.num_prompt_tokens, varlen.num_response_tokens)
+
+
+def segments(varlen):
+    """The last arguments of a kernel: starts of queries and keys, longest of each, causal."""
+    starts, longest = varlen.segment_starts, varlen.longest_segment
+    return starts, starts, longest, longest, True
+
+
+def rows(varlen):
+    return (
+        varlen.response_starts,
+        varlen.prompt_starts,
+        varlen.longest_responses,
+        varlen.longest_prompt,
+        False,
+    )
+
+
+# ---- PyTorch's kernels. Its public `varlen_attn` calls them too, but its backward pass takes the
+# lse of that call only.
+
+
+def flash_forward(q, k, v, q_starts, k_starts, longest_q, longest_k, causal):
+    """-> y (m, H, D), lse (H, m) float32."""
+    y, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        q_starts,
+        k_starts,
+        longest_q,
+        longest_k,
+        0.0,  # dropout
+        causal,
+        False,  # no probabilities for debugging
+        scale=q.shape[-1] ** -0.5,
+    )
+    return y, lse
+
+
+def flash_backward(dy, q, k, v, y, lse, q_starts, k_starts, longest_q, longest_k, causal):
+    """-> dq, dk, dv."""
+    random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout
+    return torch.ops.aten._flash_attention_backward(
+        dy,
+        q,
+        k,
+        v,
+        y,
+        lse,
+        q_starts,
+        k_starts,
+        longest_q,
+        longest_k,
+        0.0,  # dropout
+        causal,
+        random_state,
+        torch.empty(0, device=q.device),
+        scale=q.shape[-1] ** -0.5,
+    )
+
+
+# ---- the kernels are private functions of PyTorch, so they are tried before they are used
+
+
+@functools.cache
+def is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether outputs and gradients are those of dense attention on a few tokens. If not, says so
+    in a line."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        error = largest_error(device, dtype)
+        problem = f"is off by {error:.1%}"
+    except (AttributeError, RuntimeError, TypeError) as e:  # another signature, or no kernel
+        error = float("inf")
+        problem = str(e).splitlines()[0]
+    # bfloat16 rounds by 0.4 %. A wrong mask is off by a tenth or more.
+    if error < 0.02:
+        return True
+    print(f"packed rows without FlashAttention ({problem})", file=sys.stderr, flush=True)
+    return False
+
+
+@torch.no_grad()
+def largest_error(device, dtype) -> float:
+    """The largest relative error of y, dq, dk and dv, of two prompts with two responses each."""
+    sequence_id = torch.tensor([0] * 9 + [1] * 12)
+    response_id = torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [0] * 5 + [1] * 1 + [2] * 6)
+    varlen = varlen_layout(sequence_id.numpy(), response_id.numpy())
+    sequence_id, response_id = sequence_id[varlen.order], response_id[varlen.order]
+    varlen = varlen.map_tensors(lambda x: x.to(device))
+    same_row = sequence_id[:, None] == sequence_id
+    sees = (response_id == 0) | (response_id[:, None] == response_id)
+    visible = (same_row & sees).tril().to(device)
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, len(sequence_id), 2, 64)  # dy, q, k and v of two heads
+    dy, q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
+    y, lse = packed_forward(q, k, v, varlen)
+    found = (y, *packed_backward(dy, q, k, v, y, lse, varlen))
+    with torch.autocast(device.type, enabled=False):
+        expected = dense_attention(dy.float(), q.float(), k.float(), v.float(), visible)
+    errors = []
+    for a, b in zip(found, expected):
+        errors.append((a - b).norm() / b.norm())
+    return float(torch.stack(errors).max())
+
+
+def dense_attention(dy, q, k, v, visible):
+    """(y, dq, dk, dv), each (n, H, D), with all scores in memory. visible (n, n) bool."""
+    dy, q, k, v = (x.transpose(0, 1) for x in (dy, q, k, v))
+    scale = q.shape[-1] ** -0.5
+    probs = (scale * q @ k.mT).masked_fill(~visible, -torch.inf).softmax(-1)
+    d_probs = dy @ v.mT
+    d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
+    results = (probs @ v, scale * d_scores @ k, scale * d_scores.mT @ q, probs.mT @ dy)
+    return [x.transpose(0, 1) for x in results]
