@@ -529,7 +529,11 @@ def count_bytes(enc, template: str, ids: list[int]) -> int:
     """The UTF-8 bytes of a response's ids, which may end within a character."""
     if hasattr(enc, "decode_bytes"):
         return len(enc.decode_bytes(ids))
-    return len(written_text(enc, template, ids).encode())
+    whole, text = len(ids), written_text(enc, template, ids)
+    while text.endswith("\ufffd"):  # perhaps a part of a character
+        whole -= 1
+        text = written_text(enc, template, ids[:whole]) if whole else ""
+    return len(text.encode()) + sum(enc.token_size(token_id) for token_id in ids[whole:])
 
 
 # --------------------------------------------------------------------------------- win rates

@@ -361,7 +361,7 @@ class JsonTokenizer:
         self.text = text
         self.eos = eos
         self.stop_tokens = stop_tokens or [eos]
-        self.full, self.bare, only_first, self.n_vocab = parse_backends(text)
+        self.full, self.bare, only_first, self.is_byte_level, self.n_vocab = parse_backends(text)
         # "first": the space comes before the whole text only, else also after each special token
         self.backends = {
             "start": self.full,
@@ -394,6 +394,16 @@ class JsonTokenizer:
         backend = self.backends[where] if self.puts_space else self.bare
         return backend.decode(ids, skip_special_tokens=False)
 
+    def token_size(self, token_id: int) -> int:
+        """The bytes of a token, also of one that holds a part of a character."""
+        token = self.full.id_to_token(token_id)
+        if BYTE_TOKEN.fullmatch(token):
+            return 1
+        return len(token) if self.is_byte_level else len(self.decode([token_id]).encode())
+
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of `byte_fallback`: one byte of a rare character
+
 
 def check_growth(spec: dict):
     """Raise ValueError if the normalizer or the decoder of a parsed tokenizer.json could make a
@@ -424,7 +434,8 @@ def growth(step) -> float:
 @functools.lru_cache(maxsize=2)  # a vocabulary of 150,000 takes half a second to parse
 def parse_backends(text: str) -> tuple:
     """A tokenizer.json's text -> (tokenizer that may put a space before a text, one that does not,
-    whether the first does so only before the whole text, 1 + the largest id).
+    whether the first does so only before the whole text, whether a token is written as one
+    character a byte, 1 + the largest id).
 
     Raises ValueError for a file whose steps could make a text much longer.
     """
@@ -442,8 +453,9 @@ def parse_backends(text: str) -> tuple:
         backend.encode_special_tokens = True
     steps = {name: spec.get(name) for name in PREFIX_SPACE_PARTS}
     only_first = '"prepend_scheme": "first"' in json.dumps(steps)
+    is_byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
     largest = max([last_id(spec["model"]), *full.get_added_tokens_decoder()])
-    return full, bare, only_first, 1 + largest
+    return full, bare, only_first, is_byte_level, 1 + largest
 
 
 def load_without_gc(text: str):

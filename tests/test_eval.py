@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 from unittest import mock
 
 import numpy as np
 import pytest
+import tokenizers_like
 import torch
 from conftest import TEMPLATE, command, read_metrics
 
@@ -17,9 +19,11 @@ from data import tokenizer
 from data.files import read_json, write_json
 from data.folder import write_meta
 from data.rows import check_row, encode_rows, read_rows, write_rows
+from data.template import written_ids
 from eval import (
     Samples,
     check_judge,
+    count_bytes,
     f1_score,
     function_scores,
     harness_metrics,
@@ -1097,3 +1101,28 @@ def test_logps_are_the_reference_log_probabilities_of_training(tiny_runs, tiny_d
     refs = np.load(f"{out}/round_0/val.ref.npz")["refs"]
     order = np.random.default_rng([0, 0]).permutation(12)  # of validation_rows
     np.testing.assert_allclose(np.array(by_row)[order], refs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["byte level", "legacy", "first", "never"])
+def test_bytes_of_a_response_cut_within_a_character(scheme, tmp_path):
+    """Of every prefix of its tokens. A part of a character counts as its bytes, not as the three
+    of U+FFFD, which stands for it in the decoded text. U+FFFD itself has three."""
+    if scheme == "byte level":
+        folder = tokenizers_like.chatml(str(tmp_path))
+    else:
+        folder = tokenizers_like.sentencepiece(str(tmp_path), scheme)
+    enc = tokenizer.load(f"{folder}/tokenizer.json")
+    for text in ("日本語 the テキスト", "🙂👩 the end🚀", "привет", "a \ufffd b\ufffd", "\ufffd"):
+        ids = written_ids(enc, TEMPLATE, text)
+        sizes = []
+        for token in [enc.full.id_to_token(i) for i in ids]:
+            if scheme == "byte level":
+                sizes.append(len(tokenizer.token_bytes(token)))
+            elif re.fullmatch("<0x..>", token):
+                sizes.append(1)
+            else:
+                sizes.append(len(token.replace("▁", " ").encode()))
+        extra = sum(sizes) - len(text.encode())  # a space before the text, which is no part of it
+        assert extra in (0, 1)
+        for n in range(1, len(ids) + 1):
+            assert count_bytes(enc, TEMPLATE, ids[:n]) == sum(sizes[:n]) - extra
