@@ -78,7 +78,9 @@ class FlashSequences:
 class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, varlen):
-        y, lse = packed_forward(q, k, v, varlen)
+        # Compiled for the sizes that it meets here, of which only the lengths change.
+        mix = compile_dynamic(mix_, dynamic=None) if q.is_cuda else mix_
+        y, lse = packed_forward(q, k, v, varlen, mix)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.varlen = varlen
         return y
@@ -88,15 +90,14 @@ class FlashAttention(torch.autograd.Function):
         return *packed_backward(dy, *ctx.saved_tensors, ctx.varlen), None
 
 
-def packed_forward(q, k, v, varlen):
-    """-> y (n, H, D), lse (H, n) float32."""
+def packed_forward(q, k, v, varlen, mix):
+    """-> y (n, H, D), lse (H, n) float32. mix: `mix_`, perhaps compiled."""
     y, lse = flash_forward(q, k, v, *segments(varlen))
     if varlen.num_response_tokens:
         row_q, row_k, row_v = of_rows(q, k, v, varlen)
         row_y, row_lse = flash_forward(row_q, row_k, row_v, *rows(varlen))
         own_lse = responses_of(lse, varlen, dim=1)
         weight = torch.sigmoid(row_lse - own_lse).T  # = exp(row_lse - log of the sum of both)
-        mix = compile_dynamic(mix_, dynamic=None) if y.is_cuda else mix_
         mix(responses_of(y, varlen), row_y, weight)
         torch.logaddexp(own_lse, row_lse, out=own_lse)
     return y, lse
@@ -113,8 +114,8 @@ def packed_backward(dy, q, k, v, y, lse, varlen):
             responses_of(lse, varlen, dim=1).contiguous(),
             *rows(varlen),
         )
-        for x, y in zip(of_rows(dq, dk, dv, varlen), more, strict=True):
-            x += y
+        for grad, row_grad in zip(of_rows(dq, dk, dv, varlen), more, strict=True):
+            grad += row_grad
     return dq, dk, dv
 
 
@@ -231,7 +232,7 @@ def largest_error(device, dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (4, len(sequence_id), 2, 64)  # dy, q, k and v of two heads
     dy, q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
-    y, lse = packed_forward(q, k, v, varlen)
+    y, lse = packed_forward(q, k, v, varlen, mix_)
     found = (y, *packed_backward(dy, q, k, v, y, lse, varlen))
     with torch.autocast(device.type, enabled=False):
         expected = dense_attention(dy.float(), q.float(), k.float(), v.float(), visible)
