@@ -46,7 +46,13 @@ from data.rows import (
     row_with_ids,
     write_rows,
 )
-from data.template import split_template, without_thoughts, written_ids, written_text
+from data.template import (
+    split_template,
+    without_thoughts,
+    written_ids,
+    written_text,
+    written_whole,
+)
 from loss import chosen_rejected_metrics, gradient_weight, plackett_luce, wins
 from model import GPT, response_logps, response_scores
 from nanospin import checkpoint, distributed, eval_command
@@ -458,8 +464,9 @@ def harness_metrics(model, enc, template: str, rows, encoded, device) -> dict[st
     """What lm-evaluation-harness reports of an exported checkpoint, on the same rows. There is no
     reference, and responses are scored without their end-of-text.
 
-    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes. A whole text is scored
-                      in `rolling_windows` of block_size, after a beginning-of-text
+    bits_per_byte     nats of the best responses / ln 2 / their UTF-8 bytes, as the template writes
+                      them: trimmed, with what stands around them. A whole text is scored in
+                      `rolling_windows` of block_size, after a beginning-of-text
     choice_acc        of rows in which something is ranked, equal responses being one: how often the
                       best has the highest log-probability. Of equal ones the first counts (`acc`
                       of the harness)
@@ -509,8 +516,8 @@ def harness_metrics(model, enc, template: str, rows, encoded, device) -> dict[st
 
 
 def without_end(enc, template: str, row: dict, encoded: dict) -> tuple[list, list[int]]:
-    """The responses of an encoded row without end-of-text, and the UTF-8 bytes of each (0: absent).
-    A response that was cut counts as far as it goes."""
+    """The responses of an encoded row without end-of-text, and the UTF-8 bytes of what the template
+    writes for each (0: absent). A response that was cut counts as far as it goes."""
     responses, num_bytes = [], []
     for text, ids in zip(row["responses"], encoded["responses"]):
         if ids is None:
@@ -518,7 +525,7 @@ def without_end(enc, template: str, row: dict, encoded: dict) -> tuple[list, lis
             num_bytes.append(0)
         elif tokenizer.is_end(enc, ids[-1]):
             responses.append(ids[:-1])
-            num_bytes.append(len(text.encode()))
+            num_bytes.append(len(written_whole(template, text).encode()))
         else:
             responses.append(ids)
             num_bytes.append(count_bytes(enc, template, ids))
@@ -530,10 +537,10 @@ def count_bytes(enc, template: str, ids: list[int]) -> int:
     if hasattr(enc, "decode_bytes"):
         return len(enc.decode_bytes(ids))
     whole, text = len(ids), written_text(enc, template, ids)
-    while text.endswith("\ufffd"):  # perhaps a part of a character
+    while text.endswith("\ufffd") and enc.num_bytes(ids[whole - 1]):  # a part of a character
         whole -= 1
         text = written_text(enc, template, ids[:whole]) if whole else ""
-    return len(text.encode()) + sum(enc.token_size(token_id) for token_id in ids[whole:])
+    return len(text.encode()) + sum(enc.num_bytes(token_id) for token_id in ids[whole:])
 
 
 # --------------------------------------------------------------------------------- win rates

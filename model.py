@@ -473,7 +473,7 @@ class GPT(nn.Module):
 
         query_positions (m,): only at these positions of the flat list, (m, C), which on a CPU must
         be ascending. For the other tokens, mostly prompts, the last block computes queries, keys
-        and values only.
+        and values only, and FlashAttention also the attention.
         """
         c = self.config
         shape = None

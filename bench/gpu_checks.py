@@ -62,8 +62,6 @@ def attention_values(bench: Bench):
     batch = batch_rows(rows).to(bench.device)
     n = len(batch.idx)
     worst = {}
-    if bench.on_gpu:
-        require(flash_attention.is_right(bench.device, torch.bfloat16), "FlashAttention's trial")
     for heads, kv_heads, width, window, dtype, bound in ATTENTION_CASES:
         dtype = dtype if bench.on_gpu else torch.float32
         q, k, v = random_heads(bench, n, heads, kv_heads, width, dtype)
@@ -92,6 +90,8 @@ def attention_values(bench: Bench):
                 name += ", some queries"
             works = {name: functools.partial(packed.attend, 0)}
             if bench.on_gpu and dtype == torch.bfloat16 and not window:
+                trial = flash_attention.is_right(bench.device, dtype, width, heads // kv_heads)
+                require(trial, "FlashAttention's trial failed")
                 works[f"{name}, FlashAttention"] = flash_work(batch, positions)
             for name, attend in works.items():
                 errors = attention_errors(attend, q, k, v, i, visible)

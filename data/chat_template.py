@@ -206,12 +206,29 @@ def follow(chat_template: ChatTemplate, enc, folder: str) -> str:
         refuse(chat_template, folder, e)
     if note:
         print(printable(f"rows with a system message are refused (the chat template: {note})"))
+    say_joined(joined)
+    return template
+
+
+def say_joined(joined: int):
+    """Print how many answers have other ids in transformers. joined: from `check_ids`."""
     if joined:
         print(
-            f"{joined} of {len(CHECK_TEXTS)} test answers, such as those that begin with white"
-            " space, are encoded by themselves: the tokenizer would join them with the text beside"
+            f"{joined} of {len(CHECK_TEXTS)} test answers are encoded by themselves. transformers"
+            " encodes a conversation as one text, and joins them with the text beside: in earlier"
+            " turns they have other ids there"
         )
-    return template
+
+
+def say_other_ids(folder: str, enc, template: str):
+    """Print for which answers the chat template of an exported folder gives other ids than the
+    template that it was made of."""
+    encode = functools.partial(tokenizer.encode_whole, enc)
+    try:
+        exported = read_chat_template(folder, enc)
+        say_joined(check_ids(enc, template, exported.render_all, encode))
+    except NotFollowed as e:
+        print(printable(f"apply_chat_template gives other ids: {e}"))
 
 
 def check_template(enc, template: str, folder: str):

@@ -251,6 +251,11 @@ def written_ids(
     return encode_pieces(enc, pieces, "within")
 
 
+def written_whole(template: str, response: str) -> str:
+    """The text that `written_ids` encodes."""
+    return "".join(split_template(template).written(response))
+
+
 def written_text(enc, template: str, ids: list[int]) -> str:
     """The text of ids that the model writes after a prompt, without the token that ends it: the
     inverse of `written_ids`."""

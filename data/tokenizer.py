@@ -372,7 +372,8 @@ class JsonTokenizer:
         self.eot_token = self.full.token_to_id(eos)
         self.specials = {}  # {text: id}
         self.strips = {eos: (False, False)}  # {text: whether it takes the space before, after it}
-        for i, token in self.full.get_added_tokens_decoder().items():
+        self.added = self.full.get_added_tokens_decoder()
+        for i, token in self.added.items():
             if token.special:
                 self.specials[token.content] = i
                 self.strips[token.content] = token.lstrip, token.rstrip
@@ -394,12 +395,14 @@ class JsonTokenizer:
         backend = self.backends[where] if self.puts_space else self.bare
         return backend.decode(ids, skip_special_tokens=False)
 
-    def token_size(self, token_id: int) -> int:
-        """The bytes of a token, also of one that holds a part of a character."""
-        token = self.full.id_to_token(token_id)
+    def num_bytes(self, token_id: int) -> int:
+        """The bytes of a token that may hold a part of a character; 0 for others."""
+        if token_id in self.added:
+            return 0
+        token = self.full.id_to_token(token_id) or ""
         if BYTE_TOKEN.fullmatch(token):
             return 1
-        return len(token) if self.is_byte_level else len(self.decode([token_id]).encode())
+        return len(token) if self.is_byte_level else 0
 
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of `byte_fallback`: one byte of a rare character

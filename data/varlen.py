@@ -15,7 +15,8 @@ class VarlenLayout:
     A segment is a prompt or a response. A row here has a prompt and responses that are read. The
     tokens are in another order, so that the rows' prompts and responses are slices:
 
-        prompts of rows, p tokens | responses of rows, r tokens | the rest: texts, padding
+        prompts of rows, p tokens | responses of rows, r tokens | the rest: texts, prompts alone,
+                                                                | documents, padding
     """
 
     order: Tensor  # (n,) int64: which token of the batch comes here
@@ -42,8 +43,9 @@ def varlen_layout(sequence_id: np.ndarray, response_id: np.ndarray) -> VarlenLay
     """Of packed tokens (n,): see nanospin/attention.py."""
     row = (np.diff(sequence_id, prepend=-1) != 0).cumsum() - 1
     is_prompt = response_id == 0
-    prompt_lengths = np.bincount(row[is_prompt], minlength=row[-1] + 1)
-    response_lengths = np.bincount(row[~is_prompt], minlength=row[-1] + 1)
+    num_rows = row.max(initial=-1) + 1
+    prompt_lengths = np.bincount(row[is_prompt], minlength=num_rows)
+    response_lengths = np.bincount(row[~is_prompt], minlength=num_rows)
     has_both = (prompt_lengths > 0) & (response_lengths > 0)
 
     part = np.where(has_both[row], np.where(is_prompt, 0, 1), 2)

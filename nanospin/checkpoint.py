@@ -721,13 +721,13 @@ def path_of_init(meta: dict) -> str:
 
 
 def read_meta_of_init(meta: dict) -> dict | None:
-    """The meta.json of `path_of_init`; None if it is not there, or is another checkpoint now."""
+    """The meta.json of `path_of_init`; None if it cannot be read, or is another checkpoint now."""
     expected = meta.get("base_sha256")
     if meta["step"] > 0:
         expected = meta.get("settings", {}).get("players_sha256", {}).get("init")
     try:
         found = read_meta(resolve(path_of_init(meta)))
-    except SystemExit:
+    except (SystemExit, OSError):
         return None
     return None if expected and found["weights_sha256"] != expected else found
 

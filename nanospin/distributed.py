@@ -208,9 +208,9 @@ def compile_blocks(model, device, cfg):
 
 
 def contiguous_heads(before_attention):
-    """FlexAttention needs contiguous queries, keys and values. Compiled with what makes them, the
-    copies read 16 bytes at a time; called alone, they read 2. Sampling, which runs eagerly, does
-    not need them."""
+    """FlexAttention needs contiguous queries, keys and values (FlashAttention does not). Compiled
+    with what makes them, the copies read 16 bytes at a time; called alone, they read 2. Sampling,
+    which runs eagerly, does not need them."""
 
     def contiguous(x, rope=None):
         heads = before_attention(x, rope)

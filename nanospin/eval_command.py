@@ -125,7 +125,7 @@ def find_rows(args, metas: list[dict]) -> str:
     folder = args.data
     if not folder:
         folders = [data_of(meta) for meta in metas]
-        there = [path for path in folders if is_there(f"{path}/val.jsonl")]
+        there = [path for path in folders if path and is_there(f"{path}/val.jsonl")]
         folder = there[0] if there else DATA
     return folder if folder.endswith(".jsonl") else f"{folder}/val.jsonl"
 
@@ -223,10 +223,9 @@ def training_files(meta: dict) -> tuple[list[str], list[str]]:
         if meta["step"] > 0 and meta["config"]["stage"] != "pretrain":
             path = os.path.join(meta["config"]["data"], "train.jsonl")
             expected = meta.get("settings", {}).get("data_sha256", {}).get("train.jsonl")
-            if not is_there(path):
-                unknown.append(f"{path} is not there")
-            elif expected and sha256(path) != expected:
-                unknown.append(f"{path} was changed since")
+            problem = problem_of(path, expected)
+            if problem:
+                unknown.append(f"{path} {problem}")
             elif path not in files:
                 files.append(path)
         if "adapter" in meta:
@@ -237,8 +236,20 @@ def training_files(meta: dict) -> tuple[list[str], list[str]]:
         seen.add(before)
         meta = checkpoint.read_meta_of_init(meta)
         if meta is None:
-            unknown.append(f"{before} is not there, or is another checkpoint now")
+            unknown.append(f"{before} cannot be read, or is another checkpoint now")
             return files, unknown
+
+
+def problem_of(path: str, expected: str | None) -> str:
+    """Why a file is not the one of then; "" if it is. expected: its sha256, None if not known."""
+    try:
+        if not is_there(path):
+            return "is not there"
+        if expected and sha256(path) != expected:
+            return "was changed since"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------- files

@@ -26,31 +26,32 @@ from torch import Tensor
 from data.varlen import VarlenLayout, varlen_layout
 from nanospin.compiling import compile_dynamic
 
-SHORTEST_MEAN = 32  # tokens; a kernel's block has 128, and shorter segments would leave it empty
+SHORTEST_MEAN = 32  # tokens; a kernel's block has 128, and shorter segments fill little of it
 
 
 def can_attend(varlen: VarlenLayout | None, config, device, dtype) -> bool:
     """Whether FlashSequences takes a batch of a model with this GPTConfig, whose queries have this
-    dtype. FlexAttention does the rest: float32, windows, soft caps, heads of other widths, and
-    batches of very short segments."""
+    dtype. FlexAttention does the rest: float32, windows, soft caps, heads of other widths, batches
+    of short segments, and GPUs on which the kernels fail."""
     if varlen is None or device.type != "cuda":
         return False
     if config.sliding_window or config.attention_softcap:
         return False
     if dtype not in (torch.bfloat16, torch.float16):
         return False
-    if config.head_dim % 8 or config.head_dim > 256:
+    if config.head_dim % 8 or config.head_dim > 128:  # wider ones do not fit on every GPU
         return False
     if len(varlen.order) < SHORTEST_MEAN * (len(varlen.segment_starts) - 1):
         return False
-    return is_right(device, dtype)
+    return is_right(device, dtype, config.head_dim, config.n_head // config.n_kv_head)
 
 
 class FlashSequences:
     """The layout of a batch of packed sequences, in the order of a VarlenLayout, and attention over
     it.
 
-    positions (m,): compute the output of the tokens at these places only; None: of all.
+    positions (m,): the tokens, by their places here, whose output is needed; None: all. Attention
+        computes all.
     """
 
     def __init__(self, varlen: VarlenLayout, positions: Tensor | None = None):
@@ -78,9 +79,7 @@ class FlashSequences:
 class FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, varlen):
-        # Compiled for the sizes that it meets here, of which only the lengths change.
-        mix = compile_dynamic(mix_, dynamic=None) if q.is_cuda else mix_
-        y, lse = packed_forward(q, k, v, varlen, mix)
+        y, lse = packed_forward(q, k, v, varlen, compiled_mix if q.is_cuda else mix_)
         ctx.save_for_backward(q, k, v, y, lse)
         ctx.varlen = varlen
         return y
@@ -97,7 +96,7 @@ def packed_forward(q, k, v, varlen, mix):
         row_q, row_k, row_v = of_rows(q, k, v, varlen)
         row_y, row_lse = flash_forward(row_q, row_k, row_v, *rows(varlen))
         own_lse = responses_of(lse, varlen, dim=1)
-        weight = torch.sigmoid(row_lse - own_lse).T  # = exp(row_lse - log of the sum of both)
+        weight = torch.sigmoid(row_lse - own_lse).T  # = exp(lse_2 - lse)
         mix(responses_of(y, varlen), row_y, weight)
         torch.logaddexp(own_lse, row_lse, out=own_lse)
     return y, lse
@@ -123,6 +122,13 @@ def mix_(y, row_y, weight):
     """y becomes (1 - weight) y + weight row_y: y and row_y (r, H, D), weight (r, H) float32."""
     weight = weight.unsqueeze(-1)
     y.copy_((1 - weight) * y + weight * row_y)
+
+
+def compiled_mix(*tensors):
+    """`mix_`, compiled for any number of tokens, with the other sizes as constants."""
+    for x in tensors:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    compile_dynamic(mix_, dynamic=None)(*tensors)
 
 
 def of_rows(q, k, v, varlen):
@@ -199,17 +205,17 @@ def flash_backward(dy, q, k, v, y, lse, q_starts, k_starts, longest_q, longest_k
 
 
 @functools.cache
-def is_right(device: torch.device, dtype: torch.dtype) -> bool:
+def is_right(device: torch.device, dtype: torch.dtype, head_dim: int, groups: int) -> bool:
     """Whether outputs and gradients are those of dense attention on a few tokens. If not, says so
-    in a line."""
+    in a line. groups: query heads for each head of keys."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        error = largest_error(device, dtype)
+        error = largest_error(device, dtype, head_dim, groups)
         problem = f"is off by {error:.1%}"
-    except (AttributeError, RuntimeError, TypeError) as e:  # another signature, or no kernel
+    except Exception as e:  # another signature, other shapes, or no kernel
         error = float("inf")
-        problem = str(e).splitlines()[0]
+        problem = (str(e) or type(e).__name__).splitlines()[0]
     # bfloat16 rounds by 0.4 %. A wrong mask is off by a tenth or more.
     if error < 0.02:
         return True
@@ -218,7 +224,7 @@ def is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def largest_error(device, dtype) -> float:
+def largest_error(device, dtype, head_dim, groups) -> float:
     """The largest relative error of y, dq, dk and dv, of two prompts with two responses each."""
     sequence_id = torch.tensor([0] * 9 + [1] * 12)
     response_id = torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [0] * 5 + [1] * 1 + [2] * 6)
@@ -230,8 +236,11 @@ def largest_error(device, dtype) -> float:
     visible = (same_row & sees).tril().to(device)
 
     generator = torch.Generator().manual_seed(0)
-    shape = (4, len(sequence_id), 2, 64)  # dy, q, k and v of two heads
-    dy, q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
+    heads = []
+    for n_head in (2 * groups, 2 * groups, 2, 2):
+        x = torch.randn(len(sequence_id), n_head, head_dim, generator=generator)
+        heads.append(x.to(device, dtype))
+    dy, q, k, v = heads
     y, lse = packed_forward(q, k, v, varlen, mix_)
     found = (y, *packed_backward(dy, q, k, v, y, lse, varlen))
     with torch.autocast(device.type, enabled=False):
@@ -243,11 +252,14 @@ def largest_error(device, dtype) -> float:
 
 
 def dense_attention(dy, q, k, v, visible):
-    """(y, dq, dk, dv), each (n, H, D), with all scores in memory. visible (n, n) bool."""
-    dy, q, k, v = (x.transpose(0, 1) for x in (dy, q, k, v))
+    """(y, dq, dk, dv), with all scores in memory. visible (n, n) bool."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    dy, q, k, v = (x.transpose(0, 1) for x in (dy, q, k, v))  # (H, n, D)
     scale = q.shape[-1] ** -0.5
     probs = (scale * q @ k.mT).masked_fill(~visible, -torch.inf).softmax(-1)
     d_probs = dy @ v.mT
     d_scores = probs * (d_probs - (probs * d_probs).sum(-1, keepdim=True))
-    results = (probs @ v, scale * d_scores @ k, scale * d_scores.mT @ q, probs.mT @ dy)
-    return [x.transpose(0, 1) for x in results]
+    y, dq, dk, dv = probs @ v, scale * d_scores @ k, scale * d_scores.mT @ q, probs.mT @ dy
+    dk, dv = (x.unflatten(0, (-1, groups)).sum(1) for x in (dk, dv))
+    return [x.transpose(0, 1) for x in (y, dq, dk, dv)]

@@ -43,13 +43,27 @@ def find_template(cfg) -> str:
 
 
 def say_template(cfg, enc, say):
-    """Say that the template leaves out the beginning-of-text token that the one of `init` has."""
+    """Say that the template leaves out the beginning-of-text token that `init` was trained with."""
     line = lacks_bos(enc, cfg.template)
-    if line and cfg.init and cfg.stage != "pretrain":
-        path = run_on_rank0(checkpoint.resolve, cfg.init)
-        init = run_on_rank0(checkpoint.read_meta, path)
-        if not lacks_bos(enc, init["config"]["template"]):
-            say(printable(line))
+    if line and cfg.init and cfg.stage != "pretrain" and run_on_rank0(init_has_bos, cfg.init, enc):
+        say(printable(line))
+
+
+def init_has_bos(init: str, enc) -> bool:
+    """Whether a checkpoint was trained on prompts or documents after a beginning-of-text token, as
+    far as they are still there."""
+    meta = checkpoint.read_meta(checkpoint.resolve(init))
+    cfg = meta["config"]
+    if cfg["stage"] == "pretrain" and meta["step"] > 0:
+        try:
+            return stream_has_bos(cfg["data"], enc)
+        except (SystemExit, OSError):
+            return False
+    return not lacks_bos(enc, cfg["template"])
+
+
+def stream_has_bos(folder: str, enc) -> bool:
+    return bool(tokenizer.begin_ids(enc)[0] in read_stream(folder, "train")[: 2**20])
 
 
 def say_stream(cfg, enc, say):
@@ -57,11 +71,11 @@ def say_stream(cfg, enc, say):
     if not (cfg.stage == "pretrain" or cfg.pretrain_coef) or not tokenizer.begin(enc):
         return
     folder = config.pretrain_config(cfg).data
-    if tokenizer.begin_ids(enc)[0] not in read_stream(folder, "train")[: 2**20]:
+    if not stream_has_bos(folder, enc):
         bos = printable(tokenizer.begin(enc))
         say(
-            f"the documents of {folder} begin without {bos}, which this tokenizer puts before a "
-            "text, as do bits_per_byte of eval.py and sample.py --raw; prepare them again"
+            f"the documents of {folder} begin without {bos}. This tokenizer puts it before a text; "
+            "so do bits_per_byte of eval.py and sample.py --raw. Prepare the documents again"
         )
 
 

@@ -42,8 +42,10 @@ def torchrun(args, program=("train.py",)):
 def assert_equal_up_to_rounding(a, b, tolerance):
     for kind in ("step", "eval", "start"):
         for x, y in zip(read_metrics(a, kind), read_metrics(b, kind), strict=True):
+            # At a first step the policy is the reference: rounding decides between equal rewards.
+            is_equal = abs(x.get("margin", 1.0)) < 1e-5
             for key in ("loss", "norm", "val_loss", "acc", "rank_nll", "nll"):
-                if key in x:
+                if key in x and not (key == "acc" and is_equal):
                     allowed = tolerance * max(1.0, abs(x[key]))
                     assert abs(x[key] - y[key]) <= allowed, (kind, x["step"], key, x[key], y[key])
     one, two = final_weights(a), final_weights(b)

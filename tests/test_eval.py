@@ -38,6 +38,7 @@ from eval import (
     sample_metrics,
     sampled_kl,
     win_rate,
+    without_end,
 )
 from loss import preference_loss
 from model import GPT, GPTConfig
@@ -790,11 +791,14 @@ def test_rows_of_a_training_file_that_was_changed_are_not_counted(tmp_path, tiny
 
     shutil.rmtree(data)
     assert f"not all known: {data}/train.jsonl is not there" in known()[1][0]
+    os.makedirs(f"{data}/train.jsonl")
+    assert f"not all known: {data}/train.jsonl cannot be read: Is a directory" in known()[1][0]
+    shutil.rmtree(data)
     shutil.rmtree(first)
     sft_run(first, other)
     counts, said = known()
     assert counts == [2, None]
-    assert f"{first}/round_0/step_000001 is not there, or is another checkpoint now" in said[1]
+    assert f"{first}/round_0/step_000001 cannot be read, or is another checkpoint now" in said[1]
 
 
 def test_a_training_file_that_cannot_be_read_is_said(tmp_path, tiny_data, tiny_runs, capsys):
@@ -844,12 +848,17 @@ def test_the_data_of_an_import_and_of_a_merge(tmp_path, tiny_data, tiny_runs):
     assert eval_command.data_of(merged | {"base": onto_import, "base_sha256": None}) == ""
     assert eval_command.data_of(merged | {"base_sha256": "of another"}) == ""
     args = eval_command.make_parser("").parse_args(["x"])
-    assert eval_command.find_rows(args, [imported]) == "data/pydocs/val.jsonl"
+    with mock.patch.object(eval_command, "is_there", lambda path: path == "/val.jsonl"):
+        assert eval_command.find_rows(args, [imported]) == "data/pydocs/val.jsonl"
     assert eval_command.find_rows(args, [imported, merged]) == f"{tiny_data}/val.jsonl"
     files, unknown = eval_command.training_files(merged)
     assert (files, unknown) == ([f"{tiny_data}/train.jsonl"], ["folder was merged into it"])
     files, unknown = eval_command.training_files(merged | {"base_sha256": "of another"})
-    assert files == [] and unknown[1] == f"{run} is not there, or is another checkpoint now"
+    is_another = f"{run} cannot be read, or is another checkpoint now"
+    assert files == [] and unknown[1] == is_another
+    with mock.patch.object(checkpoint, "resolve", side_effect=PermissionError(13, "denied")):
+        assert checkpoint.read_meta_of_init(merged) is None
+        assert eval_command.training_files(merged)[1][1] == is_another
 
 
 def test_every_checkpoint_is_measured_on_the_same_rows(tmp_path):
@@ -1126,3 +1135,23 @@ def test_bytes_of_a_response_cut_within_a_character(scheme, tmp_path):
         assert extra in (0, 1)
         for n in range(1, len(ids) + 1):
             assert count_bytes(enc, TEMPLATE, ids[:n]) == sum(sizes[:n]) - extra
+
+
+@pytest.mark.parametrize("limit", [BLOCK_SIZE, 30])
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE,
+        "U: {prompt} A: {response|trim}",
+        "U: {prompt} A:{answer} <x>{response|trim} .{end}\n",
+    ],
+)
+def test_bytes_are_those_of_the_scored_text(template, limit, tiny_runs):
+    """Trimmed or not, with what the template writes around it or not, cut or not: here a token is a
+    byte."""
+    _, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
+    rows = [{"prompt": "1 the", "responses": ["the end\n", " a ", None, " the " * 9]}]
+    encoded, _ = encode_rows(rows, enc, template, limit)
+    responses, sizes = without_end(enc, template, rows[0], encoded[0])
+    assert sizes == [len(ids or []) for ids in responses]
+    assert (encoded[0]["responses"][3][-1] == enc.eot_token) == (limit == BLOCK_SIZE)

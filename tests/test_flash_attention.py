@@ -4,6 +4,7 @@ what they are given."""
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_gpu_path import SHAPE, WORK, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -119,14 +120,14 @@ def test_values_and_gradients_are_those_of_dense_attention(seed, kv_heads, plain
 
 
 def test_the_dense_gradients_of_the_trial():
-    """They are autograd's."""
+    """They are autograd's, here of two query heads and one head of keys."""
     generator = torch.Generator().manual_seed(0)
     dy, *heads = torch.randn(4, 6, 2, 8, generator=generator, dtype=torch.float64)
-    heads = [x.requires_grad_() for x in heads]
+    heads = [heads[0].requires_grad_(), *[x[:, :1].requires_grad_() for x in heads[1:]]]
     visible = torch.ones(6, 6, dtype=torch.bool).tril()
     found = flash_attention.dense_attention(dy, *[x.detach() for x in heads], visible)
     q, k, v = (x.transpose(0, 1) for x in heads)
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
     expected = (y, *torch.autograd.grad(y, heads, dy))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -141,14 +142,25 @@ def without_causality(*args):
     return plain_forward(*args[:-1], False)
 
 
+def other_shape(*args):
+    y, lse = plain_forward(*args)
+    return y, lse[None]
+
+
 def refuses(*args):
     raise RuntimeError("no kernel\nfor this card")
+
+
+def refuses_without_a_word(*args):
+    raise RuntimeError
 
 
 WRONG_KERNELS = {
     "is off by": wrong_lse,
     "off by": without_causality,
     "(no kernel)": refuses,
+    "(RuntimeError)": refuses_without_a_word,
+    "out of range": other_shape,
 }
 
 
@@ -158,13 +170,13 @@ def test_wrong_kernels_are_not_used(message, plain_kernels, monkeypatch, capsys)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     flash_attention.is_right.cache_clear()
     device = torch.device("cpu")
-    assert flash_attention.is_right(device, torch.float32)
-    assert flash_attention.is_right(device, torch.bfloat16)
+    assert flash_attention.is_right(device, torch.float32, 64, 1)
+    assert flash_attention.is_right(device, torch.bfloat16, 64, 3)
     assert not capsys.readouterr().err
     flash_attention.is_right.cache_clear()
     monkeypatch.setattr(flash_attention, "flash_forward", WRONG_KERNELS[message])
     for _ in range(2):
-        assert not flash_attention.is_right(device, torch.float32)
+        assert not flash_attention.is_right(device, torch.float32, 64, 1)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "packed rows without FlashAttention" in err
@@ -175,12 +187,12 @@ def test_wrong_kernels_are_not_used(message, plain_kernels, monkeypatch, capsys)
 def test_an_old_gpu_is_not_tried(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     flash_attention.is_right.cache_clear()
-    assert not flash_attention.is_right(torch.device("cpu"), torch.float16)
+    assert not flash_attention.is_right(torch.device("cpu"), torch.float16, 64, 1)
     flash_attention.is_right.cache_clear()
 
 
 def test_what_is_left_to_flex_attention(monkeypatch):
-    monkeypatch.setattr(flash_attention, "is_right", lambda device, dtype: True)
+    monkeypatch.setattr(flash_attention, "is_right", lambda *args: True)
     rows = [{"prompt": [1] * 64, "responses": [[1] * 33, [2] * 70], "ranks": [0, 1]}]
     varlen = batch_rows(rows).varlen
     short = batch_rows([{"prompt": [1] * 9, "responses": [[1] * 33], "ranks": [0]}] * 9).varlen
@@ -190,10 +202,10 @@ def test_what_is_left_to_flex_attention(monkeypatch):
         return flash_attention.can_attend(varlen, config, torch.device(device), dtype)
 
     assert can_attend()
-    assert can_attend(dtype=torch.float16, n_embd=512)
+    assert can_attend(dtype=torch.float16, n_embd=256)
     assert not can_attend(device="cpu")
     assert not can_attend(dtype=torch.float32)
-    assert not can_attend(n_embd=528)
+    assert not can_attend(n_embd=272)
     assert not can_attend(n_embd=72)
     assert not can_attend(sliding_window=100, position="rotary")
     assert not can_attend(attention_softcap=50.0)
@@ -279,3 +291,23 @@ def test_pytorch_knows_these_kernels(kv_heads, monkeypatch):
     for x, grad in zip(heads, grads, strict=True):
         assert grad.shape == x.shape
         assert grad.dtype == torch.bfloat16
+
+
+def test_mix_is_compiled_once(monkeypatch):
+    """For any number of tokens, at any place of a batch."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(flash_attention.mix_, dynamic=None, backend=backend)
+    monkeypatch.setattr(flash_attention, "compile_dynamic", lambda function, dynamic: compiled)
+    torch._dynamo.reset()
+    for n, start, r in ((40, 3, 17), (50, 9, 20), (64, 30, 9), (64, 1, 2)):
+        y, row_y, weight = torch.randn(n, 3, 8), torch.randn(r, 3, 8), torch.rand(3, r).T
+        expected = y.clone()
+        flash_attention.mix_(expected.narrow(0, start, r), row_y, weight)
+        flash_attention.compiled_mix(y.narrow(0, start, r), row_y, weight)
+        assert y.equal(expected)
+    assert len(graphs) == 1

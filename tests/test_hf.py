@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import types
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from data.template import TEMPLATE
 from model import GPT, GPTConfig
 from nanospin import checkpoint, config
 from tests.conftest import SHARED
+from tests.tokenizers_like import sentencepiece
 from tools import hf, hf_families
 
 CLASSIC = {"vocab_size": 257, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -348,6 +350,28 @@ def test_the_scalar_head_is_not_exported(tmp_path, capsys):
     import_model(tmp_path / "export", tmp_path / "import")
     idx = torch.randint(0, 257, (2, 40))
     assert torch.equal(load(tmp_path / "import")(idx), model(idx))
+
+
+def test_an_export_says_which_answers_have_other_ids(tmp_path, capsys):
+    """The default template ends in a space, with which this tokenizer joins the first word of an
+    earlier answer. One whose first word has the space itself is not joined. Bytes never are. Where
+    a template cannot be followed at all, that is said too."""
+    bpe = tokenizer.train([SENTENCE] * 3, 300)
+    llama = tokenizer.load(sentencepiece(tmp_path / "l", specials=["<|end|>"]) + "/tokenizer.json")
+    tail = "<s>{turn}U: {prompt}\nA:{answer} {response}<|end|>{end}\n"
+    cases = [
+        (bpe, "t.tiktoken", TEMPLATE, r"\d+ of 24 test answers are encoded by themselves.*"),
+        (bpe, "t.tiktoken", "Q: {prompt} A:{answer} {response}", ""),
+        (None, "bytes", TEMPLATE, ""),
+        (llama, "tokenizer.json", tail, "apply_chat_template gives other ids: for several turns.*"),
+    ]
+    for i, (enc, name, template, expected) in enumerate(cases):
+        fields = CLASSIC | {"vocab_size": 600}
+        make_run(str(tmp_path / f"run{i}"), fields, enc, name, template=template)
+        capsys.readouterr()
+        export_model(tmp_path / f"run{i}", tmp_path / f"out{i}")
+        first, *others = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(expected, first if others else ""), first
 
 
 # --------------------------------------------------------------------------------- what is refused

@@ -561,7 +561,7 @@ def test_an_adapter_does_not_name_another_base(tuned, tiny_runs, tiny_data, tmp_
     shutil.rmtree(base)
     hf.main(["import", f"{source}_2", f"--out={base}"])
     name, said = named("c")
-    assert name == f"{base}/round_0/step_000000" and f"{name} is not there, or is another" in said
+    assert name == f"{base}/round_0/step_000000" and f"{name} cannot be read, or is another" in said
 
 
 def refused_adapter(*args):

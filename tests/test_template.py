@@ -807,8 +807,17 @@ def test_another_models_tokenizer_for_a_stream(tmp_path, capsys):
     text = enc.decode(stream[: stream.index(enc.eot_token)])
     assert text.startswith("<s> ") and "the loss of a model the loss" in text
 
-    begins_without = "begin without <s>, which this tokenizer puts before a text"
+    begins_without = "begin without <s>. This tokenizer puts it before a text"
     assert begins_without not in capsys.readouterr().out
+    # a chat model of it, under the default template
+    rows = [{"prompt": "the loss", "responses": ["of a model"]}] * 4
+    os.makedirs(tmp_path / "rows")
+    for split in ("train", "val"):
+        write_rows(f"{tmp_path}/rows/{split}.jsonl", rows)
+    write_meta(f"{tmp_path}/rows", None, "rows")
+    tuned = ["--stage=sft", f"--data={tmp_path}/rows", "--max_steps=1", "--batch_size=2"]
+    train.main([*tuned, f"--init={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}"])
+    assert "leaves out <s>, which this tokenizer puts before a text" in capsys.readouterr().out
     bos, *_ = tokenizer.begin_ids(enc)
     for split in ("train", "val"):  # as older versions wrote it
         ids = read_stream(out, split).copy()
@@ -819,6 +828,8 @@ def test_another_models_tokenizer_for_a_stream(tmp_path, capsys):
         train.main([*run, "--max_steps=2", "--batch_size=2", *TINY, "--save_interval=1"])
         assert capsys.readouterr().out.count(begins_without) == count
         shutil.rmtree(tmp_path / "older" / "round_0" / "step_000002")
+    train.main([*tuned, f"--init={tmp_path / 'older'}", f"--out_dir={tmp_path / 'tuned_older'}"])
+    assert "leaves out" not in capsys.readouterr().out
 
 
 def test_broken_tokenizers_are_one_line(tmp_path):

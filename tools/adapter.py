@@ -126,7 +126,7 @@ def base_model(base: str, meta: dict | None) -> dict:
     """
     if meta is None:
         print(
-            f"{printable(base)} is not there, or is another checkpoint than the one that this "
+            f"{printable(base)} cannot be read, or is another checkpoint than the one that this "
             "adapter belongs to"
         )
     source = base if meta is None else meta.get("source") or base

@@ -27,12 +27,14 @@ from safetensors import SafetensorError, safe_open
 
 from data import cli, tokenizer
 from data.chat_template import (
+    CHECK_TEXTS,
     NotFollowed,
     check_ids,
     check_template,
     follow,
     read_chat_source,
     read_chat_template,
+    say_other_ids,
     to_jinja,
 )
 from data.files import atomic_write, parse_json, printable, read_json, sha256, write_json
@@ -543,14 +545,16 @@ def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
     meta = checkpoint.read_meta(path)
     enc = checkpoint.read_tokenizer(path, meta)
     try:
-        compare_chat(folder, enc, meta["config"]["template"], kwargs)
+        joined = compare_chat(folder, enc, meta["config"]["template"], kwargs)
     except NotFollowed as e:
         raise SystemExit(printable(f"{folder}: apply_chat_template gives other ids: {e}"))
-    print("token ids agree with apply_chat_template's")
+    but = f", but for {joined} of {len(CHECK_TEXTS)} test answers in earlier turns"
+    print("token ids agree with apply_chat_template's" + but * bool(joined))
 
 
-def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) -> None:
-    """Raises NotFollowed if apply_chat_template gives other ids than a template."""
+def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) -> int:
+    """Raises NotFollowed if apply_chat_template gives other ids than a template. Returns the number
+    of test answers that the tokenizer joins with the text beside, see `check_ids`."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)
@@ -567,7 +571,7 @@ def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) ->
     def encode(text):
         return theirs(text, add_special_tokens=False).input_ids
 
-    check_ids(enc, template, render, encode)
+    return check_ids(enc, template, render, encode)
 
 
 # ----------------------------------------------------------------------------------------- export
@@ -591,6 +595,7 @@ def export_model(run: str, out: str, dtype: str = "float32", shard_gb: float = m
     torch_dtype = getattr(torch, dtype)
     write_shards(out, hf_weights(model, model_type), torch_dtype, 1e9 * shard_gb)
     token_ids = write_tokenizer(out, enc, meta["config"]["template"], model.config.block_size)
+    say_other_ids(out, enc, meta["config"]["template"])
     write_json(
         os.path.join(out, "generation_config.json"), token_ids | sampling_settings(meta["config"])
     )

@@ -81,7 +81,7 @@ def test_bfloat16_attention_is_close_to_float32(kernel, heads, kv_heads, width):
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = [x.to(dtype).requires_grad_() for x in inputs]
         if kernel == "FlashAttention" and dtype == torch.bfloat16:
-            assert flash_attention.is_right(q.device, dtype)
+            assert flash_attention.is_right(q.device, dtype, width, heads // kv_heads)
             y = flash.attend(0, q[order], k[order], v[order])
         else:
             y = packed.attend(0, q, k, v)
@@ -92,7 +92,7 @@ def test_bfloat16_attention_is_close_to_float32(kernel, heads, kv_heads, width):
 
 
 def test_flash_attention_never_waits_for_the_gpu():
-    """In a bfloat16 step, whose loss and gradients are those of FlexAttention to rounding."""
+    """In a bfloat16 step, whose gradients are those of FlexAttention to rounding."""
     objective = WORK["ranking"][0]
     rows = []
     for seed in range(4):
