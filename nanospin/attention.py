@@ -25,13 +25,12 @@ A token sees the prompt of its own sequence and its own response, up to and incl
       c0   .  .  .  .  .  .  .  x  x  x
 
 The attention layers call `attend(layer, q, k, v)` of an object that knows this mask:
-`PackedSequences` here, `FlashSequences` for most packed batches on a GPU, or `KVCache`
-(kv_cache.py) while decoding. The queries are (n, H, D), the
-keys and values (n, Hkv, D), the result (n, H, D).
+`PackedSequences` here, `FlashSequences` (flash_attention.py) for most packed batches on a GPU, or
+`KVCache` (kv_cache.py) while decoding. The queries are (n, H, D), the keys and values (n, Hkv, D),
+the result (n, H, D).
 
-Three kernels compute it for whole sequences: `TiledAttention` on a CPU; on a GPU
-`scaled_dot_product_attention` for plain (B, T) batches, and FlexAttention for everything else that
-FlashSequences (flash_attention.py) does not take.
+Here three kernels compute it for whole sequences: `TiledAttention` on a CPU; on a GPU
+`scaled_dot_product_attention` for plain (B, T) batches, and FlexAttention for everything else.
 """
 
 import contextlib
