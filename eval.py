@@ -510,9 +510,16 @@ def harness_metrics(model, enc, template: str, rows, encoded, device) -> dict[st
             ("choice_acc_bytes", logps / np.maximum(sizes, 1)),
         ):
             chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
-            right = [scored[i]["ranks"][chosen[i]] == 0 for i in ranked]
+            right = [is_best(scored[i]["ranks"], chosen[i], sizes[i] > 0) for i in ranked]
             metrics[name] = float(np.mean(right))
     return metrics
+
+
+def is_best(ranks: list[int], chosen: int, is_there) -> bool:
+    """Whether no response that is there has a better rank than the chosen one. Ranks need not begin
+    at 0."""
+    present = [rank for rank, there in zip(ranks, is_there) if there]
+    return ranks[chosen] == min(present)
 
 
 def without_end(enc, template: str, row: dict, encoded: dict) -> tuple[list, list[int]]:

@@ -796,6 +796,7 @@ def settings_without_effect(cfg: Config) -> list[str]:
         (["missing_eos_penalty"], cfg.reward, "a reward"),
         (OF_GAE, is_ppo and cfg.advantage == "gae", "stage ppo with advantage gae"),
         (["kl_adapt"], cfg.kl_target, "kl_target"),
+        (["kl_target"], cfg.kl_coef or not is_ppo, "a kl_coef above 0, which it multiplies"),
         (["lora_alpha", "lora_targets"], cfg.lora_rank, "lora_rank"),
         (["epochs"], cfg.stage == "pretrain" or not cfg.max_steps, "max_steps 0"),
         (["min_lr_ratio"], cfg.schedule != "constant", "schedule cosine or linear"),

@@ -210,6 +210,11 @@ def test_every_config_says_how_it_is_run(path):
             + ["--samples_per_prompt=4", "--gae_lambda=0.5", "--clip_range=0.1"],
             ["gae_lambda"],
         ),
+        (["--stage=ppo", "--init=x", "--reward=m:f", "--kl_target=6"], []),
+        (
+            ["--stage=ppo", "--init=x", "--reward=m:f", "--kl_target=6", "--kl_coef=0"],
+            ["kl_target"],
+        ),
     ],
 )
 def test_settings_that_a_run_does_not_read_are_said(args, names):

@@ -27,6 +27,7 @@ from eval import (
     f1_score,
     function_scores,
     harness_metrics,
+    is_best,
     judged_pairs,
     length_accuracy,
     main,
@@ -392,6 +393,12 @@ def test_harness_metrics_one_sequence_at_a_time(tiny_runs):
     assert m["choice_acc"] == right / num_choices
     assert m["choice_acc_bytes"] == right_by_bytes / num_choices
     assert 0 < right < right_by_bytes < num_choices
+
+
+def test_the_best_choice_need_not_have_rank_0():
+    assert is_best([1, 2, 2], 0, [True, True, True])
+    assert not is_best([1, 2, 2], 1, [True, True, True])
+    assert is_best([0, 1, 1], 2, [False, True, True])  # the best is absent: a tie of the others
 
 
 def test_choices_between_which_nothing_is_ranked_do_not_count(tiny_runs):

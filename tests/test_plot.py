@@ -84,9 +84,21 @@ def test_the_mean_of_seeds_is_where_all_have_a_value():
 
 
 def test_steps_count_over_rounds():
-    records = [{"round": r, "step": s} for r, s in ((0, 0), (0, 8), (1, 0), (1, 4), (2, 1))]
+    places = ((0, 0), (0, 8), (1, 0), (1, 4), (2, 1))
+    records = [{"kind": "eval", "round": r, "step": s} for r, s in places]
     assert plot.global_steps(records) == [0, 8, 8, 12, 13]
     assert plot.round_spans([records]) == {0: (0, 8), 1: (8, 12), 2: (13, 13)}
+    assert plot.round_lengths(records) == {0: 8, 1: 4, 2: 1}
+
+
+def test_rounds_that_do_not_end_in_an_evaluation():
+    """PPO evaluates every few rounds. The record of step n - 1 is the last of n."""
+    records = []
+    for round_id in range(3):
+        records += [{"kind": "step", "round": round_id, "step": s} for s in range(4)]
+    records.append({"kind": "eval", "round": 2, "step": 4})
+    assert plot.global_steps(records) == [*range(12), 12]
+    assert sum(plot.round_lengths(records).values()) == 12
 
 
 def test_rounds_of_unequal_length_are_compared_step_by_step():
@@ -96,7 +108,8 @@ def test_rounds_of_unequal_length_are_compared_step_by_step():
         records = []
         for round_id in (0, 1):
             for step in (0, 4, length):
-                records.append({"round": round_id, "step": step, "reward/self": 10 * length + step})
+                record = {"kind": "eval", "round": round_id, "step": step}
+                records.append(record | {"reward/self": 10 * length + step})
         by_seed.append(records)
     assert plot.round_spans(by_seed) == {0: (0, 7), 1: (7, 14)}
     fig, ax = plot.plt.subplots()
@@ -212,7 +225,7 @@ def test_a_round_that_a_seed_lacks_has_no_mean(longest):
     """But the line of the seed that has it, whatever the order of the seeds."""
 
     def record(round_id, step):
-        return {"round": round_id, "step": step, "acc": 0.5 + 0.1 * round_id}
+        return {"kind": "eval", "round": round_id, "step": step, "acc": 0.5 + 0.1 * round_id}
 
     short = [record(0, 0), record(0, 4)]
     by_seed = [short, short]
@@ -366,5 +379,5 @@ def test_students_interval():
 def test_a_metric_that_a_run_does_not_have(tmp_path):
     record = {"kind": "eval", "round": 0, "step": 0, "reward": 0.5, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(SystemExit, match="its evaluations have no val_loss"):
+    with pytest.raises(SystemExit, match="an evaluation has no val_loss; it has kind, round"):
         plot.eval_curve(str(tmp_path), "val_loss")

@@ -98,6 +98,9 @@ def test_a_ranked_stage_shows_what_it_trains_on(tmp_path, capsys, monkeypatch):
         for row in (1, 2):
             text = output(capsys, f"{tmp_path}/{name}.jsonl", *options, f"--row={row}")
             assert text.endswith("training drops it: nothing in it is ranked\n")
+    write_rows(f"{tmp_path}/train.jsonl", [{"prompt": "p", "responses": ["a"]}])
+    text = output(capsys, f"{tmp_path}/train.jsonl", *options)
+    assert "\na round adds samples to it\n" in text and "p|[a]" in text
 
 
 def test_the_first_token_of_a_whole_text_has_no_loss(tmp_path, capsys):

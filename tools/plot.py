@@ -171,15 +171,22 @@ def global_steps(records: list[dict]) -> list[int]:
 def round_starts(by_seed: list[list[dict]]) -> dict[int, int]:
     """{round: the step at which it begins}. Of several seeds the longest counts: where a scorer
     ranks, rounds differ in length, and a step is compared with the same step of the round."""
-    length = {}  # of each round, in steps
-    for records in by_seed:
-        for r in records:
-            length[r["round"]] = max(length.get(r["round"], 0), r["step"])
+    lengths = [round_lengths(records) for records in by_seed]
     start, total = {}, 0
-    for round_id in sorted(length):
+    for round_id in sorted(set().union(*lengths)):
         start[round_id] = total
-        total += length[round_id]
+        total += max(length.get(round_id, 0) for length in lengths)
     return start
+
+
+def round_lengths(records: list[dict]) -> dict[int, int]:
+    """{round: its steps}. The record of step n is written after it, so the last of a round that
+    does not end in an evaluation is one less."""
+    length = {}
+    for r in records:
+        done = r["step"] + (r["kind"] == "step")
+        length[r["round"]] = max(length.get(r["round"], 0), done)
+    return length
 
 
 def minutes(run: str, last_round: int | None = None, last_step: float = np.inf) -> float:
@@ -193,12 +200,13 @@ def minutes(run: str, last_round: int | None = None, last_step: float = np.inf) 
 
 def eval_curve(run: str, metric: str) -> tuple[list, list]:
     """(steps, values) of one metric over the evaluations of a run."""
-    records = read_metrics(run, "eval")
-    if any(metric not in r for r in records):
-        raise SystemExit(
-            f"{run}: its evaluations have no {metric}; they have {', '.join(records[0])}"
-        )
-    points = dict(zip(global_steps(records), (r[metric] for r in records)))
+    records = read_metrics(run)  # a round can have none of these
+    points = {}
+    for x, r in zip(global_steps(records), records):
+        if r["kind"] == "eval":
+            if metric not in r:
+                raise SystemExit(f"{run}: an evaluation has no {metric}; it has {', '.join(r)}")
+            points[x] = r[metric]
     return list(points), list(points.values())
 
 

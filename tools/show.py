@@ -148,8 +148,10 @@ def show_row(path, rows, number, enc, settings, colour):
         return
     there = zip(encoded["ranks"], encoded["responses"])
     if is_ranked and len({rank for rank, ids in there if ids is not None}) < 2:
-        print("training drops it: nothing in it is ranked")
-        return
+        if settings["stage"] != "spin" or len(row["responses"]) > 1:
+            print("training drops it: nothing in it is ranked")
+            return
+        print("a round adds samples to it")
     batch = batch_rows([encoded], "padded")  # a sequence for each response that is there
     sequences = zip(batch.idx.tolist(), batch.targets.tolist())
     num_responses = len(encoded["responses"])

@@ -19,10 +19,10 @@ from studies.verifiable.run import METHODS, TASKS, Task, check_seeds
 from tools.plot import (
     GREY,
     PALETTE,
-    global_steps,
     markdown_table,
     plt,
     read_metrics,
+    round_lengths,
     save_figure,
     style,
     t_interval,
@@ -82,7 +82,7 @@ def measured(task: Task, out: str, seed: str, name: str) -> dict:
         "pass_at_8": 100 * sampled[task.best_of_8],
         "val_loss": sampled["val_loss"],
         "kl": sampled["kl"],
-        "steps": global_steps(read_metrics(run))[-1],
+        "steps": sum(round_lengths(read_metrics(run)).values()),
     }
 
 

@@ -166,10 +166,8 @@ def read_records(run: Run, path: str):
     if broken:
         total = broken + len(run.records)
         run.note(f"metrics.jsonl: {broken} of {total} lines cannot be read; a kill may cut one.")
-    # The record of step n is written after it, so a round with steps 0 to n is n + 1 steps long.
-    ends = [r | {"step": r["step"] + (r["kind"] == "step")} for r in run.records]
-    for r, x in zip(run.records, global_steps(ends)):
-        r["x"] = x - (r["kind"] == "step")
+    for r, x in zip(run.records, global_steps(run.records)):
+        r["x"] = x
 
 
 def is_record(record) -> bool:
