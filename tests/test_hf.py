@@ -764,6 +764,52 @@ def test_a_wrong_index_is_refused(hub_gpt2, tmp_path):
         assert message in refused("import", folder, f"--out={tmp_path / 'out'}")
 
 
+def test_tokens_beside_vocab_json_are_refused(hub_gpt2, tmp_path):
+    """Of a folder without tokenizer.json: they would be plain text."""
+    folder, _ = hub_gpt2
+    before = read_json(folder / "tokenizer_config.json")
+    import_model(folder, tmp_path / "out")
+    cases = [
+        ("added_tokens.json", {tokenizer.EOT: 256, "<|im_start|>": 257}, "'<|im_start|>'"),
+        ("tokenizer_config.json", before | {"eos_token": "<|im_end|>"}, "'<|im_end|>'"),
+        (
+            "tokenizer_config.json",
+            before | {"added_tokens_decoder": {"257": {"content": "<x>"}}},
+            "'<x>'",
+        ),
+    ]
+    for name, content, token in cases:
+        write_json(f"{folder}/{name}", content)
+        message = refused("import", folder, f"--out={tmp_path / 'other'}")
+        assert f"do not make the token {token}, and there is no tokenizer.json" in message
+        write_json(f"{folder}/{name}", before if name == "tokenizer_config.json" else {})
+    import_model(folder, tmp_path / "again")
+
+
+def test_a_space_before_a_text_that_one_file_asks_for_is_said(tmp_path, capsys):
+    for scheme, asked, said in [("never", True, 1), ("never", False, 0), ("legacy", False, 1)]:
+        folder = sentencepiece(tmp_path / f"{scheme}{asked}", scheme)
+        update_json(folder + "/tokenizer_config.json", add_prefix_space=asked)
+        hf.read_tokenizer(folder)
+        out = capsys.readouterr().out
+        assert out.count(f"add_prefix_space of tokenizer_config.json is {asked}") == said
+
+
+def test_bpe_dropout_is_off(tmp_path, capsys):
+    """A text has the same ids each time: those without dropout."""
+    folder = sentencepiece(tmp_path / "t")
+    enc, _ = hf.read_tokenizer(folder)
+    assert not capsys.readouterr().out
+    spec = read_json(f"{folder}/tokenizer.json")
+    spec["model"]["dropout"] = 0.5
+    write_json(f"{folder}/tokenizer.json", spec)
+    with_dropout, _ = hf.read_tokenizer(folder)
+    assert "dropout is off" in capsys.readouterr().out
+    text = "the loss of a model " * 20
+    ids = tokenizer.encode(enc, text)
+    assert tokenizer.encode(with_dropout, text) == tokenizer.encode(with_dropout, text) == ids
+
+
 # -------------------------------------------------------------------------------------- tokenizers
 
 

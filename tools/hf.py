@@ -400,6 +400,7 @@ def read_tokenizer(folder):
     merges_path = os.path.join(folder, "merges.txt")
     old_format = not os.path.exists(path) and os.path.exists(merges_path)
     if old_format:
+        check_old_format(folder)
         with open(merges_path, encoding="utf-8") as f:
             merges = [line.rstrip("\n") for line in f if not line.startswith("#version")]
         vocab = read_json(os.path.join(folder, "vocab.json"))
@@ -420,6 +421,9 @@ def read_tokenizer(folder):
         enc = tokenizer.load(path)  # exits if the file is broken
     if not old_format:
         check_added_tokens(folder, parts.get("added_tokens", []))
+        say_prefix_space(folder, enc)
+    if parts["model"].get("dropout"):
+        print("the tokenizer's BPE dropout is off: a text always has the same ids")
     if isinstance(enc, tokenizer.JsonTokenizer):
         return enc, "tokenizer.json"
 
@@ -430,6 +434,44 @@ def read_tokenizer(folder):
             if tokenizer.fingerprint(tokenizer.load(known)) == tokenizer.fingerprint(enc):
                 return tokenizer.load(known), known
     return enc, "tokenizer.tiktoken"
+
+
+def check_old_format(folder):
+    """Exit if a folder without tokenizer.json has tokens beside those of vocab.json, or another
+    end-of-text than GPT-2's: they would be plain text here."""
+    settings = tokenizer.read_settings(folder)
+    vocab = read_json(os.path.join(folder, "vocab.json"))
+    path = os.path.join(folder, "added_tokens.json")
+    added = list(read_json(path)) if os.path.exists(path) else []
+    added += map(content_of, settings.get("added_tokens_decoder", {}).values())
+    others = [token for token in added if token not in vocab]
+    eos = content_of(settings.get("eos_token"))
+    if eos not in (None, tokenizer.EOT):
+        others.append(eos)
+    if others:
+        raise SystemExit(
+            printable(
+                f"{folder}: vocab.json and merges.txt do not make the token {others[0]!r}, and"
+                " there is no tokenizer.json: write one by save_pretrained of transformers"
+            )
+        )
+
+
+def content_of(token):
+    """The text of a special token of tokenizer_config.json, which may be an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def say_prefix_space(folder, enc):
+    """Say that tokenizer_config.json and tokenizer.json differ in whether a space is put before a
+    text: some classes of transformers follow the first."""
+    asked = tokenizer.read_settings(folder).get("add_prefix_space")
+    puts_space = isinstance(enc, tokenizer.JsonTokenizer) and enc.puts_space
+    if asked is not None and bool(asked) != puts_space:
+        print(
+            f"add_prefix_space of tokenizer_config.json is {bool(asked)}, of tokenizer.json"
+            f" {puts_space}: the latter is followed, in transformers it depends on the class"
+        )
 
 
 def check_added_tokens(folder, added_tokens: list[dict]):
