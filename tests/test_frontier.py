@@ -6,6 +6,7 @@ The sweep itself is `python -m studies.frontier.frontier`.
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,19 @@ def test_the_text_follows_the_numbers(args, expected):
     text = text_of(*args)
     for line in expected:
         assert line in text
+
+
+def test_no_verdict_without_points_or_errors():
+    measured, base = made_up()
+    one_seed = {key: seeds[:1] for key, seeds in measured.items()}
+    text = "\n".join(frontier.findings(Results.of(one_seed, base)))
+    assert "is not tested here: one seed only" in text
+    assert "over-optimised" not in text
+    near = {
+        key: [replace(one, kl=0.01 * one.kl) for one in seeds] for key, seeds in measured.items()
+    }
+    text = "\n".join(frontier.findings(Results.of(near, base)))
+    assert "is not tested here: no method is far enough from the reference" in text
 
 
 def test_win_rates_count_ties_half():

@@ -382,8 +382,10 @@ def win_rates_against(base, seeds):
 
 
 def differ(a, b):
-    """Whether two means are more than two standard errors of their difference apart."""
-    return abs(a.mean - b.mean) > 2 * math.hypot(a.error, b.error)
+    """Whether two means are more than two standard errors of their difference apart. Never with one
+    seed, which gives no standard error."""
+    error = math.hypot(a.error, b.error)
+    return error > 0 and abs(a.mean - b.mean) > 2 * error
 
 
 def best_within(points, budget):
@@ -421,7 +423,11 @@ def describe_budgets(points):
     ]
     lines += [f"- KL ≤ {x}: {' and '.join(names)}" for x, names in leaders.items()]
     lines.append("")
-    if all(names == ["DPO"] for names in leaders.values()):
+    errors = [point.true.error for point in itertools.chain(*points.values())]
+    if not leaders or not any(errors):
+        missing = "no method is far enough from the reference" if any(errors) else "one seed only"
+        lines.append(f"**The DPO paper's order is not tested here: {missing}.**")
+    elif all(names == ["DPO"] for names in leaders.values()):
         lines.append("**This agrees with the DPO paper: DPO alone is best at every KL.**")
     else:
         lines.append("**The DPO paper's order, DPO alone best at every KL, is not found here.**")
