@@ -777,11 +777,16 @@ def test_tokens_beside_vocab_json_are_refused(hub_gpt2, tmp_path):
             before | {"added_tokens_decoder": {"257": {"content": "<x>"}}},
             "'<x>'",
         ),
+        (
+            "tokenizer_config.json",
+            before | {"add_bos_token": True, "bos_token": {"content": tokenizer.EOT}},
+            f"'{tokenizer.EOT}'",
+        ),
     ]
     for name, content, token in cases:
         write_json(f"{folder}/{name}", content)
         message = refused("import", folder, f"--out={tmp_path / 'other'}")
-        assert f"do not make the token {token}, and there is no tokenizer.json" in message
+        assert f"do not say what becomes of the token {token}, and there is no tok" in message
         write_json(f"{folder}/{name}", before if name == "tokenizer_config.json" else {})
     import_model(folder, tmp_path / "again")
 
@@ -793,6 +798,22 @@ def test_a_space_before_a_text_that_one_file_asks_for_is_said(tmp_path, capsys):
         hf.read_tokenizer(folder)
         out = capsys.readouterr().out
         assert out.count(f"add_prefix_space of tokenizer_config.json is {asked}") == said
+
+
+def test_special_tokens_of_the_settings_only_are_said(exported, tmp_path, capsys):
+    """They are text here. So is an eos_token of a tokenizer of GPT-2's kind, if it is another."""
+    folder = sentencepiece(tmp_path / "t", specials=["<u>"])
+    more = {"additional_special_tokens": ["<u>", "<a>"], "extra_special_tokens": {"i": "<i>"}}
+    update_json(f"{folder}/tokenizer_config.json", **more)
+    hf.read_tokenizer(folder)
+    assert re.findall("'(.*)' is no token here", capsys.readouterr().out) == ["<a>", "<i>"]
+    shutil.copytree(exported / "classic", tmp_path / "gpt2")
+    hf.read_tokenizer(str(tmp_path / "gpt2"))
+    assert not capsys.readouterr().out
+    update_json(tmp_path / "gpt2" / "tokenizer_config.json", eos_token="<|e|>")
+    hf.read_tokenizer(str(tmp_path / "gpt2"))
+    said = "a response ends in <|endoftext|> here; eos_token is '<|e|>'\n"
+    assert capsys.readouterr().out == said
 
 
 def test_bpe_dropout_is_off(tmp_path, capsys):

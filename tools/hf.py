@@ -421,12 +421,15 @@ def read_tokenizer(folder):
         enc = tokenizer.load(path)  # exits if the file is broken
     if not old_format:
         check_added_tokens(folder, parts.get("added_tokens", []))
-        say_prefix_space(folder, enc)
+    say_prefix_space(folder, enc)
     if parts["model"].get("dropout"):
         print("the tokenizer's BPE dropout is off: a text always has the same ids")
     if isinstance(enc, tokenizer.JsonTokenizer):
         return enc, "tokenizer.json"
 
+    eos = content_of(tokenizer.read_settings(folder).get("eos_token"))
+    if eos not in (None, tokenizer.EOT):
+        print(printable(f"a response ends in {tokenizer.EOT} here; eos_token is {eos!r}"))
     known = {257: "bytes", 50257: "gpt2"}.get(enc.n_vocab)
     if known:
         # without its vocabulary and a network tiktoken cannot load gpt2; then we save a file
@@ -438,7 +441,7 @@ def read_tokenizer(folder):
 
 def check_old_format(folder):
     """Exit if a folder without tokenizer.json has tokens beside those of vocab.json, or another
-    end-of-text than GPT-2's: they would be plain text here."""
+    end-of-text than GPT-2's: they would be plain text here. Also if a text begins with a token."""
     settings = tokenizer.read_settings(folder)
     vocab = read_json(os.path.join(folder, "vocab.json"))
     path = os.path.join(folder, "added_tokens.json")
@@ -448,11 +451,14 @@ def check_old_format(folder):
     eos = content_of(settings.get("eos_token"))
     if eos not in (None, tokenizer.EOT):
         others.append(eos)
+    if settings.get("add_bos_token"):
+        others.append(content_of(settings.get("bos_token")))
     if others:
         raise SystemExit(
             printable(
-                f"{folder}: vocab.json and merges.txt do not make the token {others[0]!r}, and"
-                " there is no tokenizer.json: write one by save_pretrained of transformers"
+                f"{folder}: vocab.json and merges.txt do not say what becomes of the token"
+                f" {others[0]!r}, and there is no tokenizer.json: write one by save_pretrained of"
+                " transformers"
             )
         )
 
@@ -463,14 +469,15 @@ def content_of(token):
 
 
 def say_prefix_space(folder, enc):
-    """Say that tokenizer_config.json and tokenizer.json differ in whether a space is put before a
-    text: some classes of transformers follow the first."""
+    """Say that tokenizer_config.json asks for another space before a text than the tokenizer puts:
+    some classes of transformers follow the first."""
     asked = tokenizer.read_settings(folder).get("add_prefix_space")
     puts_space = isinstance(enc, tokenizer.JsonTokenizer) and enc.puts_space
     if asked is not None and bool(asked) != puts_space:
         print(
-            f"add_prefix_space of tokenizer_config.json is {bool(asked)}, of tokenizer.json"
-            f" {puts_space}: the latter is followed, in transformers it depends on the class"
+            f"add_prefix_space of tokenizer_config.json is {bool(asked)}, and the tokenizer itself"
+            f" {'puts' if puts_space else 'puts no'} space before a text: that is followed here, in"
+            " transformers it depends on the class"
         )
 
 
@@ -493,6 +500,14 @@ def check_added_tokens(folder, added_tokens: list[dict]):
             if value != other:
                 text = f"{path}: added_tokens_decoder: {content!r} has {flag} = {value}, and"
                 raise SystemExit(printable(f"{text} {other} in tokenizer.json; make the two equal"))
+    listed = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = tokenizer.read_settings(folder).get(name) or []
+        listed += tokens.values() if isinstance(tokens, dict) else tokens
+    in_decoder = [token.get("content") for token in described.values()]
+    for content in map(content_of, listed):
+        if content not in known and content not in in_decoder:
+            print(printable(f"{content!r} is no token here: only tokenizer_config.json has it"))
 
 
 def with_stop_tokens(folder, enc, template):
