@@ -888,6 +888,9 @@ def write_logps(args, rows_path: str, entries: dict[str, Entry]):
     for name, entry in entries.items():
         if entry.meta["config"]["stage"] == "reward":
             raise SystemExit(f"{name} is a reward model: it has no log-probabilities")
+    for option in ("judge", "reference", "scorer"):
+        if getattr(args, option):
+            raise SystemExit(f"--logps only scores the data: it has no use for --{option}")
     if args.out and not args.out.endswith(".jsonl"):
         raise SystemExit(f"--out {args.out}: with --logps give a .jsonl file")
     if args.out:

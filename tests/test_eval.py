@@ -1112,6 +1112,11 @@ def test_logps_are_the_reference_log_probabilities_of_training(tiny_runs, tiny_d
     args = ["--stage=preference", f"--out_dir={out}", f"--data={tiny_data}", "--device=cpu"]
     args += [f"--init={tiny_runs['sft']}", "--max_response=16", "--max_steps=1", "--batch_size=4"]
     train.main(args)
+    done = evaluate(
+        tiny_runs["sft"], "--logps", f"--data={tiny_data}", f"--judge={tiny_runs['sft']}"
+    )
+    assert done.returncode == 1
+    assert done.stderr == "--logps only scores the data: it has no use for --judge\n"
     done = evaluate(tiny_runs["sft"], "--logps", f"--data={tiny_data}", "--rows=12")
     by_row = [json.loads(line)["logps"] for line in done.stdout.splitlines()]
     refs = np.load(f"{out}/round_0/val.ref.npz")["refs"]
