@@ -530,17 +530,20 @@ def without_end(enc, template: str, row: dict, encoded: dict) -> tuple[list, lis
         if ids is None:
             responses.append(None)
             num_bytes.append(0)
-        elif tokenizer.is_end(enc, ids[-1]):
-            responses.append(ids[:-1])
+            continue
+        is_whole = tokenizer.is_end(enc, ids[-1])
+        responses.append(ids[:-1] if is_whole else ids)
+        if is_whole and not tokenizer.takes_space(enc):
             num_bytes.append(len(written_whole(template, text).encode()))
         else:
-            responses.append(ids)
-            num_bytes.append(count_bytes(enc, template, ids))
+            num_bytes.append(count_bytes(enc, template, responses[-1]))
     return responses, num_bytes
 
 
 def count_bytes(enc, template: str, ids: list[int]) -> int:
     """The UTF-8 bytes of a response's ids, which may end within a character."""
+    if not ids:
+        return 0
     if hasattr(enc, "decode_bytes"):
         return len(enc.decode_bytes(ids))
     whole, text = len(ids), written_text(enc, template, ids)

@@ -305,6 +305,18 @@ def strips(enc, special: str) -> tuple[bool, bool]:
     return enc.strips[special] if isinstance(enc, JsonTokenizer) else (False, False)
 
 
+def takes_space(enc) -> bool:
+    """Whether a special token of it takes white space."""
+    return isinstance(enc, JsonTokenizer) and any(map(any, enc.strips.values()))
+
+
+def has_token(enc, text: str) -> bool:
+    """Whether a text is one token of its own, special or not."""
+    if isinstance(enc, JsonTokenizer):
+        return enc.full.token_to_id(text) is not None
+    return text in specials(enc)
+
+
 def eos(enc) -> str:
     """The text of the end-of-text token."""
     return enc.eos if isinstance(enc, JsonTokenizer) else EOT
@@ -448,9 +460,7 @@ def parse_backends(text: str) -> tuple:
 
     spec = load_without_gc(text)
     check_growth(spec)
-    if spec["model"].get("dropout"):
-        spec["model"]["dropout"] = None
-        text = json.dumps(spec)
+    text = without_dropout(text, spec)
     full = bare = Tokenizer.from_str(text)
     changed = without_prefix_space(spec)
     if changed != spec:
@@ -464,6 +474,15 @@ def parse_backends(text: str) -> tuple:
     is_byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
     largest = max([last_id(spec["model"]), *full.get_added_tokens_decoder()])
     return full, bare, only_first, is_byte_level, 1 + largest
+
+
+def without_dropout(text: str, spec: dict | None = None) -> str:
+    """A tokenizer.json's text with BPE dropout off. spec: parsed, changed too."""
+    spec = spec or load_without_gc(text)
+    if not spec["model"].get("dropout"):
+        return text
+    spec["model"]["dropout"] = None
+    return json.dumps(spec)
 
 
 def load_without_gc(text: str):
@@ -657,7 +676,7 @@ def to_json(enc, path: str):
 
     if isinstance(enc, JsonTokenizer):
         with atomic_write(path) as f:
-            f.write(enc.text)
+            f.write(without_dropout(enc.text))
         return
     ranks = enc._mergeable_ranks
     vocab = {token_chars(token): rank for token, rank in ranks.items()}

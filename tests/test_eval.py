@@ -1167,3 +1167,16 @@ def test_bytes_are_those_of_the_scored_text(template, limit, tiny_runs):
     responses, sizes = without_end(enc, template, rows[0], encoded[0])
     assert sizes == [len(ids or []) for ids in responses]
     assert (encoded[0]["responses"][3][-1] == enc.eot_token) == (limit == BLOCK_SIZE)
+
+
+def test_bytes_where_a_special_token_takes_white_space(tmp_path):
+    """As Phi-3's do: the white space after the prompt is not scored, so it is not counted."""
+    folder = tokenizers_like.byte_level(str(tmp_path), ["<|a|>"], "", "<|end|>", strips=True)
+    enc = tokenizer.load(f"{folder}/tokenizer.json")
+    template = "{prompt}<|a|>\n{response}<|end|>\n"
+    rows = [{"prompt": "the", "responses": ["  hi there", "hi there", "\n\nq"]}]
+    encoded, _ = encode_rows(rows, enc, template, BLOCK_SIZE)
+    responses, sizes = without_end(enc, template, rows[0], encoded[0])
+    assert sizes == [8, 8, 1]
+    for ids, size in zip(responses, sizes):
+        assert len(enc.decode(ids).encode()) == size

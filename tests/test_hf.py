@@ -769,6 +769,8 @@ def test_tokens_beside_vocab_json_are_refused(hub_gpt2, tmp_path):
     folder, _ = hub_gpt2
     before = read_json(folder / "tokenizer_config.json")
     import_model(folder, tmp_path / "out")
+    write_json(f"{folder}/added_tokens.json", {tokenizer.EOT: 256})
+    import_model(folder, tmp_path / "with_eot")
     cases = [
         ("added_tokens.json", {tokenizer.EOT: 256, "<|im_start|>": 257}, "'<|im_start|>'"),
         ("tokenizer_config.json", before | {"eos_token": "<|im_end|>"}, "'<|im_end|>'"),
@@ -803,10 +805,15 @@ def test_a_space_before_a_text_that_one_file_asks_for_is_said(tmp_path, capsys):
 def test_special_tokens_of_the_settings_only_are_said(exported, tmp_path, capsys):
     """They are text here. So is an eos_token of a tokenizer of GPT-2's kind, if it is another."""
     folder = sentencepiece(tmp_path / "t", specials=["<u>"])
-    more = {"additional_special_tokens": ["<u>", "<a>"], "extra_special_tokens": {"i": "<i>"}}
+    more = {"additional_special_tokens": ["<u>", "<a>", "<0x41>"]}
+    more["extra_special_tokens"] = {"i": {"content": "<i>"}, "a": "<a>"}
     update_json(f"{folder}/tokenizer_config.json", **more)
     hf.read_tokenizer(folder)
     assert re.findall("'(.*)' is no token here", capsys.readouterr().out) == ["<a>", "<i>"]
+    for wrong in (5, True, "<x>", [["<x>"]], [None], {"a": ["<x>"]}, [{"content": ["a"]}]):
+        update_json(f"{folder}/tokenizer_config.json", additional_special_tokens=wrong)
+        with pytest.raises(SystemExit, match="must hold tokens, texts or objects"):
+            hf.read_tokenizer(folder)
     shutil.copytree(exported / "classic", tmp_path / "gpt2")
     hf.read_tokenizer(str(tmp_path / "gpt2"))
     assert not capsys.readouterr().out
@@ -829,6 +836,8 @@ def test_bpe_dropout_is_off(tmp_path, capsys):
     text = "the loss of a model " * 20
     ids = tokenizer.encode(enc, text)
     assert tokenizer.encode(with_dropout, text) == tokenizer.encode(with_dropout, text) == ids
+    tokenizer.to_json(with_dropout, f"{tmp_path}/exported.json")
+    assert read_json(f"{tmp_path}/exported.json")["model"]["dropout"] is None
 
 
 # -------------------------------------------------------------------------------------- tokenizers

@@ -420,7 +420,7 @@ def read_tokenizer(folder):
     if enc is None:
         enc = tokenizer.load(path)  # exits if the file is broken
     if not old_format:
-        check_added_tokens(folder, parts.get("added_tokens", []))
+        check_added_tokens(folder, parts.get("added_tokens", []), enc)
     say_prefix_space(folder, enc)
     if parts["model"].get("dropout"):
         print("the tokenizer's BPE dropout is off: a text always has the same ids")
@@ -446,13 +446,13 @@ def check_old_format(folder):
     vocab = read_json(os.path.join(folder, "vocab.json"))
     path = os.path.join(folder, "added_tokens.json")
     added = list(read_json(path)) if os.path.exists(path) else []
-    added += map(content_of, settings.get("added_tokens_decoder", {}).values())
-    others = [token for token in added if token not in vocab]
+    added += listed_tokens(folder, "added_tokens_decoder")
+    others = [token for token in added if token not in vocab and token != tokenizer.EOT]
     eos = content_of(settings.get("eos_token"))
     if eos not in (None, tokenizer.EOT):
         others.append(eos)
     if settings.get("add_bos_token"):
-        others.append(content_of(settings.get("bos_token")))
+        others.append(content_of(settings.get("bos_token")) or tokenizer.EOT)
     if others:
         raise SystemExit(
             printable(
@@ -468,6 +468,20 @@ def content_of(token):
     return token.get("content") if isinstance(token, dict) else token
 
 
+def listed_tokens(folder, name: str) -> list[str]:
+    """The texts of the tokens in a list or an object of tokenizer_config.json; [] without it. Exits
+    with one line if it is something else."""
+    tokens = tokenizer.read_settings(folder).get(name) or []
+    if isinstance(tokens, dict):
+        tokens = list(tokens.values())
+    contents = list(map(content_of, tokens)) if isinstance(tokens, list) else [None]
+    if not all(isinstance(content, str) for content in contents):
+        raise SystemExit(
+            printable(f"{folder}/tokenizer_config.json: {name} must hold tokens, texts or objects")
+        )
+    return contents
+
+
 def say_prefix_space(folder, enc):
     """Say that tokenizer_config.json asks for another space before a text than the tokenizer puts:
     some classes of transformers follow the first."""
@@ -481,7 +495,7 @@ def say_prefix_space(folder, enc):
         )
 
 
-def check_added_tokens(folder, added_tokens: list[dict]):
+def check_added_tokens(folder, added_tokens: list[dict], enc):
     """Exit if tokenizer_config.json and the added_tokens of tokenizer.json differ in what a token
     takes of the text around it: transformers follows the first, and only the second is read here.
     A token that only the first has is said: here it is text."""
@@ -500,14 +514,12 @@ def check_added_tokens(folder, added_tokens: list[dict]):
             if value != other:
                 text = f"{path}: added_tokens_decoder: {content!r} has {flag} = {value}, and"
                 raise SystemExit(printable(f"{text} {other} in tokenizer.json; make the two equal"))
-    listed = []
+    said = {str(token.get("content")) for token in described.values()}
     for name in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = tokenizer.read_settings(folder).get(name) or []
-        listed += tokens.values() if isinstance(tokens, dict) else tokens
-    in_decoder = [token.get("content") for token in described.values()]
-    for content in map(content_of, listed):
-        if content not in known and content not in in_decoder:
-            print(printable(f"{content!r} is no token here: only tokenizer_config.json has it"))
+        for content in listed_tokens(folder, name):
+            if content not in said and not tokenizer.has_token(enc, content):
+                print(printable(f"{content!r} is no token here: only tokenizer_config.json has it"))
+            said.add(content)
 
 
 def with_stop_tokens(folder, enc, template):

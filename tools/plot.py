@@ -200,7 +200,8 @@ def minutes(run: str, last_round: int | None = None, last_step: float = np.inf) 
 
 def eval_curve(run: str, metric: str) -> tuple[list, list]:
     """(steps, values) of one metric over the evaluations of a run."""
-    records = read_metrics(run)  # a round can have none of these
+    # a round can have no evaluation
+    records = [r for r in read_metrics(run) if r["kind"] in ("step", "eval")]
     points = {}
     for x, r in zip(global_steps(records), records):
         if r["kind"] == "eval":
