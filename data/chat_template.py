@@ -224,11 +224,18 @@ def say_other_ids(folder: str, enc, template: str):
     """Print for which answers the chat template of an exported folder gives other ids than the
     template that it was made of."""
     encode = functools.partial(tokenizer.encode_whole, enc)
+    exported = read_chat_template(folder, enc)
+    texts = []
+
+    def render(chats):
+        texts.extend(exported.render_all(chats))
+        return texts
+
     try:
-        exported = read_chat_template(folder, enc)
-        say_joined(check_ids(enc, template, exported.render_all, encode))
+        say_joined(check_ids(enc, template, render, encode))
     except NotFollowed as e:
-        print(printable(f"apply_chat_template gives other ids: {e}"))
+        if texts:  # else it could not be rendered, which says nothing of ids
+            print(printable(f"apply_chat_template gives other ids: {e}"))
 
 
 def check_template(enc, template: str, folder: str):

@@ -55,8 +55,10 @@ def init_has_bos(init: str, enc) -> bool:
     meta = checkpoint.read_meta(checkpoint.resolve(init))
     cfg = meta["config"]
     if cfg["stage"] == "pretrain" and meta["step"] > 0:
+        then = meta.get("settings", {}).get("data_sha256", {}).get("train.bin")
         try:
-            return stream_has_bos(cfg["data"], enc)
+            now = read_meta(cfg["data"], ["train.bin"])["files"]["train.bin"]["sha256"]
+            return now == then and stream_has_bos(cfg["data"], enc)
         except (SystemExit, OSError):
             return False
     return not lacks_bos(enc, cfg["template"])

@@ -216,13 +216,14 @@ def test_no_verdict_without_points_or_errors():
     measured, base = made_up()
     one_seed = {key: seeds[:1] for key, seeds in measured.items()}
     text = "\n".join(frontier.findings(Results.of(one_seed, base)))
-    assert "is not tested here: one seed only" in text
-    assert "over-optimised" not in text
+    assert "is not tested here: there is one seed" in text
+    assert "KL ≤ 1: DPO 0.900 ± 0.000; " in text
+    assert "Over-optimisation" not in text and "two standard errors" not in text
     near = {
         key: [replace(one, kl=0.01 * one.kl) for one in seeds] for key, seeds in measured.items()
     }
     text = "\n".join(frontier.findings(Results.of(near, base)))
-    assert "is not tested here: no method is far enough from the reference" in text
+    assert "is not tested here: no KL budget can be compared" in text
 
 
 def test_win_rates_count_ties_half():

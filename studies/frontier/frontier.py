@@ -382,10 +382,16 @@ def win_rates_against(base, seeds):
 
 
 def differ(a, b):
-    """Whether two means are more than two standard errors of their difference apart. Never with one
-    seed, which gives no standard error."""
-    error = math.hypot(a.error, b.error)
-    return error > 0 and abs(a.mean - b.mean) > 2 * error
+    """Whether two means are more than two standard errors of their difference apart."""
+    return abs(a.mean - b.mean) > 2 * math.hypot(a.error, b.error)
+
+
+def is_one_seed(points) -> bool:
+    """One seed has no standard errors."""
+    for point in itertools.chain(*points.values()):
+        if point.kl.error or point.true.error or point.learnt.error:
+            return False
+    return True
 
 
 def best_within(points, budget):
@@ -415,6 +421,11 @@ def describe_budgets(points):
         if further:
             line += f" No setting of {' or '.join(further)} is this close to the reference."
         lines.append(line)
+    untested = "**The DPO paper's order, DPO alone best at every KL, is not tested here: "
+    if not leaders:
+        return [untested + "no KL budget can be compared.**"]
+    if is_one_seed(points):
+        return [*lines, "", untested + "there is one seed.**"]
     lines += [
         "",
         "Highest true reward, with all methods within two standard errors of the best, "
@@ -423,11 +434,7 @@ def describe_budgets(points):
     ]
     lines += [f"- KL ≤ {x}: {' and '.join(names)}" for x, names in leaders.items()]
     lines.append("")
-    errors = [point.true.error for point in itertools.chain(*points.values())]
-    if not leaders or not any(errors):
-        missing = "no method is far enough from the reference" if any(errors) else "one seed only"
-        lines.append(f"**The DPO paper's order is not tested here: {missing}.**")
-    elif all(names == ["DPO"] for names in leaders.values()):
+    if all(names == ["DPO"] for names in leaders.values()):
         lines.append("**This agrees with the DPO paper: DPO alone is best at every KL.**")
     else:
         lines.append("**The DPO paper's order, DPO alone best at every KL, is not found here.**")
@@ -464,13 +471,13 @@ def findings(results):
         "",
         *describe_budgets(results.points),
         "",
-        "Over-optimisation, from each method's best setting to its greediest:",
-        "",
     ]
-    for name, of_method in results.points.items():
-        if len(of_method) > 1:
-            lines.append(describe_over_optimisation(name, of_method))
-    lines.append("")
+    if not is_one_seed(results.points):
+        lines += ["Over-optimisation, from each method's best setting to its greediest:", ""]
+        for name, of_method in results.points.items():
+            if len(of_method) > 1:
+                lines.append(describe_over_optimisation(name, of_method))
+        lines.append("")
     for name in ("DPO", "PPO, learnt reward"):
         if name in results.win_rates:
             rates = ", ".join(f"{100 * rate.mean:.0f} %" for rate in results.win_rates[name])
