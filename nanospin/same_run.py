@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict
 
+from data.cli import default_device
 from data.files import check_input, is_there, printable
 from data.folder import read_meta
 from nanospin import checkpoint, config, inputs, rounds
@@ -300,9 +301,16 @@ def say_schedule_change(cfg, rounds_before):
 
 
 def say_dropout_change(before: dict, settings: dict, model: dict):
-    """Say that other micro-batches have other dropout masks, if the model has dropout."""
-    for name in ("micro_batch_tokens", "layout"):
-        if model.get("dropout") and before.get(name, settings[name]) != settings[name]:
+    """Say that other micro-batches, or a compiled model, have other dropout masks, if the model has
+    dropout."""
+    if not model.get("dropout"):
+        return
+    before, settings = settings | before, dict(settings)
+    for values in (before, settings):
+        if values["compile"] is None:
+            values["compile"] = (values["device"] or default_device()) != "cpu"
+    for name in ("micro_batch_tokens", "layout", "compile"):
+        if before[name] != settings[name]:
             print(
                 f"{name} was {before[name]}, now it is {settings[name]}: the dropout masks of the "
                 "coming steps are others, so the steps are not the same",

@@ -610,8 +610,11 @@ def test_what_keep_best_misses_is_said(run, tiny_data, capsys, evaluated, saved,
 def test_other_dropout_masks_are_said_at_a_resume(tiny_data, tmp_path, capsys, dropout):
     args = pretrain_args(tiny_data, f"{tmp_path}/r", f"--dropout={dropout}")
     train.main(args)
-    train.main(args)
+    train.main([*args, "--compile=False"])  # the default on a CPU
     assert "dropout masks" not in capsys.readouterr().out
+    train.main([*args, "--compile=True"])
+    said = "compile was False, now it is True: the dropout masks of the coming steps"
+    assert (said in capsys.readouterr().out) == (dropout > 0)
     train.main([*args, "--micro_batch_tokens=64"])
     said = "micro_batch_tokens was 0, now it is 64: the dropout masks of the coming steps"
     assert (said in capsys.readouterr().out) == (dropout > 0)
