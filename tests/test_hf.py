@@ -360,7 +360,7 @@ def test_an_export_says_which_answers_have_other_ids(tmp_path, capsys):
     llama = tokenizer.load(sentencepiece(tmp_path / "l", specials=["<|end|>"]) + "/tokenizer.json")
     tail = "<s>{turn}U: {prompt}\nA:{answer} {response}<|end|>{end}\n"
     cases = [
-        (bpe, "t.tiktoken", TEMPLATE, r"\d+ of 24 test answers are encoded by themselves.*"),
+        (bpe, "t.tiktoken", TEMPLATE, r"\d+ of 24 test answers have other ids in transformers.*"),
         (bpe, "t.tiktoken", "Q: {prompt} A:{answer} {response}", ""),
         (None, "bytes", TEMPLATE, ""),
         (llama, "tokenizer.json", tail, "apply_chat_template gives other ids: for several turns.*"),
@@ -778,6 +778,11 @@ def test_tokens_beside_vocab_json_are_refused(hub_gpt2, tmp_path):
             "tokenizer_config.json",
             before | {"added_tokens_decoder": {"257": {"content": "<x>"}}},
             "'<x>'",
+        ),
+        (
+            "tokenizer_config.json",
+            before | {"additional_special_tokens": [{"content": "<y>"}]},
+            "'<y>'",
         ),
         (
             "tokenizer_config.json",

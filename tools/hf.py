@@ -439,6 +439,9 @@ def read_tokenizer(folder):
     return enc, "tokenizer.tiktoken"
 
 
+SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
 def check_old_format(folder):
     """Exit if a folder without tokenizer.json has tokens beside those of vocab.json, or another
     end-of-text than GPT-2's: they would be plain text here. Also if a text begins with a token."""
@@ -446,7 +449,8 @@ def check_old_format(folder):
     vocab = read_json(os.path.join(folder, "vocab.json"))
     path = os.path.join(folder, "added_tokens.json")
     added = list(read_json(path)) if os.path.exists(path) else []
-    added += listed_tokens(folder, "added_tokens_decoder")
+    for name in ("added_tokens_decoder", *SPECIAL_TOKEN_LISTS):
+        added += listed_tokens(folder, name)
     others = [token for token in added if token not in vocab and token != tokenizer.EOT]
     eos = content_of(settings.get("eos_token"))
     if eos not in (None, tokenizer.EOT):
@@ -490,7 +494,7 @@ def say_prefix_space(folder, enc):
     if asked is not None and bool(asked) != puts_space:
         print(
             f"add_prefix_space of tokenizer_config.json is {bool(asked)}, and the tokenizer itself"
-            f" {'puts' if puts_space else 'puts no'} space before a text: that is followed here, in"
+            f" puts {'a' if puts_space else 'no'} space before a text: that is followed here, in"
             " transformers it depends on the class"
         )
 
@@ -515,7 +519,7 @@ def check_added_tokens(folder, added_tokens: list[dict], enc):
                 text = f"{path}: added_tokens_decoder: {content!r} has {flag} = {value}, and"
                 raise SystemExit(printable(f"{text} {other} in tokenizer.json; make the two equal"))
     said = {str(token.get("content")) for token in described.values()}
-    for name in ("additional_special_tokens", "extra_special_tokens"):
+    for name in SPECIAL_TOKEN_LISTS:
         for content in listed_tokens(folder, name):
             if content not in said and not tokenizer.has_token(enc, content):
                 print(printable(f"{content!r} is no token here: only tokenizer_config.json has it"))
