@@ -214,9 +214,9 @@ def say_joined(joined: int):
     """Print how many answers have other ids in transformers. joined: from `check_ids`."""
     if joined:
         print(
-            f"{joined} of {len(CHECK_TEXTS)} test answers have other ids in transformers. It encodes a"
-            " conversation as one text, in which the tokenizer joins them with the text beside. Here"
-            " an answer is encoded by itself"
+            f"{joined} of {len(CHECK_TEXTS)} test answers have other ids in transformers. It"
+            " encodes a conversation as one text, in which the tokenizer joins them with the text"
+            " beside. Here an answer is encoded by itself"
         )
 
 
