@@ -676,7 +676,7 @@ def to_json(enc, path: str):
 
     if isinstance(enc, JsonTokenizer):
         with atomic_write(path) as f:
-            f.write(without_dropout(enc.text))
+            f.write(enc.text)
         return
     ranks = enc._mergeable_ranks
     vocab = {token_chars(token): rank for token, rank in ranks.items()}

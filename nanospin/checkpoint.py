@@ -546,7 +546,7 @@ def load_optimizers(path, model, optimizers):
         except (dcp.CheckpointException, SafetensorError, OSError) as e:
             raise SystemExit(
                 f"{folder} cannot be read ({type(e).__name__}); run the same command again, or "
-                f"remove {path} to continue from the checkpoint before it"
+                f"remove {path}: {without_it(path)}"
             )
         finally:
             remove_alias(alias)
@@ -930,8 +930,16 @@ def find_corruption(path) -> str:
             return problem
     raise SystemExit(
         f"{path} cannot be read now ({unreadable}). It is not taken for damaged: run the same "
-        f"command again later, or remove it to continue from the checkpoint before it"
+        f"command again later, or remove it: {without_it(path)}"
     )
+
+
+def without_it(path) -> str:
+    """What a run does without its checkpoint `path`."""
+    others = list_checkpoints(os.path.dirname(os.path.dirname(path)))
+    if path in others[:-1]:
+        return f"the run then continues from {others[others.index(path) + 1]}"
+    return "there is none before it, so the run would begin again at step 0"
 
 
 def look_for_corruption(path) -> tuple[str, str]:

@@ -398,7 +398,10 @@ def test_unreadable_is_not_damaged(run, tiny_data, monkeypatch, error):
 
     monkeypatch.setattr(checkpoint, "sha256", failing)
     limit = 4
-    assert "cannot be read now" in refused(pretrain_args(tiny_data, run))
+    message = refused(pretrain_args(tiny_data, run))
+    assert "cannot be read now" in message
+    assert message.endswith(f"the run then continues from {run}/round_0/step_000003")
+    assert checkpoint.without_it(f"{run}/round_0/step_000003").startswith("there is none before it")
     assert len(failures) == 4 and step_names(run) == ["step_000003", "step_000004"]
     assert read_text(f"{run}/metrics.jsonl") == before
     limit = 7

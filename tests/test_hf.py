@@ -841,8 +841,12 @@ def test_bpe_dropout_is_off(tmp_path, capsys):
     text = "the loss of a model " * 20
     ids = tokenizer.encode(enc, text)
     assert tokenizer.encode(with_dropout, text) == tokenizer.encode(with_dropout, text) == ids
-    tokenizer.to_json(with_dropout, f"{tmp_path}/exported.json")
-    assert read_json(f"{tmp_path}/exported.json")["model"]["dropout"] is None
+    fields = CLASSIC | {"vocab_size": 600}
+    make_run(str(tmp_path / "run"), fields, with_dropout, "tokenizer.json")
+    _, again, _ = GPT.from_checkpoint(str(tmp_path / "run"))  # as it was saved
+    assert again.text == with_dropout.text
+    export_model(tmp_path / "run", tmp_path / "export")
+    assert read_json(f"{tmp_path}/export/tokenizer.json")["model"]["dropout"] is None
 
 
 # -------------------------------------------------------------------------------------- tokenizers

@@ -725,7 +725,11 @@ def write_shards(folder, weights, dtype, max_bytes):
 
 def write_tokenizer(folder, enc, template, block_size):
     """Write tokenizer.json and tokenizer_config.json. Returns the ids of the special tokens."""
-    tokenizer.to_json(enc, os.path.join(folder, "tokenizer.json"))
+    path = os.path.join(folder, "tokenizer.json")
+    tokenizer.to_json(enc, path)
+    if isinstance(enc, tokenizer.JsonTokenizer):
+        with atomic_write(path) as f:
+            f.write(tokenizer.without_dropout(enc.text))
     specials = tokenizer.specials(enc)
     stop_ids = tokenizer.stop_ids(enc)
     eos = next(iter(stop_ids))  # the original model's
