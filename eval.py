@@ -497,11 +497,12 @@ def harness_metrics(model, enc, template: str, rows, encoded, device) -> dict[st
     nats = -logps[:, 0].sum(dtype=np.float64)
     metrics = {"bits_per_byte": float(nats / math.log(2) / sizes[:, 0].sum())}
     ranked = []
+    is_there = np.zeros(sizes.shape, bool)
     for i, row in enumerate(scored):
         different = dict(row)
         drop_equal_responses(different)
-        is_absent = [y is None for y in different["responses"]]
-        sizes[i, : len(is_absent)][is_absent] = 0
+        for k, response in enumerate(different["responses"]):
+            is_there[i, k] = response is not None
         if is_ranked(different):
             ranked.append(i)
     if ranked:
@@ -509,8 +510,8 @@ def harness_metrics(model, enc, template: str, rows, encoded, device) -> dict[st
             ("choice_acc", logps),
             ("choice_acc_bytes", logps / np.maximum(sizes, 1)),
         ):
-            chosen = np.where(sizes > 0, each, -np.inf).argmax(1)
-            right = [is_best(scored[i]["ranks"], chosen[i], sizes[i] > 0) for i in ranked]
+            chosen = np.where(is_there, each, -np.inf).argmax(1)
+            right = [is_best(scored[i]["ranks"], chosen[i], is_there[i]) for i in ranked]
             metrics[name] = float(np.mean(right))
     return metrics
 

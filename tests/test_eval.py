@@ -1180,3 +1180,16 @@ def test_bytes_where_a_special_token_takes_white_space(tmp_path):
     assert sizes == [8, 8, 1]
     for ids, size in zip(responses, sizes):
         assert len(enc.decode(ids).encode()) == size
+
+
+def test_a_choice_of_no_byte_is_there():
+    """As a lone "▁" is, to which a response can be cut."""
+    rows = [{"prompt": "p", "responses": ["a", "b"]}]
+    encoded = [{"prompt": [1], "responses": [[2], [3]], "ranks": [0, 1]}]
+    with (
+        mock.patch("eval.row_logps", lambda *args: np.array([[-1.0, -2.0]])),
+        mock.patch("eval.without_end", lambda *args: ([[2], [3]], [0, 1])),
+        np.errstate(divide="ignore"),
+    ):
+        metrics = harness_metrics(None, None, TEMPLATE, rows, encoded, CPU)
+    assert metrics["choice_acc"] == 1.0

@@ -131,6 +131,8 @@ def test_tldr_page():
 
 def test_tldr_command():
     assert plain_command("a {{[-x|--long]}} {{b|c}} {{<Ctrl c>}}") == "a --long b|c <Ctrl c>"
+    command = "tuc {{[-e|--regex]}} '{{[, ]+}}' {{[-f|--fields]}} {{1,3}}"
+    assert plain_command(command) == "tuc --regex '[, ]+' --fields 1,3"
     assert code_text("`ls -l `") == "ls -l "
     assert code_text("`` echo `date` ``") == "echo `date`"
     command = r"docker ps --format '\{\{.ID\}\} {{text}}'"

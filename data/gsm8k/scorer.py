@@ -10,7 +10,7 @@ def same_answer(text, reference):
     """Whether a text has the answer of the reference text.
 
     If the last line of the reference is "#### number", the last number after "####" of both is
-    compared: "1 + 6 = 7\\n#### 1,234." has 1234. A text that is nothing but the number has it too.
+    compared: "1 + 6 = 7\\n#### 1,234." has 1234. A text that is nothing but 1234 has it too.
     All other references, headings of Markdown among them, are compared as whole texts, without the
     white space around them.
     """

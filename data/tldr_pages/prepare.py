@@ -74,7 +74,8 @@ def plain_command(command: str) -> str:
     braces.
     """
     command = command.replace(r"\{\{", OPENING).replace(r"\}\}", CLOSING)
-    command = re.sub(r"\{\{\[(.*?)\|(.*?)\]\}\}", r"\2", command)
+    inside = r"((?:(?!\}\}).)*?)"  # one pair of braces
+    command = re.sub(rf"\{{\{{\[{inside}\|{inside}\]\}}\}}", r"\2", command)
     command = re.sub(r"\{\{(.*?)\}\}", r"\1", command)
     return command.replace(OPENING, "{{").replace(CLOSING, "}}")
 
