@@ -28,7 +28,7 @@ class Batch:
     sequence_id: Tensor | None = None  # (n,) the row
     response_id: Tensor | None = None  # (n,) 0 in the prompt, 1 + k in response k
     logit_positions: Tensor | None = None  # (m,) where in idx each target is predicted
-    varlen: VarlenLayout | None = None  # the lengths of packed prompts and responses
+    varlen: VarlenLayout | None = None  # packed: the same for FlashAttention
 
     # what is predicted
     targets: Tensor | None = None  # (m,) or (N, T); -1 where not supervised

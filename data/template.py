@@ -252,7 +252,7 @@ def written_ids(
 
 
 def written_whole(template: str, response: str) -> str:
-    """The text that `written_ids` encodes."""
+    """The text that `written_ids` encodes, with white space that a special token may take."""
     return "".join(split_template(template).written(response))
 
 

@@ -460,7 +460,8 @@ def parse_backends(text: str) -> tuple:
 
     spec = load_without_gc(text)
     check_growth(spec)
-    text = without_dropout(text, spec)
+    if spec["model"].get("dropout"):
+        return parse_backends(without_dropout(text))
     full = bare = Tokenizer.from_str(text)
     changed = without_prefix_space(spec)
     if changed != spec:
@@ -476,13 +477,13 @@ def parse_backends(text: str) -> tuple:
     return full, bare, only_first, is_byte_level, 1 + largest
 
 
-def without_dropout(text: str, spec: dict | None = None) -> str:
-    """A tokenizer.json's text with BPE dropout off. spec: parsed, changed too."""
-    spec = spec or load_without_gc(text)
-    if not spec["model"].get("dropout"):
-        return text
-    spec["model"]["dropout"] = None
-    return json.dumps(spec)
+def without_dropout(text: str) -> str:
+    """A tokenizer.json's text with BPE dropout off."""
+    spec = load_without_gc(text)
+    if spec["model"].get("dropout"):
+        spec["model"]["dropout"] = None
+        text = json.dumps(spec)
+    return text
 
 
 def load_without_gc(text: str):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data.varlen import VarlenLayout, varlen_layout
+from nanospin.attention import is_visible
 from nanospin.compiling import compile_dynamic
 
 SHORTEST_MEAN = 32  # tokens; a kernel's block has 128, and shorter segments fill little of it
@@ -91,10 +92,10 @@ class FlashAttention(torch.autograd.Function):
 
 def packed_forward(q, k, v, varlen, mix):
     """-> y (n, H, D), lse (H, n) float32. mix: `mix_`, perhaps compiled."""
-    y, lse = flash_forward(q, k, v, *segments(varlen))
+    y, lse = flash_forward(q, k, v, segments(varlen), causal=True)
     if varlen.num_response_tokens:
         row_q, row_k, row_v = of_rows(q, k, v, varlen)
-        row_y, row_lse = flash_forward(row_q, row_k, row_v, *rows(varlen))
+        row_y, row_lse = flash_forward(row_q, row_k, row_v, rows(varlen), causal=False)
         own_lse = responses_of(lse, varlen, dim=1)
         weight = torch.sigmoid(row_lse - own_lse).T  # = exp(lse_2 - lse)
         mix(responses_of(y, varlen), row_y, weight)
@@ -104,14 +105,15 @@ def packed_forward(q, k, v, varlen, mix):
 
 def packed_backward(dy, q, k, v, y, lse, varlen):
     """-> the gradients of q, k, v, given dy of y."""
-    dq, dk, dv = flash_backward(dy, q, k, v, y, lse, *segments(varlen))
+    dq, dk, dv = flash_backward(dy, q, k, v, y, lse, segments(varlen), causal=True)
     if varlen.num_response_tokens:
         more = flash_backward(
             responses_of(dy, varlen),
             *of_rows(q, k, v, varlen),
             responses_of(y, varlen),
             responses_of(lse, varlen, dim=1).contiguous(),
-            *rows(varlen),
+            rows(varlen),
+            causal=False,
         )
         for grad, row_grad in zip(of_rows(dq, dk, dv, varlen), more, strict=True):
             grad += row_grad
@@ -142,63 +144,39 @@ def responses_of(x, varlen, dim=0):
 
 
 def segments(varlen):
-    """The last arguments of a kernel: starts of queries and keys, longest of each, causal."""
+    """The lengths for a kernel: starts of queries and of keys, the longest of each."""
     starts, longest = varlen.segment_starts, varlen.longest_segment
-    return starts, starts, longest, longest, True
+    return starts, starts, longest, longest
 
 
 def rows(varlen):
-    return (
-        varlen.response_starts,
-        varlen.prompt_starts,
-        varlen.longest_responses,
-        varlen.longest_prompt,
-        False,
-    )
+    """The same of responses, as queries, and prompts, as keys."""
+    starts = varlen.response_starts, varlen.prompt_starts
+    return *starts, varlen.longest_responses, varlen.longest_prompt
 
 
 # ---- PyTorch's kernels. Its public `varlen_attn` calls them too, but its backward pass takes the
 # lse of that call only.
 
 
-def flash_forward(q, k, v, q_starts, k_starts, longest_q, longest_k, causal):
+NO_DROPOUT = 0.0
+NO_DEBUG_MASK = False
+
+
+def flash_forward(q, k, v, lengths, causal):
     """-> y (m, H, D), lse (H, m) float32."""
-    y, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        q_starts,
-        k_starts,
-        longest_q,
-        longest_k,
-        0.0,  # dropout
-        causal,
-        False,  # no probabilities for debugging
-        scale=q.shape[-1] ** -0.5,
-    )
+    kernel, scale = torch.ops.aten._flash_attention_forward, q.shape[-1] ** -0.5
+    y, lse, *_ = kernel(q, k, v, *lengths, NO_DROPOUT, causal, NO_DEBUG_MASK, scale=scale)
     return y, lse
 
 
-def flash_backward(dy, q, k, v, y, lse, q_starts, k_starts, longest_q, longest_k, causal):
+def flash_backward(dy, q, k, v, y, lse, lengths, causal):
     """-> dq, dk, dv."""
+    kernel, scale = torch.ops.aten._flash_attention_backward, q.shape[-1] ** -0.5
     random_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout
-    return torch.ops.aten._flash_attention_backward(
-        dy,
-        q,
-        k,
-        v,
-        y,
-        lse,
-        q_starts,
-        k_starts,
-        longest_q,
-        longest_k,
-        0.0,  # dropout
-        causal,
-        random_state,
-        torch.empty(0, device=q.device),
-        scale=q.shape[-1] ** -0.5,
-    )
+    unused = torch.empty(0, device=q.device)
+    inputs = (dy, q, k, v, y, lse)
+    return kernel(*inputs, *lengths, NO_DROPOUT, causal, random_state, unused, scale=scale)
 
 
 # ---- the kernels are private functions of PyTorch, so they are tried before they are used
@@ -231,9 +209,8 @@ def largest_error(device, dtype, head_dim, groups) -> float:
     varlen = varlen_layout(sequence_id.numpy(), response_id.numpy())
     sequence_id, response_id = sequence_id[varlen.order], response_id[varlen.order]
     varlen = varlen.map_tensors(lambda x: x.to(device))
-    same_row = sequence_id[:, None] == sequence_id
-    sees = (response_id == 0) | (response_id[:, None] == response_id)
-    visible = (same_row & sees).tril().to(device)
+    index = torch.arange(len(sequence_id))
+    visible = is_visible(sequence_id, response_id, index[:, None], index).to(device)
 
     generator = torch.Generator().manual_seed(0)
     heads = []

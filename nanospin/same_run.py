@@ -305,7 +305,8 @@ def say_dropout_change(before: dict, settings: dict, model: dict):
     dropout."""
     if not model.get("dropout"):
         return
-    before, settings = settings | before, dict(settings)
+    before = settings | before  # an older run may lack some
+    settings = dict(settings)
     for values in (before, settings):
         if values["compile"] is None:
             values["compile"] = (values["device"] or default_device()) != "cpu"

@@ -20,9 +20,10 @@ def sequences_of(starts):
     return list(zip(starts.tolist()[:-1], starts.tolist()[1:], strict=True))
 
 
-def plain_forward(q, k, v, q_starts, k_starts, longest_q, longest_k, causal):
+def plain_forward(q, k, v, lengths, causal):
     """One sequence after the other. As in the kernel, a causal mask ends with the last key, and a
     query without keys gives 0 and an infinite sum."""
+    q_starts, k_starts, longest_q, longest_k = lengths
     y, lse = torch.zeros_like(q), q.new_full((q.shape[1], len(q)), torch.inf)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     for (i, j), (a, b) in zip(sequences_of(q_starts), sequences_of(k_starts), strict=True):
@@ -37,9 +38,10 @@ def plain_forward(q, k, v, q_starts, k_starts, longest_q, longest_k, causal):
     return y, lse
 
 
-def plain_backward(dy, q, k, v, y, lse, q_starts, k_starts, longest_q, longest_k, causal):
+def plain_backward(dy, q, k, v, y, lse, lengths, causal):
     """The formulas of the kernel (arXiv 2307.08691, algorithm 2): probabilities from lse, and the
     sum of dy y for the softmax."""
+    q_starts, k_starts, *_ = lengths
     groups = q.shape[1] // k.shape[1]
     scale = q.shape[-1] ** -0.5
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -133,25 +135,25 @@ def test_the_dense_gradients_of_the_trial():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def wrong_lse(*args):
-    y, lse = plain_forward(*args)
+def wrong_lse(*args, causal):
+    y, lse = plain_forward(*args, causal)
     return y, lse + 0.5
 
 
-def without_causality(*args):
-    return plain_forward(*args[:-1], False)
+def without_causality(*args, causal):
+    return plain_forward(*args, False)
 
 
-def other_shape(*args):
-    y, lse = plain_forward(*args)
+def other_shape(*args, causal):
+    y, lse = plain_forward(*args, causal)
     return y, lse[None]
 
 
-def refuses(*args):
+def refuses(*args, causal):
     raise RuntimeError("no kernel\nfor this card")
 
 
-def refuses_without_a_word(*args):
+def refuses_without_a_word(*args, causal):
     raise RuntimeError
 
 

@@ -621,8 +621,10 @@ def check_chat(folder: str, run: str, kwargs: dict | None = None) -> None:
         joined = compare_chat(folder, enc, meta["config"]["template"], kwargs)
     except NotFollowed as e:
         raise SystemExit(printable(f"{folder}: apply_chat_template gives other ids: {e}"))
-    but = f", but for {joined} of {len(CHECK_TEXTS)} test answers in earlier turns"
-    print("token ids agree with apply_chat_template's" + but * bool(joined))
+    line = "token ids agree with apply_chat_template's"
+    if joined:
+        line += f", but for {joined} of {len(CHECK_TEXTS)} test answers in earlier turns"
+    print(line)
 
 
 def compare_chat(folder: str, enc, template: str, kwargs: dict | None = None) -> int:
@@ -726,10 +728,11 @@ def write_shards(folder, weights, dtype, max_bytes):
 def write_tokenizer(folder, enc, template, block_size):
     """Write tokenizer.json and tokenizer_config.json. Returns the ids of the special tokens."""
     path = os.path.join(folder, "tokenizer.json")
-    tokenizer.to_json(enc, path)
     if isinstance(enc, tokenizer.JsonTokenizer):
         with atomic_write(path) as f:
             f.write(tokenizer.without_dropout(enc.text))
+    else:
+        tokenizer.to_json(enc, path)
     specials = tokenizer.specials(enc)
     stop_ids = tokenizer.stop_ids(enc)
     eos = next(iter(stop_ids))  # the original model's

@@ -3,6 +3,7 @@
 python -m pytest tests/gpu
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -33,6 +34,16 @@ def exact_float32():
     torch.set_float32_matmul_precision("highest")
 
 
+@contextlib.contextmanager
+def no_waiting():
+    """Raises where the CPU waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("options", [{}, LONG | {"sliding_window": 7, "n_kv_head": 2}])
 def test_losses_and_gradients_are_those_of_the_cpu(name, options):
@@ -47,11 +58,8 @@ def test_losses_and_gradients_are_those_of_the_cpu(name, options):
     model.init_weights()
     on_gpu = batch.pin_memory().to("cuda")
     gradients(model, objective, on_gpu, cfg)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         found = gradients(model, objective, on_gpu, cfg)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4)
 
@@ -108,11 +116,8 @@ def test_flash_attention_never_waits_for_the_gpu():
     model = distributed.prepare_model(model, torch.device("cuda"), torch.bfloat16, cfg)
     model.init_weights()
     gradients(model, objective, batch, cfg)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         flash = gradients(model, objective, batch, cfg)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     flex = gradients(model, objective, replace(batch, varlen=None), cfg)
     flash, flex = only_gradients(flash), only_gradients(flex)
     assert (flash - flex).norm() < 5e-2 * flex.norm()
