@@ -39,7 +39,7 @@ from data.rows import (
 from eval import is_ranked, row_logps, validation_rows
 from model import GPT
 from nanospin import checkpoint, distributed, inputs
-from nanospin.config import is_function, is_scored, scorer_setting
+from nanospin.config import is_function, is_online, is_scored, scorer_setting
 from nanospin.distributed import broadcast_from_rank0, run_on_rank0
 from nanospin.preflight import say_shared_prompts
 from nanospin.rounds import (
@@ -115,12 +115,12 @@ def collect(cfg, round_id: int, model, enc, device, say):
 
 def load_rows(cfg, round_id: int = 0, say=None) -> dict[str, list[dict]]:
     """The data's rows: a seeded choice of max_rows to train on, and the same validation rows for
-    every run. Under a scorer spin has all prompts, none twice on a side; `play_round` draws those
-    of a round. say: says in the first round how many rows are left out."""
+    every run. Online ranking has all prompts, none twice on a side; `play_round` draws those of a
+    round. say: says in the first round how many rows are left out."""
     prompt_only = not needs_responses(cfg)
     train = read_rows(f"{cfg.data}/train.jsonl", prompt_only)
     val = validation_rows(cfg.data, cfg.eval_rows, prompt_only)
-    if cfg.stage == "spin" and is_scored(cfg):
+    if is_online(cfg):
         say_once = say if round_id == 0 else None
         train = unique_prompts(train, say_once, "train")
         val = unique_prompts(val, say_once, "val")
@@ -133,7 +133,7 @@ def load_rows(cfg, round_id: int = 0, say=None) -> dict[str, list[dict]]:
 def needs_responses(cfg) -> bool:
     """Whether the data must have responses. A scorer can rank the policy's own samples of prompts
     that have none."""
-    if cfg.stage == "spin" and is_scored(cfg):
+    if is_online(cfg):
         return "data" in cfg.players or cfg.teacher == "rows"
     return cfg.stage != "ppo"
 
@@ -197,7 +197,7 @@ def rows_to_rank(cfg, round_id, split, rows: list[dict], is_made: bool, say) -> 
     and of these, to train on, the round's share. is_made: the round is in the run's folder."""
     if not is_made:
         rows = drop_unscorable_prompts(cfg, rows, say, split)
-    is_drawn = split == "train" and cfg.stage == "spin" and is_scored(cfg)
+    is_drawn = split == "train" and is_online(cfg)
     # once a judge has ranked them, `read_ranked` knows which rows they were
     if is_drawn and not (is_made and is_judged(cfg)):
         rows = prompts_of_round(cfg, rows, round_id)

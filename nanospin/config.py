@@ -575,7 +575,7 @@ def check_ranked_by(cfg: Config):
         "best_and_worst needs a scorer in ranked_by",
     )
     require(
-        not cfg.top_players or stage == "spin" and is_scored(cfg),
+        not cfg.top_players or is_online(cfg),
         "top_players needs stage spin and a scorer in ranked_by",
     )
     require(
@@ -699,6 +699,11 @@ def samples_policy_itself(cfg: Config) -> bool:
 def is_scored(cfg: Config) -> bool:
     """Whether a scorer ranks the responses of spin or preference."""
     return not cfg.reward and scorer_name(cfg) != ""
+
+
+def is_online(cfg: Config) -> bool:
+    """Online ranking: stage spin, in which a scorer ranks the players' responses."""
+    return cfg.stage == "spin" and is_scored(cfg)
 
 
 def ordered_players(cfg: Config) -> list[str]:
