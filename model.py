@@ -384,12 +384,8 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
-        pos: Tensor | None = None,
-        sequence_id: Tensor | None = None,
-        response_id: Tensor | None = None,
         logit_positions: Tensor | None = None,
-        varlen: VarlenLayout | None = None,
-        cache=None,
+        **layout,
     ) -> Tensor:
         """Log-probabilities of the targets, float32, 0 where the target is -1. Without targets the
         logits (..., V), float32.
@@ -397,28 +393,16 @@ class GPT(nn.Module):
         logit_positions (m,): compute only these positions of the flat list of tokens, which may
         repeat (a prompt's last token predicts the first token of each response). targets are then
         (m,), else of the shape of idx.
-        varlen: the lengths of packed tokens, for FlashAttention on a GPU.
-        cache: a KVCache, filled from rows or extended by one token a row.
+        layout: pos, sequence_id, response_id, varlen and cache, see `hidden`.
         """
         with self.autocast(idx.device):
-            layout = (pos, sequence_id, response_id, varlen)
-            x = self.hidden_at(logit_positions, idx, *layout, cache)
+            x = self.hidden_at(logit_positions, idx, **layout)
             return self.logits(x) if targets is None else self.logprobs(x, targets)
 
-    def values(
-        self,
-        idx: Tensor,
-        value_positions: Tensor,
-        *,
-        pos=None,
-        sequence_id=None,
-        response_id=None,
-        varlen=None,
-    ) -> Tensor:
+    def values(self, idx: Tensor, value_positions: Tensor, **layout) -> Tensor:
         """The scalar head at value_positions (r,) of the flat list of tokens -> (r,) float32."""
         with self.autocast(idx.device):
-            layout = (pos, sequence_id, response_id, varlen)
-            return self.scalars(self.hidden_at(value_positions, idx, *layout))
+            return self.scalars(self.hidden_at(value_positions, idx, **layout))
 
     def logps_and_values(
         self,
@@ -426,21 +410,17 @@ class GPT(nn.Module):
         targets: Tensor,
         value_positions: Tensor,
         *,
-        pos=None,
-        sequence_id=None,
-        response_id=None,
-        logit_positions=None,
-        varlen=None,
+        logit_positions: Tensor | None = None,
+        **layout,
     ) -> tuple[Tensor, Tensor]:
         """`forward` with targets and `values` in one pass."""
-        layout = (pos, sequence_id, response_id, varlen)
         with self.autocast(idx.device):
             if logit_positions is None:
-                x = self.hidden(idx, *layout)
+                x = self.hidden(idx, **layout)
                 values = self.scalars(x.flatten(0, -2).index_select(0, value_positions))
                 return self.logprobs(x, targets), values
             positions = torch.cat((logit_positions, value_positions))
-            x = self.hidden_at(positions, idx, *layout)
+            x = self.hidden_at(positions, idx, **layout)
             m = len(logit_positions)
             return self.logprobs(x[:m], targets), self.scalars(x[m:])
 
@@ -448,29 +428,34 @@ class GPT(nn.Module):
         dtype = self.autocast_dtype or torch.bfloat16
         return torch.autocast(device.type, dtype, enabled=self.autocast_dtype is not None)
 
-    def hidden_at(self, positions: Tensor | None, idx: Tensor, *layout) -> Tensor:
+    def hidden_at(self, positions: Tensor | None, idx: Tensor, **layout) -> Tensor:
         """`hidden` at positions (m,) of the flat list of tokens, in any order, which may repeat ->
         (m, C); at all positions if it is None."""
         if positions is None:
-            return self.hidden(idx, *layout)
+            return self.hidden(idx, **layout)
         if on_gpu(idx):
             # Few are repeated. To find them, the CPU would have to wait for the GPU.
-            return self.hidden(idx, *layout, query_positions=positions)
+            return self.hidden(idx, **layout, query_positions=positions)
         computed, where = positions.unique(return_inverse=True)
-        return self.hidden(idx, *layout, query_positions=computed).index_select(0, where)
+        return self.hidden(idx, **layout, query_positions=computed).index_select(0, where)
 
     def hidden(
         self,
         idx: Tensor,
-        pos=None,
-        sequence_id=None,
-        response_id=None,
-        varlen=None,
-        cache=None,
-        query_positions=None,
+        *,
+        pos: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        response_id: Tensor | None = None,
+        varlen: VarlenLayout | None = None,
+        cache: KVCache | None = None,
+        query_positions: Tensor | None = None,
     ) -> Tensor:
         """The normalized output of the last block (..., C).
 
+        pos, sequence_id, response_id (n,): of packed tokens, see `data.batch.Batch`. pos alone: of
+        rows (B, T) that do not begin at 0, or of decoded tokens (B,).
+        varlen: the lengths of packed tokens, for FlashAttention on a GPU.
+        cache: a KVCache, filled from rows or extended by one token a row.
         query_positions (m,): only at these positions of the flat list, (m, C), which on a CPU must
         be ascending. For the other tokens, mostly prompts, the last block computes queries, keys
         and values only, and FlashAttention also the attention.
