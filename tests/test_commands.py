@@ -309,18 +309,25 @@ def test_the_demo_on_text_runs(small_demo):
 
 
 @pytest.mark.slow
-def test_own_data_of_the_readme(small_demo):
+def test_own_data_of_the_readme(small_demo, monkeypatch):
     with gzip.open("chats.jsonl.gz", "wt", encoding="utf-8") as f:
         for i in range(80):
             f.write(json.dumps({"prompt": f"{i} plus 1?", "response": f"{i + 1}"}) + "\n")
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        scorer = f.read().split("```python\n")[1].split("```")[0]
+    (small_demo / "my_scorer.py").write_text(scorer)
+    monkeypatch.syspath_prepend(small_demo)
     commands = []
     for document, command in all_commands():
         if document == "README.md" and "=data/mine" in command:
             commands.append(command)
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
         run_small(command)
     assert os.path.exists("out/mine/spin/round_1/train.jsonl")
+    with open("out/mine/online/round_0/train.jsonl", encoding="utf-8") as f:
+        scores = json.loads(f.readline())["scores"]
+    assert max(scores) > min(scores)
 
 
 @pytest.mark.slow

@@ -184,6 +184,43 @@ def test_the_table_of_smollm2_follows_from_its_scores():
     assert "\n".join(smollm2.make_table(smollm2.mean_over_seeds(scored))) in text
 
 
+# the table of README.md: the task, and the two methods of each line
+README_GAINS = [
+    ("sums", "online_pl_4", "sft"),
+    ("sums", "online_pl_4", "sft_more"),
+    ("countdown", "online_pl_4", "sft_more"),
+    ("sums", "online_pl_8", "best_of_8"),
+    ("sums", "spin_nll", "sft"),
+    ("sums", "spin_nll", "sft_more"),
+    ("sums", "spin_new_nll", "sft_new"),
+    ("sums", "spin_k3_new", "spin_new_nll"),
+    ("sums", "online_pl_8", "online_pairs_8"),
+    ("sums", "grpo_8", "online_pl_8"),
+]
+
+
+def test_the_table_of_the_readme_follows_from_the_results():
+    """Bold where the interval excludes 0."""
+    with open("README.md", encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    start = lines.index("| gain, in points | greedy | sampled |") + 2
+    results = {}
+    for task, folder in (("sums", "figures"), ("countdown", "figures/countdown")):
+        with open(f"studies/verifiable/{folder}/results.json") as f:
+            results[task] = json.load(f)
+    for line, (task, name, other) in zip(lines[start:], README_GAINS):
+        cells = []
+        for metric in ("greedy", "sampled"):
+            gains = []
+            for ours, theirs in zip(results[task][name], results[task][other], strict=True):
+                gains.append(ours[metric] - theirs[metric])
+            cell = summarize.format_difference(gains)
+            mean, half_width = summarize.t_interval(gains)
+            cells.append(f"**{cell}**" if abs(mean) > half_width else cell)
+        assert line.strip("| ").split(" | ")[1:] == cells, (line, name, other)
+    assert lines[start + len(README_GAINS)] == ""
+
+
 def test_a_run_is_measured_again_only_if_it_is_another(tmp_path, monkeypatch):
     """train.py is always asked: it refuses other settings. eval.py runs if something changed."""
     commands = []
