@@ -1,10 +1,10 @@
 """Every objective, as a pure function of tensors. Plackett-Luce first: it is DPO and SPIN at K = 2.
 
 B rows (a prompt and its responses), K responses a row, best first. Scores and log-probabilities are
-(B, K); response_mask (B, K) is False where a row has no k-th response. Everything is float32 from
-the log-sum-exp on (float64 if the input is). `preference_loss`, `reward_loss`, `ppo_loss` and
-`grpo_loss` return (loss, metrics): the loss is a mean over rows or tokens, the metrics are detached
-means.
+(B, K); response_mask (B, K) is False where a row has no k-th response. Losses have
+the dtype of their inputs: the model's log-probabilities and scores are float32. `preference_loss`,
+`reward_loss`, `ppo_loss` and `grpo_loss` return (loss, metrics): the loss is a mean over rows or
+tokens, the metrics are detached means.
 """
 
 import math
@@ -13,31 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanospin.fused_head import linear_logprobs
-
-__all__ = [
-    "grpo_loss",
-    "kl_k3",
-    "linear_logprobs",
-    "plackett_luce",
-    "ppo_loss",
-    "preference_loss",
-    "reward_loss",
-    "sequence_logprobs",
-    "taylor_nll",
-]
+from nanospin.fused_head import linear_logprobs  # noqa: F401  also as loss.linear_logprobs
 
 LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo", "best_of_n")
+WITH_REFERENCE = ("pl", "pairs", "ipo", "hinge", "linear", "sppo")
 PLACKETT_LUCE_TYPES = ("pl", "simpo", "orpo")
 MEAN_LOGPROB_TYPES = ("simpo", "orpo", "best_of_n")  # these have no reference
 OPTION_TYPES = {  # the loss types that take each option
     "rank_depth": PLACKETT_LUCE_TYPES,
     "label_smoothing": PLACKETT_LUCE_TYPES,
     "taylor_order": PLACKETT_LUCE_TYPES,
-    "length_normalize": ("pl", "pairs", "ipo", "hinge", "linear", "sppo"),
+    "length_normalize": WITH_REFERENCE,
     "score_margin": ("pl", "pairs"),
     "margin": ("simpo",),
-    "nll_coef": ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo"),
+    "nll_coef": (*WITH_REFERENCE, "simpo", "orpo"),  # best_of_n is this loss already
 }
 REWARD_LOSS_TYPES = ("pairs", "pl")
 AVERAGES = ("token", "sequence", "constant")
@@ -102,7 +91,7 @@ def preference_loss(
 
     policy_logps, ref_logps  (B, K) log-probabilities of whole responses, best first
     lengths                  (B, K) tokens of each response
-    data_scores              (B, K) scores of the responses in the data, for score_margin
+    data_scores              (B, K) the scores that ranked the responses, for score_margin
 
     With implicit rewards s_k = beta (log pi_theta(y_k|x) - log pi_ref(y_k|x)), `loss_type` is
 
@@ -266,15 +255,17 @@ def reward_loss(
 
     Returns the loss () and metrics: `nll` the ranking part, `acc` the share of ordered pairs in the
     right order (a tie counts half), `margin` the mean of s_i - s_j. Equal scores give ln 2, or
-    ln K!. Raises ValueError for another loss_type.
+    ln K!. Raises ValueError for another loss_type, and for score_margin without data_scores.
     """
     if loss_type not in REWARD_LOSS_TYPES:
         raise ValueError(f"unknown loss_type {loss_type!r}: a reward model has pairs or pl")
+    if score_margin and data_scores is None:
+        raise ValueError("score_margin needs data_scores")
     mask, ranks, worse = pair_mask(scores, response_mask, ranks)
     scores = scores.masked_fill(~mask, 0.0)
     diff = scores[:, :, None] - scores[:, None, :]  # (B, i, j): s_i - s_j
     margins = torch.zeros_like(diff)
-    if data_scores is not None:
+    if score_margin:
         margins = score_margins(data_scores, mask, score_margin)
 
     if loss_type == "pairs":
@@ -460,7 +451,7 @@ def ppo_loss(
         change = (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.maximum(value_loss, (old_values + change - returns).square())
     value_loss = value_loss.mean() / 2
-    entropy = -ratio * logps.detach()  # has the gradient of H
+    entropy = -ratio * logps.detach()  # its gradient is that of H
     loss = policy_losses.mean() + value_coef * value_loss - entropy_coef * entropy.mean()
 
     with torch.no_grad():
@@ -530,7 +521,7 @@ def grpo_loss(
 
     ratio = (logps - old_logps).exp()
     policy_losses, outside = clipped_surrogate(ratio, advantages, clip, clip_high)
-    entropy = -ratio * logps.detach()  # has the gradient of H
+    entropy = -ratio * logps.detach()  # its gradient is that of H
     losses = policy_losses
     if kl_coef:
         losses = losses + kl_coef * kl_k3(logps, ref_logps)

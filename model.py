@@ -191,6 +191,9 @@ def norm_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """The projections around attention. Which tokens attend to which, and softmax(q k) v itself, is
+    `sequences.attend` in Block.forward, see nanospin/attention.py."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -254,6 +257,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Norms, attention and MLP. `sequences` knows the layout: PackedSequences or FlashSequences for
+    whole sequences, KVCache while decoding."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         before = config.norm_position != "after"
@@ -267,7 +273,11 @@ class Block(nn.Module):
         self.ln_2_post = make_norm(config) if after else nn.Identity()
 
     def forward(
-        self, x: Tensor, sequences: PackedSequences | KVCache, layer: int, rope=None
+        self,
+        x: Tensor,
+        sequences: PackedSequences | FlashSequences | KVCache,
+        layer: int,
+        rope=None,
     ) -> Tensor:
         """x (n, C) -> (m, C): the tokens whose output is needed, see `sequences.select`."""
         q, k, v = self.before_attention(x, rope)
@@ -578,7 +588,7 @@ class GPT(nn.Module):
 
 def response_logps(model: GPT, batch) -> Tensor:
     """log pi(y_k|x) of every response of a Batch (data/batch.py) -> (B, K), 0 where it is absent.
-    Training, reference and evaluation all use this function."""
+    Preference and spin train with it; their reference and evaluation use it too."""
     B, K = batch.response_mask.shape
     logps = model(batch.idx, batch.targets, **batch.layout())
     return sequence_logprobs(logps, batch.response_index, B * K).view(B, K)

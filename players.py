@@ -114,7 +114,8 @@ def player_responses(cfg, round_id, split, player, rows, model, enc) -> list[lis
 
 
 def drop_empty(column: list[list[tuple]]) -> tuple[list[list[tuple]], int]:
-    """Make the responses of a player absent that have no text. Returns their number too."""
+    """Make the responses of a player absent that have no text. Returns too how many rows have none
+    then, of a player with one response a row."""
     kept = []
     for responses in column:
         kept.append([(text, y) if text and text.strip() else (None, None) for text, y in responses])
@@ -137,15 +138,19 @@ def teacher_responses(cfg, split, rows, enc) -> list[tuple]:
     return match_responses(path, rows, enc, cfg.template)
 
 
-def drop_overlong_prompts(cfg, rows, enc, block_size: int, say=None, split="") -> list[dict]:
-    """The rows whose prompt leaves room for a response. Exits if a row has no prompt."""
+def encode_for_run(cfg, rows: list[dict], enc, block_size: int) -> tuple[list, dict[str, int]]:
+    """`encode_rows` with the template and the limits of the run."""
+    return encode_rows(rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response)
+
+
+def drop_rows_without_room(cfg, rows, enc, block_size: int, say=None, split="") -> list[dict]:
+    """The rows whose prompt leaves room for a response, and whose best response has a token. Exits
+    if a row has no prompt, or if none is left."""
     if not all(row["prompt"] for row in rows):
         raise SystemExit(f"{cfg.data}: rows that are whole texts have no prompt to respond to")
     if all(row.get("responses") for row in rows):
         best = [best_only(row) for row in rows]
-        encoded, counts = encode_rows(
-            best, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
-        )
+        encoded, counts = encode_for_run(cfg, best, enc, block_size)
     else:
         encoded, counts = encode_prompts(rows, enc, cfg.template, block_size, cfg.max_prompt)
     if say:
@@ -174,10 +179,9 @@ def check_room(cfg, rows, enc, block_size: int):
         )
 
 
-def encode_for(who: str, rows, enc, *limits) -> list[list[int] | None]:
-    """The ids of the prompts for another model than the policy, None where it has no room. Exits
-    with a line that names it for a prompt that it cannot take, such as one with a system message.
-    """
+def encode_for(who: str, rows, enc, *limits) -> list[list[int]]:
+    """The ids of the prompts for another model than the policy, [] where it has no room. Exits with
+    a line that names it for a prompt that it cannot take, such as one with a system message."""
     try:
         return encode_prompts(rows, enc, *limits)[0]
     except SystemExit as e:
@@ -220,7 +224,7 @@ def rank_by_score(cfg, path: str, rows, candidates, enc, device) -> list[dict]:
     top_players come before the others, in their own order. Absent ones come last.
 
     rows: the data's rows, which a scorer is called with. A ranked row has "scores", and in stage
-    spin "players", whose each response is. The order of cfg.players makes no difference.
+    spin "players", the player of each response. The order of cfg.players makes no difference.
     """
     texts = [candidate["responses"] for candidate in candidates]
     ids = [candidate["ids"] for candidate in candidates]
@@ -239,15 +243,16 @@ def sort_by_score(cfg, candidate: dict, names: list[str], scores: list[float]) -
     ids = candidate["ids"]
     there = [k for k, y in enumerate(ids) if y is not None]
     absent = [k for k, y in enumerate(ids) if y is None]
-    keys = {}  # smaller is better; equal keys are ties
-    for k in there:
-        on_top = names[k] in cfg.top_players
-        place = cfg.top_players.index(names[k]) if on_top else len(cfg.top_players)
-        keys[k] = (place, 0.0 if on_top else -scores[k])
-    # ties stand in an order that depends on their ids alone, and on no property of the text; of
-    # equal ones the data's is the first, and stays
-    cut_ids = [y and y[: cfg.max_response or None] for y in ids]
-    there.sort(key=lambda k: (keys[k], hash_ids(cut_ids[k])))
+
+    def key_of(k: int) -> tuple[int, float]:  # smaller is better; equal keys are ties
+        if names[k] in cfg.top_players:
+            return cfg.top_players.index(names[k]), 0.0
+        return len(cfg.top_players), -scores[k]
+
+    keys = {k: key_of(k) for k in there}
+    # Ties are ordered by a hash, so that no property of the text decides. Equal responses have the
+    # same hash and keep their order, in which the data's comes first.
+    there.sort(key=lambda k: (keys[k], hash_ids(ids[k][: cfg.max_response or None])))
     order = there + absent
     sorted_keys = [keys[k] for k in there]
     row = candidate | {
@@ -281,7 +286,7 @@ def sample_policy(path, cfg, rows, name: str, model, enc, count: int = 1):
 
 def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count: int = 1):
     """Sample `count` responses to every prompt and write them to a ranked file, one row per
-    sample. The samples of a prompt are consecutive.
+    sample. A prompt of several rows is sampled once; its samples are consecutive.
 
     The rows are divided among the ranks. A sample is a function of (weights, seed, name, number of
     the row): another name draws other samples. Every finished part is kept, so a resumed file is
@@ -313,7 +318,7 @@ def write_samples(path: str, model, enc, cfg, rows: list[dict], name: str, count
         if part in written:
             progress.update(len(numbers))
             continue
-        distributed.heartbeat.set_stage(f"sampling {name}, prompts from {numbers[0]} on")
+        distributed.heartbeat.set_stage(f"sampling {name}, samples from {numbers[0]} on")
         samples = sample_part(model, enc, cfg, rows, numbers, name, progress)
         if distributed.rank() == 0:
             sampled = [sampled_row(rows[n], *samples[n], enc, cfg.template) for n in numbers]
@@ -342,7 +347,7 @@ def is_sampled(path: str, rows: list[dict], enc, template: str) -> bool:
 
 
 def sample_part(model, enc, cfg, rows, numbers: range, name: str, progress) -> dict[int, tuple]:
-    """{number of a prompt: (text, ids)} of the prompts `numbers`, on every rank."""
+    """{number of a row: (text, ids)} of the rows `numbers`, on every rank."""
     digest = hashlib.sha256(f"{cfg.seed} {name}".encode()).digest()
     mine = numbers[distributed.rank() :: distributed.world_size()]
     with distributed.lockstep_forward(model):

@@ -49,7 +49,7 @@ from data import tokenizer
 from data.batch import Batch, ppo_batch
 from data.files import atomic_write, is_there, read_arrays, sha256, write_json
 from data.gsm8k.scorer import same_answer
-from data.rows import encode_rows, read_rows, row_with_ids, write_rows
+from data.rows import read_rows, row_with_ids, write_rows
 from eval import map_batches, response_lengths, validation_rows
 from loss import kl_k3
 from model import GPT
@@ -69,8 +69,9 @@ from nanospin.rounds import (
     write_scorer,
 )
 from players import (
-    drop_overlong_prompts,
+    drop_rows_without_room,
     drop_unscorable_prompts,
+    encode_for_run,
     match_samples,
     prompts_of_round,
     sample_policy,
@@ -126,7 +127,7 @@ def collect(cfg, round_id: int, model, enc, device, say):
     say_once = say if round_id == 0 else None
     for split, rows in rows_by_split.items():
         rows = unique_prompts(rows, say_once, split)
-        rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
+        rows = drop_rows_without_room(cfg, rows, enc, block_size, say_once, split)
         rows_by_split[split] = drop_unscorable_prompts(cfg, rows, say_once, split)
     rows, val = rows_by_split["train"], rows_by_split["val"]
     if round_id == 0:
@@ -293,14 +294,7 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
         expected = manifest["files"].get(os.path.basename(path))
         if not is_there(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
-    train, _ = encode_rows(
-        read_rows(rows_path),
-        enc,
-        cfg.template,
-        block_size,
-        cfg.max_prompt,
-        cfg.max_response,
-    )
+    train, _ = encode_for_run(cfg, read_rows(rows_path), enc, block_size)
     arrays = read_arrays(arrays_path)
     ends = np.cumsum(response_lengths(train).sum(1))
     for name in rollout_names(cfg):
@@ -349,9 +343,7 @@ def sample_trajectories(cfg, path, name, rows, model, enc, device, count: int = 
         texts.append([text for text, _ in samples])
         ids.append([y for _, y in samples])
         sampled.append(row_with_ids(row, texts[-1], ids[-1], enc, cfg.template))
-    encoded, _ = encode_rows(
-        sampled, enc, cfg.template, model.config.block_size, cfg.max_prompt, cfg.max_response
-    )
+    encoded, _ = encode_for_run(cfg, sampled, enc, model.config.block_size)
     ends = np.cumsum(response_lengths(encoded))[:-1]  # of each response in the list of tokens
 
     def score_policy(numbers: range) -> dict[str, np.ndarray]:

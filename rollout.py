@@ -9,11 +9,11 @@
 
 `ranked_by` says who ranks: the data, the order of the players, or a scorer (scorer.py).
 
-RUN/round_R/ holds self_{train,val}.jsonl (samples), {train,val}.jsonl (ranked rows: text and token
-ids), {train,val}.ref.npz (reference log-probabilities) and collect.json (the manifest: report,
-settings, hashes of the inputs); docs/checkpoints.md has all files. Each file is written once and
-renamed into place, and samples are kept in parts on the way, so an interrupted collect resumes.
-Rank 0 decides what is there.
+Of preference and spin, RUN/round_R/ holds self_{train,val}.jsonl (samples), {train,val}.jsonl
+(ranked rows: text and token ids), {train,val}.ref.npz (reference log-probabilities) and
+collect.json (the manifest: report, settings, hashes of the inputs); docs/checkpoints.md has all
+files. Each is renamed into place when it is complete, and samples are kept in parts on the way, so
+an interrupted collect resumes. Rank 0 decides what is there.
 
 `python -m tools.rebuild` makes a round again from its manifest.
 """
@@ -31,7 +31,6 @@ from data.folder import read_stream
 from data.rows import (
     best_only,
     drop_equal_responses,
-    encode_rows,
     prompt_key,
     read_rows,
     write_rows,
@@ -59,8 +58,9 @@ from nanospin.rounds import (
 from players import (
     check_room,
     collect_candidates,
-    drop_overlong_prompts,
+    drop_rows_without_room,
     drop_unscorable_prompts,
+    encode_for_run,
     list_counts,
     prompts_of_round,
     rank_by_score,
@@ -93,16 +93,14 @@ def collect(cfg, round_id: int, model, enc, device, say):
     for split, rows in rows_by_split.items():
         if cfg.stage == "sft":
             rows = [best_only(row) for row in rows]
-        answers = []
         if played:
-            if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
-                answers = encode_answers(cfg, enc, model.config.block_size)
             rows, data_rows = played[split]
             report[split] = round_report(cfg, rows, data_rows, enc)
             if split == "train":
                 rows = rows + earlier_rows(cfg, round_id)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
-        encoded[split] += answers
+        if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
+            encoded[split] += encode_validation_answers(cfg, enc, model.config.block_size)
         if uses_reference:
             refs = reference_logprobs(cfg, round_id, split, model, enc, encoded[split], device)
             for row, ref in zip(encoded[split], refs, strict=True):
@@ -138,16 +136,14 @@ def needs_responses(cfg) -> bool:
     return cfg.stage != "ppo"
 
 
-def encode_answers(cfg, enc, block_size: int) -> list[dict]:
+def encode_validation_answers(cfg, enc, block_size: int) -> list[dict]:
     """The data's best responses, unranked, for the validation loss where the data is no player: of
     all held-out rows, as other runs have it, not only the first of each prompt."""
     answered = []
     for row in validation_rows(cfg.data, cfg.eval_rows, prompt_only=True):
         if row.get("responses"):
             answered.append(best_only(row))
-    encoded, _ = encode_rows(
-        answered, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
-    )
+    encoded, _ = encode_for_run(cfg, answered, enc, block_size)
     return [row | {"players": ["data"]} for row in encoded if row is not None]
 
 
@@ -168,16 +164,15 @@ def play_round(cfg, round_id, rows_by_split, model, enc, device, say) -> dict[st
     that fails leaves no rows."""
     folder, block_size = round_folder(cfg, round_id), model.config.block_size
     say_once = say if round_id == 0 else None
-    paths, is_made, rows_of = {}, {}, {}
-    for split, rows in rows_by_split.items():  # of both, before one is sampled
-        paths[split] = os.path.join(folder, f"{split}.jsonl")
-        is_made[split] = broadcast_from_rank0(is_there(paths[split]))
-        rows = drop_overlong_prompts(cfg, rows, enc, block_size, say_once, split)
-        rows_of[split] = rows_to_rank(cfg, round_id, split, rows, is_made[split], say_once)
+    paths = {split: os.path.join(folder, f"{split}.jsonl") for split in rows_by_split}
+    missing = [split for split in paths if not broadcast_from_rank0(is_there(paths[split]))]
+    rows_of = {}
+    for split, rows in rows_by_split.items():  # both splits are checked before either is sampled
+        rows = drop_rows_without_room(cfg, rows, enc, block_size, say_once, split)
+        rows_of[split] = rows_to_rank(cfg, round_id, split, rows, split not in missing, say_once)
     ranked_of = {}
-    for split, rows in rows_of.items():
-        if not is_made[split]:
-            ranked_of[split] = rank_split(cfg, round_id, split, rows, model, enc, device, say)
+    for split in missing:
+        ranked_of[split] = rank_split(cfg, round_id, split, rows_of[split], model, enc, device, say)
     if ranked_of:
         inputs.check_again(cfg)
         if distributed.rank() == 0:
@@ -226,12 +221,12 @@ def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     if is_scored(cfg):
         # Only the prompts in the file: others left no room in the judge, which may be gone by now.
         # A round of older code can have a held-out prompt twice, so its last row stays.
-        rows_of = {}
+        rows_with = {}
         for row in rows:
-            rows_of.setdefault(prompt_key(row), []).append(row)
+            rows_with.setdefault(prompt_key(row), []).append(row)
         rows = []
         for key in keys:
-            of_key = rows_of.get(key, [])
+            of_key = rows_with.get(key, [])
             rows += of_key[:1]
             if len(of_key) > 1:
                 of_key.pop(0)
@@ -246,17 +241,13 @@ def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
 def mark_equal_responses(cfg, ranked: list[dict], enc, block_size: int):
     """Make responses absent that equal a better one, as encoded and cut: they teach nothing. Note
     in "same_as" which one it is, in "lengths" how many tokens the limits leave of each response if
-    one is cut, and in "ended" which ones did not end, if there are such: text and ids stay whole,
-    for another run with other limits."""
-    encoded, _ = encode_rows(
-        ranked, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
-    )
+    one is cut, and in "ended" whether each has ended, if one has not: text and ids stay whole, for
+    another run with other limits."""
+    encoded, _ = encode_for_run(cfg, ranked, enc, block_size)
     for row, encoded_row in zip(ranked, encoded):
         cut_ids = encoded_row["responses"]
-        same_as = []
-        for k, response in enumerate(cut_ids):
-            equal = response is not None and response in cut_ids[:k]
-            same_as.append(cut_ids.index(response) if equal else None)
+        first_equal = [None if y is None else cut_ids.index(y) for y in cut_ids]
+        same_as = [first if first != k else None for k, first in enumerate(first_equal)]
         row["same_as"] = same_as
         row["ids"] = [y if same is None else None for y, same in zip(row["ids"], same_as)]
         texts = row["responses"]
@@ -275,9 +266,9 @@ def prepare_teacher(cfg, enc, block_size: int, device):
     with one line, before anything is sampled, if the teacher lacks one or has no room for it."""
     if not cfg.teacher or broadcast_from_rank0(inputs.is_answered(cfg)):
         return
-    if not os.path.isdir(cfg.teacher):
+    if cfg.teacher == "rows" or not os.path.isdir(cfg.teacher):
         for split, rows in load_rows(cfg).items():
-            rows = drop_overlong_prompts(cfg, rows, enc, block_size)
+            rows = drop_rows_without_room(cfg, rows, enc, block_size)
             teacher_responses(cfg, split, rows, enc)
         return
     dtype = distributed.compute_dtype(cfg, device)
@@ -285,7 +276,7 @@ def prepare_teacher(cfg, enc, block_size: int, device):
     teacher_cfg = replace(cfg, template=meta["config"]["template"])
     rows_by_split = {}
     for split, rows in load_rows(cfg).items():
-        rows_by_split[split] = drop_overlong_prompts(cfg, rows, enc, block_size)
+        rows_by_split[split] = drop_rows_without_room(cfg, rows, enc, block_size)
         check_room(teacher_cfg, rows_by_split[split], teacher_enc, teacher.config.block_size)
     for split, rows in rows_by_split.items():
         path = inputs.teacher_file(cfg, split)
@@ -296,10 +287,9 @@ def prepare_teacher(cfg, enc, block_size: int, device):
 
 
 def encode(cfg, round_id, split, rows, enc, block_size, say) -> list[dict]:
-    """Encode the rows of a round, and say how many are left. Exits if none is."""
-    encoded, counts = encode_rows(
-        rows, enc, cfg.template, block_size, cfg.max_prompt, cfg.max_response
-    )
+    """Encode the rows of a round, and print the counts of those that are cut or left out. Exits if
+    none is left."""
+    encoded, counts = encode_for_run(cfg, rows, enc, block_size)
     if cfg.score_margin and split == "train":
         attach_scores(encoded, rows, f"{cfg.data}/{split}.jsonl")
     for row, encoded_row in zip(rows, encoded):
@@ -350,7 +340,7 @@ def drop_unranked(cfg, split, rows, encoded: list[dict], counts: dict) -> list[d
 
 
 def attach_scores(encoded, rows, where: str):
-    """Copy the data's scores into encoded rows."""
+    """Copy the scores of rows, the data's or a scorer's, into encoded rows."""
     for row, encoded_row in zip(rows, encoded):
         if encoded_row is None:
             continue
@@ -377,7 +367,7 @@ def keep_best_and_worst(encoded_row: dict):
 def reference_logprobs(cfg, round_id, split, model, enc, rows, device) -> np.ndarray:
     """log pi_ref of every response (rows, K).
 
-    They are computed once and stored, with a hash of the reference's weights and the rows' ids.
+    They are computed once and stored, with a hash of the reference's weights and the encoded rows.
     """
     path = os.path.join(round_folder(cfg, round_id), f"{split}.ref.npz")
     weights = run_on_rank0(policy_sha256, cfg, round_id)

@@ -75,7 +75,7 @@ from nanospin.wandb_logger import wandb_sender
 
 # ------------------------------------------------------------------------------- objectives
 # objective(model, batch, cfg) -> (loss, metrics), both summed over the units of the batch: what a
-# mean is taken over, prompts, responses or supervised tokens. STAGES, below, lists both.
+# mean is taken over, prompts, responses or supervised tokens. STAGES, below, names both.
 
 
 def count_tokens(batch: Batch, cfg: Config) -> int:
@@ -139,7 +139,7 @@ def ranking_loss(policy_logps, batch: Batch, cfg: Config):
         data_scores=batch.data_scores,
         **loss_options(cfg),
     )
-    return times(batch.num_rows, loss, metrics)
+    return as_sums(batch.num_rows, loss, metrics)
 
 
 def loss_options(cfg: Config) -> dict[str, float]:
@@ -157,7 +157,7 @@ def reward_model_loss(scores, batch: Batch, cfg: Config):
         score_margin=cfg.score_margin,
         center_coef=cfg.center_coef,
     )
-    return times(batch.num_rows, loss, metrics)
+    return as_sums(batch.num_rows, loss, metrics)
 
 
 def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
@@ -185,14 +185,11 @@ def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
             loss = loss + kl_coef * kl
             metrics["kl"] = kl.detach()
     else:
-        response_index = batch.response_index
-        if batch.logit_positions is None:  # padded: (N, T)
-            response_index = response_index.flatten().index_select(0, batch.value_positions)
         loss, metrics = grpo_loss(
             logps,
             batch.old_logps,
             batch.advantages,
-            response_index,
+            batch.response_index,
             batch.lengths.flatten(),
             batch.token_refs,
             kl_coef=kl_coef,
@@ -200,10 +197,10 @@ def policy_gradient_loss(logps, values, batch: Batch, cfg: Config):
             max_length=cfg.max_response,
             **options,
         )
-    return times(count_tokens_or_responses(batch, cfg), loss, metrics)
+    return as_sums(count_tokens_or_responses(batch, cfg), loss, metrics)
 
 
-def times(n: int, loss, metrics: dict):
+def as_sums(n: int, loss, metrics: dict):
     """Means over n units -> sums, so that micro-batches of different sizes can be added up."""
     return loss * n, {name: value * n for name, value in metrics.items()}
 
@@ -242,7 +239,8 @@ def loss_terms(cfg: Config, train, val, stages: dict) -> list[LossTerm]:
 
 
 def step_batches(run: "Run", terms, round_id: int, step: int) -> list[tuple[LossTerm, Batch]]:
-    """This rank's micro-batches of a step: a function of (data, seed, round, step).
+    """This rank's micro-batches of a step. The global batch, of which they are a share, is a
+    function of (data, seed, round, step).
 
     Every rank has the same number of them, and about the same number of tokens in each.
     """
@@ -408,8 +406,9 @@ def fit(run: Run, round_id: int, train, val, start: int):
 
 
 def resume_optimization(run: Run, round_id: int, start: int, optimizers) -> dict:
-    """Load the state of the optimizers if the round continues from a checkpoint. Returns what the
-    loop remembers between steps: the number of skipped ones and the recent losses."""
+    """Load the state of the optimizers if the round continues from a checkpoint, or in ppo from the
+    round before. Returns what the loop remembers between steps: the number of skipped ones and the
+    recent losses."""
     latest = broadcast_from_rank0(checkpoint.latest(run.cfg.out_dir))
     history = {"skipped": 0, "losses": []}
     if latest:
@@ -439,7 +438,7 @@ def count_units(terms, batches, device) -> tuple[dict[LossTerm, float], float, f
 
 def backward(loss):
     """The backward pass of a micro-batch, the only one in this repository. Each one reduces the
-    gradients over the ranks: accumulated unreduced, they would not be sharded."""
+    gradients over the ranks. FSDP2 could do so once a step, but would hold whole gradients."""
     loss.backward()
 
 
@@ -503,8 +502,9 @@ def prompts_of_step(cfg, round_id, step, train, enc):
 
 
 def check_initial_loss(run: Run, round_id, metrics, batches, term: LossTerm, units: dict):
-    """At the first step of a round the policy is the reference: every implicit reward is 0 and the
-    ranking loss is ln K!. A reward model's scores are 0, and PPO's policy is the one that sampled.
+    """At the first step of a round the policy is the reference, so the loss must be the one at the
+    reference's log-probabilities: ln K! for Plackett-Luce and a full ranking. A reward model's
+    scores are 0, and PPO's policy is the one that sampled.
 
     Another loss means that rows are scored in another way than they are trained on.
     """
@@ -641,9 +641,9 @@ def evaluate(run: Run, round_id: int, step: int, terms: list[LossTerm]) -> dict:
         metrics["pretrain_loss"] = validation_stream_loss(run, term.cfg, term.val)
     wanted = cfg.keep_best.removeprefix("-")
     if wanted and wanted not in metrics:
-        ranks = cfg.stage in ("reward", "preference", "spin")
-        if not (ranks and run.stages[cfg.stage].metrics):
-            # else it may only be that no held-out row is ranked this time
+        # a ranking may lack a metric once: none of its held-out rows is ranked this time
+        may_lack = cfg.stage in ("reward", "preference", "spin") and main_term.stage.metrics
+        if not may_lack:
             raise SystemExit(preflight.unknown_keep_best(cfg, list(metrics)))
         text = f"this evaluation has no {wanted}, so keep_best does not rate it"
         run.log.warning(round_id, step, text)
@@ -729,7 +729,7 @@ def resolve_model(cfg, model_class: type, path: str | None = None):
         )
     else:
         name = cfg.tokenizer or data_tokenizer(cfg.data)
-        # one rank warns
+        # load_for_data prints a warning: on rank 0 only
         load = tokenizer.load_for_data if distributed.rank() == 0 else tokenizer.load
         enc = load(name)
         settings = cfg.model | {"vocab_size": enc.n_vocab}
@@ -761,7 +761,7 @@ def data_tokenizer(folder: str) -> str:
 def build_model(cfg, model_class: type, model_config, path, device, dtype, resumes=False) -> GPT:
     """The model, sharded over the ranks, with the weights of a checkpoint or new ones. The scalar
     head starts at zero, unless the run resumes from the checkpoint. With LoRA the weights are those
-    of `init`, and only the adapters are the checkpoint's."""
+    of `init`, and only what is trained, adapters and scalar head, is the checkpoint's."""
     with torch.device("meta"):
         model = model_class(model_config)
     base = run_on_rank0(checkpoint.resolve, cfg.init) if cfg.lora_rank else path

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train.py config/spin_k2.py
 
-Not run at this size yet. On paper, on 8 x 80 GB GPUs, a round is: 50k samples of up to 512 tokens
+Not run at this size yet. Estimated on 8 x 80 GB GPUs, a round is: 50k samples of up to 512 tokens
 (minutes), one forward pass over samples and data for the reference (10 seconds), and two epochs of
 training (1 minute; later 2, with the rows of the round before). Every round starts at ln 2 =
 0.6931 + nll_coef x next-token loss.

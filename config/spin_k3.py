@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py config/spin_k3.py
 
-Not run at this size yet. On paper, on 8 x 80 GB GPUs, training takes 1.4 times as long as in
-spin_k2: from the second round on 3 minutes, and the samples. Every round starts at ln 6 = 1.7918 +
-nll_coef x next-token loss.
+spin_k2.py with a teacher's response between the data's and the policy's. Not run at this size yet.
+Estimated on 8 x 80 GB GPUs: training takes 1.4 times as long as spin_k2's, 3 minutes a round from
+the second on, plus sampling. Every round starts at ln 6 = 1.7918 + nll_coef x next-token loss.
 
 Before it: config/pretrain_gpt2.py and config/sft_ultrachat.py. The teacher's responses come from
 any model, as a ranked file with {"prompt", "responses": [text]} for every prompt, or from one of

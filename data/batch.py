@@ -1,9 +1,9 @@
-"""Encoded rows and token streams -> batches. A batch is a function of (data, seed, step) alone.
+"""Encoded rows and token streams -> batches. A global batch is a function of (data, seed, step).
 
 Encoded rows come from `data.rows.encode_rows`. There are two layouts of a row's K responses:
 
     packed   the prompt once, its responses after it, all rows in one flat list: no padding
-    padded   each response a right-padded row with a copy of its prompt: the slow reference
+    padded   each response a right-padded row with a copy of its prompt: slow, to test packed with
 """
 
 import functools
@@ -18,9 +18,9 @@ from data.varlen import VarlenLayout, varlen_layout
 
 @dataclass
 class Batch:
-    """One micro-batch. B rows (prompts) of K responses; n tokens, m of them supervised. Packed rows
-    are flat, (n,); so are windows of a token stream whose documents are masked. Padded rows and
-    other windows are (N, T)."""
+    """One micro-batch. B rows (prompts) of K responses; n tokens are read, m are predicted. Packed
+    rows are flat, (n,); so are windows of a token stream whose documents are masked. Padded rows
+    and other windows are (N, T)."""
 
     # model inputs
     idx: Tensor  # (n,) or (N, T) token ids
@@ -32,14 +32,14 @@ class Batch:
 
     # what is predicted
     targets: Tensor | None = None  # (m,) or (N, T); -1 where not supervised
-    response_index: Tensor | None = None  # like targets: b K + k of each target, -1 for none
+    response_index: Tensor | None = None  # like targets, ppo (m,): b K + k of each; -1 for none
     response_mask: Tensor | None = None  # (B, K) bool: the response is there
     ranks: Tensor | None = None  # (B, K) smaller is better, equal is a tie
     lengths: Tensor | None = None  # (B, K) supervised tokens of each response
 
     # preference, spin and reward
     ref_logps: Tensor | None = None  # (B, K) log-probability of each response under the reference
-    data_scores: Tensor | None = None  # (B, K) the data's own scores, for score_margin
+    data_scores: Tensor | None = None  # (B, K) that ranked the responses, for score_margin
 
     # reward and ppo
     value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read
@@ -97,7 +97,7 @@ class Batch:
 
 def num_supervised(prompt: list[int], response: list[int] | None) -> int:
     """How many tokens of a response are predicted: all of them after a prompt, all but the first
-    one of a whole text, none of an absent response. Every mean over tokens divides by this."""
+    one of a whole text, none of an absent response. Means over tokens divide by this."""
     if response is None:
         return 0
     return len(response) if prompt else max(0, len(response) - 1)
@@ -123,11 +123,10 @@ def batch_rows(rows: list[dict], layout: str = "packed", multiple: int | None = 
     if layout == "packed":
         multiple = multiple or (128 if torch.cuda.is_available() else 64)
         tokens = pack_rows(rows, K, multiple)
-    else:
-        tokens = pad_rows(rows, K)
-    num_tokens, varlen = tokens.pop("num_tokens"), None
-    if layout == "packed":
         varlen = varlen_layout(tokens["sequence_id"], tokens["response_id"])
+    else:
+        tokens, varlen = pad_rows(rows, K), None
+    num_tokens = tokens.pop("num_tokens")
     arrays = tokens | {"response_mask": response_mask, "ranks": ranks, "lengths": lengths}
     tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
     for key, name in (("ref", "ref_logps"), ("scores", "data_scores")):
@@ -163,6 +162,7 @@ def ppo_batch(rows: list[dict], layout: str = "packed") -> Batch:
     """Rows of `ppo.collect` -> a batch. A state's value is read where its token is predicted."""
     batch = batch_rows(rows, layout)
     batch.value_positions = target_positions(batch)
+    batch.response_index = batch.response_index[batch.targets >= 0]  # (m,) in both layouts
     names = {
         "logps": "old_logps",
         "values": "old_values",

@@ -27,7 +27,7 @@ A token sees the prompt of its own sequence and its own response, up to and incl
 The attention layers call `attend(layer, q, k, v)` of an object that knows this mask:
 `PackedSequences` here, `FlashSequences` (flash_attention.py) for most packed batches on a GPU, or
 `KVCache` (kv_cache.py) while decoding. The queries are (n, H, D), the keys and values (n, Hkv, D),
-the result (n, H, D).
+the result (m, H, D): of the queries that were asked for, by default all.
 
 Here three kernels compute it for whole sequences: `TiledAttention` on a CPU; on a GPU
 `scaled_dot_product_attention` for plain (B, T) batches, and FlexAttention for everything else.

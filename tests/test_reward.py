@@ -91,6 +91,8 @@ def test_two_responses_are_bradley_terry(loss_type):
     loss, _ = reward_loss(scores, loss_type=loss_type, data_scores=data_scores, score_margin=0.5)
     expected = -F.logsigmoid(diff - 0.5 * 2).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
+    with pytest.raises(ValueError, match="score_margin needs data_scores"):
+        reward_loss(scores, loss_type=loss_type, score_margin=0.5)
 
 
 def test_pl_is_plackett_luce():

@@ -550,7 +550,7 @@ def test_of_rows_with_one_prompt_the_first_is_used(tiny_runs, tmp_path, capsys, 
         num_rows = len(read_rows(f"{data}/val.jsonl"))
         assert len(prompts) == len(set(prompts)) == num_rows - 5
         cfg = load_config(stage_args(stage, tiny_runs, data, out, "conftest:letters", *more))
-        answers = rollout.encode_answers(cfg, tokenizer.load("bytes"), 64)
+        answers = rollout.encode_validation_answers(cfg, tokenizer.load("bytes"), 64)
         assert len(answers) == num_rows  # of the validation loss, as in other runs
 
 

@@ -419,13 +419,15 @@ def change_rows(folder, change):
     write_meta(str(folder), "bytes", "made up")
 
 
-def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path, capsys):
+def test_equal_responses_are_absent(tiny_runs, tiny_data, tmp_path, capsys, monkeypatch):
     """A sample that equals the data's response or the teacher's is left out of the ranking. Exact
     match counts only the first as right.
 
     Greedy samples of a model this small run to the limit. There a text that is cut equals its own
     prefix.
     """
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("rows")  # is no checkpoint of a teacher
     folder, out = str(tmp_path / "echo"), str(tmp_path / "run")
     shutil.copytree(tiny_data, folder)
     model, enc, _ = GPT.from_checkpoint(tiny_runs["sft"])
