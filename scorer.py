@@ -192,5 +192,5 @@ def call_function(cfg, calls: list[tuple[dict, str]]) -> np.ndarray:
 def bad_score(cfg, what: str, row: dict, text: str) -> str:
     return (
         f"{scorer_setting(cfg)} {what}, for the prompt {row['prompt'][:60]!r} and the response "
-        f"{text[:60]!r}; mend it and run the same command again"
+        f"{text[:60]!r}; fix it and run the same command again"
     )

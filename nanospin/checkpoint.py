@@ -874,7 +874,7 @@ def latest_valid(run) -> str | None:
     damaged = distributed.broadcast_from_rank0(list_damaged(run))
     if damaged:
         raise SystemExit(
-            f"{run} has no checkpoint that can be used; {', '.join(damaged)} are damaged: mend one "
+            f"{run} has no checkpoint that can be used; {', '.join(damaged)} are damaged: fix one "
             f"and rename it as it was, to step_ and six digits, or remove {run} to begin again at "
             "step 0"
         )

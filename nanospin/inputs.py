@@ -69,7 +69,7 @@ def file_sha256(path: str, out_dir: str) -> str:
         value = hash_chunks(path)
         unchanged = file_key(path) == key
     except OSError as e:
-        raise SystemExit(f"{path}: {e.strerror}; mend it and run the same command again")
+        raise SystemExit(f"{path}: {e.strerror}; fix it and run the same command again")
     newest_change = max(key[1], key[2]) / 1e9
     if unchanged and time.time() - newest_change > SETTLED and os.path.isdir(out_dir):
         hashes[name] = {"key": key, "sha256": value}
@@ -338,7 +338,7 @@ def teacher_file(cfg, split: str) -> str:
 
 def warn_if_reward_changed(cfg, settings: dict, start: tuple[int, int], log):
     """Say that a reward function has another source than when the run began. This is not refused:
-    once a function is mended, the same command must continue."""
+    once a function is fixed, the same command must continue."""
     name = scorer_name(cfg)
     if not is_function(name) or source_sha256(name) == settings.get("reward_source_sha256"):
         return

@@ -217,7 +217,7 @@ def check_scorer(cfg):
 
 def check_finite_at_first(cfg, path: str):
     """Before a run writes anything, the weights that it reads must be finite: its config.json will
-    have their hash, and a mended checkpoint would be refused for it."""
+    have their hash, and a fixed checkpoint would be refused for it."""
     if not is_there(os.path.join(cfg.out_dir, "config.json")):
         checkpoint.check_finite(path)
 

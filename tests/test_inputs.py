@@ -418,7 +418,7 @@ def test_a_config_file_with_anything_in_it_is_no_traceback(tiny_runs, tiny_data,
 def test_a_reward_function_with_another_source_is_said(
     tiny_runs, tiny_data, tmp_path, monkeypatch, capsys
 ):
-    """Once per start, and it goes on: a mended scorer must not end the run."""
+    """Once per start, and it goes on: a fixed scorer must not end the run."""
     monkeypatch.syspath_prepend(str(tmp_path))
     out = f"{tmp_path}/r"
     write_text(f"{tmp_path}/graded.py", "def f(row, text):\n    return len(text)\n")
@@ -492,7 +492,7 @@ def test_validation_rows_that_are_trained_on_are_said(tiny_runs, tiny_data, tmp_
 
 @pytest.mark.parametrize("stage", ["spin", "ppo"])
 def test_prompts_without_room_leave_no_file(tiny_runs, tiny_data, tmp_path, stage):
-    """An empty file of samples would stop the mended command too."""
+    """An empty file of samples would stop the fixed command too."""
     options = ppo_options() if stage == "ppo" else []
     args = [*spin_args(tiny_runs, tiny_data, f"{tmp_path}/r"), *options]
     with pytest.raises(SystemExit, match="no prompt leaves room for a response"):

@@ -614,7 +614,7 @@ def scored_by(monkeypatch, scorer):
 
 @pytest.mark.parametrize("result", [None, math.nan, -math.inf, "1.5", [1.0, 2.0], 10**400])
 def test_a_reward_that_is_no_number_is_refused(tiny_runs, tiny_data, tmp_path, monkeypatch, result):
-    """It names function, prompt and value, and writes nothing; mended, the same command goes on."""
+    """It names function, prompt and value, and writes nothing; fixed, the same command goes on."""
     out = f"{tmp_path}/r"
     # the held-out rows are scored first
     args = ppo_args(tiny_runs, tiny_data, out, "--rounds=1", "--max_steps=1")
@@ -784,13 +784,13 @@ def test_parts_of_a_mended_reward_function_are_made_again(
 ):
     monkeypatch.setattr(rounds, "PART_SIZE", 8)
     out = f"{tmp_path}/r"
-    options = ["--rounds=1", "--max_steps=1", "--reward=mended:f"]
+    options = ["--rounds=1", "--max_steps=1", "--reward=fixed:f"]
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(source):
-        with open(f"{tmp_path}/mended.py", "w", encoding="utf-8") as f:
+        with open(f"{tmp_path}/fixed.py", "w", encoding="utf-8") as f:
             f.write(f"calls = []\ndef f(row, text):\n    calls.append(1)\n    return {source}\n")
-        sys.modules.pop("mended", None)
+        sys.modules.pop("fixed", None)
         importlib.invalidate_caches()
 
     write("1.0 if len(calls) <= 12 else None")

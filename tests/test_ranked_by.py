@@ -816,12 +816,12 @@ def test_a_scorer_that_fails(tiny_runs, tiny_data, scored_run, tmp_path, monkeyp
     samples = f"{out}/round_0/self_train.jsonl"
     written = os.stat(samples).st_mtime_ns
 
-    mended = Scorer(None, at=10**9)
-    ranked_by(monkeypatch, mended)
+    fixed = Scorer(None, at=10**9)
+    ranked_by(monkeypatch, fixed)
     train.main(args)
     assert os.stat(samples).st_mtime_ns == written
     scored = 2 * (16 + 8) * 4
-    assert mended.calls == scored - 2 * 4 * 4  # less two parts of four rows
+    assert fixed.calls == scored - 2 * 4 * 4  # less two parts of four rows
     assert_same_run(scored_run, out)
     assert not glob.glob(f"{out}/round_*/*.part*")
 

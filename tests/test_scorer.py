@@ -1,4 +1,4 @@
-"""What scores a round: equal responses, functions that fail, are slow or are mended, and prompts
+"""What scores a round: equal responses, functions that fail, are slow or are fixed, and prompts
 that a model cannot score. In stages spin, preference and ppo."""
 
 import functools
@@ -206,18 +206,18 @@ def test_first_of_equals():
     assert ppo.first_of_equals(ids, 1).tolist() == list(range(6))
 
 
-# ------------------------------------------------------------------------ functions that are mended
+# ------------------------------------------------------------------------ functions that are fixed
 
 BROKEN = """def f(row, text):
     if row["prompt"] == {prompt!r}:
         1 / 0
     return -len(text)
 """
-MENDED = "def f(row, text):\n    return len(text)  # mended\n"
+FIXED = "def f(row, text):\n    return len(text)  # fixed\n"
 
 
 def assert_same_but_for_warnings(a, b):
-    """The mended one warns that its function has changed."""
+    """The fixed one warns that its function has changed."""
     numbers = []
     for out in (a, b):
         numbers.append([r for r in logged_numbers(out) if r["kind"] != "warning"])
@@ -239,12 +239,12 @@ def test_a_function_that_fails_on_held_out_rows(
     write_module("flipped", BROKEN.format(prompt=prompt))
     message = refused(args["r"])
     assert "flipped:f raised ZeroDivisionError: division by zero" in message
-    assert message.endswith("; mend it and run the same command again")
+    assert message.endswith("; fix it and run the same command again")
     folder = f"{tmp_path}/r/round_0"
     # ppo scores held-out rows when it evaluates
     assert os.path.exists(f"{folder}/train.jsonl") == (stage == "ppo")
     samples = [read_bytes(path) for path in glob.glob(f"{folder}/self_train.jsonl")]
-    path = write_module("flipped", MENDED)
+    path = write_module("flipped", FIXED)
     capsys.readouterr()
     train.main(args["r"])
     printed = capsys.readouterr().out
@@ -282,7 +282,7 @@ def test_a_function_that_is_mended_after_a_kill(
         with pytest.raises(Killed):
             train.main(args["r"])
     assert os.path.exists(f"{tmp_path}/r/round_0/val.jsonl")
-    write_module("killed_rows", MENDED)
+    write_module("killed_rows", FIXED)
     train.main(args["r"])
     train.main(args["whole"])
     assert_same_but_for_warnings(f"{tmp_path}/whole", f"{tmp_path}/r")
@@ -302,7 +302,7 @@ def test_rows_that_are_trained_on_stay(
         with pytest.raises(Killed):
             train.main(args)
     expected = read_bytes(f"{out}/round_0/train.jsonl")
-    write_module("trained_rows", MENDED)
+    write_module("trained_rows", FIXED)
     train.main(args)
     assert read_bytes(f"{out}/round_0/train.jsonl") == expected
     assert any("has changed since" in record["text"] for record in read_metrics(out, "warning"))
@@ -333,7 +333,7 @@ def test_a_function_from_another_module(
     refused(args)
     assert "train.jsonl.scores: 4 of 16 rows are scored already" in capsys.readouterr().out
 
-    write_module("scorer_of_two", MENDED)
+    write_module("scorer_of_two", FIXED)
     assert inputs.source_sha256("scorers_of_two:f") != first
     train.main(args)
     assert "scored already" not in capsys.readouterr().out

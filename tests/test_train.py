@@ -788,7 +788,7 @@ def spoil_weights(run, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_not_sampled(tiny_runs, tiny_data, tmp_path, value):
-    """Of a teacher, or of the policy: no sample is written. With its weights mended it goes on."""
+    """Of a teacher, or of the policy: no sample is written. With its weights fixed it goes on."""
     out, spoiled = f"{tmp_path}/r", f"{tmp_path}/spoiled"
     shutil.copytree(tiny_runs["sft"], spoiled)
     spoil_weights(spoiled, value)

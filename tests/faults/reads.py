@@ -614,7 +614,7 @@ def bad_from(round_id: int) -> Callable:
 
 def nonfinite(workspace: Workspace, short: bool) -> Result:
     """rewards, weights, log-probabilities and validation losses that are not finite: one line that
-    names where, nothing is written; mended, the same command ends equal bit for bit"""
+    names where, nothing is written; fixed, the same command ends equal bit for bit"""
     cases = {}
     for name in BAD_REWARDS:
         for round_id in (0, 1):

@@ -195,7 +195,7 @@ SCORERS = {
 
 
 def scorers(workspace: Workspace, short: bool) -> Result:
-    """scorers that raise or give nan: one line or the user's traceback, no row is written; mended,
+    """scorers that raise or give nan: one line or the user's traceback, no row is written; fixed,
     the same command ends equal bit for bit. Other weights of a scorer are refused, another source
     of a function is said"""
     cases = []
