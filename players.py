@@ -27,10 +27,11 @@ from data.rows import (
     read_rows,
     response_ids,
     row_with_ids,
+    sample_texts,
     sampled_row,
     write_rows,
 )
-from data.template import split_template, without_thoughts, written_text
+from data.template import without_thoughts
 from eval import is_ranked, length_accuracy
 from nanospin import checkpoint, distributed, elastic, inputs, rounds
 from nanospin.config import (
@@ -454,15 +455,13 @@ def own_sample(path: str, row: dict, enc, template: str) -> tuple[str, list[int]
             f"{path}: the row with the prompt {row['prompt'][:60]!r} has the id {max(ids)}, "
             f"outside the vocabulary of {enc.n_vocab}"
         )
-    text = response_text(enc, ids, template)
-    # Older versions kept the space that some tokenizers put after a special token.
-    older = split_template(template).text_of(written_text(enc, "{prompt}", ids))
-    if row["responses"][0] not in (text, older):
+    texts = sample_texts(enc, template, ids)
+    if row["responses"][0] not in texts:
         raise SystemExit(
             f"{path}: in the row with the prompt {row['prompt'][:60]!r} the ids are not those of "
             "its text: one of the two was edited; drop the ids to use the text"
         )
-    return text, ids
+    return texts[0], ids
 
 
 # ------------------------------------------------------------------------------------------- report

@@ -560,7 +560,7 @@ def read_list(row: dict, one: Format) -> tuple[list, list, list[bool]]:
     ended = read_ended(row, len(answers))
     if all(isinstance(answer, dict) for answer in answers) and not is_messages(answers):
         texts = [answer[first_key(answer, TEXT_KEYS)] for answer in answers]
-        if "ended" not in row:
+        if row.get("ended") is None:
             flags = [answer.get("ended") for answer in answers]
             ended = read_ended({"ended": flags}, len(answers))
         if all("rank" in answer for answer in answers) and not one.scores:

@@ -8,7 +8,14 @@ import os
 from data import tokenizer
 from data.files import atomic_write, parse_json
 from data.folder import prepare_command, write_meta
-from data.template import cut_prompt_ids, response_form, written_ids
+from data.template import (
+    cut_prompt_ids,
+    puts_space_before_response,
+    response_form,
+    split_template,
+    written_ids,
+    written_text,
+)
 
 # fields that a whole text, {"text": ...}, cannot have
 TEXT_EXCLUDES = ("prompt", "response", "responses", "system", "history", "scores", "ids")
@@ -389,8 +396,12 @@ def sampled_row(row: dict, text: str, ids: list[int], enc, template: str) -> dic
 
 def ids_source(enc, template: str) -> str:
     """What made the ids of a sample: the tokenizer's checksum, and behind a space what else its
-    template writes with a response, if it does. Ids of another source are not used."""
-    return f"{tokenizer.fingerprint(enc)} {response_form(template)}".rstrip(" ")
+    template writes with a response, if it does, and whether the tokenizer puts a space before a
+    response there. Ids of another source are not used."""
+    source = f"{tokenizer.fingerprint(enc)} {response_form(template)}".rstrip(" ")
+    if template and puts_space_before_response(enc, template):
+        source += " space"
+    return source
 
 
 def keeps_ids(row: dict, k: int, enc, template: str) -> bool:
@@ -409,7 +420,30 @@ def keeps_ids(row: dict, k: int, enc, template: str) -> bool:
         return False
     if max(ids) >= enc.n_vocab:
         raise SystemExit(f"{where} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}")
+    if not are_ids_of(enc, template, ids, row["responses"][k]):
+        raise SystemExit(
+            f"{where} has ids that are not those of its text: one of the two was edited; drop the "
+            "ids to use the text"
+        )
     return True
+
+
+def are_ids_of(enc, template: str, ids: list[int], text: str) -> bool:
+    """Whether these are ids of a response: they decode to its text, as those of a sample do, or are
+    what its text is encoded to. A tokenizer may change a text, so one of the two is enough."""
+    body = ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids
+    if not template:  # a whole text
+        return tokenizer.encode(enc, text) == body or tokenizer.decode(enc, body, "start") == text
+    if text in sample_texts(enc, template, ids):
+        return True
+    return body in [written_ids(enc, template, text, ended=ended) for ended in (True, False)]
+
+
+def sample_texts(enc, template: str, ids: list[int]) -> list[str]:
+    """The text of a sample, and as older versions wrote it: they kept the space that some
+    tokenizers put after a special token."""
+    text_of = split_template(template).text_of
+    return [text_of(written_text(enc, template, ids)), text_of(written_text(enc, "{prompt}", ids))]
 
 
 def ended_flags(row: dict) -> list[bool | None]:

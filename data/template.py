@@ -274,6 +274,15 @@ def special_before(enc, text: str) -> str:
     return ""
 
 
+def puts_space_before_response(enc, template: str) -> bool:
+    """Whether a response has other ids than in the middle of a text, because a special token of the
+    template stands right before it, and the tokenizer puts a space after special tokens (the old
+    form of sentencepiece)."""
+    if not special_before(enc, split_template(template).after):
+        return False
+    return tokenizer.encode(enc, "a", "special") != tokenizer.encode(enc, "a", "within")
+
+
 def end_token(enc, template: str) -> str:
     """The special token that ends a response: the one that END begins with, else eos_token."""
     first, *rest = split_specials(enc, split_template(template).end)

@@ -110,10 +110,12 @@ def load_for_data(name: str):
     """`load` a tokenizer that a user names for new data.
 
     Warns of tokens that GPT-2's regular expression cuts, such as those of cl100k_base: they were
-    made with another one, which a .tiktoken file does not hold.
+    made with another one, which a .tiktoken file does not hold. Of a tokenizer.json see
+    `say_unmarked_stops`.
     """
     enc = load(name)
     if isinstance(enc, JsonTokenizer):
+        say_unmarked_stops(enc)
         return enc
     cut = []
     for token, rank in enc._mergeable_ranks.items():
@@ -130,6 +132,17 @@ def load_for_data(name: str):
             "be those of the tokenizer's authors; give a tokenizer.json for these"
         )
     return enc
+
+
+def say_unmarked_stops(enc):
+    """Warn of stop tokens that a tokenizer.json does not mark as special: a text that contains one
+    has its id, and so ends a response or a document."""
+    for text, token_id in stop_ids(enc).items():
+        if token_id in encode(enc, text, "within"):
+            print(
+                f"warning: the tokenizer does not mark {printable(text)!r} as special: where the "
+                "data's texts contain it, it is the token that ends a response"
+            )
 
 
 def train(texts, vocab_size: int) -> tiktoken.Encoding:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, command, run_killed_at, source_files
+from tokenizers_like import byte_level
 
 from data import tokenizer
 from data.batch import (
@@ -247,11 +248,22 @@ def test_sampled_ids_are_not_encoded_again():
 
 
 def test_ids_of_another_tokenizer_are_not_used():
-    row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
+    row = {"prompt": "a", "responses": ["\a"], "ids": [[7]]}
     assert encode_one(of_bytes(row))["responses"] == [[7]]
+    row["responses"] = ["b"]
     assert encode_one(row | {"tokenizer": "another"})["responses"] == [[ord("b"), EOT]]
     with pytest.raises(SystemExit, match="outside the vocabulary"):
         encode([of_bytes(row | {"ids": [[257]]})])
+
+
+def test_a_text_and_its_ids_belong_together():
+    """Also of a whole text. A sample that did not end has no end-of-text."""
+    for row in ({"prompt": "a"}, {"prompt": ""}):
+        for ids in ([98, 99, EOT], [98, 99]):
+            row |= {"responses": ["bc"], "ids": [ids], "ended": EOT in ids}
+            assert encode_one(of_bytes(row))["responses"] == [ids]
+            with pytest.raises(SystemExit, match="ids that are not those of its text"):
+                encode([of_bytes(row | {"responses": ["bd"]})])
 
 
 def test_ids_of_no_tokenizer_are_refused():
@@ -265,13 +277,14 @@ def test_ids_of_no_tokenizer_are_refused():
 def test_ids_of_a_template_that_writes_responses_otherwise_are_not_used(of):
     """What the template writes beside a response is in its ids. The text is encoded instead."""
     lead = "{prompt}{answer} hm {response}"
-    row = sampled_row({"prompt": "a"}, "b", [7, EOT], BYTES, of)
+    text, not_utf8 = [*"\ufffd".encode(), EOT], [255, EOT]
+    row = sampled_row({"prompt": "a"}, "\ufffd", not_utf8, BYTES, of)
     (encoded,), _ = encode_rows([row], BYTES, lead, 32)
-    assert encoded["responses"] == [[*b" hm b", EOT]]
+    assert encoded["responses"] == [[*b" hm ", *text]]
     (encoded,), _ = encode_rows([row], BYTES, of, 32)
-    assert encoded["responses"] == [[7, EOT]]
+    assert encoded["responses"] == [not_utf8]
     (encoded,), _ = encode_rows([row], BYTES, "<{prompt}>", 32)
-    assert encoded["responses"] == [[ord("b"), EOT] if "um" in of else [7, EOT]]
+    assert encoded["responses"] == [text if "um" in of else not_utf8]
 
 
 def test_data_that_is_a_file(tmp_path):
@@ -900,6 +913,34 @@ def test_jsonl_keeps_the_fields_of_a_row(tmp_path):
         assert kept == row | {"group": kept["group"]}
 
 
+def test_jsonl_keeps_a_conversation_on_one_side(tmp_path):
+    """Its rows have the opening as their group, if they have none."""
+    turns = [("and then?", "This."), ("why?", "So.")]
+    lines = []
+    for n in range(40):
+        history = [[f"q{n}", "Yes."]]
+        lines.append({"prompt": f"q{n}", "responses": ["Yes."]})
+        for prompt, response in turns:
+            lines.append({"prompt": prompt, "responses": [response], "history": list(history)})
+            history.append([prompt, response])
+    write_lines(tmp_path / "in.jsonl", lines)
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/out", "--val_share=0.4")
+    assert done.returncode == 0, done.stderr
+    train, val = read_both(tmp_path / "out")
+    assert len(train + val) == len(lines)
+    assert len({row["group"] for row in train + val}) == 40
+    assert not {row["group"] for row in train} & {row["group"] for row in val}
+
+
+def test_jsonl_texts_may_have_numbers_as_groups(tmp_path):
+    lines = [{"text": f"a text {n}", "group": n // 4} for n in range(80)]
+    write_lines(tmp_path / "in.jsonl", lines)
+    options = ["--tokenizer=bytes", "--val_share=0.3"]
+    done = prepare("jsonl", tmp_path / "in.jsonl", f"--out={tmp_path}/out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "80 lines" in done.stdout
+
+
 def test_jsonl_where(tmp_path):
     lines = [{"prompt": f"q{n}", "response": "a", "source": f"x{n % 2}"} for n in range(60)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -989,6 +1030,23 @@ def test_nothing_encodes_around_the_cutting():
         with open(path, encoding="utf-8") as f:
             text = f.read()
         assert path == "data/tokenizer.py" or "encode_ordinary(" not in text, path
+
+
+def test_a_stop_token_that_is_not_special_is_said(tmp_path, capsys):
+    """A text that contains it has its id."""
+    folder = byte_level(tmp_path, ["<eos>"], chat="", eos="<eos>")
+    path = f"{folder}/tokenizer.json"
+    tokenizer.load_for_data(path)
+    assert not capsys.readouterr().out
+    with open(path, encoding="utf-8") as f:
+        spec = json.load(f)
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(spec, f)
+    enc = tokenizer.load_for_data(path)
+    assert "the tokenizer does not mark '<eos>' as special" in capsys.readouterr().out
+    assert enc.eot_token in tokenizer.encode(enc, "a<eos>b")
 
 
 def test_a_tokenizer_of_another_regular_expression_is_said(tmp_path, capsys):

@@ -696,6 +696,8 @@ def test_a_sample_that_did_not_end_stays_one():
     objects = [{"text": "bad", "rank": 2, "ended": False}, {"text": "good", "rank": 1}]
     rows, _ = converted({"prompt": "ask 0", "completions": objects})
     assert rows == [plain(0, "good", "bad", scores=[-1, -2], ended=[True, False])]
+    rows, _ = converted({"prompt": "ask 0", "completions": objects, "ended": None})
+    assert rows == [plain(0, "good", "bad", scores=[-1, -2], ended=[True, False])]
 
     rated = []
     for text, score, ended in (("a", 1, False), ("b", 3, True), ("c", 2, None), ("a", 0, True)):

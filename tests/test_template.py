@@ -54,6 +54,7 @@ from data.template import (
     without_thoughts,
     written_ids,
 )
+from eval import retokenize
 from model import GPT, GPTConfig
 
 PROMPTS = [
@@ -191,6 +192,24 @@ def test_raw_prompts(models):
     assert ids_source(enc, RAW) == ids_source(enc, "{prompt}")
     text, ids = " of a", tokenizer.encode(enc, " of a", "within")
     assert sample.response_text(enc, ids, RAW) == sample.response_text(enc, ids, "{prompt}") == text
+
+
+def test_ids_behind_a_special_token_are_not_those_behind_text(models):
+    """Of a tokenizer that puts a space after a special token. A sample under a template that ends
+    in one is encoded again under another, and by a judge."""
+    special, plain = "<s>{turn}{prompt}<s>", "<s>{turn}{prompt} A:"
+    enc, _, _ = models["legacy"]
+    ids = written_ids(enc, special, "of") + [enc.eot_token]
+    behind_text = written_ids(enc, plain, "of") + [enc.eot_token]
+    assert ids != behind_text
+    sampled = sampled_row({"prompt": "a"}, "of", ids, enc, special)
+    for template, expected in ((special, ids), (plain, behind_text)):
+        (encoded,), _ = encode_rows([sampled], enc, template, 64)
+        assert encoded["responses"] == [expected]
+        assert retokenize(enc, template, enc, special, "of", ids) == expected
+    for kind in ("first", "never", "chatml"):
+        enc, _, _ = models[kind]
+        assert ids_source(enc, special) == ids_source(enc, plain) == tokenizer.fingerprint(enc)
 
 
 def test_a_template_without_the_beginning_of_text_is_said(models, tmp_path, capsys):

@@ -422,6 +422,7 @@ def read_tokenizer(folder):
     if not old_format:
         check_added_tokens(folder, parts.get("added_tokens", []), enc)
     say_prefix_space(folder, enc)
+    tokenizer.say_unmarked_stops(enc)
     if parts["model"].get("dropout"):
         print("the tokenizer's BPE dropout is off: a text always has the same ids")
     if isinstance(enc, tokenizer.JsonTokenizer):

@@ -137,17 +137,18 @@ def check_order(value, responses, where):
 
 def to_document(value, where) -> str:
     """A line with a text -> the text, which ends in end-of-text in a stream."""
-    row = check_row(value, where)
+    row = check_row(value | {"group": None}, where)  # a number is a group, too, see `group_of`
     if row.get("ended") is False:
         raise SystemExit(f"{where}: ended is false, and every text of a stream ends; drop the line")
     return row["responses"][0]
 
 
-def group_of(value, where) -> str:
-    """What keeps lines on one side of the split: group, else url, else the prompt or text."""
+def group_of(value, where, opening=None) -> str:
+    """What keeps lines on one side of the split: group, else url, else the opening of the
+    conversation, else the prompt or text."""
     group = value.get("group")
     if group is None:
-        group = str(value.get("url") or value.get("prompt") or value.get("text"))
+        group = str(value.get("url") or opening or value.get("prompt") or value.get("text"))
     if isinstance(group, bool) or not isinstance(group, (str, int, float)):
         raise SystemExit(f"{where}: group must be a string or a number")
     group = str(group)
@@ -377,13 +378,14 @@ def print_recognised(first: dict, rows: list[dict]):
 
 def our_items(value, where, is_text: bool, args, dropped: dict) -> list:
     """The text or the row of a line of our own form. Exits with what is wrong with it."""
-    group = group_of(value, where)
+    group_of(value, where)  # exits if it cannot be one
     if is_text:
         return [to_document(value, where)]
     row = to_row(value, where, args.authors.split(",") if args.authors else None)
     if row is None:
         return formats.drop(dropped, "rows that lack one of --authors")
-    return [row | {"group": group}]
+    opening = row["history"][0][0] if row.get("history") else None
+    return [row | {"group": group_of(value, where, opening)}]
 
 
 def foreign_rows(value, where, found: formats.Format, args, dropped: dict) -> list[dict]:
