@@ -278,8 +278,8 @@ def test_rlhf_does_not_take_the_runs_of_other_files(tmp_path):
     assert outputs[0] == outputs[1]
     code, printed, _ = outputs[0]
     assert code == 0
-    assert sum(line.startswith("train.py") for line in printed) == 13
-    assert "eval.py reward=out/rlhf/reward --data=out/rlhf/data/ranked --rows=1000" in printed
+    assert sum(line.startswith("train.py") for line in printed) == 3 * 13
+    assert "-m studies.rlhf.table out/rlhf/1 out/rlhf/2 out/rlhf/3" in printed
     code, printed, error = outputs[2]
     assert (code, printed) == (1, [])
     assert error == f"{root}/out/rlhf was made from other files than these: move it away\n"
