@@ -1,8 +1,8 @@
 """Every objective, as a pure function of tensors. Plackett-Luce first: it is DPO and SPIN at K = 2.
 
 B rows (a prompt and its responses), K responses a row, best first. Scores and log-probabilities are
-(B, K); response_mask (B, K) is False where a row has no k-th response. Losses have
-the dtype of their inputs: the model's log-probabilities and scores are float32. `preference_loss`,
+(B, K); response_mask (B, K) is False where a row has no k-th response. Losses have the dtype of
+their inputs: the model's log-probabilities and scores are float32. `preference_loss`,
 `reward_loss`, `ppo_loss` and `grpo_loss` return (loss, metrics): the loss is a mean over rows or
 tokens, the metrics are detached means.
 """

@@ -39,7 +39,7 @@ class Batch:
 
     # preference, spin and reward
     ref_logps: Tensor | None = None  # (B, K) log-probability of each response under the reference
-    data_scores: Tensor | None = None  # (B, K) that ranked the responses, for score_margin
+    data_scores: Tensor | None = None  # (B, K) ranked the responses, for score_margin
 
     # reward and ppo
     value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read
