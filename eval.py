@@ -38,6 +38,7 @@ from data.files import check_output, printable, write_json
 from data.gsm8k.scorer import same_answer
 from data.progress import ProgressBar
 from data.rows import (
+    EDITED,
     drop_equal_responses,
     encode_rows,
     ids_source,
@@ -648,6 +649,8 @@ def evaluate_checkpoint(
             f" {len(rows)} rows are cut to its limits, and measured as far as they go",
             flush=True,
         )
+    if EDITED in counts:
+        print(f"{name}: {counts[EDITED]} {EDITED}", flush=True)
     if meta["config"]["stage"] == "reward":
         entry.counts["equal_responses"] = drop_all_equal(name, encoded)
         if not any(is_ranked(row) for row in encoded):
@@ -775,6 +778,8 @@ def judged_pairs(judge, judge_enc, config, rows, first: Samples, second: Samples
                 num_without_thoughts += text != answer
                 if player.enc is None:
                     best = row | {"responses": [text, *row["responses"][1:]]}
+                    if text != answer:
+                        best["ids"] = None  # they are of the thoughts too
                     ids = response_ids(best, 0, judge_enc, template)
                 else:
                     ids = retokenize(judge_enc, template, player.enc, player.template, text, ids)

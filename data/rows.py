@@ -263,6 +263,10 @@ def prompt_fields(row: dict) -> dict:
     return {name: row[name] for name in ("prompt", "system", "history", "group") if name in row}
 
 
+# what `encode_rows` counts of rows whose text or ids were edited
+EDITED = "responses whose ids are used, which are of another text (drop the ids to use the text)"
+
+
 def encode_rows(
     rows, enc, template: str, block_size: int, max_prompt: int = 0, max_response: int = 0
 ) -> tuple[list[dict | None], dict[str, int]]:
@@ -279,7 +283,8 @@ def encode_rows(
     end, to max_response and to what the prompt leaves of block_size; it then has no end-of-text. 0
     means block_size. A row that is dropped is None: its prompt leaves no room for a response, its
     best response has no token, or it is a whole text of fewer than two tokens, whose first one is
-    never predicted. counts: rows, prompts cut, responses cut, dropped.
+    never predicted. counts: rows, prompts cut, responses cut, dropped; and if there are such,
+    responses whose ids are used although their text is another (`count_edited`).
     """
     max_response = max_response or block_size
     counts = {"rows": len(rows), "prompts cut": 0, "responses cut": 0, "dropped": 0}
@@ -305,6 +310,9 @@ def encode_row(
     room = min(max_response, block_size - len(prompt))
     responses, num_cut = encode_responses(row, enc, template if prompt else "", room)
     counts["responses cut"] += num_cut
+    num_edited = count_edited(row, enc, template if prompt else "") if row.get("ids") else 0
+    if num_edited:
+        counts[EDITED] = counts.get(EDITED, 0) + num_edited
     if responses[0] is None or not prompt and len(responses[0]) < 2:
         return None
     encoded = {"prompt": prompt, "responses": responses, "ranks": ranks_of(row)}
@@ -420,23 +428,36 @@ def keeps_ids(row: dict, k: int, enc, template: str) -> bool:
         return False
     if max(ids) >= enc.n_vocab:
         raise SystemExit(f"{where} has the id {max(ids)}, outside the vocabulary of {enc.n_vocab}")
-    if not are_ids_of(enc, template, ids, row["responses"][k]):
-        raise SystemExit(
-            f"{where} has ids that are not those of its text: one of the two was edited; drop the "
-            "ids to use the text"
-        )
     return True
+
+
+def count_edited(row: dict, enc, template: str) -> int:
+    """How many responses keep ids that are not those of their text: one of the two was edited."""
+    num_edited = 0
+    for k, text in enumerate(row["responses"]):
+        if text is not None and keeps_ids(row, k, enc, template):
+            num_edited += not are_ids_of(enc, template, row["ids"][k], text)
+    return num_edited
 
 
 def are_ids_of(enc, template: str, ids: list[int], text: str) -> bool:
     """Whether these are ids of a response: they decode to its text, as those of a sample do, or are
-    what its text is encoded to. A tokenizer may change a text, so one of the two is enough."""
+    what its text is encoded to. A tokenizer may change a text, so one of the two is enough; white
+    space at its ends does not count, as some special tokens take it."""
     body = ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids
     if not template:  # a whole text
-        return tokenizer.encode(enc, text) == body or tokenizer.decode(enc, body, "start") == text
-    if text in sample_texts(enc, template, ids):
+        decoded = [tokenizer.decode(enc, body, "start")]
+    else:
+        decoded = sample_texts(enc, template, ids)
+    if text.strip() in [other.strip() for other in decoded]:
         return True
-    return body in [written_ids(enc, template, text, ended=ended) for ended in (True, False)]
+    if not template:
+        return tokenizer.encode(enc, text) == body
+    try:
+        encoded = [written_ids(enc, template, text, ended=ended) for ended in (True, False)]
+    except SystemExit:  # the template cannot write this text
+        return False
+    return body in encoded or ids in encoded
 
 
 def sample_texts(enc, template: str, ids: list[int]) -> list[str]:

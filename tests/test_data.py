@@ -36,6 +36,7 @@ from data.folder import (
 )
 from data.jsonl import prepare as jsonl_prepare
 from data.rows import (
+    EDITED,
     check_row,
     drop_equal_responses,
     encode_rows,
@@ -248,22 +249,23 @@ def test_sampled_ids_are_not_encoded_again():
 
 
 def test_ids_of_another_tokenizer_are_not_used():
-    row = {"prompt": "a", "responses": ["\a"], "ids": [[7]]}
+    row = {"prompt": "a", "responses": ["b"], "ids": [[7]]}
     assert encode_one(of_bytes(row))["responses"] == [[7]]
-    row["responses"] = ["b"]
     assert encode_one(row | {"tokenizer": "another"})["responses"] == [[ord("b"), EOT]]
     with pytest.raises(SystemExit, match="outside the vocabulary"):
         encode([of_bytes(row | {"ids": [[257]]})])
 
 
-def test_a_text_and_its_ids_belong_together():
-    """Also of a whole text. A sample that did not end has no end-of-text."""
+def test_edited_samples_are_counted():
+    """Their ids are used, and no longer those of their text. Also of a whole text, and of a sample
+    that did not end. White space at the ends does not count."""
     for row in ({"prompt": "a"}, {"prompt": ""}):
         for ids in ([98, 99, EOT], [98, 99]):
-            row |= {"responses": ["bc"], "ids": [ids], "ended": EOT in ids}
-            assert encode_one(of_bytes(row))["responses"] == [ids]
-            with pytest.raises(SystemExit, match="ids that are not those of its text"):
-                encode([of_bytes(row | {"responses": ["bd"]})])
+            row |= {"ids": [ids], "ended": EOT in ids}
+            for text, num_edited in (("bc", 0), (" bc", 0), ("bd", 1)):
+                (encoded,), counts = encode([of_bytes(row | {"responses": [text]})])
+                assert encoded["responses"] == [ids]
+                assert counts.get(EDITED, 0) == num_edited
 
 
 def test_ids_of_no_tokenizer_are_refused():

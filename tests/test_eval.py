@@ -18,7 +18,7 @@ import train
 from data import tokenizer
 from data.files import read_json, write_json
 from data.folder import write_meta
-from data.rows import check_row, encode_rows, read_rows, write_rows
+from data.rows import check_row, encode_rows, read_rows, sampled_row, write_rows
 from data.template import written_ids
 from eval import (
     Samples,
@@ -480,6 +480,10 @@ def test_a_judge_without_thoughts_reads_what_follows_them(tiny_runs):
     (pair,), counts = judged_pairs(judge, enc, config, rows, own, policy)
     assert pair["responses"] == [ids, [*b"y", EOT]]
     assert counts["without thoughts"] == 1
+    rows = [sampled_row({"prompt": "p"}, text, ids, enc, template)]  # the data has these samples
+    (pair,), counts = judged_pairs(judge, enc, config, rows, data, policy)
+    assert pair["responses"] == [[*b"y", EOT]] * 2
+    assert counts["without thoughts"] == 2
 
 
 # ---------------------------------------------------------------------------------- command line
