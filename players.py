@@ -24,6 +24,7 @@ from data.rows import (
     encode_rows,
     ids_source,
     prompt_key,
+    read_own_rows,
     read_rows,
     response_ids,
     row_with_ids,
@@ -111,7 +112,7 @@ def player_responses(cfg, round_id, split, player, rows, model, enc) -> list[lis
     count = int(count or 1)
     if rounds_ago == 0:
         sample_policy(path, cfg, rows, f"{round_id} self {split}", model, enc, count)
-    return match_samples(path, rows, enc, count, cfg.template)
+    return match_samples(path, rows, enc, count, cfg.template, own=True)
 
 
 def drop_empty(column: list[list[tuple]]) -> tuple[list[list[tuple]], int]:
@@ -338,7 +339,7 @@ def is_sampled(path: str, rows: list[dict], enc, template: str) -> bool:
     """Whether a file of samples, or a part of one, is there and has a response to each of these
     rows, as it was written."""
     try:
-        for row, sample in zip(rows, read_rows(path), strict=True):
+        for row, sample in zip(rows, read_own_rows(path, enc, template), strict=True):
             _, ids = own_sample(path, sample, enc, template)
             if sampled_row(row, sample["responses"][0], ids, enc, template) != sample:
                 return False
@@ -396,17 +397,20 @@ def prompts_of_round(cfg, rows: list[dict], round_id: int) -> list[dict]:
     return [rows[i] for i in round_indices(len(rows), size, cfg.seed, round_id)]
 
 
-def match_samples(path: str, rows: list[dict], enc, count: int, template: str) -> list[list[tuple]]:
+def match_samples(
+    path: str, rows: list[dict], enc, count: int, template: str, own: bool = False
+) -> list[list[tuple]]:
     """(text, ids) of the best response of the first `count` rows in a ranked file that have the
     prompt of each row.
 
-    Samples of this tokenizer and form keep their ids, see `data.rows.response_ids`. Others lose
-    thoughts that the template does not have; how many do is printed.
+    own: they are the policy's, with this tokenizer and template. Samples of this tokenizer and form
+    keep their ids, see `data.rows.response_ids`. Others lose thoughts that the template does not
+    have; how many do is printed.
     """
     source = ids_source(enc, template)
     responses = {}
     num_rows, num_without_thoughts = 0, 0
-    for row in read_rows(path):
+    for row in read_own_rows(path, enc, template) if own else read_rows(path):
         text = row["responses"][0]
         if row.get("tokenizer") == source:
             text, ids = own_sample(path, row, enc, template)

@@ -49,7 +49,7 @@ from data import tokenizer
 from data.batch import Batch, ppo_batch
 from data.files import atomic_write, is_there, read_arrays, sha256, write_json
 from data.gsm8k.scorer import same_answer
-from data.rows import read_rows, row_with_ids, write_rows
+from data.rows import read_own_rows, read_rows, row_with_ids, write_rows
 from eval import map_batches, response_lengths, validation_rows
 from loss import kl_k3
 from model import GPT
@@ -294,7 +294,8 @@ def read_round(cfg, folder: str, enc, block_size: int) -> tuple[list[dict], dict
         expected = manifest["files"].get(os.path.basename(path))
         if not is_there(path) or sha256(path) != expected:
             raise SystemExit(f"{path} is damaged: its sha256 is not the one in collect.json")
-    train, _ = encode_for_run(cfg, read_rows(rows_path), enc, block_size)
+    rows = read_own_rows(rows_path, enc, cfg.template)
+    train, _ = encode_for_run(cfg, rows, enc, block_size)
     arrays = read_arrays(arrays_path)
     ends = np.cumsum(response_lengths(train).sum(1))
     for name in rollout_names(cfg):
@@ -339,7 +340,7 @@ def sample_trajectories(cfg, path, name, rows, model, enc, device, count: int = 
     """
     sample_policy(path, cfg, rows, name, model, enc, count)
     texts, ids, sampled = [], [], []
-    for row, samples in zip(rows, match_samples(path, rows, enc, count, cfg.template)):
+    for row, samples in zip(rows, match_samples(path, rows, enc, count, cfg.template, own=True)):
         texts.append([text for text, _ in samples])
         ids.append([y for _, y in samples])
         sampled.append(row_with_ids(row, texts[-1], ids[-1], enc, cfg.template))

@@ -32,6 +32,7 @@ from data.rows import (
     best_only,
     drop_equal_responses,
     prompt_key,
+    read_own_rows,
     read_rows,
     write_rows,
 )
@@ -97,7 +98,7 @@ def collect(cfg, round_id: int, model, enc, device, say):
             rows, data_rows = played[split]
             report[split] = round_report(cfg, rows, data_rows, enc)
             if split == "train":
-                rows = rows + earlier_rows(cfg, round_id)
+                rows = rows + earlier_rows(cfg, round_id, enc)
         encoded[split] = encode(cfg, round_id, split, rows, enc, model.config.block_size, say)
         if split == "val" and cfg.stage == "spin" and "data" not in cfg.players:
             encoded[split] += encode_validation_answers(cfg, enc, model.config.block_size)
@@ -147,11 +148,12 @@ def encode_validation_answers(cfg, enc, block_size: int) -> list[dict]:
     return [row | {"players": ["data"]} for row in encoded if row is not None]
 
 
-def earlier_rows(cfg, round_id: int) -> list[dict]:
+def earlier_rows(cfg, round_id: int, enc) -> list[dict]:
     """The training rows of the replay_rounds rounds before this one."""
     rows = []
     for earlier in range(max(0, round_id - cfg.replay_rounds), round_id):
-        rows += read_rows(os.path.join(round_folder(cfg, earlier), "train.jsonl"))
+        path = os.path.join(round_folder(cfg, earlier), "train.jsonl")
+        rows += read_own_rows(path, enc, cfg.template)
     return rows
 
 
@@ -216,7 +218,7 @@ def is_judged(cfg) -> bool:
 
 def read_ranked(cfg, path: str, rows: list[dict], enc) -> tuple[list, list]:
     """The ranked rows in a file, and the data's rows that they are of. Exits if it has others."""
-    ranked = read_rows(path)
+    ranked = read_own_rows(path, enc, cfg.template)
     keys = list(map(prompt_key, ranked))
     if is_scored(cfg):
         # Only the prompts in the file: others left no room in the judge, which may be gone by now.

@@ -431,6 +431,17 @@ def keeps_ids(row: dict, k: int, enc, template: str) -> bool:
     return True
 
 
+def read_own_rows(path: str, enc, template: str) -> list[dict]:
+    """`read_rows` of a file that this run has written with its tokenizer and template. Older
+    versions did not name the space in `ids_source`."""
+    source = ids_source(enc, template)
+    rows = read_rows(path)
+    for row in rows:
+        if source == f"{row.get('tokenizer')} space":
+            row["tokenizer"] = source
+    return rows
+
+
 def count_edited(row: dict, enc, template: str) -> int:
     """How many responses keep ids that are not those of their text: one of the two was edited."""
     num_edited = 0
@@ -446,13 +457,10 @@ def are_ids_of(enc, template: str, ids: list[int], text: str) -> bool:
     space at its ends does not count, as some special tokens take it."""
     body = ids[:-1] if tokenizer.is_end(enc, ids[-1]) else ids
     if not template:  # a whole text
-        decoded = [tokenizer.decode(enc, body, "start")]
-    else:
-        decoded = sample_texts(enc, template, ids)
-    if text.strip() in [other.strip() for other in decoded]:
+        decoded = tokenizer.decode(enc, body, "start")
+        return text.strip() == decoded.strip() or tokenizer.encode(enc, text) == body
+    if text.strip() in [sampled.strip() for sampled in sample_texts(enc, template, ids)]:
         return True
-    if not template:
-        return tokenizer.encode(enc, text) == body
     try:
         encoded = [written_ids(enc, template, text, ended=ended) for ended in (True, False)]
     except SystemExit:  # the template cannot write this text

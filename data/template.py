@@ -239,10 +239,7 @@ def written_ids(
     """The token ids of what the model writes for a response, without the token that ends it. One
     that did not end lacks what the template writes behind its text."""
     parts = split_template(template)
-    try:
-        pieces = parts.written(response, is_last)
-    except ValueError as e:
-        raise SystemExit(f"the response {response[:60]!r}: {e}")
+    pieces = written_pieces(template, response, is_last)
     if not ended:
         pieces[-1] = ""
     special = special_before(enc, parts.after if is_last else parts.history_after)
@@ -251,9 +248,17 @@ def written_ids(
     return encode_pieces(enc, pieces, "within")
 
 
+def written_pieces(template: str, response: str, is_last: bool = True) -> list[str]:
+    """`Parts.written`. Exits with one line if the template cannot write this response."""
+    try:
+        return split_template(template).written(response, is_last)
+    except ValueError as e:
+        raise SystemExit(f"the response {response[:60]!r}: {e}")
+
+
 def written_whole(template: str, response: str) -> str:
     """The text that `written_ids` encodes, with white space that a special token may take."""
-    return "".join(split_template(template).written(response))
+    return "".join(written_pieces(template, response))
 
 
 def written_text(enc, template: str, ids: list[int]) -> str:
@@ -274,6 +279,7 @@ def special_before(enc, text: str) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=16)  # each entry keeps its tokenizer in memory
 def puts_space_before_response(enc, template: str) -> bool:
     """Whether a response has other ids than in the middle of a text, because a special token of the
     template stands right before it, and the tokenizer puts a space after special tokens (the old

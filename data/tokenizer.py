@@ -135,13 +135,13 @@ def load_for_data(name: str):
 
 
 def say_unmarked_stops(enc):
-    """Warn of stop tokens that a tokenizer.json does not mark as special: a text that contains one
-    has its id, and so ends a response or a document."""
+    """Warn of stop tokens that a text can contain, because a tokenizer.json does not mark them as
+    special or has them in its vocabulary: it ends a response or a document there."""
     for text, token_id in stop_ids(enc).items():
         if token_id in encode(enc, text, "within"):
             print(
-                f"warning: the tokenizer does not mark {printable(text)!r} as special: where the "
-                "data's texts contain it, it is the token that ends a response"
+                f"warning: where the data's texts contain {printable(text)!r}, the tokenizer makes "
+                "it the token that ends a response"
             )
 
 

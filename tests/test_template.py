@@ -37,7 +37,14 @@ from data.chat_template import (
 )
 from data.files import write_json
 from data.folder import read_meta, read_stream, token_dtype, write_meta, write_stream
-from data.rows import check_row, encode_rows, ids_source, sampled_row, write_rows
+from data.rows import (
+    check_row,
+    encode_rows,
+    ids_source,
+    read_own_rows,
+    sampled_row,
+    write_rows,
+)
 from data.template import (
     EXAMPLE,
     RAW,
@@ -194,7 +201,7 @@ def test_raw_prompts(models):
     assert sample.response_text(enc, ids, RAW) == sample.response_text(enc, ids, "{prompt}") == text
 
 
-def test_ids_behind_a_special_token_are_not_those_behind_text(models):
+def test_ids_behind_a_special_token_are_not_those_behind_text(models, tmp_path):
     """Of a tokenizer that puts a space after a special token. A sample under a template that ends
     in one is encoded again under another, and by a judge."""
     special, plain = "<s>{turn}{prompt}<s>", "<s>{turn}{prompt} A:"
@@ -207,6 +214,12 @@ def test_ids_behind_a_special_token_are_not_those_behind_text(models):
         (encoded,), _ = encode_rows([sampled], enc, template, 64)
         assert encoded["responses"] == [expected]
         assert retokenize(enc, template, enc, special, "of", ids) == expected
+    older = sampled | {"tokenizer": tokenizer.fingerprint(enc)}  # of a version without this mark
+    path = f"{tmp_path}/self_train.jsonl"
+    write_rows(path, [older])
+    assert read_own_rows(path, enc, special) == [sampled]
+    assert read_own_rows(path, enc, plain) == [older]
+    assert players.is_sampled(path, [{"prompt": "a"}], enc, special)
     for kind in ("first", "never", "chatml"):
         enc, _, _ = models[kind]
         assert ids_source(enc, special) == ids_source(enc, plain) == tokenizer.fingerprint(enc)
