@@ -13,6 +13,7 @@ from data.files import write_json
 from data.rows import write_rows
 from model import GPTConfig
 from nanospin import config
+from studies.rlhf import table as rlhf
 from studies.smollm2 import table as smollm2
 from studies.verifiable import run, summarize
 
@@ -257,6 +258,14 @@ def test_a_run_of_another_start_is_refused(tmp_path, monkeypatch):
     weights = "b"
     with pytest.raises(SystemExit, match="spin began with other weights than .*sft has now"):
         run.check_start(spin, sft)
+
+
+def test_the_tables_of_rlhf_follow_from_its_logs():
+    with open("studies/rlhf/README.md", encoding="utf-8") as f:
+        text = f.read()
+    seeds = [f"studies/rlhf/logs/{seed}" for seed in (1, 2, 3)]
+    assert "\n".join(rlhf.ranking_table(seeds)) in text
+    assert "\n".join(rlhf.ppo_table(seeds)) in text
 
 
 def test_rlhf_does_not_take_the_runs_of_other_files(tmp_path):
