@@ -7,7 +7,7 @@ r"""A reward model on ranked answers: K = 3 to 6, ranked by votes or by correctn
     python train.py config/local/reward.py
     python eval.py rm=out/reward_local --data=data/ranked
 
-One busy CPU core, 4 to 13 minutes with a vocabulary of 4,096 (studies/rlhf).
+One busy CPU core, 4 to 6 minutes with a vocabulary of 4,096 (studies/rlhf).
 Starts at ln 2 = 0.6931; ranks 54.9 % of held-out pairs right.
 """
 

@@ -7,7 +7,7 @@ r"""Fine-tune on instructions: mathematics, shell commands, forum questions.
         data/stackexchange/sft/*.jsonl --out=data/local_sft
     python train.py config/local/sft.py
 
-One busy CPU core, 2 to 18 minutes with a vocabulary of 4,096 (studies/rlhf), validation loss 4.30
+One busy CPU core, 2 to 3 minutes with a vocabulary of 4,096 (studies/rlhf), validation loss 4.30
 with another mixture of these sources.
 """
 

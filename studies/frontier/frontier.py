@@ -1,6 +1,6 @@
 """RLHF or DPO? True reward against KL to the reference, on a task whose reward is known.
 
-    python -m studies.frontier.frontier                        all runs; 40 minutes on two cores
+    python -m studies.frontier.frontier                        all runs; 26 minutes on two cores
     python -m studies.frontier.frontier --seeds=1 --values=1   one point per method
     python -m studies.frontier.frontier --redraw               the figure again, without any run
 
