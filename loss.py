@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanospin.fused_head import linear_logprobs  # noqa: F401  also as loss.linear_logprobs
+from nanospin.fused_head import linear_logprobs  # noqa: F401  (part of this module)
 
 LOSS_TYPES = ("pl", "pairs", "ipo", "simpo", "orpo", "hinge", "linear", "sppo", "best_of_n")
-WITH_REFERENCE = ("pl", "pairs", "ipo", "hinge", "linear", "sppo")
+REFERENCE_TYPES = ("pl", "pairs", "ipo", "hinge", "linear", "sppo")
 PLACKETT_LUCE_TYPES = ("pl", "simpo", "orpo")
 MEAN_LOGPROB_TYPES = ("simpo", "orpo", "best_of_n")  # these have no reference
 OPTION_TYPES = {  # the loss types that take each option
     "rank_depth": PLACKETT_LUCE_TYPES,
     "label_smoothing": PLACKETT_LUCE_TYPES,
     "taylor_order": PLACKETT_LUCE_TYPES,
-    "length_normalize": WITH_REFERENCE,
+    "length_normalize": REFERENCE_TYPES,
     "score_margin": ("pl", "pairs"),
     "margin": ("simpo",),
-    "nll_coef": (*WITH_REFERENCE, "simpo", "orpo"),  # best_of_n is this loss already
+    "nll_coef": (*REFERENCE_TYPES, "simpo", "orpo"),  # best_of_n is this loss already
 }
 REWARD_LOSS_TYPES = ("pairs", "pl")
 AVERAGES = ("token", "sequence", "constant")

@@ -75,7 +75,7 @@ from nanospin.wandb_logger import wandb_sender
 
 # ------------------------------------------------------------------------------- objectives
 # objective(model, batch, cfg) -> (loss, metrics), both summed over the units of the batch: what a
-# mean is taken over, prompts, responses or supervised tokens. STAGES, below, names both.
+# mean is taken over, prompts, responses or supervised tokens. STAGES, below, says which.
 
 
 def count_tokens(batch: Batch, cfg: Config) -> int:

@@ -3,7 +3,7 @@
 Encoded rows come from `data.rows.encode_rows`. There are two layouts of a row's K responses:
 
     packed   the prompt once, its responses after it, all rows in one flat list: no padding
-    padded   each response a right-padded row with a copy of its prompt: slow, to test packed with
+    padded   each response a right-padded row with a copy of its prompt: slow, tests compare with it
 """
 
 import functools
@@ -32,14 +32,14 @@ class Batch:
 
     # what is predicted
     targets: Tensor | None = None  # (m,) or (N, T); -1 where not supervised
-    response_index: Tensor | None = None  # like targets, ppo (m,): b K + k of each; -1 for none
+    response_index: Tensor | None = None  # like targets (ppo: (m,)): b K + k of each, -1 for none
     response_mask: Tensor | None = None  # (B, K) bool: the response is there
     ranks: Tensor | None = None  # (B, K) smaller is better, equal is a tie
     lengths: Tensor | None = None  # (B, K) supervised tokens of each response
 
     # preference, spin and reward
     ref_logps: Tensor | None = None  # (B, K) log-probability of each response under the reference
-    data_scores: Tensor | None = None  # (B, K) ranked the responses, for score_margin
+    data_scores: Tensor | None = None  # (B, K) scores that gave the ranks, for score_margin
 
     # reward and ppo
     value_positions: Tensor | None = None  # (r,) where in idx the scalar head is read

@@ -307,10 +307,12 @@ def encode_row(
         if not prompt:
             return None
         counts["prompts cut"] += was_cut
+    else:
+        template = ""  # of a whole text
     room = min(max_response, block_size - len(prompt))
-    responses, num_cut = encode_responses(row, enc, template if prompt else "", room)
+    responses, num_cut = encode_responses(row, enc, template, room)
     counts["responses cut"] += num_cut
-    num_edited = count_edited(row, enc, template if prompt else "") if row.get("ids") else 0
+    num_edited = count_edited(row, enc, template)
     if num_edited:
         counts[EDITED] = counts.get(EDITED, 0) + num_edited
     if responses[0] is None or not prompt and len(responses[0]) < 2:

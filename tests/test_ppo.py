@@ -779,7 +779,7 @@ def test_scoring_goes_on_from_its_parts(
         assert sha256(f"{killed}/round_0/{name}") == sha256(f"{whole}/round_0/{name}")
 
 
-def test_parts_of_a_mended_reward_function_are_made_again(
+def test_parts_of_a_fixed_reward_function_are_made_again(
     tiny_runs, tiny_data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(rounds, "PART_SIZE", 8)

@@ -799,7 +799,7 @@ class Scorer:
 
 @pytest.mark.parametrize("result", [None, math.nan, "1", ValueError("no such word")])
 def test_a_scorer_that_fails(tiny_runs, tiny_data, scored_run, tmp_path, monkeypatch, result):
-    """One line with the function, the prompt and the value, and no ranked row. Mended, the same
+    """One line with the function, the prompt and the value, and no ranked row. Fixed, the same
     command goes on from the samples and from the scores that it has."""
     monkeypatch.setattr(rounds, "PART_SIZE", 4)
     out = f"{tmp_path}/r"

@@ -231,7 +231,7 @@ def assert_same_but_for_warnings(a, b):
 def test_a_function_that_fails_on_held_out_rows(
     tiny_runs, tiny_data, tmp_path, write_module, capsys, stage
 ):
-    """Mended, the same command trains on its own scores, as if it had never been another."""
+    """Fixed, the same command trains on its own scores, as if it had never been another."""
     args = {}
     for out in ("r", "whole"):
         args[out] = stage_args(stage, tiny_runs, tiny_data, f"{tmp_path}/{out}", "flipped:f")
@@ -268,7 +268,7 @@ def test_a_function_that_fails_on_held_out_rows(
 @pytest.mark.parametrize(
     "module, function, at", [(rollout, "row_logps", 1), (train, "lr_factor", 1)]
 )
-def test_a_function_that_is_mended_after_a_kill(
+def test_a_function_that_is_fixed_after_a_kill(
     tiny_runs, tiny_data, tmp_path, write_module, monkeypatch, module, function, at
 ):
     """Before a checkpoint of the round its rows are ranked again, and their reference too."""
@@ -707,7 +707,7 @@ def folder_and_error(row, text):
 def test_a_function_that_misbehaves_is_one_line(
     tiny_runs, tiny_data, tmp_path, write_module, monkeypatch, function, expected
 ):
-    """Also where out_dir is relative. Mended, the same command goes on."""
+    """Also where out_dir is relative. Fixed, the same command goes on."""
     monkeypatch.chdir(tmp_path)
     write_module("misbehaving", PRINTED_BADLY)
     args = stage_args("spin", tiny_runs, tiny_data, "r", f"misbehaving:{function}")

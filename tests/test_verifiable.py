@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -16,6 +17,7 @@ from nanospin import config
 from studies.rlhf import table as rlhf
 from studies.smollm2 import table as smollm2
 from studies.verifiable import run, summarize
+from tools.plot import read_metrics
 
 
 class Args:
@@ -212,9 +214,7 @@ def test_the_table_of_the_readme_follows_from_the_results():
     for line, (task, name, other) in zip(lines[start:], README_GAINS):
         cells = []
         for metric in ("greedy", "sampled"):
-            gains = []
-            for ours, theirs in zip(results[task][name], results[task][other], strict=True):
-                gains.append(ours[metric] - theirs[metric])
+            gains = summarize.gains_over(results[task], name, other, metric)
             cell = summarize.format_difference(gains)
             mean, half_width = summarize.t_interval(gains)
             cells.append(f"**{cell}**" if abs(mean) > half_width else cell)
@@ -266,6 +266,40 @@ def test_the_tables_of_rlhf_follow_from_its_logs():
     seeds = [f"studies/rlhf/logs/{seed}" for seed in (1, 2, 3)]
     assert "\n".join(rlhf.ranking_table(seeds)) in text
     assert "\n".join(rlhf.ppo_table(seeds)) in text
+    assert len(rlhf.pairs_that_differ(seeds)) == 5 and "five differ measurably" in text
+
+
+def test_the_differences_of_frontier_follow_from_its_log():
+    """The best settings within 5 nats of KL, seed by seed."""
+    with open("studies/frontier/logs/log.txt", encoding="utf-8") as f:
+        log = f.read()
+    true = {}
+    for name, reward in re.findall(r"out/frontier/(\S+): true ([0-9.]+),", log):
+        true[name] = float(reward)
+    gains = [true[f"PPO__learnt_reward_0.15_{s}"] - true[f"DPO_2.0_{s}"] for s in range(3)]
+    mean, half_width = summarize.t_interval(gains)
+    with open("studies/frontier/README.md", encoding="utf-8") as f:
+        assert f"above DPO by {mean:.3f} ± {half_width:.3f}" in " ".join(f.read().split())
+
+
+def test_the_differences_of_selfplay_follow_from_its_logs():
+    gains = {"above length": [], "score": [], "val_loss": []}
+    for seed in (1, 2, 3):
+        run = f"studies/selfplay/demo_seeds/{seed}"
+        records = read_metrics(f"{run}/spin_k2")
+        (collected,) = [r for r in records if r["kind"] == "collect" and r["round"] == 1]
+        acc = [r["acc"] for r in records if r["kind"] == "eval"][-1]
+        gains["above length"].append(100 * (acc - collected["length_acc/self"]))
+        scores = [r["score/self"] for r in read_metrics(f"{run}/online_pl", "collect")]
+        gains["score"].append(scores[1] - scores[0])
+        with open(f"{run}/eval/eval.json", encoding="utf-8") as f:
+            table = json.load(f)
+        gains["val_loss"].append(table["online_pl.round_1"]["val_loss"] - table["sft"]["val_loss"])
+    with open("studies/selfplay/README.md", encoding="utf-8") as f:
+        text = " ".join(f.read().split())
+    for name, digits in (("above length", 1), ("score", 3), ("val_loss", 3)):
+        mean, half_width = summarize.t_interval(gains[name])
+        assert f"{mean:.{digits}f} ± {half_width:.{digits}f}" in text, name
 
 
 def test_rlhf_does_not_take_the_runs_of_other_files(tmp_path):

@@ -378,7 +378,6 @@ def print_recognised(first: dict, rows: list[dict]):
 
 def our_items(value, where, is_text: bool, args, dropped: dict) -> list:
     """The text or the row of a line of our own form. Exits with what is wrong with it."""
-    group_of(value, where)  # exits if it cannot be one
     if is_text:
         return [to_document(value, where)]
     row = to_row(value, where, args.authors.split(",") if args.authors else None)

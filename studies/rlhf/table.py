@@ -1,4 +1,4 @@
-"""The tables of studies/rlhf, from the runs of run.sh.
+"""The tables of studies/rlhf, from the runs of run.sh, and which methods differ in accuracy.
 
     python -m studies.rlhf.table out/rlhf/1 out/rlhf/2 out/rlhf/3
     python -m studies.rlhf.table studies/rlhf/logs/1 studies/rlhf/logs/2 studies/rlhf/logs/3
@@ -7,6 +7,7 @@ An argument is the folder of a seed, with its runs or their logs. ± is Student'
 the seeds; differences are paired by seed.
 """
 
+import itertools
 import sys
 
 from data import cli
@@ -69,12 +70,26 @@ def ppo_table(seeds: list[str]) -> list[str]:
     """The policy of PPO before the first and after the last round, on held-out prompts."""
     rows = []
     for name, title in PPO_METRICS.items():
-        cells = []
-        for which in (0, -1):
-            values = [evaluation(seed, "ppo", which)[name] for seed in seeds]
-            cells.append(format_mean(values, 3))
-        rows.append([title, *cells])
-    return markdown_table(["PPO", "before", "after 20 rounds"], rows)
+        before = [evaluation(seed, "ppo", 0)[name] for seed in seeds]
+        after = [evaluation(seed, "ppo", -1)[name] for seed in seeds]
+        change = [new - old for new, old in zip(after, before)]
+        means = [format_mean(before, 3), format_mean(after, 3), format_mean(change, 3, "+")]
+        rows.append([title, *means])
+    return markdown_table(["PPO", "before", "after 20 rounds", "change"], rows)
+
+
+def pairs_that_differ(seeds: list[str]) -> list[str]:
+    """A line for each two methods whose difference in accuracy has an interval without 0."""
+    accuracy = {}
+    for run in TITLES:
+        accuracy[run] = [100 * evaluation(seed, run, -1)["acc"] for seed in seeds]
+    lines = []
+    for one, other in itertools.combinations(TITLES, 2):
+        differences = [a - b for a, b in zip(accuracy[one], accuracy[other])]
+        mean, half_width = t_interval(differences)
+        if abs(mean) > half_width:
+            lines.append(f"{TITLES[one]} over {TITLES[other]}: {format_mean(differences, 1, '+')}")
+    return lines
 
 
 def main(argv=None):
@@ -82,6 +97,8 @@ def main(argv=None):
     parser.add_argument("seeds", nargs="+", metavar="SEED", help="the folder of a seed")
     args = parser.parse_args(argv)
     lines = [*ranking_table(args.seeds), "", *ppo_table(args.seeds)]
+    if len(args.seeds) > 1:
+        lines += ["", "pairs that differ in accuracy:", *pairs_that_differ(args.seeds)]
     print("\n".join(lines))
 
 
